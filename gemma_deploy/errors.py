@@ -1,0 +1,96 @@
+"""Errors a user can cause or meet, and the exit code each one ends the program with.
+
+    DeployError                 1  the run failed
+    |-- CheckpointError         1  weights or config are damaged, missing, or of another family
+    |-- ExportError             1  the patched model could not become a graph
+    |-- ParamsError             1  the parameter file could not be written or resumed
+    |-- CalibrationError        1  a data set is unreadable, empty or too short
+    |-- ArtifactError           1  an artifact is damaged, incomplete or of another version
+    |-- PreflightError          1  this machine lacks memory, disk or a file for the job
+    |-- GateError               1  the numbers are wrong: parity left its tolerance
+    `-- UsageError              2  what was asked for makes no sense
+        |-- RecipeError         2  the recipe is wrong (all offenders are listed)
+        `-- NotBuiltError       2  valid, but this version does not do it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class DeployError(Exception):
+    """A failure explained to the user: what, where, what was expected, and what to do next.
+
+    Args:
+        what: one sentence saying what is wrong.
+        where: file, key, line or tensor the sentence is about.
+        expected: what would have been right.
+        next_step: what the user can do now.
+        problems: all offenders, one line each, when there is more than one.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        expected: str | None = None,
+        next_step: str | None = None,
+        problems: Sequence[str] = (),
+    ) -> None:
+        self.what, self.where, self.expected = what, where, expected
+        self.next_step, self.problems = next_step, tuple(problems)
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        lines = [f"{self.where}: {self.what}" if self.where else self.what]
+        lines += [f"  - {problem}" for problem in self.problems]
+        if self.expected:
+            lines.append(f"  expected: {self.expected}")
+        if self.next_step:
+            lines.append(f"  next: {self.next_step}")
+        return "\n".join(lines)
+
+
+class CheckpointError(DeployError):
+    """Weights or config are damaged, missing, or of another model family."""
+
+
+class ExportError(DeployError):
+    """The patched model could not be turned into a graph."""
+
+
+class ParamsError(DeployError):
+    """The parameter file could not be written or resumed."""
+
+
+class CalibrationError(DeployError):
+    """A calibration data set is unreadable, empty or too short."""
+
+
+class ArtifactError(DeployError):
+    """An artifact is damaged, incomplete or was written by another version."""
+
+
+class PreflightError(DeployError):
+    """This machine lacks memory, disk or a file for the job."""
+
+
+class GateError(DeployError):
+    """Parity left its tolerance: the artifact does not compute the model."""
+
+
+class UsageError(DeployError):
+    """The request makes no sense."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """The recipe is wrong."""
+
+
+class NotBuiltError(UsageError):
+    """A valid request this version does not carry out."""
