@@ -1,0 +1,146 @@
+"""Which files of a directory hold the weights: one model.safetensors, or an index that names shards.
+
+Says in plain words what else was found (pickles, an adapter, a lone shard) instead of "not found".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_deploy.checkpoint.safetensors_reader import SafetensorsFile, unique_keys
+from gemma_deploy.errors import CheckpointError
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+JSON_LIMIT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Weight files in order of name, and the index's tensor -> file map when there is one."""
+
+    files: tuple[Path, ...]
+    index: dict[str, str] | None
+
+
+def read_json(path: Path, *, missing: str) -> tuple[dict[str, Any], bytes]:
+    """A JSON object and its bytes.
+
+    Args:
+        path: the file.
+        missing: the next step to name when it is not there.
+    """
+    where = str(path)
+    try:
+        if path.stat().st_size > JSON_LIMIT_BYTES:
+            raise CheckpointError(f"has {path.stat().st_size} bytes; that is no config", where=where)
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise CheckpointError("is missing", where=where, next_step=missing) from error
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror or error}", where=where) from error
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"is not JSON: {error}", where=where, next_step="repair it or copy it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"holds a {type(value).__name__}, expected an object {{...}}", where=where)
+    return value, data
+
+
+def locate_shards(directory: Path) -> Shards:
+    """The weight files of a checkpoint directory; the index's names are checked before they are used."""
+    if (directory / SINGLE_NAME).is_file():
+        return Shards((directory / SINGLE_NAME,), None)
+    index_path = directory / INDEX_NAME
+    if not index_path.is_file():
+        try:
+            found = sorted(directory.iterdir())
+        except OSError as error:
+            raise CheckpointError(f"cannot be read: {error.strerror or error}", where=str(directory)) from error
+        refuse_other_formats(directory, found)
+    index, _ = read_json(index_path, missing="")
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or any(type(v) is not str for v in weight_map.values()):
+        raise CheckpointError(
+            "weight_map is missing or does not map tensor names to file names",
+            where=str(index_path),
+            next_step="copy the index again from where the weights came from",
+        )
+    names = sorted(set(weight_map.values()))
+    unsafe = [name for name in names if not _is_plain(name)]
+    if unsafe:
+        raise CheckpointError(
+            f"names {len(unsafe)} file(s) outside its own directory; nothing was opened",
+            where=str(index_path),
+            problems=[repr(name)[:200] for name in unsafe],
+            expected="plain file names beside the index (no '/', no '..', no absolute path)",
+            next_step="do not use this checkpoint unless you know who made it",
+        )
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} of {len(names)} shards are not there",
+            where=str(index_path),
+            problems=missing,
+            next_step=f"download them into {directory}",
+        )
+    return Shards(tuple(directory / name for name in names), weight_map)
+
+
+def read_shards(directory: Path, shards: Shards) -> dict[str, SafetensorsFile]:
+    """Tensor name -> the open file that holds it; every disagreement with the index at once."""
+    files: dict[str, SafetensorsFile] = {}
+    problems: list[str] = []
+    for path in shards.files:
+        file = SafetensorsFile(path)
+        for name in file.entries:
+            if name in files:
+                problems.append(f"{name} is in both {files[name].path.name} and {path.name}")
+            elif shards.index is not None and shards.index.get(name, path.name) != path.name:
+                problems.append(f"{name} is in {path.name}, the index says {shards.index[name]}")
+            files[name] = file
+    problems += [f"{name} is not in {shard}" for name, shard in (shards.index or {}).items() if name not in files]
+    if problems:
+        raise CheckpointError(
+            "the index and the shards disagree",
+            where=str(directory / INDEX_NAME),
+            problems=problems,
+            next_step="download the index and the shards again, from one place",
+        )
+    return files
+
+
+def refuse_other_formats(directory: Path, found: Sequence[Path]) -> None:
+    """Always raises: names what is there instead of safetensors, and the way on."""
+    names = [path.name for path in found]
+    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
+    shards = [name for name in names if name.endswith(".safetensors")]
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    expected = f"{SINGLE_NAME}, or {INDEX_NAME} with its shards, or the path of a .gguf file"
+    if "adapter_model.safetensors" in names:
+        what, step = (
+            "this is a LoRA adapter, not a model",
+            "put it in frontend.adapter and its base model in checkpoint",
+        )
+    elif pickles:
+        what = f"only pickled weights ({', '.join(pickles[:3])}); they can run code when loaded and are never opened"
+        step = "convert them to safetensors: load them in transformers where you trust them, then save_pretrained(DIR)"
+    elif shards:
+        what = f"{shards[0]} alone: {INDEX_NAME} is missing" if len(names) > 1 else f"{shards[0]} is one weight file"
+        step = f"pass the directory; it must hold config.json and {SINGLE_NAME} or the index"
+    elif ggufs:
+        what, step = f"no safetensors, but {ggufs[0]}", f"pass the file itself: {directory / ggufs[0]}"
+    else:
+        what, step = "no weights here", "pass the directory that holds config.json and the *.safetensors files"
+    where = str(found[0]) if len(found) == 1 and found[0].is_file() else str(directory)
+    raise CheckpointError(what, where=where, expected=expected, next_step=step)
+
+
+def _is_plain(name: str) -> bool:
+    return bool(name) and name not in (".", "..") and not any(bad in name for bad in ("/", "\\", "\0", ":"))

@@ -1,0 +1,59 @@
+"""A read-only memory map that gives its pages back after every block, so that RSS does not grow with the file."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from gemma_deploy.errors import CheckpointError
+
+
+class MappedFile:
+    """Bytes of one file, copied out block by block. Safe to use from several threads."""
+
+    def __init__(self, path: Path) -> None:
+        """Map the file; no page is read yet."""
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                self.size = os.fstat(file.fileno()).st_size
+                if self.size == 0:
+                    raise CheckpointError("the file is empty", where=str(path), next_step="copy or download it again")
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise CheckpointError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+
+    def view(self, start: int, stop: int, dtype: DTypeLike = np.uint8) -> np.ndarray:
+        """A window on the map, valid until `release`; copy or convert it before letting go."""
+        self._check(stop)
+        kind = np.dtype(dtype)
+        return np.frombuffer(self._map, kind, (stop - start) // kind.itemsize, start)
+
+    def release(self, start: int, stop: int) -> None:
+        """Give the pages of [start, stop) back to the system; they stay in its page cache."""
+        first = start - start % mmap.PAGESIZE
+        if stop > start and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, first, stop - first)
+
+    def copy(self, start: int, stop: int, dtype: DTypeLike = np.uint8) -> np.ndarray:
+        """An array of its own, with the map's pages released."""
+        out = self.view(start, stop, dtype).copy()
+        self.release(start, stop)
+        return out
+
+    def _check(self, stop: int) -> None:
+        # A file cut short while it is mapped would end the process with SIGBUS: look before touching it.
+        try:
+            now = os.stat(self.path).st_size
+        except OSError as error:
+            raise CheckpointError(f"vanished while it was read: {error}", where=str(self.path)) from error
+        if now < self.size or stop > self.size:
+            raise CheckpointError(
+                f"has {now} bytes now, had {self.size} when it was opened",
+                where=str(self.path),
+                next_step="leave the checkpoint alone while it is read, and start again",
+            )
