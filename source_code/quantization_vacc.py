@@ -71,6 +71,31 @@ class QuantizedEmbedding(nn.Module):
         return (rows * self.scale[input_ids][..., None]).to(self.dtype) * self.embed_scale
 
 
+class StoredLinear(nn.Module):
+    """A linear whose weight is stored narrower (bfloat16) than the activations it is applied to."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [batch, seq, in] -> [batch, seq, out], in x's dtype."""
+        return nn.functional.linear(x, self.weight.to(x.dtype))
+
+
+class StoredEmbedding(nn.Module):
+    """A table stored narrower (bfloat16) than the hidden states it gives."""
+
+    def __init__(self, weight: torch.Tensor, embed_scale: float, dtype: torch.dtype):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.embed_scale, self.dtype = embed_scale, dtype
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """input_ids: [batch, seq] -> [batch, seq, hidden]."""
+        return nn.functional.embedding(input_ids, self.weight).to(self.dtype) * self.embed_scale
+
+
 def quantize_model(model: nn.Module, bits: int, embeddings: bool = False) -> nn.Module:
     """Swap the seven linears of every decoder layer, and on request the tied table with the LM head, for int8 ones.
 

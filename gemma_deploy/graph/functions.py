@@ -1,0 +1,37 @@
+"""ONNX function bodies of the Vastai operators: what a run time without them computes.
+
+An accelerator takes `Vastai::QuantizedLinearPerChannel` as one node; everybody else inlines
+y = MatMul(x, Transpose(DequantizeLinear(weight, scale, axis=0))).
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+DOMAIN = "Vastai"
+DOMAIN_VERSION = 1
+
+
+def quantized_linear_per_channel(opset: int) -> ir.Function:
+    """x: [..., in] float32; weight: [out, in] int8; scale: [out] float32 -> [..., out] float32."""
+    x, weight, scale = (ir.Value(name=name) for name in ("x", "weight", "scale"))
+    dequantized = ir.node("DequantizeLinear", [weight, scale], {"axis": 0}, name="dequantize")
+    transposed = ir.node("Transpose", [dequantized.outputs[0]], {"perm": [1, 0]}, name="transpose")
+    product = ir.node("MatMul", [x, transposed.outputs[0]], name="matmul")
+    for node, name in ((dequantized, "w"), (transposed, "wt"), (product, "y")):
+        node.outputs[0].name = name
+    graph = ir.Graph(
+        [x, weight, scale],
+        [product.outputs[0]],
+        nodes=[dequantized, transposed, product],
+        opset_imports={"": opset},
+        name="QuantizedLinearPerChannel",
+    )
+    return ir.Function(DOMAIN, "QuantizedLinearPerChannel", "", graph=graph, attributes=[])
+
+
+def used_functions(model: ir.Model, opset: int) -> list[ir.Function]:
+    """Bodies of the custom operators that occur in the model."""
+    known = {"QuantizedLinearPerChannel": quantized_linear_per_channel}
+    ops = {node.op_type for node in model.graph if node.domain == DOMAIN}
+    return [known[op](opset) for op in sorted(ops)]

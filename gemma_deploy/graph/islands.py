@@ -1,0 +1,105 @@
+"""One module whose parts are unconnected: prologue, a layer of each kind, epilogue, each with inputs of its own.
+
+Third step of the export: one trace gives every part, the parts are cut apart by what feeds them, and the layer parts
+are stamped out once per layer (stamp.py). Depth costs nothing.
+
+Names at the part borders: `prologue` reads input_ids, attention_mask, position_ids and writes hidden, mask.{kind},
+cos.{kind}, sin.{kind}; `layer.{kind}` reads them and past.key, past.value and writes hidden, present.key, present.value;
+`epilogue` reads hidden and writes logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gemma_deploy.graph.contract import DECODE, GraphContract
+from gemma_deploy.graph.skeleton import Skeleton
+
+
+@dataclass(frozen=True)
+class Part:
+    """A cut-out of the trace: `inputs` and `outputs` are (trace name, name at the border)."""
+
+    name: str
+    inputs: tuple[tuple[str, str], ...]
+    outputs: tuple[tuple[str, str], ...]
+
+
+class Islands(nn.Module):
+    """Runs the patched model's own submodules, unconnected. Attributes keep the model's names."""
+
+    def __init__(self, skeleton: Skeleton):
+        super().__init__()
+        self.model, self.lm_head = skeleton.model.model, skeleton.model.lm_head
+        self.kinds, self.softcap = skeleton.kinds, getattr(skeleton.model.config, "final_logit_softcapping", None)
+        self.keep_last = bool(skeleton.model.config.insert_slice)
+
+    def forward(self, input_ids, attention_mask, position_ids, parts, head_hidden):
+        """Run every part on its own inputs.
+
+        Args:
+            parts: per kind (hidden, cos, sin, mask) and, for decode, (past key, past value).
+            head_hidden: [batch, seq, hidden], input of the epilogue.
+        """
+        model = self.model
+        hidden = model.embed_tokens(input_ids)
+        batch, seq = input_ids.shape
+        masks = model.build_masks(attention_mask, position_ids, batch, seq, None, hidden.dtype, hidden.device)
+        out = [hidden]
+        for kind in self.kinds:
+            out += [masks[kind], *model.rotary[kind](hidden, position_ids)]
+        for layer, (x, cos, sin, mask, *past) in zip(model.layers, parts, strict=True):
+            x, _, present = layer(
+                x, position_embeddings=(cos, sin), attention_mask=mask, past_key_values=tuple(past) or None
+            )
+            out += [x, *present]
+        x = model.norm(head_hidden)
+        if self.keep_last:
+            x = x[:, -1:, :]
+        logits = self.lm_head(x)
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return (*out, logits.float())
+
+
+def example_inputs(skeleton: Skeleton, contract: GraphContract, graph: str, hidden_size: int) -> tuple:
+    """Zero-storage inputs of the shapes the graph will have."""
+    decode = graph == DECODE
+    batch, seq = contract.batch, 1 if decode else contract.prefill
+    keys = contract.context + 1 if decode else seq
+
+    def zeros(*shape: int, dtype: torch.dtype = skeleton.dtype) -> torch.Tensor:
+        return torch.zeros((), dtype=dtype).expand(shape)
+
+    def part() -> tuple[torch.Tensor, ...]:  # fresh tensors: torch.export takes one object given twice for one input
+        tensors = [zeros(batch, seq, hidden_size), *(zeros(batch, seq, contract.head_dim) for _ in range(2))]
+        tensors.append(zeros(batch, 1, seq, keys))
+        if decode:
+            tensors += [zeros(batch, contract.kv_heads, contract.context, contract.head_dim) for _ in range(2)]
+        return tuple(tensors)
+
+    ids = torch.zeros(batch, seq, dtype=torch.int64)
+    mask = torch.ones(batch, keys, dtype=torch.int64)
+    return ids, mask, ids.clone(), [part() for _ in skeleton.kinds], zeros(batch, seq, hidden_size)
+
+
+
+def parts_of(skeleton: Skeleton, input_names: list[str], output_names: list[str], graph: str) -> list[Part]:
+    """Which trace inputs and outputs belong to which part, in the order `Islands.forward` takes and gives them."""
+    names, outs = iter(input_names), iter(output_names)
+    kinds = skeleton.kinds
+    prologue_in = tuple((next(names), name) for name in ("input_ids", "attention_mask", "position_ids"))
+    layer_fields = ["hidden", "cos", "sin", "mask"] + (["past.key", "past.value"] if graph == DECODE else [])
+    layer_in = {kind: tuple((next(names), name) for name in layer_fields) for kind in kinds}
+    epilogue_in = ((next(names), "hidden"),)
+    prologue_fields = ["hidden"] + [f"{what}.{kind}" for kind in kinds for what in ("mask", "cos", "sin")]
+    prologue_out = tuple((next(outs), name) for name in prologue_fields)
+    layer_out = {
+        kind: tuple((next(outs), name) for name in ("hidden", "present.key", "present.value")) for kind in kinds
+    }
+    parts = [Part("prologue", prologue_in, prologue_out)]
+    parts += [Part(f"layer.{kind}", layer_in[kind], layer_out[kind]) for kind in kinds]
+    return [*parts, Part("epilogue", epilogue_in, ((next(outs), "logits"),))]

@@ -1,0 +1,1 @@
+"""Graph passes over onnx_ir, one per file: each works in place and returns how many things it changed."""

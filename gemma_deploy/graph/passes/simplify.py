@@ -1,0 +1,32 @@
+"""onnxsim on the weightless skeleton: what folding leaves (shape chains, slices, transposes) goes here."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnxsim
+
+from gemma_deploy.errors import ExportError
+
+
+def simplify(model: ir.Model, functions: list[ir.Function]) -> tuple[ir.Model, int]:
+    """A simplified copy and the number of nodes that went. Names of surviving values are kept.
+
+    Args:
+        functions: bodies of the custom operators, so that the checker inside knows them.
+
+    Raises:
+        ExportError: onnxsim refused the graph.
+    """
+    before = len(model.graph)
+    for function in functions:
+        model.functions[function.identifier()] = function
+    for domain in {function.domain for function in functions}:
+        model.opset_imports[domain] = 1
+    proto = ir.to_proto(model)
+    try:
+        # Numerics are checked by parity, on real text, later; here there are no weights to run with.
+        simple, _ = onnxsim.simplify(proto, check_n=0, tensor_size_threshold="4KB", skip_fuse_bn=True)
+    except (RuntimeError, ValueError) as error:
+        raise ExportError(f"onnxsim: {error}", where="export stage") from error
+    result = ir.from_proto(simple)
+    return result, before - len(result.graph)

@@ -1,0 +1,153 @@
+"""The patched model without weights: every parameter is a zero-storage tensor of the right shape and dtype.
+
+Second step of the export: ModelConfig -> torch module with one decoder layer of each kind. Holds no memory, whatever
+the model's size.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gemma_deploy.checkpoint.config import ModelConfig
+from gemma_deploy.errors import NotBuiltError
+from gemma_deploy.graph.contract import Scheme
+from gemma_deploy.paths import source_code_dir
+
+PACKAGE = "gemma_deploy_source_code"
+CLASSES = {
+    "gemma": ("configuration_gemma_vacc", "GemmaConfig", "modeling_gemma_vacc", "GemmaForCausalLM"),
+    "gemma3_text": ("configuration_gemma3_vacc", "Gemma3TextConfig", "modeling_gemma3_vacc", "Gemma3ForCausalLM"),
+}
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float16, "w8a16": torch.float32}
+
+
+def patched_module(name: str) -> types.ModuleType:
+    """Import one file of source_code/ under a package of its own, the way transformers would load it.
+
+    Raises:
+        ImportError: the file does not import with the installed transformers.
+    """
+    if PACKAGE not in sys.modules:
+        package = types.ModuleType(PACKAGE)
+        package.__path__ = [str(source_code_dir())]
+        sys.modules[PACKAGE] = package
+    return importlib.import_module(f"{PACKAGE}.{name}")
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A weightless patched model with one layer of each kind.
+
+    Args:
+        model: the causal LM; layer k of it is the template of every layer of kind `kinds[k]`.
+        dtype: of activations.
+    """
+
+    model: nn.Module
+    kinds: tuple[str, ...]
+    dtype: torch.dtype
+
+
+def build_skeleton(
+    config: ModelConfig, scheme: Scheme, *, iter_num: int | None, context: int, embed_scale: str = "exact"
+) -> Skeleton:
+    """Build the patched model for tracing.
+
+    Args:
+        iter_num: 0 prefill, 1 decode, None for the dynamic graph.
+        context: rows of the rotary tables.
+
+    Raises:
+        NotBuiltError: no patched model exists for this generation yet.
+    """
+    kinds = tuple(dict.fromkeys(config.layer_types))
+    model = new_model(
+        config,
+        num_hidden_layers=len(kinds),
+        layer_types=list(kinds),
+        iter_num=iter_num,
+        insert_slice=iter_num == 0,
+        embed_scale=embed_scale,
+    )
+    dtype = TORCH_DTYPES[scheme]
+    weight_dtype = torch.bfloat16 if scheme == "bf16" else dtype
+    _store(model, config, scheme, dtype, weight_dtype)
+    for rotary in model.model.rotary.values():
+        rotary.freeze(*(_zeros((context, config.head_dim // 2), dtype) for _ in range(2)))
+    return Skeleton(model.eval(), kinds, dtype)
+
+
+def new_model(config: ModelConfig, **changes: Any) -> nn.Module:
+    """The patched causal LM of this config on the meta device, with config keys changed.
+
+    Raises:
+        NotBuiltError: no patched model exists for this generation yet.
+    """
+    if config.model_type not in CLASSES:
+        raise NotBuiltError(
+            f"model_type {config.model_type!r} has no patched modeling file in this version",
+            expected="one of " + ", ".join(CLASSES),
+        )
+    config_file, config_class, model_file, model_class = CLASSES[config.model_type]
+    raw = {key: value for key, value in config.raw.items() if key != "auto_map"}
+    if config.model_type == "gemma":
+        changes.pop("layer_types", None)
+    hf_config = getattr(patched_module(config_file), config_class)(**{**raw, **changes, "use_cache": True})
+    hf_config._attn_implementation = "eager"
+    with torch.device("meta"):
+        return getattr(patched_module(model_file), model_class)(hf_config)
+
+
+def _store(model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    """Give every module its zero-storage weights in the form the artifact stores them."""
+    quantization = patched_module("quantization_vacc")
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, nn.Linear) or (child is model.lm_head and config.tie_word_embeddings):
+                continue
+            shape = (child.out_features, child.in_features)
+            if scheme == "w8a16":
+                new = quantization.QuantizedLinearPerChannel(_zeros(shape, torch.int8), _zeros(shape[:1], torch.float32))
+            elif scheme == "bf16":
+                new = quantization.StoredLinear(_zeros(shape, weight_dtype))
+            else:
+                child.weight = nn.Parameter(_zeros(shape, weight_dtype), requires_grad=False)
+                continue
+            setattr(parent, name, new)
+        if type(parent).__name__ == "RMSNorm":  # computes in float32: stored that way in every scheme
+            parent.weight = nn.Parameter(_zeros(parent.weight.shape, torch.float32), requires_grad=False)
+    _store_table(model, config, scheme, dtype, weight_dtype)
+
+
+def _store_table(model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    quantization = patched_module("quantization_vacc")
+    embed = model.model.embed_tokens
+    shape = (config.vocab_size, config.hidden_size)
+    scale = embed.scale_value(dtype)
+    if scheme == "w8a16":
+        weight, row_scale = _zeros(shape, torch.int8), _zeros(shape[:1], torch.float32)
+        model.model.embed_tokens = quantization.QuantizedEmbedding(weight, row_scale, scale, dtype)
+        head: nn.Module = quantization.QuantizedLinearPerChannel(weight, row_scale)
+    elif scheme == "bf16":
+        weight = _zeros(shape, weight_dtype)
+        model.model.embed_tokens = quantization.StoredEmbedding(weight, scale, dtype)
+        head = quantization.StoredLinear(weight)
+    else:
+        embed.weight = nn.Parameter(_zeros(shape, weight_dtype), requires_grad=False)
+        head = model.lm_head
+        if config.tie_word_embeddings:
+            head.weight = embed.weight
+    if config.tie_word_embeddings:
+        model.lm_head = head
+
+
+def _zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of this shape that owns one element (stride 0)."""
+    return torch.zeros((), dtype=dtype).expand(shape)

@@ -1,0 +1,184 @@
+"""Cut the traced parts apart and build the whole graph: prologue, every layer, epilogue.
+
+Fifth step of the export: Part templates -> ir.Model with the contract's inputs and outputs. A layer is a copy of its
+kind's template in which `model.layers.<template>` reads `model.layers.<i>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from gemma_deploy.errors import ExportError
+from gemma_deploy.graph.contract import DECODE, GraphContract, Port
+from gemma_deploy.graph.islands import Part
+
+DTYPES = {"int64": ir.DataType.INT64, "float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
+
+
+@dataclass(frozen=True)
+class Template:
+    """The nodes of one part in topological order; everything they read is an input, a weight or a small constant."""
+
+    part: Part
+    nodes: tuple[ir.Node, ...]
+    prefix: str
+    inputs: dict[str, ir.Value]
+    outputs: dict[str, ir.Value]
+
+
+def cut(model: ir.Model, parts: Iterable[Part], layer_prefixes: dict[str, str]) -> dict[str, Template]:
+    """One template per part.
+
+    Args:
+        layer_prefixes: part name -> module path of the traced layer (`model.layers.0.`).
+
+    Raises:
+        ExportError: a part reads another part's input, so it cannot be cut out.
+    """
+    values = {value.name: value for value in model.graph.inputs}
+    owner = {name: part.name for part in parts for name, _ in part.inputs}
+    templates = {}
+    for part in parts:
+        outputs = {border: model.graph.outputs[index] for index, border in _output_indices(model, part)}
+        nodes = _ancestors(model, outputs.values())
+        for node in nodes:
+            for value in node.inputs:
+                if value is not None and owner.get(value.name or "", part.name) != part.name:
+                    raise ExportError(
+                        f"{part.name} reads {value.name}, an input of {owner[value.name or '']}", where="export stage"
+                    )
+        inputs = {border: values[name] for name, border in part.inputs}
+        templates[part.name] = Template(part, nodes, layer_prefixes.get(part.name, ""), inputs, outputs)
+    return templates
+
+
+def _output_indices(model: ir.Model, part: Part) -> list[tuple[int, str]]:
+    index = {value.name: i for i, value in enumerate(model.graph.outputs)}
+    return [(index[name], border) for name, border in part.outputs]
+
+
+def _ancestors(model: ir.Model, outputs: Iterable[ir.Value]) -> tuple[ir.Node, ...]:
+    wanted, stack = set(), [value.producer() for value in outputs]
+    while stack:
+        node = stack.pop()
+        if node is None or node in wanted:
+            continue
+        wanted.add(node)
+        stack += [value.producer() for value in node.inputs if value is not None]
+    return tuple(node for node in model.graph if node in wanted)
+
+
+class Builder:
+    """The graph under construction."""
+
+    def __init__(self, source: ir.Model, contract: GraphContract, graph: str):
+        self.contract, self.graph_name = contract, graph
+        self.constants = dict(source.graph.initializers)
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = {}
+        self.inputs = {port.name: _value(port) for port in contract.inputs(graph)}
+
+    def place(self, template: Template, inputs: dict[str, ir.Value], prefix: str) -> dict[str, ir.Value]:
+        """Copy a template's nodes with these border inputs; returns its border outputs.
+
+        Args:
+            prefix: module path that replaces the template's own (`model.layers.5.`), also put before unnamed values.
+        """
+        mapping: dict[ir.Value, ir.Value] = {template.inputs[border]: value for border, value in inputs.items()}
+        border_inputs = set(template.inputs.values())
+
+        def rename(name: str) -> str:
+            if template.prefix and name.startswith(template.prefix):
+                return prefix + name.removeprefix(template.prefix)
+            return name
+
+        def mapped(value: ir.Value | None) -> ir.Value | None:
+            if value is None or value in mapping:
+                return value if value is None else mapping[value]
+            if value in border_inputs:
+                raise ExportError(f"{template.part.name}: input {value.name} is not connected", where="export stage")
+            mapping[value] = self._initializer(value, rename(value.name or ""))
+            return mapping[value]
+
+        for node in template.nodes:
+            copy = ir.Node(
+                node.domain,
+                node.op_type,
+                [mapped(value) for value in node.inputs],
+                list(node.attributes.values()),
+                num_outputs=len(node.outputs),
+                name=_qualified(node.name or node.op_type, rename, prefix),
+            )
+            for old, new in zip(node.outputs, copy.outputs, strict=True):
+                new.name = _qualified(old.name or "", rename, prefix)
+                new.type, new.shape = old.type, old.shape
+                mapping[old] = new
+            self.nodes.append(copy)
+        return {border: mapping.get(value, value) for border, value in template.outputs.items()}
+
+    def _initializer(self, source: ir.Value, name: str) -> ir.Value:
+        """A weight (no data yet) or a small constant shared by all layers."""
+        constant = source.name in self.constants
+        name = f"const.{source.name}" if constant else name
+        if name not in self.initializers:
+            value = ir.Value(name=name, type=source.type, shape=source.shape)
+            if constant:
+                value.const_value = source.const_value
+            self.initializers[name] = value
+        return self.initializers[name]
+
+    def finish(self, outputs: dict[str, ir.Value], opset_imports: dict[str, int]) -> ir.Model:
+        """The model with the contract's outputs, renamed and in order."""
+        results = []
+        for port in self.contract.outputs(self.graph_name):
+            value = outputs[port.name]
+            if value.name != port.name:  # keep `<module>.out` names: parity looks for them
+                node = ir.node("Identity", [value], name=f"{port.name}.identity")
+                self.nodes.append(node)
+                value = node.outputs[0]
+            value.name, value.type = port.name, ir.TensorType(DTYPES[port.dtype])
+            value.shape = ir.Shape(port.shape)
+            results.append(value)
+        graph = ir.Graph(
+            list(self.inputs.values()),
+            results,
+            nodes=self.nodes,
+            initializers=list(self.initializers.values()),
+            opset_imports=opset_imports,
+            name=self.graph_name,
+        )
+        return ir.Model(graph, ir_version=10, producer_name="gemma-deploy")
+
+
+def _value(port: Port) -> ir.Value:
+    return ir.Value(name=port.name, type=ir.TensorType(DTYPES[port.dtype]), shape=ir.Shape(port.shape))
+
+
+def _qualified(name: str, rename, prefix: str) -> str:
+    renamed = rename(name)
+    return renamed if renamed != name or not prefix or name.startswith("model.") else f"{prefix}{name}"
+
+
+def stamp(source: ir.Model, templates: dict[str, Template], layer_types: tuple[str, ...], contract: GraphContract, graph: str):
+    """Build the whole graph of `layer_types`.
+
+    Raises:
+        ExportError: an input of a part is left unconnected.
+    """
+    build = Builder(source, contract, graph)
+    ids = {name: build.inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    shared = build.place(templates["prologue"], ids, "prologue.")
+    hidden, outputs = shared["hidden"], {}
+    for i, kind in enumerate(layer_types):
+        inputs = {"hidden": hidden, **{what: shared[f"{what}.{kind}"] for what in ("cos", "sin", "mask")}}
+        if graph == DECODE:
+            for part in ("key", "value"):
+                inputs[f"past.{part}"] = build.inputs[f"past_key_values.{i}.{part}"]
+        result = build.place(templates[f"layer.{kind}"], inputs, f"model.layers.{i}.")
+        hidden = result["hidden"]
+        outputs |= {f"present.{i}.{part}": result[f"present.{part}"] for part in ("key", "value")}
+    outputs["logits"] = build.place(templates["epilogue"], {"hidden": hidden}, "epilogue.")["logits"]
+    return build.finish(outputs, dict(source.opset_imports))
