@@ -3,5 +3,15 @@
 from gemma_deploy.checkpoint.checkpoint import Checkpoint, TensorInfo, resolve_checkpoint
 from gemma_deploy.checkpoint.config import ModelConfig, Rope
 from gemma_deploy.checkpoint.expected import expected_tensors
+from gemma_deploy.checkpoint.staging import stage_checkpoint, write_tokenizer
 
-__all__ = ["Checkpoint", "ModelConfig", "Rope", "TensorInfo", "expected_tensors", "resolve_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "ModelConfig",
+    "Rope",
+    "TensorInfo",
+    "expected_tensors",
+    "resolve_checkpoint",
+    "stage_checkpoint",
+    "write_tokenizer",
+]

@@ -156,13 +156,16 @@ class GgufFile:
             rope["rope_scaling"] = {"rope_type": meta("rope.scaling.type"), "factor": meta("rope.scaling.factor")}
         return rope
 
-    def _attention_scalar(self) -> float:
-        """Not in the metadata. Only the 27B models differ from head_dim: hidden / heads (144 and 168)."""
+    def _attention_scalar(self) -> int:
+        """Not in the metadata. Only the 27B models differ from head_dim: hidden / heads (144 and 168).
+
+        A whole number: transformers' config classes refuse 256.0 for it.
+        """
         head_dim, layers = self._meta("attention.key_length"), self._meta("block_count")
         hidden, heads = self._meta("embedding_length"), self._meta("attention.head_count")
         if (self.model_type, layers, hidden) in (("gemma2", 46, 4608), ("gemma3_text", 62, 5376)) and heads:
-            return float(hidden / heads)
-        return float(head_dim or 256)
+            return int(hidden // heads)
+        return head_dim or 256
 
     def _meta(self, key: str) -> Any:
         value = self.metadata.get(f"{self.metadata['general.architecture']}.{key}")

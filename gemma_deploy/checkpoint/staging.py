@@ -1,0 +1,216 @@
+"""A directory transformers can load as remote code: links to the weights, our modeling files, the checkpoint's config.
+
+Third step of the data path (design 2, step 4). The checkpoint's own config.json is kept; only `auto_map` and the
+patch's switches are added (source_code/config.json says which). Weights are never copied, except out of a GGUF file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gemma_deploy import paths
+from gemma_deploy.checkpoint.checkpoint import Checkpoint
+from gemma_deploy.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json
+from gemma_deploy.errors import CheckpointError, NotBuiltError, UsageError
+
+logger = logging.getLogger(__name__)
+
+BLOCK_BYTES = 32 << 20
+GENERATION_CONFIG = "generation_config.json"
+
+
+def stage_checkpoint(
+    path: str | Path, out: str | Path, *, force: bool = False, source_code: Path | None = None
+) -> Path:
+    """Make the staged directory, complete or not at all.
+
+    Args:
+        path: directory, .gguf file, or `demo`.
+        out: the directory to make; it is written as OUT.partial and renamed.
+        force: replace an OUT that an earlier `stage` made.
+        source_code: the modeling files; by default the program's own.
+
+    Raises:
+        NotBuiltError: a generation without patched modeling.
+        UsageError: OUT exists.
+        CheckpointError: the checkpoint is unusable, or OUT cannot be written.
+    """
+    checkpoint, out = Checkpoint.open(path), Path(out)
+    source = source_code or paths.source_code_dir()
+    additions = _additions(checkpoint, source)
+    _check_out(checkpoint, out, force)
+    partial = out.with_name(out.name + ".partial")
+    with _whole_or_nothing(partial):
+        for file in sorted(source.glob("*.py")):
+            shutil.copyfile(file, partial / file.name)
+        config = checkpoint.config_dict()
+        if checkpoint.format == "gguf":
+            config["dtype"] = "float32"
+            _write_float32(checkpoint, partial / SINGLE_NAME)
+            _write_generation_config(checkpoint, partial / GENERATION_CONFIG)
+        else:
+            for file in _files_to_link(checkpoint):
+                _link(file, partial / file.name)
+        write_tokenizer(checkpoint, partial)
+        _write_json(partial / "config.json", config | additions)
+        if force and out.exists():
+            shutil.rmtree(out)
+        partial.rename(out)
+    return out
+
+
+def write_tokenizer(checkpoint: Checkpoint, out: Path) -> list[Path]:
+    """Link the tokenizer's files into `out`; a GGUF's own vocabulary is written as tokenizer.json by transformers.
+
+    Returns:
+        What is there now; empty, with a warning logged, when the checkpoint has no tokenizer.
+    """
+    files = checkpoint.tokenizer_files()
+    for file in files:
+        if not (out / file.name).exists():
+            _link(file, out / file.name)
+    if not files and checkpoint.format == "gguf":
+        _gguf_tokenizer(checkpoint.path, out)
+    if not files and not (out / "tokenizer.json").exists():
+        logger.warning("%s: no tokenizer; text cannot be tokenized with it", checkpoint.path)
+    return sorted(out.glob("tokenizer*")) + sorted(out.glob("chat_template.*"))
+
+
+def _gguf_tokenizer(path: Path, out: Path) -> None:
+    try:
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(out)
+    except Exception as error:  # whatever transformers finds wrong, the weights are still good
+        logger.warning("%s: transformers cannot read the tokenizer inside: %s", path, error)
+
+
+def _additions(checkpoint: Checkpoint, source: Path) -> dict[str, Any]:
+    """The keys added to config.json for this model type."""
+    kind = checkpoint.config.model_type
+    table, _ = read_json(source / "config.json", missing="reinstall gemma-deploy")
+    if kind not in table:
+        raise NotBuiltError(
+            f"model_type {kind!r} is a valid checkpoint, but this version has no patched modeling for it",
+            where=str(checkpoint.path),
+            expected="one of " + ", ".join(sorted(table)),
+            next_step="use a Gemma 1 or a Gemma 3 text checkpoint",
+        )
+    additions: dict[str, Any] = table[kind]
+    modules = {str(target).split(".")[0] for target in additions.get("auto_map", {}).values()}
+    absent = sorted(name for name in modules if not (source / f"{name}.py").is_file())
+    if absent:
+        raise CheckpointError(
+            "auto_map names modeling files that are not there",
+            where=str(source),
+            problems=[f"{name}.py" for name in absent],
+            next_step="reinstall gemma-deploy",
+        )
+    return additions
+
+
+def _check_out(checkpoint: Checkpoint, out: Path, force: bool) -> None:
+    """Refuse to overwrite, and with force to delete anything that `stage` did not make."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if not force:
+        raise UsageError("exists already", where=str(out), next_step="name another directory, or use --force")
+    source = checkpoint.tokenizer_dir().resolve()
+    inside = source == out.resolve() or out.resolve() in source.parents
+    if inside or out.is_symlink() or not _is_staged(out):
+        raise UsageError(
+            "is not a directory that `gemma-deploy stage` made; --force does not delete it",
+            where=str(out),
+            next_step="name another directory",
+        )
+
+
+def _is_staged(out: Path) -> bool:
+    if not out.is_dir():
+        return False
+    if not any(out.iterdir()):
+        return True
+    try:
+        config, _ = read_json(out / "config.json", missing="")
+    except CheckpointError:
+        return False
+    return "auto_map" in config and "iter_num" in config
+
+
+@contextmanager
+def _whole_or_nothing(partial: Path) -> Iterator[None]:
+    """Start `partial` empty and remove it when anything goes wrong, Ctrl-C included."""
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        yield
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"cannot be written: {error.strerror or error}",
+            where=str(error.filename or partial),
+            next_step="make room there or allow writing, or name another directory",
+        ) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _files_to_link(checkpoint: Checkpoint) -> list[Path]:
+    beside = [checkpoint.path / name for name in (INDEX_NAME, GENERATION_CONFIG)]
+    single = (checkpoint.path / SINGLE_NAME) in checkpoint.weight_files
+    wanted = [path for path in beside if path.is_file() and not (single and path.name == INDEX_NAME)]
+    return [*checkpoint.weight_files, *wanted]
+
+
+def _link(source: Path, target: Path) -> None:
+    """A symbolic link, or a hard link or copy where the file system has none."""
+    absolute = source.parent.resolve() / source.name
+    for way in (os.symlink, os.link):
+        try:
+            way(absolute, target)
+            return
+        except (OSError, NotImplementedError):
+            target.unlink(missing_ok=True)
+    shutil.copyfile(absolute, target)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_generation_config(checkpoint: Checkpoint, path: Path) -> None:
+    config = checkpoint.config
+    stops = list(config.eos_token_ids)
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": stops, "pad_token_id": config.pad_token_id}
+    _write_json(path, {key: value for key, value in ids.items() if value not in (None, [])})
+
+
+def _write_float32(checkpoint: Checkpoint, path: Path) -> None:
+    """Stream every tensor as float32: a dequantized value fits no 16-bit type without loss."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, info in checkpoint.tensors.items():
+        size = 4 * math.prod(info.shape)
+        header[name] = {"dtype": "F32", "shape": list(info.shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, info in checkpoint.tensors.items():
+            step = max(1, BLOCK_BYTES // (4 * math.prod(info.shape[1:])))
+            for start in range(0, info.shape[0], step):
+                file.write(checkpoint.rows(name, start, min(start + step, info.shape[0])).data)
+        file.flush()
+        os.fsync(file.fileno())
