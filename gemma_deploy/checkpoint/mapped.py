@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from gemma_deploy.errors import CheckpointError
+
+PIECE_BYTES = 4 << 20  # what is resident of the map at one moment
 
 
 class MappedFile:
@@ -39,10 +42,19 @@ class MappedFile:
         if stop > start and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, first, stop - first)
 
+    def pieces(self, start: int, stop: int, dtype: DTypeLike) -> Iterator[tuple[int, np.ndarray]]:
+        """Windows of a few MiB over [start, stop): (index of the first element, view); each is released after use."""
+        width = np.dtype(dtype).itemsize
+        for first in range(start, stop, PIECE_BYTES):
+            last = min(first + PIECE_BYTES, stop)
+            yield (first - start) // width, self.view(first, last, dtype)
+            self.release(first, last)
+
     def copy(self, start: int, stop: int, dtype: DTypeLike = np.uint8) -> np.ndarray:
-        """An array of its own, with the map's pages released."""
-        out = self.view(start, stop, dtype).copy()
-        self.release(start, stop)
+        """An array of its own; the map's pages are given back on the way."""
+        out = np.empty((stop - start) // np.dtype(dtype).itemsize, dtype)
+        for at, piece in self.pieces(start, stop, dtype):
+            out[at : at + piece.size] = piece
         return out
 
     def _check(self, stop: int) -> None:

@@ -61,14 +61,15 @@ class SafetensorsFile:
         """Rows as float32, [stop - start, cols]; no intermediate copy of the block."""
         entry = self.entries[name]
         first, last, shape = _span(entry, start, stop)
-        raw = self.file.view(first, last, DTYPES_READ[entry.dtype])
-        out = np.empty(raw.shape, np.float32)
-        if entry.dtype == "bfloat16":
-            np.left_shift(raw, 16, out=out.view(np.uint32), dtype=np.uint32)
-        else:
-            with np.errstate(over="ignore"):
-                np.copyto(out, raw, casting="same_kind")
-        self.file.release(first, last)
+        kind = np.dtype(DTYPES_READ[entry.dtype])
+        out = np.empty((last - first) // kind.itemsize, np.float32)
+        for at, piece in self.file.pieces(first, last, kind):
+            block = out[at : at + piece.size]
+            if entry.dtype == "bfloat16":
+                np.left_shift(piece, 16, out=block.view(np.uint32), dtype=np.uint32)
+            else:
+                with np.errstate(over="ignore"):
+                    np.copyto(block, piece, casting="same_kind")
         return out.reshape(shape)
 
 
