@@ -1,0 +1,72 @@
+"""What this version carries out. A valid recipe that asks for more is refused, never half followed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gemma_deploy.errors import NotBuiltError
+from gemma_deploy.recipe.recipe import Recipe
+
+BUILT_SCHEMES = ("fp32", "fp16", "bf16", "w8a16")
+
+# (is it asked for?, one sentence). Building a feature removes its line.
+_NOT_BUILT: tuple[tuple[Callable[[Recipe], bool], Callable[[Recipe], str]], ...] = (
+    (
+        lambda recipe: recipe.frontend.model_kwargs.tp > 1,
+        lambda recipe: (
+            f"frontend.model_kwargs.tp: {recipe.frontend.model_kwargs.tp} ranks are not built yet; "
+            "this version writes one rank, so set tp: 1"
+        ),
+    ),
+    (
+        lambda recipe: recipe.frontend.model_kwargs.b2s,
+        lambda recipe: (
+            "frontend.model_kwargs.b2s: the batch-to-sequence layout is not built yet; "
+            "this version writes the low-latency layout, so set b2s: false"
+        ),
+    ),
+    (
+        lambda recipe: recipe.scheme not in BUILT_SCHEMES,
+        lambda recipe: (
+            f"frontend.quantize.type: {recipe.scheme} is not built yet; "
+            "this version quantizes with w8a16 (int8 per channel, round to nearest), so set type: w8a16"
+        ),
+    ),
+    (
+        lambda recipe: recipe.frontend.adapter is not None,
+        lambda recipe: (
+            "frontend.adapter: merging a LoRA adapter is not built yet; "
+            "merge it into the checkpoint first, and set adapter: null"
+        ),
+    ),
+    (
+        lambda recipe: recipe.backend.type != "tvm_vacc",
+        lambda recipe: (
+            f"backend.type: {recipe.backend.type} is not built yet; "
+            "this version writes static graphs (ONNX Runtime runs them too), so set type: tvm_vacc"
+        ),
+    ),
+    (
+        lambda recipe: not recipe.backend.merge_params,
+        lambda recipe: (
+            "backend.merge_params: separate parameter files are not built yet; "
+            "both graphs share params.safetensors, so set merge_params: true"
+        ),
+    ),
+)
+
+
+def check_built(recipe: Recipe) -> None:
+    """Refuse what the recipe asks for and this version does not do.
+
+    Raises:
+        NotBuiltError: one sentence for each such key.
+    """
+    problems = [explain(recipe) for asked, explain in _NOT_BUILT if asked(recipe)]
+    if problems:
+        raise NotBuiltError(
+            "the recipe is valid, but asks for what this version does not do",
+            where=f"recipe {recipe.name}",
+            problems=problems,
+            next_step="change the keys above in the recipe, or on the command line with -s KEY=VALUE",
+        )

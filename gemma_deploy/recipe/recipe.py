@@ -1,0 +1,295 @@
+"""`Recipe`: what a user asks for, typed and checked, before anything is read or written.
+
+Step 1 of the data path. Knows nothing of checkpoints or graphs. Reading collects every mistake of the file
+(YAML, unknown keys, types, contradictions) and raises one `RecipeError`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
+
+from gemma_deploy.errors import RecipeError
+from gemma_deploy.recipe import document as documents
+from gemma_deploy.recipe import explain, rules, sections
+from gemma_deploy.recipe.document import Document
+
+# Second spellings of one key, both found in public recipes: (spelling, its name here).
+_SPELLINGS = (
+    (("frontend", "quantize", "calib_args", "damp_percent"), "percdamp"),
+    (("frontend", "quantize", "calib_args", "desc_act"), "act_order"),
+)
+# Stand-ins for keys that are missing or wrong, so that the rules about the other keys still run.
+_STAND_INS: dict[documents.Path, Any] = {
+    ("name",): "unnamed",
+    ("frontend", "checkpoint"): "demo",
+    ("frontend", "shape", "input_ids"): [[16], [16]],
+    ("backend", "dtype"): "fp32",
+}
+
+
+class Recipe(sections.Section):
+    """One compile job.
+
+    Example:
+        name: gemma-2b-int8-1024-2048
+        frontend:
+          checkpoint: ${GEMMA_CHECKPOINT:-demo}
+          shape: {input_ids: [[1024], [2048]]}
+          quantize: {type: w8a16}
+        backend: {dtype: int8}
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    frontend: sections.Frontend
+    graph: sections.Graph = sections.Graph()
+    dataset: sections.Dataset = sections.Dataset()
+    backend: sections.Backend
+    parity: sections.Parity = sections.Parity()
+    workspace: sections.Workspace = sections.Workspace()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        overrides: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        *,
+        checkpoint: str | None = None,
+    ) -> Self:
+        """Read a recipe file.
+
+        Args:
+            path: the YAML file.
+            overrides: `a.b.c=value` strings, the value in YAML; later ones win.
+            env: where `${VAR}` is looked up (the process environment by default).
+            checkpoint: replaces `frontend.checkpoint` verbatim, and `frontend.type` with what its name says.
+
+        Raises:
+            RecipeError: the file cannot be read, or lists everything wrong in it.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(
+                f"not a text file (byte {error.start} is not UTF-8)", where=str(path), expected="a YAML recipe"
+            ) from error
+        except OSError as error:
+            raise RecipeError(
+                f"cannot be read: {error.strerror}",
+                where=str(path),
+                expected="a YAML recipe",
+                next_step="give the path of a recipe; build_in/ holds some to start from",
+            ) from error
+        return cls.from_text(text, overrides, env, checkpoint=checkpoint, where=str(path))
+
+    @classmethod
+    def from_text(
+        cls,
+        text: str,
+        overrides: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        *,
+        checkpoint: str | None = None,
+        where: str = "recipe",
+    ) -> Self:
+        """Like `load`, from YAML text."""
+        document = documents.parse(text, overrides, os.environ if env is None else env)
+        if checkpoint is not None:
+            _replace_checkpoint(document, checkpoint)
+        unreadable = not document.values and document.problems
+        recipe = None if unreadable else _build(cls, document)
+        if document.problems or recipe is None:
+            problems = document.sentences()
+            raise RecipeError(
+                f"the recipe has {len(problems)} problem{'s' if len(problems) != 1 else ''}",
+                where=where,
+                problems=problems,
+                next_step="correct the lines above; build_in/ holds working recipes",
+            )
+        return recipe
+
+    @property
+    def prefill_length(self) -> int:
+        """P: the length prompts are padded to."""
+        return self.frontend.shape.input_ids[0][0]
+
+    @property
+    def context_length(self) -> int:
+        """C: the slots of the KV cache."""
+        return self.frontend.shape.input_ids[1][0]
+
+    @property
+    def batch(self) -> int:
+        """B: sequences computed together."""
+        return self.frontend.shape.batch
+
+    @property
+    def scheme(self) -> str:
+        """How the parameters are stored: fp32, fp16, bf16, or a quantize type (int8 alone means w8a16)."""
+        if self.frontend.quantize is not None:
+            return self.frontend.quantize.type
+        return "w8a16" if self.backend.dtype == "int8" else self.backend.dtype
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with all defaults, as plain data; `from_text` of its YAML gives an equal recipe."""
+        return _dump(self)
+
+    def vendor_keys(self) -> dict[str, Any]:
+        """Dotted key -> value of what is carried into the manifest and has no effect here."""
+        carried = _vendor(self, "")
+        quantize = self.frontend.quantize
+        if quantize is not None and self.scheme == "w8a16":  # round to nearest looks at no data
+            for key in ("device", "calib_args"):
+                if key in quantize.model_fields_set:
+                    value = getattr(quantize, key)
+                    carried[f"frontend.quantize.{key}"] = _dump(value) if isinstance(value, BaseModel) else value
+        return dict(sorted(carried.items()))
+
+
+T = TypeVar("T", bound=Recipe)
+
+
+def _is_vendor(owner: BaseModel, name: str) -> bool:
+    return type(owner).model_fields[name].description == sections.VENDOR
+
+
+def _dump(section: BaseModel) -> dict[str, Any]:
+    """All keys but vendor keys that were not written."""
+    dumped: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            inner = _dump(value)
+            if inner or name in section.model_fields_set:
+                dumped[name] = inner
+        elif not _is_vendor(section, name) or name in section.model_fields_set:
+            dumped[name] = value
+    return dumped
+
+
+def _vendor(section: BaseModel, prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            found.update(_vendor(value, f"{prefix}{name}."))
+        elif _is_vendor(section, name) and name in section.model_fields_set:
+            if name == "compile":
+                found.update({f"{prefix}{name}.{key}": inner for key, inner in value.items()})
+            else:
+                found[f"{prefix}{name}"] = value
+    return found
+
+
+def _replace_checkpoint(document: Document, checkpoint: str) -> None:
+    place = f"--checkpoint {checkpoint}"
+    kind = "gguf" if checkpoint.lower().endswith(".gguf") else "huggingface"
+    documents.set_value(document, ("frontend", "checkpoint"), checkpoint, place)
+    documents.set_value(document, ("frontend", "type"), kind, place)
+
+
+def _build(cls: type[T], document: Document) -> T | None:
+    """Validate `document`; problems are added to it, and None comes back only if no recipe could be formed."""
+    _normalise(cls, document)
+    spoiled = {_key(path) for path, _ in document.problems}
+    recipe, errors = _validate(cls, document.values)
+    for error in errors:
+        path = tuple(error["loc"])
+        if not any(path[: len(key)] == key for key in spoiled if key):
+            document.problems.append((path, explain.sentence(cls, error)))
+    bad = spoiled | {_key(tuple(error["loc"])) for error in errors}
+    if recipe is None:
+        recipe = _without(cls, document, bad)
+    if recipe is not None:
+        document.problems.extend(rules.contradictions(recipe, bad - {()}))
+    return recipe
+
+
+def _without(cls: type[T], document: Document, bad: set[documents.Path]) -> T | None:
+    """What is left of the recipe without the keys in `bad`, so that the rules about the other keys still run."""
+    remove = set(bad)
+    for _ in range(8):  # a section that lost a required key goes as well, from the inside out
+        for path in remove:
+            document.remove(path)
+        for path, value in _STAND_INS.items():
+            if document.get(path) is None:
+                _put(document.values, path, value)
+        recipe, errors = _validate(cls, document.values)
+        if recipe is not None:
+            return recipe
+        remove = {_key(tuple(error["loc"]))[: -1 if error["type"] == "missing" else None] for error in errors}
+    return None
+
+
+def _validate(cls: type[T], values: dict[str, Any]) -> tuple[T | None, list[Any]]:
+    try:
+        return cls.model_validate(values), []
+    except ValidationError as error:
+        return None, list(error.errors(include_url=False))
+
+
+def _key(path: documents.Path) -> documents.Path:
+    """`path` up to the last key before a list index."""
+    for depth, part in enumerate(path):
+        if isinstance(part, int):
+            return path[:depth]
+    return path
+
+
+def _put(values: dict[str, Any], path: documents.Path, value: Any) -> None:
+    for part in path[:-1]:
+        inner = values.get(str(part))
+        if not isinstance(inner, dict):
+            inner = values[str(part)] = {}
+        values = inner
+    values[str(path[-1])] = value
+
+
+def _normalise(cls: type[Recipe], document: Document) -> None:
+    """Empty sections, second spellings, and defaults that depend on other keys."""
+    _drop_empty_sections(cls, document.values)
+    for path, name in _SPELLINGS:
+        section, target = document.get(path[:-1]), (*path[:-1], name)
+        if not isinstance(section, dict) or path[-1] not in section:
+            continue
+        if name in section:
+            document.problems.append((path, f"is a second spelling of {name}, which is given as well: keep one"))
+            section.pop(path[-1])
+            continue
+        section[name] = section.pop(str(path[-1]))
+        document.places[target] = document.place(path)
+    frontend = document.values.get("frontend")
+    if isinstance(frontend, dict) and "type" not in frontend:
+        checkpoint = frontend.get("checkpoint")
+        if isinstance(checkpoint, str) and checkpoint.lower().endswith(".gguf"):
+            frontend["type"] = "gguf"
+    _fit_parity_defaults(document)
+
+
+def _drop_empty_sections(cls: type[BaseModel], values: dict[str, Any]) -> None:
+    """`dataset:` with nothing behind it means the defaults."""
+    for name in list(values):
+        inner = explain.section_at(cls, (name,))
+        is_map = inner is not None or name == "compile"
+        if is_map and values[name] is None:
+            del values[name]
+        elif inner is not None and isinstance(values[name], dict):
+            _drop_empty_sections(inner, values[name])
+
+
+def _fit_parity_defaults(document: Document) -> None:
+    """Short graphs get a short comparison unless the recipe asks for a longer one."""
+    lengths = document.get(("frontend", "shape", "input_ids"))
+    parity = document.values.get("parity", {})
+    match lengths:
+        case [[int(prefill)], [int(context)]] if isinstance(parity, dict) and 0 < prefill <= context:
+            fields = sections.Parity.model_fields
+            fits = {"prompt_tokens": prefill, "decode_tokens": context - prefill}
+            for name, room in fits.items():
+                if name not in parity and room < fields[name].default:
+                    document.values.setdefault("parity", parity)[name] = room

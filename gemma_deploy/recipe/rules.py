@@ -1,0 +1,218 @@
+"""What the keys of a recipe must mean together: every contradiction, found at once, before any work.
+
+A rule names the keys it reads; it is skipped when one of them is wrong already, so one mistake gives one sentence.
+`check_against_model` holds the rules that need the checkpoint's config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Protocol
+
+from gemma_deploy.errors import RecipeError
+from gemma_deploy.recipe.document import Path
+
+if TYPE_CHECKING:
+    from gemma_deploy.recipe.recipe import Recipe
+
+LENGTH_MULTIPLE = 16
+
+Found = Iterator[tuple[Path, str]]
+Rule = Callable[["Recipe"], Found]
+
+RULES: list[tuple[tuple[Path, ...], Rule]] = []
+
+
+def rule(*reads: str) -> Callable[[Rule], Rule]:
+    """Register a rule with the dotted keys it reads."""
+
+    def add(function: Rule) -> Rule:
+        RULES.append((tuple(tuple(key.split(".")) for key in reads), function))
+        return function
+
+    return add
+
+
+def contradictions(recipe: Recipe, bad: set[Path]) -> list[tuple[Path, str]]:
+    """All broken rules of `recipe`, leaving out those that read a key in `bad`."""
+
+    def unusable(key: Path) -> bool:
+        return any(key[: len(wrong)] == wrong or wrong[: len(key)] == key for wrong in bad)
+
+    found: list[tuple[Path, str]] = []
+    for reads, function in RULES:
+        if not any(unusable(key) for key in reads):
+            found.extend(function(recipe))
+    return found
+
+
+_DTYPE = "backend.dtype"
+_QUANTIZE = "frontend.quantize"
+_INPUT_IDS: Path = ("frontend", "shape", "input_ids")
+_SHAPE = ".".join(str(part) for part in _INPUT_IDS)
+
+
+@rule("name")
+def name_is_a_directory_name(recipe: Recipe) -> Found:
+    """The artifact lies in `workspace/NAME`."""
+    name = recipe.name
+    if (
+        name != name.strip()
+        or name.startswith((".", "-"))
+        or name.endswith(".partial")
+        or len(name.encode()) > 200
+        or any(letter in "/\\" or ord(letter) < 32 for letter in name)
+    ):
+        yield (
+            ("name",),
+            f"got '{name}', expected a plain directory name: "
+            "no slash, no leading dot or dash, no '.partial' at the end",
+        )
+
+
+@rule("frontend.checkpoint", "frontend.type")
+def gguf_is_a_gguf_file(recipe: Recipe) -> Found:
+    """`frontend.type` says what the file name says."""
+    path, kind = recipe.frontend.checkpoint, recipe.frontend.type
+    if (kind == "gguf") != path.lower().endswith(".gguf"):
+        right = "huggingface" if kind == "gguf" else "gguf"
+        yield ("frontend", "type"), f"{kind} contradicts frontend.checkpoint '{path}': set frontend.type: {right}"
+
+
+@rule(_DTYPE, _QUANTIZE)
+def dtype_agrees_with_quantize(recipe: Recipe) -> Found:
+    """Int8 and int4 weights need dtype int8; an 8-bit cache needs 16-bit weights or less."""
+    dtype, quantize = recipe.backend.dtype, recipe.frontend.quantize
+    if quantize is None or dtype == "int8" or (quantize.type == "w16kv8" and dtype != "fp32"):
+        return
+    if quantize.type == "w16kv8":
+        yield (
+            ("backend", "dtype"),
+            "fp32 contradicts frontend.quantize.type w16kv8 (16-bit weights): set backend.dtype: fp16",
+        )
+        return
+    bits = "4-bit" if quantize.type.startswith("w4") else "int8"
+    yield (
+        ("backend", "dtype"),
+        f"{dtype} contradicts frontend.quantize.type {quantize.type} ({bits} weights): "
+        "set backend.dtype: int8, or remove frontend.quantize",
+    )
+
+
+@rule(_QUANTIZE)
+def wbits_agrees_with_type(recipe: Recipe) -> Found:
+    """`calib_args.wbits` repeats what `type` says."""
+    quantize = recipe.frontend.quantize
+    if quantize is None or quantize.calib_args.wbits is None:
+        return
+    bits = 16 if quantize.type == "w16kv8" else int(quantize.type[1])
+    if quantize.calib_args.wbits != bits:
+        yield (
+            ("frontend", "quantize", "calib_args", "wbits"),
+            f"{quantize.calib_args.wbits} contradicts frontend.quantize.type {quantize.type}: "
+            f"write {bits}, or remove it",
+        )
+
+
+@rule(_SHAPE)
+def lengths_fit_the_graphs(recipe: Recipe) -> Found:
+    """`[[P], [C]]`, both multiples of 16, P <= C."""
+    lengths = recipe.frontend.shape.input_ids
+    if len(lengths) != 2 or any(len(one) != 1 for one in lengths):
+        yield _INPUT_IDS, f"got {lengths}, expected [[prefill length], [context length]], such as [[1024], [2048]]"
+        return
+    for index, (what, (length,)) in enumerate(zip(("prefill", "context"), lengths, strict=True)):
+        if length % LENGTH_MULTIPLE:
+            below = length // LENGTH_MULTIPLE * LENGTH_MULTIPLE
+            near = f"{below} or {below + LENGTH_MULTIPLE}" if below else str(LENGTH_MULTIPLE)
+            yield (
+                (*_INPUT_IDS, index),
+                f"{what} length {length} is not a multiple of {LENGTH_MULTIPLE}; nearest: {near}",
+            )
+    (prefill,), (context,) = lengths
+    if context < prefill:
+        yield (
+            _INPUT_IDS,
+            f"context length {context} is shorter than prefill length {prefill}: "
+            "the cache must hold the prompt, so write [[prefill], [context]] with context >= prefill",
+        )
+
+
+@rule(_SHAPE, "parity")
+def parity_fits_the_graphs(recipe: Recipe) -> Found:
+    """The compared prompt fits P; its decode steps fill the slots from P to C."""
+    lengths = recipe.frontend.shape.input_ids
+    if len(lengths) != 2 or any(len(one) != 1 for one in lengths) or lengths[1] < lengths[0]:
+        return
+    (prefill,), (context,) = lengths
+    prompt, decode = recipe.parity.prompt_tokens, recipe.parity.decode_tokens
+    if prompt > prefill:
+        yield (
+            ("parity", "prompt_tokens"),
+            f"{prompt} tokens do not fit the prefill length {prefill}: write at most {prefill}",
+        )
+    if prefill + decode > context:
+        yield (
+            ("parity", "decode_tokens"),
+            f"{decode} steps do not fit: prefill fills {prefill} of {context} cache slots, "
+            f"so write at most {context - prefill}",
+        )
+
+
+class ModelFacts(Protocol):
+    """The part of `checkpoint.ModelConfig` the recipe is checked against, by its names in config.json."""
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads."""
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Heads of the KV cache."""
+
+    @property
+    def intermediate_size(self) -> int:
+        """Columns of the MLP."""
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Longest context the model was made for."""
+
+
+def check_against_model(recipe: Recipe, config: ModelFacts) -> None:
+    """Refuse a recipe the model cannot follow.
+
+    Raises:
+        RecipeError: lists every key that contradicts the checkpoint's config.
+    """
+    problems: list[str] = []
+    tp, align = recipe.frontend.model_kwargs.tp, recipe.frontend.model_kwargs.align_qkv
+    if config.num_attention_heads % tp:
+        problems.append(
+            f"frontend.model_kwargs.tp: {tp} ranks do not divide the {config.num_attention_heads} attention heads"
+        )
+    if config.num_key_value_heads % tp and not align:
+        problems.append(
+            f"frontend.model_kwargs.tp: {tp} ranks do not divide the {config.num_key_value_heads} key/value heads; "
+            "set frontend.model_kwargs.align_qkv: true to repeat them"
+        )
+    if config.intermediate_size % tp:
+        problems.append(
+            f"frontend.model_kwargs.tp: {tp} ranks do not divide the intermediate_size {config.intermediate_size}"
+        )
+    if recipe.context_length > config.max_position_embeddings:
+        problems.append(
+            f"frontend.shape.input_ids: context length {recipe.context_length} is longer than the model's "
+            f"max_position_embeddings {config.max_position_embeddings}"
+        )
+    if problems:
+        raise RecipeError(
+            f"the recipe does not fit the model ({_count(len(problems))})",
+            where=f"recipe {recipe.name}",
+            problems=problems,
+            next_step="change the keys above, or point frontend.checkpoint at another model",
+        )
+
+
+def _count(number: int) -> str:
+    return f"{number} problem{'s' if number != 1 else ''}"

@@ -1,0 +1,142 @@
+"""The schema of a recipe: one frozen class per section, one field per key.
+
+A field marked `VENDOR` is interpreted by the vendor's compiler alone: it is carried into the manifest verbatim
+and reported by `Recipe.vendor_keys`. What the keys mean together is in `rules.py`; what this version builds is in
+`built.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+WEIGHT_TYPES = ("w8a16", "w8a16_gptq", "w8a8", "w4a16", "w4a16_gptq")
+QUANTIZE_TYPES = (*WEIGHT_TYPES, "w16kv8", *(f"{weight}+kv8" for weight in WEIGHT_TYPES))
+QuantizeType = Literal[
+    "w8a16", "w8a16_gptq", "w8a8", "w4a16", "w4a16_gptq", "w16kv8",
+    "w8a16+kv8", "w8a16_gptq+kv8", "w8a8+kv8", "w4a16+kv8", "w4a16_gptq+kv8",
+]  # fmt: skip
+
+VENDOR = "interpreted by the vendor's compiler only; carried into the manifest"
+
+Positive = Annotated[int, Field(ge=1)]
+VendorOnly = Annotated[Any, Field(description=VENDOR)]
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys refused, no silent conversion, no change after loading."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class Shape(Section):
+    """Static shape of the graphs: `input_ids: [[P], [C]]`, prefill length and context length."""
+
+    input_ids: list[list[Positive]]
+    batch: Positive = 1
+
+
+class ModelKwargs(Section):
+    """How the patched model is built and laid out."""
+
+    tp: Positive = 1
+    b2s: bool = False
+    model_arch: Literal["vacc"] = "vacc"
+    align_qkv: bool = False
+    embed_scale: Literal["exact", "bf16"] = "exact"
+    split_embed: VendorOnly = None
+    onnx_cache: VendorOnly = None
+    from_onnx: VendorOnly = None
+    build_visual: VendorOnly = None
+    llm_build: VendorOnly = None
+    seq_lens: VendorOnly = None
+    dump_layers: VendorOnly = None
+    cached_length: VendorOnly = None
+    insert_slice: VendorOnly = None
+    attention_split_num: VendorOnly = None
+    ffn_split_num: VendorOnly = None
+
+
+class CalibArgs(Section):
+    """Settings of the calibrated quantizers (`percdamp` = `damp_percent`, `act_order` = `desc_act`)."""
+
+    true_sequential: bool = True
+    percdamp: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    act_order: bool = False
+    wbits: Literal[4, 8, 16] | None = None
+    blocksize: Positive = 128
+    groupsize: VendorOnly = None
+    onegroup: VendorOnly = None
+    model_file_base_name: VendorOnly = None
+    model_file_kv_name: VendorOnly = None
+
+
+class Quantize(Section):
+    """Scheme of the weights and of the KV cache."""
+
+    type: QuantizeType
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
+    calib_args: CalibArgs = CalibArgs()
+
+
+class Frontend(Section):
+    """Which model, and in what form."""
+
+    checkpoint: Annotated[str, Field(min_length=1)]
+    type: Literal["huggingface", "gguf"] = "huggingface"
+    adapter: Annotated[str, Field(min_length=1)] | None = None
+    shape: Shape
+    model_kwargs: ModelKwargs = ModelKwargs()
+    quantize: Quantize | None = None
+    dtype: VendorOnly = None
+
+
+class Dataset(Section):
+    """Text the calibrated quantizers look at."""
+
+    type: Literal["huggingface"] = "huggingface"
+    name: Literal["c4", "ceval", "alpaca"] = "c4"
+    path: Annotated[str, Field(min_length=1)] | None = None
+    nsamples: Positive = 128
+    seqlen: Positive = 1024
+    sampler: VendorOnly = None
+    process_ops: VendorOnly = None
+
+
+class Graph(Section):
+    """Additions to the vendor's graph."""
+
+    extra_ops: VendorOnly = None
+
+
+class Backend(Section):
+    """What the artifact is for."""
+
+    type: Literal["tvm_vacc", "onnxruntime"] = "tvm_vacc"
+    dtype: Literal["fp32", "fp16", "bf16", "int8"]
+    merge_params: bool = True
+    compile: Annotated[dict[str, Any], Field(description=VENDOR)] = {}
+    device: VendorOnly = None
+    quantize: VendorOnly = None
+    merge_shapes: VendorOnly = None
+    remove_params: VendorOnly = None
+    dynamic_compile: VendorOnly = None
+
+
+class Parity(Section):
+    """The comparison that ends a compile."""
+
+    text: Annotated[str, Field(min_length=1)] | None = None
+    prompt_tokens: Positive = 64
+    decode_tokens: Annotated[int, Field(ge=0)] = 32
+    gate: bool = True
+
+
+class Workspace(Section):
+    """Where artifacts go, and how many tensors are written at a time."""
+
+    path: Annotated[str, Field(min_length=1)] = "./workspace"
+    workers: Annotated[int, Field(ge=1, le=256)] = 2
+    env_recheck: VendorOnly = None
+    pyenv: VendorOnly = None
