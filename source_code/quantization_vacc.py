@@ -68,7 +68,8 @@ class QuantizedEmbedding(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids: [batch, seq] -> [batch, seq, hidden]."""
         rows = nn.functional.embedding(input_ids, self.weight).to(torch.float32)
-        return (rows * self.scale[input_ids][..., None]).to(self.dtype) * self.embed_scale
+        scale = nn.functional.embedding(input_ids, self.scale[:, None])
+        return (rows * scale).to(self.dtype) * self.embed_scale
 
 
 class StoredLinear(nn.Module):

@@ -17,7 +17,9 @@ ModelType = Literal["gemma", "gemma2", "gemma3_text"]
 LayerType = Literal["full_attention", "sliding_attention"]
 
 MODEL_TYPES: tuple[ModelType, ...] = ("gemma", "gemma2", "gemma3_text")
-LAYER_TYPES: tuple[LayerType, ...] = ("full_attention", "sliding_attention")
+FULL: LayerType = "full_attention"
+SLIDING: LayerType = "sliding_attention"
+LAYER_TYPES: tuple[LayerType, ...] = (FULL, SLIDING)
 # Every generation computes the tanh approximation, also where a Gemma 1 config says "gelu" (gemma_facts.md).
 GELU_NAMES = ("gelu", "gelu_pytorch_tanh", "gelu_new")
 REQUIRED_SIZES = (
@@ -184,20 +186,20 @@ class _Parser:
                 self._problem("layer_types", given, "a list of " + " / ".join(LAYER_TYPES))
             elif len(given) != layers:
                 self._problem("layer_types", f"{len(given)} entries", f"{layers}, one per layer")
-            elif kind == "gemma" and "sliding_attention" in given:
-                self._problem("layer_types", "sliding_attention", "full_attention only: Gemma 1 has no window")
+            elif kind == "gemma" and SLIDING in given:
+                self._problem("layer_types", SLIDING, "full_attention only: Gemma 1 has no window")
             else:
                 return tuple(given)
         if kind == "gemma":
-            return ("full_attention",) * layers
+            return (FULL,) * layers
         pattern = 2
         if kind == "gemma3_text":
             key = "sliding_window_pattern" if "sliding_window_pattern" in self.raw else "_sliding_window_pattern"
-            pattern = self._integer(key, default=6)
-        return tuple("sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers))
+            pattern = self._integer(key, default=6, most=LARGEST["num_hidden_layers"])
+        return tuple(SLIDING if (i + 1) % pattern else FULL for i in range(layers))
 
     def _window(self, kind: ModelType, layer_types: tuple[LayerType, ...]) -> int | None:
-        if kind == "gemma" or "sliding_attention" not in layer_types:
+        if kind == "gemma" or SLIDING not in layer_types:
             return None
         return self._integer("sliding_window", default=4096 if kind == "gemma2" else _MISSING)
 
@@ -226,7 +228,7 @@ class _Parser:
             self._problem("rope_parameters", sorted(parameters), "one entry per layer type")
         ropes: dict[LayerType, Rope] = {}
         for layer_type in (t for t in LAYER_TYPES if t in layer_types):
-            local = kind == "gemma3_text" and layer_type == "sliding_attention"
+            local = kind == "gemma3_text" and layer_type == SLIDING
             entry = parameters.get(layer_type) if per_kind else parameters
             if entry is not None and not isinstance(entry, dict):
                 self._problem(f"rope_parameters.{layer_type}", entry, "an object")

@@ -24,8 +24,9 @@ def simplify(model: ir.Model, functions: list[ir.Function]) -> tuple[ir.Model, i
         model.opset_imports[domain] = 1
     proto = ir.to_proto(model)
     try:
-        # Numerics are checked by parity, on real text, later; here there are no weights to run with.
-        simple, _ = onnxsim.simplify(proto, check_n=0, tensor_size_threshold="4KB", skip_fuse_bn=True)
+        # Numerics are checked by parity, on real text, later; here there are no weights to run with. Folding is done
+        # (fold.py) and stays off: it would store the causal masks, P x P each, in the .onnx file.
+        simple, _ = onnxsim.simplify(proto, check_n=0, skip_constant_folding=True, skip_fuse_bn=True)
     except (RuntimeError, ValueError) as error:
         raise ExportError(f"onnxsim: {error}", where="export stage") from error
     result = ir.from_proto(simple)
