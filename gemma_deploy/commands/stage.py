@@ -1,0 +1,26 @@
+"""`gemma-deploy stage`: a directory that `from_pretrained(..., trust_remote_code=True)` loads as the patched model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+EPILOG = """\b
+Examples:
+  gemma-deploy stage /models/gemma-2b staged/gemma-2b
+  python -c "from transformers import AutoModelForCausalLM as A;
+             A.from_pretrained('staged/gemma-2b', trust_remote_code=True)"
+"""
+
+
+@click.command("stage", epilog=EPILOG)
+@click.argument("checkpoint")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Replace a directory staged before.")
+def command(checkpoint: str, out: Path, force: bool) -> None:
+    """Link the weights of CHECKPOINT (a directory, a .gguf file, or `demo`) into OUT beside the patched files."""
+    from gemma_deploy.checkpoint import resolve_checkpoint, stage_checkpoint
+
+    staged = stage_checkpoint(resolve_checkpoint(checkpoint), out, force=force)
+    click.echo(f"staged {staged}")
