@@ -209,7 +209,9 @@ def _compose(text: str, document: Document, env: Mapping[str, str], place: str |
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         spot = f"line {mark.line + 1}, column {mark.column + 1}: " if mark and not place else ""
-        document.problems.append((path, f"{spot}not valid YAML: {error.problem or error.context}"))
+        line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
+        hint = "; inside {} or [] a ${VAR} must stand in quotes" if "${" in line else ""
+        document.problems.append((path, f"{spot}not valid YAML: {error.problem or error.context}{hint}"))
     except yaml.YAMLError as error:
         document.problems.append((path, f"not valid YAML: {' '.join(str(error).split())}"))
     except (_TooLargeError, RecursionError):

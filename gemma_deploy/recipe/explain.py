@@ -30,9 +30,9 @@ _BOUNDS = {
 }
 
 
-def nearest(word: str, known: list[str]) -> str | None:
+def nearest(word: str, known: list[str], cutoff: float = 0.6) -> str | None:
     """The known word `word` was probably meant to be."""
-    close = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word.lower(), known, n=1, cutoff=cutoff)
     return close[0] if close else None
 
 
@@ -90,7 +90,7 @@ def unknown_key(root: type[BaseModel], path: Path) -> str:
         return f"unknown key here; it belongs at {places}"
     if close := nearest(key, known):
         return f"unknown key; did you mean `{dotted((*path[:-1], close))}`?"
-    if close := nearest(key, sorted(everywhere)):
+    if close := nearest(key, sorted(everywhere), cutoff=0.8):
         return f"unknown key; did you mean `{dotted(everywhere[close][0])}`?"
     return f"unknown key; known here: {', '.join(known)}"
 
