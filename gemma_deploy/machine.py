@@ -1,0 +1,111 @@
+"""What this machine has left: memory under every limit, disk, cores. Used by preflight, measures nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Room for a job.
+
+    Args:
+        ram_bytes: memory a process can still take.
+        ram_source: what sets that figure, for messages.
+        disk_free_bytes: free bytes where the artifact goes.
+        cpus: cores this process may use.
+        writable: whether the artifact's directory can be made.
+    """
+
+    ram_bytes: int
+    ram_source: str
+    disk_free_bytes: int
+    cpus: int
+    writable: bool = True
+
+    @classmethod
+    def measure(cls, out: Path) -> Machine:
+        """Look at this machine, with `out` as the place to write to."""
+        ram, source = psutil.virtual_memory().available, "free memory of the machine"
+        for room, limit in _cgroup_rooms(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")):
+            if room < ram:
+                ram, source = room, f"cgroup limit {gib(limit)}"
+        parent = nearest_existing(out)
+        return cls(
+            ram_bytes=ram,
+            ram_source=source,
+            disk_free_bytes=shutil.disk_usage(parent).free,
+            cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            writable=parent.is_dir() and os.access(parent, os.W_OK | os.X_OK),
+        )
+
+
+def _cgroup_rooms(membership: Path, mount: Path) -> Iterator[tuple[int, int]]:
+    """(bytes left, limit) of every memory cgroup above this process, versions 1 and 2.
+
+    The path in `membership` may be the host's while `mount` shows only the container's part, so the mount's own root
+    is looked at as well.
+    """
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, names = mount, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root = mount / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for directory in (group, *group.parents):
+            limit, used = _number(directory / names[0]), _number(directory / names[1])
+            if limit is not None and used is not None:
+                yield max(0, limit - max(0, used - _reclaimable(directory, names[2]))), limit
+            if directory == root:
+                break
+
+
+def _number(file: Path) -> int | None:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):  # `max` means no limit
+        return None
+
+
+def _reclaimable(directory: Path, key: str) -> int:
+    """Page cache the kernel gives back under pressure."""
+    try:
+        for line in (directory / "memory.stat").read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name == key:
+                return int(value)
+    except (OSError, ValueError):
+        pass
+    return 0
+
+
+def nearest_existing(path: Path) -> Path:
+    """`path`, or the first directory above it that exists."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def gib(count: int) -> str:
+    """Bytes of memory as `1.25 GiB`."""
+    return f"{count / (1 << 30):.2f} GiB"
+
+
+def size(count: int) -> str:
+    """Bytes on disk as `640 kB`, `268.4 MB` or `2.51 GB`."""
+    if count < 1_000_000:
+        return f"{count / 1e3:.0f} kB"
+    return f"{count / 1e6:.1f} MB" if count < 1_000_000_000 else f"{count / 1e9:.2f} GB"

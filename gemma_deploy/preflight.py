@@ -1,0 +1,327 @@
+"""Will this machine do the job? Memory, disk and time of every stage, estimated before any work.
+
+Step 3 of the data path: recipe + opened checkpoint -> `Plan`. Reads no weight and imports no torch. The figures are
+estimates from tensor shapes and measured rates; only the artifact's parameter bytes are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+from gemma_deploy.checkpoint import ModelConfig
+from gemma_deploy.errors import PreflightError
+from gemma_deploy.machine import Machine, gib, nearest_existing, size
+from gemma_deploy.params.plan import Scheme, build_plan
+from gemma_deploy.recipe import Recipe, check_built
+
+GIB, MIB = 1 << 30, 1 << 20
+
+# Peak RSS of a stage beyond its data, measured with transformers 5.23, torch 2.13 CPU on 2 cores of AMD Milan:
+BASE_BYTES = int(0.45 * GIB)  # torch and numpy imported (torch alone: 0.34)
+EXPORT_BYTES = int(0.55 * GIB)  # a gemma-2b-shaped decode graph traced and converted (shared/design.md, section 3)
+BLOCK_BYTES = 64 * MIB  # one row block as float32; source rows, codes and a temporary come to as much again
+BLOCK_COPIES = 3
+GRAPH_BYTES = 8 * MIB  # both .onnx files, manifest, report
+# Rates on the same machine; the disk's are a 1 GiB dd without other load, the others a 64 MiB float32 block in numpy.
+READ_BYTES_PER_S = 2.0e9
+WRITE_BYTES_PER_S = 0.8e9
+CAST_BYTES_PER_S = 1.5e9  # float32 bytes cast and hashed
+QUANTIZE_BYTES_PER_S = 0.45e9  # float32 bytes rounded to int8 per row, with SQNR
+FLOPS_PER_S = 1.0e11  # float32 GEMM on 2 cores (117 measured; torch 113, ORT 151 in the design notes)
+MEMORY_BYTES_PER_S = 1.0e10  # weights read once per decode step
+IMPORT_SECONDS = 4.0
+EXPORT_SECONDS = 6.0
+# Forward passes of the gate: stock class, patched class, strict artifact, fast artifact.
+PARITY_RUNS = 4
+
+Reference = Literal["memory", "offload", "none"]
+
+
+class TensorFacts(Protocol):
+    """What preflight asks of a `checkpoint.TensorInfo`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As stored."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the source file."""
+
+
+class CheckpointFacts(Protocol):
+    """What preflight asks of a `checkpoint.Checkpoint`."""
+
+    @property
+    def path(self) -> Path:
+        """Directory or .gguf file."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """What the weights mean."""
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """Name -> `TensorFacts`."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Estimate of one stage: peak memory, bytes it leaves on disk, wall time."""
+
+    name: str
+    what: str
+    ram_bytes: int
+    disk_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a compile will take, and what the machine lacks for it.
+
+    Args:
+        name: the recipe's name.
+        scheme: how the parameters are stored.
+        out: where the artifact goes.
+        parameter_bytes: exact size of the tensors in params.safetensors.
+        reference: whether parity holds the fp32 reference in memory or leaves it on disk.
+        stages: estimates in the order of work.
+        machine: what was measured.
+        shortfalls: plain sentences; empty when the job fits.
+        notes: what the user should know although it does not stop the job.
+    """
+
+    name: str
+    scheme: str
+    out: Path
+    parameter_bytes: int
+    reference: Reference
+    stages: tuple[Stage, ...]
+    machine: Machine
+    shortfalls: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def peak_ram_bytes(self) -> int:
+        """Memory of the largest stage."""
+        return max(stage.ram_bytes for stage in self.stages)
+
+    @property
+    def disk_bytes(self) -> int:
+        """What all stages leave on disk together."""
+        return sum(stage.disk_bytes for stage in self.stages)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        totals = {"peak_ram_bytes": self.peak_ram_bytes, "disk_bytes": self.disk_bytes, "seconds": self.seconds}
+        plain = asdict(self) | {"out": str(self.out)} | totals
+        return plain | {key: list(plain[key]) for key in ("stages", "shortfalls", "notes")}
+
+
+def preflight(
+    recipe: Recipe,
+    checkpoint: CheckpointFacts,
+    *,
+    out: Path | None = None,
+    staging_bytes: int | None = None,
+    parity: bool = True,
+    machine: Machine | None = None,
+) -> Plan:
+    """Refuse a job this machine cannot finish, before any work.
+
+    Raises:
+        PreflightError: lists everything that is short, with the figures.
+    """
+    plan = make_plan(recipe, checkpoint, out=out, staging_bytes=staging_bytes, parity=parity, machine=machine)
+    if plan.shortfalls:
+        raise PreflightError(
+            "this machine cannot do the job as asked",
+            where=f"recipe {recipe.name}",
+            problems=plan.shortfalls,
+            next_step="see all stages with `gemma-deploy compile RECIPE --dry-run`",
+        )
+    return plan
+
+
+def make_plan(
+    recipe: Recipe,
+    checkpoint: CheckpointFacts,
+    *,
+    out: Path | None = None,
+    staging_bytes: int | None = None,
+    parity: bool = True,
+    machine: Machine | None = None,
+) -> Plan:
+    """Estimate every stage; shortfalls are listed in the plan, not raised.
+
+    Args:
+        recipe: what to build.
+        checkpoint: the opened checkpoint.
+        out: the artifact's directory (`workspace.path`/NAME by default).
+        staging_bytes: bytes the staged directory takes; by default nothing for safetensors (links) and the
+            float32 weights for GGUF.
+        parity: whether the gate runs at the end.
+        machine: what the machine has; measured when None.
+
+    Raises:
+        NotBuiltError: the recipe asks for what this version does not do.
+    """
+    check_built(recipe)
+    out = out or Path(recipe.workspace.path) / recipe.name
+    machine = machine or Machine.measure(out)
+    tensors = _needed(checkpoint)
+    elements = sum(prod(tensor.shape) for tensor in tensors.values())
+    if staging_bytes is None:
+        staging_bytes = 4 * elements if checkpoint.path.suffix.lower() == ".gguf" else 0
+    parameters = parameter_bytes(recipe, checkpoint)
+    stages = [
+        Stage("stage", "links, source files, config", BASE_BYTES if staging_bytes else 64 * MIB, staging_bytes,
+              1.0 + staging_bytes / WRITE_BYTES_PER_S),
+        Stage("export", "iter0 and iter1, no weights", EXPORT_BYTES, GRAPH_BYTES, IMPORT_SECONDS + EXPORT_SECONDS),
+        _params_stage(recipe, tensors, elements, parameters, machine),
+    ]  # fmt: skip
+    reference: Reference = "none"
+    if parity:
+        stage, reference = _parity_stage(recipe, checkpoint.config, tensors, elements, parameters, machine)
+        stages.append(stage)
+    drafted = Plan(recipe.name, recipe.scheme, out, parameters, reference, tuple(stages), machine, (), ())
+    return Plan(**{**drafted.__dict__, "shortfalls": _shortfalls(drafted, recipe), "notes": _notes(drafted)})
+
+
+def _needed(checkpoint: CheckpointFacts) -> dict[str, TensorFacts]:
+    """Tensors that become parameters: an LM head stored beside a tied table is not one."""
+    tied = checkpoint.config.tie_word_embeddings
+    return {name: one for name, one in checkpoint.tensors.items() if not (tied and name == "lm_head.weight")}
+
+
+def parameter_bytes(recipe: Recipe, checkpoint: CheckpointFacts) -> int:
+    """Exact bytes of the tensors in params.safetensors, rotary tables included, header excluded."""
+    plan = build_plan(checkpoint.config, cast(Scheme, recipe.scheme), recipe.context_length)
+    return sum(spec.nbytes for spec in plan)
+
+
+def _params_stage(
+    recipe: Recipe, tensors: Mapping[str, TensorFacts], elements: int, parameters: int, machine: Machine
+) -> Stage:
+    workers = max(1, min(recipe.workspace.workers, len(tensors)))
+    largest = max(4 * prod(tensor.shape) for tensor in tensors.values())
+    ram = BASE_BYTES + workers * BLOCK_COPIES * min(BLOCK_BYTES, largest)
+    source = sum(tensor.nbytes for tensor in tensors.values())
+    rate = QUANTIZE_BYTES_PER_S if recipe.scheme == "w8a16" else CAST_BYTES_PER_S
+    compute = 4 * elements / (rate * min(workers, machine.cpus))
+    seconds = source / READ_BYTES_PER_S + compute + parameters / WRITE_BYTES_PER_S
+    return Stage("params", f"{len(tensors)} tensors as {recipe.scheme}, {workers} at a time", ram, parameters, seconds)
+
+
+def _parity_stage(
+    recipe: Recipe,
+    config: ModelConfig,
+    tensors: Mapping[str, TensorFacts],
+    elements: int,
+    parameters: int,
+    machine: Machine,
+) -> tuple[Stage, Reference]:
+    """The fp32 reference stays in memory when it fits beside the artifact, else its layers come from disk."""
+    tokens = recipe.parity.prompt_tokens + recipe.parity.decode_tokens
+    cache = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * recipe.context_length
+    logits = 2 * 4 * tokens * config.vocab_size
+    fixed = BASE_BYTES + parameters + recipe.batch * (2 * cache + logits)
+    reference_bytes = 4 * elements
+    steps = recipe.parity.decode_tokens
+    compute = 2.0 * elements * recipe.parity.prompt_tokens / FLOPS_PER_S + steps * reference_bytes / MEMORY_BYTES_PER_S
+    seconds = IMPORT_SECONDS + reference_bytes / READ_BYTES_PER_S + PARITY_RUNS * recipe.batch * compute
+    what = f"{recipe.parity.prompt_tokens} + {steps} tokens"
+    if fixed + reference_bytes <= machine.ram_bytes:
+        return Stage("parity", f"{what}, reference in memory", fixed + reference_bytes, 0, seconds), "memory"
+    largest = max(4 * prod(tensor.shape) for tensor in tensors.values())
+    seconds += 2 * (1 + steps) * reference_bytes / READ_BYTES_PER_S
+    return Stage("parity", f"{what}, reference left on disk", fixed + largest, 0, seconds), "offload"
+
+
+def _shortfalls(plan: Plan, recipe: Recipe) -> tuple[str, ...]:
+    machine, lacking = plan.machine, []
+    for stage in plan.stages:
+        if stage.ram_bytes > machine.ram_bytes:
+            remedy = {
+                "params": "set workspace.workers: 1, or free memory" if recipe.workspace.workers > 1 else "free memory",
+                "parity": "compare fewer tokens (parity.prompt_tokens), or free memory",
+            }.get(stage.name, "free memory")
+            lacking.append(
+                f"memory: stage {stage.name} needs about {gib(stage.ram_bytes)}, "
+                f"{gib(machine.ram_bytes)} is available ({machine.ram_source}): {remedy}"
+            )
+    need = plan.disk_bytes - _already_there(plan.out)
+    if need > machine.disk_free_bytes:
+        lacking.append(
+            f"disk: {plan.out} needs {size(need)}, {size(machine.disk_free_bytes)} is free: "
+            "free space, or set workspace.path to another disk"
+        )
+    if not machine.writable:
+        lacking.append(
+            f"workspace: {nearest_existing(plan.out)} cannot be written: set workspace.path to a directory that can"
+        )
+    text = recipe.parity.text
+    if text is not None and not Path(text).is_file():
+        lacking.append(f"file: parity.text '{text}' is not a file: correct the path")
+    return tuple(lacking)
+
+
+def _already_there(out: Path) -> int:
+    """Bytes an interrupted run left behind, which the next one continues."""
+    partial = out.with_name(out.name + ".partial")
+    return sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.is_dir() else 0
+
+
+def _notes(plan: Plan) -> tuple[str, ...]:
+    notes = []
+    if plan.reference == "offload":
+        notes.append("the fp32 reference does not fit in memory: parity reads its layers from disk, which is slow")
+    if any(stage.name == "stage" and stage.disk_bytes for stage in plan.stages):
+        notes.append("a GGUF checkpoint is converted to safetensors in the workspace first")
+    return tuple(notes)
+
+
+def render(plan: Plan) -> Any:
+    """The plan as a rich renderable: one row per stage, then what is available and what is short."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"Plan for {plan.name} ({plan.scheme})", title_justify="left")
+    table.add_column("stage")
+    table.add_column("what")
+    for heading in ("memory", "disk", "time"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for stage in plan.stages:
+        disk = size(stage.disk_bytes) if stage.disk_bytes else "-"
+        table.add_row(stage.name, stage.what, gib(stage.ram_bytes), disk, duration(stage.seconds))
+    table.add_section()
+    table.add_row("needed", "peak / sum / sum", gib(plan.peak_ram_bytes), size(plan.disk_bytes), duration(plan.seconds))
+    machine = plan.machine
+    table.add_row("available", machine.ram_source, gib(machine.ram_bytes), size(machine.disk_free_bytes), "")
+    lines = [Text(f"artifact: {plan.out}, parameters {size(plan.parameter_bytes)} (exact)")]
+    lines += [Text(f"note: {note}") for note in plan.notes]
+    lines += [Text(f"short: {lack}", style="bold red") for lack in plan.shortfalls]
+    if not plan.shortfalls:
+        lines.append(Text("this machine can do it; nothing has been written"))
+    return Group(table, *lines)
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+__all__ = ["Machine", "Plan", "Stage", "make_plan", "parameter_bytes", "preflight", "render"]

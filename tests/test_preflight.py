@@ -1,0 +1,185 @@
+"""Preflight counts parameter bytes exactly and refuses what a small machine cannot do."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from gemma_deploy import machine as machines
+from gemma_deploy.checkpoint.config import ModelConfig
+from gemma_deploy.checkpoint.expected import expected_tensors
+from gemma_deploy.errors import NotBuiltError, PreflightError
+from gemma_deploy.machine import Machine
+from gemma_deploy.preflight import GIB, make_plan, parameter_bytes, preflight, render
+from gemma_deploy.recipe import Recipe
+
+BIG = Machine(ram_bytes=64 * GIB, ram_source="free memory of the machine", disk_free_bytes=10**12, cpus=2)
+
+GEMMA_2B = {
+    "model_type": "gemma",
+    "vocab_size": 256000,
+    "hidden_size": 2048,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 18,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+}
+ELEMENTS = 2_506_172_416  # parameters of gemma-2b
+
+
+def recipe(dtype: str = "int8", workspace: str = "/nowhere/workspace", extra: str = "") -> Recipe:
+    return Recipe.from_text(
+        "name: g\nfrontend: {checkpoint: demo, shape: {input_ids: [[1024], [2048]]}}\n"
+        f"backend: {{dtype: {dtype}}}\nworkspace: {{path: {workspace}}}\n{extra}"
+    )
+
+
+def checkpoint(path: str = "/models/g", **changes: object) -> SimpleNamespace:
+    config = ModelConfig.from_dict(GEMMA_2B | changes, "config.json")
+    tensors = {
+        name: SimpleNamespace(shape=shape, nbytes=2 * prod(shape)) for name, shape in expected_tensors(config).items()
+    }
+    return SimpleNamespace(path=Path(path), config=config, tensors=tensors)
+
+
+def test_parameter_bytes_are_exact():
+    tables = 2 * 2048 * 128 * 4
+    gains = (2 * 18 + 1) * 2048
+    source = checkpoint()
+    assert sum(prod(tensor.shape) for tensor in source.tensors.values()) == ELEMENTS
+    assert parameter_bytes(recipe("fp32"), source) == 4 * ELEMENTS + tables
+    assert parameter_bytes(recipe("bf16"), source) == 2 * ELEMENTS + 2 * gains + tables
+    assert parameter_bytes(recipe("fp16"), source) == 2 * ELEMENTS + 2 * gains + tables // 2
+    rows = 256000 + 18 * (2048 + 256 + 256 + 2048 + 16384 + 16384 + 2048)
+    assert parameter_bytes(recipe("int8"), source) == ELEMENTS + 3 * gains + 4 * rows + tables
+
+
+def test_a_stored_head_beside_a_tied_table_is_not_counted():
+    source = checkpoint()
+    before = parameter_bytes(recipe(), source)
+    source.tensors["lm_head.weight"] = source.tensors["model.embed_tokens.weight"]
+    assert parameter_bytes(recipe(), source) == before
+
+
+def test_memory_before_parity_is_flat_in_model_size():
+    small, large = (
+        make_plan(recipe(), checkpoint(num_hidden_layers=layers), machine=BIG, parity=False) for layers in (18, 46)
+    )
+    assert small.peak_ram_bytes == large.peak_ram_bytes < GIB
+    assert small.reference == "none"
+    assert large.disk_bytes > small.disk_bytes
+
+
+def test_the_reference_is_offloaded_when_it_does_not_fit():
+    assert make_plan(recipe(), checkpoint(), machine=BIG).reference == "memory"
+    plan = preflight(recipe(), checkpoint(), machine=replace(BIG, ram_bytes=8 * GIB))
+    assert plan.reference == "offload"
+    assert plan.notes == (
+        "the fp32 reference does not fit in memory: parity reads its layers from disk, which is slow",
+    )
+
+
+def test_all_shortfalls_are_refused_at_once_in_plain_words():
+    tiny = Machine(GIB // 2, "cgroup limit 1.00 GiB", 12_000_000, cpus=1, writable=False)
+    with pytest.raises(PreflightError) as caught:
+        preflight(recipe(extra="parity: {text: /none.txt}\n"), checkpoint(), machine=tiny)
+    error = caught.value
+    assert error.exit_code == 1
+    assert str(error) == (
+        "recipe g: this machine cannot do the job as asked\n"
+        "  - memory: stage export needs about 0.55 GiB, 0.50 GiB is available (cgroup limit 1.00 GiB): free memory\n"
+        "  - memory: stage params needs about 0.82 GiB, 0.50 GiB is available (cgroup limit 1.00 GiB): "
+        "set workspace.workers: 1, or free memory\n"
+        "  - memory: stage parity needs about 5.07 GiB, 0.50 GiB is available (cgroup limit 1.00 GiB): "
+        "compare fewer tokens (parity.prompt_tokens), or free memory\n"
+        "  - disk: /nowhere/workspace/g needs 2.52 GB, 12.0 MB is free: "
+        "free space, or set workspace.path to another disk\n"
+        "  - workspace: / cannot be written: set workspace.path to a directory that can\n"
+        "  - file: parity.text '/none.txt' is not a file: correct the path\n"
+        "  next: see all stages with `gemma-deploy compile RECIPE --dry-run`"
+    )
+
+
+def test_what_an_interrupted_run_wrote_is_not_asked_for_again(tmp_path):
+    job, source = recipe(workspace=str(tmp_path)), checkpoint()
+    exact = replace(BIG, disk_free_bytes=make_plan(job, source, machine=BIG).disk_bytes)
+    assert make_plan(job, source, machine=exact).shortfalls == ()
+    short = replace(exact, disk_free_bytes=exact.disk_free_bytes - 1000)
+    assert len(make_plan(job, source, machine=short).shortfalls) == 1
+    (tmp_path / "g.partial").mkdir()
+    (tmp_path / "g.partial" / "params.safetensors").write_bytes(bytes(1000))
+    assert make_plan(job, source, machine=short).shortfalls == ()
+
+
+def test_gguf_weights_are_staged_as_float32():
+    plan = make_plan(recipe(), checkpoint("/models/g.gguf"), machine=BIG)
+    assert plan.stages[0].disk_bytes == 4 * ELEMENTS
+    assert make_plan(recipe(), checkpoint(), staging_bytes=7, machine=BIG).stages[0].disk_bytes == 7
+
+
+def test_an_unbuilt_recipe_is_refused_before_it_is_estimated():
+    job = Recipe.from_text(
+        "name: g\nfrontend: {checkpoint: demo, shape: {input_ids: [[16], [32]]}, quantize: {type: w4a16}}\n"
+        "backend: {dtype: int8}\n"
+    )
+    with pytest.raises(NotBuiltError):
+        make_plan(job, checkpoint(), machine=BIG)
+
+
+def test_the_plan_renders_and_is_plain_json():
+    plan = make_plan(recipe(), checkpoint(), machine=BIG)
+    out = io.StringIO()
+    Console(file=out, width=140).print(render(plan))
+    text = out.getvalue()
+    for word in ("Plan for g (w8a16)", "export", "params", "parity", "64.00 GiB", "this machine can do it"):
+        assert word in text
+    assert json.loads(json.dumps(plan.to_json()))["parameter_bytes"] == plan.parameter_bytes
+    short = make_plan(recipe(), checkpoint(), machine=replace(BIG, disk_free_bytes=0))
+    out = io.StringIO()
+    Console(file=out, width=140).print(render(short))
+    assert "short: disk:" in out.getvalue()
+
+
+def test_this_machine_is_measured(tmp_path):
+    here = Machine.measure(tmp_path / "not" / "yet")
+    assert here.ram_bytes > 0
+    assert here.disk_free_bytes > 0
+    assert here.writable
+    (tmp_path / "file").write_text("x")
+    assert not Machine.measure(tmp_path / "file" / "g").writable
+
+
+@pytest.mark.parametrize(
+    ("membership", "folder", "names"),
+    [
+        ("0::/job/step\n", "job", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "4:cpu,memory:/job/step\n0::/\n",
+            "memory/job",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+        # Inside a container the path is the host's, the mount only its own root.
+        ("0::/host/only\n", ".", ("memory.max", "memory.current", "inactive_file")),
+    ],
+)
+def test_cgroup_limits_above_the_process_count(tmp_path, monkeypatch, membership, folder, names):
+    group = tmp_path / "mount" / folder
+    group.mkdir(parents=True, exist_ok=True)
+    (group / names[0]).write_text("1000000\n")
+    (group / names[1]).write_text("600000\n")
+    (group / "memory.stat").write_text(f"anon 5\n{names[2]} 100000\n")
+    (tmp_path / "cgroup").write_text(membership)
+    rooms = list(machines._cgroup_rooms(tmp_path / "cgroup", tmp_path / "mount"))
+    assert rooms == [(500000, 1000000)]
+    monkeypatch.setattr(machines, "_cgroup_rooms", lambda *_: iter(rooms))
+    here = Machine.measure(tmp_path)
+    assert (here.ram_bytes, here.ram_source) == (500000, "cgroup limit 0.00 GiB")
