@@ -1,0 +1,236 @@
+"""The compiler: one recipe and one checkpoint become one verified artifact. Read `compile_recipe` top to bottom.
+
+Stages write into NAME.partial and are skipped when what they would read is what it was; the directory is renamed only
+when the gate has passed, so nothing that looks finished was ever left unfinished or unproven.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from gemma_deploy import paths
+from gemma_deploy.artifact import ArtifactDir, op_census, write_report
+from gemma_deploy.artifact.ledger import ledger_for
+from gemma_deploy.artifact.manifest import FORMAT_VERSION, tool_versions
+from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint, write_tokenizer
+from gemma_deploy.errors import GateError
+from gemma_deploy.graph.contract import GRAPHS, GraphContract
+from gemma_deploy.params import ParamTable, build_plan, write_params
+from gemma_deploy.preflight import Plan, make_plan, preflight
+from gemma_deploy.recipe import Recipe, check_against_model, check_built
+from gemma_deploy.stages import Stage, Stages
+
+log = logging.getLogger(__name__)
+PARAMS = "params.safetensors"
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """Where the artifact is, and what was measured on the way.
+
+    Args:
+        reused: the artifact was there already and nothing it depends on has changed.
+        parity: the gate's result as JSON, None when parity was not asked for.
+    """
+
+    path: Path
+    stages: tuple[Stage, ...]
+    reused: bool
+    parity: dict[str, Any] | None
+
+
+def open_inputs(recipe: Recipe) -> Checkpoint:
+    """Steps 1 and 2: everything about recipe and checkpoint that can be wrong is found here, before any work.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged; RecipeError, NotBuiltError: it does not go with the recipe.
+    """
+    check_built(recipe)
+    checkpoint = Checkpoint.open(resolve_checkpoint(recipe.frontend.checkpoint))
+    check_against_model(recipe, checkpoint.config)
+    for note in (*checkpoint.notes, *checkpoint.config.warnings):
+        log.warning("%s", note)
+    return checkpoint
+
+
+def plan_recipe(recipe: Recipe, *, parity: bool = True) -> Plan:
+    """What `--dry-run` shows: every stage with its estimates, shortfalls included."""
+    return make_plan(recipe, open_inputs(recipe), parity=parity)
+
+
+def compile_recipe(
+    recipe: Recipe,
+    *,
+    out: Path | None = None,
+    force: bool = False,
+    parity: bool = True,
+    on_stage: Callable[[Stage], None] | None = None,
+    progress: Progress | None = None,
+) -> CompileResult:
+    """Compile a recipe.
+
+    Args:
+        out: the artifact's directory (`workspace.path`/NAME by default).
+        force: replace an artifact made from other inputs.
+        parity: run the gate; without it the manifest says that nothing was proven.
+        on_stage: called when a stage ends; progress: called with (bytes written, bytes in all).
+
+    Raises:
+        DeployError: see errors.py; GateError when the numbers are wrong.
+    """
+    stages = Stages(on_stage)
+    out = out or Path(recipe.workspace.path) / recipe.name
+    with stages.stage("check"):
+        checkpoint = open_inputs(recipe)
+        preflight(recipe, checkpoint, out=out, parity=parity)
+        key = input_key(recipe, checkpoint)
+    with ArtifactDir(out, key=key, force=force) as artifact:
+        if artifact.finished and (artifact.manifest["parity"] is not None or not parity):
+            return CompileResult(out, tuple(stages.done), True, artifact.manifest["parity"])
+        contract = GraphContract.of(
+            checkpoint.config, recipe.scheme, recipe.batch, recipe.prefill_length, recipe.context_length
+        )
+        with stages.stage("parameters") as stage:
+            table = stream_params(recipe, checkpoint, artifact.path, key, progress)
+            stage.bytes = table.file_bytes
+        with stages.stage("graphs") as stage:
+            stage.skipped = not export_into(artifact.path, recipe, checkpoint, contract, table, key)
+            stage.bytes = sum((artifact.path / f"{graph}.onnx").stat().st_size for graph in GRAPHS)
+        with stages.stage("files"):
+            copy_model_files(checkpoint, artifact.path)
+        result = None
+        manifest = describe(recipe, checkpoint, contract, table, artifact.path, key)
+        if parity:
+            with stages.stage("parity"):
+                result = run_gate(recipe, checkpoint, artifact.path, manifest)
+            manifest |= {"parity": result.to_json()}
+            manifest["ledger"] = ledger_for(manifest)
+        manifest["stages"] = stages.to_json()
+        write_report(artifact.path, manifest)
+        if result is not None and not result.passed and recipe.parity.gate:
+            raise GateError(
+                "the artifact does not compute the model: " + "; ".join(result.failures()),
+                where=str(artifact.path),
+                next_step=f"read {artifact.path / 'report.html'}; a bug in the tool: report it",
+            )
+        artifact.commit(manifest)
+    return CompileResult(out, tuple(stages.done), False, manifest["parity"])
+
+
+def input_key(recipe: Recipe, checkpoint: Checkpoint) -> str:
+    """One hash over everything the artifact depends on: recipe, checkpoint, this program, the libraries that trace."""
+    resolved = recipe.resolved()
+    resolved.pop("workspace", None)
+    parts = [resolved, checkpoint.fingerprint(), code_version(), tool_versions()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def code_version() -> str:
+    """sha256 over this package and source_code/: another version of the code never continues an older one's work."""
+    digest = hashlib.sha256()
+    for root in (paths.PACKAGE, paths.source_code_dir()):
+        for file in sorted(root.rglob("*.py")):
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def stream_params(
+    recipe: Recipe, checkpoint: Checkpoint, out: Path, key: str, progress: Progress | None
+) -> ParamTable:
+    """Step 8: every tensor read, cast or quantized, written and hashed in row blocks; resumable per tensor."""
+    plan = build_plan(checkpoint.config, recipe.scheme, recipe.context_length)
+    return write_params(
+        checkpoint,
+        plan,
+        out / PARAMS,
+        journal=out / "params.journal",
+        workers=recipe.workspace.workers,
+        progress=progress,
+    )
+
+
+def export_into(
+    out: Path, recipe: Recipe, checkpoint: Checkpoint, contract: GraphContract, table: ParamTable, key: str
+) -> bool:
+    """Steps 5, 6 and 9: trace without weights, stamp, point into the parameter file. False when it was done already."""
+    done = out / "graphs.done"
+    mark = f"{key} {table.digest}"
+    if done.exists() and done.read_text() == mark and all((out / f"{graph}.onnx").exists() for graph in GRAPHS):
+        return False
+    from gemma_deploy.graph.export import export_graphs
+    from gemma_deploy.graph.external import attach_external, write_graph
+
+    graphs = export_graphs(checkpoint.config, recipe.scheme, contract, recipe.frontend.model_kwargs.embed_scale)
+    attach_external(graphs, table.rows, PARAMS)
+    for name, graph in graphs.items():
+        write_graph(graph, out / f"{name}.onnx")
+    done.write_text(mark)
+    return True
+
+
+def copy_model_files(checkpoint: Checkpoint, out: Path) -> None:
+    """config.json, generation_config.json and the tokenizer, as files of the artifact's own."""
+    (out / "config.json").write_text(json.dumps(checkpoint.config_dict(), indent=2, sort_keys=True) + "\n")
+    config = checkpoint.config
+    generation = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_ids),
+        "pad_token_id": config.pad_token_id,
+    }
+    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    for file in write_tokenizer(checkpoint, out):
+        if file.is_symlink():
+            source = file.resolve()
+            file.unlink()
+            shutil.copyfile(source, file)
+
+
+def describe(
+    recipe: Recipe, checkpoint: Checkpoint, contract: GraphContract, table: ParamTable, out: Path, key: str
+) -> dict[str, Any]:
+    """The manifest, without parity, stages and file hashes."""
+    manifest: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "name": recipe.name,
+        "key": key,
+        "tool": tool_versions(),
+        "recipe": recipe.resolved(),
+        "carried_for_the_vendor": list(recipe.vendor_keys()),
+        "checkpoint": {
+            "path": checkpoint.path.name,
+            "format": checkpoint.format,
+            "fingerprint": checkpoint.fingerprint(),
+        },
+        "model": checkpoint.config.to_dict(),
+        "scheme": recipe.scheme,
+        "contract": contract.to_json(),
+        "op_census": {graph: op_census(out / f"{graph}.onnx") for graph in GRAPHS},
+        "params": table.to_json(),
+        "parity": None,
+        "stages": [],
+    }
+    return manifest | {"ledger": ledger_for(manifest)}
+
+
+def run_gate(recipe: Recipe, checkpoint: Checkpoint, out: Path, manifest: dict[str, Any]) -> Any:
+    """Step 11: hf = patched = artifact on real text and random tokens, prefill and every decode step."""
+    from gemma_deploy.parity import run_parity
+
+    return run_parity(
+        out,
+        checkpoint.path,
+        manifest=manifest,
+        text=recipe.parity.text,
+        prompt_tokens=recipe.parity.prompt_tokens,
+        decode_tokens=recipe.parity.decode_tokens,
+    )
