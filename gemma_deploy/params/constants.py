@@ -1,0 +1,27 @@
+"""Values that come from the config and not from the checkpoint: the rotary half tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gemma_deploy.params.plan import ParamSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+def rotary_rows(spec: ParamSpec, start: int, stop: int) -> torch.Tensor:
+    """Rows (positions) [start, stop) of a cos or sin half table, [stop - start, head_dim / 2] float32.
+
+    The same float32 operations as transformers' rotary embedding, so the values are equal bit for bit.
+    """
+    import torch
+
+    assert spec.rope is not None
+    head_dim = 2 * spec.shape[1]
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    inv_freq = 1.0 / (spec.rope.theta**exponent)
+    if spec.rope.factor != 1.0:
+        inv_freq /= spec.rope.factor
+    angles = torch.arange(start, stop, dtype=torch.float32)[:, None] * inv_freq
+    return angles.cos_() if spec.name.endswith(".cos") else angles.sin_()

@@ -1,0 +1,105 @@
+"""What is already on disk: one JSON line per finished job, so that a killed run continues.
+
+The data of a job reach the disk before its line does. A torn last line is dropped. The first line carries a key over
+everything the result depends on; another key means another file, and the journal starts afresh.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from gemma_deploy.errors import ParamsError
+from gemma_deploy.params.table import ParamRow, row_from_json
+
+FORMAT = 1
+
+
+class Journal:
+    """An append-only file, locked against a second run as long as it is open (the lock dies with the process)."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        """Open or create the journal and read what holds under this key."""
+        self.path, self.key = path, key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._fd)
+            raise ParamsError(
+                "another run is writing these parameters",
+                where=str(path),
+                next_step="wait for it to end, or give this run another workspace",
+            ) from error
+        records, self._end = _read(path, key)
+        self.matched = self._end > 0
+        self.finished = {r["job"]: [row_from_json(row) for row in r["rows"]] for r in records if "job" in r}
+        self.file: dict[str, Any] | None = next((r["file"] for r in records if "file" in r), None)
+
+    def start(self, afresh: bool) -> None:
+        """Cut off what is torn, or everything, and make the key durable."""
+        if afresh or not self.matched:
+            self.finished, self.file, self._end = {}, None, 0
+        os.ftruncate(self._fd, self._end)
+        if self._end == 0:
+            self._append([{"format": FORMAT, "key": self.key}])
+
+    def finish_jobs(self, jobs: Iterable[tuple[str, list[ParamRow]]]) -> None:
+        """Note jobs whose data are on disk."""
+        self._append([{"job": name, "rows": [_row_json(row) for row in rows]} for name, rows in jobs])
+
+    def finish_file(self, stat: os.stat_result) -> None:
+        """Note that the whole file is on disk and what it looks like from outside."""
+        self.file = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        self._append([{"file": self.file}])
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        os.close(self._fd)
+
+    def _append(self, records: list[dict[str, Any]]) -> None:
+        data = "".join(json.dumps(record) + "\n" for record in records).encode()
+        try:
+            self._end += _write_all(self._fd, data, self._end)
+            os.fdatasync(self._fd)
+        except OSError as error:
+            raise ParamsError(f"cannot be written: {error.strerror}", where=str(self.path)) from error
+
+
+def read_finished(path: Path, key: str) -> tuple[list[ParamRow], dict[str, Any] | None]:
+    """Rows and file record that hold under this key, without locking; nothing where there is no such journal."""
+    records, _ = _read(path, key) if path.is_file() else ([], 0)
+    rows = [row_from_json(row) for record in records for row in record.get("rows", ())]
+    return rows, next((record["file"] for record in records if "file" in record), None)
+
+
+def _read(path: Path, key: str) -> tuple[list[dict[str, Any]], int]:
+    """Whole lines under this key and the byte where they end; nothing for another key."""
+    records: list[dict[str, Any]] = []
+    end = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            record = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or (not records and record != {"format": FORMAT, "key": key}):
+            break
+        records.append(record)
+        end += len(line)
+    return records[1:], end
+
+
+def _row_json(row: ParamRow) -> dict[str, Any]:
+    return vars(row) | {"shape": list(row.shape)}
+
+
+def _write_all(fd: int, data: bytes, offset: int) -> int:
+    written = 0
+    while written < len(data):
+        written += os.pwrite(fd, data[written:], offset + written)
+    return written

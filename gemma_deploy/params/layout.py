@@ -1,0 +1,75 @@
+"""Where each tensor lies in the parameter file: the safetensors layout, known before the first byte is written.
+
+float32 tensors first, then 16-bit, then int8, so that each is aligned to its element without holes (which the format
+forbids); the header is padded with spaces so that the data start on a page.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from gemma_deploy.params.plan import ITEM_BYTES, ParamSpec
+
+PAGE_BYTES = 4096
+SAFETENSORS_DTYPE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Header, absolute offset by tensor name, and size of the file."""
+
+    header: bytes
+    offsets: dict[str, int]
+    file_bytes: int
+
+
+class Placed(Protocol):
+    """What the header needs to know of a tensor."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def dtype(self) -> str: ...  # noqa: D102
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+
+    @property
+    def nbytes(self) -> int: ...  # noqa: D102
+
+
+def lay_out(plan: Sequence[ParamSpec]) -> Layout:
+    """Place the plan's tensors."""
+    ordered = sorted(plan, key=lambda spec: -ITEM_BYTES[spec.dtype])
+    header = _header(ordered)
+    offsets, end = {}, len(header)
+    for spec in ordered:
+        offsets[spec.name] = end
+        end += spec.nbytes
+    return Layout(header, offsets, end)
+
+
+def header_bytes(rows: Iterable[Placed]) -> bytes | None:
+    """The header a file with these tensors in this order must have; None when a dtype is unknown."""
+    rows = list(rows)
+    return _header(rows) if all(row.dtype in SAFETENSORS_DTYPE for row in rows) else None
+
+
+def _header(ordered: Sequence[Placed]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for item in ordered:
+        entries[item.name] = {
+            "dtype": SAFETENSORS_DTYPE[item.dtype],
+            "shape": list(item.shape),
+            "data_offsets": [end, end + item.nbytes],
+        }
+        end += item.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % PAGE_BYTES)
+    return struct.pack("<Q", len(text)) + text

@@ -1,0 +1,238 @@
+"""One tensor from the checkpoint to its place in the file: read a row block, check, convert, hash, write.
+
+Blocks are small enough to stay in the processor's cache and all buffers are reused, so that memory stays flat. What is
+written does not depend on the block size. Runs in worker threads; torch is imported when the first block comes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from gemma_deploy.checkpoint import TensorInfo
+from gemma_deploy.params.constants import rotary_rows
+from gemma_deploy.params.plan import ParamSpec
+from gemma_deploy.params.table import ParamRow
+from gemma_deploy.quantization import quantize_rows_, row_scales, sqnr_db
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+RAW_DTYPES = ("bfloat16", "float16", "float32")  # the others (GGUF blocks, float64) are read as float32
+
+
+class Source(Protocol):
+    """What is needed of a checkpoint."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...  # noqa: D102
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray: ...  # noqa: D102
+
+    def raw_rows(self, name: str, start: int, stop: int) -> np.ndarray: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is made in one go: a tensor (int8: with its scale), and where each part goes."""
+
+    name: str
+    specs: tuple[ParamSpec, ...]
+    offsets: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the job writes."""
+        return sum(spec.nbytes for spec in self.specs)
+
+
+class BadTensorError(Exception):
+    """A weight that cannot be stored; the message names tensor and row."""
+
+
+class Buffers:
+    """Scratch memory of one worker thread, grown to the largest block and reused."""
+
+    def __init__(self) -> None:
+        """Nothing is allocated yet."""
+        self._flat: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+    def take(self, use: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor that is valid until the same use is taken again."""
+        import torch
+
+        count = math.prod(shape)
+        flat = self._flat.get((use, dtype))
+        if flat is None or flat.numel() < count:
+            flat = self._flat[use, dtype] = torch.empty(count, dtype=dtype)
+        return flat[:count].view(shape)
+
+
+class Sink:
+    """Writes one tensor front to back at its offset, hashing on the way."""
+
+    def __init__(self, fd: int, spec: ParamSpec, offset: int, wrote: Callable[[int], None]) -> None:
+        """Begin at `offset` of the open file `fd`."""
+        self.fd, self.spec, self.offset, self.wrote = fd, spec, offset, wrote
+        self.digest, self.done = hashlib.sha256(), 0
+
+    def write(self, block: torch.Tensor) -> None:
+        """Append a contiguous block."""
+        import torch
+
+        data = memoryview(block.reshape(-1).view(torch.uint8).numpy())
+        self.digest.update(data)
+        self.wrote(len(data))
+        while data:
+            count = os.pwrite(self.fd, data, self.offset + self.done)
+            self.done, data = self.done + count, data[count:]
+
+    def row(self, sqnr: float | None = None) -> ParamRow:
+        """The finished tensor's table row."""
+        spec = self.spec
+        assert self.done == spec.nbytes, f"{spec.name}: wrote {self.done} of {spec.nbytes} bytes"
+        digest = self.digest.hexdigest()
+        return ParamRow(spec.name, spec.dtype, spec.shape, self.offset, self.done, digest, spec.kind, sqnr)
+
+
+def run_job(
+    job: Job, source: Source, fd: int, buffers: Buffers, block_bytes: int, wrote: Callable[[int], None]
+) -> list[ParamRow]:
+    """Write one job's tensors.
+
+    Args:
+        job: what to write.
+        source: the checkpoint.
+        fd: the file, open for writing.
+        buffers: this thread's scratch memory.
+        block_bytes: source bytes per row block; at least one row is taken.
+        wrote: told the bytes of each block; may raise to stop the work.
+
+    Raises:
+        BadTensorError: a value is NaN, infinite, or too large for the dtype it goes to.
+    """
+    sinks = [Sink(fd, spec, offset, wrote) for spec, offset in zip(job.specs, job.offsets, strict=True)]
+    spec = job.specs[0]
+    if spec.kind == "constant":
+        return [_write_constant(sinks[0], buffers, block_bytes)]
+    checked = _checked_blocks(source, spec, buffers, block_bytes)
+    if spec.kind == "int8_per_channel":
+        return _write_int8(sinks, checked, buffers)
+    return [_write_cast(sinks[0], checked, buffers)]
+
+
+def _write_constant(sink: Sink, buffers: Buffers, block_bytes: int) -> ParamRow:
+    spec = sink.spec
+    for start, stop in _spans(spec.shape[0], 4 * spec.shape[1], block_bytes):
+        sink.write(_narrow(rotary_rows(spec, start, stop), spec, buffers))
+    return sink.row()
+
+
+def _write_cast(sink: Sink, blocks: Iterator[tuple[torch.Tensor, torch.Tensor]], buffers: Buffers) -> ParamRow:
+    for block, _ in blocks:
+        sink.write(_narrow(block, sink.spec, buffers))
+    return sink.row()
+
+
+def _write_int8(
+    sinks: list[Sink], blocks: Iterator[tuple[torch.Tensor, torch.Tensor]], buffers: Buffers
+) -> list[ParamRow]:
+    import torch
+
+    weight, scales = sinks
+    rows = weight.spec.shape[0]
+    all_scales, signal, error = torch.empty(rows), torch.empty(rows).double(), torch.empty(rows).double()
+    start = 0
+    for block, absmax in blocks:
+        part = slice(start, start := start + len(block))
+        wide = block if block.dtype == torch.float32 else buffers.take("wide", tuple(block.shape), torch.float32)
+        wide.copy_(block)
+        q = buffers.take("out", tuple(block.shape), torch.int8)
+        scratch = buffers.take("scratch", tuple(block.shape), torch.float32)
+        all_scales[part] = row_scales(absmax.float())
+        signal[part], error[part] = quantize_rows_(wide, all_scales[part], q, scratch)
+        weight.write(q)
+    scales.write(all_scales)
+    sqnr = sqnr_db(float(signal.numpy().sum()), float(error.numpy().sum()))
+    return [weight.row(None if sqnr is None else round(sqnr, 4)), scales.row()]
+
+
+def _narrow(block: torch.Tensor, spec: ParamSpec, buffers: Buffers) -> torch.Tensor:
+    """The block in the spec's dtype; through float32, which is exact and faster than 16 bit to 16 bit."""
+    import torch
+
+    target: torch.dtype = getattr(torch, spec.dtype)
+    if block.dtype == target:
+        return block
+    if block.dtype != torch.float32 and target != torch.float32:
+        block = buffers.take("wide", tuple(block.shape), torch.float32).copy_(block)
+    return buffers.take("out", tuple(block.shape), target).copy_(block)
+
+
+def _checked_blocks(
+    source: Source, spec: ParamSpec, buffers: Buffers, block_bytes: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Blocks [rows, cols] as stored, with each row's largest magnitude [rows].
+
+    Magnitudes are compared as integers: without its sign bit a float orders like an integer, with infinity and NaN
+    above every number, so one fast pass finds the maximum and everything that is no number.
+    """
+    import torch
+
+    name = spec.source or spec.name
+    info = source.tensors[name]
+    raw = info.dtype in RAW_DTYPES
+    dtype: torch.dtype = getattr(torch, info.dtype) if raw else torch.float32
+    integer = torch.int32 if dtype.itemsize == 4 else torch.int16
+    mask = torch.iinfo(integer).max
+    finite = int(torch.tensor(torch.finfo(dtype).max, dtype=dtype).view(integer))
+    largest = torch.finfo(torch.float32 if spec.dtype == "int8" else getattr(torch, spec.dtype)).max
+    rows, cols = spec.shape[0], math.prod(spec.shape[1:])
+    bad = _BadRows(name, spec.dtype, largest)
+    for start, stop in _spans(rows, cols * dtype.itemsize, block_bytes):
+        array = (source.raw_rows if raw else source.rows)(name, start, stop)
+        block = torch.from_numpy(array).view(dtype).view(stop - start, cols)
+        bits = buffers.take("bits", (stop - start, cols), integer)
+        top = torch.bitwise_and(block.view(integer), mask, out=bits).amax(1)
+        absmax = top.view(dtype)
+        bad.look(start, top > finite, absmax)
+        if not bad.count:
+            yield block, absmax
+    bad.refuse()
+
+
+class _BadRows:
+    """Rows with a value that cannot be stored: all are counted, the first is named."""
+
+    def __init__(self, name: str, dtype: str, largest: float) -> None:
+        self.name, self.dtype, self.largest = name, dtype, largest
+        self.count, self.first = 0, ""
+
+    def look(self, start: int, not_finite: torch.Tensor, absmax: torch.Tensor) -> None:
+        wrong = not_finite.logical_or(absmax.float() > self.largest)
+        count = int(wrong.sum())
+        if count and not self.count:
+            row = int(wrong.nonzero()[0])
+            value = abs(float(absmax[row]))
+            what = "NaN" if math.isnan(value) else "infinity" if math.isinf(value) else f"magnitude {value:g}"
+            over = f", too large for {self.dtype} (at most {self.largest:g})" if math.isfinite(value) else ""
+            self.first = f"{self.name}: row {start + row} holds {what}{over}"
+        self.count += count
+
+    def refuse(self) -> None:
+        if self.count:
+            raise BadTensorError(self.first + (f"; {self.count} rows are affected" if self.count > 1 else ""))
+
+
+def _spans(rows: int, row_bytes: int, block_bytes: int) -> Iterator[tuple[int, int]]:
+    step = max(1, block_bytes // max(row_bytes, 1))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)

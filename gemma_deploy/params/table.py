@@ -1,0 +1,114 @@
+"""What was written where: one row per tensor of the parameter file, as the manifest carries it.
+
+Also the deep check of a file against its rows; the header needs no row because it follows from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_deploy.params.layout import header_bytes
+
+HASH_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class ParamRow:
+    """One tensor; `offset` is absolute in the file, `sqnr_db` is set for quantized weights."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    sha256: str
+    scheme: str
+    sqnr_db: float | None = None
+
+
+@dataclass(frozen=True)
+class ParamTable:
+    """All rows in the order of the file."""
+
+    rows: tuple[ParamRow, ...]
+
+    def __getitem__(self, name: str) -> ParamRow:
+        """The row of that name."""
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(name)
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the whole file."""
+        return self.rows[-1].offset + self.rows[-1].nbytes
+
+    @property
+    def digest(self) -> str:
+        """One sha256 that stands for every byte of the file: over the table, which holds each tensor's."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain JSON values."""
+        return [asdict(row) | {"shape": list(row.shape)} for row in self.rows]
+
+    @classmethod
+    def from_json(cls, rows: Iterable[dict[str, Any]]) -> ParamTable:
+        """The inverse of `to_json`."""
+        return cls(tuple(row_from_json(row) for row in rows))
+
+
+def row_from_json(row: dict[str, Any]) -> ParamRow:
+    """One row from its JSON form."""
+    return ParamRow(**(row | {"shape": tuple(row["shape"])}))
+
+
+def hash_span(path: Path, offset: int, nbytes: int) -> str:
+    """Sha256 of a part of a file (shorter where the file ends early)."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(HASH_BLOCK_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        while nbytes > 0 and (count := file.readinto(block[: min(nbytes, HASH_BLOCK_BYTES)])):
+            digest.update(block[:count])
+            nbytes -= count
+    return digest.hexdigest()
+
+
+def damaged_rows(
+    path: Path, table: ParamTable, *, workers: int = 2, progress: Callable[[int, int], None] | None = None
+) -> list[str]:
+    """Read the whole file and say what differs from the table: nothing, when it is sound.
+
+    Args:
+        path: the parameter file.
+        table: its rows.
+        workers: threads.
+        progress: called with (bytes checked, bytes in all) after each tensor.
+    """
+    size = path.stat().st_size
+    problems = [] if size == table.file_bytes else [f"{path.name} has {size} bytes, expected {table.file_bytes}"]
+    header = header_bytes(table.rows)
+    if header is None or hash_span(path, 0, len(header)) != hashlib.sha256(header).hexdigest():
+        problems.append(f"{path.name}: the header differs from the parameter table")
+    done = 0
+    with ThreadPoolExecutor(workers) as pool:
+        hashes = pool.map(lambda row: hash_span(path, row.offset, row.nbytes), table.rows)
+        for row, found in zip(table.rows, hashes, strict=True):
+            if found != row.sha256:
+                problems.append(f"{row.name}: sha256 is {found[:16]}.., expected {row.sha256[:16]}..")
+            done += row.nbytes
+            if progress:
+                progress(done, table.file_bytes)
+    return problems
+
+
+def in_file_order(rows: Sequence[ParamRow]) -> ParamTable:
+    """The table of rows that were finished in any order."""
+    return ParamTable(tuple(sorted(rows, key=lambda row: row.offset)))

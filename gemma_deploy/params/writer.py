@@ -1,0 +1,299 @@
+"""Streams a checkpoint into params.safetensors: flat memory, several tensors at once, resumable after kill -9.
+
+Workers run jobs (stream.py); the calling thread makes what they finished durable, notes it in the journal, and reports
+progress. The bytes written depend on the plan and the checkpoint only, not on workers, block size or interruptions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.errors import ParamsError
+from gemma_deploy.params.journal import Journal, read_finished
+from gemma_deploy.params.layout import Layout, lay_out
+from gemma_deploy.params.plan import ParamSpec
+from gemma_deploy.params.stream import BadTensorError, Buffers, Job, run_job
+from gemma_deploy.params.table import ParamRow, ParamTable, hash_span, in_file_order
+
+logger = logging.getLogger(__name__)
+
+BLOCK_BYTES = 2 << 20
+# Written pages are dropped from the page cache this often: recycled pages made writing 2 to 5 times as fast as
+# fresh ones on a virtual machine, and the machine's cache is left to others.
+DROP_BYTES = 128 << 20
+POLL_SECONDS = 0.2
+MOST_BAD = 20
+Progress = Callable[[int, int], None]
+
+
+def write_params(
+    checkpoint: Checkpoint,
+    plan: Sequence[ParamSpec],
+    out_path: Path,
+    *,
+    workers: int = 2,
+    progress: Progress | None = None,
+    journal: Path,
+    block_bytes: int = BLOCK_BYTES,
+) -> ParamTable:
+    """Write every tensor of the plan and return the table of what was written.
+
+    A finished file is recognised by the journal's key and the file's size and time, and left alone; an interrupted one
+    is continued (its finished tensors are hashed again). A file of another key under `out_path` is removed at once, so
+    that it cannot be taken for the result. Until all is written the file is called `out_path` + ".partial".
+
+    Args:
+        checkpoint: where the weights come from.
+        plan: what to write (`build_plan`).
+        out_path: the finished file.
+        workers: threads, each working on one tensor at a time.
+        progress: called from this thread with (bytes written, bytes in all).
+        journal: file that remembers what is finished; keep it beside `out_path` or in the workspace.
+        block_bytes: source bytes per row block.
+
+    Raises:
+        ParamsError: NaN or infinity in a weight (all tensors are named), disk full, not writable, or the checkpoint
+            changed on the way.
+    """
+    layout = lay_out(plan)
+    fingerprint = checkpoint.fingerprint()
+    with _disk_errors(out_path, layout), contextlib.closing(Journal(journal, _key(plan, layout, fingerprint))) as log:
+        if _is_finished(log.file, out_path, layout):
+            return in_file_order([row for rows in log.finished.values() for row in rows])
+        run = _Run(checkpoint, plan, layout, out_path, log)
+        if not _is_finished(log.file, run.partial, layout):
+            run.prepare()
+            run.write(workers, block_bytes, progress)
+            if checkpoint.fingerprint() != fingerprint:
+                raise ParamsError(
+                    "the checkpoint changed while it was read",
+                    where=str(checkpoint.path),
+                    next_step="leave it alone and start again",
+                )
+        return run.commit()
+
+
+def finished_table(
+    checkpoint: Checkpoint, plan: Sequence[ParamSpec], out_path: Path, journal: Path
+) -> ParamTable | None:
+    """The table of a file that `write_params` would leave alone, else None. Reads no tensor and changes nothing."""
+    layout = lay_out(plan)
+    rows, record = read_finished(journal, _key(plan, layout, checkpoint.fingerprint()))
+    return in_file_order(rows) if _is_finished(record, out_path, layout) else None
+
+
+class _Run:
+    """One file being written."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, plan: Sequence[ParamSpec], layout: Layout, out_path: Path, log: Journal
+    ) -> None:
+        self.checkpoint, self.layout, self.out_path, self.log = checkpoint, layout, out_path, log
+        self.partial = out_path.with_name(out_path.name + ".partial")
+        self.jobs = _jobs(plan, layout)
+        self.stop, self.lock, self.written = threading.Event(), threading.Lock(), 0
+        self.local = threading.local()
+
+    def prepare(self) -> None:
+        """Continue the partial file, or begin one with all its space reserved, so that a full disk shows at once."""
+        self.out_path.parent.mkdir(parents=True, exist_ok=True)
+        size = self.partial.stat().st_size if self.partial.is_file() else 0
+        resume = self.log.matched and size == self.layout.file_bytes
+        self.out_path.unlink(missing_ok=True)
+        self.log.start(afresh=not resume)
+        if not resume:
+            self.partial.unlink(missing_ok=True)
+        self.fd = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            if not resume:
+                _reserve(self.fd, self.layout.file_bytes)
+            os.pwrite(self.fd, self.layout.header, 0)
+        except BaseException:
+            os.close(self.fd)
+            self.partial.unlink(missing_ok=True)
+            raise
+
+    def write(self, workers: int, block_bytes: int, progress: Progress | None) -> None:
+        """Run all jobs; whatever ends this early leaves a journal of what is finished."""
+        bad: list[str] = []
+        try:
+            with _one_torch_thread(), ThreadPoolExecutor(max(1, workers), "params") as pool:
+                try:
+                    pending = {pool.submit(self.run, job, block_bytes) for job in self.jobs}
+                    while pending:
+                        ready, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
+                        self.note(ready, bad)
+                        if progress:
+                            progress(min(self.written, self.layout.file_bytes), self.layout.file_bytes)
+                        if len(bad) >= MOST_BAD:
+                            break
+                except BaseException:
+                    self.stop.set()
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    raise
+                if pending:
+                    self.stop.set()
+                    pool.shutdown(wait=True, cancel_futures=True)
+        finally:
+            os.close(self.fd)
+        if bad:
+            raise ParamsError(
+                f"{len(bad)} tensor(s){' or more' if pending else ''} hold values that cannot be stored",
+                where=str(self.checkpoint.path),
+                problems=sorted(bad),
+                expected="finite numbers within the range of the stored dtype",
+                next_step="copy or download the checkpoint again; where a value is too large for float16, use bf16 or int8",
+            )
+
+    def run(self, job: Job, block_bytes: int) -> tuple[Job, list[ParamRow]]:
+        """In a worker: write one job, unless a run before this one did."""
+        rows = self.log.finished.get(job.name)
+        if rows and all(hash_span(self.partial, row.offset, row.nbytes) == row.sha256 for row in rows):
+            self.wrote(job.nbytes)
+            return job, rows
+        if rows:
+            logger.warning("%s in %s is not what was written: writing it again", job.name, self.partial)
+        if not hasattr(self.local, "buffers"):
+            self.local.buffers = Buffers()
+        return job, run_job(job, self.checkpoint, self.fd, self.local.buffers, block_bytes, self.wrote)
+
+    def wrote(self, count: int) -> None:
+        """Count bytes for the progress, and end the worker when the run is being stopped."""
+        if self.stop.is_set():
+            raise _StoppedError
+        with self.lock:
+            before = self.written // DROP_BYTES
+            self.written += count
+            drop = self.written // DROP_BYTES > before
+        if drop:
+            self.flush()
+
+    def flush(self) -> None:
+        """Wait until what is written is on disk, and let the system reuse its page cache."""
+        os.fdatasync(self.fd)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def note(self, ready: set[Future[tuple[Job, list[ParamRow]]]], bad: list[str]) -> None:
+        """Make finished jobs durable: first the data, then their lines. Collect bad tensors, pass other failures on."""
+        done, failure = [], None
+        for future in ready:
+            error = future.exception()
+            if error is None:
+                done.append(future.result())
+            elif isinstance(error, BadTensorError):
+                bad.append(str(error))
+            else:
+                failure = error
+        fresh = [(job.name, rows) for job, rows in done if self.log.finished.get(job.name) != rows]
+        if fresh:
+            self.flush()
+            self.log.finish_jobs(fresh)
+            self.log.finished.update(fresh)
+        if failure is not None:
+            raise failure
+
+    def commit(self) -> ParamTable:
+        """Everything durable, then noted, then renamed (which keeps the time that was noted)."""
+        fd = os.open(self.partial, os.O_RDONLY | os.O_CLOEXEC)
+        os.fsync(fd)
+        if self.log.file is None:
+            self.log.finish_file(os.fstat(fd))
+        os.close(fd)
+        os.replace(self.partial, self.out_path)
+        _sync_directory(self.out_path.parent)
+        return in_file_order([row for rows in self.log.finished.values() for row in rows])
+
+
+class _StoppedError(Exception):
+    """Ends a worker whose run has failed elsewhere."""
+
+
+def _jobs(plan: Sequence[ParamSpec], layout: Layout) -> list[Job]:
+    """The plan's tensors grouped by source, largest first, so that no worker ends long after the others."""
+    groups: dict[str, list[ParamSpec]] = {}
+    for spec in plan:
+        groups.setdefault(spec.source or spec.name, []).append(spec)
+    jobs = [Job(name, tuple(specs), tuple(layout.offsets[s.name] for s in specs)) for name, specs in groups.items()]
+    return sorted(jobs, key=lambda job: -job.nbytes)
+
+
+def _key(plan: Sequence[ParamSpec], layout: Layout, fingerprint: str) -> str:
+    """Sha256 over all the bytes depend on: plan, layout, checkpoint, and the code that makes them."""
+    digest = hashlib.sha256(json.dumps([asdict(spec) for spec in plan], sort_keys=True).encode())
+    digest.update(layout.header)
+    digest.update(fingerprint.encode())
+    package = Path(__file__).resolve().parents[1]
+    for part in ("checkpoint", "params", "quantization"):
+        for source in sorted((package / part).glob("*.py")):
+            digest.update(f"\0{part}/{source.name}\0".encode() + source.read_bytes())
+    for name in ("torch", "numpy", "gguf"):
+        with contextlib.suppress(PackageNotFoundError):
+            digest.update(f"\0{name} {version(name)}".encode())
+    return digest.hexdigest()
+
+
+def _is_finished(record: dict[str, int] | None, path: Path, layout: Layout) -> bool:
+    if record is None or not path.is_file():
+        return False
+    stat = path.stat()
+    return record == {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns} and stat.st_size == layout.file_bytes
+
+
+def _reserve(fd: int, size: int) -> None:
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except (AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+        os.ftruncate(fd, size)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # some network file systems refuse it
+        os.fsync(fd)
+    os.close(fd)
+
+
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """The workers are the parallelism; torch's own threads would only fight them."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _disk_errors(out_path: Path, layout: Layout) -> Iterator[None]:
+    """Turn the system's refusals into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        what = "no space left for the parameters" if full else f"cannot be written: {error.strerror or error}"
+        raise ParamsError(
+            what,
+            where=str(error.filename or out_path),
+            expected=f"{layout.file_bytes} bytes ({layout.file_bytes / 2**30:.2f} GiB)" if full else None,
+            next_step="free space or choose another workspace (workspace.path), and run again: it continues"
+            if full
+            else "make the directory writable or choose another workspace (workspace.path)",
+        ) from error
