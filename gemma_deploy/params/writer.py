@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 BLOCK_BYTES = 2 << 20
 # Written pages are dropped from the page cache this often: recycled pages made writing 2 to 5 times as fast as
 # fresh ones on a virtual machine, and the machine's cache is left to others.
-DROP_BYTES = 128 << 20
-POLL_SECONDS = 0.2
+DROP_BYTES = 64 << 20
+POLL_SECONDS = 0.05
 MOST_BAD = 20
 Progress = Callable[[int, int], None]
 
@@ -103,7 +103,8 @@ class _Run:
         self.checkpoint, self.layout, self.out_path, self.log = checkpoint, layout, out_path, log
         self.partial = out_path.with_name(out_path.name + ".partial")
         self.jobs = _jobs(plan, layout)
-        self.stop, self.lock, self.written = threading.Event(), threading.Lock(), 0
+        self.stop, self.lock = threading.Event(), threading.Lock()
+        self.written = self.flushed = 0
         self.local = threading.local()
 
     def prepare(self) -> None:
@@ -135,6 +136,8 @@ class _Run:
                     while pending:
                         ready, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
                         self.note(ready, bad)
+                        if self.written - self.flushed >= DROP_BYTES:
+                            self.flush()
                         if progress:
                             progress(min(self.written, self.layout.file_bytes), self.layout.file_bytes)
                         if len(bad) >= MOST_BAD:
@@ -154,7 +157,7 @@ class _Run:
                 where=str(self.checkpoint.path),
                 problems=sorted(bad),
                 expected="finite numbers within the range of the stored dtype",
-                next_step="copy or download the checkpoint again; where a value is too large for float16, use bf16 or int8",
+                next_step="copy or download the checkpoint again; what is only too large for float16 fits bf16 or int8",
             )
 
     def run(self, job: Job, block_bytes: int) -> tuple[Job, list[ParamRow]]:
@@ -174,14 +177,11 @@ class _Run:
         if self.stop.is_set():
             raise _StoppedError
         with self.lock:
-            before = self.written // DROP_BYTES
             self.written += count
-            drop = self.written // DROP_BYTES > before
-        if drop:
-            self.flush()
 
     def flush(self) -> None:
         """Wait until what is written is on disk, and let the system reuse its page cache."""
+        self.flushed = self.written
         os.fdatasync(self.fd)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
