@@ -64,11 +64,8 @@ class Journal:
 
     def _append(self, records: list[dict[str, Any]]) -> None:
         data = "".join(json.dumps(record) + "\n" for record in records).encode()
-        try:
-            self._end += _write_all(self._fd, data, self._end)
-            os.fdatasync(self._fd)
-        except OSError as error:
-            raise ParamsError(f"cannot be written: {error.strerror}", where=str(self.path)) from error
+        self._end += _write_all(self._fd, data, self._end)
+        os.fdatasync(self._fd)
 
 
 def read_finished(path: Path, key: str) -> tuple[list[ParamRow], dict[str, Any] | None]:

@@ -88,7 +88,7 @@ class Sink:
         """Append a contiguous block."""
         import torch
 
-        data = memoryview(block.reshape(-1).view(torch.uint8).numpy())
+        data = block.reshape(-1).view(torch.uint8).numpy().data
         self.digest.update(data)
         self.wrote(len(data))
         while data:

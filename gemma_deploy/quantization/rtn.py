@@ -74,4 +74,5 @@ def _row_power(x: torch.Tensor) -> torch.Tensor:
     """Sum of squares of each row, [rows] float64; vector_norm runs at memory speed, vecdot at a quarter of it."""
     import torch
 
-    return torch.linalg.vector_norm(x, 2, dim=1).double().square_()
+    norm: torch.Tensor = torch.linalg.vector_norm(x, 2, dim=1)
+    return norm.double().square_()

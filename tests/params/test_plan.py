@@ -1,0 +1,121 @@
+import pytest
+import torch
+
+from gemma_deploy.checkpoint import ModelConfig, expected_tensors
+from gemma_deploy.params import build_plan
+from gemma_deploy.params.constants import rotary_rows
+from gemma_deploy.params.layout import lay_out
+from gemma_deploy.testing import TINY_CONFIGS
+
+
+def config(model_type="gemma", **changes):
+    return ModelConfig.from_dict({**TINY_CONFIGS[model_type], **changes}, "config.json")
+
+
+def by_name(plan):
+    assert len({spec.name for spec in plan}) == len(plan)
+    return {spec.name: spec for spec in plan}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "matrix", "rotary"),
+    [
+        ("fp32", "float32", "float32"),
+        ("bf16", "bfloat16", "float32"),
+        ("fp16", "float16", "float16"),
+        ("w8a16", "int8", "float32"),
+    ],
+)
+def test_dtypes_of_a_scheme(scheme, matrix, rotary):
+    plan = by_name(build_plan(config("gemma3_text"), scheme, 64))
+    for name, spec in plan.items():
+        if "norm" in name or name.endswith(".scale"):
+            assert spec.dtype == "float32", name
+        elif "rotary" in name:
+            assert (spec.dtype, spec.shape) == (rotary, (64, 16)), name
+        else:
+            assert spec.dtype == matrix, name
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "gemma3_text"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_tensor_of_the_model_once(model_type, tied):
+    cfg = config(model_type, tie_word_embeddings=tied)
+    for scheme in ("fp32", "w8a16"):
+        plan = by_name(build_plan(cfg, scheme, 32))
+        weights = {name: spec.shape for name, spec in plan.items() if spec.kind in ("cast", "int8_per_channel")}
+        assert weights == expected_tensors(cfg)
+        assert ("lm_head.weight" in plan) is not tied
+        scales = {name for name, spec in plan.items() if spec.kind == "scale"}
+        matrices = {n.removesuffix("weight") + "scale" for n, shape in weights.items() if len(shape) == 2}
+        assert scales == (matrices if scheme == "w8a16" else set())
+
+
+def test_rotary_tables_of_the_kinds_that_occur():
+    def tables(cfg):
+        return {spec.name for spec in build_plan(cfg, "fp32", 32) if spec.kind == "constant"}
+
+    full = {f"model.rotary_emb.full_attention.{t}" for t in ("cos", "sin")}
+    sliding = {f"model.rotary_emb.sliding_attention.{t}" for t in ("cos", "sin")}
+    assert tables(config("gemma")) == full
+    assert tables(config("gemma3_text")) == full | sliding
+    assert tables(config("gemma3_text", num_hidden_layers=2)) == sliding
+
+
+def _spec(cfg, layer_type, table, context):
+    name = f"model.rotary_emb.{layer_type}.{table}"
+    return by_name(build_plan(cfg, "fp32", context))[name]
+
+
+def _check_rotary(cfg, layer_type, cos, sin):
+    half = cfg.head_dim // 2
+    for table, expected in (("cos", cos), ("sin", sin)):
+        spec = _spec(cfg, layer_type, table, 2048)
+        whole = rotary_rows(spec, 0, 2048)
+        assert torch.equal(whole, expected[0, :, :half])
+        assert torch.equal(torch.cat([rotary_rows(spec, 0, 777), rotary_rows(spec, 777, 2048)]), whole)
+
+
+@pytest.mark.parametrize("head_dim", [32, 256])
+def test_rotary_equals_transformers_gemma(head_dim):
+    from transformers import GemmaConfig
+    from transformers.models.gemma.modeling_gemma import GemmaRotaryEmbedding
+
+    raw = {**TINY_CONFIGS["gemma"], "head_dim": head_dim}
+    module = GemmaRotaryEmbedding(GemmaConfig(**raw))
+    cos, sin = module(torch.zeros(1), torch.arange(2048)[None])
+    _check_rotary(config(head_dim=head_dim), "full_attention", cos, sin)
+
+
+@pytest.mark.parametrize("factor", [None, 8.0])
+def test_rotary_equals_transformers_gemma3(factor):
+    from transformers import Gemma3TextConfig
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+
+    changes = {} if factor is None else {"rope_scaling": {"rope_type": "linear", "factor": factor}}
+    changes["head_dim"] = 256
+    module = Gemma3RotaryEmbedding(Gemma3TextConfig(**TINY_CONFIGS["gemma3_text"], **_no_dim(changes)))
+    cfg = config("gemma3_text", **_no_dim(changes))
+    assert cfg.rope["full_attention"].factor == (factor or 1.0)
+    for layer_type in ("full_attention", "sliding_attention"):
+        cos, sin = module(torch.zeros(1), torch.arange(2048)[None], layer_type)
+        _check_rotary(cfg, layer_type, cos, sin)
+
+
+def _no_dim(changes):
+    return {key: value for key, value in changes.items() if key != "head_dim"}
+
+
+def test_layout_is_page_aligned_without_holes_and_wide_types_first():
+    plan = build_plan(config("gemma3_text"), "w8a16", 48)
+    layout = lay_out(plan)
+    assert len(layout.header) % 4096 == 0
+    assert layout.header.endswith((b"}", b" "))
+    specs = sorted(plan, key=lambda spec: layout.offsets[spec.name])
+    end = len(layout.header)
+    for spec in specs:
+        assert layout.offsets[spec.name] == end
+        end += spec.nbytes
+    assert end == layout.file_bytes
+    widths = [{"float32": 4, "int8": 1}[spec.dtype] for spec in specs]
+    assert widths == sorted(widths, reverse=True)
