@@ -1,16 +1,16 @@
 """Errors a user can cause or meet, and the exit code each one ends the program with.
 
-    DeployError                 1  the run failed
-    |-- CheckpointError         1  weights or config are damaged, missing, or of another family
-    |-- ExportError             1  the patched model could not become a graph
-    |-- ParamsError             1  the parameter file could not be written or resumed
-    |-- CalibrationError        1  a data set is unreadable, empty or too short
-    |-- ArtifactError           1  an artifact is damaged, incomplete or of another version
-    |-- PreflightError          1  this machine lacks memory, disk or a file for the job
-    |-- GateError               1  the numbers are wrong: parity left its tolerance
-    `-- UsageError              2  what was asked for makes no sense
-        |-- RecipeError         2  the recipe is wrong (all offenders are listed)
-        `-- NotBuiltError       2  valid, but this version does not do it
+DeployError                 1  the run failed
+|-- CheckpointError         1  weights or config are damaged, missing, or of another family
+|-- ExportError             1  the patched model could not become a graph
+|-- ParamsError             1  the parameter file could not be written or resumed
+|-- CalibrationError        1  a data set is unreadable, empty or too short
+|-- ArtifactError           1  an artifact is damaged, incomplete or of another version
+|-- PreflightError          1  this machine lacks memory, disk or a file for the job
+|-- GateError               1  the numbers are wrong: parity left its tolerance
+`-- UsageError              2  what was asked for makes no sense
+|-- RecipeError         2  the recipe is wrong (all offenders are listed)
+`-- NotBuiltError       2  valid, but this version does not do it
 """
 
 from __future__ import annotations

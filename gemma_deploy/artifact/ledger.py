@@ -1,0 +1,88 @@
+"""The ledger: every place where an artifact may differ from the reference, with the measured effect.
+
+An unlisted difference is a bug: the gate compares against the reference with exactly these exceptions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """One allowed difference. `effect` holds measured figures, empty where parity did not run."""
+
+    what: str
+    where: str
+    why: str
+    effect: dict[str, Any] = field(default_factory=dict)
+
+
+def ledger_for(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Entries of an artifact, from its manifest (with the parity result when there is one)."""
+    scheme, model, contract = manifest["scheme"], manifest["model"], manifest["contract"]
+    effect = _effect(manifest.get("parity"))
+    entries = [_storage(manifest, scheme, effect)]
+    scale = manifest["recipe"]["frontend"]["model_kwargs"]["embed_scale"]
+    entries.append(
+        LedgerEntry(
+            f"embedding scale sqrt({model['hidden_size']}), rounding `{scale}`",
+            "model.embed_tokens",
+            "exact: as transformers computes in the run dtype; bf16: as the model was trained; the reference does the same",
+        )
+    )
+    if contract["context"] < model["max_position_embeddings"]:
+        entries.append(
+            LedgerEntry(
+                f"context limited to {contract['context']} of {model['max_position_embeddings']} positions",
+                "iter1: cache slots; rotary tables",
+                "static shape of the recipe; a longer text is refused by the runtime, never cut",
+            )
+        )
+    entries.append(
+        LedgerEntry(
+            "prefill returns the last position's logits only",
+            "iter0: strided slice before the LM head",
+            "config.insert_slice; decode needs no other position",
+        )
+    )
+    entries.append(
+        LedgerEntry(
+            "the new token's score and value are added after the cached ones",
+            "iter1: attention of every layer",
+            "the cache is read where it lies instead of being copied per token; changes the order of additions only",
+            effect if scheme == "fp32" else {},
+        )
+    )
+    return [asdict(entry) for entry in entries]
+
+
+def _storage(manifest: dict[str, Any], scheme: str, effect: dict[str, Any]) -> LedgerEntry:
+    matrices = "weight matrices and token table"
+    if scheme == "w8a16":
+        rows = [row for row in manifest["params"] if row.get("sqnr_db") is not None]
+        worst = min(rows, key=lambda row: row["sqnr_db"]) if rows else None
+        if worst:
+            effect = {**effect, "lowest_sqnr_db": worst["sqnr_db"], "lowest_sqnr_tensor": worst["name"]}
+        return LedgerEntry(
+            "int8 per output row, symmetric, rounded to nearest; activations and norms float32",
+            f"the seven linears of every layer, the token table ({len(rows)} tensors)",
+            "backend.dtype int8 (w8a16); a 16-bit target rounds activations as well, which this graph does not",
+            effect,
+        )
+    texts = {
+        "fp32": ("no rounding", "float32 weights and activations"),
+        "bf16": (f"{matrices} rounded to bfloat16; arithmetic, norms and cache float32", "backend.dtype bf16"),
+        "fp16": (
+            f"{matrices}, activations and cache float16; norms, softmax and logits float32",
+            "backend.dtype fp16",
+        ),
+    }
+    what, why = texts[scheme]
+    return LedgerEntry(what, "whole model", why, effect)
+
+
+def _effect(parity: dict[str, Any] | None) -> dict[str, Any]:
+    """The figures of the parity result that belong into the ledger."""
+    return dict(parity.get("effect", {})) if parity else {}

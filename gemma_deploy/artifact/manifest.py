@@ -1,0 +1,120 @@
+"""manifest.json: what an artifact is, and reading it back (design 4.4)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from gemma_deploy.errors import ArtifactError, UsageError
+from gemma_deploy.params import ParamTable
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+# Whose versions decide what a graph looks like or how weights are rounded.
+TOOLS = ("gemma-deploy", "torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime")
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of this program and of the libraries an artifact depends on."""
+    found = {}
+    for tool in TOOLS:
+        try:
+            found[tool] = version(tool)
+        except PackageNotFoundError:
+            found[tool] = "not installed"
+    return found
+
+
+def op_census(path: Path) -> dict[str, int]:
+    """Number of nodes per operator of an .onnx file, custom ones with their domain."""
+    model = onnx.load(str(path), load_external_data=False)
+    counts = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.node)
+    return dict(sorted(counts.items()))
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact that says it is finished."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Artifact:
+        """Read the manifest; hashes are `verify`'s work.
+
+        Raises:
+            ArtifactError: there is none, it is damaged, or another version wrote it.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise ArtifactError(
+                "there is no such directory",
+                where=str(path),
+                expected="an artifact made by `gemma-deploy compile`",
+                next_step="list the workspace, or compile a recipe first",
+            )
+        file = path / MANIFEST
+        if not file.exists():
+            raise ArtifactError(
+                f"{MANIFEST} is missing: this is no finished artifact",
+                where=str(path),
+                next_step="compile the recipe again; it continues where it stopped",
+            )
+        try:
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ArtifactError(
+                f"not readable as JSON: {error}", where=str(file), next_step="compile the recipe again with --force"
+            ) from error
+        found = manifest.get("format_version") if isinstance(manifest, dict) else None
+        if found != FORMAT_VERSION:
+            raise ArtifactError(
+                f"format_version is {found!r}",
+                where=str(file),
+                expected=str(FORMAT_VERSION),
+                next_step="compile the recipe with this version of gemma-deploy, or use the version that made it",
+            )
+        missing = [key for key in ("name", "scheme", "contract", "params", "files", "model") if key not in manifest]
+        if missing:
+            raise ArtifactError("keys are missing", where=str(file), problems=missing)
+        return cls(path, manifest)
+
+    @property
+    def params(self) -> ParamTable:
+        """Rows of params.safetensors."""
+        return ParamTable.from_json(self.manifest["params"])
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        """Replace the manifest, whole or not at all."""
+        write_json(self.path / MANIFEST, manifest)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write under a temporary name and rename."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def newest_artifact(workspace: Path) -> Path:
+    """The finished artifact with the youngest manifest.
+
+    Raises:
+        UsageError: the workspace holds none.
+    """
+    found = sorted(workspace.glob(f"*/{MANIFEST}"), key=lambda file: file.stat().st_mtime_ns)
+    found = [file for file in found if not file.parent.name.endswith((".partial", ".old"))]
+    if not found:
+        raise UsageError(
+            "no finished artifact in the workspace",
+            where=str(workspace),
+            next_step="name an artifact, or run `gemma-deploy compile RECIPE` first",
+        )
+    return found[-1].parent

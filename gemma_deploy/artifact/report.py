@@ -1,0 +1,103 @@
+"""report.html: what was built, how large, how far from the reference, in one self-contained page."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+MIB = 1 << 20
+
+TEMPLATE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ m.name }}</title>
+<style>
+body {font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; color: #222}
+table {border-collapse: collapse; margin: .5rem 0 1.5rem} td, th {border-bottom: 1px solid #ddd; padding: .2rem .8rem;
+text-align: left; vertical-align: top} td.n {text-align: right; font-variant-numeric: tabular-nums}
+.ok {color: #176d2c} .bad {color: #b00020; font-weight: 600} code {font-size: 90%}
+</style></head><body>
+<h1>{{ m.name }}</h1>
+<p>{{ m.model.model_type }}, {{ m.model.num_hidden_layers }} layers, {{ m.scheme }}, prefill {{ m.contract.prefill }},
+context {{ m.contract.context }}, batch {{ m.contract.batch }}; checkpoint <code>{{ m.checkpoint.path }}</code>
+({{ m.checkpoint.format }}, fingerprint <code>{{ m.checkpoint.fingerprint[:16] }}</code>).</p>
+<h2>Parity</h2>
+{% if m.parity %}<p class="{{ 'ok' if m.parity.passed else 'bad' }}">{{ 'passed' if m.parity.passed else 'FAILED' }}</p>
+<table><tr><th>comparison</th><th>measure</th><th>value</th><th>limit</th><th></th></tr>
+{% for line in m.parity.lines %}<tr><td>{{ line.comparison }}</td><td>{{ line.name }}</td>
+<td class="n">{{ line.value }}</td><td class="n">{{ line.limit }}</td>
+<td class="{{ 'ok' if line.passed else 'bad' }}">{{ 'ok' if line.passed else 'FAILED' }}</td></tr>{% endfor %}</table>
+{% for note in m.parity.notes %}<p>{{ note }}</p>{% endfor %}
+{% else %}<p class="bad">not run: nothing is proven about this artifact</p>{% endif %}
+<h2>Ledger: where it may differ from the reference</h2>
+<table><tr><th>what</th><th>where</th><th>why</th><th>measured effect</th></tr>
+{% for e in m.ledger %}<tr><td>{{ e.what }}</td><td>{{ e.where }}</td><td>{{ e.why }}</td>
+<td>{% for k, v in e.effect.items() %}{{ k }} {{ v }}<br>{% endfor %}</td></tr>{% endfor %}</table>
+<h2>Size</h2>
+<table><tr><th>kind</th><th>tensors</th><th>MiB</th></tr>
+{% for kind, count, mib in sizes %}<tr><td>{{ kind }}</td><td class="n">{{ count }}</td>
+<td class="n">{{ '%.2f' | format(mib) }}</td></tr>{% endfor %}</table>
+{% if plot %}<h2>Weight SQNR per layer</h2>{{ plot | safe }}{% endif %}
+<h2>Operators</h2>
+<table><tr><th>operator</th>{% for g in m.op_census %}<th>{{ g }}</th>{% endfor %}</tr>
+{% for op in ops %}<tr><td>{{ op }}</td>{% for g in m.op_census %}<td class="n">{{ m.op_census[g].get(op, 0) }}</td>
+{% endfor %}</tr>{% endfor %}</table>
+<h2>Stages</h2>
+<table><tr><th>stage</th><th>seconds</th><th>peak RSS MiB</th><th>MiB written</th><th></th></tr>
+{% for s in m.stages %}<tr><td>{{ s.name }}</td><td class="n">{{ '%.2f' | format(s.seconds) }}</td>
+<td class="n">{{ '%.0f' | format(s.peak_rss_bytes / mib) }}</td><td class="n">{{ '%.1f' | format(s.bytes / mib) }}</td>
+<td>{{ 'was done' if s.skipped else '' }}</td></tr>{% endfor %}</table>
+<h2>Made with</h2><p>{% for k, v in m.tool.items() %}{{ k }} {{ v }}{{ ', ' if not loop.last }}{% endfor %}</p>
+</body></html>
+"""
+
+
+def write_report(folder: Path, manifest: dict[str, Any]) -> Path:
+    """Write report.html beside the manifest."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    ops = sorted({op for census in manifest["op_census"].values() for op in census})
+    html = environment.from_string(TEMPLATE).render(
+        m=manifest, sizes=_sizes(manifest), ops=ops, mib=MIB, plot=_sqnr_plot(manifest["params"])
+    )
+    path = folder / "report.html"
+    partial = path.with_name("report.html.partial")
+    partial.write_text(html, encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def _sizes(manifest: dict[str, Any]) -> list[tuple[str, int, float]]:
+    groups: dict[str, list[int]] = {}
+    for row in manifest["params"]:
+        name = row["name"]
+        kind = "token table" if "embed_tokens" in name else "LM head" if name.startswith("lm_head") else "linears"
+        kind = "norms" if "norm" in name else "rotary tables" if "rotary_emb" in name else kind
+        groups.setdefault(f"{kind}, {row['dtype']}", []).append(row["nbytes"])
+    return [(kind, len(sizes), sum(sizes) / MIB) for kind, sizes in sorted(groups.items())]
+
+
+def _sqnr_plot(rows: list[dict[str, Any]]) -> str:
+    """Inline SVG: one dot per quantized matrix over its layer; empty when nothing was quantized."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row.get("sqnr_db") is not None and ".layers." in row["name"]:
+            _, _, layer, *module = row["name"].split(".")
+            points.setdefault(module[-2], []).append((int(layer), row["sqnr_db"]))
+    if not points:
+        return ""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name, values in points.items():
+        axes.plot(*zip(*values, strict=True), marker=".", linewidth=1, label=name)
+    axes.axhline(38, color="grey", linestyle=":", linewidth=1)
+    axes.set(xlabel="layer", ylabel="SQNR, dB")
+    axes.legend(fontsize=8, ncols=4)
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "gemma-deploy"}):  # the same bytes for the same numbers
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,96 @@
+"""`gemma-deploy compile`: a recipe becomes a verified artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from gemma_deploy.stages import Stage
+
+MIB = 1 << 20
+EPILOG = """\b
+Examples:
+  gemma-deploy compile build_in/hf_gemma_int8.yaml
+  gemma-deploy compile build_in/hf_gemma_int8.yaml --checkpoint /models/gemma-2b --dry-run
+  gemma-deploy compile build_in/hf_gemma_fp16.yaml -s frontend.shape.input_ids=[[256],[512]] -s name=mine
+"""
+
+
+@click.command("compile", epilog=EPILOG)
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("-s", "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key.")
+@click.option("--checkpoint", metavar="PATH", help="Directory, .gguf file or `demo`, instead of the recipe's.")
+@click.option("--out", type=click.Path(path_type=Path), help="Artifact directory  [default: workspace.path/NAME]")
+@click.option("--force", is_flag=True, help="Replace an artifact made from other inputs.")
+@click.option("--dry-run", is_flag=True, help="Show memory, disk and time of every stage; do nothing.")
+@click.option("--parity/--no-parity", default=True, help="Run the gate at the end.  [default: parity]")
+def command(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    checkpoint: str | None,
+    out: Path | None,
+    force: bool,
+    dry_run: bool,
+    parity: bool,
+) -> None:
+    """Compile RECIPE; exit 1 when the artifact does not compute the model."""
+    from rich.console import Console
+
+    from gemma_deploy import compile as compiler
+    from gemma_deploy.preflight import render
+    from gemma_deploy.recipe import Recipe
+
+    loaded = Recipe.load(recipe, overrides, checkpoint=checkpoint)
+    if loaded.vendor_keys():
+        click.echo(f"carried for the vendor's compiler, not interpreted here: {', '.join(loaded.vendor_keys())}")
+    if dry_run:
+        plan = compiler.plan_recipe(loaded, parity=parity)
+        Console().print(render(plan))
+        raise SystemExit(1 if plan.shortfalls else 0)
+    result = compiler.compile_recipe(
+        loaded, out=out, force=force, parity=parity, on_stage=_print_stage, progress=_progress()
+    )
+    if result.reused:
+        click.echo(f"nothing has changed: {result.path} is up to date")
+    verdict = "not run: nothing is proven" if result.parity is None else result.parity["summary"]
+    click.echo(f"parity  {verdict}")
+    click.echo(f"artifact  {result.path}")
+
+
+def _print_stage(stage: Stage) -> None:
+    size = f"{stage.bytes / MIB:10.1f} MiB" if stage.bytes else " " * 14
+    done = "  (was done)" if stage.skipped else ""
+    click.echo(f"{stage.name:<11}{stage.seconds:8.2f} s  peak {stage.peak_rss_bytes / MIB:7.0f} MiB {size}{done}")
+
+
+def _progress():  # noqa: ANN202 (a rich callback)
+    """A bar on a terminal; plain lines, one per tenth, in a log."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        seen = [-1]
+
+        def line(done: int, total: int) -> None:
+            tenth = 10 * done // max(total, 1)
+            if tenth > seen[0] and total > 256 * MIB:
+                seen[0] = tenth
+                click.echo(f"parameters  {10 * tenth:3d} %  {done / MIB:.0f} of {total / MIB:.0f} MiB", err=True)
+
+        return line
+    bar = Progress(
+        TextColumn("parameters"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console, transient=True
+    )
+    task = bar.add_task("parameters", total=None)
+    bar.start()
+
+    def update(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+        if done >= total:
+            bar.stop()
+
+    return update

@@ -1,0 +1,24 @@
+"""`gemma-deploy verify`: every hash, graph and table of an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+EPILOG = """\b
+Examples:
+  gemma-deploy verify workspace/gemma-demo-int8-128-256
+  gemma-deploy verify workspace/NAME --quick
+"""
+
+
+@click.command("verify", epilog=EPILOG)
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--quick", is_flag=True, help="Do not read params.safetensors (sizes only).")
+def command(artifact: Path, quick: bool) -> None:
+    """Check ARTIFACT; exit 1 and name every damaged file and tensor."""
+    from gemma_deploy.artifact import verify
+
+    for line in verify(artifact, deep=not quick):
+        click.echo(f"ok  {line}")

@@ -1,0 +1,182 @@
+"""How far two sets of logits are apart: every number, always; which of them decide is the business of `gates.py`.
+
+One position is looked at a time, so a vocabulary of 262,144 costs a few megabytes however many positions there are.
+NumPy only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Differences of test logits from reference logits; NaN where nothing finite was compared.
+
+    Attributes:
+        positions: how many positions were compared.
+        max_abs: largest absolute difference of two logits.
+        mean_abs: mean absolute difference.
+        max_abs_logit: largest absolute reference logit.
+        relative: max_abs / max(1, max_abs_logit); the gate of fp32 and bf16 artifacts.
+        cosine: smallest cosine of a position's two logit vectors.
+        kl_mean: mean of KL(reference || test) over positions, in nats.
+        kl_max: largest KL of a position.
+        top1: share of positions whose arg max agrees.
+        near_ties: disagreements whose reference margin (best logit minus second best) is below max_abs.
+        disagreements: all positions whose arg max differs, near ties included.
+        greedy_prefix: leading positions of every row that agree, the smallest over rows.
+        scored: positions with a target token.
+        ppl_reference: perplexity of the targets under the reference.
+        ppl_test: the same under the test logits.
+        ppl_delta: ppl_test / ppl_reference - 1.
+        bad_reference: inf and NaN among the reference logits.
+        bad_test: inf and NaN among the test logits.
+    """
+
+    positions: int
+    max_abs: float
+    mean_abs: float
+    max_abs_logit: float
+    relative: float
+    cosine: float
+    kl_mean: float
+    kl_max: float
+    top1: float
+    near_ties: int
+    disagreements: int
+    greedy_prefix: int
+    scored: int
+    ppl_reference: float
+    ppl_test: float
+    ppl_delta: float
+    bad_reference: int
+    bad_test: int
+
+    def to_json(self) -> dict[str, float | int | None]:
+        """Plain dict; NaN and inf become None, which JSON can hold."""
+        return {k: (v if isinstance(v, int) or math.isfinite(v) else None) for k, v in asdict(self).items()}
+
+
+def log_softmax(row: np.ndarray) -> np.ndarray:
+    """row: [V] -> float64 [V]."""
+    row = row.astype(np.float64)
+    row -= row.max()
+    return row - math.log(np.exp(row).sum())
+
+
+class Comparison:
+    """Accumulates `Metrics` position by position.
+
+    Positions of one row must come in order; rows may be interleaved, `row` tells them apart.
+    """
+
+    def __init__(self) -> None:
+        self._count = self._values = self._bad_ref = self._bad_test = 0
+        self._max_abs = self._max_logit = self._sum_abs = 0.0
+        self._cosines: list[float] = []
+        self._kl: list[float] = []
+        self._nll: list[tuple[float, float]] = []
+        self._margins: list[float] = []
+        self._prefix: dict[int, int] = {}
+        self._broken: set[int] = set()
+
+    def add(self, reference: np.ndarray, test: np.ndarray, target: int | None = None, row: int = 0) -> None:
+        """Compare one position.
+
+        Args:
+            reference: [V] logits.
+            test: [V] logits.
+            target: the token that really came next, or None.
+            row: which sequence the position belongs to.
+        """
+        if reference.shape != test.shape:
+            raise ValueError(f"logits of {test.shape} cannot be compared with a reference of {reference.shape}")
+        self._count += 1
+        self._prefix.setdefault(row, 0)
+        bad_ref = int(reference.size - np.isfinite(reference).sum())
+        bad_test = int(test.size - np.isfinite(test).sum())
+        self._bad_ref += bad_ref
+        self._bad_test += bad_test
+        if bad_ref or bad_test:  # nothing else means anything here; the gates refuse such a position by its count
+            self._broken.add(row)
+            return
+        ref, tst = reference.astype(np.float64), test.astype(np.float64)
+        difference = np.abs(ref - tst)
+        self._max_abs = max(self._max_abs, float(difference.max()))
+        self._sum_abs += float(difference.sum())
+        self._values += ref.size
+        self._max_logit = max(self._max_logit, float(np.abs(ref).max()))
+        norms = float(np.linalg.norm(ref) * np.linalg.norm(tst))
+        self._cosines.append(float(ref @ tst) / norms if norms else float(np.array_equal(ref, tst)))
+        log_ref, log_test = log_softmax(ref), log_softmax(tst)
+        self._kl.append(max(0.0, float(np.exp(log_ref) @ (log_ref - log_test))))
+        if target is not None:
+            self._nll.append((-float(log_ref[target]), -float(log_test[target])))
+        self._compare_top1(ref, tst, row)
+
+    def _compare_top1(self, ref: np.ndarray, tst: np.ndarray, row: int) -> None:
+        best = int(ref.argmax())
+        if best == int(tst.argmax()):
+            if row not in self._broken:
+                self._prefix[row] += 1
+            return
+        self._broken.add(row)
+        second = np.partition(ref, -2)[-2]
+        self._margins.append(float(ref[best] - second))
+
+    def result(self) -> Metrics:
+        """The metrics of everything added so far."""
+        good, nan = len(self._kl), float("nan")
+        max_abs = self._max_abs if good else nan
+        nll = np.array(self._nll, dtype=np.float64).reshape(-1, 2)
+        ppl_ref, ppl_test = (_perplexity(nll[:, i]) for i in range(2))
+        return Metrics(
+            positions=self._count,
+            max_abs=max_abs,
+            mean_abs=self._sum_abs / self._values if good else nan,
+            max_abs_logit=self._max_logit if good else nan,
+            relative=max_abs / max(1.0, self._max_logit),
+            cosine=min(self._cosines, default=nan),
+            kl_mean=float(np.mean(self._kl)) if good else nan,
+            kl_max=max(self._kl, default=nan),
+            top1=1.0 - len(self._margins) / good if good else nan,
+            near_ties=sum(margin < max_abs for margin in self._margins),
+            disagreements=len(self._margins),
+            greedy_prefix=min(self._prefix.values(), default=0),
+            scored=len(nll),
+            ppl_reference=ppl_ref,
+            ppl_test=ppl_test,
+            ppl_delta=ppl_test / ppl_ref - 1.0 if len(nll) else nan,
+            bad_reference=self._bad_ref,
+            bad_test=self._bad_test,
+        )
+
+
+def _perplexity(nll: np.ndarray) -> float:
+    """nll: [n] negative log likelihoods in nats."""
+    if not len(nll):
+        return float("nan")
+    mean = float(nll.mean())
+    return math.exp(mean) if mean < 700 else float("inf")
+
+
+def compare_logits(reference: np.ndarray, test: np.ndarray, targets: Iterable[int] | None = None) -> Metrics:
+    """Metrics of two arrays.
+
+    Args:
+        reference: [positions, V].
+        test: [positions, V].
+        targets: the next token of every position, or None.
+    """
+    if reference.shape != test.shape:
+        raise ValueError(f"logits of {test.shape} cannot be compared with a reference of {reference.shape}")
+    comparison = Comparison()
+    wanted = list(targets) if targets is not None else [None] * len(reference)
+    for ref, tst, target in zip(reference, test, wanted, strict=True):
+        comparison.add(ref, tst, target)
+    return comparison.result()

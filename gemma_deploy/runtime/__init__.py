@@ -1,0 +1,7 @@
+"""The reference run time: static artifacts on ONNX Runtime. Imports no torch."""
+
+from gemma_deploy.runtime.runner import StaticRunner
+from gemma_deploy.runtime.sampling import Sampler
+from gemma_deploy.runtime.session import open_session
+
+__all__ = ["Sampler", "StaticRunner", "open_session"]
