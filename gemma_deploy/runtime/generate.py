@@ -1,55 +1,120 @@
-"""Text out of an artifact, piece by piece."""
+"""Generates text with an artifact: prompt or messages in, pieces of text out as they become complete.
+
+Joins runner, sampler and tokenizer; holds no numbers of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+from gemma_deploy.errors import UsageError
 from gemma_deploy.runtime.runner import StaticRunner
 from gemma_deploy.runtime.sampling import Sampler
-from gemma_deploy.runtime.tokenizer import TextTokenizer
+from gemma_deploy.runtime.tokenizer import TextStream, Tokenizer
 
-REPLACEMENT = "\ufffd"
+log = logging.getLogger(__name__)
 
 
-def generate_ids(
-    runner: StaticRunner, prompt: Sequence[int], sampler: Sampler, *, max_new_tokens: int, stop: Sequence[int]
-) -> Iterator[int]:
-    """New token ids, the stop token not included; ends at the limit, a stop token or a full context."""
-    logits = runner.prefill([list(prompt)])
-    for n in range(max_new_tokens):
-        token = sampler(logits[0])
-        if token in stop:
-            return
-        yield token
-        if n + 1 < max_new_tokens and runner.position < runner.context:
-            logits = runner.step([token])
-        else:
-            return
+@dataclass
+class GenerationStats:
+    """What a generation did; complete when its iterator has ended.
+
+    Args:
+        tokens: generated ids, the stop token not among them.
+        finish: "stop": the model ended; "length": max_new_tokens; "context": the cache is full; None: interrupted.
+        prefill_seconds: until the first token's logits; session opening included in the first call.
+    """
+
+    prompt_tokens: int = 0
+    tokens: list[int] = field(default_factory=list)
+    finish: Literal["stop", "length", "context"] | None = None
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the decode steps; 0 when there were none."""
+        return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds and len(self.tokens) > 1 else 0.0
 
 
 def stream(
     runner: StaticRunner,
-    tokenizer: TextTokenizer,
-    prompt: str,
-    sampler: Sampler,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[Mapping[str, str]],
     *,
-    max_new_tokens: int = 64,
-    stop: Sequence[int] = (),
+    max_new_tokens: int = 128,
+    sampler: Sampler | None = None,
+    stop_ids: Sequence[int] | None = None,
+    stats: GenerationStats | None = None,
 ) -> Iterator[str]:
-    """Pieces of generated text; a character is yielded when all its bytes are there.
+    """Generate and yield text. Joined, the pieces are the text of all tokens; no piece ends inside a character.
+
+    Args:
+        runner: of any batch; every row gets the same prompt and the first is read.
+        tokenizer: of the same artifact.
+        prompt: a text to continue, or chat messages to answer.
+        max_new_tokens: at most so many.
+        sampler: greedy by default.
+        stop_ids: any of these ends it; `stop_token_ids` of the artifact by default.
+        stats: filled in while it runs.
 
     Raises:
-        UsageError: the prompt has more tokens than the artifact's prefill length.
+        UsageError: the prompt is longer than P, or max_new_tokens is below 1. Raised at once, before the first piece.
     """
-    ids: list[int] = []
-    done = 0  # ids whose text is out
-    prefix = 0  # ids decoded together with the new ones, for the tokenizer's sake (spaces between words)
-    for token in generate_ids(runner, tokenizer.encode(prompt), sampler, max_new_tokens=max_new_tokens, stop=stop):
-        ids.append(token)
-        before, after = tokenizer.decode(ids[prefix:done]), tokenizer.decode(ids[prefix:])
-        if len(after) > len(before) and not after.endswith(REPLACEMENT):
-            yield after[len(before) :]
-            prefix, done = done, len(ids)
-    rest = tokenizer.decode(ids[prefix:])[len(tokenizer.decode(ids[prefix:done])) :]
-    if rest:
-        yield rest
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens is {max_new_tokens}", expected="1 or more")
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
+    if len(ids) > runner.prefill_length:
+        raise UsageError(
+            f"the prompt has {len(ids)} tokens, this artifact takes {runner.prefill_length} at most",
+            where=str(runner.path),
+            next_step="shorten it, or compile with a longer first length in frontend.shape.input_ids",
+        )
+    stops = frozenset(stop_ids if stop_ids is not None else stop_token_ids(runner.manifest))
+    stats = stats if stats is not None else GenerationStats()
+    stats.prompt_tokens = len(ids)
+    return _pieces(runner, TextStream(tokenizer), ids, max_new_tokens, sampler or Sampler(), stops, stats)
+
+
+def stop_token_ids(manifest: Mapping[str, Any] | None) -> tuple[int, ...]:
+    """Every token that ends a text, from the manifest's `model.eos_token_ids`; empty without a manifest."""
+    ids = ((manifest or {}).get("model") or {}).get("eos_token_ids") or ()
+    return (int(ids),) if isinstance(ids, int) else tuple(int(token) for token in ids)
+
+
+def _pieces(
+    runner: StaticRunner,
+    text: TextStream,
+    ids: list[int],
+    max_new_tokens: int,
+    sampler: Sampler,
+    stops: frozenset[int],
+    stats: GenerationStats,
+) -> Iterator[str]:
+    started = time.perf_counter()
+    logits = runner.prefill([ids] * runner.batch)
+    stats.prefill_seconds = time.perf_counter() - started
+    while True:
+        token = sampler(logits[:1])[0]
+        if token in stops:
+            stats.finish = "stop"
+            break
+        stats.tokens.append(token)
+        if piece := text.push(token):
+            yield piece
+        if len(stats.tokens) == max_new_tokens:
+            stats.finish = "length"
+            break
+        if runner.remaining == 0:
+            stats.finish = "context"
+            log.warning("the context of %d slots is full: the text ends here", runner.context_length)
+            break
+        started = time.perf_counter()
+        logits = runner.step([token] * runner.batch)
+        stats.decode_seconds += time.perf_counter() - started
+    if piece := text.flush():
+        yield piece

@@ -1,201 +1,247 @@
-"""Runs the static graphs of an artifact: left-padded prefill, then one token at a time over a cache written in place.
+"""Runs a static artifact: left-padded prefill, then one token at a time into a cache that is never copied.
 
-The cache of each layer is one buffer [B, Hk, C, D], bound to the decode session once. A step copies only the new
-entries [B, Hk, 1, D] into their slot; the cache itself is never copied.
+Session and contract come from session.py and contract.py; which token comes next is decided in sampling.py.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from gemma_deploy.errors import ArtifactError, UsageError
+from gemma_deploy.errors import UsageError
+from gemma_deploy.runtime.contract import check_session, read_contract, read_manifest
 from gemma_deploy.runtime.session import Mode, open_session
 
-PREFILL, DECODE = "iter0", "iter1"
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+
+class _Decoder(NamedTuple):
+    """iter1, bound once: every array is read and written by ORT where it lies."""
+
+    session: ort.InferenceSession
+    binding: Any
+    ids: np.ndarray  # [B, 1]
+    mask: np.ndarray  # [B, C+1]
+    positions: np.ndarray  # [B, 1]
+    logits: np.ndarray  # [B, 1, V]
+    presents: list[np.ndarray]  # per cache [B, Hk, 1, D]
+    extra: list[str]
 
 
 class StaticRunner:
-    """One conversation (or batch) on one artifact.
+    """Prefill and decode graphs with their caches.
 
     Args:
-        path: the artifact's directory.
-        mode: `strict` or `fast`, see session.py.
-        threads: 0 takes all cores.
-        outputs: intermediate values to keep in `values` after each call.
+        artifact_dir: directory with iter0.onnx, iter1.onnx, params.safetensors and (when finished) manifest.json.
+        mode: see session.py.
+        threads: of one operator; 0 for as many as there are cores.
+        outputs: inner values (`MODULE.out`) to keep in `values` after every call; those a graph lacks are left out.
+        manifest: the manifest of an artifact that is not finished.
 
-    Raises:
-        ArtifactError: the directory is no artifact.
+    Attributes:
+        values: name -> float32 array of the last call, for each of `outputs`.
+        lengths: [B] real tokens seen per row, padding not counted.
+        position: cache slots filled, padding counted; P after a prefill.
     """
 
-    def __init__(self, path: Path, mode: Mode = "fast", *, threads: int = 0, outputs: Sequence[str] = ()) -> None:
-        self.path, self.mode, self.threads, self.outputs = path, mode, threads, tuple(outputs)
-        file = path / "manifest.json"
-        try:
-            self.manifest = json.loads(file.read_text(encoding="utf-8"))
-            contract = self.manifest["contract"]
-        except (OSError, json.JSONDecodeError, KeyError) as error:
-            raise ArtifactError(
-                f"no readable manifest ({error})", where=str(file), next_step="compile the recipe again"
-            ) from error
-        self._start(contract)
-
-    @classmethod
-    def of(cls, path: Path, contract: dict[str, Any], mode: Mode = "strict", **kwargs: Any) -> StaticRunner:
-        """A runner on an artifact that has no manifest yet (the gate runs before it is written)."""
-        runner = cls.__new__(cls)
-        runner.path, runner.mode, runner.manifest = path, mode, {}
-        runner.threads, runner.outputs = kwargs.get("threads", 0), tuple(kwargs.get("outputs", ()))
-        runner._start(contract)
-        return runner
-
-    def _start(self, contract: dict[str, Any]) -> None:
-        self.batch, self.prefill_length, self.context = contract["batch"], contract["prefill"], contract["context"]
-        self.vocab_size = contract["vocab_size"]
-        self.cache_shape = (self.batch, contract["kv_heads"], self.context, contract["head_dim"])
-        self.cache_dtype = np.dtype(contract["cache_dtype"])
-        self.layers = contract["layers"]
+    def __init__(
+        self,
+        artifact_dir: str | Path,
+        mode: Mode = "fast",
+        threads: int = 0,
+        outputs: Sequence[str] = (),
+        *,
+        manifest: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path = Path(artifact_dir)
+        self.mode: Mode = mode
+        self.threads = threads
+        self.manifest: Mapping[str, Any] | None = manifest if manifest is not None else read_manifest(self.path)
+        self.contract = read_contract(self.path, self.manifest)
+        self._outputs = list(dict.fromkeys(outputs))
+        self._prefill_session: ort.InferenceSession | None = None
+        self._decoder: _Decoder | None = None
         self.values: dict[str, np.ndarray] = {}
-        self._sessions: dict[str, Any] = {}
-        self._decode: _Decode | None = None
-        self.caches: list[np.ndarray] = []
+        self._caches = [np.zeros(port.shape, port.dtype) for port in self.contract.caches]
         self.reset()
 
     @property
-    def position(self) -> int:
-        """Cache slots in use."""
-        return self._slots
+    def batch(self) -> int:
+        """B: prompts of one prefill."""
+        return self.contract.batch
+
+    @property
+    def prefill_length(self) -> int:
+        """P: longest prompt."""
+        return self.contract.prefill
+
+    @property
+    def context_length(self) -> int:
+        """C: cache slots."""
+        return self.contract.context
+
+    @property
+    def remaining(self) -> int:
+        """Steps until the cache is full."""
+        return self.context_length - self.position
 
     def reset(self) -> None:
-        """Forget the conversation."""
-        self._slots = 0
-        self._mask = np.zeros((self.batch, self.context + 1), np.int64)
-        self._mask[:, -1] = 1
-        self._lengths = np.zeros(self.batch, np.int64)
+        """Forget the prompts."""
+        self.position = 0
+        self.lengths = np.zeros(self.batch, np.int64)
+
+    def close_prefill(self) -> None:
+        """Give iter0's memory back when no other prompt will come (fast sessions hold their own packed weights)."""
+        self._prefill_session = None
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        """Start a conversation.
+        """Run the prompts and fill cache slots 0 .. P-1.
 
         Args:
-            prompts: token ids, one list per sequence of the batch, BOS included.
+            prompts: [B] token lists of 1 .. P tokens each.
 
         Returns:
-            Logits after the last token of each prompt, [B, V] float32.
+            [B, V] float32: logits after each prompt's last token.
 
         Raises:
-            UsageError: a prompt is empty or longer than the artifact's prefill length.
+            UsageError: wrong number of prompts, or prompts that are empty, too long or hold no tokens of this model.
         """
-        self._check(prompts)
-        self.reset()
-        length = self.prefill_length
-        ids, mask, positions = (np.zeros((self.batch, length), np.int64) for _ in range(3))
+        self._check_prompts(prompts)
+        batch, width = self.batch, self.prefill_length
+        ids, mask, positions = (np.zeros((batch, width), np.int64) for _ in range(3))
         for row, prompt in enumerate(prompts):
-            ids[row, length - len(prompt) :] = prompt
-            mask[row, length - len(prompt) :] = 1
-            positions[row, length - len(prompt) :] = np.arange(len(prompt))
-        feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        names = [output.name for output in self._session(PREFILL).get_outputs()]
-        results = dict(zip(names, self._session(PREFILL).run(None, feed), strict=True))
-        if not self.caches:
-            self.caches = [np.zeros(self.cache_shape, self.cache_dtype) for _ in range(2 * self.layers)]
-        for cache, name in zip(self.caches, self._presents(), strict=True):
-            cache[:, :, :length] = results[name]
-        self.values = {name: results[name] for name in self.outputs}
-        self._mask[:, :length] = mask
-        self._lengths = np.array([len(prompt) for prompt in prompts])
-        self._slots = length
-        return np.asarray(results["logits"][:, 0], np.float32)
+            start = width - len(prompt)
+            ids[row, start:], mask[row, start:] = prompt, 1
+            positions[row, start:] = np.arange(len(prompt))
+        if self._prefill_session is None:
+            self._prefill_session, self._prefill_extra = self._open("iter0")
+        session = self._prefill_session
+        names = ["logits", *self._present_names(), *self._prefill_extra]
+        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        logits, *rest = session.run(names, feeds)
+        for cache in self._caches:
+            cache[:, :, :width] = rest.pop(0)
+        self.values = {name: value.astype(np.float32) for name, value in zip(self._prefill_extra, rest, strict=True)}
+        self.position, self.lengths = width, mask.sum(axis=1)
+        self._prompt_mask = mask
+        if self._decoder is not None:
+            self._start_mask(self._decoder.mask)
+        return np.asarray(logits[:, -1], np.float32)
 
     def step(self, tokens: Sequence[int]) -> np.ndarray:
-        """Append one token to each sequence; returns logits [B, V] float32.
+        """Feed one token per row.
+
+        Args:
+            tokens: [B].
+
+        Returns:
+            [B, V] float32.
 
         Raises:
-            UsageError: `prefill` was not called, or the cache is full.
+            UsageError: no prefill before it, the cache is full, or the tokens are not tokens of this model.
         """
-        if not self._slots:
-            raise UsageError("step() before prefill()", next_step="call prefill() with the prompt first")
-        if self._slots >= self.context:
+        if self.position == 0:
+            raise UsageError("a step needs a prefill before it", next_step="call prefill(prompts) first")
+        if self.position >= self.context_length:
             raise UsageError(
-                f"the context is full: all {self.context} cache slots are used",
-                where=str(self.path),
-                next_step="compile the recipe with a larger second length in frontend.shape.input_ids",
+                f"the context is full: all {self.context_length} cache slots are used "
+                f"({self.prefill_length} by the prompt with its padding, "
+                f"{self.context_length - self.prefill_length} by generated tokens)",
+                next_step="generate fewer tokens, or compile with a longer second length in frontend.shape.input_ids",
             )
-        if self._decode is None:
-            self._decode = _Decode(self)
-        logits = self._decode.run(np.asarray(tokens, np.int64)[:, None], self._lengths[:, None], self._mask)
-        for cache, present in zip(self.caches, self._decode.presents, strict=True):
-            cache[:, :, self._slots] = present[:, :, 0]
-        self.values = self._decode.values
-        self._mask[:, self._slots] = 1
-        self._lengths = self._lengths + 1
-        self._slots += 1
-        return logits
+        if len(tokens) != self.batch:
+            raise UsageError(f"{len(tokens)} tokens for a batch of {self.batch}", where=str(self.path))
+        self._check_ids(tokens, "tokens")
+        decoder = self._decoder or self._bind()
+        decoder.ids[:, 0], decoder.positions[:, 0] = tokens, self.lengths
+        decoder.session.run_with_iobinding(decoder.binding)
+        for cache, present in zip(self._caches, decoder.presents, strict=True):
+            cache[:, :, self.position] = present[:, :, 0]
+        decoder.mask[:, self.position] = 1
+        if decoder.extra:
+            values = decoder.binding.get_outputs()[-len(decoder.extra) :]
+            self.values = {
+                name: value.numpy().astype(np.float32) for name, value in zip(decoder.extra, values, strict=True)
+            }
+        self.position += 1
+        self.lengths = self.lengths + 1
+        return decoder.logits[:, 0].copy()
 
-    def _session(self, graph: str) -> Any:
-        if graph not in self._sessions:
-            self._sessions[graph] = open_session(
-                self.path / f"{graph}.onnx", self.mode, threads=self.threads, outputs=self.outputs
-            )
-        return self._sessions[graph]
+    def _open(self, graph: str) -> tuple[ort.InferenceSession, list[str]]:
+        file = self.path / f"{graph}.onnx"
+        extra = []
+        if self._outputs and file.exists():
+            import onnx
 
-    def _presents(self) -> list[str]:
-        return [f"present.{i}.{part}" for i in range(self.layers) for part in ("key", "value")]
+            proto = onnx.load(str(file), load_external_data=False).graph
+            known = {output for node in proto.node for output in node.output}
+            extra = [name for name in self._outputs if name in known]
+        return open_session(file, self.mode, self.threads, extra), extra
 
-    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
+    def _bind(self) -> _Decoder:
+        import onnxruntime as ort
+
+        session, extra = self._open("iter1")
+        check_session(session, self.contract, self.path / "iter1.onnx")
+        batch = self.batch
+        ids, positions = np.zeros((batch, 1), np.int64), np.zeros((batch, 1), np.int64)
+        mask = np.zeros((batch, self.context_length + 1), np.int64)
+        logits = np.zeros((batch, 1, self.contract.vocab_size), np.float32)
+        presents = [np.zeros((*port.shape[:2], 1, port.shape[3]), port.dtype) for port in self.contract.caches]
+        binding = session.io_binding()
+        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        feeds |= {port.name: cache for port, cache in zip(self.contract.caches, self._caches, strict=True)}
+        for name, array in feeds.items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        for name, array in {"logits": logits, **dict(zip(self._present_names(), presents, strict=True))}.items():
+            binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
+        for name in extra:
+            binding.bind_output(name, "cpu")
+        self._start_mask(mask)
+        self._decoder = _Decoder(session, binding, ids, mask, positions, logits, presents, extra)
+        return self._decoder
+
+    def _start_mask(self, mask: np.ndarray) -> None:
+        mask[:] = 0
+        mask[:, : self.prefill_length] = self._prompt_mask
+        mask[:, -1] = 1
+
+    def _present_names(self) -> list[str]:
+        return [port.name.replace("past_key_values", "present") for port in self.contract.caches]
+
+    def _check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
         if len(prompts) != self.batch:
-            raise UsageError(f"{len(prompts)} prompts for an artifact of batch {self.batch}", where=str(self.path))
+            raise UsageError(
+                f"{len(prompts)} prompts for graphs of batch {self.batch}",
+                where=str(self.path),
+                next_step=f"give {self.batch}, or compile with frontend.shape.batch: {len(prompts)}",
+            )
+        problems = []
         for row, prompt in enumerate(prompts):
-            if not prompt:
-                raise UsageError(f"prompt {row} is empty", expected="at least one token (BOS)")
-            if len(prompt) > self.prefill_length:
-                raise UsageError(
-                    f"prompt {row} has {len(prompt)} tokens, the artifact takes {self.prefill_length}",
-                    where=str(self.path),
-                    next_step="shorten it, or compile with a larger first length in frontend.shape.input_ids",
-                )
+            if len(prompt) == 0:
+                problems.append(f"prompt {row} is empty: it needs at least the BOS token")
+            elif len(prompt) > self.prefill_length:
+                problems.append(f"prompt {row} has {len(prompt)} tokens, {len(prompt) - self.prefill_length} too many")
+        if problems:
+            raise UsageError(
+                f"prompts must have 1 to {self.prefill_length} tokens",
+                problems=problems,
+                next_step="shorten it, or compile with a longer first length in frontend.shape.input_ids",
+            )
+        for row, prompt in enumerate(prompts):
+            self._check_ids(prompt, f"prompt {row}")
 
-
-class _Decode:
-    """The decode session with its inputs and outputs bound to buffers once."""
-
-    def __init__(self, runner: StaticRunner) -> None:
-        self.session = runner._session(DECODE)
-        self.binding = self.session.io_binding()
-        shape = (*runner.cache_shape[:2], 1, runner.cache_shape[3])
-        self.presents = [np.empty(shape, runner.cache_dtype) for _ in runner.caches]
-        self.logits = np.empty((runner.batch, 1, runner.vocab_size), np.float32)
-        self.outputs = runner.outputs
-        self.values: dict[str, np.ndarray] = {}
-        for cache, present, name in zip(runner.caches, self.presents, runner._presents(), strict=True):
-            self._input(name.replace("present", "past_key_values"), cache)
-            self._output(name, present)
-        self._output("logits", self.logits)
-        for name in self.outputs:
-            self.binding.bind_output(name, "cpu")
-
-    def run(self, ids: np.ndarray, positions: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """One step; `presents` and `values` hold the rest. Returns a copy of the logits [B, V]."""
-        self._input("input_ids", ids)
-        self._input("position_ids", positions)
-        self._input("attention_mask", mask)
-        self.session.run_with_iobinding(self.binding)
-        if self.outputs:
-            names = [output.name for output in self.session.get_outputs()]
-            found = dict(zip(self._bound(names), self.binding.get_outputs(), strict=True))
-            self.values = {name: found[name].numpy() for name in self.outputs}
-        return self.logits[:, 0].copy()
-
-    def _bound(self, names: list[str]) -> list[str]:
-        """Names in the order they were bound, which is the order `get_outputs` gives."""
-        presents = [name for name in names if name.startswith("present.")]
-        return [*presents, "logits", *self.outputs]
-
-    def _input(self, name: str, array: np.ndarray) -> None:
-        self.binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-    def _output(self, name: str, array: np.ndarray) -> None:
-        self.binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+    def _check_ids(self, ids: Sequence[int], where: str) -> None:
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= self.contract.vocab_size:
+            wrong = low if low < 0 else high
+            raise UsageError(
+                f"token {wrong} is not in the vocabulary",
+                where=where,
+                expected=f"0 to {self.contract.vocab_size - 1}",
+                next_step="use the tokenizer of this artifact",
+            )

@@ -1,68 +1,94 @@
-"""Choosing the next token: greedy, or temperature, top-k, top-p in transformers' order and meaning."""
+"""Chooses the next token: greedy, or temperature, then top-k, then top-p, as transformers' `generate` does.
+
+Pure NumPy. A seed gives the same tokens on every machine that gives the same logits; ties go to the lower token id.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import numpy as np
 
-from gemma_deploy.errors import UsageError
+from gemma_deploy.errors import DeployError, UsageError
 
 
-@dataclass
 class Sampler:
-    """Picks a token id from logits [V].
+    """One random stream for a generation.
 
     Args:
-        temperature: 0 is greedy (the lowest id among equals).
-        top_k: keep the k largest logits (and those equal to the smallest of them); 0 keeps all.
-        top_p: keep the smallest set of likeliest tokens whose probability reaches this; 1 keeps all.
-        seed: of the generator; the same seed gives the same tokens.
+        temperature: 0 is greedy; 1 leaves the distribution as it is.
+        top_k: keep the k most probable tokens, and those equal to the last of them; 0 keeps all.
+        top_p: keep the fewest tokens whose probabilities sum to at least p; 1 keeps all.
+        seed: of the random stream; None for one from the operating system.
 
     Raises:
-        UsageError: a value outside its range.
+        UsageError: a value outside its range (all at once).
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    _generator: np.random.Generator = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None
+    ) -> None:
         problems = []
-        if self.temperature < 0:
-            problems.append(f"temperature is {self.temperature}, expected 0 (greedy) or more")
-        if self.top_k < 0:
-            problems.append(f"top_k is {self.top_k}, expected 0 (off) or more")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"top_p is {self.top_p}, expected more than 0 and at most 1")
+        if not (np.isfinite(temperature) and temperature >= 0):
+            problems.append(f"temperature {temperature}: 0 (greedy) or more")
+        if top_k < 0:
+            problems.append(f"top_k {top_k}: 0 (all tokens) or more")
+        if not 0 < top_p <= 1:
+            problems.append(f"top_p {top_p}: above 0, up to 1 (all tokens)")
+        if seed is not None and seed < 0:
+            problems.append(f"seed {seed}: 0 or more")
         if problems:
-            raise UsageError("the sampling options make no sense", problems=problems)
-        self._generator = np.random.default_rng(self.seed)
+            raise UsageError("sampling cannot be done like this", problems=problems)
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self._random = np.random.default_rng(seed)
 
-    def __call__(self, logits: np.ndarray) -> int:
-        """Logits: [V] float32 -> a token id."""
+    def __call__(self, logits: np.ndarray) -> list[int]:
+        """Choose one token per row.
+
+        Args:
+            logits: [B, V] float32.
+
+        Returns:
+            [B] token ids.
+
+        Raises:
+            DeployError: logits are NaN or all infinite: the graph has overflowed.
+        """
+        top = logits.max(axis=-1)
+        if not np.isfinite(top).all():
+            raise DeployError(
+                f"the model gave {top[~np.isfinite(top)][0]} as its largest logit",
+                next_step="run `gemma-deploy parity` on the artifact; fp16 overflows are listed there",
+            )
         if self.temperature == 0:
-            return int(np.argmax(logits))
-        return int(self._generator.choice(len(logits), p=self.probabilities(logits)))
+            return [int(token) for token in logits.argmax(axis=-1)]
+        return [self._draw(row) for row in self.filtered(logits)]
 
-    def probabilities(self, logits: np.ndarray) -> np.ndarray:
-        """The distribution drawn from, float64 [V]."""
-        scores = logits.astype(np.float64) / self.temperature
-        if 0 < self.top_k < len(scores):
-            threshold = np.partition(scores, -self.top_k)[-self.top_k]
-            scores = np.where(scores < threshold, -np.inf, scores)
-        probs = _softmax(scores)
+    def filtered(self, logits: np.ndarray) -> np.ndarray:
+        """Logits with temperature, top-k and top-p applied, removed tokens at -inf. [B, V] -> [B, V] float64."""
+        scores = logits.astype(np.float64) / (self.temperature or 1.0)
+        if 0 < self.top_k < scores.shape[-1]:
+            last_kept = np.partition(scores, -self.top_k, axis=-1)[:, -self.top_k, None]
+            scores = np.where(scores < last_kept, -np.inf, scores)
         if self.top_p < 1:
-            order = np.argsort(probs, kind="stable")  # ascending: what falls below 1 - p in all is dropped
-            dropped = np.cumsum(probs[order]) <= 1 - self.top_p
-            dropped[-1] = False
-            scores[order[dropped]] = -np.inf
-            probs = _softmax(scores)
-        return probs
+            for row in scores:
+                row[_outside_nucleus(row, self.top_p)] = -np.inf
+        return scores
+
+    def _draw(self, scores: np.ndarray) -> int:
+        edges = np.cumsum(_softmax(scores))
+        # The last edge may be a hair below 1 and tokens of probability 0 have edges of zero width: never drawn.
+        return int(np.searchsorted(edges, self._random.random() * edges[-1], side="right"))
+
+
+def _outside_nucleus(scores: np.ndarray, top_p: float) -> np.ndarray:
+    """Token ids to remove: those before which the more probable ones already reach p. scores: [V]."""
+    order: Sequence[int] = np.argsort(-scores, kind="stable")
+    before = np.cumsum(_softmax(scores)[order])
+    keep = 1 + int(np.searchsorted(before, top_p, side="left"))
+    return np.asarray(order[keep:])
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:
-    exps = np.exp(scores - scores.max())
-    return exps / exps.sum()
+    exp = np.exp(scores - scores.max())
+    return exp / exp.sum()

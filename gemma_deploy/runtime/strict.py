@@ -63,7 +63,8 @@ def share_transposes(model: ir.Model) -> int:
         if transpose is None or list(transpose.attributes["perm"].as_ints()) != [1, 0]:
             continue
         plain = transpose.inputs[0]
-        assert plain is not None and weight is not None
+        assert plain is not None
+        assert weight is not None
         if cast:
             if weight.is_graph_output():
                 continue

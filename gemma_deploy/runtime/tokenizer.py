@@ -1,91 +1,158 @@
-"""The artifact's tokenizer, read with the `tokenizers` library alone (no torch, no transformers)."""
+"""An artifact's tokenizer: text or chat messages to tokens with exactly one BOS, and tokens back to text in pieces.
+
+Reads tokenizer.json with `tokenizers` and chat_template.jinja with jinja2; neither torch nor transformers is needed.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2.sandbox
-
 from gemma_deploy.errors import ArtifactError, UsageError
 
+HALF = "\N{REPLACEMENT CHARACTER}"  # what `tokenizers` decodes the first bytes of a character to
 
-class TextTokenizer:
-    """Text to ids with exactly one BOS, ids to text.
+
+class Tokenizer:
+    """tokenizer.json and what lies beside it.
 
     Args:
-        path: directory with tokenizer.json.
-        bos_token_id: of the model; None when it has none.
+        directory: an artifact or a checkpoint.
 
     Raises:
-        ArtifactError: there is no tokenizer.json, or it cannot be read.
+        ArtifactError: tokenizer.json is missing or damaged, or has no BOS token.
     """
 
-    def __init__(self, path: Path, bos_token_id: int | None) -> None:
-        from tokenizers import Tokenizer
-
-        file = path / "tokenizer.json"
-        if not file.is_file():
+    def __init__(self, directory: str | Path) -> None:
+        self.path = Path(directory)
+        self._tokenizer = _load(self.path / "tokenizer.json")
+        self._config = _read_json(self.path / "tokenizer_config.json")
+        bos = _token_text(self._config.get("bos_token")) or "<bos>"
+        bos_id = self._tokenizer.token_to_id(bos)
+        if bos_id is None:
             raise ArtifactError(
-                "there is no tokenizer.json: text cannot be tokenized",
-                where=str(path),
-                next_step="put tokenizer.json beside the checkpoint and compile again",
+                f"has no token {bos!r} to begin a text with",
+                where=str(self.path / "tokenizer.json"),
+                next_step="put the tokenizer of the checkpoint there",
             )
-        try:
-            self._tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception for a damaged file
-            raise ArtifactError(f"not a readable tokenizer: {error}", where=str(file)) from error
-        self.path, self.bos_token_id = path, bos_token_id
+        self.bos, self.bos_id = bos, int(bos_id)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens, added ones included."""
+        return int(self._tokenizer.get_vocab_size())
 
     def encode(self, text: str) -> list[int]:
-        """Ids with one BOS in front, whether or not the tokenizer or the text brings its own."""
-        ids = self._tokenizer.encode(text).ids
-        if self.bos_token_id is None:
-            return ids
-        while ids and ids[0] == self.bos_token_id:
-            ids = ids[1:]
-        return [self.bos_token_id, *ids]
+        """Tokens of a text with exactly one BOS in front, whether or not the text spells one."""
+        ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        while ids and ids[0] == self.bos_id:
+            del ids[0]
+        return [self.bos_id, *ids]
 
-    def decode(self, ids: list[int]) -> str:
-        """Text without special tokens."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Tokens of a conversation that the model is to continue.
 
-    def chat(self, messages: list[dict[str, str]]) -> str:
-        """The prompt of a conversation by the checkpoint's chat template, up to the model's turn.
+        Args:
+            messages: {"role": "user" | "assistant" | ..., "content": text}, oldest first.
 
         Raises:
-            UsageError: the checkpoint has no chat template.
+            UsageError: the artifact has no chat template, or the template refuses the messages.
         """
-        template = self._template()
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        def refuse(message: str) -> None:
-            raise UsageError(f"the chat template refuses the messages: {message}")
+        def refuse(reason: str) -> None:
+            raise jinja2.TemplateError(reason)
 
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = refuse
-        tokens = {"bos_token": "<bos>", "eos_token": "<eos>", **self._special_tokens()}
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **tokens)
+        special = {key: _token_text(value) for key, value in self._config.items() if key.endswith("_token")}
+        names = {**special, "bos_token": self.bos}
+        try:
+            template = environment.from_string(self._chat_template())
+            text = template.render(messages=list(messages), add_generation_prompt=True, **names)
+        except jinja2.TemplateError as error:
+            raise UsageError(f"the chat template refuses the messages: {error}", where=str(self.path)) from error
+        return self.encode(text)
 
-    def _config(self) -> dict[str, Any]:
-        file = self.path / "tokenizer_config.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of tokens, without the special ones."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def _special_tokens(self) -> dict[str, str]:
-        found = {}
-        for key in ("bos_token", "eos_token"):
-            value = self._config().get(key)
-            if value:
-                found[key] = value["content"] if isinstance(value, dict) else value
-        return found
-
-    def _template(self) -> str:
+    def _chat_template(self) -> str:
         file = self.path / "chat_template.jinja"
-        template = file.read_text(encoding="utf-8") if file.is_file() else self._config().get("chat_template")
-        if not isinstance(template, str):
-            raise UsageError(
-                "the checkpoint has no chat template",
-                where=str(self.path),
-                next_step="use -p with plain text; chat needs an -it checkpoint",
-            )
-        return template
+        if file.exists():
+            return file.read_text(encoding="utf-8")
+        template = self._config.get("chat_template")
+        if isinstance(template, str):
+            return template
+        raise UsageError(
+            "this model has no chat template: it continues text but was not taught to talk",
+            where=str(self.path),
+            next_step="use `gemma-deploy run ARTIFACT -p TEXT`, or compile an instruction-tuned checkpoint (-it)",
+        )
+
+
+class TextStream:
+    """Turns tokens into text as they come, holding a character back until its last byte is there."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._context = 0  # first token decoded again, so that spaces between tokens come out right
+        self._shown = 0  # first token not yet shown
+
+    def push(self, token: int) -> str:
+        """Add a token; the text that is complete now, or ''."""
+        self._ids.append(token)
+        fresh = self._fresh()
+        if not fresh or fresh.endswith(HALF):
+            return ""
+        self._context, self._shown = self._shown, len(self._ids)
+        return fresh
+
+    def flush(self) -> str:
+        """What was held back, without half characters."""
+        fresh = self._fresh().rstrip(HALF)
+        self._context = self._shown = len(self._ids)
+        return fresh
+
+    def _fresh(self) -> str:
+        shown = self._tokenizer.decode(self._ids[self._context : self._shown])
+        return self._tokenizer.decode(self._ids[self._context :])[len(shown) :]
+
+
+def _load(file: Path) -> Any:
+    import tokenizers
+
+    if not file.exists():
+        raise ArtifactError(
+            "the tokenizer is missing: the model can only be given token ids",
+            where=str(file),
+            next_step="copy tokenizer.json and tokenizer_config.json of the checkpoint there and compile again",
+        )
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ArtifactError(
+            f"is not a tokenizer: {error}", where=str(file), next_step="copy it from the checkpoint again"
+        ) from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"is not JSON: {error}", where=str(file), next_step="copy it again") from error
+    return values if isinstance(values, dict) else {}
+
+
+def _token_text(value: Any) -> str | None:
+    """A token of tokenizer_config.json is a string or {"content": string}."""
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    return value if isinstance(value, str) else None

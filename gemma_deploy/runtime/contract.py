@@ -1,0 +1,161 @@
+"""What a static artifact's graphs take and give, read from its manifest or, before there is one, from the graphs.
+
+Used by the runner; the writing side is graph/contract.py, which this package does not import (it needs torch's half).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma_deploy.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+MANIFEST = "manifest.json"
+GRAPHS = ("iter0", "iter1")
+REBUILD = "compile the artifact again, or copy it whole"
+DTYPES = {1: "float32", 10: "float16", 7: "int64"}
+
+
+@dataclass(frozen=True)
+class Port:
+    """One graph input or output."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StaticContract:
+    """Sizes of a pair of static graphs.
+
+    Args:
+        batch: B; prefill: P; context: C, cache slots.
+        caches: inputs of iter1 named past_key_values.{layer}.{key|value}, each [B, Hk, C, D].
+    """
+
+    batch: int
+    prefill: int
+    context: int
+    vocab_size: int
+    caches: tuple[Port, ...]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of all caches together."""
+        total = 0
+        for port in self.caches:
+            size = {"float32": 4, "float16": 2}[port.dtype]
+            for dim in port.shape:
+                size *= dim
+            total += size
+        return total
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """manifest.json of an artifact, None when it has none yet (an artifact that is still being made).
+
+    Raises:
+        ArtifactError: not a directory of an artifact, or the manifest is not JSON.
+    """
+    file = path / MANIFEST
+    if not file.exists():
+        missing = [f"{graph}.onnx" for graph in GRAPHS if not (path / f"{graph}.onnx").exists()]
+        if missing:
+            raise ArtifactError(
+                f"not an artifact: {MANIFEST} and {', '.join(missing)} are missing",
+                where=str(path),
+                expected=f"a directory with {MANIFEST}, iter0.onnx, iter1.onnx and params.safetensors",
+                next_step="make one with `gemma-deploy compile RECIPE`",
+            )
+        return None
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ArtifactError(f"cannot be read: {error}", where=str(file), next_step=REBUILD) from error
+    if not isinstance(manifest, dict):
+        raise ArtifactError("is not a JSON object", where=str(file), next_step=REBUILD)
+    return manifest
+
+
+def read_contract(path: Path, manifest: Mapping[str, Any] | None) -> StaticContract:
+    """The contract of an artifact.
+
+    Raises:
+        ArtifactError: the manifest has no contract, or not that of static graphs.
+    """
+    if manifest is None:
+        return _contract({graph: _ports_in_file(path / f"{graph}.onnx") for graph in GRAPHS}, path)
+    try:
+        graphs = manifest["contract"]["graphs"]
+        ports = {
+            graph: {
+                port["name"]: Port(port["name"], port["dtype"], tuple(int(dim) for dim in port["shape"]))
+                for side in ("inputs", "outputs")
+                for port in graphs[graph][side]
+            }
+            for graph in GRAPHS
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"has no contract of iter0 and iter1 ({type(error).__name__}: {error})",
+            where=str(path / MANIFEST),
+            expected="contract.graphs.{iter0,iter1}.{inputs,outputs} with name, dtype and shape",
+            next_step=REBUILD,
+        ) from error
+    return _contract(ports, path)
+
+
+def check_session(session: ort.InferenceSession, contract: StaticContract, where: Path) -> None:
+    """Raises ArtifactError when iter1's caches or logits are not what the contract says."""
+    got = {port.name: (port.type, tuple(port.shape)) for port in session.get_inputs()}
+    kinds = {"float32": "tensor(float)", "float16": "tensor(float16)"}
+    problems = [
+        f"{port.name}: {port.dtype} {list(port.shape)} in the manifest, {got.get(port.name, 'nothing')} in the graph"
+        for port in contract.caches
+        if got.get(port.name) != (kinds[port.dtype], port.shape)
+    ]
+    if problems:
+        raise ArtifactError("graph and manifest disagree", where=str(where), problems=problems, next_step=REBUILD)
+
+
+def _contract(ports: Mapping[str, Mapping[str, Port]], path: Path) -> StaticContract:
+    try:
+        batch, prefill = ports["iter0"]["input_ids"].shape
+        caches = tuple(port for name, port in ports["iter1"].items() if name.startswith("past_key_values."))
+        mask = ports["iter1"]["attention_mask"].shape
+        vocab_size = ports["iter1"]["logits"].shape[-1]
+    except (KeyError, ValueError) as error:
+        raise ArtifactError(f"its graphs are not static prefill and decode graphs: {error}", where=str(path)) from error
+    context = mask[-1] - 1
+    odd = [port for port in caches if port.shape[0] != batch or port.shape[2] != context or port.dtype not in KNOWN]
+    if odd or not caches:
+        raise ArtifactError(
+            "the caches do not fit the attention mask",
+            where=str(path),
+            problems=[f"{port.name}: {port.dtype} {list(port.shape)}" for port in odd] or ["iter1 has no cache inputs"],
+            expected=f"float32 or float16 [{batch}, heads, {context}, head_dim]",
+            next_step=REBUILD,
+        )
+    return StaticContract(batch, prefill, context, vocab_size, caches)
+
+
+KNOWN = ("float32", "float16")
+
+
+def _ports_in_file(file: Path) -> dict[str, Port]:
+    import onnx
+
+    graph = onnx.load(str(file), load_external_data=False).graph
+    ports = {}
+    for value in (*graph.input, *graph.output):
+        tensor = value.type.tensor_type
+        shape = tuple(dim.dim_value for dim in tensor.shape.dim)
+        ports[value.name] = Port(value.name, DTYPES.get(tensor.elem_type, "?"), shape)
+    return ports
