@@ -1,0 +1,222 @@
+"""The torch side of parity: transformers' own class (`hf`) or the patched one, streamed through accelerate.
+
+The model is built empty; accelerate's hooks ask `Weights` for each module's tensors when the module runs and drop them
+afterwards, so one matrix is in memory at a time, whatever the model's size. All rows of all cases go through the stack
+in one pass, padded on the right, where causality keeps padding from reaching a token. The token table is cut down to
+the tokens in use and the LM head is applied in blocks of rows: no copy of the table is ever made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import cpu_offload, init_empty_weights
+from torch import nn
+
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.graph.skeleton import new_model, patched_module
+from gemma_deploy.parity.cases import Case
+from gemma_deploy.parity.sources import Features
+
+Weighting = Literal["fp32", "bf16", "w8a16"]
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEAD_BYTES = 128 << 20
+
+
+class TorchSource:
+    """float32 arithmetic on the checkpoint's weights.
+
+    Args:
+        checkpoint: open checkpoint.
+        kind: `hf` is transformers' class with eager attention, `patched` the one of source_code/.
+        weighting: the weights: as they are, matrices rounded to bfloat16, or int8 per row by `quantize(8)`.
+        embed_scale: rounding of the embedding scale, see gemma_facts; given to `hf` through its embedding rows.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        kind: Literal["hf", "patched"],
+        weighting: Weighting = "fp32",
+        embed_scale: str = "exact",
+    ) -> None:
+        if kind == "hf" and weighting == "w8a16":
+            raise ValueError("transformers' own class has no int8 linears of this form")
+        self.checkpoint, self.kind, self.weighting, self.embed_scale = checkpoint, kind, weighting, embed_scale
+        self.name = kind if weighting == "fp32" else f"{kind} {weighting}"
+        self.absmax: dict[str, float] = {}
+
+    def run(self, cases: Sequence[Case]) -> Features:
+        """Hidden states after the final norm, [prompt + steps, H] of every row."""
+        sequences = [case.sequence(row) for case in cases for row in range(len(case.prompts))]
+        with torch.inference_mode():
+            hidden = self._forward(sequences, self._watch_absmax)
+        rows: Iterator[np.ndarray] = (
+            hidden[i, : len(sequence)].numpy().copy() for i, sequence in enumerate(sequences)
+        )
+        return [[next(rows) for _ in case.prompts] for case in cases]
+
+    def head(self, features: np.ndarray) -> np.ndarray:
+        """features: [n, H] -> [n, V], a block of table rows at a time."""
+        config = self.checkpoint.config
+        name = TABLE if config.tie_word_embeddings else HEAD
+        step = max(1, HEAD_BYTES // (4 * config.hidden_size))
+        hidden = torch.from_numpy(np.ascontiguousarray(features))
+        logits = np.empty((len(features), config.vocab_size), np.float32)
+        with torch.inference_mode():
+            for start in range(0, config.vocab_size, step):
+                stop = min(start + step, config.vocab_size)
+                weight = self._matrix(self.checkpoint.rows(name, start, stop))
+                if self.weighting == "w8a16":
+                    quantization = patched_module("quantization_vacc")
+                    linear = quantization.QuantizedLinearPerChannel(*quantization.quantize_rows(weight))
+                    logits[:, start:stop] = linear(hidden).numpy()
+                else:
+                    logits[:, start:stop] = nn.functional.linear(hidden, weight).numpy()
+        cap = config.final_logit_softcapping
+        return logits if cap is None else np.tanh(logits / cap) * cap
+
+    def modules(
+        self, case: Case, row: int, wanted: Callable[[str], bool], keep: Callable[[str, np.ndarray], None]
+    ) -> None:
+        """Run one row and hand over what modules read and make, in the order they run.
+
+        Args:
+            wanted: is asked for each name, `MODULE.out` or `MODULE.in`.
+            keep: called with the name and a float32 array [positions, features].
+        """
+
+        def watch(model: nn.Module) -> None:
+            for name, module in model.named_modules():
+                name = f"model.{name}"
+                if wanted(f"{name}.in"):
+                    module.register_forward_pre_hook(_hand_over_input(f"{name}.in", keep), with_kwargs=True)
+                if wanted(f"{name}.out"):
+                    module.register_forward_hook(_hand_over_output(f"{name}.out", keep))
+
+        with torch.inference_mode():
+            self._forward([case.sequence(row)], watch)
+
+    def _forward(self, sequences: Sequence[Sequence[int]], watch: Callable[[nn.Module], None]) -> torch.Tensor:
+        """sequences -> [rows, longest, H]."""
+        used = sorted({token for sequence in sequences for token in sequence})
+        index = {token: i for i, token in enumerate(used)}
+        longest = max(map(len, sequences))
+        ids = torch.zeros((len(sequences), longest), dtype=torch.int64)
+        for i, sequence in enumerate(sequences):
+            ids[i, : len(sequence)] = torch.tensor([index[token] for token in sequence])
+        model = self._build(len(used))
+        weights = Weights(self, used)
+        cpu_offload(model, torch.device("cpu"), offload_buffers=True, state_dict=weights)  # type: ignore[arg-type]
+        watch(model)
+        return model(input_ids=ids, use_cache=False).last_hidden_state
+
+    def _build(self, vocab_size: int) -> nn.Module:
+        """The decoder stack on the meta device, with a table of `vocab_size` rows."""
+        config = self.checkpoint.config
+        if self.kind == "patched":
+            changes = {"vocab_size": vocab_size, "pad_token_id": None, "embed_scale": self.embed_scale}
+            causal = new_model(config, **changes).eval()
+            if self.weighting == "w8a16":
+                causal = causal.quantize(8, embeddings=True)
+            return causal.model
+        from transformers import AutoConfig, AutoModel
+
+        raw = {key: value for key, value in config.raw.items() if key not in ("auto_map", "model_type")}
+        raw |= {"vocab_size": vocab_size, "pad_token_id": None}
+        stock = AutoConfig.for_model(config.model_type, **raw)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModel.from_config(stock, attn_implementation="eager", dtype=torch.float32)
+        return model.eval()
+
+    def _matrix(self, values: np.ndarray) -> torch.Tensor:
+        weight = torch.from_numpy(values)
+        return weight.bfloat16().float() if self.weighting == "bf16" else weight
+
+    def _watch_absmax(self, model: nn.Module) -> None:
+        """Record the largest absolute value every module makes: the headroom of 16-bit activations."""
+        for name, module in model.named_modules():
+            if name and "rotary" not in name:
+                module.register_forward_hook(_remember_absmax(f"model.{name}", self.absmax))
+
+
+class Weights(Mapping[str, torch.Tensor]):
+    """The checkpoint's tensors as the model asks for them; nothing is kept.
+
+    Args:
+        used: token ids that the cut-down table holds, in order.
+    """
+
+    def __init__(self, source: TorchSource, used: Sequence[int]) -> None:
+        self.source, self.used = source, used
+        self._scale: tuple[str, torch.Tensor] | None = None
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stored = f"model.{name}".removesuffix(".scale")
+        stored = f"{stored}.weight" if name.endswith(".scale") else stored
+        if name.endswith(".scale") and self._scale is not None and self._scale[0] == stored:
+            return self._scale[1]
+        weight = self._table() if stored == TABLE else self._whole(stored)
+        if self.source.weighting != "w8a16" or weight.ndim == 1:
+            return weight
+        quantized, scale = patched_module("quantization_vacc").quantize_rows(weight)
+        self._scale = (stored, scale)  # asked for next: accelerate takes a module's tensors one after the other
+        return scale if name.endswith(".scale") else quantized
+
+    def _whole(self, name: str) -> torch.Tensor:
+        shape = self.source.checkpoint.tensors[name].shape
+        values = self.source.checkpoint.rows(name, 0, shape[0])
+        return self.source._matrix(values) if len(shape) == 2 else torch.from_numpy(values)
+
+    def _table(self) -> torch.Tensor:
+        checkpoint = self.source.checkpoint
+        rows = np.concatenate([checkpoint.rows(TABLE, token, token + 1) for token in self.used])
+        if self.source.kind == "hf" and self.source.embed_scale != "exact":
+            rounded = patched_module("layers_vacc").rounded_sqrt(
+                checkpoint.config.hidden_size, torch.float32, self.source.embed_scale
+            )
+            rows = (rows * (rounded / float(np.float32(checkpoint.config.hidden_size**0.5)))).astype(np.float32)
+        return self.source._matrix(rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source.checkpoint.tensors)
+
+    def __len__(self) -> int:
+        return len(self.source.checkpoint.tensors)
+
+
+def _first_tensor(value: Any) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else value[0]
+
+
+def _flat(value: torch.Tensor) -> np.ndarray:
+    """[1, positions, ...] or [1, heads, positions, D] -> [positions, features]."""
+    if value.ndim == 4:
+        value = value.transpose(1, 2)
+    return value[0].reshape(value.shape[1], -1).float().numpy()
+
+
+def _remember_absmax(name: str, found: dict[str, float]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        values = _first_tensor(getattr(output, "last_hidden_state", output))
+        low, high = values.aminmax()
+        found[name] = max(found.get(name, 0.0), float(high), -float(low))
+
+    return hook
+
+
+def _hand_over_output(name: str, keep: Callable[[str, np.ndarray], None]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        keep(name, _flat(_first_tensor(output)))
+
+    return hook
+
+
+def _hand_over_input(name: str, keep: Callable[[str, np.ndarray], None]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        keep(name, _flat(_first_tensor(args[0] if args else kwargs["hidden_states"])))
+
+    return hook
