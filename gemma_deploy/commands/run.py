@@ -63,7 +63,7 @@ def command(
     if prompt == "-":
         prompt = click.get_text_stream("stdin").read().rstrip("\n")
     tokenizer = Tokenizer(artifact)
-    runner = StaticRunner(artifact, "strict" if strict else "fast", threads, manifest=manifest)
+    runner = StaticRunner(artifact, "strict" if strict else "fast", threads, manifest=manifest, one_prompt=True)
     done = GenerationStats()
     text = [{"role": "user", "content": prompt}] if chat else prompt
     pieces = stream(runner, tokenizer, text, max_new_tokens=max_new_tokens, sampler=sampler, stats=done)
@@ -82,6 +82,6 @@ def command(
 
 def _summary(done: GenerationStats) -> str:
     return (
-        f"prompt {done.prompt_tokens} tokens, first token after {done.prefill_seconds:.2f} s; "
+        f"loading {done.load_seconds:.2f} s; {done.prompt_tokens} prompt tokens in {done.prefill_seconds:.2f} s; "
         f"{len(done.tokens)} tokens at {done.tokens_per_second:.1f} tokens/s; {ENDED[done.finish]}"
     )

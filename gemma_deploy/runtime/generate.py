@@ -26,12 +26,14 @@ class GenerationStats:
     Args:
         tokens: generated ids, the stop token not among them.
         finish: "stop": the model ended; "length": max_new_tokens; "context": the cache is full; None: interrupted.
-        prefill_seconds: until the first token's logits; session opening included in the first call.
+        load_seconds: opening the sessions; counted in neither of the others.
+        prefill_seconds: until the first token's logits; decode_seconds: all steps after it.
     """
 
     prompt_tokens: int = 0
     tokens: list[int] = field(default_factory=list)
     finish: Literal["stop", "length", "context"] | None = None
+    load_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
@@ -95,9 +97,10 @@ def _pieces(
     stops: frozenset[int],
     stats: GenerationStats,
 ) -> Iterator[str]:
-    started = time.perf_counter()
+    loaded, started = runner.load_seconds, time.perf_counter()
     logits = runner.prefill([ids] * runner.batch)
-    stats.prefill_seconds = time.perf_counter() - started
+    stats.load_seconds = runner.load_seconds - loaded
+    stats.prefill_seconds = time.perf_counter() - started - stats.load_seconds
     while True:
         token = sampler(logits[:1])[0]
         if token in stops:
@@ -113,8 +116,10 @@ def _pieces(
             stats.finish = "context"
             log.warning("the context of %d slots is full: the text ends here", runner.context_length)
             break
-        started = time.perf_counter()
+        loaded, started = runner.load_seconds, time.perf_counter()
         logits = runner.step([token] * runner.batch)
-        stats.decode_seconds += time.perf_counter() - started
+        loading = runner.load_seconds - loaded
+        stats.load_seconds += loading
+        stats.decode_seconds += time.perf_counter() - started - loading
     if piece := text.flush():
         yield piece

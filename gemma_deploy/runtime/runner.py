@@ -5,6 +5,7 @@ Session and contract come from session.py and contract.py; which token comes nex
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -41,11 +42,14 @@ class StaticRunner:
         threads: of one operator; 0 for as many as there are cores.
         outputs: inner values (`MODULE.out`) to keep in `values` after every call; those a graph lacks are left out.
         manifest: the manifest of an artifact that is not finished.
+        one_prompt: give the prefill session's memory back after each prefill. Fast int8 sessions hold the weights once
+            more each, packed for their kernel.
 
     Attributes:
         values: name -> float32 array of the last call, for each of `outputs`.
         lengths: [B] real tokens seen per row, padding not counted.
         position: cache slots filled, padding counted; P after a prefill.
+        load_seconds: spent opening sessions so far; they are opened when first needed.
     """
 
     def __init__(
@@ -56,12 +60,15 @@ class StaticRunner:
         outputs: Sequence[str] = (),
         *,
         manifest: Mapping[str, Any] | None = None,
+        one_prompt: bool = False,
     ) -> None:
         self.path = Path(artifact_dir)
         self.mode: Mode = mode
         self.threads = threads
         self.manifest: Mapping[str, Any] | None = manifest if manifest is not None else read_manifest(self.path)
         self.contract = read_contract(self.path, self.manifest)
+        self.one_prompt = one_prompt
+        self.load_seconds = 0.0
         self._outputs = list(dict.fromkeys(outputs))
         self._prefill_session: ort.InferenceSession | None = None
         self._decoder: _Decoder | None = None
@@ -94,10 +101,6 @@ class StaticRunner:
         self.position = 0
         self.lengths = np.zeros(self.batch, np.int64)
 
-    def close_prefill(self) -> None:
-        """Give iter0's memory back when no other prompt will come (fast sessions hold their own packed weights)."""
-        self._prefill_session = None
-
     def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """Run the prompts and fill cache slots 0 .. P-1.
 
@@ -123,6 +126,8 @@ class StaticRunner:
         names = ["logits", *self._present_names(), *self._prefill_extra]
         feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         logits, *rest = session.run(names, feeds)
+        if self.one_prompt:
+            self._prefill_session = session = None
         for cache in self._caches:
             cache[:, :, :width] = rest.pop(0)
         self.values = {name: value.astype(np.float32) for name, value in zip(self._prefill_extra, rest, strict=True)}
@@ -180,7 +185,10 @@ class StaticRunner:
             proto = onnx.load(str(file), load_external_data=False).graph
             known = {output for node in proto.node for output in node.output}
             extra = [name for name in self._outputs if name in known]
-        return open_session(file, self.mode, self.threads, extra), extra
+        started = time.perf_counter()
+        session = open_session(file, self.mode, self.threads, extra)
+        self.load_seconds += time.perf_counter() - started
+        return session, extra
 
     def _bind(self) -> _Decoder:
         import onnxruntime as ort

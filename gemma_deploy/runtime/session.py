@@ -2,7 +2,8 @@
 
 Measured with ORT 1.32 (tests/runtime/test_session.py shows each):
 - From the extended level on, ORT rewrites the int8 function body into MatMulNBits with int8 *activations* (relative
-  error 5e-3 instead of 2e-7). Strict sessions run at ORT_DISABLE_ALL, where DequantizeLinear and MatMul stay.
+  error 5e-3 instead of 2e-7). Strict sessions run at ORT_DISABLE_ALL, where DequantizeLinear and MatMul stay. Fast
+  sessions open a graph with that rewriting done: see fast.py.
 - The CPU has no float16 arithmetic. ORT casts each operator's inputs to float32 and then drops the casts between two
   such operators, at every level, so that intermediate results are never rounded to float16. Strict sessions open a
   graph with the rounding written out: see strict.py.
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from gemma_deploy.errors import ArtifactError
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx_ir as ir
     import onnxruntime as ort
 
@@ -54,10 +56,11 @@ def open_session(
         options.add_session_config_entry("session.disable_prepacking", "1")
     if dump is not None:
         options.optimized_model_filepath = str(dump)
-    model: str | bytes = str(path)
-    if mode == "strict" or outputs:
-        model = changed_graph(path, mode, outputs)
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    model, arrays = changed_graph(path, mode, outputs)
+    if arrays:
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
+        options.add_external_initializers(list(arrays), values)
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT's own have no common base
@@ -65,24 +68,30 @@ def open_session(
         raise ArtifactError(f"ONNX Runtime refuses it: {reason}", where=str(path), next_step=VERIFY) from error
 
 
-def changed_graph(path: Path, mode: Mode, outputs: Sequence[str] = ()) -> bytes:
-    """The graph as it is handed to ORT: lowered when strict, with inner values among its outputs. Holds no weights.
+def changed_graph(path: Path, mode: Mode, outputs: Sequence[str] = ()) -> tuple[bytes, dict[str, np.ndarray]]:
+    """The graph as it is handed to ORT, lowered and with inner values among its outputs; it holds no weights.
+
+    Returns:
+        The graph, and the initializers that are not as they lie in params.safetensors.
 
     Raises:
         ArtifactError: the file is no ONNX graph, or makes no such value.
     """
     import onnx_ir as ir
 
-    from gemma_deploy.runtime.strict import lower
+    from gemma_deploy.runtime import fast, strict
 
     try:
         model = ir.load(path)
     except Exception as error:  # onnx_ir and protobuf raise many kinds for a damaged file
         raise ArtifactError(f"is not an ONNX graph: {error}", where=str(path), next_step=VERIFY) from error
+    arrays: dict[str, np.ndarray] = {}
     if mode == "strict":
-        model = lower(model)
+        model = strict.lower(model)
+    else:
+        arrays = fast.lower(model)
     _expose(model, outputs, path)
-    return ir.to_proto(model).SerializeToString()
+    return ir.to_proto(model).SerializeToString(), arrays
 
 
 def _expose(model: ir.Model, outputs: Sequence[str], path: Path) -> None:
