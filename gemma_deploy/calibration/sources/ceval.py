@@ -1,0 +1,90 @@
+"""C-Eval: a zip of `{dev,val,test}/SUBJECT_SPLIT.csv`, with or without a folder around them (ceval-exam.zip).
+
+Columns: id, question, A, B, C, D, answer (not in every test split), explanation (dev only). The val split is left for
+evaluation, where C-Eval scores are usually taken, unless the archive has nothing else.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from gemma_deploy.calibration.sources.reading import explained, wrong
+
+EXPECTED = "a zip with dev/, val/ and test/ folders of SUBJECT_SPLIT.csv files (ceval-exam.zip)"
+COLUMNS = ("id", "question", "A", "B", "C", "D")
+OPTIONAL = ("answer", "explanation")
+HEADER = f"the columns {','.join(COLUMNS)}, then answer (and explanation in dev)"
+MEMBER = re.compile(r"(?:^|/)(dev|val|test)/(?!\._)[^/]+_\1\.csv$")
+ANSWER = "答案："  # noqa: RUF001 (C-Eval's own prompt)
+LARGEST_MEMBER_BYTES = 64 << 20
+
+
+def texts(path: Path) -> Iterator[str]:
+    """Yield every question with its choices, answer and explanation.
+
+    Raises:
+        CalibrationError: naming the archive's member and line.
+    """
+    with explained(path, EXPECTED):
+        try:
+            archive = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as error:
+            raise wrong(f"is not a zip archive, or is cut short: {error}", path, expected=EXPECTED) from error
+        with archive:
+            for member in _members(archive, path):
+                yield from _questions(_read(archive, member, path), path, member.filename)
+
+
+def _members(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]:
+    found = [(match[1], info) for info in archive.infolist() if (match := MEMBER.search(info.filename))]
+    if not found:
+        names = [info.filename for info in archive.infolist() if not info.is_dir()][:3]
+        raise wrong(f"has no C-Eval file in it (it holds: {', '.join(names) or 'nothing'})", path, expected=EXPECTED)
+    chosen = [info for split, info in found if split != "val"] or [info for _, info in found]
+    return sorted(chosen, key=lambda info: info.filename)
+
+
+def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> str:
+    at = member.filename
+    if member.file_size > LARGEST_MEMBER_BYTES:
+        raise wrong(f"is larger than {LARGEST_MEMBER_BYTES >> 20} MiB", path, at, expected="a C-Eval CSV file")
+    try:
+        return archive.read(member).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise wrong(f"is not UTF-8 text (byte {error.start})", path, at, expected="a C-Eval CSV file") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        raise wrong(f"cannot be unpacked: {error}", path, at, expected=EXPECTED) from error
+
+
+def _questions(text: str, path: Path, member: str) -> Iterator[str]:
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = list(rows.fieldnames or ())
+        extra = [name for name in header if name not in (*COLUMNS, *OPTIONAL)]
+        if tuple(header[: len(COLUMNS)]) != COLUMNS or extra:
+            said = f"its first line is {','.join(header)[:120]!r}" if header else "the file is empty"
+            raise wrong(f"the CSV header is wrong: {said}", path, member, expected=HEADER)
+        for row in rows:
+            if None in row or any(value is None for value in row.values()):
+                at = f"{member}, line {rows.line_num}"
+                filled = sum(value is not None for key, value in row.items() if key is not None)
+                count = filled + len(row.get(None) or ())
+                raise wrong(f"has {count} fields, the header has {len(header)}", path, at, expected=HEADER)
+            yield _render(row)
+    except csv.Error as error:
+        raise wrong(f"is not CSV: {error}", path, f"{member}, line {rows.line_num}", expected=HEADER) from error
+
+
+def _render(row: dict[str, str]) -> str:
+    lines = [row["question"], *(f"{choice}. {row[choice]}" for choice in "ABCD")]
+    if row.get("answer"):
+        lines.append(ANSWER + row["answer"])
+    if row.get("explanation"):
+        lines.append(row["explanation"])
+    return "\n".join(lines)

@@ -1,0 +1,55 @@
+"""What the readers share: opening a file, and the sentences about files that are not what they should be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gemma_deploy.errors import CalibrationError
+
+AGAIN = "copy or download it again, or leave --path out to use the bundled sample"
+
+
+def wrong(what: str, path: Path, at: str | None = None, *, expected: str, next_step: str = AGAIN) -> CalibrationError:
+    """The error about a data file; `at` is the line, entry or archive member."""
+    return CalibrationError(what, where=f"{path}, {at}" if at else str(path), expected=expected, next_step=next_step)
+
+
+@contextmanager
+def explained(path: Path, expected: str) -> Iterator[None]:
+    """Turn what the operating system says about `path` into a message."""
+    try:
+        if path.is_file() and path.stat().st_size == 0:
+            raise wrong("the file is empty", path, expected=expected)
+        yield
+    except OSError as error:
+        raise wrong(f"cannot be read: {error.strerror or error}", path, expected=expected) from error
+
+
+def parse_json(raw: bytes, path: Path, at: str | None, *, expected: str) -> Any:
+    """Parse UTF-8 JSON, or say where it stops being that."""
+    try:
+        return json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise wrong(f"is not UTF-8 text (byte {error.start})", path, at, expected=expected) from error
+    except RecursionError as error:
+        raise wrong("is not JSON of this kind: nested too deep", path, at, expected=expected) from error
+    except json.JSONDecodeError as error:
+        place = f"character {error.colno}" if at else f"line {error.lineno}, character {error.colno}"
+        raise wrong(f"is not JSON: {error.msg} ({place})", path, at, expected=expected) from error
+
+
+def string_fields(entry: object, keys: tuple[str, ...]) -> str | None:
+    """What is wrong with an entry that should have these text fields; None when nothing is."""
+    if not isinstance(entry, dict):
+        return f"is {type(entry).__name__}, not an object"
+    missing = [key for key in keys if key not in entry]
+    if missing:
+        return (
+            f"has no {' and no '.join(map(repr, missing))} (its keys: {', '.join(map(str, list(entry)[:8])) or 'none'})"
+        )
+    other = [key for key in keys if not isinstance(entry[key], str)]
+    return f"{other[0]!r} is {type(entry[other[0]]).__name__}, not text" if other else None

@@ -1,0 +1,143 @@
+"""`gemma-deploy calibrate`: tokenized samples and activation ranges of a checkpoint on a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from gemma_deploy.calibration import Calibration, Request
+    from gemma_deploy.recipe import Recipe
+
+PER_KIND = 2  # rows of the table for each kind of point
+# (windows, tokens): of a user's file as in design 4.1; the bundled samples are smaller, and so is the demo's context.
+OF_A_FILE, OF_THE_SAMPLE = (128, 1024), (32, 128)
+EPILOG = """\b
+Examples:
+  gemma-deploy calibrate --dataset c4
+  gemma-deploy calibrate --dataset c4 --path c4-train.00000-of-01024.json.gz --checkpoint /models/gemma-2b
+  gemma-deploy calibrate --dataset ceval --path ceval-exam.zip --nsamples 64 --seqlen 512
+  gemma-deploy calibrate --dataset alpaca --recipe build_in/hf_gemma_int8.yaml --seed 1
+"""
+
+
+@click.command("calibrate", epilog=EPILOG)
+@click.option(
+    "--dataset", type=click.Choice(["c4", "ceval", "alpaca"]), help="Format of the text; without --recipe needed."
+)
+@click.option("--path", type=click.Path(path_type=Path), help="The data set's file  [default: the bundled sample]")
+@click.option(
+    "--recipe", type=click.Path(path_type=Path), help="Take checkpoint, data set and workspace from a recipe."
+)
+@click.option("--checkpoint", metavar="PATH", help="Directory, .gguf file or `demo`  [default: the recipe's, or demo]")
+@click.option("--nsamples", type=click.IntRange(min=1), help="Windows  [default: 128; 32 of the bundled sample]")
+@click.option(
+    "--seqlen", type=click.IntRange(min=2), help="Tokens in each, BOS too  [default: 1024; 128 of the sample]"
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Order of the texts.")
+@click.option(
+    "--workspace", type=click.Path(path_type=Path), help="Results go to WORKSPACE/calib/  [default: workspace]"
+)
+@click.option("--force", is_flag=True, help="Measure again what has been measured before.")
+def command(
+    dataset: str | None,
+    path: Path | None,
+    recipe: Path | None,
+    checkpoint: str | None,
+    nsamples: int | None,
+    seqlen: int | None,
+    seed: int,
+    workspace: Path | None,
+    force: bool,
+) -> None:
+    """Tokenize samples of a data set and measure the range of every activation of the model on them."""
+    import time
+
+    from gemma_deploy.calibration import calibrate
+    from gemma_deploy.checkpoint import Checkpoint
+    from gemma_deploy.recipe import Recipe
+    from gemma_deploy.stages import peak_rss_bytes
+
+    started = time.perf_counter()
+    loaded = Recipe.load(recipe, checkpoint=checkpoint) if recipe else None
+    request = _request(loaded, dataset, path, nsamples, seqlen, seed)
+    source = Checkpoint.open(checkpoint or (loaded.frontend.checkpoint if loaded else "demo"))
+    place = workspace or Path(loaded.workspace.path if loaded else "workspace")
+    outcome = calibrate(source, request, place, force=force, progress=_progress())
+    if outcome.reused:
+        click.echo("nothing has changed: measured before (--force measures again)")
+    _print_table(outcome.calibration)
+    seconds, peak = time.perf_counter() - started, peak_rss_bytes() / (1 << 20)
+    click.echo(f"{request.nsamples} windows of {request.seqlen} tokens  {seconds:.1f} s  peak {peak:.0f} MiB")
+    click.echo(f"calibration  {outcome.calibration.path}")
+
+
+def _request(
+    recipe: Recipe | None, dataset: str | None, path: Path | None, nsamples: int | None, seqlen: int | None, seed: int
+) -> Request:
+    """Options first, then what the recipe spells out, then defaults that fit the file."""
+    from gemma_deploy.calibration import Request
+
+    if dataset is None and recipe is None:
+        raise click.UsageError("Missing option '--dataset' (or '--recipe'). Choose from: c4, ceval, alpaca")
+    section = recipe.dataset if recipe else None
+    name = dataset or (section.name if section else "c4")
+    if path is None and section is not None and section.path is not None and section.name == name:
+        path = Path(section.path).expanduser()
+    defaults = OF_THE_SAMPLE if path is None else OF_A_FILE
+    spelled = section.model_fields_set if section is not None else set()
+    if section is not None and nsamples is None and "nsamples" in spelled:
+        nsamples = section.nsamples
+    if section is not None and seqlen is None and "seqlen" in spelled:
+        seqlen = section.seqlen
+    embed_scale = recipe.frontend.model_kwargs.embed_scale if recipe else "exact"
+    return Request(name, path, nsamples or defaults[0], seqlen or defaults[1], seed, embed_scale)
+
+
+def _print_table(calibration: Calibration) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from gemma_deploy.calibration.picture import largest
+
+    table = Table(title=f"largest ranges, {PER_KIND} of each kind of {len(calibration.ranges)} points")
+    table.add_column("point", no_wrap=True)
+    for heading in ("absmax", "channel", "x median channel", "fp16 headroom"):
+        table.add_column(heading, justify="right")
+    for row in largest(calibration.ranges, PER_KIND):
+        table.add_row(row.point, f"{row.absmax:.4g}", str(row.channel), f"{row.outlier:.1f}", f"{row.headroom:.3g}")
+    console = Console()
+    console.print(table, width=None if console.is_terminal else 100)
+
+
+def _progress() -> Callable[[int, int], None]:
+    """A bar on a terminal; plain lines, one per tenth, in a log."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        seen = [0]
+
+        def line(done: int, total: int) -> None:
+            tenth = 10 * done // total
+            if tenth > seen[0]:
+                seen[0] = tenth
+                click.echo(f"layers  {10 * tenth:3d} %  {done} of {total} windows through a layer", err=True)
+
+        return line
+    bar = Progress(
+        TextColumn("layers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
+    )
+    task = bar.add_task("layers", total=None)
+
+    def update(done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+        if done >= total:
+            bar.stop()
+
+    return update

@@ -1,0 +1,46 @@
+"""The files of source_code/ as Python modules, and the class of each generation. Imports them when asked."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+
+from gemma_deploy.errors import NotBuiltError
+from gemma_deploy.paths import source_code_dir
+
+PACKAGE = "gemma_deploy_source_code"
+# model_type -> configuration file, class, modeling file, class of the decoder stack without a head
+STACKS = {
+    "gemma": ("configuration_gemma_vacc", "GemmaConfig", "modeling_gemma_vacc", "GemmaModel"),
+    "gemma3_text": ("configuration_gemma3_vacc", "Gemma3TextConfig", "modeling_gemma3_vacc", "Gemma3TextModel"),
+}
+
+
+def patched_module(name: str) -> types.ModuleType:
+    """Import one file of source_code/ under a package of its own, the way transformers would load it.
+
+    Raises:
+        ImportError: the file does not import with the installed transformers.
+    """
+    if PACKAGE not in sys.modules:
+        package = types.ModuleType(PACKAGE)
+        package.__path__ = [str(source_code_dir())]
+        sys.modules[PACKAGE] = package
+    return importlib.import_module(f"{PACKAGE}.{name}")
+
+
+def stack_classes(model_type: str) -> tuple[type, type]:
+    """Configuration class and decoder stack class of a generation.
+
+    Raises:
+        NotBuiltError: no patched model exists for it yet.
+    """
+    if model_type not in STACKS:
+        raise NotBuiltError(
+            f"model_type {model_type!r} has no patched modeling file in this version",
+            expected="one of " + ", ".join(STACKS),
+            next_step="use a Gemma 1 or a Gemma 3 text checkpoint",
+        )
+    config_file, config_class, model_file, model_class = STACKS[model_type]
+    return getattr(patched_module(config_file), config_class), getattr(patched_module(model_file), model_class)
