@@ -1,21 +1,41 @@
+# Every target sets itself up in its own virtual environment: `make demo` and `make test` work on a fresh machine.
+# No GPU? `make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu` saves gigabytes of CUDA.
 VENV ?= .venv
 PYTHON ?= python3
+BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+DEMO = gemma-demo-int8-128-256
+PROMPT ?= Return the
 
-.PHONY: test lint clean
+.PHONY: demo test test-real coverage lint clean
 
-$(STAMP): setup.cfg pyproject.toml constraints.txt
+$(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -q --upgrade pip
-	$(VENV)/bin/pip install -q -c constraints.txt torch
-	$(VENV)/bin/pip install -q -c constraints.txt -e ".[test]"
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(BIN)/pip install -q -c constraints.txt -e ".[test]"
 	touch $(STAMP)
 
+# The bundled checkpoint to an int8 artifact, its proof, and text.
+demo: $(STAMP)
+	$(BIN)/gemma-deploy compile build_in/hf_gemma_int8.yaml
+	$(BIN)/gemma-deploy parity --backend onnxruntime
+	$(BIN)/gemma-deploy run workspace/$(DEMO) -p "$(PROMPT)"
+
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest
+	$(BIN)/python -m pytest
+
+# Minutes, and the real Gemma 3 270M (tests say where they look for it).
+test-real: $(STAMP)
+	$(BIN)/python -m pytest -m "slow or real"
+
+coverage: $(STAMP)
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-fail-under=85
 
 lint: $(STAMP)
-	$(VENV)/bin/ruff check .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build *.egg-info

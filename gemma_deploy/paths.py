@@ -23,6 +23,11 @@ def calib_dir() -> Path:
     return _data_dir("calib", "README.md")
 
 
+def build_in_dir() -> Path:
+    """The shipped recipes."""
+    return _data_dir("build_in", "hf_gemma_int8.yaml")
+
+
 def demo_checkpoint_dir() -> Path:
     """The bundled mini checkpoint, `frontend.checkpoint: demo`."""
     return PACKAGE / "demo"
