@@ -1,0 +1,164 @@
+"""House rules (T0): what may import what, what stays free of torch, how long a module is, what the help shows."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from gemma_deploy import paths
+from gemma_deploy.cli import COMMANDS, cli
+from gemma_deploy.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "gemma_deploy"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+SOURCE_CODE = sorted((ROOT / "source_code").glob("*.py"))
+RECIPES = sorted((ROOT / "build_in").rglob("*.yaml"))
+LONGEST_MODULE_LINES = 400
+# A part imports only parts to its left.
+ORDER = (
+    *("errors", "paths", "machine", "recipe", "checkpoint", "patched", "calibration", "quantization", "graph"),
+    *("params", "backends", "artifact", "runtime", "preflight", "parity", "stages", "compile", "commands", "cli"),
+    "testing",
+)
+TORCH_FREE = ("errors", "recipe", "checkpoint", "params", "artifact", "runtime", "preflight", "cli")
+
+
+def imported_modules(tree: ast.Module) -> list[tuple[str, int]]:
+    """(dotted name, line) of every import, those inside functions included."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "gemma_deploy":
+            found += [(f"gemma_deploy.{alias.name}", node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append(("." * node.level + (node.module or ""), node.lineno))
+    return found
+
+
+def backward_imports(part: str, source: str) -> list[str]:
+    """Imports of gemma_deploy in `source`, a module of `part`, that are relative or do not point left."""
+    wrong = []
+    for name, line in imported_modules(ast.parse(source)):
+        target = name.split(".")[1] if name.startswith("gemma_deploy.") else part
+        if name.startswith(".") or ORDER.index(target) > ORDER.index(part):
+            wrong.append(f"line {line}: {part} imports {name}")
+    return wrong
+
+
+def part_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_imports_go_left_to_right():
+    wrong = [
+        f"{file.relative_to(ROOT)} {problem}"
+        for file in MODULES
+        if part_of(file) != "__init__"
+        for problem in backward_imports(part_of(file), file.read_text(encoding="utf-8"))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("part", "source", "wrong"),
+    [
+        ("graph", "from gemma_deploy.checkpoint import Checkpoint", 0),
+        ("checkpoint", "from gemma_deploy.graph import trace", 1),
+        ("checkpoint", "from gemma_deploy import graph, errors", 1),
+        ("params", "def f():\n    import gemma_deploy.compile", 1),
+        ("params", "from . import plan", 1),
+    ],
+)
+def test_the_import_check_sees_what_it_should(part, source, wrong):
+    assert len(backward_imports(part, source)) == wrong
+
+
+def test_every_folder_with_modules_is_a_package_and_has_a_place_in_the_order():
+    assert [str(f.parent) for f in MODULES if not (f.parent / "__init__.py").exists()] == []
+    assert {part_of(file) for file in MODULES} - {"__init__"} <= set(ORDER)
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("part", TORCH_FREE)
+def test_importing_it_imports_no_torch(part):
+    code = f"import sys, gemma_deploy.{part}; print(sorted({{'torch', 'transformers'}} & set(sys.modules)))"
+    assert run_python(code) == "[]"
+
+
+def test_help_needs_neither_torch_nor_onnx():
+    code = (
+        "import sys; from click.testing import CliRunner; from gemma_deploy.cli import COMMANDS, cli\n"
+        "codes = [CliRunner().invoke(cli, [name, '--help']).exit_code for name in COMMANDS]\n"
+        "print(codes, sorted({'torch', 'transformers', 'onnx', 'onnxruntime', 'datasets'} & set(sys.modules)))"
+    )
+    assert run_python(code) == f"{[0] * len(COMMANDS)} []"
+
+
+@pytest.mark.parametrize("file", [*MODULES, *SOURCE_CODE], ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_module_fits_in_one_sitting(file):
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= LONGEST_MODULE_LINES
+
+
+@pytest.mark.parametrize("file", SOURCE_CODE, ids=lambda file: file.name)
+def test_source_code_stands_alone(file):
+    beside = {f".{other.stem}" for other in SOURCE_CODE}
+    allowed = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
+    for name, line in imported_modules(ast.parse(file.read_text(encoding="utf-8"))):
+        assert name in beside or name.split(".")[0] in allowed, f"{file.name} line {line} imports {name}"
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
+def test_every_shipped_recipe_loads(file):
+    recipe = Recipe.load(file, env={"GEMMA_CHECKPOINT": "demo"})
+    assert recipe.name == yaml.safe_load(file.read_text(encoding="utf-8"))["name"]
+    assert recipe.prefill_length < recipe.context_length
+
+
+def test_recipes_named_in_the_texts_exist():
+    texts = [ROOT / "README.md", ROOT / "Makefile", *RECIPES, *MODULES]
+    named = {match for text in texts for match in re.findall(r"build_in/[\w./-]+\.yaml", text.read_text("utf-8"))}
+    assert "build_in/hf_gemma_int8.yaml" in named
+    assert sorted(name for name in named if not (ROOT / name).exists()) == []
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_shows_examples_that_parse(name):
+    result = CliRunner().invoke(cli, [*([name] if name else []), "--help"])
+    assert result.exit_code == 0, result.output
+    examples = re.findall(r"^\s+gemma-deploy (.+)$", result.output.partition("Examples:")[2], re.MULTILINE)
+    assert examples, result.output
+    for example in examples:
+        check_options(example.split(" #")[0].split())
+
+
+def check_options(words: list[str]) -> None:
+    """Every command and option of an example exists."""
+    command = cli.get_command(click.Context(cli), words[0])
+    assert command is not None, words
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    options = {word.split("=")[0] for word in words[1:] if re.fullmatch(r"--?[a-z][\w-]*(=.*)?", word)}
+    assert options <= known | {"--help", "-h"}, f"{words}: {options - known}"
+
+
+def test_data_folders_are_found_by_what_is_in_them(tmp_path, monkeypatch):
+    assert paths.source_code_dir() == ROOT / "source_code"
+    assert paths.build_in_dir() == ROOT / "build_in"
+    installed = tmp_path / "site-packages" / "gemma_deploy"
+    (installed / "_data" / "source_code").mkdir(parents=True)
+    (tmp_path / "site-packages" / "source_code").mkdir()  # somebody else's
+    (installed / "_data" / "source_code" / "modeling_gemma_vacc.py").touch()
+    monkeypatch.setattr(paths, "PACKAGE", installed)
+    assert paths.source_code_dir() == installed / "_data" / "source_code"
