@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 PER_KIND = 2  # rows of the table for each kind of point
 # (windows, tokens): of a user's file as in design 4.1; the bundled samples are smaller, and so is the demo's context.
 OF_A_FILE, OF_THE_SAMPLE = (128, 1024), (32, 128)
+LOG_WIDTH = 110
 EPILOG = """\b
 Examples:
   gemma-deploy calibrate --dataset c4
@@ -108,9 +109,15 @@ def _print_table(calibration: Calibration) -> None:
     for heading in ("absmax", "channel", "x median channel", "fp16 headroom"):
         table.add_column(heading, justify="right")
     for row in largest(calibration.ranges, PER_KIND):
-        table.add_row(row.point, f"{row.absmax:.4g}", str(row.channel), f"{row.outlier:.1f}", f"{row.headroom:.3g}")
+        table.add_row(row.point, _number(row.absmax), str(row.channel), _number(row.outlier), _number(row.headroom))
     console = Console()
-    console.print(table, width=None if console.is_terminal else 100)
+    if not console.is_terminal:
+        console.width = LOG_WIDTH  # rich takes 80 for a log and would cut the names
+    console.print(table)
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _progress() -> Callable[[int, int], None]:
