@@ -73,7 +73,7 @@ def command(
         for piece in pieces:
             click.echo(piece, nl=False)
     except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
+        raise click.exceptions.Exit(INTERRUPTED) from None
     finally:
         click.echo()
         if stats:

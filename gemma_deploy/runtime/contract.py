@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 GRAPHS = ("iter0", "iter1")
 REBUILD = "compile the artifact again, or copy it whole"
-DTYPES = {1: "float32", 10: "float16", 7: "int64"}
+DTYPES = {1: "float32", 10: "float16", 7: "int64"}  # ONNX's numbers
+KINDS = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}  # ORT's names
+CACHE_DTYPES = ("float32", "float16")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,22 @@ class StaticContract:
     context: int
     vocab_size: int
     caches: tuple[Port, ...]
+
+    def ports(self, graph: str) -> tuple[Port, ...]:
+        """Every input and output of `iter0` or `iter1`."""
+        prefill = graph == "iter0"
+        length, keys = (self.prefill, self.prefill) if prefill else (1, self.context + 1)
+        ports = [
+            Port("input_ids", "int64", (self.batch, length)),
+            Port("attention_mask", "int64", (self.batch, keys)),
+            Port("position_ids", "int64", (self.batch, length)),
+            Port("logits", "float32", (self.batch, 1, self.vocab_size)),
+        ]
+        for cache in self.caches:
+            batch, heads, _, size = cache.shape
+            present = cache.name.replace("past_key_values", "present")
+            ports.append(Port(present, cache.dtype, (batch, heads, length, size)))
+        return (*ports, *(() if prefill else self.caches))
 
     @property
     def cache_bytes(self) -> int:
@@ -112,14 +130,20 @@ def read_contract(path: Path, manifest: Mapping[str, Any] | None) -> StaticContr
     return _contract(ports, path)
 
 
-def check_session(session: ort.InferenceSession, contract: StaticContract, where: Path) -> None:
-    """Raises ArtifactError when iter1's caches or logits are not what the contract says."""
-    got = {port.name: (port.type, tuple(port.shape)) for port in session.get_inputs()}
-    kinds = {"float32": "tensor(float)", "float16": "tensor(float16)"}
+def check_session(session: ort.InferenceSession, contract: StaticContract, graph: str, where: Path) -> None:
+    """See that a graph takes and gives what the contract says; it may give more.
+
+    Raises:
+        ArtifactError: naming every input and output that differs.
+    """
+    found = {port.name: f"{KINDS.get(port.type, port.type)} {port.shape}" for port in session.get_inputs()}
+    taken = set(found)
+    found |= {port.name: f"{KINDS.get(port.type, port.type)} {port.shape}" for port in session.get_outputs()}
+    ports = {port.name: f"{port.dtype} {list(port.shape)}" for port in contract.ports(graph)}
     problems = [
-        f"{port.name}: {port.dtype} {list(port.shape)} in the manifest, {got.get(port.name, 'nothing')} in the graph"
-        for port in contract.caches
-        if got.get(port.name) != (kinds[port.dtype], port.shape)
+        f"{name}: {ports.get(name, 'not')} in the manifest, {found.get(name, 'not')} in the graph"
+        for name in dict.fromkeys([*ports, *sorted(taken)])
+        if ports.get(name) != found.get(name)
     ]
     if problems:
         raise ArtifactError("graph and manifest disagree", where=str(where), problems=problems, next_step=REBUILD)
@@ -134,7 +158,8 @@ def _contract(ports: Mapping[str, Mapping[str, Port]], path: Path) -> StaticCont
     except (KeyError, ValueError) as error:
         raise ArtifactError(f"its graphs are not static prefill and decode graphs: {error}", where=str(path)) from error
     context = mask[-1] - 1
-    odd = [port for port in caches if port.shape[0] != batch or port.shape[2] != context or port.dtype not in KNOWN]
+    fits = (batch, context)
+    odd = [port for port in caches if (port.shape[0], port.shape[2]) != fits or port.dtype not in CACHE_DTYPES]
     if odd or not caches:
         raise ArtifactError(
             "the caches do not fit the attention mask",
@@ -144,9 +169,6 @@ def _contract(ports: Mapping[str, Mapping[str, Port]], path: Path) -> StaticCont
             next_step=REBUILD,
         )
     return StaticContract(batch, prefill, context, vocab_size, caches)
-
-
-KNOWN = ("float32", "float16")
 
 
 def _ports_in_file(file: Path) -> dict[str, Port]:

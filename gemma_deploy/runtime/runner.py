@@ -188,13 +188,13 @@ class StaticRunner:
         started = time.perf_counter()
         session = open_session(file, self.mode, self.threads, extra)
         self.load_seconds += time.perf_counter() - started
+        check_session(session, self.contract, graph, file)
         return session, extra
 
     def _bind(self) -> _Decoder:
         import onnxruntime as ort
 
         session, extra = self._open("iter1")
-        check_session(session, self.contract, self.path / "iter1.onnx")
         batch = self.batch
         ids, positions = np.zeros((batch, 1), np.int64), np.zeros((batch, 1), np.int64)
         mask = np.zeros((batch, self.context_length + 1), np.int64)

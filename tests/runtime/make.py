@@ -1,0 +1,59 @@
+"""Artifacts without a manifest, and a small tokenizer built like Gemma's (byte fallback, ▁ for spaces)."""
+
+import json
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.graph.contract import GraphContract
+from gemma_deploy.graph.export import export_graphs
+from gemma_deploy.graph.external import attach_external, write_graph
+from gemma_deploy.params import build_plan, write_params
+
+SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
+WORDS = ("▁the", "▁list", "user", "model", "\n")
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+    "{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+def write_artifact(checkpoint_dir, out: Path, scheme, *, batch=2, prefill=32, context=80) -> GraphContract:
+    """What `compile` leaves before the manifest is written."""
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = Checkpoint.open(checkpoint_dir)
+    contract = GraphContract.of(checkpoint.config, scheme, batch, prefill, context)
+    plan = build_plan(checkpoint.config, scheme, context)
+    table = write_params(checkpoint, plan, out / "params.safetensors", journal=out / "params.journal")
+    graphs = export_graphs(checkpoint.config, scheme, contract)
+    attach_external(graphs, table.rows, "params.safetensors")
+    for name, graph in graphs.items():
+        write_graph(graph, out / f"{name}.onnx")
+    return contract
+
+
+def write_tokenizer(directory: Path, *, template: str | None = TEMPLATE) -> Path:
+    """Write tokenizer.json, tokenizer_config.json and (if any) the chat template."""
+    letters = ["▁", *(chr(code) for code in range(ord("!"), ord("~") + 1))]
+    pieces = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    merges = []
+    for word in WORDS:
+        for end in range(2, len(word) + 1):
+            merges.append((word[: end - 1], word[end - 1 : end]))
+            pieces.append(word[:end])
+    vocab = {piece: number for number, piece in enumerate(dict.fromkeys([*pieces, *WORDS]))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"bos_token": {"content": "<bos>"}, "eos_token": "<eos>", "tokenizer_class": "GemmaTokenizer"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    if template:
+        (directory / "chat_template.jinja").write_text(template)
+    return directory

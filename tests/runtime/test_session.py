@@ -1,0 +1,195 @@
+"""Strict sessions compute the graph to the letter, fast ones do not: seen in the graphs that ORT really runs."""
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.numpy import load_file
+
+from gemma_deploy.errors import ArtifactError
+from gemma_deploy.runtime import StaticRunner, open_session
+
+# seven linears in each of the tiny model's layers, and the LM head
+LINEARS = {"gemma": 7 * 3 + 1, "gemma3_text": 7 * 7 + 1}
+GRAPHS = ("iter0", "iter1")
+
+
+def operators(path):
+    return Counter(node.op_type for node in onnx.load(str(path), load_external_data=False).graph.node)
+
+
+def what_ort_runs(artifact, graph, mode, tmp_path):
+    open_session(artifact / f"{graph}.onnx", mode, 1, dump=tmp_path / "dump.onnx")
+    return operators(tmp_path / "dump.onnx")
+
+
+def ort_alone(path, dump=None):
+    """What a user gets who opens the graph without gemma-deploy: every optimisation on."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    if dump:
+        options.optimized_model_filepath = str(dump)
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def prefill_feeds(rng, batch=2, length=32):
+    positions = np.tile(np.arange(length), (batch, 1))
+    ids = rng.integers(3, 500, (batch, length))
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": positions}
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_strict_int8_session_keeps_the_dequantized_matmuls(artifacts, model_type, graph, tmp_path):
+    ops = what_ort_runs(artifacts(model_type, "w8a16"), graph, "strict", tmp_path)
+    assert ops["DequantizeLinear"] == LINEARS[model_type]
+    assert ops["FusedMatMul"] == LINEARS[model_type]
+    rewritten = [op for op in ops if "NBits" in op or "Integer" in op or "QLinear" in op or op == "QuantizeLinear"]
+    assert rewritten == []
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_ort_alone_rounds_activations_to_int8(artifacts, graph, tmp_path):
+    ort_alone(artifacts("gemma3_text", "w8a16") / f"{graph}.onnx", tmp_path / "dump.onnx")
+    ops = operators(tmp_path / "dump.onnx")
+    assert ops["MatMulNBits"] == LINEARS["gemma3_text"]
+    assert ops["DequantizeLinear"] == 0
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_fast_session_runs_the_int8_kernel(artifacts, model_type, graph, tmp_path):
+    ops = what_ort_runs(artifacts(model_type, "w8a16"), graph, "fast", tmp_path)
+    assert ops["MatMulNBits"] == LINEARS[model_type]
+    assert ops["DequantizeLinear"] == 0
+
+
+def test_fast_session_gives_the_numbers_of_orts_own_rewriting(artifacts):
+    path = artifacts("gemma3_text", "w8a16") / "iter0.onnx"
+    feeds = prefill_feeds(np.random.default_rng(0))
+    (expected,) = ort_alone(path).run(["logits"], feeds)
+    (got,) = open_session(path, "fast", 1).run(["logits"], feeds)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_strict_int8_linear_is_the_dequantized_product_and_fast_is_not(artifacts):
+    artifact = artifacts("gemma3_text", "w8a16")
+    params = load_file(str(artifact / "params.safetensors"))
+    names = [f"model.layers.6.{name}" for name in ("input_layernorm.out", "self_attn.q_proj.out")]
+    weight, scale = (params[f"model.layers.6.self_attn.q_proj.{part}"] for part in ("weight", "scale"))
+    matrix = (weight.astype(np.float64) * scale[:, None]).T
+    error = {}
+    for mode in ("strict", "fast"):
+        session = open_session(artifact / "iter0.onnx", mode, 1, names)
+        x, y = session.run(names, prefill_feeds(np.random.default_rng(1)))
+        expected = x.astype(np.float64) @ matrix
+        error[mode] = np.abs(y - expected).max() / np.abs(expected).max()
+    # Measured 2e-7 and 5e-3: float32 sums of 64 products against activations in 8 bits.
+    assert error["strict"] < 1e-6
+    assert 1e-3 < error["fast"] < 2e-2
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_strict_float32_session_keeps_every_node(artifacts, graph, tmp_path):
+    artifact = artifacts("gemma3_text", "fp32")
+    written, run = operators(artifact / f"{graph}.onnx"), what_ort_runs(artifact, graph, "strict", tmp_path)
+    products, rest = ("MatMul", "FusedMatMul"), ("MatMul", "FusedMatMul", "Transpose")
+    assert sum(written[op] for op in products) == sum(run[op] for op in products)
+    assert {op: n for op, n in written.items() if op not in rest} == {op: n for op, n in run.items() if op not in rest}
+
+
+def half_graph(path):
+    """x [2, 8] -> matmul, square, plus x-like constant, square root: each result representable only after rounding."""
+    rng = np.random.default_rng(4)
+    # multiples of 1/16 below 4: products and sums of eight are exact in float32, so no order of adding matters
+    w = (rng.integers(-64, 64, (8, 4)) / 16).astype(np.float16)
+    b = (rng.integers(1, 64, 4) / 16).astype(np.float16)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["product"]),
+        helper.make_node("Mul", ["product", "product"], ["square"]),
+        helper.make_node("Add", ["square", "b"], ["sum"]),
+        helper.make_node("Sqrt", ["sum"], ["root"]),
+        helper.make_node("Div", ["root", "b"], ["ratio"]),
+        helper.make_node("Cast", ["ratio"], ["y"], to=TensorProto.FLOAT),
+    ]
+    half = TensorProto.FLOAT16
+    graph = helper.make_graph(
+        nodes,
+        "half",
+        [helper.make_tensor_value_info("x", half, [2, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 4])],
+        [numpy_helper.from_array(w, "w"), numpy_helper.from_array(b, "b")],
+        value_info=[
+            helper.make_tensor_value_info(n, half, [2, 4]) for n in ("product", "square", "sum", "root", "ratio")
+        ],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), str(path))
+    path.with_name("params.safetensors").touch()
+    return (rng.integers(-64, 64, (2, 8)) / 16).astype(np.float16), w, b
+
+
+def rounded(x, w, b):
+    """The graph in NumPy, every operator's result rounded to float16."""
+    wide = lambda value: value.astype(np.float32)  # noqa: E731
+    product = (wide(x) @ wide(w)).astype(np.float16)
+    square = (wide(product) * wide(product)).astype(np.float16)
+    total = (wide(square) + wide(b)).astype(np.float16)
+    root = np.sqrt(wide(total)).astype(np.float16)
+    return wide((wide(root) / wide(b)).astype(np.float16))
+
+
+def test_strict_float16_session_rounds_after_every_operator(tmp_path):
+    x, w, b = half_graph(tmp_path / "half.onnx")
+    (got,) = open_session(tmp_path / "half.onnx", "strict", 1).run(None, {"x": x})
+    np.testing.assert_array_equal(got, rounded(x, w, b))
+
+
+def test_ort_alone_does_not_round_between_float16_operators(tmp_path):
+    x, w, b = half_graph(tmp_path / "half.onnx")
+    (got,) = ort_alone(tmp_path / "half.onnx").run(None, {"x": x})
+    assert not np.array_equal(got, rounded(x, w, b))
+    np.testing.assert_allclose(got, rounded(x, w, b), rtol=2e-2)  # some roundings of 2**-11 apart, and a square root
+
+
+def test_strict_float16_artifact_has_a_cast_behind_every_rounding_operator(artifacts, tmp_path):
+    open_session(artifacts("gemma3_text", "fp16") / "iter1.onnx", "strict", 1, dump=tmp_path / "dump.onnx")
+    graph = onnx.load(str(tmp_path / "dump.onnx"), load_external_data=False).graph
+    casts = [node for node in graph.node if node.op_type == "Cast" and node.name.endswith(".round")]
+    exact = {node.input[0] for node in casts}
+    linears = [node for node in graph.node if node.op_type == "FusedMatMul"]
+    assert len(linears) == LINEARS["gemma3_text"]
+    # the LM head's result is cast to float32 logits: it too is rounded first
+    assert [node.name for node in linears if node.output[0] not in exact] == []
+    assert not [node.name for node in graph.node if node.name.startswith("InsertedPrecisionFreeCast")]
+
+
+def test_inner_values_are_the_same_with_and_without_asking_for_them(artifacts):
+    artifact = artifacts("gemma3_text", "fp16")
+    runner, plain = (StaticRunner(artifact, "strict", 1, names) for names in (["model.layers.1.out"], []))
+    logits = runner.prefill([[2, 5, 6], [2, 7]])
+    np.testing.assert_array_equal(logits, plain.prefill([[2, 5, 6], [2, 7]]))
+    assert runner.values["model.layers.1.out"].shape == (2, 32, 64)
+
+
+def test_damaged_files_are_named(artifacts, tmp_path):
+    whole = artifacts("gemma", "fp32")
+    for name in ("iter0.onnx", "params.safetensors"):
+        (tmp_path / name).write_bytes((whole / name).read_bytes())
+    graph, params = tmp_path / "iter0.onnx", tmp_path / "params.safetensors"
+    with pytest.raises(ArtifactError, match=r"makes no such value\n  - model.layers.99.out"):
+        open_session(graph, outputs=["model.layers.99.out"])
+    params.write_bytes(params.read_bytes()[:5000])
+    with pytest.raises(ArtifactError, match=r"iter0.onnx: ONNX Runtime refuses it"):
+        open_session(graph)
+    params.unlink()
+    with pytest.raises(ArtifactError, match=r"params.safetensors: is missing"):
+        open_session(graph)
+    params.touch()
+    graph.write_bytes(b"\x08\x0a not a graph")
+    with pytest.raises(ArtifactError, match=r"iter0.onnx: is not an ONNX graph"):
+        open_session(graph)
+    graph.unlink()
+    with pytest.raises(ArtifactError, match=r"iter0.onnx: is missing"):
+        open_session(graph)
