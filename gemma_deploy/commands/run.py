@@ -67,17 +67,18 @@ def command(
     done = GenerationStats()
     text = [{"role": "user", "content": prompt}] if chat else prompt
     pieces = stream(runner, tokenizer, text, max_new_tokens=max_new_tokens, sampler=sampler, stats=done)
+    waiting, interrupted = "" if chat else prompt, False  # a prompt is shown when its continuation begins
     try:
-        if not chat:
-            click.echo(prompt, nl=False)
         for piece in pieces:
-            click.echo(piece, nl=False)
+            click.echo(waiting + piece, nl=False)
+            waiting = ""
     except KeyboardInterrupt:
-        raise click.exceptions.Exit(INTERRUPTED) from None
-    finally:
-        click.echo()
-        if stats:
-            click.echo(_summary(done), err=True)
+        interrupted = True
+    click.echo(waiting)
+    if stats:
+        click.echo(_summary(done), err=True)
+    if interrupted:
+        raise click.exceptions.Exit(INTERRUPTED)
 
 
 def _summary(done: GenerationStats) -> str:

@@ -1,0 +1,134 @@
+"""Sampling against transformers' own filters, against plain NumPy, and at its edges."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from gemma_deploy.errors import DeployError, UsageError
+from gemma_deploy.runtime import Sampler
+
+
+@pytest.fixture
+def logits():
+    return (np.random.default_rng(0).standard_normal((3, 300)) * 3).astype(np.float32)
+
+
+def softmax(row):
+    exp = np.exp(row - row.max())
+    return exp / exp.sum()
+
+
+def kept(scores):
+    return [set(np.flatnonzero(np.isfinite(row))) for row in scores]
+
+
+def test_greedy_takes_the_largest_and_the_lower_id_of_equals(logits):
+    assert Sampler()(logits) == logits.argmax(-1).tolist()
+    assert Sampler()(np.array([[1, 5, 5, 2]], np.float32)) == [1]
+    assert all(type(token) is int for token in Sampler()(logits))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1, 0, 1), (0.7, 0, 1), (3, 0, 1), (1, 5, 1), (1, 299, 1), (1, 0, 0.9), (1, 0, 0.2), (0.6, 40, 0.95), (2, 3, 0.5)],
+)
+def test_filters_equal_those_of_transformers(logits, temperature, top_k, top_p):
+    scores = torch.tensor(logits, dtype=torch.float64)
+    for warper in (
+        TemperatureLogitsWarper(float(temperature)),
+        TopKLogitsWarper(top_k) if top_k else None,
+        TopPLogitsWarper(top_p) if top_p < 1 else None,
+    ):
+        scores = warper(None, scores) if warper else scores
+    got = Sampler(temperature, top_k, top_p).filtered(logits)
+    assert kept(got) == kept(scores.numpy())
+    np.testing.assert_allclose(got, scores.numpy(), rtol=1e-15)
+
+
+def test_top_k_keeps_the_k_largest_and_their_equals():
+    row = np.array([[0, 3, 1, 2, 2, -1]], np.float32)
+    assert kept(Sampler(1, 1).filtered(row)) == [{1}]
+    assert kept(Sampler(1, 2).filtered(row)) == [{1, 3, 4}]
+    assert kept(Sampler(1, 6).filtered(row)) == kept(Sampler(1, 100).filtered(row)) == [set(range(6))]
+
+
+def test_top_p_keeps_the_fewest_that_reach_p():
+    row = np.log(np.array([[0.5, 0.25, 0.125, 0.125]], np.float64))
+    sets = {p: kept(Sampler(1, 0, p).filtered(row))[0] for p in (1e-9, 0.49, 0.51, 0.76, 0.9, 1)}
+    assert sets == {1e-9: {0}, 0.49: {0}, 0.51: {0, 1}, 0.76: {0, 1, 2}, 0.9: {0, 1, 2, 3}, 1: {0, 1, 2, 3}}
+
+
+def test_top_p_counts_what_top_k_has_left():
+    row = np.log(np.array([[0.4, 0.3, 0.2, 0.1]], np.float64))
+    # of the two left, 0.4 / 0.7 = 0.57 is enough for 0.5; of all four it is not
+    assert kept(Sampler(1, 2, 0.5).filtered(row)) == [{0}]
+    assert kept(Sampler(1, 0, 0.5).filtered(row)) == [{0, 1}]
+
+
+def test_tokens_come_as_often_as_they_are_probable(logits):
+    row, draws = logits[:1, :8], 20000
+    sampler = Sampler(1.5, 6, 0.95, seed=1)
+    counts = np.bincount([sampler(row)[0] for _ in range(draws)], minlength=8)
+    expected = draws * softmax(sampler.filtered(row)[0])
+    assert (counts[expected == 0] == 0).all()
+    used = expected > 0
+    assert 1 < used.sum() < 8
+    # each count is binomial: five standard deviations, with a fixed seed
+    assert (np.abs(counts - expected)[used] < 5 * np.sqrt(expected[used])).all()
+
+
+def test_draws_are_those_of_numpys_generator(logits):
+    sampler, uniform = Sampler(1.0, seed=42), np.random.default_rng(42)
+    for _ in range(50):
+        edges = [np.cumsum(softmax(row.astype(np.float64))) for row in logits]
+        assert sampler(logits) == [int(np.flatnonzero(row > uniform.random())[0]) for row in edges]
+
+
+def test_a_seed_repeats_and_no_seed_does_not(logits):
+    def drawn(seed):
+        sampler = Sampler(1.0, seed=seed)
+        return [sampler(logits) for _ in range(20)]
+
+    assert drawn(7) == drawn(7) != drawn(8)
+    assert drawn(None) != drawn(None)
+
+
+def test_tokens_at_minus_infinity_are_never_drawn():
+    row = np.full((1, 6), -np.inf, np.float32)
+    row[0, [2, 4]] = 0
+    sampler = Sampler(1.0, seed=0)
+    assert {sampler(row)[0] for _ in range(200)} == {2, 4}
+    assert Sampler(1.0, 1, 0.01, seed=0)(np.array([[-np.inf, 0.0]], np.float32)) == [1]
+
+
+def test_a_very_low_temperature_is_greedy(logits):
+    assert Sampler(1e-6, seed=3)(logits) == logits.argmax(-1).tolist()
+
+
+def test_one_token_vocabulary_and_extreme_logits():
+    assert Sampler(1.0, 5, 0.5, seed=0)(np.array([[3.0]], np.float32)) == [0]
+    assert Sampler(1.0, seed=0)(np.array([[1e30, -1e30, 0]], np.float32)) == [0]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_overflowed_logits_are_an_error_not_a_token(bad):
+    with pytest.raises(DeployError, match=f"the model gave {bad} as its largest logit"):
+        Sampler()(np.array([[0.0, bad]], np.float32))
+    with pytest.raises(DeployError, match="the model gave -inf"):
+        Sampler(1.0)(np.full((1, 4), -np.inf, np.float32))
+
+
+def test_every_bad_setting_is_named_at_once():
+    with pytest.raises(UsageError) as caught:
+        Sampler(-1, -2, 0, -3)
+    assert str(caught.value).splitlines() == [
+        "sampling cannot be done like this",
+        "  - temperature -1: 0 (greedy) or more",
+        "  - top_k -2: 0 (all tokens) or more",
+        "  - top_p 0: above 0, up to 1 (all tokens)",
+        "  - seed -3: 0 or more",
+    ]
+    for temperature, top_p in ((np.nan, 1), (np.inf, 1), (1, 1.5), (1, np.nan)):
+        with pytest.raises(UsageError):
+            Sampler(temperature, 0, top_p)

@@ -1,0 +1,155 @@
+"""Exactly one BOS, the chat template of the model, and text that never ends inside a character."""
+
+import json
+import sys
+
+import pytest
+
+from gemma_deploy.errors import ArtifactError, UsageError
+from gemma_deploy.runtime import Tokenizer
+from gemma_deploy.runtime.tokenizer import TextStream
+from tests.runtime.make import write_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_dir):
+    return Tokenizer(tokenizer_dir)
+
+
+@pytest.mark.parametrize("text", ["the list", "<bos>the list", "<bos><bos>the list"])
+def test_exactly_one_bos(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert (ids[0], ids.count(tokenizer.bos_id)) == (2, 1)
+    assert ids == tokenizer.encode("the list")
+    assert tokenizer.decode(ids) == "the list"
+
+
+def test_one_bos_when_the_tokenizer_adds_its_own(tokenizer_dir, tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    write_tokenizer(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    assert tokenizer.encode("the").count(2) == 1
+
+
+def test_empty_text_is_a_bos(tokenizer):
+    assert tokenizer.encode("") == [2]
+    assert tokenizer.decode([2]) == ""
+
+
+def test_a_bos_inside_the_text_stays(tokenizer):
+    assert tokenizer.encode("a<bos>b").count(2) == 2
+
+
+def test_chat_is_the_template_with_one_bos(tokenizer):
+    messages = [
+        {"role": "user", "content": " the list "},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "b"},
+    ]
+    ids = tokenizer.encode_chat(messages)
+    expected = (
+        "<start_of_turn>user\nthe list<end_of_turn>\n<start_of_turn>model\na<end_of_turn>\n"
+        "<start_of_turn>user\nb<end_of_turn>\n<start_of_turn>model\n"
+    )
+    assert ids == tokenizer.encode(expected)
+    assert ids.count(2) == 1
+    assert ids.count(4) == 4  # turns are special tokens, not text
+
+
+def test_chat_equals_transformers(tokenizer_dir, tokenizer):
+    from transformers import PreTrainedTokenizerFast
+
+    other = PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer_dir / "tokenizer.json"),
+        bos_token="<bos>",
+        chat_template=(tokenizer_dir / "chat_template.jinja").read_text(),
+    )
+    messages = [{"role": "user", "content": "the {{ list }} €"}]
+    expected = other.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert tokenizer.encode_chat(messages) == list(expected)
+
+
+def test_what_the_template_refuses_is_said(tokenizer, tmp_path):
+    with pytest.raises(UsageError, match="the chat template refuses the messages: no system turn"):
+        tokenizer.encode_chat([{"role": "system", "content": "x"}])
+    write_tokenizer(tmp_path, template="{% for")
+    with pytest.raises(UsageError, match="the chat template refuses the messages"):
+        Tokenizer(tmp_path).encode_chat([{"role": "user", "content": "x"}])
+
+
+def test_a_template_cannot_reach_python(tmp_path):
+    write_tokenizer(tmp_path, template="{{ messages.__class__.__mro__ }}")
+    with pytest.raises(UsageError, match="refuses the messages: access to attribute '__class__'"):
+        Tokenizer(tmp_path).encode_chat([{"role": "user", "content": "x"}])
+
+
+def test_template_in_tokenizer_config_and_no_template(tmp_path):
+    write_tokenizer(tmp_path, template=None)
+    with pytest.raises(UsageError, match="has no chat template"):
+        Tokenizer(tmp_path).encode_chat([{"role": "user", "content": "x"}])
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": "{{ bos_token }}the"}))
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.encode_chat([]) == tokenizer.encode("the")
+
+
+@pytest.mark.parametrize("text", ["the list", "naïve €5", "日本語 テキスト", "👩\u200d🚀 the 🎉", "a  b\n\tc", ""])
+def test_pieces_joined_are_the_text_and_no_piece_is_half_a_character(tokenizer, text):
+    stream = TextStream(tokenizer)
+    ids = tokenizer.encode(text)[1:]
+    pieces = [stream.push(token) for token in ids]
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "".join([*pieces, stream.flush()]) == text == tokenizer.decode(ids)
+
+
+def test_a_character_comes_with_its_last_byte(tokenizer):
+    ids = tokenizer.encode("€")[1:]
+    stream = TextStream(tokenizer)
+    assert len(ids) == 3  # its bytes: the small vocabulary has no euro sign
+    assert [stream.push(token) for token in ids] == ["", "", "€"]
+
+
+def test_flush_leaves_half_a_character_out(tokenizer):
+    stream = TextStream(tokenizer)
+    ids = tokenizer.encode("the €")[1:-1]
+    assert "".join(stream.push(token) for token in ids) + stream.flush() == "the "
+    assert stream.flush() == ""
+
+
+def test_words_start_with_their_space_and_special_tokens_are_silent(tokenizer):
+    stream = TextStream(tokenizer)
+    words = tokenizer.encode("the list")[1:]
+    pieces = [stream.push(token) for token in [*words, 1, 5, *tokenizer.encode(" the")[1:]]]
+    assert "".join(pieces) == "the list the"
+
+
+def test_missing_damaged_or_foreign_tokenizers_are_named(tmp_path):
+    with pytest.raises(ArtifactError, match=r"tokenizer.json: the tokenizer is missing"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"tokenizer.json: is not a tokenizer"):
+        Tokenizer(tmp_path)
+    write_tokenizer(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text('{"bos_token": "<s>"}')
+    with pytest.raises(ArtifactError, match="has no token '<s>' to begin a text with"):
+        Tokenizer(tmp_path)
+    config.write_text("{")
+    with pytest.raises(ArtifactError, match=r"tokenizer_config.json: is not JSON"):
+        Tokenizer(tmp_path)
+    config.unlink()
+    assert Tokenizer(tmp_path).bos_id == 2
+
+
+def test_reading_a_tokenizer_needs_neither_torch_nor_transformers(tokenizer_dir):
+    import subprocess
+
+    code = (
+        "import sys\nfrom gemma_deploy.runtime import Tokenizer, StaticRunner\n"
+        f"Tokenizer({str(tokenizer_dir)!r}).encode_chat([{{'role': 'user', 'content': 'x'}}])\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
