@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,7 @@ def command(
     sampler = Sampler(temperature, top_k, top_p, seed)
     manifest = Artifact.open(artifact).manifest
     if prompt == "-":
-        prompt = click.get_text_stream("stdin").read().rstrip("\n")
+        prompt = sys.stdin.read().rstrip("\n")
     tokenizer = Tokenizer(artifact)
     runner = StaticRunner(artifact, "strict" if strict else "fast", threads, manifest=manifest, one_prompt=True)
     done = GenerationStats()

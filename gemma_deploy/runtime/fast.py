@@ -46,8 +46,8 @@ def lower(model: ir.Model) -> dict[str, np.ndarray]:
         ir.convenience.replace_all_uses_with([old], [result], replace_graph_outputs=True)
         graph.remove(node, safe=True)
         for value in (weight, scale):
-            if not value.uses() and value.name in graph.initializers:
-                del graph.initializers[value.name]
+            if not value.uses():
+                graph.initializers.pop(str(value.name), None)
     if arrays:
         graph.opset_imports.setdefault(MICROSOFT, 1)
     return arrays

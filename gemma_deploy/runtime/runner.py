@@ -201,7 +201,7 @@ class StaticRunner:
         logits = np.zeros((batch, 1, self.contract.vocab_size), np.float32)
         presents = [np.zeros((*port.shape[:2], 1, port.shape[3]), port.dtype) for port in self.contract.caches]
         binding = session.io_binding()
-        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        feeds: dict[str, np.ndarray] = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         feeds |= {port.name: cache for port, cache in zip(self.contract.caches, self._caches, strict=True)}
         for name, array in feeds.items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))

@@ -5,8 +5,6 @@ Pure NumPy. A seed gives the same tokens on every machine that gives the same lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from gemma_deploy.errors import DeployError, UsageError
@@ -83,7 +81,7 @@ class Sampler:
 
 def _outside_nucleus(scores: np.ndarray, top_p: float) -> np.ndarray:
     """Token ids to remove: those before which the more probable ones already reach p. scores: [V]."""
-    order: Sequence[int] = np.argsort(-scores, kind="stable")
+    order = np.argsort(-scores, kind="stable")
     before = np.cumsum(_softmax(scores)[order])
     keep = 1 + int(np.searchsorted(before, top_p, side="left"))
     return np.asarray(order[keep:])

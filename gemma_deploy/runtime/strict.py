@@ -48,7 +48,7 @@ def complete_dtypes(model: ir.Model) -> None:
                 value.dtype = ir.DataType(node.attributes["to"].as_int())
             else:
                 like = node.inputs[1 if node.op_type == "DequantizeLinear" else 0]
-                value.dtype = like.dtype if like is not None else None
+                value.type = like.type if like is not None else None
 
 
 def share_transposes(model: ir.Model) -> int:
@@ -69,7 +69,7 @@ def share_transposes(model: ir.Model) -> int:
             if weight.is_graph_output():
                 continue
             recast = ir.node("Cast", [plain], {"to": cast.attributes["to"].as_int()}, name=f"{node.name}.untransposed")
-            recast.outputs[0].name, recast.outputs[0].dtype = f"{weight.name}.untransposed", weight.dtype
+            recast.outputs[0].name, recast.outputs[0].type = f"{weight.name}.untransposed", weight.type
             graph.insert_before(node, recast)
             plain = recast.outputs[0]
         _replace(graph, node, "FusedMatMul", [x, plain], {"transB": 1}, domain=MICROSOFT)
@@ -134,16 +134,16 @@ def _replace(
 ) -> None:
     """Put another operator in a node's place; values keep their names, `narrow` outputs are rounded to float16."""
     old = list(node.outputs)
-    new = ir.node(op_type, inputs, dict(attributes), domain=domain, num_outputs=len(old), name=node.name)  # type: ignore[arg-type]
+    new = ir.node(op_type, inputs, dict(attributes), domain=domain, num_outputs=len(old), name=node.name)
     results, casts = [], []
     for before, after, rounds in zip(old, new.outputs, narrow or [False] * len(old), strict=True):
-        after.shape, after.dtype = before.shape, before.dtype
+        after.shape, after.type = before.shape, before.type
         if rounds:
             after.name, after.dtype = f"{before.name}.exact", ir.DataType.FLOAT
             cast = ir.node("Cast", [after], {"to": ir.DataType.FLOAT16}, name=f"{before.name}.round")
             casts.append(cast)
             after = cast.outputs[0]
-            after.shape, after.dtype = before.shape, before.dtype
+            after.shape, after.type = before.shape, before.type
         after.name = before.name
         results.append(after)
     graph.insert_before(node, [new, *casts])
