@@ -41,7 +41,7 @@ def lower(model: ir.Model) -> dict[str, np.ndarray]:
         attributes = {"K": columns, "N": rows, "bits": 8, "block_size": BLOCK, "accuracy_level": INT8_ACTIVATIONS}
         new = ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=node.name)
         old, result = node.outputs[0], new.outputs[0]
-        result.name, result.shape, result.type = old.name, old.shape, old.type
+        result.name, result.shape, result.type = old.name, old.shape, ir.TensorType(ir.DataType.FLOAT)
         graph.insert_before(node, new)
         ir.convenience.replace_all_uses_with([old], [result], replace_graph_outputs=True)
         graph.remove(node, safe=True)

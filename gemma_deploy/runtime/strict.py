@@ -48,7 +48,7 @@ def complete_dtypes(model: ir.Model) -> None:
                 value.dtype = ir.DataType(node.attributes["to"].as_int())
             else:
                 like = node.inputs[1 if node.op_type == "DequantizeLinear" else 0]
-                value.type = like.type if like is not None else None
+                value.type = _type_of(like)
 
 
 def share_transposes(model: ir.Model) -> int:
@@ -69,7 +69,7 @@ def share_transposes(model: ir.Model) -> int:
             if weight.is_graph_output():
                 continue
             recast = ir.node("Cast", [plain], {"to": cast.attributes["to"].as_int()}, name=f"{node.name}.untransposed")
-            recast.outputs[0].name, recast.outputs[0].type = f"{weight.name}.untransposed", weight.type
+            recast.outputs[0].name, recast.outputs[0].type = f"{weight.name}.untransposed", _type_of(weight)
             graph.insert_before(node, recast)
             plain = recast.outputs[0]
         _replace(graph, node, "FusedMatMul", [x, plain], {"transB": 1}, domain=MICROSOFT)
@@ -137,18 +137,23 @@ def _replace(
     new = ir.node(op_type, inputs, dict(attributes), domain=domain, num_outputs=len(old), name=node.name)
     results, casts = [], []
     for before, after, rounds in zip(old, new.outputs, narrow or [False] * len(old), strict=True):
-        after.shape, after.type = before.shape, before.type
+        after.shape, after.type = before.shape, _type_of(before)
         if rounds:
             after.name, after.dtype = f"{before.name}.exact", ir.DataType.FLOAT
             cast = ir.node("Cast", [after], {"to": ir.DataType.FLOAT16}, name=f"{before.name}.round")
             casts.append(cast)
             after = cast.outputs[0]
-            after.shape, after.type = before.shape, before.type
+            after.shape, after.type = before.shape, _type_of(before)
         after.name = before.name
         results.append(after)
     graph.insert_before(node, [new, *casts])
     ir.convenience.replace_all_uses_with(old, results, replace_graph_outputs=True)
     graph.remove(node, safe=True)
+
+
+def _type_of(value: ir.Value | None) -> ir.TensorType | None:
+    """A type of its own: values that share one share every later change of it."""
+    return ir.TensorType(value.dtype) if value is not None and value.dtype is not None else None
 
 
 def _made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
