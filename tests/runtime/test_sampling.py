@@ -56,6 +56,8 @@ def test_top_k_keeps_the_k_largest_and_their_equals():
 def test_top_p_keeps_the_fewest_that_reach_p():
     row = np.log(np.array([[0.5, 0.25, 0.125, 0.125]], np.float64))
     sets = {p: kept(Sampler(1, 0, p).filtered(row))[0] for p in (1e-9, 0.49, 0.51, 0.76, 0.9, 1)}
+    # exactly p is enough, and of equals the lower id stays
+    assert kept(Sampler(1, 0, 0.5).filtered(np.zeros((1, 2)))) == [{0}]
     assert sets == {1e-9: {0}, 0.49: {0}, 0.51: {0, 1}, 0.76: {0, 1, 2}, 0.9: {0, 1, 2, 3}, 1: {0, 1, 2, 3}}
 
 
