@@ -14,11 +14,11 @@ from gemma_deploy.params import build_plan, write_params
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 WORDS = ("▁the", "▁list", "user", "model", "\n")
 TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
-    "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
-    "{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
-    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    "{{ bos_token }}{% for message in messages %}\n"
+    "  {% if message['role'] == 'system' %}\n{{ raise_exception('no system turn') }}{% endif %}\n"
+    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) }}\n"
+    "{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}\n"
+    "{% if add_generation_prompt %}\n<start_of_turn>model\n{% endif %}\n"
 )
 
 

@@ -80,6 +80,19 @@ def test_characters_are_whole_and_half_ones_at_the_end_are_dropped(tokenizer):
     assert list(stream(scripted(tokenizer, "a€"), tokenizer, "x", max_new_tokens=3)) == ["a"]
 
 
+def test_whole_characters_held_back_with_half_of_one_come_at_the_end():
+    class Bytes:
+        """A tokenizer whose tokens end inside characters, as byte-level ones may."""
+
+        def encode(self, text):
+            return [0]
+
+        def decode(self, ids):
+            return b"".join([b"a", b"b\xe2"][token] for token in ids).decode("utf-8", "replace")
+
+    assert list(stream(Scripted([0, 1], 2), Bytes(), "x", max_new_tokens=2)) == ["a", "b"]
+
+
 def test_bad_requests_are_refused_before_the_first_piece(tokenizer):
     runner = scripted(tokenizer, "a")
     with pytest.raises(UsageError, match=r"the prompt has 9 tokens, this artifact takes 8 at most"):

@@ -104,6 +104,17 @@ def test_tokens_at_minus_infinity_are_never_drawn():
     assert Sampler(1.0, 1, 0.01, seed=0)(np.array([[-np.inf, 0.0]], np.float32)) == [1]
 
 
+@pytest.mark.parametrize(("number", "token"), [(0.0, 1), (0.4999, 1), (0.5, 3), (np.nextafter(1, 0), 3)])
+def test_border_draws_land_on_probable_tokens(number, token):
+    class Fixed:
+        def random(self):
+            return number
+
+    sampler = Sampler(1.0)
+    sampler._random = Fixed()
+    assert sampler(np.array([[-np.inf, 0, -np.inf, 0, -np.inf]], np.float32)) == [token]
+
+
 def test_a_very_low_temperature_is_greedy(logits):
     assert Sampler(1e-6, seed=3)(logits) == logits.argmax(-1).tolist()
 

@@ -24,13 +24,16 @@ def test_exactly_one_bos(tokenizer, text):
     assert tokenizer.decode(ids) == "the list"
 
 
-def test_one_bos_when_the_tokenizer_adds_its_own(tokenizer_dir, tmp_path):
+def test_one_bos_and_no_end_when_the_tokenizer_adds_its_own(tmp_path):
     from tokenizers.processors import TemplateProcessing
 
     write_tokenizer(tmp_path)
     tokenizer = Tokenizer(tmp_path)
-    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    assert tokenizer.encode("the").count(2) == 1
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)]
+    )
+    ids = tokenizer.encode("the")
+    assert (ids.count(2), ids.count(1), tokenizer.decode(ids)) == (1, 0, "the")
 
 
 def test_empty_text_is_a_bos(tokenizer):
@@ -123,6 +126,19 @@ def test_words_start_with_their_space_and_special_tokens_are_silent(tokenizer):
     words = tokenizer.encode("the list")[1:]
     pieces = [stream.push(token) for token in [*words, 1, 5, *tokenizer.encode(" the")[1:]]]
     assert "".join(pieces) == "the list the"
+
+
+def test_words_keep_their_space_when_decoding_strips_the_first_one(tmp_path):
+    from tokenizers import decoders
+
+    write_tokenizer(tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    # as SentencePiece tokenizers that put a space before every text are written
+    tokenizer._tokenizer.decoder = decoders.Sequence([tokenizer._tokenizer.decoder, decoders.Strip(" ", 1, 0)])
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in tokenizer.encode(" the list the")[1:]]
+    assert pieces[-1].endswith("e")
+    assert "".join([*pieces, stream.flush()]) == "the list the"
 
 
 def test_missing_damaged_or_foreign_tokenizers_are_named(tmp_path):
