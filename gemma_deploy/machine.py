@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 from collections.abc import Iterator
@@ -91,6 +92,13 @@ def _reclaimable(directory: Path, key: str) -> int:
     except (OSError, ValueError):
         pass
     return 0
+
+
+def give_memory_back() -> None:
+    """Return freed memory to the system; glibc alone keeps it (hundreds of MiB after large matrices of many sizes)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def nearest_existing(path: Path) -> Path:

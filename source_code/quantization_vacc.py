@@ -44,7 +44,7 @@ class QuantizedLinearPerChannel(nn.Module):
                 version=1,
             )
         else:
-            y = nn.functional.linear(x, (self.weight.float() * self.scale[:, None]).to(x.dtype))
+            y = nn.functional.linear(x, (self.weight * self.scale[:, None]).to(x.dtype))
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

@@ -1,0 +1,5 @@
+"""Proof that an artifact computes the model: compare sources, judge, and name the first layer that differs."""
+
+from gemma_deploy.parity.compare import ParityResult, run_parity
+
+__all__ = ["ParityResult", "run_parity"]

@@ -34,6 +34,7 @@ class Metrics:
         ppl_reference: perplexity of the targets under the reference.
         ppl_test: the same under the test logits.
         ppl_delta: ppl_test / ppl_reference - 1.
+        ppl_error: standard error of ppl_delta: a few dozen tokens say nothing about half a percent.
         bad_reference: inf and NaN among the reference logits.
         bad_test: inf and NaN among the test logits.
     """
@@ -54,6 +55,7 @@ class Metrics:
     ppl_reference: float
     ppl_test: float
     ppl_delta: float
+    ppl_error: float
     bad_reference: int
     bad_test: int
 
@@ -152,6 +154,7 @@ class Comparison:
             ppl_reference=ppl_ref,
             ppl_test=ppl_test,
             ppl_delta=ppl_test / ppl_ref - 1.0 if len(nll) else nan,
+            ppl_error=float(np.std(nll[:, 1] - nll[:, 0], ddof=1) / math.sqrt(len(nll))) if len(nll) > 1 else nan,
             bad_reference=self._bad_ref,
             bad_test=self._bad_test,
         )

@@ -18,12 +18,14 @@ from torch import nn
 
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.graph.skeleton import new_model, patched_module
+from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.sources import Features
 
 Weighting = Literal["fp32", "bf16", "w8a16"]
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-HEAD_BYTES = 128 << 20
+HEAD_BYTES = 32 << 20
+BLOCK_BYTES = 4 << 20  # stays in the cache through the passes of quantize_rows
 
 
 class TorchSource:
@@ -112,6 +114,8 @@ class TorchSource:
         weights = Weights(self, used)
         cpu_offload(model, torch.device("cpu"), offload_buffers=True, state_dict=weights)  # type: ignore[arg-type]
         watch(model)
+        for layer in model.layers:
+            layer.register_forward_hook(lambda *_: give_memory_back())
         return model(input_ids=ids, use_cache=False).last_hidden_state
 
     def _build(self, vocab_size: int) -> nn.Module:
@@ -159,17 +163,22 @@ class Weights(Mapping[str, torch.Tensor]):
         stored = f"{stored}.weight" if name.endswith(".scale") else stored
         if name.endswith(".scale") and self._scale is not None and self._scale[0] == stored:
             return self._scale[1]
-        weight = self._table() if stored == TABLE else self._whole(stored)
-        if self.source.weighting != "w8a16" or weight.ndim == 1:
-            return weight
-        quantized, scale = patched_module("quantization_vacc").quantize_rows(weight)
+        rows = self._table() if stored == TABLE else None
+        shape = self.source.checkpoint.tensors[stored].shape
+        if rows is not None and self.source.weighting != "w8a16":
+            return rows
+        if self.source.weighting != "w8a16" or len(shape) == 1:
+            values = self.source.checkpoint.rows(stored, 0, shape[0])
+            return self.source._matrix(values) if len(shape) == 2 else torch.from_numpy(values)
+        blocks = [rows] if rows is not None else self._blocks(stored, shape)
+        quantized, scale = map(torch.cat, zip(*map(patched_module("quantization_vacc").quantize_rows, blocks), strict=True))
         self._scale = (stored, scale)  # asked for next: accelerate takes a module's tensors one after the other
         return scale if name.endswith(".scale") else quantized
 
-    def _whole(self, name: str) -> torch.Tensor:
-        shape = self.source.checkpoint.tensors[name].shape
-        values = self.source.checkpoint.rows(name, 0, shape[0])
-        return self.source._matrix(values) if len(shape) == 2 else torch.from_numpy(values)
+    def _blocks(self, name: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+        step = max(1, BLOCK_BYTES // (4 * shape[1]))
+        for start in range(0, shape[0], step):
+            yield torch.from_numpy(self.source.checkpoint.rows(name, start, min(start + step, shape[0])))
 
     def _table(self) -> torch.Tensor:
         checkpoint = self.source.checkpoint

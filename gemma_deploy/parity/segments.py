@@ -2,8 +2,9 @@
 
 The graphs are cut where a layer's result is named `model.layers.{i}.out`. As the tokens are known beforehand, every
 layer can run prefill and all decode steps before the next one is opened: one layer of weights in memory, read once,
-instead of the whole model for every token. The pieces are the graph's own nodes and read the artifact's own
-parameters; nothing is rebuilt.
+instead of the whole model for every token. In decode the layer is cut again around its linears, so that each weight is
+dequantized once and not once a token. The pieces are the graph's own nodes and read the artifact's own parameters;
+nothing is rebuilt. Differs from running the whole graph in the number of rows of a decode GEMM only.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from gemma_deploy.errors import ArtifactError
+from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.sources import Features
 from gemma_deploy.runtime.contract import read_contract, read_manifest
@@ -22,6 +25,13 @@ from gemma_deploy.runtime.strict import lower
 
 HEAD_BYTES = 128 << 20
 EMBEDDED, NORMED, LOGITS = "model.embed_tokens.out", "model.norm.out", "logits"
+# The linears of a layer in the order they depend on each other.
+LEVELS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
 DECODE_INPUTS = ("attention_mask", "position_ids")
 
 
@@ -53,6 +63,13 @@ class Cutter:
         functions = list(self.model.functions.values())
         model = ir.Model(graph, ir_version=self.model.ir_version, functions=functions)
         return Piece(_open(model, self.folder), tuple(inputs), tuple(outputs))
+
+    def linear_input(self, out: str) -> str:
+        """What a linear reads, by the name of what it makes."""
+        node = self.values[out].producer()
+        if node is None or node.inputs[0] is None:
+            raise ArtifactError(f"{out} is not made by a linear", where=str(self.folder))
+        return str(node.inputs[0].name)
 
     def logits_input(self) -> str:
         """What the LM head reads: the strided slice of the final norm in prefill, the norm itself in decode."""
@@ -157,25 +174,73 @@ class StrictSource:
         """
         entering, leaving = layer_input(layer), f"model.layers.{layer}.out"
         present = [f"present.{layer}.{part}" for part in ("key", "value")]
-        past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
         outputs = list(dict.fromkeys([leaving, *present, *extra]))
         caches = []
         piece = self.graphs["iter0"].piece([entering, *DECODE_INPUTS], outputs)
         for state in states:
             made = dict(zip(outputs, piece(state.prefill), strict=True))
             cache = {}
-            for name, port in zip(past, self.contract.caches[2 * layer : 2 * layer + 2], strict=True):
-                cache[name] = np.zeros(port.shape, port.dtype)
-                cache[name][:, :, : state.width] = made[name.replace("past_key_values", "present")]
+            for name, port in zip(present, self.contract.caches[2 * layer : 2 * layer + 2], strict=True):
+                cache[port.name] = np.zeros(port.shape, port.dtype)
+                cache[port.name][:, :, : state.width] = made[name]
             caches.append(cache)
-            self._keep(state.prefill, made, entering, (leaving, *extra))
-        piece = self.graphs["iter1"].piece([entering, *DECODE_INPUTS, *past], outputs)
-        for state, cache in zip(states, caches, strict=True):
+            del state.prefill[entering]
+            state.prefill.update({name: made[name] for name in (leaving, *extra)})
+        self._decode(layer, states, caches, (leaving, *extra))
+
+    def _decode(
+        self,
+        layer: int,
+        states: Sequence[CaseState],
+        caches: Sequence[dict[str, np.ndarray]],
+        kept: Sequence[str],
+    ) -> None:
+        """All decode steps of a layer: linears for all steps at once, what lies between them step by step."""
+        cutter, entering = self.graphs["iter1"], layer_input(layer)
+        known = [entering, *DECODE_INPUTS]
+        for level in LEVELS:
+            linears = [f"model.layers.{layer}.{name}.out" for name in level]
+            inputs = [cutter.linear_input(linear) for linear in linears]
+            attends = "self_attn.o_proj" in level
+            self._between(layer, known, list(dict.fromkeys(inputs)), states, caches if attends else None)
+            for name, linear in zip(inputs, linears, strict=True):
+                piece = cutter.piece([name], [linear])
+                steps = [feeds for state in states for feeds in state.steps]
+                made = piece({name: np.concatenate([feeds[name] for feeds in steps])})[0] if steps else None
+                for i, feeds in enumerate(steps):
+                    batch = len(feeds[name])
+                    feeds[linear] = made[i * batch : (i + 1) * batch]  # type: ignore[index]
+            known += linears
+        self._between(layer, known, kept, states, caches)
+        for state in states:
+            for feeds in state.steps:
+                for name in set(feeds) - {"input_ids", *DECODE_INPUTS, *kept}:
+                    del feeds[name]
+        give_memory_back()
+
+    def _between(
+        self,
+        layer: int,
+        known: Sequence[str],
+        wanted: Sequence[str],
+        states: Sequence[CaseState],
+        caches: Sequence[dict[str, np.ndarray]] | None,
+    ) -> None:
+        """Compute values from known ones for every step; with caches, the new keys and values are written there."""
+        past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
+        present = [name.replace("past_key_values", "present") for name in past]
+        wanted = [name for name in wanted if name not in known]
+        if not wanted:
+            return
+        outputs = list(dict.fromkeys([*wanted, *(present if caches else ())]))
+        piece = self.graphs["iter1"].piece([*known, *(past if caches else ())], outputs)
+        for i, state in enumerate(states):
             for step, feeds in enumerate(state.steps):
-                made = dict(zip(outputs, piece({**feeds, **cache}), strict=True))
-                for name in past:
-                    cache[name][:, :, state.width + step] = made[name.replace("past_key_values", "present")][:, :, 0]
-                self._keep(feeds, made, entering, (leaving, *extra))
+                made = dict(zip(outputs, piece({**feeds, **(caches[i] if caches else {})}), strict=True))
+                feeds.update({name: made[name] for name in wanted})
+                for name, new in zip(past, present, strict=True):
+                    if caches:
+                        caches[i][name][:, :, state.width + step] = made[new][:, :, 0]
 
     def finish(self, states: Sequence[CaseState]) -> None:
         """The final norm, with the prefill graph's own choice of the last position."""
@@ -205,14 +270,6 @@ class StrictSource:
             logits[:, start:stop] = piece({NORMED: entering})[0][0]
         return logits
 
-    @staticmethod
-    def _keep(
-        state: dict[str, np.ndarray], made: Mapping[str, np.ndarray], entering: str, names: Sequence[str]
-    ) -> None:
-        """Put results into the state; the layer's input is not needed again."""
-        state.pop(entering, None)
-        state.update({name: made[name] for name in names})
-
 
 def _open(model: ir.Model, folder: Path) -> Any:
     import onnxruntime as ort
@@ -233,7 +290,9 @@ def layer_input(layer: int) -> str:
 
 
 def _flat(value: np.ndarray, row: int) -> np.ndarray:
-    """[B, positions, ...] or [B, heads, positions, D] -> [positions, features] of one row."""
+    """[B, positions, features] or [B, heads, positions, D] -> [positions, features] of one row."""
+    if value.ndim == 4:
+        value = np.swapaxes(value, 1, 2)
     return value[row].reshape(value.shape[1], -1)
 
 

@@ -1,0 +1,295 @@
+"""Compares sources over all cases and judges the result: the gate that `compile` runs and `parity` repeats.
+
+hf = patched = artifact (strict), for prefill and every decode step; see gates.py for the limits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_deploy import paths
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.errors import UsageError
+from gemma_deploy.machine import give_memory_back
+from gemma_deploy.parity.cases import Case, make_cases, prompt_length
+from gemma_deploy.parity.gates import GATES, TWINS, Gate, Line, headroom_line, judge, sqnr_line
+from gemma_deploy.parity.metrics import Comparison, Metrics
+from gemma_deploy.parity.sources import FastSource, Features, Source
+
+log = logging.getLogger(__name__)
+# Positions of a prompt that are compared, the last ones; the window bites there.
+PROMPT_POSITIONS = 256
+BLOCK_BYTES = 32 << 20
+Report = Callable[[str], None]
+
+
+@dataclass
+class ParityResult:
+    """What was compared and how it ended.
+
+    Attributes:
+        lines: the gates.
+        measures: every metric of every comparison, case and phase, gated or not.
+        notes: what a reader must know: skipped comparisons, windows not reached.
+        effect: figures for the ledger.
+        divergence: where the numbers first part, when a gate failed.
+    """
+
+    lines: list[Line] = field(default_factory=list)
+    measures: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    effect: dict[str, Any] = field(default_factory=dict)
+    divergence: dict[str, Any] | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate passed; nothing compared is nothing proven."""
+        return bool(self.lines) and all(line.passed for line in self.lines)
+
+    def failures(self) -> list[str]:
+        """The gates that failed, and where."""
+        failed = [str(line) for line in self.lines if not line.passed]
+        return failed + ([str(self.divergence["text"])] if self.divergence else [])
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        if self.passed:
+            return "passed  " + "; ".join(f"{line.comparison} {line.name} {line.value:.2g}" for line in self.lines)
+        return "FAILED  " + "; ".join(self.failures())
+
+    def to_json(self) -> dict[str, Any]:
+        """For manifest and report."""
+        return {
+            "passed": self.passed,
+            "summary": self.summary,
+            "lines": [line.to_json() for line in self.lines],
+            "notes": self.notes,
+            "effect": self.effect,
+            "divergence": self.divergence,
+            "measures": self.measures,
+        }
+
+
+class Pair:
+    """Metrics of one reference and one tested source, by case and phase and over both phases."""
+
+    def __init__(self) -> None:
+        self.parts: dict[tuple[str, str], Comparison] = {}
+        self.pools: dict[str, Comparison] = {}
+
+    def add(self, case: Case, row: int, index: int, reference: np.ndarray, test: np.ndarray) -> None:
+        """Compare the logits at a position of a row's sequence."""
+        sequence = case.sequence(row)
+        target = sequence[index + 1] if index + 1 < len(sequence) else None
+        phase = "prefill" if index < len(case.prompts[row]) else "decode"
+        for comparison in (
+            self.parts.setdefault((case.name, phase), Comparison()),
+            self.pools.setdefault(case.name, Comparison()),
+        ):
+            comparison.add(reference, test, target, row)
+
+    def measured(self) -> dict[tuple[str, str], Metrics]:
+        """(case, phase) -> metrics."""
+        return {key: comparison.result() for key, comparison in self.parts.items()}
+
+    def pooled(self) -> dict[str, Metrics]:
+        """case -> metrics."""
+        return {key: comparison.result() for key, comparison in self.pools.items()}
+
+
+def compare_sources(
+    sources: Mapping[str, Source],
+    pairs: Sequence[tuple[str, str]],
+    cases: Sequence[Case],
+    vocab_size: int,
+    report: Report = log.debug,
+) -> dict[tuple[str, str], Pair]:
+    """Run every source over the cases, one after the other, and compare pairs of them position by position."""
+    features: dict[str, Features] = {}
+    for name, source in sources.items():
+        report(f"running {name}")
+        features[name] = source.run(cases)
+        give_memory_back()
+    report("comparing logits")
+    found = {pair: Pair() for pair in pairs}
+    step = max(1, BLOCK_BYTES // (4 * vocab_size))
+    for c, case in enumerate(cases):
+        for row, prompt in enumerate(case.prompts):
+            of_row = {name: (sources[name], made[c][row]) for name, made in features.items()}
+            total = len(case.sequence(row))
+            for start in range(max(0, len(prompt) - PROMPT_POSITIONS), total, step):
+                _compare_block(of_row, found, case, row, start, min(start + step, total))
+    return found
+
+
+def _compare_block(
+    of_row: Mapping[str, tuple[Source, np.ndarray]],
+    found: Mapping[tuple[str, str], Pair],
+    case: Case,
+    row: int,
+    start: int,
+    stop: int,
+) -> None:
+    """Positions [start, stop) of one row; a source that computes only the last ones is compared where it does."""
+    logits: dict[str, dict[int, np.ndarray]] = {}
+    for name, (source, features) in of_row.items():
+        skipped = len(case.sequence(row)) - len(features)
+        low = max(start, skipped)
+        block = source.head(features[low - skipped : stop - skipped]) if low < stop else ()
+        logits[name] = dict(zip(range(low, stop), block, strict=False))
+    for (reference, test), pair in found.items():
+        for index in range(start, stop):
+            if index in logits[reference] and index in logits[test]:
+                pair.add(case, row, index, logits[reference][index], logits[test][index])
+
+
+def judged(gates: Sequence[Gate], found: Mapping[tuple[str, str], Pair]) -> list[Line]:
+    """Apply gates to what was compared; a mean over text is taken over random tokens where there is no text."""
+    lines = []
+    for gate in gates:
+        pair = found[gate.pair]
+        cases = {case for case, _ in pair.parts}
+        gate = gate if cases & set(gate.cases) else replace(gate, cases=tuple(cases))
+        lines.append(judge(gate, pair.measured(), pair.pooled()))
+    return lines
+
+
+def run_parity(
+    artifact: Path,
+    checkpoint: str | Path | Checkpoint,
+    *,
+    manifest: Mapping[str, Any],
+    text: str | Path | None = None,
+    prompt_tokens: int = 64,
+    decode_tokens: int = 32,
+    fast: bool = False,
+    report: Report = log.debug,
+) -> ParityResult:
+    """Prove an artifact against its checkpoint.
+
+    Args:
+        artifact: directory, finished or not; manifest: its manifest or what will become it.
+        text: file to take the prompt from; the bundled C4 sample by default.
+        prompt_tokens: at least this long; longer where the sliding window asks for it.
+        fast: compare the optimized session as well; it holds the whole model, and no gate is on it.
+        report: is told what runs.
+
+    Raises:
+        UsageError: the text file is missing or too short; DeployError: a source could not run.
+    """
+    from gemma_deploy.parity.reference import TorchSource
+    from gemma_deploy.parity.segments import StrictSource
+
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
+    result, scheme = ParityResult(), str(manifest["scheme"])
+    contract = manifest["contract"]
+    cases = cases_for(opened, contract, text, prompt_tokens, decode_tokens, result.notes)
+    scale = manifest["recipe"]["frontend"]["model_kwargs"]["embed_scale"]
+    strict = StrictSource(artifact, manifest)
+    hf = TorchSource(opened, "hf", "bf16" if scheme == "bf16" else "fp32", scale)
+    patched = TorchSource(opened, "patched", "bf16" if scheme == "bf16" else "fp32", scale)
+    sources: dict[str, Source] = {source.name: source for source in (hf, patched)}
+    if scheme == "w8a16":
+        twin = TorchSource(opened, "patched", "w8a16", scale)
+        sources[twin.name] = twin
+    sources[strict.name] = strict
+    pairs = list(dict.fromkeys([gate.pair for gate in GATES[scheme]] + [(TWINS[scheme], "strict")]))
+    if fast:
+        sources["fast"] = FastSource(artifact)
+        pairs += [("strict", "fast"), (hf.name, "fast")]
+    found = compare_sources(sources, pairs, cases, opened.config.vocab_size, report)
+    result.lines = judged(GATES[scheme], found)
+    if scheme == "fp16":
+        result.lines.append(headroom_line(hf.absmax))
+    if scheme == "w8a16":
+        result.lines.append(sqnr_line(manifest["params"]))
+    result.measures = measures_of(found)
+    result.effect = effect_of(found[hf.name, "strict"] if (hf.name, "strict") in found else found[pairs[-1]], cases)
+    if not result.passed:
+        from gemma_deploy.parity.bisect import first_divergence
+
+        report("looking for the first layer that differs")
+        twin = TorchSource(opened, "patched", {"bf16": "bf16", "w8a16": "w8a16"}.get(scheme, "fp32"), scale)  # type: ignore[arg-type]
+        divergence = first_divergence(hf, patched, twin, strict, cases, scheme)
+        result.divergence = divergence.to_json() if divergence else None
+    return result
+
+
+def cases_for(
+    checkpoint: Checkpoint,
+    contract: Mapping[str, Any],
+    text: str | Path | None,
+    prompt_tokens: int,
+    decode_tokens: int,
+    notes: list[str],
+) -> list[Case]:
+    """Cases that fit the artifact; what they do not cover goes into `notes`."""
+    length, sentence = prompt_length(checkpoint.config, contract["prefill"], prompt_tokens)
+    steps = min(decode_tokens, contract["context"] - contract["prefill"])
+    notes += [sentence] if sentence else []
+    if steps < decode_tokens:
+        notes.append(f"{steps} decode steps instead of {decode_tokens}: the context has no room for more after prefill")
+    tokens = text_tokens(checkpoint, text, contract["batch"] * (length + steps), notes)
+    if tokens is not None and len(tokens) < steps + 2:
+        raise UsageError(
+            f"has {len(tokens)} tokens, too few for {steps} decode steps",
+            where=str(text),
+            expected=f"a text of at least {length + steps} tokens",
+        )
+    return make_cases(checkpoint.config, batch=contract["batch"], length=length, steps=steps, text=tokens)
+
+
+def text_tokens(
+    checkpoint: Checkpoint, text: str | Path | None, wanted: int, notes: list[str]
+) -> Sequence[int] | None:
+    """Tokens of the text without BOS, about as many as wanted; None when the checkpoint has no tokenizer."""
+    from gemma_deploy.calibration.sources import SOURCES
+    from gemma_deploy.calibration.windows import load_tokenizer
+
+    if not checkpoint.tokenizer_files() and checkpoint.format != "gguf":
+        notes.append("the checkpoint has no tokenizer: compared on random tokens alone")
+        return None
+    if text is not None:
+        try:
+            whole = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"cannot be read: {error}", where=str(text), expected="a UTF-8 text", next_step="check parity.text"
+            ) from error
+    else:
+        source = SOURCES["c4"]
+        whole = "\n\n".join(islice(source.texts(paths.calib_dir() / source.bundled), 1 + wanted // 16))
+    limit = 16 * wanted + 4096  # characters; no tokenizer of this family makes fewer tokens of real text
+    return list(load_tokenizer(checkpoint).encode(whole[:limit], add_special_tokens=False).ids)
+
+
+def measures_of(found: Mapping[tuple[str, str], Pair]) -> list[dict[str, Any]]:
+    """Every metric there is, as plain rows."""
+    rows = []
+    for (reference, test), pair in found.items():
+        for (case, phase), metrics in pair.measured().items():
+            rows.append({"reference": reference, "test": test, "case": case, "phase": phase, **metrics.to_json()})
+    return rows
+
+
+def effect_of(pair: Pair, cases: Sequence[Case]) -> dict[str, Any]:
+    """The figures for the ledger: artifact against transformers, on text where there is some."""
+    metrics = pair.pooled()[cases[0].name]
+    figures = {
+        "tokens": cases[0].name,
+        "positions": metrics.positions,
+        "relative_error": metrics.relative,
+        "kl_mean": metrics.kl_mean,
+        "top1": metrics.top1,
+        "perplexity_change": metrics.ppl_delta,
+        "perplexity_change_error": metrics.ppl_error,
+    }
+    return {key: (value if not isinstance(value, float) or np.isfinite(value) else None) for key, value in figures.items()}

@@ -1,0 +1,123 @@
+"""Which measured number decides, and where its limit is. One row per gate; design section 6 gives the limits.
+
+A limit may be loosened only with the measured value, the mechanism, and the bisect result written beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gemma_deploy.parity.metrics import Metrics
+
+FP16_MAX = 65504.0
+LOWEST_SQNR_DB = 38.0
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A limit on one measure of one comparison.
+
+    Args:
+        pair: names of the reference and the tested source.
+        measure: a field of `Metrics`; `ppl_delta` is judged less two standard errors.
+        limit: the largest value that passes.
+        cases: whose positions count; with more than one measure of the same kind, the worst decides.
+        pooled: judge prefill and decode together (a mean over few positions says little).
+    """
+
+    pair: tuple[str, str]
+    measure: str
+    limit: float
+    cases: tuple[str, ...] = ("text", "random")
+    pooled: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """One gate's outcome."""
+
+    comparison: str
+    name: str
+    value: float
+    limit: float
+    passed: bool
+
+    def __str__(self) -> str:
+        sign = ">=" if self.name.startswith(("headroom", "lowest")) else "<="
+        return f"{self.comparison}: {self.name} {self.value:.3g}, must be {sign} {self.limit:g}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dict; a value that is no number becomes None."""
+        return asdict(self) | {"value": self.value if math.isfinite(self.value) else None}
+
+
+def relative(limit: float, *pairs: tuple[str, str]) -> tuple[Gate, ...]:
+    """Gates on the largest logit error, relative to the largest logit."""
+    return tuple(Gate(pair, "relative", limit) for pair in pairs)
+
+
+# patched = hf holds for every scheme: the patch changes no number.
+GATES: Mapping[str, tuple[Gate, ...]] = {
+    "fp32": relative(1e-5, ("hf", "patched"), ("patched", "strict"), ("hf", "strict")),
+    "bf16": relative(1e-3, ("hf bf16", "patched bf16"), ("patched bf16", "strict"), ("hf bf16", "strict")),
+    "fp16": (
+        *relative(1e-5, ("hf", "patched")),
+        Gate(("hf", "strict"), "bad_test", 0),
+        Gate(("hf", "strict"), "kl_mean", 1e-5, ("text",), pooled=True),
+    ),
+    "w8a16": (
+        *relative(1e-5, ("hf", "patched"), ("patched w8a16", "strict")),
+        Gate(("hf", "strict"), "bad_test", 0),
+        Gate(("hf", "strict"), "kl_mean", 0.01, ("text",), pooled=True),
+        Gate(("hf", "strict"), "ppl_delta", 0.005, ("text",), pooled=True),
+    ),
+}
+# The reference whose numbers the artifact must repeat, for the search of the first wrong layer.
+TWINS = {"fp32": "patched", "bf16": "patched bf16", "fp16": "patched", "w8a16": "patched w8a16"}
+
+
+def judge(gate: Gate, measured: Mapping[tuple[str, str], Metrics], pooled: Mapping[str, Metrics]) -> Line:
+    """Apply one gate.
+
+    Args:
+        measured: (case, phase) -> metrics of the gate's pair; pooled: case -> metrics over both phases.
+
+    Returns:
+        A line that has failed when a logit is not finite or nothing was compared, whatever the measure.
+    """
+    chosen = (
+        [metrics for case, metrics in pooled.items() if case in gate.cases]
+        if gate.pooled
+        else [metrics for (case, _), metrics in measured.items() if case in gate.cases]
+    )
+    name = {"kl_mean": "mean KL", "ppl_delta": "perplexity change less 2 standard errors", "relative": "relative error",
+            "bad_test": "inf or NaN logits"}[gate.measure]  # fmt: skip
+    values = [_value(metrics, gate.measure) for metrics in chosen]
+    bad = not values or any(not math.isfinite(value) for value in values)
+    bad = bad or any(metrics.bad_test or metrics.bad_reference for metrics in chosen)
+    value = math.nan if not values or any(math.isnan(value) for value in values) else max(values)
+    return Line(" = ".join(gate.pair), name, value, gate.limit, not bad and value <= gate.limit)
+
+
+def headroom_line(absmax: Mapping[str, float]) -> Line:
+    """How far the largest activation stays below float16's largest number (a factor, at least 4)."""
+    largest = max(absmax.values(), default=math.nan)
+    factor = FP16_MAX / largest if largest else math.inf
+    where = max(absmax, key=lambda name: absmax[name]) if absmax else "nothing"
+    return Line("hf", f"headroom of float16 ({where} reaches {largest:.4g})", factor, 4.0, factor >= 4.0)
+
+
+def sqnr_line(rows: Sequence[Mapping[str, Any]]) -> Line:
+    """The worst quantized tensor's signal to quantization noise ratio, in dB."""
+    found = {str(row["name"]): float(row["sqnr_db"]) for row in rows if row.get("sqnr_db") is not None}
+    worst = min(found, key=lambda name: found[name]) if found else "no tensor"
+    value = found.get(worst, math.nan)
+    return Line("weights", f"lowest SQNR in dB ({worst})", value, LOWEST_SQNR_DB, value >= LOWEST_SQNR_DB)
+
+
+def _value(metrics: Metrics, measure: str) -> float:
+    value = float(getattr(metrics, measure))
+    return value - 2 * metrics.ppl_error if measure == "ppl_delta" else value
