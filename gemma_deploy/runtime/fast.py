@@ -15,13 +15,18 @@ BLOCK = 32  # weights that share a scale in the kernel: what ORT chooses for a s
 INT8_ACTIVATIONS = 4  # accuracy_level; 0 and 1 are a hundred times slower (design section 3)
 
 
-def lower(model: ir.Model) -> dict[str, np.ndarray]:
+def lower(model: ir.Model, arrays: dict[str, np.ndarray]) -> list[str]:
     """Put MatMulNBits in the place of every QuantizedLinearPerChannel it can stand for. In place.
 
+    Args:
+        model: iter0 or iter1 of an int8 artifact.
+        arrays: weights as the kernel takes them, by name. Those of another graph of the artifact are used again; new
+            ones are added.
+
     Returns:
-        Initializers to hand to the session: the graph only names them.
+        Names in `arrays` that the session must be given: the graph holds no data for them.
     """
-    graph, arrays = model.graph, dict[str, np.ndarray]()
+    graph, used = model.graph, dict[str, None]()
     for node in list(graph):
         if node.op_type != "QuantizedLinearPerChannel":
             continue
@@ -37,6 +42,7 @@ def lower(model: ir.Model) -> dict[str, np.ndarray]:
             signed = weight.const_value.numpy()
             arrays[names[0]] = (signed.view(np.uint8) ^ 0x80).reshape(rows, blocks, BLOCK)  # zero point 128
             arrays[names[1]] = np.repeat(scale.const_value.numpy(), blocks).reshape(rows, blocks)
+        used |= dict.fromkeys(names)
         inputs = [x, *(_named(graph, name, arrays[name]) for name in names)]
         attributes = {"K": columns, "N": rows, "bits": 8, "block_size": BLOCK, "accuracy_level": INT8_ACTIVATIONS}
         new = ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=node.name)
@@ -48,9 +54,9 @@ def lower(model: ir.Model) -> dict[str, np.ndarray]:
         for value in (weight, scale):
             if not value.uses():
                 graph.initializers.pop(str(value.name), None)
-    if arrays:
+    if used:
         graph.opset_imports.setdefault(MICROSOFT, 1)
-    return arrays
+    return list(used)
 
 
 def _named(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:

@@ -69,6 +69,7 @@ class StaticRunner:
         self.contract = read_contract(self.path, self.manifest)
         self.one_prompt = one_prompt
         self.load_seconds = 0.0
+        self._arrays: dict[str, np.ndarray] = {}
         self._outputs = list(dict.fromkeys(outputs))
         self._prefill_session: ort.InferenceSession | None = None
         self._decoder: _Decoder | None = None
@@ -186,7 +187,7 @@ class StaticRunner:
             known = {output for node in proto.node for output in node.output}
             extra = [name for name in self._outputs if name in known]
         started = time.perf_counter()
-        session = open_session(file, self.mode, self.threads, extra)
+        session = open_session(file, self.mode, self.threads, extra, arrays=self._arrays)
         self.load_seconds += time.perf_counter() - started
         check_session(session, self.contract, graph, file)
         return session, extra

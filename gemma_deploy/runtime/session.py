@@ -29,7 +29,13 @@ VERIFY = "run `gemma-deploy verify` on the artifact, then compile it again"
 
 
 def open_session(
-    path: Path, mode: Mode = "fast", threads: int = 0, outputs: Sequence[str] = (), *, dump: Path | None = None
+    path: Path,
+    mode: Mode = "fast",
+    threads: int = 0,
+    outputs: Sequence[str] = (),
+    *,
+    arrays: dict[str, np.ndarray] | None = None,
+    dump: Path | None = None,
 ) -> ort.InferenceSession:
     """Open a graph on the CPU.
 
@@ -38,6 +44,7 @@ def open_session(
         mode: see above.
         threads: of one operator; 0 for as many as there are cores.
         outputs: inner values to return after the graph's own outputs.
+        arrays: weights in the fast kernel's form, shared by the sessions of one artifact: filled and read.
         dump: where ORT writes the graph that it will really run.
 
     Raises:
@@ -57,22 +64,27 @@ def open_session(
     if dump is not None:
         options.optimized_model_filepath = str(dump)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    model, arrays = changed_graph(path, mode, outputs)
-    if arrays:
-        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
-        options.add_external_initializers(list(arrays), values)
+    arrays = arrays if arrays is not None else {}
+    model, names = changed_graph(path, mode, outputs, arrays)
+    given = [ort.OrtValue.ortvalue_from_numpy(arrays[name]) for name in names]
+    if given:
+        options.add_external_initializers(names, given)
     try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT's own have no common base
         reason = str(error).splitlines()[0]
         raise ArtifactError(f"ONNX Runtime refuses it: {reason}", where=str(path), next_step=VERIFY) from error
+    session.given = given  # ORT reads them where they lie, on processors for which it does not pack weights
+    return session
 
 
-def changed_graph(path: Path, mode: Mode, outputs: Sequence[str] = ()) -> tuple[bytes, dict[str, np.ndarray]]:
+def changed_graph(
+    path: Path, mode: Mode, outputs: Sequence[str], arrays: dict[str, np.ndarray]
+) -> tuple[bytes, list[str]]:
     """The graph as it is handed to ORT, lowered and with inner values among its outputs; it holds no weights.
 
     Returns:
-        The graph, and the initializers that are not as they lie in params.safetensors.
+        The graph, and which of `arrays` the session must be given; all others lie in params.safetensors.
 
     Raises:
         ArtifactError: the file is no ONNX graph, or makes no such value.
@@ -85,13 +97,13 @@ def changed_graph(path: Path, mode: Mode, outputs: Sequence[str] = ()) -> tuple[
         model = ir.load(path)
     except Exception as error:  # onnx_ir and protobuf raise many kinds for a damaged file
         raise ArtifactError(f"is not an ONNX graph: {error}", where=str(path), next_step=VERIFY) from error
-    arrays: dict[str, np.ndarray] = {}
+    names: list[str] = []
     if mode == "strict":
         model = strict.lower(model)
     else:
-        arrays = fast.lower(model)
+        names = fast.lower(model, arrays)
     _expose(model, outputs, path)
-    return ir.to_proto(model).SerializeToString(), arrays
+    return ir.to_proto(model).SerializeToString(), names
 
 
 def _expose(model: ir.Model, outputs: Sequence[str], path: Path) -> None:

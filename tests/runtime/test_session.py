@@ -74,6 +74,25 @@ def test_fast_session_gives_the_numbers_of_orts_own_rewriting(artifacts):
     np.testing.assert_array_equal(got, expected)
 
 
+def test_sessions_of_an_artifact_share_weights_that_live_as_long_as_they(artifacts):
+    import gc
+
+    artifact, arrays = artifacts("gemma3_text", "w8a16"), {}
+    first, second = (open_session(artifact / f"{graph}.onnx", "fast", 1, arrays=arrays) for graph in GRAPHS)
+    assert len(arrays) == 2 * LINEARS["gemma3_text"]
+    pointers = {array.ctypes.data for array in arrays.values()}
+    feeds = prefill_feeds(np.random.default_rng(2))
+    (expected,) = first.run(["logits"], feeds)
+    # ORT has no hold of its own on memory that it was given: the session object must
+    for session in (first, second):
+        assert {value.data_ptr() for value in session.given} == pointers
+    arrays.clear()
+    del second
+    gc.collect()
+    assert {value.numpy().ctypes.data for value in first.given} == pointers
+    np.testing.assert_array_equal(first.run(["logits"], feeds)[0], expected)
+
+
 def test_strict_int8_linear_is_the_dequantized_product_and_fast_is_not(artifacts):
     artifact = artifacts("gemma3_text", "w8a16")
     params = load_file(str(artifact / "params.safetensors"))
