@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import platform
+import sysconfig
 import time
 from pathlib import Path
 
@@ -31,8 +32,8 @@ head, tied table, {vocab} tokens) that stands in for a real checkpoint wherever 
 looks like Python documentation. It knows nothing; do not rely on what it says.
 
 - Text: docstrings, block comments and reference topics (`pydoc_data`) of the standard library of Python {python}:
-  {documents:,} documents, {tokens:,} tokens. Copyright Python Software Foundation, PSF License Version 2; text of files
-  that name another copyright holder is left out. The weights are distributed under the licence of this repository.
+  {documents:,} documents, {tokens:,} tokens. Copyright Python Software Foundation, PSF License Version 2
+  (`LICENSE-PSF.txt`); text that speaks of another copyright or licence is left out.
 - Command: `nice -n 10 python scripts/train_demo.py --out gemma_deploy/demo` (seed {seed}, {steps} steps of {batch} x
   {block} tokens, {threads} threads, {minutes:.0f} minutes on a shared two-core machine, torch {torch}).
 - It saw sequences of {block} tokens; beyond that its text gets worse, though positions up to {positions} are allowed.
@@ -63,6 +64,7 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     args.out.mkdir(parents=True, exist_ok=True)
 
+    licence = (Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt").read_text(encoding="utf-8")
     train_texts, held_texts, chats = collect()
     tokenizer = train_tokenizer(train_texts)
     write_tokenizer(tokenizer, args.out)
@@ -81,6 +83,7 @@ def main() -> None:
     model.to(torch.bfloat16)
     save(model, args.out)
     (args.out / "heldout.txt").write_text("\n\n".join(held_texts)[:HELD_OUT_BYTES], encoding="utf-8")
+    (args.out / "LICENSE-PSF.txt").write_text(licence, encoding="utf-8")
     loss = loss_on(model.float(), held)
     c = model.config
     text = README.format(
