@@ -36,7 +36,9 @@ Examples:
 @click.option("--checkpoint", metavar="PATH", help="Directory, .gguf file or `demo`  [default: the recipe's, or demo]")
 @click.option("--nsamples", type=click.IntRange(min=1), help="Windows  [default: 128; 32 of the bundled sample]")
 @click.option(
-    "--seqlen", type=click.IntRange(min=2), help="Tokens in each, BOS too  [default: 1024; 128 of the sample]"
+    "--seqlen",
+    type=click.IntRange(min=2),
+    help="Tokens in each, BOS too  [default: 1024 or what the model takes; 128 of the sample]",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Order of the texts.")
 @click.option(
@@ -62,10 +64,12 @@ def command(
     from gemma_deploy.recipe import Recipe
     from gemma_deploy.stages import peak_rss_bytes
 
+    if dataset is None and recipe is None:
+        raise click.UsageError("Missing option '--dataset' (or '--recipe'). Choose from: c4, ceval, alpaca")
     started = time.perf_counter()
     loaded = Recipe.load(recipe, checkpoint=checkpoint) if recipe else None
-    request = _request(loaded, dataset, path, nsamples, seqlen, seed)
     source = Checkpoint.open(checkpoint or (loaded.frontend.checkpoint if loaded else "demo"))
+    request = _request(loaded, dataset, path, nsamples, seqlen, seed, source.config.max_position_embeddings)
     place = workspace or Path(loaded.workspace.path if loaded else "workspace")
     outcome = calibrate(source, request, place, force=force, progress=_progress())
     if outcome.reused:
@@ -77,13 +81,17 @@ def command(
 
 
 def _request(
-    recipe: Recipe | None, dataset: str | None, path: Path | None, nsamples: int | None, seqlen: int | None, seed: int
+    recipe: Recipe | None,
+    dataset: str | None,
+    path: Path | None,
+    nsamples: int | None,
+    seqlen: int | None,
+    seed: int,
+    context: int,
 ) -> Request:
-    """Options first, then what the recipe spells out, then defaults that fit the file."""
+    """Options first, then what the recipe spells out, then defaults that fit the file and the model's context."""
     from gemma_deploy.calibration import Request
 
-    if dataset is None and recipe is None:
-        raise click.UsageError("Missing option '--dataset' (or '--recipe'). Choose from: c4, ceval, alpaca")
     section = recipe.dataset if recipe else None
     name = dataset or (section.name if section else "c4")
     if path is None and section is not None and section.path is not None and section.name == name:
@@ -95,7 +103,7 @@ def _request(
     if section is not None and seqlen is None and "seqlen" in spelled:
         seqlen = section.seqlen
     embed_scale = recipe.frontend.model_kwargs.embed_scale if recipe else "exact"
-    return Request(name, path, nsamples or defaults[0], seqlen or defaults[1], seed, embed_scale)
+    return Request(name, path, nsamples or defaults[0], seqlen or min(defaults[1], context), seed, embed_scale)
 
 
 def _print_table(calibration: Calibration) -> None:

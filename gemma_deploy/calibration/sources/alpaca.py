@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from gemma_deploy.calibration.sources.reading import explained, parse_json, string_fields, wrong
+from gemma_deploy.calibration.sources.reading import explained, json_type, parse_json, string_fields, wrong
 
 KEYS = ("instruction", "input", "output")
 EXPECTED = 'a JSON list of {"instruction": "...", "input": "...", "output": "..."}'
@@ -31,7 +31,7 @@ def texts(path: Path) -> Iterator[str]:
         raw = path.read_bytes()
     entries = parse_json(raw, path, None, expected=EXPECTED)
     if not isinstance(entries, list):
-        raise wrong(f"is a JSON {type(entries).__name__}, not a list", path, expected=EXPECTED)
+        raise wrong(f"is {json_type(entries)}, not a list", path, expected=EXPECTED)
     problems = [(index, problem) for index, entry in enumerate(entries) if (problem := string_fields(entry, KEYS))]
     if problems:
         index, problem = problems[0]

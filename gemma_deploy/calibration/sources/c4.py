@@ -42,7 +42,7 @@ def texts(path: Path) -> Iterator[str]:
                 raise wrong(f"is longer than {LONGEST_LINE_BYTES >> 20} MiB", path, at, expected=EXPECTED)
             if not line.strip():
                 continue
-            entry = parse_json(line, path, at, expected=EXPECTED)
+            entry = parse_json(line.rstrip(), path, at, expected=EXPECTED)
             problem = string_fields(entry, ("text",))
             if problem:
                 raise wrong(problem, path, at, expected=EXPECTED)

@@ -78,7 +78,7 @@ def _questions(text: str, path: Path, member: str) -> Iterator[str]:
                 raise wrong(f"has {count} fields, the header has {len(header)}", path, at, expected=HEADER)
             yield _render(row)
     except csv.Error as error:
-        raise wrong(f"is not CSV: {error}", path, f"{member}, line {rows.line_num}", expected=HEADER) from error
+        raise wrong(f"is not CSV: {error}", path, f"{member}, line {rows.reader.line_num}", expected=HEADER) from error
 
 
 def _render(row: dict[str, str]) -> str:

@@ -11,6 +11,10 @@ from typing import Any
 from gemma_deploy.errors import CalibrationError
 
 AGAIN = "copy or download it again, or leave --path out to use the bundled sample"
+JSON_TYPES: dict[type, str] = {
+    dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false",
+    type(None): "null",
+}  # fmt: skip
 
 
 def wrong(what: str, path: Path, at: str | None = None, *, expected: str, next_step: str = AGAIN) -> CalibrationError:
@@ -45,11 +49,16 @@ def parse_json(raw: bytes, path: Path, at: str | None, *, expected: str) -> Any:
 def string_fields(entry: object, keys: tuple[str, ...]) -> str | None:
     """What is wrong with an entry that should have these text fields; None when nothing is."""
     if not isinstance(entry, dict):
-        return f"is {type(entry).__name__}, not an object"
+        return f"is {json_type(entry)}, not an object"
     missing = [key for key in keys if key not in entry]
     if missing:
         return (
             f"has no {' and no '.join(map(repr, missing))} (its keys: {', '.join(map(str, list(entry)[:8])) or 'none'})"
         )
     other = [key for key in keys if not isinstance(entry[key], str)]
-    return f"{other[0]!r} is {type(entry[other[0]]).__name__}, not text" if other else None
+    return f"{other[0]!r} is {json_type(entry[other[0]])}, not text" if other else None
+
+
+def json_type(value: object) -> str:
+    """What JSON calls the type of a parsed value."""
+    return JSON_TYPES.get(type(value), "something else")

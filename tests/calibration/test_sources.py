@@ -1,0 +1,179 @@
+"""Each data set in its real format, and every way a file can be wrong: named, explained, and nothing else."""
+
+# ruff: noqa: RUF001 (Chinese punctuation is meant)
+import gzip
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from gemma_deploy.calibration import SOURCES
+from gemma_deploy.calibration.sources import alpaca, c4, ceval
+from gemma_deploy.errors import CalibrationError
+from gemma_deploy.paths import calib_dir
+from tests.calibration import make
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+GOOD = '{"text": "a", "timestamp": "t", "url": "u"}'
+
+
+def zipped(content):
+    return gzip.compress(content, mtime=0)
+
+
+def message(reader, path):
+    with pytest.raises(CalibrationError) as caught:
+        list(reader(path))
+    assert caught.value.expected
+    assert caught.value.next_step
+    assert str(path) in caught.value.where
+    return f"{caught.value.where.removeprefix(str(path))}: {caught.value.what}"
+
+
+def test_c4_gives_the_texts_in_order_without_the_empty_ones(tmp_path):
+    entries = [*make.c4_lines(3), {"text": " \n", "timestamp": "t", "url": "u"}, "", {"text": "last"}]
+    expected = [entry["text"] for entry in make.c4_lines(3)] + ["last"]
+    assert list(c4.texts(make.write_c4(tmp_path / "x.json.gz", entries))) == expected
+    plain = tmp_path / "x.json"
+    plain.write_bytes(gzip.decompress((tmp_path / "x.json.gz").read_bytes()))
+    assert list(c4.texts(plain)) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", ": the file is empty"),
+        (zipped(b"".join(b'{"text": "%d"}\n' % n for n in range(3)))[:-9], "the gzip stream is cut short after line"),
+        (zipped((GOOD + "\n").encode() * 500)[:40] + b"\0" * 40, "the gzip stream is damaged after line"),
+        (zipped(f"{GOOD}\n{GOOD[:-1]}\n".encode()), ", line 2: is not JSON: Expecting ',' delimiter (character 43)"),
+        (zipped(b'{"text": "\xff"}\n'), ", line 1: is not UTF-8 text (byte 10)"),
+        (zipped(b'{"txt": "a", "url": "u"}\n'), ", line 1: has no 'text' (its keys: txt, url)"),
+        (zipped(b'{"text": null}\n'), ", line 1: 'text' is null, not text"),
+        (zipped(b"[1]\n"), ", line 1: is a list, not an object"),
+        (b"PK\x03\x04 not lines at all", ", line 1: is not JSON: Expecting value (character 1)"),
+        (zipped(b"[" * 100_000), ", line 1: is not JSON of this kind: nested too deep"),
+    ],
+    ids=["empty", "truncated", "damaged", "json", "utf8", "key", "null", "list", "zip", "deep"],
+)
+def test_c4_says_what_is_wrong_with_a_file(tmp_path, content, expected):
+    path = tmp_path / "x.json.gz"
+    path.write_bytes(content)
+    assert expected in message(c4.texts, path)
+
+
+def test_a_line_without_end_is_refused_before_it_fills_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(c4, "LONGEST_LINE_BYTES", 1000)
+    path = make.write_c4(tmp_path / "x.json.gz", [GOOD, json.dumps({"text": "a" * 1000})])
+    assert ", line 2: is longer than" in message(c4.texts, path)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_missing_file_and_a_directory_are_named(tmp_path, name):
+    assert "cannot be read: No such file or directory" in message(SOURCES[name].texts, tmp_path / "none")
+    assert "cannot be read: Is a directory" in message(SOURCES[name].texts, tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["ceval-exam/", ""])
+def test_ceval_renders_questions_and_leaves_val_for_evaluation(tmp_path, folder):
+    found = list(ceval.texts(make.write_ceval(tmp_path / "x.zip", folder=folder)))
+    assert len(found) == 10
+    assert found[1] == 'dev 第1题，选____。\nA. 甲1\nB. 乙\nC. 丙\nD. 丁, "四"\n答案：B\n解析1'
+    assert found[5] == 'test 第0题，选____。\nA. 甲0\nB. 乙\nC. 丙\nD. 丁, "四"'
+    assert not any("val" in text for text in found)
+
+
+def test_ceval_takes_val_when_nothing_else_is_there(tmp_path):
+    members = {"val/a_val.csv": make.table(make.questions(2, "val")), "__MACOSX/dev/._a_dev.csv": b"\0"}
+    assert len(list(ceval.texts(make.write_ceval(tmp_path / "x.zip", members)))) == 2
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        (
+            {"dev/a_dev.csv": make.table([], ["id", "q", "A"])},
+            "dev/a_dev.csv: the CSV header is wrong: its first line is 'id,q,A'",
+        ),
+        (
+            {"dev/a_dev.csv": make.table([], [*make.HEADER, "extra"])},
+            "the CSV header is wrong: its first line is 'id,question,",
+        ),
+        ({"dev/a_dev.csv": b""}, "dev/a_dev.csv: the CSV header is wrong: the file is empty"),
+        ({"dev/a_dev.csv": make.table([["0", "q", "a"]])}, "dev/a_dev.csv, line 2: has 3 fields, the header has 7"),
+        (
+            {"dev/a_dev.csv": make.table([["0", *"qabcdA", "x", "y"]])},
+            "dev/a_dev.csv, line 2: has 9 fields, the header has 7",
+        ),
+        ({"dev/a_dev.csv": make.table([]) + b'0,"open'}, "dev/a_dev.csv, line 2: is not CSV: unexpected end of data"),
+        ({"dev/a_dev.csv": make.table([]) + b"0,\xff"}, "dev/a_dev.csv: is not UTF-8 text (byte 29)"),
+        ({"readme.txt": b"x"}, ": has no C-Eval file in it (it holds: ceval-exam/readme.txt)"),
+        ({}, ": has no C-Eval file in it (it holds: nothing)"),
+    ],
+)
+def test_ceval_says_what_is_wrong_with_a_file(tmp_path, members, expected):
+    assert expected in message(ceval.texts, make.write_ceval(tmp_path / "x.zip", members))
+
+
+def test_ceval_knows_what_is_no_zip_or_a_damaged_one(tmp_path):
+    path = make.write_ceval(tmp_path / "x.zip")
+    whole = path.read_bytes()
+    for content in (b"id,question,A,B,C,D\n", whole[:-30]):
+        path.write_bytes(content)
+        assert ": is not a zip archive, or is cut short" in message(ceval.texts, path)
+    path.write_bytes(b"")
+    assert ": the file is empty" in message(ceval.texts, path)
+    at = zipfile.ZipFile(make.write_ceval(path)).getinfo("ceval-exam/dev/logic_dev.csv").header_offset + 80
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+    assert "dev/logic_dev.csv: cannot be unpacked" in message(ceval.texts, path)
+
+
+def test_a_huge_member_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(ceval, "LARGEST_MEMBER_BYTES", 100)
+    assert "dev/logic_dev.csv: is larger than" in message(ceval.texts, make.write_ceval(tmp_path / "x.zip"))
+
+
+def test_alpaca_renders_both_prompts(tmp_path):
+    first, second = list(alpaca.texts(make.write_alpaca(tmp_path / "x.json", make.alpaca_entries(2))))
+    assert "### Input" not in first
+    assert first.endswith("### Instruction:\nCount to 0.\n\n### Response:\n" + " ".join(make.story(0)))
+    assert "### Instruction:\nCount to 1.\n\n### Input:\none by one\n\n### Response:\nText 1:" in second
+
+
+def test_braces_in_a_task_are_text_and_not_fields(tmp_path):
+    entry = {"instruction": "print {input}", "input": "{0} {x}", "output": "{"}
+    (text,) = alpaca.texts(make.write_alpaca(tmp_path / "x.json", [entry]))
+    assert text.endswith("print {input}\n\n### Input:\n{0} {x}\n\n### Response:\n{")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", ": the file is empty"),
+        ("[{]", ": is not JSON: Expecting property name enclosed in double quotes (line 1, character 3)"),
+        ('{"instruction": "a"}', ": is an object, not a list"),
+        ('[{"instruction": "a", "input": "", "output": "b"}, {"input": ""}, 3]',
+         ", entry 1: has no 'instruction' and no 'output' (its keys: input); 1 more entries are wrong"),
+        ('[{"instruction": "a", "input": 1, "output": "b"}]', ", entry 0: 'input' is a number, not text"),
+    ],
+)  # fmt: skip
+def test_alpaca_says_what_is_wrong_with_a_file(tmp_path, content, expected):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    assert expected in message(alpaca.texts, path)
+
+
+@pytest.mark.parametrize(("name", "least"), [("c4", 90), ("ceval", 150), ("alpaca", 300)])
+def test_the_bundled_samples_read_as_what_they_are(name, least):
+    found = list(SOURCES[name].texts(calib_dir() / SOURCES[name].bundled))
+    assert len(found) >= least
+    assert all(text.strip() for text in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "count"), [("ceval", "ceval-exam.zip", 12602), ("alpaca", "alpaca_seed.json", 175)]
+)
+def test_the_real_files_read(name, file, count):
+    if not (SHARED / file).exists():
+        pytest.skip(f"{SHARED / file} is not on this machine")
+    assert len(list(SOURCES[name].texts(SHARED / file))) == count

@@ -1,0 +1,122 @@
+"""Windows: equal length, exactly one BOS in front, the same for the same seed."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+
+from gemma_deploy.calibration import pipeline, windows
+from gemma_deploy.calibration.pipeline import Request, make_windows
+from gemma_deploy.calibration.sources import c4
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.errors import CalibrationError, CheckpointError
+from gemma_deploy.testing import write_tiny_checkpoint
+from tests.calibration import make
+
+BOS = 2
+
+
+def cut(checkpoint, file, **changes):
+    return make_windows(checkpoint, Request(**{"dataset": "c4", "path": file, "nsamples": 6, "seqlen": 40} | changes))
+
+
+def test_every_window_has_one_bos_and_it_is_in_front(checkpoint, tmp_path):
+    entries = [{"text": f"<bos>{line['text']} spells <bos> itself"} for line in make.c4_lines()]
+    ids = cut(checkpoint, make.write_c4(tmp_path / "x.json.gz", entries)).ids
+    assert ids.shape == (6, 40)
+    assert ids.dtype == np.int32
+    assert (ids[:, 0] == BOS).all()
+    assert not (ids[:, 1:] == BOS).any()
+
+
+def test_windows_hold_the_texts_one_after_the_other(checkpoint, c4_file):
+    made = cut(checkpoint, c4_file)
+    tokenizer = windows.load_tokenizer(checkpoint)
+    text = tokenizer.decode(made.ids[:, 1:].reshape(-1).tolist(), skip_special_tokens=False)
+    texts = text.split("\n\n")
+    known = {line["text"] for line in make.c4_lines()}
+    assert made.texts_used == len(texts) > 3
+    assert set(texts[:-1]) <= known  # the last one is cut
+    assert "<pad>" not in text
+
+
+def test_the_seed_decides_the_order(checkpoint, c4_file):
+    first, same, other = (cut(checkpoint, c4_file, seed=seed).ids for seed in (1, 1, 2))
+    assert np.array_equal(first, same)
+    assert not np.array_equal(first, other)
+
+
+def test_a_shuffle_keeps_every_text_once(c4_file):
+    texts = partial(c4.texts, c4_file)
+    found = list(windows.shuffled(texts, 3))
+    assert found != list(texts())
+    assert sorted(found) == sorted(texts())
+
+
+def test_only_as_much_is_read_as_is_needed(checkpoint, monkeypatch):
+    monkeypatch.setattr(windows, "SHUFFLE_BUFFER", 10)
+    read = []
+
+    def endless():
+        number = 0
+        while True:
+            read.append(number)
+            yield " ".join(make.story(number))
+            number += 1
+
+    source = pipeline.SOURCES["c4"].__class__(lambda path: endless(), "c4_sample.json.gz")
+    monkeypatch.setitem(pipeline.SOURCES, "c4", source)
+    assert cut(checkpoint, None, nsamples=2).ids.shape == (2, 40)
+    assert len(read) <= windows.SHUFFLE_BUFFER + windows.BATCH + 1
+
+
+def test_errors_of_the_reader_come_through_the_shuffle(checkpoint, tmp_path):
+    file = make.write_c4(tmp_path / "x.json.gz", [*make.c4_lines(3), "{"])
+    with pytest.raises(CalibrationError, match="line 4: is not JSON"):
+        cut(checkpoint, file)
+
+
+def test_too_little_text_says_how_much_there_is_and_what_fits(checkpoint, tmp_path):
+    file = make.write_c4(tmp_path / "x.json.gz", [{"text": "a" * 98}])
+    tokens = len(windows.load_tokenizer(checkpoint).encode("a" * 98 + "\n\n").ids)
+    with pytest.raises(CalibrationError) as caught:
+        cut(checkpoint, file, nsamples=50)
+    assert caught.value.what == f"too short: {tokens} tokens of text, 50 windows of 40 tokens need 1950"
+    fits = tokens // 39
+    assert caught.value.next_step.startswith(f"ask for less (--nsamples {fits})")
+    assert cut(checkpoint, file, nsamples=fits).ids.shape == (fits, 40)
+    with pytest.raises(CalibrationError) as caught:
+        cut(checkpoint, file, seqlen=400)
+    assert f"--seqlen {tokens + 1} --nsamples 1" in caught.value.next_step
+    assert cut(checkpoint, file, seqlen=tokens + 1, nsamples=1).ids.shape == (1, tokens + 1)
+
+
+def test_a_file_of_empty_texts_holds_no_text(checkpoint, tmp_path):
+    file = make.write_c4(tmp_path / "x.json.gz", [{"text": ""}])
+    with pytest.raises(CalibrationError, match="holds no text"):
+        cut(checkpoint, file)
+
+
+def test_a_tokenizer_of_another_model_is_noticed(tmp_path, c4_file):
+    path = write_tiny_checkpoint(tmp_path / "small", "gemma", vocab_size=280)
+    make.write_tokenizer(path)
+    with pytest.raises(CheckpointError, match=r"gives token [23]\d\d, but the model has 280 tokens"):
+        cut(Checkpoint.open(path), c4_file)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, "the tokenizer is missing"),
+        ({"tokenizer.model": b"x"}, "only tokenizer.model is there"),
+        ({"tokenizer.json": b"{}"}, "is not a tokenizer"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_is_named(checkpoint_path, c4_file, files, expected):
+    (checkpoint_path / "tokenizer.json").unlink()
+    for name, data in files.items():
+        (checkpoint_path / name).write_bytes(data)
+    with pytest.raises(CheckpointError, match=expected) as caught:
+        cut(Checkpoint.open(checkpoint_path), c4_file)
+    assert caught.value.where.endswith("tokenizer.json")
+    assert caught.value.next_step
