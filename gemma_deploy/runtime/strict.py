@@ -52,31 +52,19 @@ def complete_dtypes(model: ir.Model) -> None:
 
 
 def share_transposes(model: ir.Model) -> int:
-    """MatMul(x, Transpose(w)) -> FusedMatMul(x, w, transB=1); likewise through a Cast. In place; returns the count."""
+    """MatMul(x, Transpose(w)) -> FusedMatMul(x, w, transB=1). In place; returns the count."""
     graph, count = model.graph, 0
     for node in list(graph):
         if node.op_type != "MatMul" or node.domain:
             continue
         x, weight = node.inputs
-        cast = _made_by(weight, "Cast")
-        transpose = _made_by(cast.inputs[0] if cast else weight, "Transpose")
+        transpose = _made_by(weight, "Transpose")
         if transpose is None or list(transpose.attributes["perm"].as_ints()) != [1, 0]:
             continue
-        plain = transpose.inputs[0]
-        assert plain is not None
-        assert weight is not None
-        if cast:
-            if weight.is_graph_output():
-                continue
-            recast = ir.node("Cast", [plain], {"to": cast.attributes["to"].as_int()}, name=f"{node.name}.untransposed")
-            recast.outputs[0].name, recast.outputs[0].type = f"{weight.name}.untransposed", _type_of(weight)
-            graph.insert_before(node, recast)
-            plain = recast.outputs[0]
-        _replace(graph, node, "FusedMatMul", [x, plain], {"transB": 1}, domain=MICROSOFT)
+        _replace(graph, node, "FusedMatMul", [x, transpose.inputs[0]], {"transB": 1}, domain=MICROSOFT)
         count += 1
-        for left in (cast, transpose):
-            if left is not None and not left.outputs[0].uses() and not left.outputs[0].is_graph_output():
-                graph.remove(left, safe=True)
+        if not transpose.outputs[0].uses() and not transpose.outputs[0].is_graph_output():
+            graph.remove(transpose, safe=True)
     if count:
         graph.opset_imports.setdefault(MICROSOFT, 1)
     return count

@@ -5,12 +5,13 @@ import shutil
 import tracemalloc
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from gemma_deploy.errors import ArtifactError, UsageError
-from gemma_deploy.runtime import StaticRunner
+from gemma_deploy.runtime import StaticRunner, open_session
 
 P, C, STEPS, VOCAB = 32, 80, 34, 512
 LENGTHS = (32, 13)  # one fills P, one is left-padded; both longer than the window of 8
@@ -57,6 +58,19 @@ def test_logits_equal_the_stock_model(artifacts, model_type, mode, sequences):
     got = forced(StaticRunner(artifact, mode, 1), sequences)
     # The gate of fp32 (design section 6); 1.2e-6 was measured.
     assert np.abs(got - expected).max() <= 1e-5 * max(1.0, np.abs(expected).max())
+
+
+def test_strict_bfloat16_weights_lose_nothing_of_a_bfloat16_checkpoint(artifacts, sequences, tmp_path):
+    artifact = artifacts("gemma3_text", "bf16")
+    expected = stock_logits(artifact.parent / "checkpoint", sequences)
+    got = forced(StaticRunner(artifact, "strict", 1), sequences)
+    assert np.abs(got - expected).max() <= 1e-5 * max(1.0, np.abs(expected).max())
+    open_session(artifact / "iter1.onnx", "strict", 1, dump=tmp_path / "dump.onnx")
+    nodes = onnx.load(str(tmp_path / "dump.onnx"), load_external_data=False).graph.node
+    # a weight is widened when it is used and never transposed in memory
+    made = {name: node.op_type for node in nodes for name in node.output}
+    linears = [node for node in nodes if node.op_type == "FusedMatMul"]
+    assert [made[node.input[1]] for node in linears] == ["Cast"] * (7 * 7 + 1)
 
 
 def test_the_window_is_what_the_test_above_would_miss(artifact, sequences):

@@ -4,12 +4,14 @@ from collections import Counter
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file
 
-from gemma_deploy.errors import ArtifactError
+from gemma_deploy.errors import ArtifactError, DeployError
+from gemma_deploy.graph.functions import quantized_linear_per_channel
 from gemma_deploy.runtime import StaticRunner, open_session
 
 # seven linears in each of the tiny model's layers, and the LM head
@@ -182,6 +184,48 @@ def test_strict_float16_artifact_has_a_cast_behind_every_rounding_operator(artif
     # the LM head's result is cast to float32 logits: it too is rounded first
     assert [node.name for node in linears if node.output[0] not in exact] == []
     assert not [node.name for node in graph.node if node.name.startswith("InsertedPrecisionFreeCast")]
+
+
+def test_strict_sessions_refuse_subgraphs(tmp_path):
+    half = helper.make_tensor_value_info("y", TensorProto.FLOAT16, [1])
+    branch = helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "branch", [], [half])
+    graph = helper.make_graph(
+        [helper.make_node("If", ["c"], ["y"], name="choice", then_branch=branch, else_branch=branch)],
+        "if",
+        [
+            helper.make_tensor_value_info("c", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("x", TensorProto.FLOAT16, [1]),
+        ],
+        [half],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, str(tmp_path / "if.onnx"))
+    (tmp_path / "params.safetensors").touch()
+    with pytest.raises(DeployError, match=r"cannot run operators with subgraphs: choice \(If\)"):
+        open_session(tmp_path / "if.onnx", "strict")
+
+
+def test_linears_that_do_not_fit_the_kernels_blocks_are_left_to_ort(tmp_path):
+    path = tmp_path / "odd.onnx"
+    rng = np.random.default_rng(6)
+    weights = rng.integers(-127, 128, (5, 48), np.int8), rng.random(5, np.float32)
+    info = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("QuantizedLinearPerChannel", ["x", "w", "s"], ["y"], domain="Vastai")],
+        "odd",
+        [info("x", TensorProto.FLOAT, [3, 48])],
+        [info("y", TensorProto.FLOAT, [3, 5])],
+        [numpy_helper.from_array(array, name) for array, name in zip(weights, "ws", strict=True)],
+    )
+    body = ir.to_proto(quantized_linear_per_channel(21))
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("Vastai", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, functions=[body], ir_version=10), str(path))
+    path.with_name("params.safetensors").touch()
+    session, x = open_session(path, "fast", 1), rng.standard_normal((3, 48), np.float32)
+    assert session.given == []
+    expected = x @ (weights[0] * weights[1][:, None]).T
+    # ORT may round activations to int8 here as well: 5e-3 of the largest
+    np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, atol=1e-2 * np.abs(expected).max())
 
 
 def test_inner_values_are_the_same_with_and_without_asking_for_them(artifacts):
