@@ -117,20 +117,22 @@ class TextModelMixin:
         cache = past_key_values if isinstance(past_key_values, Cache) else None
         presents, attentions, states = [], [], []
         for i, layer in enumerate(self.layers):
-            states.append(hidden)
+            if output_hidden_states:
+                states.append(hidden)
             kind = self.layer_kind(i)
             past = cache if cache is not None or past_key_values is None else past_key_values[i]
             hidden, probs, present = layer(
                 hidden, position_embeddings=rotary[kind], attention_mask=masks[kind], past_key_values=past
             )
-            presents.append(present)
-            attentions.append(probs)
+            if use_cache:
+                presents.append(present)
+            if output_attentions:
+                attentions.append(probs)
         hidden = self.norm(hidden)
-        states.append(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=(cache if cache is not None else tuple(presents)) if use_cache else None,
-            hidden_states=tuple(states) if output_hidden_states else None,
+            hidden_states=(*states, hidden) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
 

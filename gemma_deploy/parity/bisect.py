@@ -121,26 +121,19 @@ def _inside(
     """The first module inside a layer that leaves tolerance."""
     prefix = f"model.layers.{layer}."
     graph = strict.graphs["iter1"]
-    inside = {prefix + name: _value_name(strict, prefix + name) for name in ORDER}
-    inside = {name: value for name, value in inside.items() if value in graph.values}
+    inside = [prefix + name for name in ORDER if name.endswith(".in") or prefix + name in graph.values]
     expected: dict[str, np.ndarray] = {}
     twin.modules(case, 0, inside.__contains__, expected.__setitem__)
     state = _start_at(strict, case, layer_input(layer), entering)
-    strict.layer(layer, [state], extra=list(dict.fromkeys(inside[name] for name in expected)))
+    strict.layer(layer, [state], extra=[name for name in inside if name in expected])
     prompt = len(case.prompts[0])
-    ordered = [prefix + name for name in ORDER if prefix + name in expected]
-    errors = ((name, *_errors(expected[name], state.rows(inside[name])[0], prompt)) for name in ordered)
+    ordered = (name for name in inside if name in expected)
+    errors = ((name, *_errors(expected[name], state.rows(name)[0], prompt)) for name in ordered)
     found = _first_or_worst(twin.name, strict.name, errors, tolerance)
     if found is None or found.error <= found.tolerance:
         return None
     local = found.module.removeprefix(prefix)
     return Divergence(**{**asdict(found), "module": prefix + BETWEEN.get(local, local.removesuffix(".out"))})
-
-
-def _value_name(strict: StrictSource, name: str) -> str:
-    if name.endswith(".in"):
-        return strict.graphs["iter1"].linear_input(name.removesuffix(".in") + ".out")
-    return name
 
 
 def _start_at(strict: StrictSource, case: Case, name: str, hidden: np.ndarray) -> CaseState:

@@ -64,6 +64,10 @@ class Cutter:
         model = ir.Model(graph, ir_version=self.model.ir_version, functions=functions)
         return Piece(_open(model, self.folder), tuple(inputs), tuple(outputs))
 
+    def value(self, name: str) -> str:
+        """Value name of `MODULE.out` (itself) or of `MODULE.in`, what a linear reads."""
+        return self.linear_input(name.removesuffix(".in") + ".out") if name.endswith(".in") else name
+
     def linear_input(self, out: str) -> str:
         """What a linear reads, by the name of what it makes."""
         node = self.values[out].producer()
@@ -170,13 +174,14 @@ class StrictSource:
         """One layer, prefill and every step, with a cache of its own.
 
         Args:
-            extra: inner values to keep in the states as well.
+            extra: inner values to keep in the states as well, `MODULE.out` or `MODULE.in`.
         """
         entering, leaving = layer_input(layer), f"model.layers.{layer}.out"
         present = [f"present.{layer}.{part}" for part in ("key", "value")]
-        outputs = list(dict.fromkeys([leaving, *present, *extra]))
+        prefill = self.graphs["iter0"]
+        outputs = list(dict.fromkeys([leaving, *present, *map(prefill.value, extra)]))
         caches = []
-        piece = self.graphs["iter0"].piece([entering, *DECODE_INPUTS], outputs)
+        piece = prefill.piece([entering, *DECODE_INPUTS], outputs)
         for state in states:
             made = dict(zip(outputs, piece(state.prefill), strict=True))
             cache = {}
@@ -185,7 +190,7 @@ class StrictSource:
                 cache[port.name][:, :, : state.width] = made[name]
             caches.append(cache)
             del state.prefill[entering]
-            state.prefill.update({name: made[name] for name in (leaving, *extra)})
+            state.prefill.update({name: made[prefill.value(name)] for name in (leaving, *extra)})
         self._decode(layer, states, caches, (leaving, *extra))
 
     def _decode(
@@ -211,11 +216,14 @@ class StrictSource:
                     batch = len(feeds[name])
                     feeds[linear] = made[i * batch : (i + 1) * batch]  # type: ignore[index]
             known += linears
-        self._between(layer, known, kept, states, caches)
+        values = {name: cutter.value(name) for name in kept}
+        self._between(layer, known, list(dict.fromkeys(values.values())), states, caches)
         for state in states:
             for feeds in state.steps:
-                for name in set(feeds) - {"input_ids", *DECODE_INPUTS, *kept}:
+                results = {name: feeds[value] for name, value in values.items()}
+                for name in set(feeds) - {"input_ids", *DECODE_INPUTS}:
                     del feeds[name]
+                feeds.update(results)
         give_memory_back()
 
     def _between(

@@ -1,0 +1,117 @@
+"""`gemma-deploy parity`: an artifact, or the patched model alone, against its reference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from gemma_deploy.parity import ParityResult
+
+EPILOG = """\b
+Examples:
+  gemma-deploy parity --backend onnxruntime
+  gemma-deploy parity workspace/NAME --text book.txt --prompt-tokens 700 --html parity.html
+  gemma-deploy parity workspace/NAME --against workspace/OTHER
+  gemma-deploy parity --stage patched --checkpoint /models/gemma-3-270m
+"""
+
+
+@click.command("parity", epilog=EPILOG)
+@click.argument("artifact", required=False, type=click.Path(path_type=Path))
+@click.option("--backend", type=click.Choice(["onnxruntime"]), default="onnxruntime", show_default=True)
+@click.option("--against", default="hf", show_default=True, metavar="hf|ARTIFACT", help="The reference.")
+@click.option(
+    "--stage",
+    type=click.Choice(["artifact", "patched"]),
+    default="artifact",
+    show_default=True,
+    help="patched: compare the patched modeling files alone with transformers; needs no artifact.",
+)
+@click.option("--checkpoint", metavar="PATH", help="Where the checkpoint is now  [default: as in the artifact's recipe]")
+@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 file to take the prompt from.")
+@click.option("--prompt-tokens", type=click.IntRange(min=1), help="[default: the artifact's recipe, or 64]")
+@click.option("--decode-tokens", type=click.IntRange(min=0), help="[default: the artifact's recipe, or 32]")
+@click.option("--fast/--no-fast", default=True, help="Measure the optimized session as well.  [default: fast]")
+@click.option("--workspace", type=click.Path(path_type=Path), default=Path("workspace"), show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every measure there.")
+@click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write a page there.")
+def command(
+    artifact: Path | None,
+    backend: str,
+    against: str,
+    stage: str,
+    checkpoint: str | None,
+    text: Path | None,
+    prompt_tokens: int | None,
+    decode_tokens: int | None,
+    fast: bool,
+    workspace: Path,
+    json_file: Path | None,
+    html_file: Path | None,
+) -> None:
+    """Compare ARTIFACT (by default the newest in the workspace) with its reference; exit 1 when a gate fails."""
+    from gemma_deploy.errors import GateError, UsageError
+    from gemma_deploy.parity import requests
+
+    for file in (json_file, html_file):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UsageError("its directory does not exist", where=str(file), next_step="make it, or name another file")
+    request = requests.Request(text, prompt_tokens, decode_tokens, fast, _say)
+    if stage == "patched":
+        if artifact is not None or against != "hf":
+            raise UsageError(
+                "--stage patched compares a checkpoint's patched model with transformers",
+                next_step="name the checkpoint with --checkpoint, and no artifact",
+            )
+        title, result = f"patched, {checkpoint or 'demo'}", requests.patched_stage(checkpoint or "demo", request)
+    elif against == "hf":
+        path = requests.find_artifact(artifact, workspace)
+        title, result = str(path), requests.artifact_stage(path, checkpoint, request)
+    else:
+        path = requests.find_artifact(artifact, workspace)
+        title, result = f"{path} against {against}", requests.two_artifacts(path, Path(against), checkpoint, request)
+    _show(title, result)
+    if json_file is not None:
+        requests.write_text(json_file, json.dumps({"title": title, **result.to_json()}, indent=1) + "\n")
+    if html_file is not None:
+        requests.write_text(html_file, requests.page(title, result))
+    if not result.passed:
+        raise GateError("; ".join(result.failures()), where=title, next_step="see the table above")
+
+
+def _say(line: str) -> None:
+    click.echo(f"{line} ...", err=True)
+
+
+def _show(title: str, result: ParityResult) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    columns = {"relative": "rel. error", "kl_mean": "mean KL", "top1": "top-1", "greedy_prefix": "greedy",
+               "ppl_delta": "perplexity"}  # fmt: skip
+    for heading in ("compared", "tokens", "n", *columns.values()):
+        table.add_column(heading, justify="left" if heading in ("compared", "tokens") else "right", no_wrap=True)
+    for row in result.measures:
+        names = f"{row['reference']} = {row['test']}", f"{row['case']} {row['phase']}", str(row["positions"])
+        table.add_row(*names, *(_number(row[key], key) for key in columns))
+    Console(width=max(100, Console().width)).print(table)
+    for note in result.notes:
+        click.echo(f"note: {note}")
+    for line in result.lines:
+        click.echo(f"{'ok    ' if line.passed else 'FAILED'}  {line}")
+    if result.divergence:
+        click.echo(f"where   {result.divergence['text']}")
+    click.echo(f"parity  {'passed' if result.passed else 'FAILED'}")
+
+
+def _number(value: Any, key: str) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:+.2%}" if key == "ppl_delta" else f"{value:.3g}"

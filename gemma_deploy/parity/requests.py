@@ -1,0 +1,179 @@
+"""What `gemma-deploy parity` can be asked for: artifact or patched model against transformers, artifact against artifact.
+
+Finds the inputs, checks that they belong together, and leaves the comparing to compare.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from gemma_deploy.artifact import Artifact, newest_artifact
+from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint
+from gemma_deploy.errors import UsageError
+from gemma_deploy.parity.compare import ParityResult, cases_for, compare_sources, judged, measures_of, run_parity
+from gemma_deploy.parity.gates import Gate, relative
+
+# Two artifacts of the same scheme compute the same numbers, of different ones nearly the same distribution.
+SAME_SCHEME, OTHER_SCHEME = 1e-5, 0.01
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options that all comparisons share; None takes the artifact's recipe or the default."""
+
+    text: Path | None = None
+    prompt_tokens: int | None = None
+    decode_tokens: int | None = None
+    fast: bool = False
+    report: Callable[[str], None] = lambda line: None
+
+    def lengths(self, parity: dict[str, Any]) -> tuple[int, int]:
+        """Prompt and decode tokens, from here or from a recipe's `parity`."""
+        prompt = self.prompt_tokens or parity.get("prompt_tokens", 64)
+        decode = parity.get("decode_tokens", 32) if self.decode_tokens is None else self.decode_tokens
+        return prompt, decode
+
+
+def find_artifact(artifact: Path | None, workspace: Path) -> Path:
+    """The artifact asked for, or the newest of the workspace."""
+    return artifact if artifact is not None else newest_artifact(workspace)
+
+
+def artifact_stage(path: Path, checkpoint: str | None, request: Request) -> ParityResult:
+    """hf = patched = artifact.
+
+    Raises:
+        UsageError: the checkpoint is not the one the artifact was made from; DeployError: see run_parity.
+    """
+    artifact = Artifact.open(path)
+    opened = checkpoint_of(artifact, checkpoint)
+    prompt, decode = request.lengths(artifact.manifest["recipe"]["parity"])
+    text = request.text or artifact.manifest["recipe"]["parity"].get("text")
+    return run_parity(
+        path,
+        opened,
+        manifest=artifact.manifest,
+        text=text,
+        prompt_tokens=prompt,
+        decode_tokens=decode,
+        fast=request.fast,
+        report=request.report,
+    )
+
+
+def patched_stage(checkpoint: str, request: Request) -> ParityResult:
+    """hf = patched in torch, float32; no artifact is needed."""
+    from gemma_deploy.parity.reference import TorchSource
+
+    opened = Checkpoint.open(resolve_checkpoint(checkpoint))
+    result = ParityResult()
+    prompt, decode = request.lengths({})
+    longest = opened.config.max_position_embeddings
+    contract = {"prefill": longest - decode, "context": longest, "batch": 1}
+    cases = cases_for(opened, contract, request.text, prompt, decode, result.notes)
+    sources = {kind: TorchSource(opened, kind) for kind in ("hf", "patched")}  # type: ignore[arg-type]
+    found = compare_sources(sources, [("hf", "patched")], cases, opened.config.vocab_size, request.report)
+    result.lines = judged(relative(1e-5, ("hf", "patched")), found)
+    result.measures = measures_of(found)
+    if not result.passed:
+        from gemma_deploy.parity.bisect import torch_divergence
+
+        divergence = torch_divergence(sources["hf"], sources["patched"], cases[0], 1e-5)
+        result.divergence = divergence.to_json() if divergence else None
+    return result
+
+
+def two_artifacts(path: Path, other: Path, checkpoint: str | None, request: Request) -> ParityResult:
+    """Strict against strict: equal for one scheme, close in KL for two.
+
+    Raises:
+        UsageError: the two differ in batch, lengths or model.
+    """
+    from gemma_deploy.parity.segments import StrictSource
+
+    test, reference = Artifact.open(path), Artifact.open(other)
+    differing = [
+        f"{key}: {test.manifest['contract'][key]} here, {reference.manifest['contract'][key]} there"
+        for key in ("batch", "prefill", "context", "vocab_size")
+        if test.manifest["contract"][key] != reference.manifest["contract"][key]
+    ]
+    if differing:
+        raise UsageError(
+            "the two artifacts take different inputs",
+            where=f"{path}, {other}",
+            problems=differing,
+            next_step="compile both with the same frontend.shape",
+        )
+    opened = checkpoint_of(test, checkpoint)
+    result = ParityResult()
+    prompt, decode = request.lengths(test.manifest["recipe"]["parity"])
+    cases = cases_for(opened, test.manifest["contract"], request.text, prompt, decode, result.notes)
+    sources = {"reference": StrictSource(other), "strict": StrictSource(path)}
+    pair = ("reference", "strict")
+    found = compare_sources(sources, [pair], cases, opened.config.vocab_size, request.report)
+    same = test.manifest["scheme"] == reference.manifest["scheme"]
+    gates = relative(SAME_SCHEME, pair) if same else (Gate(pair, "kl_mean", OTHER_SCHEME, ("text",), pooled=True),)
+    result.lines, result.measures = judged(gates, found), measures_of(found)
+    return result
+
+
+def checkpoint_of(artifact: Artifact, given: str | None) -> Checkpoint:
+    """Open the checkpoint an artifact was made from.
+
+    Raises:
+        UsageError: it is not there any more, or has changed since.
+    """
+    spec = given or artifact.manifest["recipe"]["frontend"]["checkpoint"]
+    path = resolve_checkpoint(spec)
+    if not path.exists():
+        raise UsageError(
+            f"its checkpoint {spec} is not there",
+            where=str(artifact.path),
+            next_step="say where it is now with --checkpoint PATH",
+        )
+    checkpoint = Checkpoint.open(path)
+    if checkpoint.fingerprint() != artifact.manifest["checkpoint"]["fingerprint"]:
+        raise UsageError(
+            "is not the checkpoint this artifact was made from (or has changed since)",
+            where=str(path),
+            expected=f"the one of {artifact.path}",
+            next_step="name the right one with --checkpoint PATH, or compile again",
+        )
+    return checkpoint
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>parity: {{ title }}</title>
+<style>body {font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; color: #222}
+table {border-collapse: collapse; margin: .5rem 0 1.5rem} td, th {border-bottom: 1px solid #ddd; padding: .2rem .6rem;
+text-align: left} td.n {text-align: right; font-variant-numeric: tabular-nums}
+.ok {color: #176d2c} .bad {color: #b00020; font-weight: 600}</style></head><body>
+<h1>{{ title }}</h1><p class="{{ 'ok' if r.passed else 'bad' }}">{{ 'passed' if r.passed else 'FAILED' }}</p>
+{% for note in r.notes %}<p>{{ note }}</p>{% endfor %}
+{% if r.divergence %}<p class="bad">{{ r.divergence.text }}</p>{% endif %}
+<h2>Gates</h2><table><tr><th>comparison</th><th>measure</th><th>value</th><th>limit</th><th></th></tr>
+{% for l in r.lines %}<tr><td>{{ l.comparison }}</td><td>{{ l.name }}</td><td class="n">{{ l.value }}</td>
+<td class="n">{{ l.limit }}</td><td class="{{ 'ok' if l.passed else 'bad' }}">{{ 'ok' if l.passed else 'FAILED' }}</td>
+</tr>{% endfor %}</table>
+<h2>Every measure</h2><table><tr>{% for key in r.measures[0] %}<th>{{ key }}</th>{% endfor %}</tr>
+{% for row in r.measures %}<tr>{% for value in row.values() %}<td class="n">{{ value }}</td>{% endfor %}</tr>{% endfor %}
+</table></body></html>
+"""
+
+
+def page(title: str, result: ParityResult) -> str:
+    """One self-contained HTML page."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(PAGE).render(title=title, r=result.to_json())
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write under a temporary name and rename."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
