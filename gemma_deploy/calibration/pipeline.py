@@ -13,6 +13,7 @@ import numpy as np
 
 from gemma_deploy import paths
 from gemma_deploy.calibration import picture, store
+from gemma_deploy.calibration.room import check_room
 from gemma_deploy.calibration.sources import SOURCES
 from gemma_deploy.calibration.sources.reading import explained
 from gemma_deploy.calibration.store import Calibration, Range
@@ -72,6 +73,7 @@ def calibrate(
         UsageError: a data set that is not known, or windows longer than the model's context.
         CalibrationError: the data set is damaged or too short, or the workspace cannot be written to.
         CheckpointError: no usable tokenizer.
+        PreflightError: too little memory or disk.
     """
     check(checkpoint, request)
     inputs = describe_inputs(checkpoint, request)
@@ -80,6 +82,7 @@ def calibrate(
     found = None if force else store.find(out, fingerprint)
     if found:
         return Outcome(found, True)
+    check_room(checkpoint.config, request.nsamples, request.seqlen, workspace)
     windows = make_windows(checkpoint, request)
     with store.whole_or_nothing(out) as partial:
         ranges = measure(checkpoint, windows, request, partial, progress)
