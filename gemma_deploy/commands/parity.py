@@ -31,7 +31,7 @@ Examples:
     show_default=True,
     help="patched: compare the patched modeling files alone with transformers; needs no artifact.",
 )
-@click.option("--checkpoint", metavar="PATH", help="Where the checkpoint is now  [default: as in the artifact's recipe]")
+@click.option("--checkpoint", metavar="PATH", help="Where the checkpoint is  [default: as in the recipe]")
 @click.option("--text", type=click.Path(path_type=Path), help="UTF-8 file to take the prompt from.")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), help="[default: the artifact's recipe, or 64]")
 @click.option("--decode-tokens", type=click.IntRange(min=0), help="[default: the artifact's recipe, or 32]")

@@ -38,7 +38,8 @@ class Divergence:
 
     Attributes:
         module: name of the first module whose output differs; phase: prefill or decode.
-        error: largest difference there, relative to the largest reference value; tolerance: what a sound one stays under.
+        error: largest difference there, relative to the largest reference value.
+        tolerance: what a sound one stays under.
     """
 
     reference: str
@@ -50,7 +51,8 @@ class Divergence:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dict with a sentence under `text`."""
-        verb = "first differs in" if self.error > self.tolerance else "no layer alone leaves tolerance; largest error in"
+        alone = "no layer alone leaves tolerance; largest error in"
+        verb = "first differs in" if self.error > self.tolerance else alone
         text = (
             f"{self.test} {verb} {self.module} ({self.phase}): {self.error:.2g} of its largest value against "
             f"{self.reference}, tolerance {self.tolerance:g}"

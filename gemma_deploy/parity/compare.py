@@ -101,7 +101,7 @@ class Pair:
         return {key: comparison.result() for key, comparison in self.parts.items()}
 
     def pooled(self) -> dict[str, Metrics]:
-        """case -> metrics."""
+        """Metrics by case."""
         return {key: comparison.result() for key, comparison in self.pools.items()}
 
 
@@ -292,4 +292,4 @@ def effect_of(pair: Pair, cases: Sequence[Case]) -> dict[str, Any]:
         "perplexity_change": metrics.ppl_delta,
         "perplexity_change_error": metrics.ppl_error,
     }
-    return {key: (value if not isinstance(value, float) or np.isfinite(value) else None) for key, value in figures.items()}
+    return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in figures.items()}

@@ -104,9 +104,9 @@ def judge(gate: Gate, measured: Mapping[tuple[str, str], Metrics], pooled: Mappi
 
 def headroom_line(absmax: Mapping[str, float]) -> Line:
     """How far the largest activation stays below float16's largest number (a factor, at least 4)."""
-    largest = max(absmax.values(), default=math.nan)
+    where = max(absmax, key=lambda name: _worst_first(absmax[name], -absmax[name]), default="nothing")
+    largest = absmax.get(where, math.nan)
     factor = FP16_MAX / largest if largest else math.inf
-    where = max(absmax, key=lambda name: absmax[name]) if absmax else "nothing"
     return Line("hf", f"headroom of float16 ({where} reaches {largest:.4g})", factor, 4.0, factor >= 4.0)
 
 
@@ -121,9 +121,14 @@ def sqnr_line(rows: Sequence[Mapping[str, Any]]) -> Line:
         for row in rows
         if row.get("sqnr_db") is not None and ".layers." in str(row["name"])
     }
-    worst = min(found, key=lambda name: found[name]) if found else "no tensor"
+    worst = max(found, key=lambda name: _worst_first(found[name], found[name]), default="no tensor")
     value = found.get(worst, math.nan)
     return Line("weights", f"lowest SQNR in dB ({worst})", value, LOWEST_SQNR_DB, value >= LOWEST_SQNR_DB)
+
+
+def _worst_first(value: float, rank: float) -> tuple[bool, float]:
+    """A key under which `max` finds NaN, and without one the lowest rank."""
+    return math.isnan(value), -rank
 
 
 def _value(metrics: Metrics, measure: str) -> float:

@@ -74,7 +74,7 @@ def log_softmax(row: np.ndarray) -> np.ndarray:
 def divergence(
     reference: np.ndarray, test: np.ndarray, difference: np.ndarray, largest: float
 ) -> tuple[float, float, float]:
-    """log sum exp of both, and KL(reference || test) in nats.
+    """Log of the sum of exponentials of both, and KL(reference || test) in nats.
 
     With p the softmax of the reference, d = reference - test and m its mean under p,
     KL = log sum p exp(m - d) = log1p(sum p expm1(m - d)): float32 keeps its relative precision there, down to KL of

@@ -103,7 +103,7 @@ class TorchSource:
             self._forward([case.sequence(row)], watch)
 
     def _forward(self, sequences: Sequence[Sequence[int]], watch: Callable[[nn.Module], None]) -> torch.Tensor:
-        """sequences -> [rows, longest, H]."""
+        """Hidden states [rows, longest, H] of token sequences."""
         used = sorted({token for sequence in sequences for token in sequence})
         index = {token: i for i, token in enumerate(used)}
         longest = max(map(len, sequences))
@@ -112,7 +112,7 @@ class TorchSource:
             ids[i, : len(sequence)] = torch.tensor([index[token] for token in sequence])
         model = self._build(len(used))
         weights = Weights(self, used)
-        cpu_offload(model, torch.device("cpu"), offload_buffers=True, state_dict=weights)  # type: ignore[arg-type]
+        cpu_offload(model, torch.device("cpu"), offload_buffers=True, state_dict=weights)
         watch(model)
         for layer in model.layers:
             layer.register_forward_hook(lambda *_: give_memory_back())
@@ -171,7 +171,8 @@ class Weights(Mapping[str, torch.Tensor]):
             values = self.source.checkpoint.rows(stored, 0, shape[0])
             return self.source._matrix(values) if len(shape) == 2 else torch.from_numpy(values)
         blocks = [rows] if rows is not None else self._blocks(stored, shape)
-        quantized, scale = map(torch.cat, zip(*map(patched_module("quantization_vacc").quantize_rows, blocks), strict=True))
+        quantize_rows = patched_module("quantization_vacc").quantize_rows
+        quantized, scale = map(torch.cat, zip(*map(quantize_rows, blocks), strict=True))
         self._scale = (stored, scale)  # asked for next: accelerate takes a module's tensors one after the other
         return scale if name.endswith(".scale") else quantized
 
@@ -212,7 +213,7 @@ def _remember_absmax(name: str, found: dict[str, float]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         values = _first_tensor(getattr(output, "last_hidden_state", output))
         low, high = values.aminmax()
-        found[name] = max(found.get(name, 0.0), float(high), -float(low))
+        found[name] = float(np.max([found.get(name, 0.0), float(high), -float(low)]))  # NaN stays NaN
 
     return hook
 

@@ -1,4 +1,4 @@
-"""What `gemma-deploy parity` can be asked for: artifact or patched model against transformers, artifact against artifact.
+"""What `gemma-deploy parity` can be asked for: artifact or patched model against transformers, or two artifacts.
 
 Finds the inputs, checks that they belong together, and leaves the comparing to compare.py.
 """
@@ -45,7 +45,7 @@ def find_artifact(artifact: Path | None, workspace: Path) -> Path:
 
 
 def artifact_stage(path: Path, checkpoint: str | None, request: Request) -> ParityResult:
-    """hf = patched = artifact.
+    """Prove hf = patched = artifact.
 
     Raises:
         UsageError: the checkpoint is not the one the artifact was made from; DeployError: see run_parity.
@@ -67,7 +67,7 @@ def artifact_stage(path: Path, checkpoint: str | None, request: Request) -> Pari
 
 
 def patched_stage(checkpoint: str, request: Request) -> ParityResult:
-    """hf = patched in torch, float32; no artifact is needed."""
+    """Prove hf = patched in torch, float32; no artifact is needed."""
     from gemma_deploy.parity.reference import TorchSource
 
     opened = Checkpoint.open(resolve_checkpoint(checkpoint))
@@ -76,7 +76,7 @@ def patched_stage(checkpoint: str, request: Request) -> ParityResult:
     longest = opened.config.max_position_embeddings
     contract = {"prefill": longest - decode, "context": longest, "batch": 1}
     cases = cases_for(opened, contract, request.text, prompt, decode, result.notes)
-    sources = {kind: TorchSource(opened, kind) for kind in ("hf", "patched")}  # type: ignore[arg-type]
+    sources = {kind: TorchSource(opened, kind) for kind in ("hf", "patched")}
     found = compare_sources(sources, [("hf", "patched")], cases, opened.config.vocab_size, request.report)
     result.lines = judged(relative(1e-5, ("hf", "patched")), found)
     result.measures = measures_of(found)
@@ -161,7 +161,8 @@ text-align: left} td.n {text-align: right; font-variant-numeric: tabular-nums}
 <td class="n">{{ l.limit }}</td><td class="{{ 'ok' if l.passed else 'bad' }}">{{ 'ok' if l.passed else 'FAILED' }}</td>
 </tr>{% endfor %}</table>
 <h2>Every measure</h2><table><tr>{% for key in r.measures[0] %}<th>{{ key }}</th>{% endfor %}</tr>
-{% for row in r.measures %}<tr>{% for value in row.values() %}<td class="n">{{ value }}</td>{% endfor %}</tr>{% endfor %}
+{% for row in r.measures %}<tr>{% for value in row.values() %}<td class="n">{{ value }}</td>{% endfor %}</tr>
+{% endfor %}
 </table></body></html>
 """
 
