@@ -1,0 +1,146 @@
+"""Limits decide, and nothing passes that was not compared or is no number."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from gemma_deploy.parity.compare import ParityResult, judged
+from gemma_deploy.parity.gates import GATES, TWINS, Gate, headroom_line, judge, sqnr_line
+from gemma_deploy.parity.metrics import Comparison, compare_logits
+
+PAIR = ("hf", "strict")
+RNG = np.random.default_rng(0)
+LOGITS = RNG.standard_normal((30, 16)) * 5
+GOOD = compare_logits(LOGITS, LOGITS + RNG.standard_normal(LOGITS.shape) * 0.05, LOGITS.argmax(axis=1))
+EMPTY = Comparison().result()
+KEYS = [(case, phase) for case in ("text", "random") for phase in ("prefill", "decode")]
+
+
+def line(gate, **measures):
+    """A gate on a good comparison in which the given measures, of decode on text, are others."""
+    changed = replace(GOOD, **measures)
+    measured = dict.fromkeys(KEYS, GOOD) | {("text", "decode"): changed}
+    return judge(gate, measured, {"text": changed, "random": GOOD})
+
+
+@pytest.mark.parametrize("measure", ["relative", "kl_mean", "bad_test", "ppl_delta"])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_at_the_limit_passes_and_above_fails(measure, pooled):
+    gate = Gate(PAIR, measure, 1.0, pooled=pooled)
+    changes = {"ppl_error": 0.0}
+    at, above = (line(gate, **changes, **{measure: value}) for value in (1.0, np.nextafter(1.0, 2)))
+    if measure == "bad_test":  # one bad logit is one too many, whatever a limit says
+        assert (at.passed, above.passed) == (False, False)
+    else:
+        assert (at.passed, above.passed, at.value) == (True, False, 1.0)
+
+
+@pytest.mark.parametrize("scheme", GATES)
+@pytest.mark.parametrize("changes", [{"bad_test": 1}, {"bad_reference": 1}])
+def test_one_bad_logit_fails_every_gate(scheme, changes):
+    for gate in GATES[scheme]:
+        loose = replace(gate, limit=1e9)
+        assert line(loose).passed, gate
+        assert not line(loose, **changes).passed, gate
+
+
+@pytest.mark.parametrize("scheme", GATES)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_fails_every_gate(scheme, value):
+    for gate in GATES[scheme]:
+        if gate.measure != "bad_test":
+            failed = line(gate, **{gate.measure: value})
+            assert not failed.passed, gate
+            assert json.loads(json.dumps(failed.to_json(), allow_nan=False))["value"] is None
+
+
+@pytest.mark.parametrize("scheme", GATES)
+def test_nothing_compared_is_nothing_proven(scheme):
+    for gate in GATES[scheme]:
+        assert not judge(gate, {}, {}).passed
+        empty = judge(gate, dict.fromkeys(KEYS, EMPTY), dict.fromkeys(("text", "random"), EMPTY))
+        assert empty.passed is (gate.measure == "bad_test"), gate  # a count; the gates beside it refuse
+        other = judge(gate, {("third", "decode"): GOOD}, {"third": GOOD})
+        assert not other.passed, gate
+    assert not ParityResult().passed
+
+
+def test_every_scheme_has_a_gate_on_the_artifact_that_an_empty_comparison_fails():
+    for scheme, gates in GATES.items():
+        assert any(gate.pair[1] == "strict" and gate.measure != "bad_test" for gate in gates), scheme
+    assert GATES.keys() == TWINS.keys()
+
+
+def test_perplexity_is_judged_less_two_standard_errors():
+    gate = Gate(PAIR, "ppl_delta", 0.005)
+    assert line(gate, ppl_delta=0.015, ppl_error=0.0051).passed
+    judged_ = line(gate, ppl_delta=0.015, ppl_error=0.0049)
+    assert (judged_.passed, judged_.value) == (False, pytest.approx(0.0052))
+    assert line(gate, ppl_delta=-0.5, ppl_error=0.0).passed  # better than the reference is no failure
+    assert not line(gate, ppl_delta=0.001, ppl_error=math.nan).passed  # one position has no error to take off
+
+
+def test_the_worst_case_and_phase_decides():
+    gate = Gate(PAIR, "relative", 0.5)
+    for key in KEYS:
+        measured = dict.fromkeys(KEYS, GOOD) | {key: replace(GOOD, relative=0.75)}
+        assert judge(gate, measured, {}).value == 0.75, key
+    text_only = replace(gate, cases=("text",))
+    measured = dict.fromkeys(KEYS, GOOD) | {("random", "decode"): replace(GOOD, relative=0.75)}
+    assert judge(text_only, measured, {}).passed
+
+
+def test_without_text_a_gate_on_text_is_put_on_random_tokens():
+    class Random:
+        parts = (("random", "decode"),)
+
+        def measured(self):
+            return {("random", "decode"): GOOD}
+
+        def pooled(self):
+            return {"random": replace(GOOD, kl_mean=3.0)}
+
+    lines = judged([Gate(PAIR, "kl_mean", 0.01, ("text",), pooled=True)], {PAIR: Random()})
+    assert [(line.value, line.passed) for line in lines] == [(3.0, False)]
+
+
+@pytest.mark.parametrize(
+    ("largest", "passed"), [(16376.0, True), (16377.0, False), (65504.0, False), (math.inf, False), (math.nan, False)]
+)
+def test_headroom_is_four_fold(largest, passed):
+    got = headroom_line({"model.layers.0": 3.0, "model.layers.1.mlp": largest})
+    assert got.passed is passed
+    assert passed or math.isnan(largest) or "model.layers.1.mlp" in str(got)
+
+
+def test_headroom_of_nothing_is_no_headroom():
+    assert not headroom_line({}).passed
+    assert not headroom_line({"a": math.nan, "b": 1.0}).passed
+    assert not headroom_line({"a": 1.0, "b": math.nan}).passed
+
+
+@pytest.mark.parametrize(("decibels", "passed"), [(38.0, True), (37.9, False), (math.nan, False)])
+def test_the_worst_layer_matrix_must_keep_its_signal(decibels, passed):
+    rows = [
+        {"name": "model.layers.0.mlp.up_proj.weight", "sqnr_db": 44.0},
+        {"name": "model.layers.1.mlp.up_proj.weight", "sqnr_db": decibels},
+        {"name": "model.embed_tokens.weight", "sqnr_db": 10.0},  # judged by KL
+        {"name": "model.norm.weight", "sqnr_db": None},
+    ]
+    got = sqnr_line(rows)
+    assert got.passed is passed
+    assert math.isnan(decibels) or "model.layers.1.mlp.up_proj.weight" in str(got)
+    assert not sqnr_line(rows[2:]).passed
+
+
+def test_a_line_says_what_was_measured_and_what_was_allowed():
+    got = line(Gate(PAIR, "relative", 1e-5), relative=0.25)
+    assert str(got) == "hf = strict: relative error 0.25, must be <= 1e-05"
+    assert ">= 4" in str(headroom_line({"a": 1.0}))
+    result = ParityResult(lines=[got], divergence={"text": "differs in model.layers.3"})
+    assert result.failures() == [str(got), "differs in model.layers.3"]
+    assert result.summary.startswith("FAILED  hf = strict")
+    assert ParityResult(lines=[line(Gate(PAIR, "relative", 9))]).summary.startswith("passed  hf = strict relative")
