@@ -95,12 +95,12 @@ class Sink:
             count = os.pwrite(self.fd, data, self.offset + self.done)
             self.done, data = self.done + count, data[count:]
 
-    def row(self, sqnr: float | None = None) -> ParamRow:
+    def row(self, sqnr: float | None = None, energy: float | None = None) -> ParamRow:
         """The finished tensor's table row."""
         spec = self.spec
         assert self.done == spec.nbytes, f"{spec.name}: wrote {self.done} of {spec.nbytes} bytes"
         digest = self.digest.hexdigest()
-        return ParamRow(spec.name, spec.dtype, spec.shape, self.offset, self.done, digest, spec.kind, sqnr)
+        return ParamRow(spec.name, spec.dtype, spec.shape, self.offset, self.done, digest, spec.kind, sqnr, energy)
 
 
 def run_job(
@@ -161,8 +161,9 @@ def _write_int8(
         signal[part], error[part] = quantize_rows_(wide, all_scales[part], q, scratch)
         weight.write(q)
     scales.write(all_scales)
-    sqnr = sqnr_db(float(signal.numpy().sum()), float(error.numpy().sum()))
-    return [weight.row(None if sqnr is None else round(sqnr, 4)), scales.row()]
+    energy = float(signal.numpy().sum())
+    sqnr = sqnr_db(energy, float(error.numpy().sum()))
+    return [weight.row(None if sqnr is None else round(sqnr, 4), float(f"{energy:.7g}")), scales.row()]
 
 
 def _narrow(block: torch.Tensor, spec: ParamSpec, buffers: Buffers) -> torch.Tensor:

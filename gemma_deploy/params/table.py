@@ -20,7 +20,13 @@ HASH_BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class ParamRow:
-    """One tensor; `offset` is absolute in the file, `sqnr_db` is set for quantized weights."""
+    """One tensor.
+
+    Args:
+        offset: absolute in the file.
+        sqnr_db: of quantized weights; None where nothing was rounded away.
+        signal_energy: sum of squares of what was quantized, so that errors of several tensors can be added up.
+    """
 
     name: str
     dtype: str
@@ -30,6 +36,7 @@ class ParamRow:
     sha256: str
     scheme: str
     sqnr_db: float | None = None
+    signal_energy: float | None = None
 
 
 @dataclass(frozen=True)
