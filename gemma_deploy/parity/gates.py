@@ -129,9 +129,14 @@ def sqnr_line(rows: Sequence[Mapping[str, Any]]) -> Line:
         layer: math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
         for layer, (signal, noise) in energies.items()
     }
-    worst = min(ratios, key=lambda layer: ratios[layer]) if ratios else None
+    worst = max(ratios, key=lambda layer: _worst_first(ratios[layer], ratios[layer]), default=None)
     value = math.nan if worst is None else ratios[worst]
     return Line("weights", f"lowest SQNR in dB (layer {worst})", value, LOWEST_SQNR_DB, value >= LOWEST_SQNR_DB)
+
+
+def _worst_first(value: float, rank: float) -> tuple[bool, float]:
+    """A key under which `max` finds NaN, and without one the lowest rank."""
+    return math.isnan(value), -rank
 
 
 def _value(metrics: Metrics, measure: str) -> float:

@@ -122,18 +122,32 @@ def test_headroom_of_nothing_is_no_headroom():
     assert not headroom_line({"a": 1.0, "b": math.nan}).passed
 
 
-@pytest.mark.parametrize(("decibels", "passed"), [(38.0, True), (37.9, False), (math.nan, False)])
-def test_the_worst_layer_matrix_must_keep_its_signal(decibels, passed):
+def quantized(name, decibels, energy=1.0):
+    return {"name": name, "sqnr_db": decibels, "signal_energy": energy}
+
+
+@pytest.mark.parametrize(("decibels", "passed"), [(38.01, True), (37.9, False), (math.nan, False)])
+def test_the_worst_layer_must_keep_its_signal(decibels, passed):
     rows = [
-        {"name": "model.layers.0.mlp.up_proj.weight", "sqnr_db": 44.0},
-        {"name": "model.layers.1.mlp.up_proj.weight", "sqnr_db": decibels},
-        {"name": "model.embed_tokens.weight", "sqnr_db": 10.0},  # judged by KL
-        {"name": "model.norm.weight", "sqnr_db": None},
+        quantized("model.layers.0.mlp.up_proj.weight", 44.0),
+        quantized("model.layers.11.mlp.up_proj.weight", decibels),
+        quantized("model.embed_tokens.weight", 10.0),  # judged by KL
+        {"name": "model.norm.weight", "sqnr_db": None, "signal_energy": None},
     ]
     got = sqnr_line(rows)
     assert got.passed is passed
-    assert math.isnan(decibels) or "model.layers.1.mlp.up_proj.weight" in str(got)
+    assert math.isnan(decibels) or "layer 11" in str(got)
     assert not sqnr_line(rows[2:]).passed
+
+
+def test_matrices_of_a_layer_are_judged_together_by_their_energies():
+    # noise 3 * 10^-3 + 1 * 10^-5 over a signal of 4: 31.24 dB
+    rows = [quantized("model.layers.0.a.weight", 30.0, 3.0), quantized("model.layers.0.b.weight", 50.0)]
+    assert sqnr_line(rows).value == pytest.approx(10 * math.log10(4 / (3e-3 + 1e-5)))
+
+
+def test_weights_that_int8_holds_exactly_have_no_noise():
+    assert sqnr_line([quantized("model.layers.0.a.weight", None, 0.0)]).value == math.inf
 
 
 def test_a_line_says_what_was_measured_and_what_was_allowed():
