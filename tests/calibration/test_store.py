@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from gemma_deploy.calibration import Calibration, Request, calibrate, pipeline
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CalibrationError, UsageError
+from gemma_deploy.testing import write_tiny_checkpoint
 from tests.calibration import make
 
 
@@ -73,6 +74,17 @@ def test_every_input_counts(checkpoint_path, request_, tmp_path, passes):
     os.utime(weights, (1, 1))
     made.append(run())
     assert len(set(made)) == len(made) == len(passes)
+
+
+def test_the_rounding_of_the_embedding_scale_reaches_the_model(tmp_path, c4_file):
+    path = write_tiny_checkpoint(tmp_path / "c", "gemma", hidden_size=72, num_hidden_layers=1)  # sqrt(72) is not exact
+    make.write_tokenizer(path)
+    exact, rounded = (
+        calibrate(Checkpoint.open(path), Request("c4", c4_file, 2, 16, 0, scale), tmp_path / "w").calibration
+        for scale in ("exact", "bf16")
+    )
+    assert np.array_equal(exact.samples, rounded.samples)
+    assert exact.ranges["model.layers.0.out"].absmax != rounded.ranges["model.layers.0.out"].absmax
 
 
 def test_another_version_of_the_code_measures_again(checkpoint, request_, tmp_path, passes, monkeypatch):
@@ -143,11 +155,11 @@ def test_an_interrupted_run_leaves_nothing_and_keeps_what_was_there(checkpoint, 
 def test_what_a_killed_run_left_is_cleared(checkpoint, request_, tmp_path):
     made = calibrate(checkpoint, request_, tmp_path / "w").calibration
     partial = made.path.rename(made.path.with_name(made.path.name + ".partial"))
-    (partial / "hidden_states.f32").write_bytes(b"x")
+    (partial / "half.tmp").write_bytes(b"x")
     again = calibrate(checkpoint, request_, tmp_path / "w")
     assert not again.reused
     assert not partial.exists()
-    assert "hidden_states.f32" not in files(again.calibration.path)
+    assert "half.tmp" not in files(again.calibration.path)
 
 
 def test_a_workspace_that_cannot_be_written_is_named(checkpoint, request_, tmp_path):
