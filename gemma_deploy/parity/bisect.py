@@ -14,7 +14,7 @@ import numpy as np
 
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.reference import TorchSource
-from gemma_deploy.parity.segments import EMBEDDED, NORMED, CaseState, StrictSource, layer_input
+from gemma_deploy.parity.segments import CHOSEN, EMBEDDED, NORMED, CaseState, StrictSource, layer_input
 
 # Largest local error of a sound layer, relative to its largest output. Measured on the real 270M: fp32 and int8 2e-6,
 # float16 (rounded after every operator) 2e-3.
@@ -29,6 +29,7 @@ ORDER = (
 BETWEEN = {
     "self_attn.o_proj.in": "self_attn (rotary embedding, mask, softmax or cache)",
     "mlp.down_proj.in": "mlp (product of activation and up_proj)",
+    CHOSEN: "lm_head (choice of the last position before it)",
 }
 
 
@@ -107,8 +108,10 @@ def artifact_divergence(twin: TorchSource, strict: StrictSource, case: Case, tol
         state = _start_at(strict, case, layer_input(strict.layers), expected[layer_input(strict.layers)])
         strict.finish([state])
         yield NORMED, *_errors(expected[NORMED], state.rows(NORMED)[0], prompt)
-        reference, test = twin.head(expected[NORMED][-8:]), strict.head(expected[NORMED][-8:])
-        yield "lm_head.out", "decode", _relative(reference, test)
+        yield BETWEEN[CHOSEN], *_errors(expected[NORMED], state.rows(CHOSEN)[0], prompt)
+        for phase, rows in (("prefill", slice(prompt - 1, prompt)), ("decode", slice(prompt, prompt + 8))):
+            if len(entering := expected[NORMED][rows]):
+                yield "lm_head.out", phase, _relative(twin.head(entering), strict.head(entering, phase == "prefill"))
 
     found = _first_or_worst(twin.name, strict.name, errors(), tolerance)
     if found is None or not found.module.startswith("model.layers."):

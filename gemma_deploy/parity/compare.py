@@ -24,9 +24,9 @@ from gemma_deploy.parity.metrics import Comparison, Metrics
 from gemma_deploy.parity.sources import FastSource, Features, Source
 
 log = logging.getLogger(__name__)
-# Positions of a prompt that are compared, the last ones; the window bites there.
-PROMPT_POSITIONS = 256
-BLOCK_BYTES = 32 << 20
+# Positions of a prompt that are compared, the last ones: the window bites there. More of text, whose mean KL is judged.
+PROMPT_POSITIONS = {"text": 256, "random": 64}
+BLOCK_BYTES = 64 << 20  # logits of one source; a larger block means fewer passes over the table
 Report = Callable[[str], None]
 
 
@@ -121,34 +121,55 @@ def compare_sources(
     report("comparing logits")
     found = {pair: Pair() for pair in pairs}
     step = max(1, BLOCK_BYTES // (4 * vocab_size))
-    for c, case in enumerate(cases):
-        for row, prompt in enumerate(case.prompts):
-            of_row = {name: (sources[name], made[c][row]) for name, made in features.items()}
-            total = len(case.sequence(row))
-            for start in range(max(0, len(prompt) - PROMPT_POSITIONS), total, step):
-                _compare_block(of_row, found, case, row, start, min(start + step, total))
+    for prompt_end, positions in compared_positions(cases):
+        for start in range(0, len(positions), step):
+            _compare_block(sources, features, found, cases, positions[start : start + step], prompt_end)
+            give_memory_back()
     return found
 
 
+Position = tuple[int, int, int]  # case, row, index in the row's sequence
+
+
+def compared_positions(cases: Sequence[Case]) -> tuple[tuple[bool, list[Position]], tuple[bool, list[Position]]]:
+    """All but the last positions of prompts, then those: an artifact has a graph of its own for them."""
+    ends, others = [], []
+    for c, case in enumerate(cases):
+        for row, prompt in enumerate(case.prompts):
+            end = len(prompt) - 1
+            first = max(0, len(prompt) - PROMPT_POSITIONS[case.name])
+            ends.append((c, row, end))
+            others += [(c, row, index) for index in range(first, len(case.sequence(row))) if index != end]
+    return (False, others), (True, ends)
+
+
 def _compare_block(
-    of_row: Mapping[str, tuple[Source, np.ndarray]],
+    sources: Mapping[str, Source],
+    features: Mapping[str, Features],
     found: Mapping[tuple[str, str], Pair],
-    case: Case,
-    row: int,
-    start: int,
-    stop: int,
+    cases: Sequence[Case],
+    positions: Sequence[Position],
+    prompt_end: bool,
 ) -> None:
-    """Positions [start, stop) of one row; a source that computes only the last ones is compared where it does."""
-    logits: dict[str, dict[int, np.ndarray]] = {}
-    for name, (source, features) in of_row.items():
-        skipped = len(case.sequence(row)) - len(features)
-        low = max(start, skipped)
-        block = source.head(features[low - skipped : stop - skipped]) if low < stop else ()
-        logits[name] = dict(zip(range(low, stop), block, strict=False))
+    """Some positions of any rows; a source that computes only the last ones is compared where it does."""
+    logits: dict[str, dict[Position, np.ndarray]] = {}
+    for name, source in sources.items():
+        rows = {at: _features_at(features[name], cases, at) for at in positions}
+        there = {at: row for at, row in rows.items() if row is not None}
+        made = source.head(np.stack(list(there.values())), prompt_end) if there else ()
+        logits[name] = dict(zip(there, made, strict=True))
     for (reference, test), pair in found.items():
-        for index in range(start, stop):
-            if index in logits[reference] and index in logits[test]:
-                pair.add(case, row, index, logits[reference][index], logits[test][index])
+        for at in positions:
+            if at in logits[reference] and at in logits[test]:
+                pair.add(cases[at[0]], at[1], at[2], logits[reference][at], logits[test][at])
+
+
+def _features_at(features: Features, cases: Sequence[Case], position: Position) -> np.ndarray | None:
+    """Features of one position, None where the source does not compute it."""
+    c, row, index = position
+    there = features[c][row]
+    skipped = len(cases[c].sequence(row)) - len(there)
+    return there[index - skipped] if index >= skipped else None
 
 
 def judged(gates: Sequence[Gate], found: Mapping[tuple[str, str], Pair]) -> list[Line]:
@@ -268,7 +289,9 @@ def text_tokens(
         source = SOURCES["c4"]
         whole = "\n\n".join(islice(source.texts(paths.calib_dir() / source.bundled), 1 + wanted // 16))
     limit = 16 * wanted + 4096  # characters; no tokenizer of this family makes fewer tokens of real text
-    return list(load_tokenizer(checkpoint).encode(whole[:limit], add_special_tokens=False).ids)
+    ids = list(load_tokenizer(checkpoint).encode(whole[:limit], add_special_tokens=False).ids)
+    give_memory_back()  # 200 MiB of a vocabulary of 262,144
+    return ids
 
 
 def measures_of(found: Mapping[tuple[str, str], Pair]) -> list[dict[str, Any]]:

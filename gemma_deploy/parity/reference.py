@@ -24,7 +24,7 @@ from gemma_deploy.parity.sources import Features
 
 Weighting = Literal["fp32", "bf16", "w8a16"]
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-HEAD_BYTES = 32 << 20
+HEAD_BYTES = 16 << 20  # malloc maps and unmaps anything of 32 MiB: page faults
 BLOCK_BYTES = 4 << 20  # stays in the cache through the passes of quantize_rows
 
 
@@ -61,7 +61,7 @@ class TorchSource:
         )
         return [[next(rows) for _ in case.prompts] for case in cases]
 
-    def head(self, features: np.ndarray) -> np.ndarray:
+    def head(self, features: np.ndarray, prompt_end: bool = False) -> np.ndarray:
         """features: [n, H] -> [n, V], a block of table rows at a time."""
         config = self.checkpoint.config
         name = TABLE if config.tie_word_embeddings else HEAD

@@ -23,8 +23,9 @@ from gemma_deploy.parity.sources import Features
 from gemma_deploy.runtime.contract import read_contract, read_manifest
 from gemma_deploy.runtime.strict import lower
 
-HEAD_BYTES = 128 << 20
+HEAD_BYTES = 24 << 20  # malloc maps and unmaps anything of 32 MiB: page faults
 EMBEDDED, NORMED, LOGITS = "model.embed_tokens.out", "model.norm.out", "logits"
+CHOSEN = "lm_head.in"  # what the LM head reads: in prefill a slice of the final norm
 # The linears of a layer in the order they depend on each other.
 LEVELS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -44,6 +45,7 @@ class Cutter:
 
     def __init__(self, folder: Path, graph: str) -> None:
         self.folder, self.model = folder, ir.load(folder / f"{graph}.onnx")
+        self.where = str(folder / f"{graph}.onnx")
         self.values = {value.name: value for node in self.model.graph for value in node.outputs}
         self.values |= {value.name: value for value in self.model.graph.inputs}
 
@@ -54,8 +56,16 @@ class Cutter:
 
         Args:
             rows: (first, stop, V): of matrices and scales with V rows take these rows only.
+
+        Raises:
+            ArtifactError: the graph has no such values, or needs others to compute the outputs.
         """
-        graph = ir.convenience.extract(self.model.graph, list(inputs), list(outputs))
+        try:
+            graph = ir.convenience.extract(self.model.graph, list(inputs), list(outputs))
+        except ValueError as error:
+            raise ArtifactError(
+                f"{', '.join(outputs)} cannot be computed from {', '.join(inputs)}: {error}", where=self.where
+            ) from error
         for value in graph.inputs:
             value.shape = None
         if rows is not None:
@@ -70,9 +80,9 @@ class Cutter:
 
     def linear_input(self, out: str) -> str:
         """What a linear reads, by the name of what it makes."""
-        node = self.values[out].producer()
+        node = self.values[out].producer() if out in self.values else None
         if node is None or node.inputs[0] is None:
-            raise ArtifactError(f"{out} is not made by a linear", where=str(self.folder))
+            raise ArtifactError(f"{out} is not made by a linear", where=self.where)
         return str(node.inputs[0].name)
 
     def logits_input(self) -> str:
@@ -157,7 +167,7 @@ class StrictSource:
         for layer in range(self.layers):
             self.layer(layer, states)
         self.finish(states)
-        return [state.rows(NORMED) for state in states]
+        return [state.rows(CHOSEN) for state in states]
 
     def start(self, case: Case) -> CaseState:
         """The inputs of a case as the runtime would feed them."""
@@ -259,23 +269,24 @@ class StrictSource:
         piece, step_piece = cutter.piece([last], outputs), self.graphs["iter1"].piece([last], [NORMED])
         for state in states:
             made = piece(state.prefill)
-            state.prefill[NORMED] = made[0].copy()
-            state.prefill[NORMED][:, -1:] = made[-1][:, -1:]  # what the LM head gets, should it differ
+            state.prefill[NORMED], state.prefill[CHOSEN] = made[0], made[0].copy()
+            state.prefill[CHOSEN][:, -1:] = made[-1][:, -1:]
             for step in state.steps:
-                step[NORMED] = step_piece(step)[0]
+                step[NORMED] = step[CHOSEN] = step_piece(step)[0]
 
-    def head(self, features: np.ndarray) -> np.ndarray:
-        """features: [n, H] -> [n, V]: the decode graph's LM head, a block of rows of its matrix at a time."""
-        cutter = self.graphs["iter1"]
+    def head(self, features: np.ndarray, prompt_end: bool = False) -> np.ndarray:
+        """features: [n, H] -> [n, V]: the LM head of the graph that makes them, in blocks of the vocabulary."""
+        cutter = self.graphs["iter0" if prompt_end else "iter1"]
+        entering_name = cutter.logits_input()
         vocab, hidden = self.contract.vocab_size, features.shape[1]
         step = max(1, HEAD_BYTES // (4 * hidden))
-        dtype = cutter.values[NORMED].dtype
+        dtype = cutter.values[entering_name].dtype
         entering = features[None].astype(dtype.numpy() if dtype is not None else np.float32)
         logits = np.empty((len(features), vocab), np.float32)
         for start in range(0, vocab, step):
             stop = min(start + step, vocab)
-            piece = cutter.piece([NORMED], [LOGITS], rows=(start, stop, vocab))
-            logits[:, start:stop] = piece({NORMED: entering})[0][0]
+            piece = cutter.piece([entering_name], [LOGITS], rows=(start, stop, vocab))
+            logits[:, start:stop] = piece({entering_name: entering})[0][0]
         return logits
 
 

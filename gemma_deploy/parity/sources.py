@@ -26,8 +26,12 @@ class Source(Protocol):
     def run(self, cases: Sequence[Case]) -> Features:
         """What `head` needs, for the last positions of every row: all of them, or those the source computes."""
 
-    def head(self, features: np.ndarray) -> np.ndarray:
-        """features: [n, ...] -> logits [n, V] float32."""
+    def head(self, features: np.ndarray, prompt_end: bool = False) -> np.ndarray:
+        """features: [n, ...] -> logits [n, V] float32.
+
+        Args:
+            prompt_end: they are of a prompt's last position; an artifact has another graph for those.
+        """
 
 
 class FastSource:
@@ -55,6 +59,6 @@ class FastSource:
             found.append([np.stack([step[row] for step in logits]) for row in range(len(case.prompts))])
         return found
 
-    def head(self, features: np.ndarray) -> np.ndarray:
+    def head(self, features: np.ndarray, prompt_end: bool = False) -> np.ndarray:
         """The features are logits already."""
         return features

@@ -92,7 +92,7 @@ class Table:
         return [[np.array([[row, i] for i in range(len(c.sequence(row)))][-(self.last or 0) :], float)
                  for row in range(len(c.prompts))] for c in cases]  # fmt: skip
 
-    def head(self, features):
+    def head(self, features, prompt_end):
         rows, positions = features.T
         return np.sin(np.outer(rows * 1000 + positions, np.arange(1, self.vocab + 1))) + self.offset
 
@@ -127,7 +127,7 @@ def test_blocks_of_any_size_compare_the_same(monkeypatch):
 def test_only_the_last_positions_of_a_long_prompt_are_compared(monkeypatch):
     from gemma_deploy.parity import compare
 
-    monkeypatch.setattr(compare, "PROMPT_POSITIONS", 3)
+    monkeypatch.setattr(compare, "PROMPT_POSITIONS", {"text": 3, "random": 3})
     found = compare_sources({"a": Table(11), "b": Table(11)}, [("a", "b")], CASES, 11)["a", "b"].measured()
     assert (found["text", "prefill"].positions, found["text", "decode"].positions) == (3 + 2, 6)
 
