@@ -1,0 +1,109 @@
+"""Finished artifacts around the graphs that the run time's tests export, and copies of them to break."""
+
+import fcntl
+import json
+import os
+import shutil
+
+import pytest
+import yaml
+
+from gemma_deploy.artifact import Artifact
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.compile import copy_model_files, describe, stream_params
+from gemma_deploy.graph.contract import GraphContract
+from gemma_deploy.parity import run_parity
+from gemma_deploy.recipe import Recipe
+from tests.runtime.conftest import artifacts  # noqa: F401 (a fixture)
+
+PREFILL, CONTEXT, BATCH = 32, 80, 2  # of the run time's artifacts
+PROMPT, STEPS = 24, 4  # three windows of 8
+DTYPES = {"w8a16": "int8"}
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """A directory that all test processes see."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "parity"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def once(shared):
+    """(name, make) -> directory; `make(directory)` is called by the first test process that asks."""
+
+    def get(name, make):
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (shared / f"{name}.done").exists():
+                shutil.rmtree(shared / name, ignore_errors=True)
+                make(shared / name)
+                (shared / f"{name}.done").touch()
+        return shared / name
+
+    return get
+
+
+def write_recipe(file, checkpoint, scheme="fp32", *, batch=BATCH, lengths=(PREFILL, CONTEXT), **parity):
+    """Write a recipe and load it."""
+    content = {
+        "name": file.stem,
+        "frontend": {
+            "checkpoint": str(checkpoint),
+            "shape": {"input_ids": [[lengths[0]], [lengths[1]]], "batch": batch},
+        },
+        "parity": {"prompt_tokens": PROMPT, "decode_tokens": STEPS, **parity},
+        "backend": {"dtype": DTYPES.get(scheme, scheme)},
+        "workspace": {"path": str(file.parent / "workspace")},
+    }
+    file.write_text(yaml.safe_dump(content))
+    return Recipe.load(file)
+
+
+def finish(graphs, checkpoint_dir, scheme, out):
+    """What `compile` does around the export, gate left out, with graphs that were exported before."""
+    from gemma_deploy.artifact import ArtifactDir
+
+    recipe = write_recipe(out.with_suffix(".yaml"), checkpoint_dir, scheme)
+    checkpoint = Checkpoint.open(checkpoint_dir)
+    contract = GraphContract.of(checkpoint.config, scheme, BATCH, PREFILL, CONTEXT)
+    with ArtifactDir(out, key="test") as directory:
+        table = stream_params(recipe, checkpoint, directory.path, "test", None)
+        for graph in ("iter0.onnx", "iter1.onnx"):
+            shutil.copy(graphs / graph, directory.path)
+        copy_model_files(checkpoint, directory.path)
+        directory.commit(describe(recipe, checkpoint, contract, table, directory.path, "test"))
+    return out
+
+
+@pytest.fixture(scope="session")
+def finished(artifacts, once):  # noqa: F811
+    """(model type, scheme) -> a finished artifact, read only; its recipe names its checkpoint."""
+
+    def get(model_type, scheme="fp32"):
+        graphs = artifacts(model_type, scheme)
+        return once(
+            f"{model_type}-{scheme}", lambda out: finish(graphs, graphs.parent / "checkpoint", scheme, out)
+        )
+
+    return get
+
+
+@pytest.fixture
+def copy_of(finished, tmp_path):
+    """(model type, scheme) -> a copy to break."""
+    return lambda *which: shutil.copytree(finished(*which), tmp_path / "copy")
+
+
+def checkpoint_of(artifact):
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    return manifest["recipe"]["frontend"]["checkpoint"]
+
+
+def gate(artifact, checkpoint=None, **options):
+    """The gate on an artifact, with prompts of three windows and a few steps."""
+    manifest = Artifact.open(artifact).manifest
+    options = {"prompt_tokens": PROMPT, "decode_tokens": STEPS, **options}
+    return run_parity(artifact, checkpoint or checkpoint_of(artifact), manifest=manifest, **options)
