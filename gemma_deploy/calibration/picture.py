@@ -71,7 +71,7 @@ def draw(ranges: Mapping[str, Range], title: str, file: Path) -> None:
     axes.set_ylabel("largest magnitude (dotted: of the median channel)")
     axes.set_title(title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(fontsize="small", ncols=2)
+    figure.legend(fontsize="small", ncols=4, loc="outside lower center")
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120, metadata={"Software": "gemma-deploy"})
 
