@@ -90,7 +90,7 @@ def torch_divergence(hf: TorchSource, patched: TorchSource, case: Case, toleranc
     hf.modules(case, 0, names.__contains__, expected.__setitem__)
     got: dict[str, np.ndarray] = {}
     patched.modules(case, 0, expected.__contains__, got.__setitem__)
-    errors = ((name, *_errors(expected[name], got[name], len(case.prompts[0]))) for name in expected if name in got)
+    errors = ((name, *_errors(expected[name], got[name], len(case.prompts[0]), tolerance)) for name in expected if name in got)
     return _first_or_worst(hf.name, patched.name, errors, tolerance)
 
 
@@ -107,16 +107,16 @@ def artifact_divergence(
     def errors() -> Iterator[tuple[str, str, float]]:
         state = strict.start(case)
         strict.embed(state)
-        yield EMBEDDED, *_errors(expected[EMBEDDED], state.rows(EMBEDDED)[row], prompt)
+        yield EMBEDDED, *_errors(expected[EMBEDDED], state.rows(EMBEDDED)[row], prompt, tolerance)
         for i in layers:
             out = f"model.layers.{i}.out"
             state = _start_at(strict, case, row, layer_input(i), expected[layer_input(i)])
             strict.layer(i, [state])
-            yield out, *_errors(expected[out], state.rows(out)[row], prompt)
+            yield out, *_errors(expected[out], state.rows(out)[row], prompt, tolerance)
         state = _start_at(strict, case, row, layer_input(strict.layers), expected[layer_input(strict.layers)])
         strict.finish([state])
-        yield NORMED, *_errors(expected[NORMED], state.rows(NORMED)[row], prompt)
-        yield BETWEEN[CHOSEN], *_errors(expected[NORMED], state.rows(CHOSEN)[row], prompt)
+        yield NORMED, *_errors(expected[NORMED], state.rows(NORMED)[row], prompt, tolerance)
+        yield BETWEEN[CHOSEN], *_errors(expected[NORMED], state.rows(CHOSEN)[row], prompt, tolerance)
         for phase, rows in (("prefill", slice(prompt - 1, prompt)), ("decode", slice(prompt, prompt + 8))):
             if len(entering := expected[NORMED][rows]):
                 yield "lm_head.out", phase, _relative(twin.head(entering), strict.head(entering, phase == "prefill"))
@@ -141,7 +141,7 @@ def _inside(
     strict.layer(layer, [state], extra=[name for name in inside if name in expected])
     prompt = len(case.prompts[row])
     ordered = (name for name in inside if name in expected)
-    errors = ((name, *_errors(expected[name], state.rows(name)[row], prompt)) for name in ordered)
+    errors = ((name, *_errors(expected[name], state.rows(name)[row], prompt, tolerance)) for name in ordered)
     found = _first_or_worst(twin.name, strict.name, errors, tolerance)
     if found is None or found.error <= found.tolerance:
         return None
@@ -163,14 +163,15 @@ def _start_at(strict: StrictSource, case: Case, row: int, name: str, hidden: np.
     return state
 
 
-def _errors(expected: np.ndarray, got: np.ndarray, prompt: int) -> tuple[str, float]:
-    """The phase with the larger error (prefill when it is wrong already) and that error."""
+def _errors(expected: np.ndarray, got: np.ndarray, prompt: int, tolerance: float) -> tuple[str, float]:
+    """A phase and its error: prefill when it is wrong already, else the phase with the larger error."""
     count = min(len(expected), len(got))  # the prefill graph may keep the last positions only
     steps = len(expected) - prompt
     reference, test = expected[-count:], got[-count:]
     parts = {"prefill": slice(0, count - steps), "decode": slice(count - steps, count)}
     errors = {phase: _relative(reference[part], test[part]) for phase, part in parts.items() if len(reference[part])}
-    phase = max(errors, key=lambda name: errors[name])
+    wrong = [name for name, error in errors.items() if not error <= tolerance]
+    phase = wrong[0] if wrong else max(errors, key=lambda name: errors[name])
     return phase, errors[phase]
 
 

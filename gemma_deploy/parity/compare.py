@@ -276,6 +276,12 @@ def text_tokens(
     from gemma_deploy.calibration.windows import load_tokenizer
 
     if not checkpoint.tokenizer_files() and checkpoint.format != "gguf":
+        if text is not None:
+            raise UsageError(
+                "cannot be tokenized: the checkpoint has no tokenizer",
+                where=str(text),
+                next_step=f"put tokenizer.json into {checkpoint.path}, or give no text",
+            )
         notes.append("the checkpoint has no tokenizer: compared on random tokens alone")
         return None
     if text is not None:

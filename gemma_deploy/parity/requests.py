@@ -74,6 +74,12 @@ def patched_stage(checkpoint: str, request: Request) -> ParityResult:
     result = ParityResult()
     prompt, decode = request.lengths({})
     longest = opened.config.max_position_embeddings
+    if decode >= longest:
+        raise UsageError(
+            f"{decode} decode steps leave no room for a prompt",
+            where="--decode-tokens",
+            expected=f"fewer than the model's {longest} positions",
+        )
     contract = {"prefill": longest - decode, "context": longest, "batch": 1}
     cases = cases_for(opened, contract, request.text, prompt, decode, result.notes)
     sources = {kind: TorchSource(opened, kind) for kind in ("hf", "patched")}
