@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from typing import Any
 
@@ -60,6 +61,7 @@ Examples:
 @click.version_option(package_name="gemma-deploy")
 def cli(verbose: bool) -> None:
     """Take a Gemma checkpoint to an accelerator artifact that is proven to compute the same model."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it has to say about old config keys is handled here
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("gemma_deploy").setLevel(logging.DEBUG if verbose else logging.INFO)
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)

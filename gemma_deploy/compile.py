@@ -6,6 +6,7 @@ when the gate has passed, so nothing that looks finished was ever left unfinishe
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -23,6 +24,7 @@ from gemma_deploy.artifact.manifest import FORMAT_VERSION, tool_versions
 from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint, write_tokenizer
 from gemma_deploy.errors import GateError
 from gemma_deploy.graph.contract import GRAPHS, GraphContract
+from gemma_deploy.machine import give_memory_back
 from gemma_deploy.params import ParamTable, build_plan, write_params
 from gemma_deploy.preflight import Plan, make_plan, preflight
 from gemma_deploy.recipe import Recipe, check_against_model, check_built
@@ -226,6 +228,8 @@ def run_gate(recipe: Recipe, checkpoint: Checkpoint, out: Path, manifest: dict[s
     """Step 11: hf = patched = artifact on real text and random tokens, prefill and every decode step."""
     from gemma_deploy.parity import run_parity
 
+    gc.collect()
+    give_memory_back()  # what the export left behind
     return run_parity(
         out,
         checkpoint.path,

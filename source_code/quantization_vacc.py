@@ -7,6 +7,7 @@ the node's ONNX function body (DequantizeLinear -> Transpose -> MatMul) is attac
 import torch
 from torch import nn
 
+DEQUANTIZED_ELEMENTS = 4 << 20  # of a weight at a time, so that int8 takes less memory in torch as well
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -44,7 +45,9 @@ class QuantizedLinearPerChannel(nn.Module):
                 version=1,
             )
         else:
-            y = nn.functional.linear(x, (self.weight * self.scale[:, None]).to(x.dtype))
+            rows = max(1, DEQUANTIZED_ELEMENTS // self.in_features)
+            parts = zip(self.weight.split(rows), self.scale.split(rows), strict=True)
+            y = torch.cat([nn.functional.linear(x, (w * s[:, None]).to(x.dtype)) for w, s in parts], dim=-1)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

@@ -170,16 +170,21 @@ class Weights(Mapping[str, torch.Tensor]):
         if self.source.weighting != "w8a16" or len(shape) == 1:
             values = self.source.checkpoint.rows(stored, 0, shape[0])
             return self.source._matrix(values) if len(shape) == 2 else torch.from_numpy(values)
-        blocks = [rows] if rows is not None else self._blocks(stored, shape)
         quantize_rows = patched_module("quantization_vacc").quantize_rows
-        quantized, scale = map(torch.cat, zip(*map(quantize_rows, blocks), strict=True))
+        if rows is not None:
+            quantized, scale = quantize_rows(rows)
+        else:
+            quantized, scale = torch.empty(shape, dtype=torch.int8), torch.empty(shape[0])
+            for start, block in self._blocks(stored, shape):
+                part = slice(start, start + len(block))
+                quantized[part], scale[part] = quantize_rows(block)
         self._scale = (stored, scale)  # asked for next: accelerate takes a module's tensors one after the other
         return scale if name.endswith(".scale") else quantized
 
-    def _blocks(self, name: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+    def _blocks(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[int, torch.Tensor]]:
         step = max(1, BLOCK_BYTES // (4 * shape[1]))
         for start in range(0, shape[0], step):
-            yield torch.from_numpy(self.source.checkpoint.rows(name, start, min(start + step, shape[0])))
+            yield start, torch.from_numpy(self.source.checkpoint.rows(name, start, min(start + step, shape[0])))
 
     def _table(self) -> torch.Tensor:
         checkpoint = self.source.checkpoint

@@ -1,8 +1,8 @@
 """The artifact's own graphs in ONNX Runtime, strict, a decoder layer at a time.
 
 The graphs are cut where a layer's result is named `model.layers.{i}.out`. As the tokens are known beforehand, every
-layer can run prefill and all decode steps before the next one is opened: one layer of weights in memory, read once,
-instead of the whole model for every token. In decode the layer is cut again around its linears, so that each weight is
+layer can run prefill and all decode steps before the next one is opened: its weights are read once, instead of the whole
+model for every token. The layer is cut again around its linears, so that one matrix is in memory at a time and is
 dequantized once and not once a token. The pieces are the graph's own nodes and read the artifact's own parameters;
 nothing is rebuilt. Differs from running the whole graph in the number of rows of a decode GEMM only.
 """
@@ -10,6 +10,7 @@ nothing is rebuilt. Differs from running the whole graph in the number of rows o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from gemma_deploy.parity.sources import Features
 from gemma_deploy.runtime.contract import read_contract, read_manifest
 from gemma_deploy.runtime.strict import lower
 
-HEAD_BYTES = 24 << 20  # malloc maps and unmaps anything of 32 MiB: page faults
+MATRIX_BYTES = 24 << 20  # malloc maps and unmaps anything of 32 MiB: page faults
 EMBEDDED, NORMED, LOGITS = "model.embed_tokens.out", "model.norm.out", "logits"
 CHOSEN = "lm_head.in"  # what the LM head reads: in prefill a slice of the final norm
 # The linears of a layer in the order they depend on each other.
@@ -33,6 +34,7 @@ LEVELS = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
+ONLY_FOR_DOWN = ("mlp.gate_proj.out", "mlp.up_proj.out")  # the widest values there are; dropped early
 DECODE_INPUTS = ("attention_mask", "position_ids")
 
 
@@ -74,6 +76,29 @@ class Cutter:
         model = ir.Model(graph, ir_version=self.model.ir_version, functions=functions)
         return Piece(_open(model, self.folder), tuple(inputs), tuple(outputs))
 
+    def in_blocks(self, entering: str, leaving: str, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """A linear, a block of rows of its matrix after the other.
+
+        Args:
+            entering: the value it reads; leaving: the value it makes; arrays: [..., in] each.
+
+        Returns:
+            [..., out] for each array.
+        """
+        shape = self.values[leaving].shape
+        assert shape is not None and isinstance(shape[-1], int)
+        count, step = shape[-1], max(1, MATRIX_BYTES // (4 * arrays[0].shape[-1]))
+        dtype = self.values[leaving].dtype
+        made = [
+            np.empty((*array.shape[:-1], count), dtype.numpy() if dtype is not None else np.float32) for array in arrays
+        ]
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            piece = self.piece([entering], [leaving], rows=(start, stop, count))
+            for array, whole in zip(arrays, made, strict=True):
+                whole[..., start:stop] = piece({entering: array})[0]
+        return made
+
     def value(self, name: str) -> str:
         """Value name of `MODULE.out` (itself) or of `MODULE.in`, what a linear reads."""
         return self.linear_input(name.removesuffix(".in") + ".out") if name.endswith(".in") else name
@@ -87,10 +112,12 @@ class Cutter:
 
     def logits_input(self) -> str:
         """What the LM head reads: the strided slice of the final norm in prefill, the norm itself in decode."""
-        normed = self.values[NORMED]
-        for node in normed.consumers():
+        after = list(self.values[NORMED].consumers())
+        for node in after:
             if node.op_type == "Slice":
                 return str(node.outputs[0].name)
+            if node.op_type == "Cast":  # to float16, before the choice is made
+                after += node.outputs[0].consumers()
         return NORMED
 
 
@@ -103,6 +130,15 @@ class Piece:
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Values by name -> outputs in order."""
         return self.session.run(list(self.outputs), {name: feeds[name] for name in self.inputs})
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution of a layer: the values it has so far, and in decode the cache and the slot that is written."""
+
+    feeds: dict[str, np.ndarray]
+    cache: dict[str, np.ndarray] | None = None
+    slot: int = 0
 
 
 class CaseState:
@@ -186,79 +222,44 @@ class StrictSource:
         Args:
             extra: inner values to keep in the states as well, `MODULE.out` or `MODULE.in`.
         """
-        entering, leaving = layer_input(layer), f"model.layers.{layer}.out"
+        kept = (f"model.layers.{layer}.out", *extra)
         present = [f"present.{layer}.{part}" for part in ("key", "value")]
-        prefill = self.graphs["iter0"]
-        outputs = list(dict.fromkeys([leaving, *present, *map(prefill.value, extra)]))
-        caches = []
-        piece = prefill.piece([entering, *DECODE_INPUTS], outputs)
+        self._through("iter0", layer, [Run(state.prefill) for state in states], (*kept, *present))
+        steps = []
         for state in states:
-            made = dict(zip(outputs, piece(state.prefill), strict=True))
             cache = {}
             for name, port in zip(present, self.contract.caches[2 * layer : 2 * layer + 2], strict=True):
                 cache[port.name] = np.zeros(port.shape, port.dtype)
-                cache[port.name][:, :, : state.width] = made[name]
-            caches.append(cache)
-            del state.prefill[entering]
-            state.prefill.update({name: made[prefill.value(name)] for name in (leaving, *extra)})
-        self._decode(layer, states, caches, (leaving, *extra))
+                cache[port.name][:, :, : state.width] = state.prefill.pop(name)
+            steps += [Run(feeds, cache, state.width + i) for i, feeds in enumerate(state.steps)]
+        self._through("iter1", layer, steps, kept)
 
-    def _decode(
-        self,
-        layer: int,
-        states: Sequence[CaseState],
-        caches: Sequence[dict[str, np.ndarray]],
-        kept: Sequence[str],
-    ) -> None:
-        """All decode steps of a layer: linears for all steps at once, what lies between them step by step."""
-        cutter, entering = self.graphs["iter1"], layer_input(layer)
-        known = [entering, *DECODE_INPUTS]
+    def _through(self, graph: str, layer: int, runs: Sequence[Run], kept: Sequence[str]) -> None:
+        """Take runs through a layer, cut around its linears; of the values made, only `kept` remain."""
+        if not runs:
+            return
+        cutter = self.graphs[graph]
+        known = [layer_input(layer), *DECODE_INPUTS]
+        values = {name: cutter.value(name) for name in kept}
         for level in LEVELS:
             linears = [f"model.layers.{layer}.{name}.out" for name in level]
             inputs = [cutter.linear_input(linear) for linear in linears]
-            attends = "self_attn.o_proj" in level
-            self._between(layer, known, list(dict.fromkeys(inputs)), states, caches if attends else None)
+            _between(cutter, layer, known, inputs, runs, attends="self_attn.o_proj" in level)
+            for name in [name for name in known if name.endswith(ONLY_FOR_DOWN) and name not in values.values()]:
+                if "mlp.down_proj" in level:
+                    known.remove(name)
+                    for run in runs:
+                        del run.feeds[name]
             for name, linear in zip(inputs, linears, strict=True):
-                piece = cutter.piece([name], [linear])
-                steps = [feeds for state in states for feeds in state.steps]
-                made = piece({name: np.concatenate([feeds[name] for feeds in steps])})[0] if steps else None
-                for i, feeds in enumerate(steps):
-                    batch = len(feeds[name])
-                    feeds[linear] = made[i * batch : (i + 1) * batch]  # type: ignore[index]
+                _apply(cutter, name, linear, runs, together=graph == "iter1")
             known += linears
-        values = {name: cutter.value(name) for name in kept}
-        self._between(layer, known, list(dict.fromkeys(values.values())), states, caches)
-        for state in states:
-            for feeds in state.steps:
-                results = {name: feeds[value] for name, value in values.items()}
-                for name in set(feeds) - {"input_ids", *DECODE_INPUTS}:
-                    del feeds[name]
-                feeds.update(results)
+        _between(cutter, layer, known, list(values.values()), runs, attends=True)
+        for run in runs:
+            results = {name: run.feeds[value] for name, value in values.items()}
+            for name in set(run.feeds) - {"input_ids", *DECODE_INPUTS}:
+                del run.feeds[name]
+            run.feeds.update(results)
         give_memory_back()
-
-    def _between(
-        self,
-        layer: int,
-        known: Sequence[str],
-        wanted: Sequence[str],
-        states: Sequence[CaseState],
-        caches: Sequence[dict[str, np.ndarray]] | None,
-    ) -> None:
-        """Compute values from known ones for every step; with caches, the new keys and values are written there."""
-        past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")]
-        present = [name.replace("past_key_values", "present") for name in past]
-        wanted = [name for name in wanted if name not in known]
-        if not wanted:
-            return
-        outputs = list(dict.fromkeys([*wanted, *(present if caches else ())]))
-        piece = self.graphs["iter1"].piece([*known, *(past if caches else ())], outputs)
-        for i, state in enumerate(states):
-            for step, feeds in enumerate(state.steps):
-                made = dict(zip(outputs, piece({**feeds, **(caches[i] if caches else {})}), strict=True))
-                feeds.update({name: made[name] for name in wanted})
-                for name, new in zip(past, present, strict=True):
-                    if caches:
-                        caches[i][name][:, :, state.width + step] = made[new][:, :, 0]
 
     def finish(self, states: Sequence[CaseState]) -> None:
         """The final norm, with the prefill graph's own choice of the last position."""
@@ -278,16 +279,40 @@ class StrictSource:
         """features: [n, H] -> [n, V]: the LM head of the graph that makes them, in blocks of the vocabulary."""
         cutter = self.graphs["iter0" if prompt_end else "iter1"]
         entering_name = cutter.logits_input()
-        vocab, hidden = self.contract.vocab_size, features.shape[1]
-        step = max(1, HEAD_BYTES // (4 * hidden))
         dtype = cutter.values[entering_name].dtype
         entering = features[None].astype(dtype.numpy() if dtype is not None else np.float32)
-        logits = np.empty((len(features), vocab), np.float32)
-        for start in range(0, vocab, step):
-            stop = min(start + step, vocab)
-            piece = cutter.piece([entering_name], [LOGITS], rows=(start, stop, vocab))
-            logits[:, start:stop] = piece({entering_name: entering})[0][0]
-        return logits
+        return cutter.in_blocks(entering_name, LOGITS, [entering])[0][0]
+
+
+def _apply(cutter: Cutter, name: str, linear: str, runs: Sequence[Run], together: bool) -> None:
+    """Run a linear, on all rows of all runs together or on one run after the other."""
+    entering = [run.feeds[name] for run in runs]
+    if not together:
+        made = cutter.in_blocks(name, linear, entering)
+    else:
+        made = np.split(cutter.in_blocks(name, linear, [np.concatenate(entering)])[0], len(runs))
+    for run, value in zip(runs, made, strict=True):
+        run.feeds[linear] = value
+
+
+def _between(
+    cutter: Cutter, layer: int, known: Sequence[str], wanted: Sequence[str], runs: Sequence[Run], attends: bool
+) -> None:
+    """Compute values from known ones; where a run has a cache, its new keys and values are written there."""
+    wanted = [name for name in dict.fromkeys(wanted) if name not in known]
+    if not wanted:
+        return
+    cached = attends and runs[0].cache is not None
+    past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")] if cached else []
+    present = [name.replace("past_key_values", "present") for name in past]
+    outputs = list(dict.fromkeys([*wanted, *present]))
+    piece = cutter.piece([*known, *past], outputs)
+    for run in runs:
+        made = dict(zip(outputs, piece({**run.feeds, **(run.cache or {})}), strict=True))
+        run.feeds.update({name: made[name] for name in wanted})
+        for name, new in zip(past, present, strict=True):
+            assert run.cache is not None
+            run.cache[name][:, :, run.slot] = made[new][:, :, 0]
 
 
 def _open(model: ir.Model, folder: Path) -> Any:
