@@ -90,7 +90,8 @@ def torch_divergence(hf: TorchSource, patched: TorchSource, case: Case, toleranc
     hf.modules(case, 0, names.__contains__, expected.__setitem__)
     got: dict[str, np.ndarray] = {}
     patched.modules(case, 0, expected.__contains__, got.__setitem__)
-    errors = ((name, *_errors(expected[name], got[name], len(case.prompts[0]), tolerance)) for name in expected if name in got)
+    prompt, names_made = len(case.prompts[0]), [name for name in expected if name in got]
+    errors = ((name, *_errors(expected[name], got[name], prompt, tolerance)) for name in names_made)
     return _first_or_worst(hf.name, patched.name, errors, tolerance)
 
 
