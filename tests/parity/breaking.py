@@ -68,3 +68,14 @@ class Graph:
             node.input[:] = [made if each == name else each for each in node.input]
         first = next(i for i, node in enumerate(self.graph.node) if any(node is each for each in consumers))
         self.graph.node.insert(first, helper.make_node(op, [name, self.constant(other)], [made]))
+
+    def swap_shared_inputs(self, first, second, shared):
+        """Exchange what the nodes of two layers read from values that several layers share, in the order of use."""
+        uses = [
+            [(node, i) for node in self.graph.node if node.output[0].startswith(layer)
+             for i, name in enumerate(node.input) if name.startswith(shared)]
+            for layer in (first, second)
+        ]  # fmt: skip
+        for (one, i), (other, j) in zip(*uses, strict=True):
+            assert one.op_type == other.op_type
+            one.input[i], other.input[j] = other.input[j], one.input[i]
