@@ -114,6 +114,17 @@ def test_sources_are_compared_position_by_position_and_by_phase():
     assert (found["a", "c"].pooled()["text"].scored, found["a", "c"].pooled()["text"].positions) == (10, 12)
 
 
+def test_perplexity_is_that_of_the_token_that_comes_next():
+    found = compare_sources({"a": Table(11), "b": Table(11)}, [("a", "b")], CASES, 11)["a", "b"].pooled()["text"]
+    nll = []
+    for row in range(2):
+        sequence = CASES[0].sequence(row)
+        logits = Table(11).head(np.array([[row, i] for i in range(len(sequence))], float), False)
+        for at, token in zip(logits, sequence[1:], strict=False):
+            nll.append(np.log(np.exp(at).sum()) - at[token])
+    assert found.ppl_reference == found.ppl_test == pytest.approx(np.exp(np.mean(nll)), rel=1e-6)
+
+
 def test_blocks_of_any_size_compare_the_same(monkeypatch):
     from gemma_deploy.parity import compare
 
