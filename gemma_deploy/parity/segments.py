@@ -24,6 +24,7 @@ from gemma_deploy.parity.sources import Features
 from gemma_deploy.runtime.contract import read_contract, read_manifest
 from gemma_deploy.runtime.strict import lower
 
+POSITIONS = 128
 MATRIX_BYTES = 24 << 20  # malloc maps and unmaps anything of 32 MiB: page faults
 EMBEDDED, NORMED, LOGITS = "model.embed_tokens.out", "model.norm.out", "logits"
 CHOSEN = "lm_head.in"  # what the LM head reads: in prefill a slice of the final norm
@@ -224,7 +225,8 @@ class StrictSource:
         """
         kept = (f"model.layers.{layer}.out", *extra)
         present = [f"present.{layer}.{part}" for part in ("key", "value")]
-        self._through("iter0", layer, [Run(state.prefill) for state in states], (*kept, *present))
+        for state in states:  # one at a time: the values of P positions are wide
+            self._through("iter0", layer, [Run(state.prefill)], (*kept, *present))
         steps = []
         for state in states:
             cache = {}
@@ -308,11 +310,23 @@ def _between(
     outputs = list(dict.fromkeys([*wanted, *present]))
     piece = cutter.piece([*known, *past], outputs)
     for run in runs:
-        made = dict(zip(outputs, piece({**run.feeds, **(run.cache or {})}), strict=True))
+        values = piece({**run.feeds, **(run.cache or {})}) if attends else _by_position(piece, run.feeds)
+        made = dict(zip(outputs, values, strict=True))
         run.feeds.update({name: made[name] for name in wanted})
         for name, new in zip(past, present, strict=True):
             assert run.cache is not None
             run.cache[name][:, :, run.slot] = made[new][:, :, 0]
+
+
+def _by_position(piece: Piece, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Run a piece without attention on a few positions at a time: its operators' results are not all alive at once."""
+    hidden = [name for name in piece.inputs if name not in DECODE_INPUTS]
+    length = feeds[hidden[0]].shape[1]
+    parts = []
+    for start in range(0, length, POSITIONS):
+        part = {name: feeds[name][:, start : start + POSITIONS] for name in hidden}
+        parts.append(piece({**feeds, **part}))
+    return [np.concatenate(values, axis=1) for values in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
 
 
 def _open(model: ir.Model, folder: Path) -> Any:
