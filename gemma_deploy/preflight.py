@@ -7,15 +7,16 @@ estimates from tensor shapes and measured rates; only the artifact's parameter b
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.errors import PreflightError
 from gemma_deploy.machine import Machine, gib, nearest_existing, size
 from gemma_deploy.params.plan import Scheme, build_plan
+from gemma_deploy.parity.cases import prompt_length
 from gemma_deploy.recipe import Recipe, check_built
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -32,13 +33,12 @@ WRITE_BYTES_PER_S = 0.8e9
 CAST_BYTES_PER_S = 1.5e9  # float32 bytes cast and hashed
 QUANTIZE_BYTES_PER_S = 0.45e9  # float32 bytes rounded to int8 per row, with SQNR
 FLOPS_PER_S = 1.0e11  # float32 GEMM on 2 cores (117 measured; torch 113, ORT 151 in the design notes)
-MEMORY_BYTES_PER_S = 1.0e10  # weights read once per decode step
+STREAM_BYTES_PER_S = 1.0e9  # float32 bytes read from the checkpoint, widened and multiplied, a matrix at a time
 IMPORT_SECONDS = 4.0
 EXPORT_SECONDS = 6.0
-# Forward passes of the gate: stock class, patched class, strict artifact, fast artifact.
-PARITY_RUNS = 4
-
-Reference = Literal["memory", "offload", "none"]
+TOKENIZER_BYTES = 256 * MIB  # a vocabulary of 262,144 read by `tokenizers`
+LOGIT_BYTES = 5 * 32 * MIB  # a block of logits of every source, see parity/compare.py
+TORCH_RUNS = 3  # transformers' class, the patched class, the patched class with the artifact's weights
 
 
 class TensorFacts(Protocol):
@@ -89,7 +89,6 @@ class Plan:
         scheme: how the parameters are stored.
         out: where the artifact goes.
         parameter_bytes: exact size of the tensors in params.safetensors.
-        reference: whether parity holds the fp32 reference in memory or leaves it on disk.
         stages: estimates in the order of work.
         machine: what was measured.
         shortfalls: plain sentences; empty when the job fits.
@@ -100,7 +99,6 @@ class Plan:
     scheme: str
     out: Path
     parameter_bytes: int
-    reference: Reference
     stages: tuple[Stage, ...]
     machine: Machine
     shortfalls: tuple[str, ...]
@@ -133,7 +131,6 @@ def preflight(
     checkpoint: CheckpointFacts,
     *,
     out: Path | None = None,
-    staging_bytes: int | None = None,
     parity: bool = True,
     machine: Machine | None = None,
 ) -> Plan:
@@ -142,7 +139,7 @@ def preflight(
     Raises:
         PreflightError: lists everything that is short, with the figures.
     """
-    plan = make_plan(recipe, checkpoint, out=out, staging_bytes=staging_bytes, parity=parity, machine=machine)
+    plan = make_plan(recipe, checkpoint, out=out, parity=parity, machine=machine)
     if plan.shortfalls:
         raise PreflightError(
             "this machine cannot do the job as asked",
@@ -158,7 +155,6 @@ def make_plan(
     checkpoint: CheckpointFacts,
     *,
     out: Path | None = None,
-    staging_bytes: int | None = None,
     parity: bool = True,
     machine: Machine | None = None,
 ) -> Plan:
@@ -168,8 +164,6 @@ def make_plan(
         recipe: what to build.
         checkpoint: the opened checkpoint.
         out: the artifact's directory (`workspace.path`/NAME by default).
-        staging_bytes: bytes the staged directory takes; by default nothing for safetensors (links) and the
-            float32 weights for GGUF.
         parity: whether the gate runs at the end.
         machine: what the machine has; measured when None.
 
@@ -181,21 +175,15 @@ def make_plan(
     machine = machine or Machine.measure(out)
     tensors = _needed(checkpoint)
     elements = sum(prod(tensor.shape) for tensor in tensors.values())
-    if staging_bytes is None:
-        staging_bytes = 4 * elements if checkpoint.path.suffix.lower() == ".gguf" else 0
     parameters = parameter_bytes(recipe, checkpoint)
     stages = [
-        Stage("stage", "links, source files, config", BASE_BYTES if staging_bytes else 64 * MIB, staging_bytes,
-              1.0 + staging_bytes / WRITE_BYTES_PER_S),
-        Stage("export", "iter0 and iter1, no weights", EXPORT_BYTES, GRAPH_BYTES, IMPORT_SECONDS + EXPORT_SECONDS),
         _params_stage(recipe, tensors, elements, parameters, machine),
-    ]  # fmt: skip
-    reference: Reference = "none"
+        Stage("graphs", "iter0 and iter1, no weights", EXPORT_BYTES, GRAPH_BYTES, IMPORT_SECONDS + EXPORT_SECONDS),
+    ]
     if parity:
-        stage, reference = _parity_stage(recipe, checkpoint.config, tensors, elements, parameters, machine)
-        stages.append(stage)
-    drafted = Plan(recipe.name, recipe.scheme, out, parameters, reference, tuple(stages), machine, (), ())
-    return Plan(**{**drafted.__dict__, "shortfalls": _shortfalls(drafted, recipe), "notes": _notes(drafted)})
+        stages.append(_parity_stage(recipe, checkpoint.config, tensors, elements))
+    drafted = Plan(recipe.name, recipe.scheme, out, parameters, tuple(stages), machine, (), ())
+    return replace(drafted, shortfalls=_shortfalls(drafted, recipe), notes=_notes(checkpoint))
 
 
 def _needed(checkpoint: CheckpointFacts) -> dict[str, TensorFacts]:
@@ -220,32 +208,23 @@ def _params_stage(
     rate = QUANTIZE_BYTES_PER_S if recipe.scheme == "w8a16" else CAST_BYTES_PER_S
     compute = 4 * elements / (rate * min(workers, machine.cpus))
     seconds = source / READ_BYTES_PER_S + compute + parameters / WRITE_BYTES_PER_S
-    return Stage("params", f"{len(tensors)} tensors as {recipe.scheme}, {workers} at a time", ram, parameters, seconds)
+    return Stage("parameters", f"{len(tensors)} tensors as {recipe.scheme}, {workers} at a time", ram, parameters, seconds)
 
 
 def _parity_stage(
-    recipe: Recipe,
-    config: ModelConfig,
-    tensors: Mapping[str, TensorFacts],
-    elements: int,
-    parameters: int,
-    machine: Machine,
-) -> tuple[Stage, Reference]:
-    """The fp32 reference stays in memory when it fits beside the artifact, else its layers come from disk."""
-    tokens = recipe.parity.prompt_tokens + recipe.parity.decode_tokens
-    cache = 8 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * recipe.context_length
-    logits = 2 * 4 * tokens * config.vocab_size
-    fixed = BASE_BYTES + parameters + recipe.batch * (2 * cache + logits)
-    reference_bytes = 4 * elements
-    steps = recipe.parity.decode_tokens
-    compute = 2.0 * elements * recipe.parity.prompt_tokens / FLOPS_PER_S + steps * reference_bytes / MEMORY_BYTES_PER_S
-    seconds = IMPORT_SECONDS + reference_bytes / READ_BYTES_PER_S + PARITY_RUNS * recipe.batch * compute
-    what = f"{recipe.parity.prompt_tokens} + {steps} tokens"
-    if fixed + reference_bytes <= machine.ram_bytes:
-        return Stage("parity", f"{what}, reference in memory", fixed + reference_bytes, 0, seconds), "memory"
-    largest = max(4 * prod(tensor.shape) for tensor in tensors.values())
-    seconds += 2 * (1 + steps) * reference_bytes / READ_BYTES_PER_S
-    return Stage("parity", f"{what}, reference left on disk", fixed + largest, 0, seconds), "offload"
+    recipe: Recipe, config: ModelConfig, tensors: Mapping[str, TensorFacts], elements: int
+) -> Stage:
+    """One matrix of weights at a time, whatever the model's size; activations of the longest prompts."""
+    width, steps = recipe.prefill_length, recipe.parity.decode_tokens
+    tokens, _ = prompt_length(config, width, recipe.parity.prompt_tokens)
+    layers = [prod(tensor.shape) for name, tensor in tensors.items() if ".layers." in name]
+    # Graph: batch x P positions, a case at a time; torch: the text and the random case together, without padding.
+    positions = max(recipe.batch * width, 2 * recipe.batch * (tokens + steps))
+    activations = 4 * positions * (3 * config.intermediate_size + 2 * config.num_attention_heads * width)
+    ram = BASE_BYTES + TOKENIZER_BYTES + LOGIT_BYTES + 2 * 4 * max(layers) + activations
+    flops = 2.0 * sum(layers) * 2 * recipe.batch * (width + TORCH_RUNS * (tokens + steps))
+    seconds = IMPORT_SECONDS + flops / FLOPS_PER_S + (TORCH_RUNS + 2) * 4 * elements / STREAM_BYTES_PER_S
+    return Stage("parity", f"{tokens} + {steps} tokens, text and random", ram, 0, seconds)
 
 
 def _shortfalls(plan: Plan, recipe: Recipe) -> tuple[str, ...]:
@@ -253,7 +232,7 @@ def _shortfalls(plan: Plan, recipe: Recipe) -> tuple[str, ...]:
     for stage in plan.stages:
         if stage.ram_bytes > machine.ram_bytes:
             remedy = {
-                "params": "set workspace.workers: 1, or free memory" if recipe.workspace.workers > 1 else "free memory",
+                "parameters": "set workspace.workers: 1, or free memory" if recipe.workspace.workers > 1 else "free memory",
                 "parity": "compare fewer tokens (parity.prompt_tokens), or free memory",
             }.get(stage.name, "free memory")
             lacking.append(
@@ -282,13 +261,10 @@ def _already_there(out: Path) -> int:
     return sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.is_dir() else 0
 
 
-def _notes(plan: Plan) -> tuple[str, ...]:
-    notes = []
-    if plan.reference == "offload":
-        notes.append("the fp32 reference does not fit in memory: parity reads its layers from disk, which is slow")
-    if any(stage.name == "stage" and stage.disk_bytes for stage in plan.stages):
-        notes.append("a GGUF checkpoint is converted to safetensors in the workspace first")
-    return tuple(notes)
+def _notes(checkpoint: CheckpointFacts) -> tuple[str, ...]:
+    if checkpoint.path.suffix.lower() == ".gguf":
+        return ("a GGUF file's weights are the dequantized ones: the artifact repeats that model, not the original",)
+    return ()
 
 
 def render(plan: Plan) -> Any:

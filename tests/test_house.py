@@ -24,7 +24,7 @@ LONGEST_MODULE_LINES = 400
 # A part imports only parts to its left.
 ORDER = (
     *("errors", "paths", "machine", "recipe", "checkpoint", "patched", "calibration", "quantization", "graph"),
-    *("params", "backends", "artifact", "runtime", "preflight", "parity", "stages", "compile", "commands", "cli"),
+    *("params", "backends", "artifact", "runtime", "parity", "preflight", "stages", "compile", "commands", "cli"),
     "testing",
 )
 TORCH_FREE = ("errors", "recipe", "checkpoint", "params", "artifact", "runtime", "preflight", "cli")

@@ -75,17 +75,16 @@ def test_memory_before_parity_is_flat_in_model_size():
         make_plan(recipe(), checkpoint(num_hidden_layers=layers), machine=BIG, parity=False) for layers in (18, 46)
     )
     assert small.peak_ram_bytes == large.peak_ram_bytes < GIB
-    assert small.reference == "none"
     assert large.disk_bytes > small.disk_bytes
 
 
-def test_the_reference_is_offloaded_when_it_does_not_fit():
-    assert make_plan(recipe(), checkpoint(), machine=BIG).reference == "memory"
-    plan = preflight(recipe(), checkpoint(), machine=replace(BIG, ram_bytes=8 * GIB))
-    assert plan.reference == "offload"
-    assert plan.notes == (
-        "the fp32 reference does not fit in memory: parity reads its layers from disk, which is slow",
-    )
+def test_parity_asks_for_one_matrix_and_not_for_the_model():
+    small, large = (make_plan(recipe(), checkpoint(num_hidden_layers=layers), machine=BIG) for layers in (18, 46))
+    assert small.stages[-1].name == "parity"
+    assert small.stages[-1].ram_bytes == large.stages[-1].ram_bytes
+    assert large.stages[-1].seconds > 1.5 * small.stages[-1].seconds
+    wide = make_plan(recipe(), checkpoint(intermediate_size=2 * 16384), machine=BIG)
+    assert wide.stages[-1].ram_bytes > small.stages[-1].ram_bytes
 
 
 def test_all_shortfalls_are_refused_at_once_in_plain_words():
@@ -96,10 +95,10 @@ def test_all_shortfalls_are_refused_at_once_in_plain_words():
     assert error.exit_code == 1
     assert str(error) == (
         "recipe g: this machine cannot do the job as asked\n"
-        "  - memory: stage export needs about 0.55 GiB, 0.50 GiB is available (cgroup limit 1.00 GiB): free memory\n"
-        "  - memory: stage params needs about 0.82 GiB, 0.50 GiB is available (cgroup limit 1.00 GiB): "
+        "  - memory: stage parameters needs about 0.82 GiB, 0.50 GiB is available (cgroup limit 1.00 GiB): "
         "set workspace.workers: 1, or free memory\n"
-        "  - memory: stage parity needs about 5.07 GiB, 0.50 GiB is available (cgroup limit 1.00 GiB): "
+        "  - memory: stage graphs needs about 0.55 GiB, 0.50 GiB is available (cgroup limit 1.00 GiB): free memory\n"
+        "  - memory: stage parity needs about 1.45 GiB, 0.50 GiB is available (cgroup limit 1.00 GiB): "
         "compare fewer tokens (parity.prompt_tokens), or free memory\n"
         "  - disk: /nowhere/workspace/g needs 2.52 GB, 12.0 MB is free: "
         "free space, or set workspace.path to another disk\n"
@@ -120,10 +119,9 @@ def test_what_an_interrupted_run_wrote_is_not_asked_for_again(tmp_path):
     assert make_plan(job, source, machine=short).shortfalls == ()
 
 
-def test_gguf_weights_are_staged_as_float32():
-    plan = make_plan(recipe(), checkpoint("/models/g.gguf"), machine=BIG)
-    assert plan.stages[0].disk_bytes == 4 * ELEMENTS
-    assert make_plan(recipe(), checkpoint(), staging_bytes=7, machine=BIG).stages[0].disk_bytes == 7
+def test_a_gguf_file_is_said_to_be_another_model():
+    assert "dequantized" in make_plan(recipe(), checkpoint("/models/g.gguf"), machine=BIG).notes[0]
+    assert make_plan(recipe(), checkpoint(), machine=BIG).notes == ()
 
 
 def test_an_unbuilt_recipe_is_refused_before_it_is_estimated():
@@ -140,7 +138,7 @@ def test_the_plan_renders_and_is_plain_json():
     out = io.StringIO()
     Console(file=out, width=140).print(render(plan))
     text = out.getvalue()
-    for word in ("Plan for g (w8a16)", "export", "params", "parity", "64.00 GiB", "this machine can do it"):
+    for word in ("Plan for g (w8a16)", "graphs", "parameters", "parity", "64.00 GiB", "this machine can do it"):
         assert word in text
     assert json.loads(json.dumps(plan.to_json()))["parameter_bytes"] == plan.parameter_bytes
     short = make_plan(recipe(), checkpoint(), machine=replace(BIG, disk_free_bytes=0))
