@@ -1,7 +1,7 @@
 """The artifact's own graphs in ONNX Runtime, strict, a decoder layer at a time.
 
 The graphs are cut where a layer's result is named `model.layers.{i}.out`. As the tokens are known beforehand, every
-layer can run prefill and all decode steps before the next one is opened: its weights are read once, instead of the whole
+layer can run prefill and all decode steps before the next one is opened: its weights are read once, and not the whole
 model for every token. The layer is cut again around its linears, so that one matrix is in memory at a time and is
 dequantized once and not once a token. The pieces are the graph's own nodes and read the artifact's own parameters;
 nothing is rebuilt. Differs from running the whole graph in the number of rows of a decode GEMM only.
@@ -87,7 +87,8 @@ class Cutter:
             [..., out] for each array.
         """
         shape = self.values[leaving].shape
-        assert shape is not None and isinstance(shape[-1], int)
+        if shape is None or not isinstance(shape[-1], int):
+            raise ArtifactError(f"{leaving} has no fixed width", where=self.where)
         count, step = shape[-1], max(1, MATRIX_BYTES // (4 * arrays[0].shape[-1]))
         dtype = self.values[leaving].dtype
         made = [
