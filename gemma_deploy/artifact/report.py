@@ -29,6 +29,7 @@ context {{ m.contract.context }}, batch {{ m.contract.batch }}; checkpoint <code
 <td class="n">{{ line.value }}</td><td class="n">{{ line.limit }}</td>
 <td class="{{ 'ok' if line.passed else 'bad' }}">{{ 'ok' if line.passed else 'FAILED' }}</td></tr>{% endfor %}</table>
 {% for note in m.parity.notes %}<p>{{ note }}</p>{% endfor %}
+{% if m.parity.divergence %}<p class="bad">{{ m.parity.divergence.text }}</p>{% endif %}
 {% else %}<p class="bad">not run: nothing is proven about this artifact</p>{% endif %}
 <h2>Ledger: where it may differ from the reference</h2>
 <table><tr><th>what</th><th>where</th><th>why</th><th>measured effect</th></tr>
