@@ -10,10 +10,16 @@ from gemma_deploy.errors import NotBuiltError
 from gemma_deploy.paths import source_code_dir
 
 PACKAGE = "gemma_deploy_source_code"
-# model_type -> configuration file, class, modeling file, class of the decoder stack without a head
-STACKS = {
-    "gemma": ("configuration_gemma_vacc", "GemmaConfig", "modeling_gemma_vacc", "GemmaModel"),
-    "gemma3_text": ("configuration_gemma3_vacc", "Gemma3TextConfig", "modeling_gemma3_vacc", "Gemma3TextModel"),
+# model_type -> configuration file, its class, modeling file, decoder stack without a head, causal LM
+MODELS = {
+    "gemma": ("configuration_gemma_vacc", "GemmaConfig", "modeling_gemma_vacc", "GemmaModel", "GemmaForCausalLM"),
+    "gemma3_text": (
+        "configuration_gemma3_vacc",
+        "Gemma3TextConfig",
+        "modeling_gemma3_vacc",
+        "Gemma3TextModel",
+        "Gemma3ForCausalLM",
+    ),
 }
 
 
@@ -36,11 +42,24 @@ def stack_classes(model_type: str) -> tuple[type, type]:
     Raises:
         NotBuiltError: no patched model exists for it yet.
     """
-    if model_type not in STACKS:
+    return _classes(model_type, 3)
+
+
+def causal_classes(model_type: str) -> tuple[type, type]:
+    """Configuration class and causal LM class of a generation.
+
+    Raises:
+        NotBuiltError: no patched model exists for it yet.
+    """
+    return _classes(model_type, 4)
+
+
+def _classes(model_type: str, which: int) -> tuple[type, type]:
+    if model_type not in MODELS:
         raise NotBuiltError(
             f"model_type {model_type!r} has no patched modeling file in this version",
-            expected="one of " + ", ".join(STACKS),
+            expected="one of " + ", ".join(MODELS),
             next_step="use a Gemma 1 or a Gemma 3 text checkpoint",
         )
-    config_file, config_class, model_file, model_class = STACKS[model_type]
-    return getattr(patched_module(config_file), config_class), getattr(patched_module(model_file), model_class)
+    names = MODELS[model_type]
+    return getattr(patched_module(names[0]), names[1]), getattr(patched_module(names[2]), names[which])

@@ -208,12 +208,12 @@ def _params_stage(
     rate = QUANTIZE_BYTES_PER_S if recipe.scheme == "w8a16" else CAST_BYTES_PER_S
     compute = 4 * elements / (rate * min(workers, machine.cpus))
     seconds = source / READ_BYTES_PER_S + compute + parameters / WRITE_BYTES_PER_S
-    return Stage("parameters", f"{len(tensors)} tensors as {recipe.scheme}, {workers} at a time", ram, parameters, seconds)
+    return Stage(
+        "parameters", f"{len(tensors)} tensors as {recipe.scheme}, {workers} at a time", ram, parameters, seconds
+    )
 
 
-def _parity_stage(
-    recipe: Recipe, config: ModelConfig, tensors: Mapping[str, TensorFacts], elements: int
-) -> Stage:
+def _parity_stage(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, TensorFacts], elements: int) -> Stage:
     """One matrix of weights at a time, whatever the model's size; activations of the longest prompts."""
     width, steps = recipe.prefill_length, recipe.parity.decode_tokens
     tokens, _ = prompt_length(config, width, recipe.parity.prompt_tokens)
@@ -232,7 +232,9 @@ def _shortfalls(plan: Plan, recipe: Recipe) -> tuple[str, ...]:
     for stage in plan.stages:
         if stage.ram_bytes > machine.ram_bytes:
             remedy = {
-                "parameters": "set workspace.workers: 1, or free memory" if recipe.workspace.workers > 1 else "free memory",
+                "parameters": "set workspace.workers: 1, or free memory"
+                if recipe.workspace.workers > 1
+                else "free memory",
                 "parity": "compare fewer tokens (parity.prompt_tokens), or free memory",
             }.get(stage.name, "free memory")
             lacking.append(

@@ -6,9 +6,6 @@ the model's size.
 
 from __future__ import annotations
 
-import importlib
-import sys
-import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,29 +13,10 @@ import torch
 from torch import nn
 
 from gemma_deploy.checkpoint.config import ModelConfig
-from gemma_deploy.errors import NotBuiltError
 from gemma_deploy.graph.contract import Scheme
-from gemma_deploy.paths import source_code_dir
+from gemma_deploy.patched import causal_classes, patched_module
 
-PACKAGE = "gemma_deploy_source_code"
-CLASSES = {
-    "gemma": ("configuration_gemma_vacc", "GemmaConfig", "modeling_gemma_vacc", "GemmaForCausalLM"),
-    "gemma3_text": ("configuration_gemma3_vacc", "Gemma3TextConfig", "modeling_gemma3_vacc", "Gemma3ForCausalLM"),
-}
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float16, "w8a16": torch.float32}
-
-
-def patched_module(name: str) -> types.ModuleType:
-    """Import one file of source_code/ under a package of its own, the way transformers would load it.
-
-    Raises:
-        ImportError: the file does not import with the installed transformers.
-    """
-    if PACKAGE not in sys.modules:
-        package = types.ModuleType(PACKAGE)
-        package.__path__ = [str(source_code_dir())]
-        sys.modules[PACKAGE] = package
-    return importlib.import_module(f"{PACKAGE}.{name}")
 
 
 @dataclass(frozen=True)
@@ -90,19 +68,15 @@ def new_model(config: ModelConfig, **changes: Any) -> nn.Module:
     Raises:
         NotBuiltError: no patched model exists for this generation yet.
     """
-    if config.model_type not in CLASSES:
-        raise NotBuiltError(
-            f"model_type {config.model_type!r} has no patched modeling file in this version",
-            expected="one of " + ", ".join(CLASSES),
-        )
-    config_file, config_class, model_file, model_class = CLASSES[config.model_type]
+    config_class, model_class = causal_classes(config.model_type)
     raw = {key: value for key, value in config.raw.items() if key != "auto_map"}
     if config.model_type == "gemma":
         changes.pop("layer_types", None)
-    hf_config = getattr(patched_module(config_file), config_class)(**{**raw, **changes, "use_cache": True})
+    hf_config = config_class(**{**raw, **changes, "use_cache": True})
     hf_config._attn_implementation = "eager"
     with torch.device("meta"):
-        return getattr(patched_module(model_file), model_class)(hf_config)
+        model: nn.Module = model_class(hf_config)
+    return model
 
 
 def _store(model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:

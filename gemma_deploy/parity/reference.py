@@ -17,10 +17,11 @@ from accelerate import cpu_offload, init_empty_weights
 from torch import nn
 
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.graph.skeleton import new_model, patched_module
+from gemma_deploy.graph.skeleton import new_model
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.sources import Features
+from gemma_deploy.patched import patched_module
 
 Weighting = Literal["fp32", "bf16", "w8a16"]
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Self, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from gemma_deploy.errors import RecipeError
+from gemma_deploy.paths import build_in_dir
 from gemma_deploy.recipe import document as documents
 from gemma_deploy.recipe import explain, rules, sections
 from gemma_deploy.recipe.document import Document
@@ -72,8 +73,9 @@ class Recipe(sections.Section):
         Raises:
             RecipeError: the file cannot be read, or lists everything wrong in it.
         """
+        path = _shipped(Path(path))
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise RecipeError(
                 f"not a text file (byte {error.start} is not UTF-8)", where=str(path), expected="a YAML recipe"
@@ -280,6 +282,14 @@ def _drop_empty_sections(cls: type[BaseModel], values: dict[str, Any]) -> None:
             del values[name]
         elif inner is not None and isinstance(values[name], dict):
             _drop_empty_sections(inner, values[name])
+
+
+def _shipped(path: Path) -> Path:
+    """build_in/NAME.yaml means the shipped recipe wherever the program is run from, unless the file is there."""
+    if path.exists() or path.is_absolute() or path.parts[:1] != ("build_in",):
+        return path
+    shipped = build_in_dir().joinpath(*path.parts[1:])
+    return shipped if shipped.is_file() else path
 
 
 def _fit_parity_defaults(document: Document) -> None:

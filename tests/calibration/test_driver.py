@@ -166,7 +166,7 @@ def test_progress_counts_windows_through_layers(checkpoint_dir, model_type, tmp_
 
 
 def test_a_generation_without_patched_model_is_refused(tmp_path, monkeypatch):
-    monkeypatch.delitem(patched.STACKS, "gemma")
+    monkeypatch.delitem(patched.MODELS, "gemma")
     path = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma")
     with pytest.raises(NotBuiltError, match="'gemma' has no patched modeling file"):
         streamed(path, sample_ids(), tmp_path)

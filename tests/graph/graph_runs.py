@@ -11,7 +11,7 @@ from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.graph.contract import GraphContract
 from gemma_deploy.graph.export import export_graphs
 from gemma_deploy.graph.external import attach_external, weightless, write_graph
-from gemma_deploy.graph.skeleton import patched_module
+from gemma_deploy.patched import patched_module
 
 TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "w8a16": torch.float32}
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}

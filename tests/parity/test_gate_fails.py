@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from gemma_deploy.errors import ArtifactError
-from gemma_deploy.graph.skeleton import patched_module
+from gemma_deploy.patched import patched_module
 from gemma_deploy.testing import write_tiny_checkpoint
 from tests.parity.breaking import Graph, change_tensor
 from tests.parity.conftest import gate

@@ -12,7 +12,7 @@ import gemma_deploy.compile as compiler
 from gemma_deploy.artifact import Artifact
 from gemma_deploy.cli import main
 from gemma_deploy.errors import GateError
-from gemma_deploy.graph.skeleton import patched_module
+from gemma_deploy.patched import patched_module
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.testing import write_tiny_checkpoint
 from tests.parity.breaking import Graph, change_tensor
