@@ -15,8 +15,8 @@ from gemma_deploy.errors import CheckpointError
 from tests.checkpoint.make import config, to_bf16, weights
 
 ARCHITECTURES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3"}
-REAL_GGUF = Path(os.environ.get("GEMMA_270M_GGUF", "/work/ws/g270/gguf/gemma-3-270m-q4_k_m.gguf"))
-REAL_HF = Path(os.environ.get("GEMMA_270M", "/work/ws/g270/hf"))
+REAL_GGUF = Path(os.environ.get("GEMMA_270M_GGUF", "not given"))
+REAL_HF = Path(os.environ.get("GEMMA_270M", "not given"))
 
 
 def raw_config(model_type, **changes):
@@ -188,7 +188,7 @@ def test_any_byte_flip_is_refused_or_opens(file, data):
 
 
 @pytest.mark.real
-@pytest.mark.skipif(not REAL_GGUF.exists() or not REAL_HF.exists(), reason="needs the real 270M")
+@pytest.mark.skipif(not REAL_GGUF.exists() or not REAL_HF.exists(), reason="needs GEMMA_270M (directory) and GEMMA_270M_GGUF (file)")
 def test_real_270m_rounds_to_its_bf16_checkpoint():
     ours, theirs = Checkpoint.open(REAL_GGUF), Checkpoint.open(REAL_HF)
     assert ours.config == theirs.config

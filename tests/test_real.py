@@ -1,0 +1,96 @@
+"""The real Gemma 3 270M, past its window of 512: `make test-real GEMMA_270M=DIR` (also GEMMA_270M_GGUF, GEMMA_2B)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gemma_deploy.artifact import Artifact, verify
+from gemma_deploy.compile import compile_recipe
+from gemma_deploy.errors import GateError
+from gemma_deploy.parity.requests import Request, patched_stage
+from gemma_deploy.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+GIB = 1 << 30
+real = pytest.mark.skipif("GEMMA_270M" not in os.environ, reason="needs GEMMA_270M: the directory of the real model")
+pytestmark = [pytest.mark.real]
+
+
+def compiled(tmp_path, scheme, *overrides):
+    recipe = Recipe.load(
+        ROOT / f"build_in/hf_gemma3_{scheme}.yaml",
+        [f"workspace.path={tmp_path}", *overrides],
+        checkpoint=os.environ["GEMMA_270M"],
+    )
+    return Artifact.open(compile_recipe(recipe).path)
+
+
+@real
+def test_the_patched_model_is_the_stock_model_bit_for_bit_past_the_window():
+    result = patched_stage(os.environ["GEMMA_270M"], Request(prompt_tokens=700))
+    assert [line.value for line in result.lines] == [0.0]
+    assert any("longer than the sliding window (512)" in note for note in result.notes)
+
+
+@real
+def test_bf16_logits_of_the_staged_model_are_the_stock_class_s(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from gemma_deploy.checkpoint import stage_checkpoint
+
+    staged = stage_checkpoint(os.environ["GEMMA_270M"], tmp_path / "staged")
+    ids = torch.randint(4, 262144, (1, 700), generator=torch.Generator().manual_seed(0))
+    logits = []
+    for path, remote in ((os.environ["GEMMA_270M"], False), (staged, True)):
+        model = AutoModelForCausalLM.from_pretrained(
+            path, trust_remote_code=remote, dtype=torch.bfloat16, attn_implementation="eager"
+        ).eval()
+        with torch.inference_mode():
+            logits.append(model(ids, use_cache=False, logits_to_keep=64).logits)
+    assert torch.equal(*logits)
+
+
+@real
+def test_the_fp32_artifact_computes_the_model(tmp_path):
+    artifact = compiled(tmp_path, "fp32")
+    lines = {line["comparison"]: line for line in artifact.manifest["parity"]["lines"]}
+    assert lines["hf = strict"]["passed"]
+    assert lines["hf = strict"]["value"] <= 1e-5
+
+
+@real
+def test_the_int8_artifact_passes_its_gate_and_holds_every_weight_once(tmp_path):
+    artifact = compiled(tmp_path, "int8")
+    assert artifact.manifest["parity"]["passed"]
+    verify(artifact.path)
+    elements = sum(row.nbytes for row in artifact.params.rows if row.dtype == "int8")
+    scales = sum(row.nbytes for row in artifact.params.rows if row.name.endswith(".scale"))
+    assert (artifact.path / "params.safetensors").stat().st_size <= 1.02 * (elements + scales)
+
+
+@real
+def test_fp16_is_refused_because_the_residual_stream_overflows(tmp_path):
+    with pytest.raises(GateError, match="headroom"):
+        compiled(tmp_path, "fp16")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("GEMMA_2B" not in os.environ, reason="needs GEMMA_2B: a directory, random weights will do")
+@pytest.mark.parametrize("scheme", ["int8", "fp16"])
+def test_a_2b_compiles_in_a_gibibyte(tmp_path, scheme):
+    program = (
+        "import resource, sys; from gemma_deploy.cli import main; code = main(sys.argv[1:]);"
+        "print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    recipe = f"build_in/hf_gemma_{scheme}.yaml"
+    arguments = ["compile", recipe, "--checkpoint", os.environ["GEMMA_2B"], "--out", str(tmp_path / "artifact")]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    code, peak = done.stdout.split()[-2:]
+    assert code == "0"
+    assert int(peak) <= GIB
