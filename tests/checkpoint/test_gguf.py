@@ -188,7 +188,7 @@ def test_any_byte_flip_is_refused_or_opens(file, data):
 
 
 @pytest.mark.real
-@pytest.mark.skipif(not REAL_GGUF.exists() or not REAL_HF.exists(), reason="needs GEMMA_270M (directory) and GEMMA_270M_GGUF (file)")
+@pytest.mark.skipif(not REAL_GGUF.exists() or not REAL_HF.exists(), reason="needs GEMMA_270M and GEMMA_270M_GGUF")
 def test_real_270m_rounds_to_its_bf16_checkpoint():
     ours, theirs = Checkpoint.open(REAL_GGUF), Checkpoint.open(REAL_HF)
     assert ours.config == theirs.config
