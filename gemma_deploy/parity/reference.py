@@ -1,9 +1,10 @@
 """The torch side of parity: transformers' own class (`hf`) or the patched one, streamed through accelerate.
 
-The model is built empty; accelerate's hooks ask `Weights` for each module's tensors when the module runs and drop them
-afterwards, so one matrix is in memory at a time, whatever the model's size. All rows of all cases go through the stack
+The model is built empty. accelerate's hooks ask `Weights` for norms and embedding rows when a module runs and drop them
+afterwards; linears read their matrix a block of rows at a time. So 8 MiB of weights are in memory, whatever the model's
+size, and everything else is the class's own code. All rows of all cases go through the stack
 in one pass, padded on the right, where causality keeps padding from reaching a token. The token table is cut down to
-the tokens in use and the LM head is applied in blocks of rows: no copy of the table is ever made.
+the tokens in use: no copy of it is ever made.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from accelerate import cpu_offload, init_empty_weights
 from torch import nn
 
 from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.errors import NotBuiltError
 from gemma_deploy.graph.skeleton import new_model
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
@@ -25,8 +27,8 @@ from gemma_deploy.patched import patched_module
 
 Weighting = Literal["fp32", "bf16", "w8a16"]
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-HEAD_BYTES = 16 << 20  # malloc maps and unmaps anything of 32 MiB: page faults
-BLOCK_BYTES = 4 << 20  # stays in the cache through the passes of quantize_rows
+BLOCK_BYTES = 8 << 20  # of a matrix as float32; malloc maps and unmaps anything of 32 MiB, at the price of page faults
+LINEARS = ("_proj",)
 
 
 class TorchSource:
@@ -63,24 +65,28 @@ class TorchSource:
         return [[next(rows) for _ in case.prompts] for case in cases]
 
     def head(self, features: np.ndarray, prompt_end: bool = False) -> np.ndarray:
-        """features: [n, H] -> [n, V], a block of table rows at a time."""
+        """features: [n, H] -> [n, V]."""
         config = self.checkpoint.config
-        name = TABLE if config.tie_word_embeddings else HEAD
-        step = max(1, HEAD_BYTES // (4 * config.hidden_size))
-        hidden = torch.from_numpy(np.ascontiguousarray(features))
-        logits = np.empty((len(features), config.vocab_size), np.float32)
         with torch.inference_mode():
-            for start in range(0, config.vocab_size, step):
-                stop = min(start + step, config.vocab_size)
-                weight = self._matrix(self.checkpoint.rows(name, start, stop))
-                if self.weighting == "w8a16":
-                    quantization = patched_module("quantization_vacc")
-                    linear = quantization.QuantizedLinearPerChannel(*quantization.quantize_rows(weight))
-                    logits[:, start:stop] = linear(hidden).numpy()
-                else:
-                    logits[:, start:stop] = nn.functional.linear(hidden, weight).numpy()
+            hidden = torch.from_numpy(np.ascontiguousarray(features))
+            logits = self.linear(TABLE if config.tie_word_embeddings else HEAD, hidden).numpy()
         cap = config.final_logit_softcapping
         return logits if cap is None else np.tanh(logits / cap) * cap
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Apply a stored matrix [out, in], a block of its rows at a time: x [..., in] -> [..., out]."""
+        count, width = self.checkpoint.tensors[name].shape
+        step = max(1, BLOCK_BYTES // (4 * width))
+        out = torch.empty((*x.shape[:-1], count))
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            weight = self._matrix(self.checkpoint.rows(name, start, stop))
+            if self.weighting == "w8a16":
+                quantization = patched_module("quantization_vacc")
+                out[..., start:stop] = quantization.QuantizedLinearPerChannel(*quantization.quantize_rows(weight))(x)
+            else:
+                out[..., start:stop] = nn.functional.linear(x, weight)
+        return out
 
     def modules(
         self, case: Case, row: int, wanted: Callable[[str], bool], keep: Callable[[str, np.ndarray], None]
@@ -112,6 +118,9 @@ class TorchSource:
         for i, sequence in enumerate(sequences):
             ids[i, : len(sequence)] = torch.tensor([index[token] for token in sequence])
         model = self._build(len(used))
+        for name, module in list(model.named_modules()):
+            if name.endswith(LINEARS):
+                model.set_submodule(name, StreamedLinear(self, f"model.{name}.weight", module))
         weights = Weights(self, used)
         cpu_offload(model, torch.device("cpu"), offload_buffers=True, state_dict=weights)
         watch(model)
@@ -148,44 +157,40 @@ class TorchSource:
                 module.register_forward_hook(_remember_absmax(f"model.{name}", self.absmax))
 
 
+class StreamedLinear(nn.Module):
+    """Stands in for a linear of either class: the same product, without ever holding the whole matrix."""
+
+    def __init__(self, source: TorchSource, name: str, replaced: nn.Module) -> None:
+        super().__init__()
+        if getattr(replaced, "bias", None) is not None:
+            raise NotBuiltError(f"{name}: linears with a bias are not compared in this version")
+        self.source, self.name = source, name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [batch, seq, in] -> [batch, seq, out]."""
+        return self.source.linear(self.name, x)
+
+
 class Weights(Mapping[str, torch.Tensor]):
-    """The checkpoint's tensors as the model asks for them; nothing is kept.
+    """Norms and the cut-down table, as the model asks for them; nothing is kept.
 
     Args:
-        used: token ids that the cut-down table holds, in order.
+        used: token ids that the table holds, in order.
     """
 
     def __init__(self, source: TorchSource, used: Sequence[int]) -> None:
         self.source, self.used = source, used
-        self._scale: tuple[str, torch.Tensor] | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        stored = f"model.{name}".removesuffix(".scale")
-        stored = f"{stored}.weight" if name.endswith(".scale") else stored
-        if name.endswith(".scale") and self._scale is not None and self._scale[0] == stored:
-            return self._scale[1]
-        rows = self._table() if stored == TABLE else None
-        shape = self.source.checkpoint.tensors[stored].shape
-        if rows is not None and self.source.weighting != "w8a16":
-            return rows
-        if self.source.weighting != "w8a16" or len(shape) == 1:
-            values = self.source.checkpoint.rows(stored, 0, shape[0])
-            return self.source._matrix(values) if len(shape) == 2 else torch.from_numpy(values)
-        quantize_rows = patched_module("quantization_vacc").quantize_rows
-        if rows is not None:
-            quantized, scale = quantize_rows(rows)
-        else:
-            quantized, scale = torch.empty(shape, dtype=torch.int8), torch.empty(shape[0])
-            for start, block in self._blocks(stored, shape):
-                part = slice(start, start + len(block))
-                quantized[part], scale[part] = quantize_rows(block)
-        self._scale = (stored, scale)  # asked for next: accelerate takes a module's tensors one after the other
+        if not name.startswith("embed_tokens."):
+            stored = f"model.{name}"
+            return torch.from_numpy(
+                self.source.checkpoint.rows(stored, 0, self.source.checkpoint.tensors[stored].shape[0])
+            )
+        if self.source.weighting != "w8a16":
+            return self._table()
+        quantized, scale = patched_module("quantization_vacc").quantize_rows(self._table())
         return scale if name.endswith(".scale") else quantized
-
-    def _blocks(self, name: str, shape: tuple[int, ...]) -> Iterator[tuple[int, torch.Tensor]]:
-        step = max(1, BLOCK_BYTES // (4 * shape[1]))
-        for start in range(0, shape[0], step):
-            yield start, torch.from_numpy(self.source.checkpoint.rows(name, start, min(start + step, shape[0])))
 
     def _table(self) -> torch.Tensor:
         checkpoint = self.source.checkpoint

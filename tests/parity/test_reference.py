@@ -152,7 +152,7 @@ def test_the_head_in_blocks_of_rows_gives_the_same_logits(checkpoint, monkeypatc
     for weighting in ("fp32", "w8a16"):
         source = TorchSource(checkpoint, "patched", weighting)
         whole = source.head(hidden)
-        monkeypatch.setattr(reference, "HEAD_BYTES", 4 * checkpoint.config.hidden_size * 100)  # 512 rows in 6 blocks
+        monkeypatch.setattr(reference, "BLOCK_BYTES", 4 * checkpoint.config.hidden_size * 100)  # 512 rows in 6 blocks
         np.testing.assert_allclose(source.head(hidden), whole, rtol=0, atol=SUMMATION * np.abs(whole).max())
         monkeypatch.undo()
 
