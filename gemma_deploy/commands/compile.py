@@ -66,7 +66,7 @@ def _print_stage(stage: Stage) -> None:
     click.echo(f"{stage.name:<11}{stage.seconds:8.2f} s  peak {stage.peak_rss_bytes / MIB:7.0f} MiB {size}{done}")
 
 
-def _progress():  # noqa: ANN202 (a rich callback)
+def _progress():
     """A bar on a terminal; plain lines, one per tenth, in a log."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn

@@ -285,7 +285,7 @@ def _drop_empty_sections(cls: type[BaseModel], values: dict[str, Any]) -> None:
 
 
 def _shipped(path: Path) -> Path:
-    """build_in/NAME.yaml means the shipped recipe wherever the program is run from, unless the file is there."""
+    """A name that starts with build_in means the shipped recipe wherever the program is run from, unless the file is there."""
     if path.exists() or path.is_absolute() or path.parts[:1] != ("build_in",):
         return path
     shipped = build_in_dir().joinpath(*path.parts[1:])

@@ -1,0 +1,154 @@
+"""`gemma-deploy inspect`: what is in an artifact or a checkpoint; reads no weight."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+MIB = 1 << 20
+EPILOG = """\b
+Examples:
+  gemma-deploy inspect workspace/gemma-demo-int8-128-256
+  gemma-deploy inspect /models/gemma-3-270m --params
+  gemma-deploy inspect demo --json
+"""
+
+
+@click.command("inspect", epilog=EPILOG)
+@click.argument("path")
+@click.option("--params", is_flag=True, help="List every tensor.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def command(path: str, params: bool, as_json: bool) -> None:
+    """Show what is in PATH: an artifact, a checkpoint directory, a .gguf file, or `demo`."""
+    from gemma_deploy.artifact import Artifact
+    from gemma_deploy.artifact.manifest import MANIFEST
+    from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint
+
+    if (Path(path) / MANIFEST).exists():
+        manifest = Artifact.open(path).manifest
+        facts, tensors = artifact_facts(manifest), manifest["params"]
+    else:
+        checkpoint = Checkpoint.open(resolve_checkpoint(path))
+        facts = checkpoint_facts(checkpoint)
+        tensors = [
+            {"name": one.name, "dtype": one.dtype, "shape": list(one.shape), "nbytes": one.nbytes}
+            for one in checkpoint.tensors.values()
+        ]
+    if as_json:
+        click.echo(json.dumps(facts | ({"params": tensors} if params else {}), indent=1))
+        return
+    _show(facts, tensors if params else [])
+
+
+def artifact_facts(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest without its longest parts, and sums over them."""
+    contract, parity = manifest["contract"], manifest["parity"]
+    sqnr = {row["name"]: row["sqnr_db"] for row in manifest["params"] if row.get("sqnr_db") is not None}
+    worst = min(sqnr, key=lambda name: sqnr[name]) if sqnr else None
+    return {
+        "artifact": {
+            "name": manifest["name"],
+            "scheme": manifest["scheme"],
+            "model": f"{manifest['model']['model_type']}, {manifest['model']['num_hidden_layers']} layers",
+            "checkpoint": f"{manifest['checkpoint']['path']} ({manifest['checkpoint']['format']})",
+            "batch, prefill, context": f"{contract['batch']}, {contract['prefill']}, {contract['context']}",
+            "parity": parity["summary"] if parity else "not run: nothing is proven",
+            "lowest SQNR": f"{sqnr[worst]:.2f} dB, {worst}" if worst else "nothing is quantized",
+        },
+        "graphs": [port for graph in contract["graphs"] for port in _ports(graph, contract["graphs"][graph])],
+        "parameters": sizes((row["dtype"], row["nbytes"]) for row in manifest["params"]),
+        "operators": [
+            {"operator": op, **{graph: census.get(op, 0) for graph, census in manifest["op_census"].items()}}
+            for op in sorted({op for census in manifest["op_census"].values() for op in census})
+        ],
+        "ledger": [
+            {"what": entry["what"], "where": entry["where"], "effect": _plain(entry["effect"])}
+            for entry in manifest["ledger"]
+        ],
+        "stages": [
+            {"stage": one["name"], "seconds": round(one["seconds"], 2), "peak MiB": one["peak_rss_bytes"] // MIB}
+            for one in manifest["stages"]
+        ],
+        "made with": manifest["tool"],
+    }
+
+
+def checkpoint_facts(checkpoint: Any) -> dict[str, Any]:
+    """Config, sizes and notes of an open checkpoint."""
+    config = checkpoint.config
+    window = config.sliding_window if "sliding_attention" in config.layer_types else None
+    return {
+        "checkpoint": {
+            "path": str(checkpoint.path),
+            "format": checkpoint.format,
+            "model": f"{config.model_type}, {config.num_hidden_layers} layers",
+            "heads": f"{config.num_attention_heads}, {config.num_key_value_heads} for keys and values, of "
+            f"{config.head_dim}",
+            "hidden, intermediate": f"{config.hidden_size}, {config.intermediate_size}",
+            "vocabulary": f"{config.vocab_size}, {'tied' if config.tie_word_embeddings else 'LM head of its own'}",
+            "positions": config.max_position_embeddings,
+            "sliding window": f"{window} in {config.layer_types.count('sliding_attention')} layers"
+            if window
+            else "none",
+            "stop tokens": ", ".join(map(str, config.eos_token_ids)),
+            "tokenizer": ", ".join(file.name for file in checkpoint.tokenizer_files())
+            or ("inside" if checkpoint.format == "gguf" else "none"),
+            "fingerprint": checkpoint.fingerprint(),
+        },
+        "parameters": sizes((one.dtype, one.nbytes) for one in checkpoint.tensors.values()),
+        "notes": [{"note": note} for note in dict.fromkeys((*checkpoint.notes, *config.warnings))],
+    }
+
+
+def sizes(tensors: Any) -> list[dict[str, Any]]:
+    """(dtype, bytes) of every tensor -> one row per dtype."""
+    groups: dict[str, list[int]] = {}
+    for dtype, nbytes in tensors:
+        groups.setdefault(dtype, []).append(nbytes)
+    return [
+        {"dtype": dtype, "tensors": len(found), "MiB": round(sum(found) / MIB, 2)}
+        for dtype, found in sorted(groups.items())
+    ]
+
+
+def _ports(graph: str, ports: dict[str, Any]) -> list[dict[str, Any]]:
+    """Inputs and outputs of a graph, its caches as one row."""
+    rows = []
+    for side in ("inputs", "outputs"):
+        caches = [port for port in ports[side] if port["name"].endswith((".key", ".value"))]
+        plain = [port for port in ports[side] if port not in caches]
+        if caches:
+            plain.append({**caches[0], "name": f"{caches[0]['name']} ... ({len(caches)} in all)"})
+        rows += [
+            {"graph": graph, "side": side, "name": port["name"], "dtype": port["dtype"], "shape": str(port["shape"])}
+            for port in plain
+        ]
+    return rows
+
+
+def _plain(effect: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in effect.items()
+    )
+
+
+def _show(facts: dict[str, Any], tensors: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=max(110, Console().width))
+    for title, part in {**facts, "tensors": tensors}.items():
+        rows = [{"": key, " ": value} for key, value in part.items()] if isinstance(part, dict) else part
+        if not rows:
+            continue
+        keys = list(dict.fromkeys(key for row in rows for key in row if key not in ("offset", "sha256", "signal_energy")))
+        table = Table(title=title, title_justify="left", show_header=not isinstance(part, dict))
+        for key in keys:
+            number = all(isinstance(row.get(key), int | float) for row in rows)
+            table.add_column(key, justify="right" if number else "left", overflow="fold", no_wrap=key == "name")
+        for row in rows:
+            table.add_row(*("" if row.get(key) is None else str(row[key]) for key in keys))
+        console.print(table)

@@ -1,0 +1,71 @@
+"""`inspect` on an artifact and on checkpoints: its figures are the manifest's and the config's own."""
+
+import json
+
+import pytest
+
+from gemma_deploy.cli import main
+from gemma_deploy.compile import compile_recipe
+from gemma_deploy.recipe import Recipe
+from gemma_deploy.testing import write_tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("workspace")
+    recipe = Recipe.load("build_in/hf_gemma_int8.yaml", [f"workspace.path={folder}"])
+    return compile_recipe(recipe, parity=False).path
+
+
+def shown(capsys, *arguments):
+    code = main(["inspect", *map(str, arguments)])
+    return code, capsys.readouterr()
+
+
+def test_an_artifact_as_json_agrees_with_its_manifest(artifact, capsys):
+    code, output = shown(capsys, artifact, "--json", "--params")
+    facts, manifest = json.loads(output.out), json.loads((artifact / "manifest.json").read_text())
+    assert code == 0
+    assert facts["params"] == manifest["params"]
+    assert facts["artifact"]["parity"] == "not run: nothing is proven"
+    assert facts["artifact"]["batch, prefill, context"] == "1, 128, 256"
+    stored = sum(row["nbytes"] for row in manifest["params"])
+    assert sum(row["MiB"] for row in facts["parameters"]) == pytest.approx(stored / 2**20, abs=0.03)
+    assert sum(row["iter0"] for row in facts["operators"]) == sum(manifest["op_census"]["iter0"].values())
+    lowest = min((row["sqnr_db"], row["name"]) for row in manifest["params"] if row["sqnr_db"] is not None)
+    assert facts["artifact"]["lowest SQNR"] == f"{lowest[0]:.2f} dB, {lowest[1]}"
+
+
+def test_an_artifact_as_tables_shows_ports_ledger_and_stages(artifact, capsys):
+    code, output = shown(capsys, artifact)
+    assert code == 0
+    for word in ("past_key_values.0.key ... (8 in all)", "[1, 257]", "QuantizedLinearPerChannel", "int8", "parameters"):
+        assert word in output.out, word
+    assert "model.layers.3.mlp.down_proj.weight" not in output.out
+    assert "model.layers.3.mlp.down_proj.weight" in shown(capsys, artifact, "--params")[1].out
+
+
+def test_a_checkpoint_shows_its_config_and_its_bytes(tmp_path, capsys):
+    folder = write_tiny_checkpoint(tmp_path / "tiny", "gemma3_text")
+    code, output = shown(capsys, folder, "--json", "--params")
+    facts = json.loads(output.out)
+    assert code == 0
+    assert facts["checkpoint"]["sliding window"] == "8 in 6 layers"
+    assert facts["checkpoint"]["heads"] == "4, 2 for keys and values, of 32"
+    assert facts["checkpoint"]["tokenizer"] == "none"
+    assert [row["dtype"] for row in facts["parameters"]] == ["bfloat16"]
+    assert sum(tensor["nbytes"] for tensor in facts["params"]) < (folder / "model.safetensors").stat().st_size
+
+
+def test_the_demo_is_a_checkpoint(capsys):
+    code, output = shown(capsys, "demo")
+    assert code == 0
+    assert "gemma, 4 layers" in output.out
+
+
+def test_what_is_neither_is_refused_in_a_sentence(tmp_path, capsys):
+    code, output = shown(capsys, tmp_path / "nothing")
+    assert code == 1
+    assert "there is no such file or directory" in output.err
+    assert "next:" in output.err
+    assert "Traceback" not in output.err
