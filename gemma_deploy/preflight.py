@@ -214,14 +214,14 @@ def _params_stage(
 
 
 def _parity_stage(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, TensorFacts], elements: int) -> Stage:
-    """One matrix of weights at a time, whatever the model's size; activations of the longest prompts."""
+    """A block of one matrix at a time, whatever the model's size; activations of the longest prompts."""
     width, steps = recipe.prefill_length, recipe.parity.decode_tokens
     tokens, _ = prompt_length(config, width, recipe.parity.prompt_tokens)
     layers = [prod(tensor.shape) for name, tensor in tensors.items() if ".layers." in name]
     # Graph: batch x P positions, a case at a time; torch: the text and the random case together, without padding.
     positions = max(recipe.batch * width, 2 * recipe.batch * (tokens + steps))
     activations = 4 * positions * (3 * config.intermediate_size + 2 * config.num_attention_heads * width)
-    ram = BASE_BYTES + TOKENIZER_BYTES + LOGIT_BYTES + 2 * 4 * max(layers) + activations
+    ram = BASE_BYTES + TOKENIZER_BYTES + LOGIT_BYTES + BLOCK_BYTES + activations
     flops = 2.0 * sum(layers) * 2 * recipe.batch * (width + TORCH_RUNS * (tokens + steps))
     seconds = IMPORT_SECONDS + flops / FLOPS_PER_S + (TORCH_RUNS + 2) * 4 * elements / STREAM_BYTES_PER_S
     return Stage("parity", f"{tokens} + {steps} tokens, text and random", ram, 0, seconds)
