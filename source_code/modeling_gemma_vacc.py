@@ -1,4 +1,4 @@
-"""Patched Gemma 1: legacy rotary, explicit masks, strided slice in prefill, int8 linears; same numbers as the stock class.
+"""Patched Gemma 1: legacy rotary, explicit masks, strided slice in prefill, int8 linears; the stock numbers.
 
 Copied beside the weights and loaded by transformers as remote code; needs torch and transformers alone.
 """

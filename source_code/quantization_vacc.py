@@ -59,7 +59,7 @@ class QuantizedEmbedding(nn.Module):
     """Rows of an int8 table times their own scale times sqrt(hidden_size); the LM head reads the same table.
 
     Args:
-        weight: int8 [vocab, hidden]; scale: float32 [vocab]; embed_scale: the rounded square root; dtype: of the output.
+        weight: int8 [vocab, hidden]; scale: float32 [vocab]; embed_scale: the rounded root; dtype: of the output.
     """
 
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor, embed_scale: float, dtype: torch.dtype):

@@ -29,7 +29,7 @@ def ledger_for(manifest: dict[str, Any]) -> list[dict[str, Any]]:
         LedgerEntry(
             f"embedding scale sqrt({model['hidden_size']}), rounding `{scale}`",
             "model.embed_tokens",
-            "exact: as transformers computes in the run dtype; bf16: as the model was trained; the reference does the same",
+            "exact: as transformers computes in the run dtype; bf16: as the model was trained; so does the reference",
         )
     )
     if contract["context"] < model["max_position_embeddings"]:

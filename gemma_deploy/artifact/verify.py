@@ -71,7 +71,8 @@ def _file_problems(artifact: Artifact) -> list[str]:
         elif facts["sha256"] != "rows:" + artifact.params.digest:
             problems.append(f"{name}: the rows in {MANIFEST} are not the ones it was written with")
     known = {*files, MANIFEST}
-    problems += [f"{file.name} does not belong to the artifact" for file in artifact.path.iterdir() if file.name not in known]
+    strangers = (file.name for file in artifact.path.iterdir() if file.name not in known)
+    problems += [f"{name} does not belong to the artifact" for name in sorted(strangers)]
     return problems
 
 
@@ -94,8 +95,9 @@ def _graph_problems(artifact: Artifact, file: Path) -> list[str]:
             problems.append(f"{file.name}: {tensor.name} has no row in the manifest")
             continue
         got = (where.get("location"), int(where.get("offset", 0)), int(where.get("length", 0)))
-        if got != (PARAMS, row.offset, row.nbytes):
-            problems.append(f"{file.name}: {tensor.name} points to {got}, its row says {(PARAMS, row.offset, row.nbytes)}")
+        says = (PARAMS, row.offset, row.nbytes)
+        if got != says:
+            problems.append(f"{file.name}: {tensor.name} points to {got}, its row says {says}")
         if (ONNX_DTYPES.get(tensor.data_type), tuple(tensor.dims)) != (row.dtype, row.shape):
             problems.append(f"{file.name}: {tensor.name} has another dtype or shape than its row")
     return problems

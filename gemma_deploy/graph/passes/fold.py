@@ -1,4 +1,4 @@
-"""Constant folding and dead-code removal on the traced skeleton (weights are hidden, so only shape arithmetic folds)."""
+"""Constant folding and dead-code removal on the traced skeleton (weights are hidden: only shape arithmetic folds)."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ def hide_weights(model: ir.Model, parameters: Mapping[str, str]) -> int:
     Args:
         parameters: initializer name in the trace -> name in the checkpoint. Two names may map to one (tied table).
     """
-    graph, hidden = model.graph, {}
+    graph = model.graph
+    hidden: dict[str, ir.Value] = {}
     for name, value in list(graph.initializers.items()):
         if name not in parameters:
             continue
