@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gemma_deploy import paths
 from gemma_deploy.artifact import ArtifactDir, op_census, write_report
@@ -23,7 +23,7 @@ from gemma_deploy.artifact.ledger import ledger_for
 from gemma_deploy.artifact.manifest import FORMAT_VERSION, tool_versions
 from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint, write_tokenizer
 from gemma_deploy.errors import GateError
-from gemma_deploy.graph.contract import GRAPHS, GraphContract
+from gemma_deploy.graph.contract import GRAPHS, GraphContract, Scheme
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.params import ParamTable, build_plan, write_params
 from gemma_deploy.preflight import Plan, make_plan, preflight
@@ -98,9 +98,7 @@ def compile_recipe(
     with ArtifactDir(out, key=key, force=force) as artifact:
         if artifact.finished and (artifact.manifest["parity"] is not None or not parity):
             return CompileResult(out, tuple(stages.done), True, artifact.manifest["parity"])
-        contract = GraphContract.of(
-            checkpoint.config, recipe.scheme, recipe.batch, recipe.prefill_length, recipe.context_length
-        )
+        contract = contract_of(recipe, checkpoint)
         with stages.stage("parameters") as stage:
             table = stream_params(recipe, checkpoint, artifact.path, key, progress)
             stage.bytes = table.file_bytes
@@ -128,6 +126,17 @@ def compile_recipe(
     return CompileResult(out, tuple(stages.done), False, manifest["parity"])
 
 
+def contract_of(recipe: Recipe, checkpoint: Checkpoint) -> GraphContract:
+    """Names, dtypes and shapes of the graphs' inputs and outputs."""
+    lengths = recipe.prefill_length, recipe.context_length
+    return GraphContract.of(checkpoint.config, scheme_of(recipe), recipe.batch, *lengths, recipe.dynamic)
+
+
+def scheme_of(recipe: Recipe) -> Scheme:
+    """A scheme that this version builds; `check_built` has refused the others."""
+    return cast(Scheme, recipe.scheme)
+
+
 def input_key(recipe: Recipe, checkpoint: Checkpoint) -> str:
     """One hash over everything the artifact depends on: recipe, checkpoint, this program, the libraries that trace."""
     resolved = recipe.resolved()
@@ -150,7 +159,7 @@ def stream_params(
     recipe: Recipe, checkpoint: Checkpoint, out: Path, key: str, progress: Progress | None
 ) -> ParamTable:
     """Step 8: every tensor read, cast or quantized, written and hashed in row blocks; resumable per tensor."""
-    plan = build_plan(checkpoint.config, recipe.scheme, recipe.context_length)
+    plan = build_plan(checkpoint.config, scheme_of(recipe), recipe.context_length)
     return write_params(
         checkpoint,
         plan,
@@ -172,7 +181,7 @@ def export_into(
     from gemma_deploy.graph.export import export_graphs
     from gemma_deploy.graph.external import attach_external, write_graph
 
-    graphs = export_graphs(checkpoint.config, recipe.scheme, contract, recipe.frontend.model_kwargs.embed_scale)
+    graphs = export_graphs(checkpoint.config, scheme_of(recipe), contract, recipe.frontend.model_kwargs.embed_scale)
     attach_external(graphs, table.rows, PARAMS)
     for name, graph in graphs.items():
         write_graph(graph, out / f"{name}.onnx")

@@ -155,7 +155,7 @@ class CausalLMMixin:
         logits_to_keep=0,
         **kwargs,
     ):
-        """Logits [batch, seq, vocab]; [batch, 1, vocab] with `iter_num` 0 and `insert_slice` (arguments: the stack's)."""
+        """Logits [batch, seq, vocab]; [batch, 1, vocab] with `iter_num` 0 and `insert_slice`; takes the stack's."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -156,20 +156,27 @@ def static_prefill_mask(attention_mask: torch.Tensor, window: int | None, dtype:
 def static_decode_mask(
     attention_mask: torch.Tensor, position_ids: torch.Tensor, window: int | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Mask of the iter1 graph: [batch, 1, 1, C + 1].
+    """Mask of the iter1 graph: [batch, 1, S, C + S] for S new tokens (1 in the static graph).
 
     Slots are not positions (left padding, empty slots), so the window is measured in real positions: the k-th filled
     slot holds position k.
 
     Args:
-        attention_mask: [batch, C + 1], 1 for filled slots and for the last column, the new token.
-        position_ids: [batch, 1], the new token's position.
+        attention_mask: [batch, C + S], 1 for filled slots and for the last columns, the new tokens.
+        position_ids: [batch, S], the new tokens' positions.
     """
-    allowed = attention_mask.to(torch.bool)
-    if window is not None:
-        key_positions = attention_mask.cumsum(-1) - 1
-        allowed = allowed & (key_positions > position_ids - window)
-    return additive(allowed[:, None, None, :], dtype)
+    length, keys = position_ids.shape[1], attention_mask.shape[1]
+    filled = attention_mask.to(torch.bool)[:, None, :]
+    if length == 1 and window is None:
+        return additive(filled[:, None], dtype)
+    positions = (attention_mask.cumsum(-1) - 1)[:, None, :]
+    queries = position_ids[:, :, None]
+    allowed = filled if window is None else filled & (positions > queries - window)
+    if length != 1:  # among the new tokens; a padding query sees itself, as in static_prefill_mask
+        slots = torch.arange(keys, device=filled.device)
+        own = slots[None, :] - (keys - length) == slots[:length, None]
+        allowed = (allowed & (positions <= queries)) | own
+    return additive(allowed[:, None], dtype)
 
 
 def repeat_kv(x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -206,27 +213,33 @@ def eager_attention(q, k, v, mask, scaling, softcap=None, dropout=0.0):
 
 
 def decode_attention(q, k, v, past_k, past_v, mask, scaling, softcap=None):
-    """Attention of one new token over a cache that is read where it lies.
+    """Attention of new tokens over a cache that is read where it lies.
 
-    Differs from `eager_attention` in the order of additions only (the new token's contribution is added last): the
+    Differs from `eager_attention` in the order of additions only (the new tokens' contribution is added last): the
     stock form concatenates past and new keys, which copies the whole cache for every token. Keys stand on the left of
     the first product for the same reason: transposing them would copy them, transposing the scores is cheap.
 
     Args:
-        q: [batch, heads, 1, head_dim]; k, v: [batch, kv_heads, 1, head_dim]; past_k, past_v: [batch, kv_heads, C,
-            head_dim]; mask: [batch, 1, 1, C + 1].
+        q: [batch, heads, S, head_dim]; k, v: [batch, kv_heads, S, head_dim]; past_k, past_v: [batch, kv_heads, C,
+            head_dim]; mask: [batch, 1, S, C + S]. S is 1 in the static graph.
 
     Returns:
-        [batch, 1, heads, head_dim] and the probabilities [batch, heads, 1, C + 1].
+        [batch, S, heads, head_dim] and the probabilities [batch, heads, S, C + S].
     """
-    batch, heads, _, dim = q.shape
+    batch, heads, length, dim = q.shape
     kv_heads, context = past_k.shape[1], past_k.shape[2]
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads * length, dim)
     past = torch.matmul(past_k, grouped.transpose(2, 3)).transpose(2, 3)
     new = torch.matmul(grouped, k.transpose(2, 3))
-    probs = masked_softmax(torch.cat((past, new), dim=-1) * scaling, mask, softcap)
-    out = torch.matmul(probs[..., :context], past_v) + probs[..., context:] * v
-    return out.reshape(batch, 1, heads, dim), probs.reshape(batch, heads, 1, context + 1)
+    scores = torch.cat((past, new), dim=-1) * scaling
+    if length == 1:
+        probs = masked_softmax(scores, mask, softcap)
+        out = torch.matmul(probs[..., :context], past_v) + probs[..., context:] * v
+        return out.reshape(batch, 1, heads, dim), probs.reshape(batch, heads, 1, context + 1)
+    probs = masked_softmax(scores.reshape(batch, heads, length, context + length), mask, softcap)
+    grouped_probs = probs.reshape(batch, kv_heads, heads // kv_heads * length, context + length)
+    out = torch.matmul(grouped_probs[..., :context], past_v) + torch.matmul(grouped_probs[..., context:], v)
+    return out.reshape(batch, heads, length, dim).transpose(1, 2), probs
 
 
 class MLP(nn.Module):

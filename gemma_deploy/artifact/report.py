@@ -20,7 +20,9 @@ text-align: left; vertical-align: top} td.n {text-align: right; font-variant-num
 </style></head><body>
 <h1>{{ m.name }}</h1>
 <p>{{ m.model.model_type }}, {{ m.model.num_hidden_layers }} layers, {{ m.scheme }}, prefill {{ m.contract.prefill }},
-context {{ m.contract.context }}, batch {{ m.contract.batch }}; checkpoint <code>{{ m.checkpoint.path }}</code>
+context {{ m.contract.context }}, batch {{ m.contract.batch }}
+{{- ' (dynamic: any batch, these are the largest lengths)' if m.contract.dynamic }};
+checkpoint <code>{{ m.checkpoint.path }}</code>
 ({{ m.checkpoint.format }}, fingerprint <code>{{ m.checkpoint.fingerprint[:16] }}</code>).</p>
 <h2>Parity</h2>
 {% if m.parity %}<p class="{{ 'ok' if m.parity.passed else 'bad' }}">{{ 'passed' if m.parity.passed else 'FAILED' }}</p>

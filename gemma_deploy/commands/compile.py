@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ Examples:
   gemma-deploy compile build_in/hf_gemma_int8.yaml
   gemma-deploy compile build_in/hf_gemma_int8.yaml --checkpoint /models/gemma-2b --dry-run
   gemma-deploy compile build_in/hf_gemma_fp16.yaml -s frontend.shape.input_ids=[[256],[512]] -s name=mine
+  gemma-deploy compile build_in/hf_gemma_fp32.yaml --dynamic
 """
 
 
@@ -23,6 +25,7 @@ Examples:
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("-s", "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key.")
 @click.option("--checkpoint", metavar="PATH", help="Directory, .gguf file or `demo`, instead of the recipe's.")
+@click.option("--dynamic", is_flag=True, help="Free batch and lengths: short for -s frontend.shape.dynamic=true.")
 @click.option("--out", type=click.Path(path_type=Path), help="Artifact directory  [default: workspace.path/NAME]")
 @click.option("--force", is_flag=True, help="Replace an artifact made from other inputs.")
 @click.option("--dry-run", is_flag=True, help="Show memory, disk and time of every stage; do nothing.")
@@ -31,6 +34,7 @@ def command(
     recipe: Path,
     overrides: tuple[str, ...],
     checkpoint: str | None,
+    dynamic: bool,
     out: Path | None,
     force: bool,
     dry_run: bool,
@@ -43,6 +47,7 @@ def command(
     from gemma_deploy.preflight import render
     from gemma_deploy.recipe import Recipe
 
+    overrides += ("frontend.shape.dynamic=true",) if dynamic else ()
     loaded = Recipe.load(recipe, overrides, checkpoint=checkpoint)
     if loaded.vendor_keys():
         click.echo(f"carried for the vendor's compiler, not interpreted here: {', '.join(loaded.vendor_keys())}")
@@ -66,7 +71,7 @@ def _print_stage(stage: Stage) -> None:
     click.echo(f"{stage.name:<11}{stage.seconds:8.2f} s  peak {stage.peak_rss_bytes / MIB:7.0f} MiB {size}{done}")
 
 
-def _progress():
+def _progress() -> Callable[[int, int], None]:
     """A bar on a terminal; plain lines, one per tenth, in a log."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn

@@ -54,7 +54,8 @@ def artifact_facts(manifest: dict[str, Any]) -> dict[str, Any]:
             "scheme": manifest["scheme"],
             "model": f"{manifest['model']['model_type']}, {manifest['model']['num_hidden_layers']} layers",
             "checkpoint": f"{manifest['checkpoint']['path']} ({manifest['checkpoint']['format']})",
-            "batch, prefill, context": f"{contract['batch']}, {contract['prefill']}, {contract['context']}",
+            "batch, prefill, context": f"{contract['batch']}, {contract['prefill']}, {contract['context']}"
+            + (" (dynamic: any batch, largest lengths)" if contract["dynamic"] else ""),
             "parity": parity["summary"] if parity else "not run: nothing is proven",
             "lowest SQNR": f"{sqnr[worst]:.2f} dB, {worst}" if worst else "nothing is quantized",
         },
@@ -144,7 +145,8 @@ def _show(facts: dict[str, Any], tensors: list[dict[str, Any]]) -> None:
         rows = [{"": key, " ": value} for key, value in part.items()] if isinstance(part, dict) else part
         if not rows:
             continue
-        keys = list(dict.fromkeys(key for row in rows for key in row if key not in ("offset", "sha256", "signal_energy")))
+        found = dict.fromkeys(key for row in rows for key in row)
+        keys = [key for key in found if key not in ("offset", "sha256", "signal_energy")]
         table = Table(title=title, title_justify="left", show_header=not isinstance(part, dict))
         for key in keys:
             number = all(isinstance(row.get(key), int | float) for row in rows)

@@ -1,10 +1,11 @@
-"""Names, dtypes and shapes at the border of the static graphs (design 4.3), written once.
+"""Names, dtypes and shapes at the border of the graphs (design 4.3), written once.
 
-| graph | inputs | outputs |
-| --- | --- | --- |
-| iter0 | input_ids, attention_mask, position_ids [B,P] | logits [B,1,V], present.{i}.key/value [B,Hk,P,D] |
-| iter1 | input_ids, position_ids [B,1], attention_mask [B,C+1], past_key_values.{i}.key/value [B,Hk,C,D] | logits [B,1,V],
-present.{i}.key/value [B,Hk,1,D] |
+iter0: input_ids, attention_mask, position_ids [B,P] -> logits [B,1,V], present.{i}.key/value [B,Hk,P,D].
+iter1: input_ids, position_ids [B,1], attention_mask [B,C+1], past_key_values.{i}.key/value [B,Hk,C,D] ->
+logits [B,1,V], present.{i}.key/value [B,Hk,1,D] (the new entries only).
+
+In dynamic graphs B, the number of new tokens and the number of cache slots are free, so iter1 also takes a prompt in
+chunks. P and C are then the largest lengths the artifact is meant for: the rotary tables have C rows.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ from gemma_deploy.checkpoint.config import ModelConfig
 Scheme = Literal["fp32", "bf16", "fp16", "w8a16"]
 GRAPHS = ("iter0", "iter1")
 PREFILL, DECODE = GRAPHS
+BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past_sequence", "past_sequence + sequence"
 
 
 @dataclass(frozen=True)
 class Port:
-    """One graph input or output."""
+    """One graph input or output; a free dimension has a name."""
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class GraphContract:
     Args:
         batch: B; prefill: P, length of iter0; context: C, cache slots of iter1.
         cache_dtype: of past_key_values and present: float16 in fp16 artifacts, float32 in all others.
+        dynamic: batch and lengths are free.
     """
 
     batch: int
@@ -45,9 +48,12 @@ class GraphContract:
     head_dim: int
     vocab_size: int
     cache_dtype: str
+    dynamic: bool = False
 
     @classmethod
-    def of(cls, config: ModelConfig, scheme: Scheme, batch: int, prefill: int, context: int) -> GraphContract:
+    def of(
+        cls, config: ModelConfig, scheme: Scheme, batch: int, prefill: int, context: int, dynamic: bool = False
+    ) -> GraphContract:
         """Contract of `config` compiled as `scheme`."""
         return cls(
             batch=batch,
@@ -58,25 +64,29 @@ class GraphContract:
             head_dim=config.head_dim,
             vocab_size=config.vocab_size,
             cache_dtype="float16" if scheme == "fp16" else "float32",
+            dynamic=dynamic,
         )
 
     def inputs(self, graph: str) -> tuple[Port, ...]:
         """Inputs of `iter0` or `iter1`, in order."""
-        seq = self.prefill if graph == PREFILL else 1
-        keys = self.prefill if graph == PREFILL else self.context + 1
+        batch, seq, keys = self._sizes(graph)
         ports = [
-            Port("input_ids", "int64", (self.batch, seq)),
-            Port("attention_mask", "int64", (self.batch, keys)),
-            Port("position_ids", "int64", (self.batch, seq)),
+            Port("input_ids", "int64", (batch, seq)),
+            Port("attention_mask", "int64", (batch, keys)),
+            Port("position_ids", "int64", (batch, seq)),
         ]
         if graph == DECODE:
-            ports += self._cache("past_key_values", self.context)
+            ports += self._cache("past_key_values", PAST if self.dynamic else self.context)
         return tuple(ports)
 
     def outputs(self, graph: str) -> tuple[Port, ...]:
         """Outputs of `iter0` or `iter1`, in order."""
-        logits = Port("logits", "float32", (self.batch, 1, self.vocab_size))
-        return (logits, *self._cache("present", self.prefill if graph == PREFILL else 1))
+        batch, seq, _ = self._sizes(graph)
+        return (Port("logits", "float32", (batch, 1, self.vocab_size)), *self._cache("present", seq))
+
+    def keeps_last(self, graph: str) -> bool:
+        """Whether the graph takes more than one token and slices the last before the LM head."""
+        return graph == PREFILL or self.dynamic
 
     def to_json(self) -> dict[str, Any]:
         """Sizes and ports, for the manifest."""
@@ -89,8 +99,14 @@ class GraphContract:
         }
         return {**asdict(self), "graphs": graphs}
 
-    def _cache(self, prefix: str, length: int) -> list[Port]:
-        shape = (self.batch, self.kv_heads, length, self.head_dim)
+    def _sizes(self, graph: str) -> tuple[int | str, int | str, int | str]:
+        """Batch, new tokens, columns of the attention mask."""
+        if self.dynamic:
+            return BATCH, SEQUENCE, SEQUENCE if graph == PREFILL else TOTAL
+        return (self.batch, self.prefill, self.prefill) if graph == PREFILL else (self.batch, 1, self.context + 1)
+
+    def _cache(self, prefix: str, length: int | str) -> list[Port]:
+        shape = (BATCH if self.dynamic else self.batch, self.kv_heads, length, self.head_dim)
         return [
             Port(f"{prefix}.{i}.{part}", self.cache_dtype, shape)
             for i in range(self.layers)

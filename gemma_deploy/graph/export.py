@@ -15,7 +15,7 @@ from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.graph import stamp
 from gemma_deploy.graph.contract import DECODE, GRAPHS, GraphContract, Scheme
 from gemma_deploy.graph.functions import used_functions
-from gemma_deploy.graph.islands import Islands, example_inputs, parts_of
+from gemma_deploy.graph.islands import Islands, dynamic_dimensions, example_inputs, parts_of
 from gemma_deploy.graph.passes.fold import fold_constants
 from gemma_deploy.graph.passes.name_outputs import name_module_outputs
 from gemma_deploy.graph.passes.simplify import simplify
@@ -47,10 +47,16 @@ def export_graph(
     """One static graph, `iter0` or `iter1`."""
     started = time.perf_counter()
     skeleton = build_skeleton(
-        config, scheme, iter_num=int(graph == DECODE), context=contract.context, embed_scale=embed_scale
+        config,
+        scheme,
+        iter_num=int(graph == DECODE),
+        context=contract.context,
+        keep_last=contract.keeps_last(graph),
+        embed_scale=embed_scale,
     )
     islands = Islands(skeleton)
-    model = trace(islands, example_inputs(skeleton, contract, graph, config.hidden_size))
+    free = dynamic_dimensions(skeleton, graph) if contract.dynamic else None
+    model = trace(islands, example_inputs(skeleton, contract, graph, config.hidden_size), free)
     inputs, outputs = ([value.name or "" for value in values] for values in (model.graph.inputs, model.graph.outputs))
     hidden = hide_weights(model, parameter_names(islands, config))
     folded = fold_constants(model)

@@ -61,11 +61,10 @@ def attach_external(models: Mapping[str, ir.Model], rows: Iterable[Row], locatio
                 problems.append(f"{graph}: initializer {name} is not in {location}")
                 continue
             used.add(name)
-            shape = tuple(int(dim) for dim in value.shape or ())
+            shape = tuple(value.shape.numpy()) if value.shape is not None else ()
             if DTYPES[row.dtype] != value.dtype or tuple(row.shape) != shape:
-                problems.append(
-                    f"{graph}: {name} is {value.dtype} {list(shape)} in the graph, {row.dtype} {list(row.shape)} in the file"
-                )
+                here, there = f"{value.dtype} {list(shape)}", f"{row.dtype} {list(row.shape)}"
+                problems.append(f"{graph}: {name} is {here} in the graph, {there} in the file")
                 continue
             value.const_value = ir.ExternalTensor(
                 location, row.offset, row.nbytes, DTYPES[row.dtype], shape=ir.Shape(shape), name=name

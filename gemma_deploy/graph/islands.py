@@ -4,13 +4,14 @@ Third step of the export: one trace gives every part, the parts are cut apart by
 are stamped out once per layer (stamp.py). Depth costs nothing.
 
 Names at the part borders: `prologue` reads input_ids, attention_mask, position_ids and writes hidden, mask.{kind},
-cos.{kind}, sin.{kind}; `layer.{kind}` reads them and past.key, past.value and writes hidden, present.key, present.value;
-`epilogue` reads hidden and writes logits.
+cos.{kind}, sin.{kind}; `layer.{kind}` reads them and past.key, past.value and writes hidden, present.key,
+present.value; `epilogue` reads hidden and writes logits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,7 +38,14 @@ class Islands(nn.Module):
         self.kinds, self.softcap = skeleton.kinds, getattr(skeleton.model.config, "final_logit_softcapping", None)
         self.keep_last = bool(skeleton.model.config.insert_slice)
 
-    def forward(self, input_ids, attention_mask, position_ids, parts, head_hidden):
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        parts: list[tuple[torch.Tensor, ...]],
+        head_hidden: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
         """Run every part on its own inputs.
 
         Args:
@@ -65,11 +73,18 @@ class Islands(nn.Module):
         return (*out, logits.float())
 
 
-def example_inputs(skeleton: Skeleton, contract: GraphContract, graph: str, hidden_size: int) -> tuple:
-    """Zero-storage inputs of the shapes the graph will have."""
+# Batch, new tokens and cache slots of a dynamic trace: unequal, as torch.export may take equal sizes for one dimension,
+# and more than one, as it takes that for fixed.
+DYNAMIC_SIZES = (3, 5, 7)
+
+
+def example_inputs(skeleton: Skeleton, contract: GraphContract, graph: str, hidden_size: int) -> tuple[Any, ...]:
+    """Zero-storage inputs of the shapes the graph will have (of any shapes when it is dynamic)."""
     decode = graph == DECODE
-    batch, seq = contract.batch, 1 if decode else contract.prefill
-    keys = contract.context + 1 if decode else seq
+    batch, seq, past = contract.batch, 1 if decode else contract.prefill, contract.context
+    if contract.dynamic:
+        batch, seq, past = DYNAMIC_SIZES
+    keys = past + seq if decode else seq
 
     def zeros(*shape: int, dtype: torch.dtype = skeleton.dtype) -> torch.Tensor:
         return torch.zeros((), dtype=dtype).expand(shape)
@@ -78,13 +93,22 @@ def example_inputs(skeleton: Skeleton, contract: GraphContract, graph: str, hidd
         tensors = [zeros(batch, seq, hidden_size), *(zeros(batch, seq, contract.head_dim) for _ in range(2))]
         tensors.append(zeros(batch, 1, seq, keys))
         if decode:
-            tensors += [zeros(batch, contract.kv_heads, contract.context, contract.head_dim) for _ in range(2)]
+            tensors += [zeros(batch, contract.kv_heads, past, contract.head_dim) for _ in range(2)]
         return tuple(tensors)
 
     ids = torch.zeros(batch, seq, dtype=torch.int64)
     mask = torch.ones(batch, keys, dtype=torch.int64)
     return ids, mask, ids.clone(), [part() for _ in skeleton.kinds], zeros(batch, seq, hidden_size)
 
+
+def dynamic_dimensions(skeleton: Skeleton, graph: str) -> tuple[Any, ...]:
+    """Which dimensions of `example_inputs` are free; torch finds out how they hang together."""
+    free = torch.export.Dim.DYNAMIC
+    row = {0: free, 1: free}
+    layer = [row, row, row, {0: free, 2: free, 3: free}]
+    if graph == DECODE:
+        layer += [{0: free, 2: free}] * 2
+    return row, row, row, [tuple(layer) for _ in skeleton.kinds], row
 
 
 def parts_of(skeleton: Skeleton, input_names: list[str], output_names: list[str], graph: str) -> list[Part]:

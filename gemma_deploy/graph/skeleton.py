@@ -34,13 +34,14 @@ class Skeleton:
 
 
 def build_skeleton(
-    config: ModelConfig, scheme: Scheme, *, iter_num: int | None, context: int, embed_scale: str = "exact"
+    config: ModelConfig, scheme: Scheme, *, iter_num: int, context: int, keep_last: bool, embed_scale: str = "exact"
 ) -> Skeleton:
     """Build the patched model for tracing.
 
     Args:
-        iter_num: 0 prefill, 1 decode, None for the dynamic graph.
+        iter_num: 0 prefill, 1 decode.
         context: rows of the rotary tables.
+        keep_last: put the strided slice before the LM head.
 
     Raises:
         NotBuiltError: no patched model exists for this generation yet.
@@ -51,12 +52,11 @@ def build_skeleton(
         num_hidden_layers=len(kinds),
         layer_types=list(kinds),
         iter_num=iter_num,
-        insert_slice=iter_num == 0,
+        insert_slice=keep_last,
         embed_scale=embed_scale,
     )
     dtype = TORCH_DTYPES[scheme]
-    weight_dtype = torch.bfloat16 if scheme == "bf16" else dtype
-    _store(model, config, scheme, dtype, weight_dtype)
+    _store(model, config, scheme, dtype)
     for rotary in model.model.rotary.values():
         rotary.freeze(*(_zeros((context, config.head_dim // 2), dtype) for _ in range(2)))
     return Skeleton(model.eval(), kinds, dtype)
@@ -79,8 +79,9 @@ def new_model(config: ModelConfig, **changes: Any) -> nn.Module:
     return model
 
 
-def _store(model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+def _store(model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.dtype) -> None:
     """Give every module its zero-storage weights in the form the artifact stores them."""
+    weight_dtype = torch.bfloat16 if scheme == "bf16" else dtype
     quantization = patched_module("quantization_vacc")
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -88,7 +89,8 @@ def _store(model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.d
                 continue
             shape = (child.out_features, child.in_features)
             if scheme == "w8a16":
-                new = quantization.QuantizedLinearPerChannel(_zeros(shape, torch.int8), _zeros(shape[:1], torch.float32))
+                scale = _zeros(shape[:1], torch.float32)
+                new = quantization.QuantizedLinearPerChannel(_zeros(shape, torch.int8), scale)
             elif scheme == "bf16":
                 new = quantization.StoredLinear(_zeros(shape, weight_dtype))
             else:
@@ -97,10 +99,11 @@ def _store(model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.d
             setattr(parent, name, new)
         if type(parent).__name__ == "RMSNorm":  # computes in float32: stored that way in every scheme
             parent.weight = nn.Parameter(_zeros(parent.weight.shape, torch.float32), requires_grad=False)
-    _store_table(model, config, scheme, dtype, weight_dtype)
+    _store_table(model, config, scheme, dtype)
 
 
-def _store_table(model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+def _store_table(model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.dtype) -> None:
+    weight_dtype = torch.bfloat16 if scheme == "bf16" else dtype
     quantization = patched_module("quantization_vacc")
     embed = model.model.embed_tokens
     shape = (config.vocab_size, config.hidden_size)

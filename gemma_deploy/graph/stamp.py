@@ -6,7 +6,7 @@ kind's template in which `model.layers.<template>` reads `model.layers.<i>`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -114,7 +114,7 @@ class Builder:
             )
             for old, new in zip(node.outputs, copy.outputs, strict=True):
                 new.name = _qualified(old.name or "", rename, prefix)
-                new.type, new.shape = old.type, old.shape
+                new.type, new.shape = old.type, _known(old.shape)
                 mapping[old] = new
             self.nodes.append(copy)
         return {border: mapping.get(value, value) for border, value in template.outputs.items()}
@@ -157,12 +157,19 @@ def _value(port: Port) -> ir.Value:
     return ir.Value(name=port.name, type=ir.TensorType(DTYPES[port.dtype]), shape=ir.Shape(port.shape))
 
 
-def _qualified(name: str, rename, prefix: str) -> str:
+def _known(shape: ir.Shape | None) -> ir.Shape | None:
+    """Fixed dimensions only: the trace's names of free ones mean nothing across parts."""
+    return None if shape is None else ir.Shape([dim if isinstance(dim, int) else None for dim in shape])
+
+
+def _qualified(name: str, rename: Callable[[str], str], prefix: str) -> str:
     renamed = rename(name)
     return renamed if renamed != name or not prefix or name.startswith("model.") else f"{prefix}{name}"
 
 
-def stamp(source: ir.Model, templates: dict[str, Template], layer_types: tuple[str, ...], contract: GraphContract, graph: str):
+def stamp(
+    source: ir.Model, templates: dict[str, Template], layer_types: tuple[str, ...], contract: GraphContract, graph: str
+) -> ir.Model:
     """Build the whole graph of `layer_types`.
 
     Raises:
@@ -171,7 +178,7 @@ def stamp(source: ir.Model, templates: dict[str, Template], layer_types: tuple[s
     build = Builder(source, contract, graph)
     ids = {name: build.inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
     shared = build.place(templates["prologue"], ids, "prologue.")
-    hidden, outputs = shared["hidden"], {}
+    hidden, outputs = shared["hidden"], dict[str, ir.Value]()
     for i, kind in enumerate(layer_types):
         inputs = {"hidden": hidden, **{what: shared[f"{what}.{kind}"] for what in ("cos", "sin", "mask")}}
         if graph == DECODE:

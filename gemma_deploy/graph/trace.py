@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -17,8 +18,11 @@ from gemma_deploy.graph.islands import Islands
 OPSET = 21
 
 
-def trace(islands: Islands, args: tuple) -> ir.Model:
+def trace(islands: Islands, args: tuple[Any, ...], dynamic: tuple[Any, ...] | None = None) -> ir.Model:
     """Trace the module and convert it, without optimisation.
+
+    Args:
+        dynamic: which dimensions of `args` are free, in torch.export's form; None for none.
 
     Raises:
         ExportError: torch could not trace or convert the patched model.
@@ -29,7 +33,7 @@ def trace(islands: Islands, args: tuple) -> ir.Model:
         previous = logging.getLogger("torch.onnx").level
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         try:
-            program = torch.export.export(islands.eval(), args, strict=False)
+            program = torch.export.export(islands.eval(), args, dynamic_shapes=dynamic, strict=False)
             onnx_program = torch.onnx.export(
                 program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False, input_names=None
             )

@@ -153,7 +153,7 @@ def _inside(
 def _start_at(strict: StrictSource, case: Case, row: int, name: str, hidden: np.ndarray) -> CaseState:
     """A case that has come as far as `name`, one row with the given values [prompt + steps, H], others with zeros."""
     state = strict.start(case)
-    batch, width, prompt = len(case.prompts), state.width, len(case.prompts[row])
+    batch, width, prompt = len(case.prompts), state.contract.prefill, len(case.prompts[row])
     dtype = strict.graphs["iter1"].values[name].dtype
     numpy_dtype = dtype.numpy() if dtype is not None else np.dtype(np.float32)
     state.prefill[name] = np.zeros((batch, width, hidden.shape[1]), numpy_dtype)

@@ -21,7 +21,7 @@ from gemma_deploy.errors import ArtifactError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.sources import Features
-from gemma_deploy.runtime.contract import read_contract, read_manifest
+from gemma_deploy.runtime.contract import StaticContract, read_contract, read_manifest
 from gemma_deploy.runtime.strict import lower
 
 POSITIONS = 128
@@ -151,9 +151,9 @@ class CaseState:
         steps: the same for every decode step, [B, 1, H].
     """
 
-    def __init__(self, case: Case, width: int, context: int) -> None:
-        self.case, self.width = case, width
-        batch = len(case.prompts)
+    def __init__(self, case: Case, contract: StaticContract) -> None:
+        self.case, self.contract = case, contract
+        batch, width, context = len(case.prompts), contract.prefill, contract.context
         ids, mask, positions = (np.zeros((batch, width), np.int64) for _ in range(3))
         for row, prompt in enumerate(case.prompts):
             start = width - len(prompt)
@@ -209,7 +209,11 @@ class StrictSource:
 
     def start(self, case: Case) -> CaseState:
         """The inputs of a case as the runtime would feed them."""
-        return CaseState(case, self.contract.prefill, self.contract.context)
+        contract = self.contract
+        if contract.dynamic:
+            width = max(map(len, case.prompts))
+            contract = contract.sized(len(case.prompts), width, width + case.steps)
+        return CaseState(case, contract)
 
     def embed(self, state: CaseState) -> None:
         """Input ids -> the first layer's input."""
@@ -231,10 +235,11 @@ class StrictSource:
         steps = []
         for state in states:
             cache = {}
-            for name, port in zip(present, self.contract.caches[2 * layer : 2 * layer + 2], strict=True):
-                cache[port.name] = np.zeros(port.shape, port.dtype)
-                cache[port.name][:, :, : state.width] = state.prefill.pop(name)
-            steps += [Run(feeds, cache, state.width + i) for i, feeds in enumerate(state.steps)]
+            width = state.contract.prefill
+            for name, port in zip(present, state.contract.caches[2 * layer : 2 * layer + 2], strict=True):
+                cache[port.name] = np.zeros([int(dim) for dim in port.shape], port.dtype)
+                cache[port.name][:, :, :width] = state.prefill.pop(name)
+            steps += [Run(feeds, cache, width + i) for i, feeds in enumerate(state.steps)]
         self._through("iter1", layer, steps, kept)
 
     def _through(self, graph: str, layer: int, runs: Sequence[Run], kept: Sequence[str]) -> None:

@@ -131,6 +131,11 @@ class Recipe(sections.Section):
         return self.frontend.shape.batch
 
     @property
+    def dynamic(self) -> bool:
+        """Whether batch and lengths are free in the graphs."""
+        return self.frontend.shape.dynamic
+
+    @property
     def scheme(self) -> str:
         """How the parameters are stored: fp32, fp16, bf16, or a quantize type (int8 alone means w8a16)."""
         if self.frontend.quantize is not None:
@@ -285,7 +290,7 @@ def _drop_empty_sections(cls: type[BaseModel], values: dict[str, Any]) -> None:
 
 
 def _shipped(path: Path) -> Path:
-    """A name that starts with build_in means the shipped recipe wherever the program is run from, unless the file is there."""
+    """A name that starts with build_in means the shipped recipe, wherever one is, unless the file is there."""
     if path.exists() or path.is_absolute() or path.parts[:1] != ("build_in",):
         return path
     shipped = build_in_dir().joinpath(*path.parts[1:])

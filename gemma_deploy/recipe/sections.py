@@ -31,10 +31,14 @@ class Section(BaseModel):
 
 
 class Shape(Section):
-    """Static shape of the graphs: `input_ids: [[P], [C]]`, prefill length and context length."""
+    """Shape of the graphs: `input_ids: [[P], [C]]`, prefill and context length, and the batch.
+
+    With `dynamic` all three are free in the graphs; P and C are the largest.
+    """
 
     input_ids: list[list[Positive]]
     batch: Positive = 1
+    dynamic: bool = False
 
 
 class ModelKwargs(Section):

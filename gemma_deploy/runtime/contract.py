@@ -1,4 +1,4 @@
-"""What a static artifact's graphs take and give, read from its manifest or, before there is one, from the graphs.
+"""What an artifact's graphs take and give, read from its manifest or, before there is one, from the graphs.
 
 Used by the runner; the writing side is graph/contract.py, which this package does not import (it needs torch's half).
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,20 +26,21 @@ CACHE_DTYPES = ("float32", "float16")
 
 @dataclass(frozen=True)
 class Port:
-    """One graph input or output."""
+    """One graph input or output; a free dimension of a dynamic graph has a name."""
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
 class StaticContract:
-    """Sizes of a pair of static graphs.
+    """Sizes of a pair of graphs.
 
     Args:
         batch: B; prefill: P; context: C, cache slots.
         caches: inputs of iter1 named past_key_values.{layer}.{key|value}, each [B, Hk, C, D].
+        dynamic: the graphs take any batch and lengths; B is what the recipe said, P and C are the largest.
     """
 
     batch: int
@@ -47,22 +48,39 @@ class StaticContract:
     context: int
     vocab_size: int
     caches: tuple[Port, ...]
+    dynamic: bool = False
+
+    def sized(self, batch: int, prefill: int, context: int) -> StaticContract:
+        """The same with other sizes."""
+        caches = tuple(
+            replace(port, shape=(batch, port.shape[1], context, port.shape[3])) for port in self.caches
+        )
+        return replace(self, batch=batch, prefill=prefill, context=context, caches=caches)
 
     def ports(self, graph: str) -> tuple[Port, ...]:
-        """Every input and output of `iter0` or `iter1`."""
+        """Every input and output of `iter0` or `iter1`, as the graph declares them."""
         prefill = graph == "iter0"
+        batch: int | str = self.batch
+        context: int | str = self.context
+        length: int | str
+        keys: int | str
         length, keys = (self.prefill, self.prefill) if prefill else (1, self.context + 1)
+        if self.dynamic:
+            batch, length, context = "batch", "sequence", "past_sequence"
+            keys = length if prefill else f"{context} + {length}"
         ports = [
-            Port("input_ids", "int64", (self.batch, length)),
-            Port("attention_mask", "int64", (self.batch, keys)),
-            Port("position_ids", "int64", (self.batch, length)),
-            Port("logits", "float32", (self.batch, 1, self.vocab_size)),
+            Port("input_ids", "int64", (batch, length)),
+            Port("attention_mask", "int64", (batch, keys)),
+            Port("position_ids", "int64", (batch, length)),
+            Port("logits", "float32", (batch, 1, self.vocab_size)),
         ]
         for cache in self.caches:
-            batch, heads, _, size = cache.shape
+            _, heads, _, size = cache.shape
             present = cache.name.replace("past_key_values", "present")
             ports.append(Port(present, cache.dtype, (batch, heads, length, size)))
-        return (*ports, *(() if prefill else self.caches))
+            if not prefill:
+                ports.append(replace(cache, shape=(batch, heads, context, size)))
+        return tuple(ports)
 
     @property
     def cache_bytes(self) -> int:
@@ -71,7 +89,7 @@ class StaticContract:
         for port in self.caches:
             size = {"float32": 4, "float16": 2}[port.dtype]
             for dim in port.shape:
-                size *= dim
+                size *= int(dim)
             total += size
         return total
 
@@ -109,12 +127,12 @@ def read_contract(path: Path, manifest: Mapping[str, Any] | None) -> StaticContr
         ArtifactError: the manifest has no contract, or not that of static graphs.
     """
     if manifest is None:
-        return _contract({graph: _ports_in_file(path / f"{graph}.onnx") for graph in GRAPHS}, path)
+        return _contract({graph: _ports_in_file(path / f"{graph}.onnx") for graph in GRAPHS}, path, {})
     try:
         graphs = manifest["contract"]["graphs"]
         ports = {
             graph: {
-                port["name"]: Port(port["name"], port["dtype"], tuple(int(dim) for dim in port["shape"]))
+                port["name"]: Port(port["name"], port["dtype"], tuple(map(_dimension, port["shape"])))
                 for side in ("inputs", "outputs")
                 for port in graphs[graph][side]
             }
@@ -127,7 +145,11 @@ def read_contract(path: Path, manifest: Mapping[str, Any] | None) -> StaticContr
             expected="contract.graphs.{iter0,iter1}.{inputs,outputs} with name, dtype and shape",
             next_step=REBUILD,
         ) from error
-    return _contract(ports, path)
+    return _contract(ports, path, manifest["contract"])
+
+
+def _dimension(dim: Any) -> int | str:
+    return dim if isinstance(dim, str) else int(dim)
 
 
 def check_session(session: ort.InferenceSession, contract: StaticContract, graph: str, where: Path) -> None:
@@ -149,15 +171,29 @@ def check_session(session: ort.InferenceSession, contract: StaticContract, graph
         raise ArtifactError("graph and manifest disagree", where=str(where), problems=problems, next_step=REBUILD)
 
 
-def _contract(ports: Mapping[str, Mapping[str, Port]], path: Path) -> StaticContract:
+def _contract(
+    ports: Mapping[str, Mapping[str, Port]], path: Path, sizes: Mapping[str, Any]
+) -> StaticContract:
+    """From ports; the sizes of dynamic graphs are in the manifest alone."""
     try:
         batch, prefill = ports["iter0"]["input_ids"].shape
         caches = tuple(port for name, port in ports["iter1"].items() if name.startswith("past_key_values."))
-        mask = ports["iter1"]["attention_mask"].shape
+        columns = ports["iter1"]["attention_mask"].shape[-1]
         vocab_size = ports["iter1"]["logits"].shape[-1]
-    except (KeyError, ValueError) as error:
-        raise ArtifactError(f"its graphs are not static prefill and decode graphs: {error}", where=str(path)) from error
-    context = mask[-1] - 1
+        dynamic = not all(isinstance(size, int) for size in (batch, prefill, columns))
+        if dynamic:
+            batch, prefill, context = (sizes[key] for key in ("batch", "prefill", "context"))
+            shapes = [(batch, port.shape[1], context, port.shape[3]) for port in caches]
+            caches = tuple(replace(port, shape=shape) for port, shape in zip(caches, shapes, strict=True))
+        else:
+            context = int(columns) - 1
+    except (KeyError, ValueError, IndexError) as error:
+        raise ArtifactError(
+            f"its graphs and manifest do not say how they are run: {type(error).__name__}: {error}",
+            where=str(path),
+            expected="prefill and decode graphs, and the sizes of dynamic ones in contract.{batch,prefill,context}",
+            next_step=REBUILD,
+        ) from error
     fits = (batch, context)
     odd = [port for port in caches if (port.shape[0], port.shape[2]) != fits or port.dtype not in CACHE_DTYPES]
     if odd or not caches:
@@ -168,7 +204,7 @@ def _contract(ports: Mapping[str, Mapping[str, Port]], path: Path) -> StaticCont
             expected=f"float32 or float16 [{batch}, heads, {context}, head_dim]",
             next_step=REBUILD,
         )
-    return StaticContract(batch, prefill, context, vocab_size, caches)
+    return StaticContract(int(batch), int(prefill), context, int(vocab_size), caches, dynamic)
 
 
 def _ports_in_file(file: Path) -> dict[str, Port]:
@@ -178,6 +214,6 @@ def _ports_in_file(file: Path) -> dict[str, Port]:
     ports = {}
     for value in (*graph.input, *graph.output):
         tensor = value.type.tensor_type
-        shape = tuple(dim.dim_value for dim in tensor.shape.dim)
+        shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
         ports[value.name] = Port(value.name, DTYPES.get(tensor.elem_type, "?"), shape)
     return ports

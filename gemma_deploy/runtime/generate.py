@@ -98,6 +98,7 @@ def _pieces(
     stats: GenerationStats,
 ) -> Iterator[str]:
     loaded, started = runner.load_seconds, time.perf_counter()
+    runner.reset()
     logits = runner.prefill([ids] * runner.batch)
     stats.load_seconds = runner.load_seconds - loaded
     stats.prefill_seconds = time.perf_counter() - started - stats.load_seconds

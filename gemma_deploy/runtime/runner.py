@@ -1,4 +1,7 @@
-"""Runs a static artifact: left-padded prefill, then one token at a time into a cache that is never copied.
+"""Runs an artifact: left-padded prefill, then one token at a time into a cache that no step copies.
+
+With static graphs the cache has its size from the start. With dynamic ones prompts are padded to the longest of them,
+and the cache starts little larger than that and grows by whole blocks of slots.
 
 Session and contract come from session.py and contract.py; which token comes next is decided in sampling.py.
 """
@@ -18,6 +21,9 @@ from gemma_deploy.runtime.session import Mode, open_session
 
 if TYPE_CHECKING:
     import onnxruntime as ort
+
+
+GROWTH = 256  # cache slots of a dynamic artifact
 
 
 class _Decoder(NamedTuple):
@@ -74,22 +80,24 @@ class StaticRunner:
         self._prefill_session: ort.InferenceSession | None = None
         self._decoder: _Decoder | None = None
         self.values: dict[str, np.ndarray] = {}
-        self._caches = [np.zeros(port.shape, port.dtype) for port in self.contract.caches]
+        self._decode_session: tuple[ort.InferenceSession, list[str]] | None = None
+        self._sizes = self.contract
+        self._caches = [] if self.contract.dynamic else self._empty_caches()
         self.reset()
 
     @property
     def batch(self) -> int:
-        """B: prompts of one prefill."""
-        return self.contract.batch
+        """B: prompts of one prefill; of a dynamic artifact those of the last prefill, 1 before it."""
+        return self._sizes.batch
 
     @property
     def prefill_length(self) -> int:
-        """P: longest prompt."""
+        """P: tokens of the longest prompt there may be."""
         return self.contract.prefill
 
     @property
     def context_length(self) -> int:
-        """C: cache slots."""
+        """C: cache slots there may be."""
         return self.contract.context
 
     @property
@@ -98,15 +106,18 @@ class StaticRunner:
         return self.context_length - self.position
 
     def reset(self) -> None:
-        """Forget the prompts."""
+        """Forget the prompts, and the caches of a dynamic artifact."""
+        if self.contract.dynamic:
+            self._sizes, self._decoder = self.contract.sized(1, 0, 0), None
+            self._caches = self._empty_caches()
         self.position = 0
         self.lengths = np.zeros(self.batch, np.int64)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        """Run the prompts and fill cache slots 0 .. P-1.
+        """Run the prompts and fill cache slots 0 .. P-1 (of a dynamic artifact: as many as the longest prompt has).
 
         Args:
-            prompts: [B] token lists of 1 .. P tokens each.
+            prompts: [B] token lists of 1 .. P tokens each; any number of them for a dynamic artifact.
 
         Returns:
             [B, V] float32: logits after each prompt's last token.
@@ -115,7 +126,11 @@ class StaticRunner:
             UsageError: wrong number of prompts, or prompts that are empty, too long or hold no tokens of this model.
         """
         self._check_prompts(prompts)
-        batch, width = self.batch, self.prefill_length
+        if self.contract.dynamic:
+            longest = max(map(len, prompts))
+            self._sizes = self.contract.sized(len(prompts), longest, self._slots(longest))
+            self._caches, self._decoder = self._empty_caches(), None
+        batch, width = self.batch, self._sizes.prefill
         ids, mask, positions = (np.zeros((batch, width), np.int64) for _ in range(3))
         for row, prompt in enumerate(prompts):
             start = width - len(prompt)
@@ -155,13 +170,15 @@ class StaticRunner:
         if self.position >= self.context_length:
             raise UsageError(
                 f"the context is full: all {self.context_length} cache slots are used "
-                f"({self.prefill_length} by the prompt with its padding, "
-                f"{self.context_length - self.prefill_length} by generated tokens)",
+                f"({self._sizes.prefill} by the prompt with its padding, "
+                f"{self.context_length - self._sizes.prefill} by generated tokens)",
                 next_step="generate fewer tokens, or compile with a longer second length in frontend.shape.input_ids",
             )
         if len(tokens) != self.batch:
             raise UsageError(f"{len(tokens)} tokens for a batch of {self.batch}", where=str(self.path))
         self._check_ids(tokens, "tokens")
+        if self.position == self._sizes.context:
+            self._grow()
         decoder = self._decoder or self._bind()
         decoder.ids[:, 0], decoder.positions[:, 0] = tokens, self.lengths
         decoder.session.run_with_iobinding(decoder.binding)
@@ -195,12 +212,14 @@ class StaticRunner:
     def _bind(self) -> _Decoder:
         import onnxruntime as ort
 
-        session, extra = self._open("iter1")
+        if self._decode_session is None:
+            self._decode_session = self._open("iter1")
+        session, extra = self._decode_session
         batch = self.batch
         ids, positions = np.zeros((batch, 1), np.int64), np.zeros((batch, 1), np.int64)
-        mask = np.zeros((batch, self.context_length + 1), np.int64)
+        mask = np.zeros((batch, self._sizes.context + 1), np.int64)
         logits = np.zeros((batch, 1, self.contract.vocab_size), np.float32)
-        presents = [np.zeros((*port.shape[:2], 1, port.shape[3]), port.dtype) for port in self.contract.caches]
+        presents = [np.zeros_like(cache[:, :, :1]) for cache in self._caches]
         binding = session.io_binding()
         feeds: dict[str, np.ndarray] = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         feeds |= {port.name: cache for port, cache in zip(self.contract.caches, self._caches, strict=True)}
@@ -216,14 +235,32 @@ class StaticRunner:
 
     def _start_mask(self, mask: np.ndarray) -> None:
         mask[:] = 0
-        mask[:, : self.prefill_length] = self._prompt_mask
+        mask[:, : self._sizes.prefill] = self._prompt_mask
+        mask[:, self._sizes.prefill : self.position] = 1
         mask[:, -1] = 1
+
+    def _slots(self, filled: int) -> int:
+        """Size of a cache with room for at least one block more, unless the context ends before."""
+        return min(self.context_length, (filled // GROWTH + 1) * GROWTH)
+
+    def _grow(self) -> None:
+        """Give a dynamic artifact's cache another block of slots."""
+        old = self._caches
+        self._sizes = self._sizes.sized(self.batch, self._sizes.prefill, self._slots(self.position))
+        self._caches, self._decoder = self._empty_caches(), None
+        for cache, before in zip(self._caches, old, strict=True):
+            cache[:, :, : self.position] = before
+
+    def _empty_caches(self) -> list[np.ndarray]:
+        return [np.zeros([int(dim) for dim in port.shape], port.dtype) for port in self._sizes.caches]
 
     def _present_names(self) -> list[str]:
         return [port.name.replace("past_key_values", "present") for port in self.contract.caches]
 
     def _check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
-        if len(prompts) != self.batch:
+        if not prompts:
+            raise UsageError("no prompts", where=str(self.path))
+        if len(prompts) != self.batch and not self.contract.dynamic:
             raise UsageError(
                 f"{len(prompts)} prompts for graphs of batch {self.batch}",
                 where=str(self.path),

@@ -17,16 +17,19 @@ TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
 
 
-def build(config: ModelConfig, scheme, state, out, *, batch=2, prefill=64, context=128, embed_scale="exact"):
-    """Export, write the weights with the safetensors library, attach and check. Returns the contract."""
-    contract = GraphContract.of(config, scheme, batch, prefill, context)
-    graphs = export_graphs(config, scheme, contract, embed_scale)
-    params = {name: parameter(name, config, scheme, state, context) for name in weightless(graphs["iter0"])}
+def contract_of(config: ModelConfig, scheme, dynamic=False):
+    return GraphContract.of(config, scheme, batch=2, prefill=64, context=128, dynamic=dynamic)
+
+
+def build(config: ModelConfig, scheme, state, out, dynamic=False):
+    """Export, write the weights with the safetensors library, attach and check."""
+    contract = contract_of(config, scheme, dynamic)
+    graphs = export_graphs(config, scheme, contract)
+    params = {name: parameter(name, config, scheme, state, contract.context) for name in weightless(graphs["iter0"])}
     save_file(params, str(out / "params.safetensors"))
     attach_external(graphs, rows(out / "params.safetensors"), "params.safetensors")
     for name, graph in graphs.items():
         write_graph(graph, out / f"{name}.onnx")
-    return contract
 
 
 def parameter(name, config, scheme, state, context):

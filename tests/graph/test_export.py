@@ -1,32 +1,21 @@
 """Stamped static graphs in ONNX Runtime = stock transformers, past the window, batch 2, left padding, every scheme."""
 
-import json
-
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from gemma_deploy.checkpoint import ModelConfig
+from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.errors import ExportError, NotBuiltError
-from gemma_deploy.graph.contract import GraphContract
-from gemma_deploy.graph.export import export_graph, export_graphs
+from gemma_deploy.graph.contract import GRAPHS, GraphContract
+from gemma_deploy.graph.export import export_graph
 from gemma_deploy.graph.external import attach_external, weightless
 from gemma_deploy.testing import TINY_CONFIGS
 from tests.graph import graph_runs
 
 PROMPTS, STEPS = (50, 60), 12
-
-
-@pytest.fixture(scope="module")
-def config(checkpoint_dir):
-    return ModelConfig.from_dict(json.loads((checkpoint_dir / "config.json").read_text()), "config.json")
-
-
-@pytest.fixture(scope="module")
-def stock(checkpoint_dir):
-    return AutoModelForCausalLM.from_pretrained(checkpoint_dir, attn_implementation="eager", dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +26,8 @@ def sequences():
 
 def reference(model, sequences):
     with torch.no_grad():
-        rows = [model(torch.tensor(s)[None]).logits[0, n - 1 : n + STEPS] for s, n in zip(sequences, PROMPTS, strict=True)]
+        pairs = zip(sequences, PROMPTS, strict=True)
+        rows = [model(torch.tensor(s)[None]).logits[0, n - 1 : n + STEPS] for s, n in pairs]
     return torch.stack(rows).numpy()
 
 
@@ -45,63 +35,68 @@ def relative(got, expected):
     return np.abs(got - expected).max() / max(1.0, np.abs(expected).max())
 
 
+def values(out, name):
+    """Every initializer of a graph by name."""
+    graph = onnx.load(str(out / f"{name}.onnx"), load_external_data=False).graph
+    return {tensor.name: tensor for tensor in graph.initializer}
+
+
 @pytest.mark.parametrize("scheme", ["fp32", "bf16"])
-def test_float_graphs_equal_the_stock_model(config, stock, sequences, tmp_path, scheme):
-    contract = graph_runs.build(config, scheme, stock.state_dict(), tmp_path)
-    got = graph_runs.teacher_forced(tmp_path, contract, sequences, PROMPTS)
+def test_float_graphs_equal_the_stock_model(built, model_type, stock, sequences, scheme):
+    out, contract = built(model_type, scheme)
+    got = graph_runs.teacher_forced(out, contract, sequences, PROMPTS)
     # The checkpoint is bfloat16, so bf16 storage loses nothing; 6e-7 was measured, the gate is 1e-5.
     assert relative(got, reference(stock, sequences)) <= 1e-5
 
 
-def test_int8_graph_equals_the_quantized_patched_model(config, staged_dir, stock, sequences, tmp_path):
-    contract = graph_runs.build(config, "w8a16", stock.state_dict(), tmp_path)
+def test_int8_graph_equals_the_quantized_patched_model(built, model_type, staged_dir, stock, sequences):
+    out, contract = built(model_type, "w8a16")
     patched = AutoModelForCausalLM.from_pretrained(staged_dir, trust_remote_code=True, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = reference(patched.quantize(8, embeddings=True), sequences)
-    got = graph_runs.teacher_forced(tmp_path, contract, sequences, PROMPTS)
+    got = graph_runs.teacher_forced(out, contract, sequences, PROMPTS)
     assert relative(got, expected) <= 1e-5
     assert relative(got, reference(stock, sequences)) > 1e-4  # it really is quantized
 
 
-def test_fp16_graph_is_close_and_finite(config, stock, sequences, tmp_path):
-    contract = graph_runs.build(config, "fp16", stock.state_dict(), tmp_path)
-    got = graph_runs.teacher_forced(tmp_path, contract, sequences, PROMPTS)
+def test_fp16_graph_is_close_and_finite(built, model_type, stock, sequences):
+    out, contract = built(model_type, "fp16")
+    got = graph_runs.teacher_forced(out, contract, sequences, PROMPTS)
     assert np.isfinite(got).all()
     assert relative(got, reference(stock, sequences)) <= 5e-3  # 1e-3 measured: 2^-11 through 7 layers
 
 
-def test_shifted_positions_are_seen(config, stock, sequences, tmp_path):
-    contract = graph_runs.build(config, "fp32", stock.state_dict(), tmp_path)
-    wrong = graph_runs.teacher_forced(tmp_path, contract, [np.roll(s, 1) for s in sequences], PROMPTS)
+def test_shifted_positions_are_seen(built, model_type, stock, sequences):
+    out, contract = built(model_type, "fp32")
+    wrong = graph_runs.teacher_forced(out, contract, [np.roll(s, 1) for s in sequences], PROMPTS)
     assert relative(wrong, reference(stock, sequences)) > 1e-2
 
 
-def test_contract_names_shapes_and_dtypes(config):
-    contract = GraphContract.of(config, "fp16", 2, 32, 64)
-    for name, model in export_graphs(config, "fp16", contract).items():
+@pytest.mark.parametrize(("scheme", "dynamic"), [("fp16", False), ("fp32", True)])
+def test_contract_names_shapes_and_dtypes(built, model_type, scheme, dynamic):
+    out, contract = built(model_type, scheme, dynamic)
+    for name in GRAPHS:
+        graph = ir.load(out / f"{name}.onnx").graph
         ports = (contract.inputs(name), contract.outputs(name))
-        for expected, values in zip(ports, (model.graph.inputs, model.graph.outputs), strict=True):
-            got = [(v.name, v.dtype.numpy().name, tuple(int(d) for d in v.shape)) for v in values]
+        for expected, found in zip(ports, (graph.inputs, graph.outputs), strict=True):
+            got = [(v.name, v.dtype.numpy().name, tuple(getattr(d, "value", d) for d in v.shape)) for v in found]
             assert got == [(port.name, port.dtype, port.shape) for port in expected]
 
 
-def test_initializers_are_the_checkpoint_names_and_hold_no_data(config):
-    contract = GraphContract.of(config, "fp32", 1, 32, 64)
-    graphs = export_graphs(config, "fp32", contract)
-    from gemma_deploy.checkpoint import expected_tensors
-
-    names = {name for name in weightless(graphs["iter0"]) if "rotary_emb" not in name}
-    assert names == set(expected_tensors(config))
-    assert set(weightless(graphs["iter1"])) == set(weightless(graphs["iter0"]))
-    for model in graphs.values():
-        constants = [v for v in model.graph.initializers.values() if v.const_value is not None]
-        assert sum(v.const_value.nbytes for v in constants) < 16384
+def test_initializers_are_the_checkpoint_names_and_hold_no_data(built, model_type, config):
+    out, _ = built(model_type, "fp32")
+    external = {}
+    for name in GRAPHS:
+        found = values(out, name).values()
+        external[name] = {tensor.name for tensor in found if tensor.data_location == onnx.TensorProto.EXTERNAL}
+        assert sum(tensor.ByteSize() for tensor in found if tensor.name not in external[name]) < 16384
+    assert {name for name in external["iter0"] if "rotary_emb" not in name} == set(expected_tensors(config))
+    assert external["iter1"] == external["iter0"]
 
 
-def test_every_module_output_is_named(config):
-    contract = GraphContract.of(config, "fp32", 1, 32, 64)
-    model = export_graph(config, "fp32", contract, "iter1")
-    names = {value.name for node in model.graph for value in node.outputs}
+def test_every_module_output_is_named(built, model_type, config):
+    graph = ir.load(built(model_type, "fp32")[0] / "iter1.onnx").graph
+    names = {value.name for node in graph for value in node.outputs}
     for i in range(config.num_hidden_layers):
         for module in ("input_layernorm", "self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
             assert f"model.layers.{i}.{module}.out" in names
@@ -109,16 +104,15 @@ def test_every_module_output_is_named(config):
     assert {"model.embed_tokens.out", "model.norm.out"} <= names
 
 
-def test_decode_graph_never_copies_the_cache(config):
-    contract = GraphContract.of(config, "fp32", 1, 32, 64)
-    model = export_graph(config, "fp32", contract, "iter1")
-    for value in model.graph.inputs[3:]:
+def test_decode_graph_never_copies_the_cache(built, model_type):
+    graph = ir.load(built(model_type, "fp32")[0] / "iter1.onnx").graph
+    for value in graph.inputs[3:]:
         assert {user.op_type for user, _ in value.uses()} == {"MatMul"}, value.name
 
 
-def test_int8_function_body_passes_the_full_check(config, stock, tmp_path):
-    graph_runs.build(config, "w8a16", stock.state_dict(), tmp_path)
-    model = onnx.load(str(tmp_path / "iter1.onnx"), load_external_data=False)
+def test_int8_function_body_passes_the_full_check(built, model_type, config):
+    out, _ = built(model_type, "w8a16")
+    model = onnx.load(str(out / "iter1.onnx"), load_external_data=False)
     assert [f.name for f in model.functions] == ["QuantizedLinearPerChannel"]
     count = sum(node.op_type == "QuantizedLinearPerChannel" for node in model.graph.node)
     assert count == 7 * config.num_hidden_layers + 1

@@ -22,11 +22,13 @@ TEMPLATE = (
 )
 
 
-def write_artifact(checkpoint_dir, out: Path, scheme, *, batch=2, prefill=32, context=80) -> GraphContract:
+def write_artifact(
+    checkpoint_dir, out: Path, scheme, *, batch=2, prefill=32, context=80, dynamic=False
+) -> GraphContract:
     """What `compile` leaves before the manifest is written."""
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint.open(checkpoint_dir)
-    contract = GraphContract.of(checkpoint.config, scheme, batch, prefill, context)
+    contract = GraphContract.of(checkpoint.config, scheme, batch, prefill, context, dynamic)
     plan = build_plan(checkpoint.config, scheme, context)
     table = write_params(checkpoint, plan, out / "params.safetensors", journal=out / "params.journal")
     graphs = export_graphs(checkpoint.config, scheme, contract)

@@ -28,6 +28,9 @@ class Scripted:
         logits[0, self.script.pop(0)] = 1
         return logits
 
+    def reset(self):
+        self.fed = []
+
     def prefill(self, prompts):
         self.prompts = prompts
         return self._next()
