@@ -15,7 +15,7 @@ from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.graph import stamp
 from gemma_deploy.graph.contract import DECODE, GRAPHS, GraphContract, Scheme
 from gemma_deploy.graph.functions import used_functions
-from gemma_deploy.graph.islands import Islands, dynamic_dimensions, example_inputs, parts_of
+from gemma_deploy.graph.islands import Pair, Part, dynamic_dimensions, example_inputs, own_name, parts_of
 from gemma_deploy.graph.passes.fold import fold_constants
 from gemma_deploy.graph.passes.name_outputs import name_module_outputs
 from gemma_deploy.graph.passes.simplify import simplify
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 def export_graphs(
     config: ModelConfig, scheme: Scheme, contract: GraphContract, embed_scale: str = "exact"
 ) -> dict[str, ir.Model]:
-    """Both static graphs of a model.
+    """Both graphs of a model, out of one trace.
 
     Args:
         embed_scale: `exact` or `bf16`, see gemma_facts.
@@ -38,38 +38,42 @@ def export_graphs(
         ExportError: the patched model could not be traced or simplified.
         NotBuiltError: no patched model exists for this generation.
     """
-    return {graph: export_graph(config, scheme, contract, graph, embed_scale) for graph in GRAPHS}
-
-
-def export_graph(
-    config: ModelConfig, scheme: Scheme, contract: GraphContract, graph: str, embed_scale: str = "exact"
-) -> ir.Model:
-    """One static graph, `iter0` or `iter1`."""
     started = time.perf_counter()
-    skeleton = build_skeleton(
-        config,
-        scheme,
-        iter_num=int(graph == DECODE),
-        context=contract.context,
-        keep_last=contract.keeps_last(graph),
-        embed_scale=embed_scale,
-    )
-    islands = Islands(skeleton)
-    free = dynamic_dimensions(skeleton, graph) if contract.dynamic else None
-    model = trace(islands, example_inputs(skeleton, contract, graph, config.hidden_size), free)
-    inputs, outputs = ([value.name or "" for value in values] for values in (model.graph.inputs, model.graph.outputs))
-    hidden = hide_weights(model, parameter_names(islands, config))
+    skeletons = {
+        graph: build_skeleton(
+            config,
+            scheme,
+            iter_num=int(graph == DECODE),
+            context=contract.context,
+            keep_last=contract.keeps_last(graph),
+            embed_scale=embed_scale,
+        )
+        for graph in GRAPHS
+    }
+    pair = Pair(skeletons)
+    args = {graph: example_inputs(skeletons[graph], contract, graph, config.hidden_size) for graph in GRAPHS}
+    free = {graph: dynamic_dimensions(skeletons[graph], graph) for graph in GRAPHS} if contract.dynamic else None
+    model = trace(pair, (args,), None if free is None else (free,))
+    inputs = [value.name or "" for value in model.graph.inputs]
+    hidden = hide_weights(model, parameter_names(pair, config))
     folded = fold_constants(model)
     outputs = [value.name or "" for value in model.graph.outputs]
     named = name_module_outputs(model)
     outputs = [value.name or "" for value in model.graph.outputs]
     model, removed = simplify(model, used_functions(model, OPSET))
     log.debug(
-        "%s: %d weights, %d nodes folded, %d module outputs named, %d nodes simplified away, %.2f s",
-        graph, hidden, folded, named, removed, time.perf_counter() - started,
+        "%d weights, %d nodes folded, %d module outputs named, %d nodes simplified away, %.2f s",
+        hidden, folded, named, removed, time.perf_counter() - started,
     )  # fmt: skip
-    parts = parts_of(skeleton, inputs, outputs, graph)
-    prefixes = {f"layer.{kind}": f"model.layers.{k}." for k, kind in enumerate(skeleton.kinds)}
+    names = iter(inputs), iter(outputs)
+    parts = {graph: parts_of(skeletons[graph], *names, graph) for graph in GRAPHS}
+    return {graph: stamped(model, parts[graph], config, contract, graph) for graph in GRAPHS}
+
+
+def stamped(model: ir.Model, parts: list[Part], config: ModelConfig, contract: GraphContract, graph: str) -> ir.Model:
+    """One graph from its parts in the trace, function bodies included."""
+    kinds = dict.fromkeys(config.layer_types)
+    prefixes = {f"layer.{kind}": f"model.layers.{k}." for k, kind in enumerate(kinds)}
     templates = stamp.cut(model, parts, prefixes)
     whole = stamp.stamp(model, templates, config.layer_types, contract, graph)
     for function in used_functions(whole, OPSET):
@@ -78,13 +82,14 @@ def export_graph(
     return whole
 
 
-def parameter_names(islands: Islands, config: ModelConfig) -> dict[str, str]:
-    """Name in the trace -> name in the parameter file, for every parameter and buffer of the islands."""
-    names = [name for name, _ in islands.named_parameters(remove_duplicate=False)]
-    names += [name for name, _ in islands.named_buffers(remove_duplicate=False)]
-    mapping = {name: name.replace("model.rotary.", "model.rotary_emb.") for name in names}
-    if config.tie_word_embeddings:
-        mapping |= {
-            name: name.replace("lm_head.", "model.embed_tokens.") for name in names if name.startswith("lm_head.")
-        }
+def parameter_names(pair: Pair, config: ModelConfig) -> dict[str, str]:
+    """Name in the trace -> name in the parameter file, for every parameter and buffer of both graphs."""
+    names = [name for name, _ in pair.named_parameters(remove_duplicate=False)]
+    names += [name for name, _ in pair.named_buffers(remove_duplicate=False)]
+    mapping = {}
+    for name in names:
+        target = own_name(name).replace("model.rotary.", "model.rotary_emb.")
+        if config.tie_word_embeddings and target.startswith("lm_head."):
+            target = target.replace("lm_head.", "model.embed_tokens.")
+        mapping[name] = target
     return mapping

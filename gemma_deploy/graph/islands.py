@@ -1,7 +1,7 @@
 """One module whose parts are unconnected: prologue, a layer of each kind, epilogue, each with inputs of its own.
 
-Third step of the export: one trace gives every part, the parts are cut apart by what feeds them, and the layer parts
-are stamped out once per layer (stamp.py). Depth costs nothing.
+Third step of the export: one trace gives every part of both graphs, the parts are cut apart by what feeds them, and
+the layer parts are stamped out once per layer (stamp.py). Depth costs nothing.
 
 Names at the part borders: `prologue` reads input_ids, attention_mask, position_ids and writes hidden, mask.{kind},
 cos.{kind}, sin.{kind}; `layer.{kind}` reads them and past.key, past.value and writes hidden, present.key,
@@ -10,6 +10,7 @@ present.value; `epilogue` reads hidden and writes logits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,24 @@ class Islands(nn.Module):
         return (*out, logits.float())
 
 
+class Pair(nn.Module):
+    """The islands of both graphs: what torch's exporter spends once per call is spent once."""
+
+    def __init__(self, skeletons: dict[str, Skeleton]):
+        super().__init__()
+        self.graphs = nn.ModuleDict({graph: Islands(skeleton) for graph, skeleton in skeletons.items()})
+
+    def forward(self, args: dict[str, tuple[Any, ...]]) -> tuple[torch.Tensor, ...]:
+        """args: inputs of each graph's islands -> outputs of all, in the order of the graphs."""
+        return tuple(value for graph, module in self.graphs.items() for value in module(*args[graph]))
+
+
+def own_name(name: str) -> str:
+    """The model's name of a module, parameter or value in the trace of a `Pair` (graphs.iter0.model.norm)."""
+    graphs, _, rest = name.partition(".")
+    return rest.partition(".")[2] if graphs == "graphs" else name
+
+
 # Batch, new tokens and cache slots of a dynamic trace: unequal, as torch.export may take equal sizes for one dimension,
 # and more than one, as it takes that for fixed.
 DYNAMIC_SIZES = (3, 5, 7)
@@ -111,9 +130,12 @@ def dynamic_dimensions(skeleton: Skeleton, graph: str) -> tuple[Any, ...]:
     return row, row, row, [tuple(layer) for _ in skeleton.kinds], row
 
 
-def parts_of(skeleton: Skeleton, input_names: list[str], output_names: list[str], graph: str) -> list[Part]:
-    """Which trace inputs and outputs belong to which part, in the order `Islands.forward` takes and gives them."""
-    names, outs = iter(input_names), iter(output_names)
+def parts_of(skeleton: Skeleton, names: Iterator[str], outs: Iterator[str], graph: str) -> list[Part]:
+    """Which trace inputs and outputs belong to which part, in the order `Islands.forward` takes and gives them.
+
+    Args:
+        names: of the trace's inputs; outs: of its outputs. A graph's own are taken from their front.
+    """
     kinds = skeleton.kinds
     prologue_in = tuple((next(names), name) for name in ("input_ids", "attention_mask", "position_ids"))
     layer_fields = ["hidden", "cos", "sin", "mask"] + (["past.key", "past.value"] if graph == DECODE else [])

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from gemma_deploy.errors import ExportError
 from gemma_deploy.graph.contract import DECODE, GraphContract, Port
-from gemma_deploy.graph.islands import Part
+from gemma_deploy.graph.islands import Part, own_name
 
 DTYPES = {"int64": ir.DataType.INT64, "float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 
@@ -91,6 +91,7 @@ class Builder:
         border_inputs = set(template.inputs.values())
 
         def rename(name: str) -> str:
+            name = own_name(name)
             if template.prefix and name.startswith(template.prefix):
                 return prefix + name.removeprefix(template.prefix)
             return name

@@ -13,12 +13,12 @@ import onnx_ir as ir
 import torch
 
 from gemma_deploy.errors import ExportError
-from gemma_deploy.graph.islands import Islands
+from gemma_deploy.graph.islands import Pair
 
 OPSET = 21
 
 
-def trace(islands: Islands, args: tuple[Any, ...], dynamic: tuple[Any, ...] | None = None) -> ir.Model:
+def trace(pair: Pair, args: tuple[Any, ...], dynamic: tuple[Any, ...] | None = None) -> ir.Model:
     """Trace the module and convert it, without optimisation.
 
     Args:
@@ -33,7 +33,7 @@ def trace(islands: Islands, args: tuple[Any, ...], dynamic: tuple[Any, ...] | No
         previous = logging.getLogger("torch.onnx").level
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         try:
-            program = torch.export.export(islands.eval(), args, dynamic_shapes=dynamic, strict=False)
+            program = torch.export.export(pair.eval(), args, dynamic_shapes=dynamic, strict=False)
             onnx_program = torch.onnx.export(
                 program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False, input_names=None
             )

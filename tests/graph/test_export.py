@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.errors import ExportError, NotBuiltError
 from gemma_deploy.graph.contract import GRAPHS, GraphContract
-from gemma_deploy.graph.export import export_graph
+from gemma_deploy.graph.export import export_graphs
 from gemma_deploy.graph.external import attach_external, weightless
 from gemma_deploy.testing import TINY_CONFIGS
 from tests.graph import graph_runs
@@ -122,11 +122,11 @@ def test_int8_function_body_passes_the_full_check(built, model_type, config):
 
 def test_disagreeing_parameters_are_listed_at_once(config):
     contract = GraphContract.of(config, "fp32", 1, 32, 64)
-    graphs = {"iter0": export_graph(config, "fp32", contract, "iter0")}
+    graphs = export_graphs(config, "fp32", contract)
     row = graph_runs.SimpleNamespace(name="stranger", dtype="float32", shape=(1,), offset=0, nbytes=4)
     with pytest.raises(ExportError) as caught:
         attach_external(graphs, [row], "params.safetensors")
-    assert len(caught.value.problems) == len(weightless(graphs["iter0"])) + 1
+    assert len(caught.value.problems) == sum(len(weightless(graph)) for graph in graphs.values()) + 1
     assert "stranger is in params.safetensors but no graph reads it" in str(caught.value)
 
 
@@ -134,4 +134,4 @@ def test_gemma_2_is_refused_in_words():
     raw = {**TINY_CONFIGS["gemma3_text"], "model_type": "gemma2"}
     config = ModelConfig.from_dict(raw, "config.json")
     with pytest.raises(NotBuiltError, match="gemma2"):
-        export_graph(config, "fp32", GraphContract.of(config, "fp32", 1, 32, 64), "iter0")
+        export_graphs(config, "fp32", GraphContract.of(config, "fp32", 1, 32, 64))
