@@ -9,6 +9,12 @@ from tests.graph import graph_runs
 VOCAB = 512
 
 
+@pytest.fixture(scope="session")
+def model_type():
+    """The one with a window; tests/runtime/test_dynamic_runner.py has the other (torch takes 15 s for each)."""
+    return "gemma3_text"
+
+
 @pytest.fixture(scope="module")
 def sequences():
     rng = np.random.default_rng(11)
