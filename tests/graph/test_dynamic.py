@@ -7,13 +7,8 @@ import torch
 from tests.graph import graph_runs
 
 VOCAB = 512
-
-
-@pytest.fixture(scope="session")
-def model_type():
-    """The one with a window; tests/runtime/test_dynamic_runner.py has the other (torch takes 15 s for each)."""
-    return "gemma3_text"
-
+# The one with a window; tests/runtime/test_dynamic_runner.py has the other (torch takes 15 s for each).
+pytestmark = pytest.mark.parametrize("model_type", ["gemma3_text"], indirect=True, scope="session")
 
 @pytest.fixture(scope="module")
 def sequences():
