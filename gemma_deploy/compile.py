@@ -95,8 +95,8 @@ def compile_recipe(
         checkpoint = open_inputs(recipe)
         preflight(recipe, checkpoint, out=out, parity=parity)
         key = input_key(recipe, checkpoint)
-    with ArtifactDir(out, key=key, force=force) as artifact:
-        if artifact.finished and (artifact.manifest["parity"] is not None or not parity):
+    with ArtifactDir(out, key=key, force=force, proven=parity) as artifact:
+        if artifact.finished:
             return CompileResult(out, tuple(stages.done), True, artifact.manifest["parity"])
         contract = contract_of(recipe, checkpoint)
         with stages.stage("parameters") as stage:

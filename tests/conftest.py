@@ -1,6 +1,8 @@
-"""Shared fixtures: tiny checkpoints, deterministic and offline."""
+"""Shared fixtures: tiny checkpoints, the compiled demo; deterministic and offline."""
 
+import fcntl
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -9,6 +11,44 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import pytest
 
 from gemma_deploy.testing import write_tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """(name, make) -> directory that `make(directory)` filled, in whichever test process asked first; read only."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    shared.mkdir(exist_ok=True)
+
+    def get(name, make):
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (shared / f"{name}.done").exists():
+                shutil.rmtree(shared / name, ignore_errors=True)
+                make(shared / name)
+                (shared / f"{name}.done").touch()
+        return shared / name
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def demo_artifact(once):
+    """The bundled demo in int8, compiled with its gate; read only."""
+
+    def make(folder):
+        from gemma_deploy.compile import compile_recipe
+        from gemma_deploy.recipe import Recipe
+
+        compile_recipe(Recipe.load("build_in/hf_gemma_int8.yaml", [f"workspace.path={folder}"]))
+
+    return once("demo-workspace", make) / "gemma-demo-int8-128-256"
+
+
+@pytest.fixture
+def demo_copy(demo_artifact, tmp_path):
+    """A copy of it to break."""
+    return shutil.copytree(demo_artifact, tmp_path / demo_artifact.name)
 
 
 @pytest.fixture(scope="session", params=["gemma", "gemma3_text"])

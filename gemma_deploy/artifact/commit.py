@@ -1,6 +1,7 @@
 """The directory an artifact grows in: NAME.partial until the manifest is written, then NAME.
 
 Killed at any moment, the next run with the same inputs continues in NAME.partial; with other inputs it starts afresh.
+Two runs at a time on one NAME are refused (lock.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from gemma_deploy.artifact.lock import Lock
 from gemma_deploy.artifact.manifest import MANIFEST, Artifact, write_json
 from gemma_deploy.errors import ArtifactError, DeployError
 
@@ -28,49 +30,60 @@ class ArtifactDir:
         out: where the finished artifact goes.
         key: hash of everything it depends on.
         force: replace a finished artifact that was made from other inputs.
+        proven: be content with a finished artifact only if its gate ran.
+
+    Attributes:
+        path: the directory to work in.
+        finished: `out` is what would be made; nothing is to be done.
+        manifest: of the finished artifact.
 
     Raises:
-        ArtifactError: `out` is finished with another key and `force` is off, or is no artifact at all.
+        ArtifactError: `out` is finished with another key and `force` is off, or is no artifact at all; or another
+            process is at work on it.
         DeployError: the workspace cannot be written to, or the disk is full.
     """
 
-    def __init__(self, out: Path, *, key: str, force: bool = False) -> None:
-        self.out, self.key, self.force = out, key, force
+    def __init__(self, out: Path, *, key: str, force: bool = False, proven: bool = False) -> None:
+        self.out, self.key, self.force, self.proven = out, key, force, proven
         self.path = out.with_name(out.name + ".partial")
         self.manifest: dict[str, Any] = {}
         self.finished = False
+        self._lock: Lock | None = None
 
     def __enter__(self) -> ArtifactDir:
         """Find out what is there: the finished artifact, an unfinished one to continue, or nothing."""
-        if self.out.exists():
-            self._look_at_existing()
-        if self.finished and not self.force:
+        if self._is_finished():
             return self
-        self.finished = False
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            mark = self.path / KEY_FILE
-            if not mark.exists() or mark.read_text() != self.key:
-                shutil.rmtree(self.path)
-                self.path.mkdir()
-                mark.write_text(self.key)
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self.out.with_name(f".{self.out.name}.lock"))
+            try:
+                self._prepare()
+            except BaseException:
+                self._lock.release()
+                raise
         except OSError as error:
             raise disk_error(error, self.out.parent) from error
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Leave the unfinished directory for the next run; explain a full or read-only disk."""
+        if self._lock is not None:
+            self._lock.release()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT):
             raise disk_error(error, self.out.parent) from error
 
     def commit(self, manifest: dict[str, Any]) -> None:
-        """Hash the files, write the manifest last, and rename NAME.partial to NAME."""
-        for name in SCAFFOLD:
-            (self.path / name).unlink(missing_ok=True)
+        """Hash the files, write the manifest last, and rename NAME.partial to NAME.
+
+        Killed in between, the next run finds a whole manifest and does the rest.
+        """
         params = {"params.safetensors": _params_digest(manifest)}
         files = {}
         for file in sorted(self.path.iterdir()):
-            if file.name != MANIFEST:
+            if file.name not in (MANIFEST, *SCAFFOLD):
                 files[file.name] = {
                     "bytes": file.stat().st_size,
                     "sha256": params.get(file.name) or _sha256(file),
@@ -79,35 +92,69 @@ class ArtifactDir:
         write_json(self.path / MANIFEST, manifest | {"files": files})
         _sync(self.path / MANIFEST)
         _sync(self.path)
+        self._publish()
+
+    def _publish(self) -> None:
+        """Put the whole NAME.partial in the place of NAME."""
+        for name in SCAFFOLD:
+            (self.path / name).unlink(missing_ok=True)
         old = self.out.with_name(self.out.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
         if self.out.exists():
+            shutil.rmtree(old, ignore_errors=True)
             self.out.rename(old)
         self.path.rename(self.out)
         _sync(self.out.parent)
         shutil.rmtree(old, ignore_errors=True)
 
-    def _look_at_existing(self) -> None:
+    def _prepare(self) -> None:
+        """Under the lock: finish what only waited to be renamed, continue what has our key, or start afresh."""
+        if self._is_finished():  # by another process, just now
+            return
+        whole = self._readable(self.path)
+        if whole is not None and self._fits(whole) and not self.force:
+            self._publish()
+            self._is_finished()
+            return
+        mark = self.path / KEY_FILE
+        if self.path.exists() and not (mark.exists() and mark.read_text() == self.key):
+            shutil.rmtree(self.path)
+        self.path.mkdir(exist_ok=True)
+        (self.path / MANIFEST).unlink(missing_ok=True)
+        mark.write_text(self.key)
+
+    def _is_finished(self) -> bool:
+        """Look at `out`, and refuse what must not be replaced."""
+        if not self.out.exists():
+            return False
         if not (self.out / MANIFEST).exists():
             raise ArtifactError(
                 "exists and is no artifact; it will not be touched",
                 where=str(self.out),
                 next_step="choose another name or --out, or remove it yourself",
             )
-        try:
-            found = Artifact.open(self.out)
-        except ArtifactError:
-            if not self.force:
-                raise
-            return
-        if found.manifest.get("key") == self.key and _sizes_match(found):
+        if self.force:
+            return False
+        found = Artifact.open(self.out)
+        if self._fits(found):
             self.finished, self.manifest = True, found.manifest
-        elif not self.force:
+        elif found.manifest.get("key") != self.key or not _sizes_match(found):
             raise ArtifactError(
-                "holds an artifact made from other inputs (recipe, checkpoint, program or library versions), or damaged",
+                "holds an artifact of other inputs (recipe, checkpoint, program or library versions), or a damaged one",
                 where=str(self.out),
                 next_step="use --force to replace it, or give the recipe another name",
             )
+        return self.finished
+
+    def _fits(self, artifact: Artifact) -> bool:
+        proven = artifact.manifest.get("parity") is not None or not self.proven
+        return artifact.manifest.get("key") == self.key and proven and _sizes_match(artifact)
+
+    @staticmethod
+    def _readable(path: Path) -> Artifact | None:
+        try:
+            return Artifact.open(path)
+        except ArtifactError:
+            return None
 
 
 def _sizes_match(artifact: Artifact) -> bool:

@@ -1,8 +1,6 @@
 """Finished artifacts around the graphs that the run time's tests export, and copies of them to break."""
 
-import fcntl
 import json
-import os
 import shutil
 
 import pytest
@@ -19,31 +17,6 @@ from tests.runtime.conftest import artifacts  # noqa: F401 (a fixture)
 PREFILL, CONTEXT, BATCH = 32, 80, 2  # of the run time's artifacts
 PROMPT, STEPS = 24, 4  # three windows of 8
 DTYPES = {"w8a16": "int8"}
-
-
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory):
-    """A directory that all test processes see."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "parity"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def once(shared):
-    """(name, make) -> directory; `make(directory)` is called by the first test process that asks."""
-
-    def get(name, make):
-        with (shared / f"{name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (shared / f"{name}.done").exists():
-                shutil.rmtree(shared / name, ignore_errors=True)
-                make(shared / name)
-                (shared / f"{name}.done").touch()
-        return shared / name
-
-    return get
 
 
 def write_recipe(file, checkpoint, scheme="fp32", *, batch=BATCH, lengths=(PREFILL, CONTEXT), **parity):
