@@ -46,13 +46,14 @@ class ArtifactDir:
     def __init__(self, out: Path, *, key: str, force: bool = False, proven: bool = False) -> None:
         self.out, self.key, self.force, self.proven = out, key, force, proven
         self.path = out.with_name(out.name + ".partial")
+        self._old = out.with_name(out.name + ".old")
         self.manifest: dict[str, Any] = {}
         self.finished = False
         self._lock: Lock | None = None
 
     def __enter__(self) -> ArtifactDir:
         """Find out what is there: the finished artifact, an unfinished one to continue, or nothing."""
-        if self._is_finished():
+        if self._is_finished() and not self._old.exists():
             return self
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -98,17 +99,17 @@ class ArtifactDir:
         """Put the whole NAME.partial in the place of NAME."""
         for name in SCAFFOLD:
             (self.path / name).unlink(missing_ok=True)
-        old = self.out.with_name(self.out.name + ".old")
         if self.out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            self.out.rename(old)
+            shutil.rmtree(self._old, ignore_errors=True)
+            self.out.rename(self._old)
         self.path.rename(self.out)
         _sync(self.out.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self._old, ignore_errors=True)
 
     def _prepare(self) -> None:
         """Under the lock: finish what only waited to be renamed, continue what has our key, or start afresh."""
-        if self._is_finished():  # by another process, just now
+        if self._is_finished():  # by another process just now, or by one that was killed before it could clear up
+            shutil.rmtree(self._old, ignore_errors=True)
             return
         whole = self._readable(self.path)
         if whole is not None and self._fits(whole) and not self.force:
