@@ -54,7 +54,7 @@ def command(
     if dry_run:
         plan = compiler.plan_recipe(loaded, parity=parity)
         Console().print(render(plan))
-        raise SystemExit(1 if plan.shortfalls else 0)
+        raise click.exceptions.Exit(1 if plan.shortfalls else 0)
     result = compiler.compile_recipe(
         loaded, out=out, force=force, parity=parity, on_stage=_print_stage, progress=_progress()
     )

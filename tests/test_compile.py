@@ -1,0 +1,355 @@
+"""One command, one artifact: what is written, reused, refused, and what a kill leaves. Without the gate where it is not
+the question: tests/parity has it."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from gemma_deploy import compile as compiler
+from gemma_deploy.cli import main
+from gemma_deploy.graph.export import export_graphs
+from gemma_deploy.testing import write_tiny_checkpoint
+
+NAME = "tiny"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", "gemma", num_hidden_layers=2)
+
+
+@pytest.fixture
+def recipe(checkpoint, tmp_path):
+    return write_recipe(tmp_path, checkpoint)
+
+
+def write_recipe(folder, checkpoint, **changes):
+    content = {
+        "name": NAME,
+        "frontend": {"checkpoint": str(checkpoint), "shape": {"input_ids": [[32], [64]]}},
+        "backend": {"dtype": "int8"},
+        "parity": {"prompt_tokens": 16, "decode_tokens": 2},
+        "workspace": {"path": str(folder / "workspace")},
+    }
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content | changes))
+    return file
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, tmp_path_factory):
+    """The artifact of the recipe without its gate, made without interruption; read only."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert main(["compile", str(write_recipe(folder, checkpoint)), "--no-parity"]) == 0
+    return folder / "workspace" / NAME
+
+
+@pytest.fixture
+def copied(finished, checkpoint, tmp_path):
+    """A workspace with a copy of the finished artifact, and its recipe."""
+    shutil.copytree(finished, tmp_path / "workspace" / NAME)
+    return write_recipe(tmp_path, checkpoint), tmp_path / "workspace"
+
+
+def snapshot(folder):
+    """Every file below a directory, with its bytes and its time."""
+    return {
+        str(file.relative_to(folder)): (file.read_bytes(), file.stat().st_mtime_ns)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def contents(artifact):
+    """Bytes of every file, times left out of the manifest and its page."""
+    found = {name: data for name, (data, _) in snapshot(artifact).items()}
+    manifest = json.loads(found.pop("manifest.json"))
+    assert manifest.pop("stages")
+    assert found.pop("report.html")
+    manifest["files"].pop("report.html")
+    manifest["recipe"].pop("workspace")
+    return found, manifest
+
+
+def names(workspace):
+    return sorted(entry.name for entry in workspace.iterdir()) if workspace.exists() else []
+
+
+def test_the_artifact_has_its_files_and_the_manifest_its_facts(finished):
+    assert {file.name for file in finished.iterdir()} == {
+        "manifest.json", "iter0.onnx", "iter1.onnx", "params.safetensors", "config.json", "generation_config.json",
+        "report.html",
+    }  # fmt: skip
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert manifest["scheme"] == "w8a16"
+    assert manifest["parity"] is None
+    assert [stage["name"] for stage in manifest["stages"]] == ["check", "parameters", "graphs", "files"]
+    assert all(stage["seconds"] >= 0 and stage["peak_rss_bytes"] > 1 << 20 for stage in manifest["stages"])
+    assert {"torch", "onnx", "transformers", "gemma-deploy"} <= set(manifest["tool"])
+    assert set(manifest["files"]) == {file.name for file in finished.iterdir()} - {"manifest.json"}
+    assert names(finished.parent) == [NAME]
+
+
+def test_params_open_with_the_safetensors_library(finished):
+    from safetensors import safe_open
+
+    rows = json.loads((finished / "manifest.json").read_text())["params"]
+    with safe_open(finished / "params.safetensors", "np") as file:
+        assert set(file.keys()) == {row["name"] for row in rows}
+        assert all(list(file.get_slice(row["name"]).get_shape()) == row["shape"] for row in rows)
+
+
+def test_a_second_run_writes_nothing(copied, capsys):
+    recipe, workspace = copied
+    before = snapshot(workspace)
+    assert main(["compile", str(recipe), "--no-parity"]) == 0
+    assert "nothing has changed" in capsys.readouterr().out
+    assert snapshot(workspace) == before
+
+
+def test_a_second_run_with_the_gate_proves_what_was_not_proven(copied, capsys):
+    recipe, workspace = copied
+    assert main(["compile", str(recipe)]) == 0
+    manifest = json.loads((workspace / NAME / "manifest.json").read_text())
+    assert manifest["parity"]["passed"] is True
+    assert "parity  passed" in capsys.readouterr().out
+    assert names(workspace) == [NAME]
+
+
+def change_recipe(recipe, checkpoint, monkeypatch):
+    write_recipe(recipe.parent, checkpoint, frontend={
+        "checkpoint": str(checkpoint), "shape": {"input_ids": [[32], [80]]},
+    })  # fmt: skip
+
+
+def change_weights(recipe, checkpoint, monkeypatch):
+    other = shutil.copytree(checkpoint, recipe.parent / "changed")
+    data = bytearray((other / "model.safetensors").read_bytes())
+    data[-9] ^= 1
+    (other / "model.safetensors").write_bytes(data)
+    write_recipe(recipe.parent, other)
+
+
+def change_program(recipe, checkpoint, monkeypatch):
+    monkeypatch.setattr(compiler, "code_version", lambda: "another")
+
+
+def change_library(recipe, checkpoint, monkeypatch):
+    monkeypatch.setattr(compiler, "tool_versions", lambda: {"torch": "0.1"})
+
+
+@pytest.mark.parametrize("change", [change_recipe, change_weights, change_program, change_library])
+def test_changed_inputs_are_noticed_and_nothing_is_replaced_unasked(copied, checkpoint, monkeypatch, capsys, change):
+    recipe, workspace = copied
+    before = snapshot(workspace)
+    change(recipe, checkpoint, monkeypatch)
+    assert main(["compile", str(recipe), "--no-parity"]) == 1
+    message = capsys.readouterr().err
+    assert "artifact of other inputs" in message
+    assert "--force" in message
+    assert snapshot(workspace) == before
+
+
+def test_force_replaces_it(copied, checkpoint, monkeypatch):
+    recipe, workspace = copied
+    change_recipe(recipe, checkpoint, monkeypatch)
+    assert main(["compile", str(recipe), "--no-parity", "--force"]) == 0
+    assert json.loads((workspace / NAME / "manifest.json").read_text())["contract"]["context"] == 80
+    assert names(workspace) == [NAME]
+
+
+def test_out_names_the_directory(finished, checkpoint, tmp_path):
+    recipe = write_recipe(tmp_path, checkpoint)
+    assert main(["compile", str(recipe), "--no-parity", "--out", str(tmp_path / "elsewhere")]) == 0
+    assert contents(tmp_path / "elsewhere") == contents(finished)
+    assert names(tmp_path / "workspace") == []
+
+
+# Forks a child per line of stdin, which compiles and dies when a function is called for the n-th time, before that call
+# has done anything. Torch is imported once, which makes this fast.
+DRIVER = """
+import importlib, json, os, signal, sys
+import torch, gemma_deploy.graph.export, gemma_deploy.patched
+gemma_deploy.patched.causal_classes("gemma")
+from gemma_deploy.cli import main
+for line in sys.stdin:
+    (module, name, count), kind, errors, arguments = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        sys.stdout = sys.stderr = open(errors, "w", buffering=1)
+        os.dup2(sys.stderr.fileno(), 2)
+        left, owner = [count], importlib.import_module(module)
+        *path, last = name.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        call = getattr(owner, last)
+        def dying(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), getattr(signal, kind))
+            return call(*args, **kwargs)
+        setattr(owner, last, dying)
+        code = main(arguments)
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def die(tmp_path_factory):
+    """(moment, recipe, signal) -> exit code and what was said."""
+    errors = tmp_path_factory.mktemp("driver") / "errors.txt"
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+    def run(moment, recipe, kind="SIGKILL"):
+        job = MOMENTS[moment], kind, str(errors), ["compile", str(recipe), "--no-parity"]
+        driver.stdin.write(json.dumps(job) + "\n")
+        driver.stdin.flush()
+        return int(driver.stdout.readline()), errors.read_text()
+
+    yield run
+    driver.stdin.close()
+    driver.stdout.close()
+    driver.wait()
+
+
+MOMENTS = {
+    "the first tensor": ("os", "pwrite", 2),
+    "a tensor in the middle": ("os", "pwrite", 12),
+    "before the graphs": ("gemma_deploy.compile", "export_into", 1),
+    "between the two graph files": ("gemma_deploy.graph.external", "write_graph", 2),
+    "the model's files": ("gemma_deploy.compile", "copy_model_files", 1),
+    "the report": ("gemma_deploy.compile", "write_report", 1),
+    "the manifest": ("gemma_deploy.artifact.commit", "write_json", 1),
+    "the rename": ("gemma_deploy.artifact.commit", "ArtifactDir._publish", 1),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_kill_9_at_any_moment_and_run_again(recipe, finished, die, monkeypatch, moment):
+    code, said = die(moment, recipe)
+    assert code == -signal.SIGKILL, said
+    workspace = recipe.parent / "workspace"
+    assert NAME not in names(workspace)
+    journal = workspace / f"{NAME}.partial/params.journal"
+    done = finished_tensors(journal)
+    exported = []
+
+    def export(*args):
+        exported.append(args)
+        return export_graphs(*args)
+
+    monkeypatch.setattr("gemma_deploy.graph.export.export_graphs", export)
+    assert main(["compile", str(recipe), "--no-parity"]) == 0
+    assert contents(workspace / NAME) == contents(finished)
+    assert names(workspace) == [NAME]
+    order = list(MOMENTS)
+    assert bool(exported) == (order.index(moment) < order.index("the model's files"))  # else continued behind it
+    assert bool(done) == (moment != "the first tensor")
+
+
+def finished_tensors(journal):
+    if not journal.exists():
+        return []
+    return [record["job"] for line in journal.read_text().splitlines() if "job" in (record := json.loads(line))]
+
+
+def test_ctrl_c_ends_with_130_and_one_line_and_the_next_run_continues(recipe, finished, die):
+    code, said = die("between the two graph files", recipe, "SIGINT")
+    assert code == 130
+    assert said.strip().splitlines()[-1].startswith("interrupted; run the same command again")
+    assert "Traceback" not in said
+    workspace = recipe.parent / "workspace"
+    assert names(workspace) == [f"{NAME}.partial"]
+    assert main(["compile", str(recipe), "--no-parity"]) == 0
+    assert contents(workspace / NAME) == contents(finished)
+
+
+@pytest.mark.parametrize("moment", ["a tensor in the middle", "between the two graph files", "the manifest"])
+def test_a_full_disk_is_one_message_and_the_next_run_continues(recipe, finished, monkeypatch, capsys, moment):
+    module, name, count = MOMENTS[moment]
+    owner = sys.modules[module] if module != "os" else os
+    real, calls = getattr(owner, name), []
+
+    def full(*args, **kwargs):
+        calls.append(1)
+        if len(calls) >= count:
+            raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        assert main(["compile", str(recipe), "--no-parity"]) == 1
+    message = capsys.readouterr().err
+    assert "disk is full" in message or "no space left for the parameters" in message
+    assert "it continues" in message
+    workspace = recipe.parent / "workspace"
+    assert names(workspace) == [f"{NAME}.partial"]
+    assert main(["compile", str(recipe), "--no-parity"]) == 0
+    assert contents(workspace / NAME) == contents(finished)
+
+
+def test_a_dry_run_writes_nothing_and_shows_every_stage(recipe, capsys):
+    before = snapshot(recipe.parent)
+    assert main(["compile", str(recipe), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("parameters", "graphs", "parity"):
+        assert word in shown
+    assert snapshot(recipe.parent) == before
+    assert names(recipe.parent / "workspace") == []
+
+
+def test_a_failed_gate_leaves_a_report_and_no_artifact(recipe, monkeypatch, capsys):
+    from gemma_deploy.parity import ParityResult
+    from gemma_deploy.parity.gates import Line
+
+    real = compiler.run_gate
+
+    def wrong(*args):
+        result = real(*args)
+        first = result.lines[0]
+        result.lines[0] = Line(**{**vars(first), "passed": False})
+        assert isinstance(result, ParityResult)
+        return result
+
+    monkeypatch.setattr(compiler, "run_gate", wrong)
+    assert main(["compile", str(recipe)]) == 1
+    message = capsys.readouterr().err
+    workspace = recipe.parent / "workspace"
+    assert "does not compute the model" in message
+    assert "report.html" in message
+    assert names(workspace) == [f"{NAME}.partial"]
+    assert "FAILED" in (workspace / f"{NAME}.partial/report.html").read_text()
+    assert not (workspace / f"{NAME}.partial/manifest.json").exists()
+
+
+def test_a_recipe_can_switch_the_gate_off_but_not_the_verdict(checkpoint, tmp_path, monkeypatch, capsys):
+    from gemma_deploy.parity.gates import Line
+
+    real = compiler.run_gate
+
+    def wrong(*args):
+        result = real(*args)
+        result.lines[0] = Line(**{**vars(result.lines[0]), "passed": False})
+        return result
+
+    monkeypatch.setattr(compiler, "run_gate", wrong)
+    parity = {"prompt_tokens": 16, "decode_tokens": 2, "gate": False}
+    assert main(["compile", str(write_recipe(tmp_path, checkpoint, parity=parity))]) == 0
+    assert "FAILED" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "workspace" / NAME / "manifest.json").read_text())
+    assert manifest["parity"]["passed"] is False
