@@ -22,6 +22,7 @@ from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.sources import Features
 from gemma_deploy.runtime.contract import StaticContract, read_contract, read_manifest
+from gemma_deploy.runtime.session import VERIFY, load_graph
 from gemma_deploy.runtime.strict import lower
 
 POSITIONS = 128
@@ -47,7 +48,7 @@ class Cutter:
     """
 
     def __init__(self, folder: Path, graph: str) -> None:
-        self.folder, self.model = folder, ir.load(folder / f"{graph}.onnx")
+        self.folder, self.model = folder, load_graph(folder / f"{graph}.onnx")
         self.where = str(folder / f"{graph}.onnx")
         self.values = {value.name: value for node in self.model.graph for value in node.outputs}
         self.values |= {value.name: value for value in self.model.graph.inputs}
@@ -345,7 +346,11 @@ def _open(model: ir.Model, folder: Path) -> Any:
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     proto = ir.to_proto(lower(model)).SerializeToString()
-    return ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+    try:
+        return ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ORT's own have no common base
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"ONNX Runtime refuses it: {reason}", where=str(folder), next_step=VERIFY) from error
 
 
 def layer_input(layer: int) -> str:

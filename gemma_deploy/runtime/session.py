@@ -52,9 +52,6 @@ def open_session(
     """
     import onnxruntime as ort
 
-    for file in (path, path.with_name(PARAMS)):
-        if not file.is_file():
-            raise ArtifactError("is missing", where=str(file), next_step=VERIFY)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # what ORT refuses is raised as well
@@ -78,6 +75,23 @@ def open_session(
     return session
 
 
+def load_graph(path: Path) -> ir.Model:
+    """An .onnx file of an artifact, its parameters where they lie.
+
+    Raises:
+        ArtifactError: the file or params.safetensors is missing, or it is no ONNX graph.
+    """
+    import onnx_ir as ir
+
+    for file in (path, path.with_name(PARAMS)):
+        if not file.is_file():
+            raise ArtifactError("is missing", where=str(file), next_step=VERIFY)
+    try:
+        return ir.load(path)
+    except Exception as error:  # onnx_ir and protobuf raise many kinds for a damaged file
+        raise ArtifactError(f"is not an ONNX graph: {error}", where=str(path), next_step=VERIFY) from error
+
+
 def changed_graph(
     path: Path, mode: Mode, outputs: Sequence[str], arrays: dict[str, np.ndarray]
 ) -> tuple[bytes, list[str]]:
@@ -93,10 +107,7 @@ def changed_graph(
 
     from gemma_deploy.runtime import fast, strict
 
-    try:
-        model = ir.load(path)
-    except Exception as error:  # onnx_ir and protobuf raise many kinds for a damaged file
-        raise ArtifactError(f"is not an ONNX graph: {error}", where=str(path), next_step=VERIFY) from error
+    model = load_graph(path)
     names: list[str] = []
     if mode == "strict":
         model = strict.lower(model)
