@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import pytest
 
 from gemma_deploy.testing import write_tiny_checkpoint
+from tests.exporting import write_artifact
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +31,21 @@ def once(tmp_path_factory):
         return shared / name
 
     return get
+
+
+@pytest.fixture(scope="session")
+def artifacts(once):
+    """(model type, scheme, batch, dynamic) -> directory without a manifest, read only, its checkpoint beside it."""
+
+    def artifact(model_type, scheme, batch=2, dynamic=False):
+        def make(root):
+            checkpoint = write_tiny_checkpoint(root / "checkpoint", model_type)
+            write_artifact(checkpoint, root / "artifact", scheme, batch=batch, dynamic=dynamic)
+
+        name = f"{model_type}-{scheme}-{batch}" + "-dynamic" * dynamic
+        return once(f"exported-{name}", make) / "artifact"
+
+    return artifact
 
 
 @pytest.fixture(scope="session")

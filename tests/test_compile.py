@@ -229,7 +229,7 @@ def die(tmp_path_factory):
 
 MOMENTS = {
     "the first tensor": ("os", "pwrite", 2),
-    "a tensor in the middle": ("os", "pwrite", 12),
+    "a tensor in the middle": ("os", "pwrite", 30),
     "before the graphs": ("gemma_deploy.compile", "export_into", 1),
     "between the two graph files": ("gemma_deploy.graph.external", "write_graph", 2),
     "the model's files": ("gemma_deploy.compile", "copy_model_files", 1),

@@ -1,67 +1,7 @@
 """Run static graphs in ONNX Runtime without the project's own runtime: an independent reading of the contract."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import onnxruntime as ort
-import torch
-from safetensors.torch import save_file
-
-from gemma_deploy.checkpoint import ModelConfig
-from gemma_deploy.graph.contract import GraphContract
-from gemma_deploy.graph.export import export_graphs
-from gemma_deploy.graph.external import attach_external, weightless, write_graph
-from gemma_deploy.patched import patched_module
-
-TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "w8a16": torch.float32}
-NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
-
-
-def contract_of(config: ModelConfig, scheme, dynamic=False):
-    return GraphContract.of(config, scheme, batch=2, prefill=64, context=128, dynamic=dynamic)
-
-
-def build(config: ModelConfig, scheme, state, out, dynamic=False):
-    """Export, write the weights with the safetensors library, attach and check."""
-    contract = contract_of(config, scheme, dynamic)
-    graphs = export_graphs(config, scheme, contract)
-    params = {name: parameter(name, config, scheme, state, contract.context) for name in weightless(graphs["iter0"])}
-    save_file(params, str(out / "params.safetensors"))
-    attach_external(graphs, rows(out / "params.safetensors"), "params.safetensors")
-    for name, graph in graphs.items():
-        write_graph(graph, out / f"{name}.onnx")
-
-
-def parameter(name, config, scheme, state, context):
-    if "rotary_emb" in name:
-        kind = name.split(".")[2]
-        rope = config.rope[kind]
-        rotary = patched_module("layers_vacc").LegacyRotary(config.head_dim, rope.theta, rope.factor)
-        cos, sin = rotary.make_tables(context)
-        table = cos if name.endswith("cos") else sin
-        return table.half() if scheme == "fp16" else table
-    if "norm" in name:
-        return state[name].float()
-    if scheme == "w8a16":
-        weight, scale = patched_module("quantization_vacc").quantize_rows(state[name.replace(".scale", ".weight")])
-        return scale if name.endswith(".scale") else weight
-    return state[name].to(TORCH[scheme]).contiguous()
-
-
-def rows(path):
-    import json
-
-    raw = path.read_bytes()
-    size = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8 : 8 + size])
-    header.pop("__metadata__", None)
-    return [
-        SimpleNamespace(
-            name=name, dtype=NAMES[h["dtype"]], shape=tuple(h["shape"]), offset=8 + size + h["data_offsets"][0],
-            nbytes=h["data_offsets"][1] - h["data_offsets"][0],
-        )
-        for name, h in header.items()
-    ]  # fmt: skip
 
 
 def session(path):

@@ -7,7 +7,7 @@ import torch
 from tests.graph import graph_runs
 
 VOCAB = 512
-# The one with a window; tests/runtime/test_dynamic_runner.py has the other (torch takes 15 s for each).
+# The one with a window; tests/runtime/test_dynamic_runner.py has the other (torch takes 15 s for each export).
 pytestmark = pytest.mark.parametrize("model_type", ["gemma3_text"], indirect=True, scope="session")
 
 @pytest.fixture(scope="module")

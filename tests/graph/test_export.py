@@ -1,5 +1,7 @@
 """Stamped static graphs in ONNX Runtime = stock transformers, past the window, batch 2, left padding, every scheme."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -15,7 +17,7 @@ from gemma_deploy.graph.external import attach_external, weightless
 from gemma_deploy.testing import TINY_CONFIGS
 from tests.graph import graph_runs
 
-PROMPTS, STEPS = (50, 60), 12
+PROMPTS, STEPS = (25, 32), 12
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,10 @@ def test_shifted_positions_are_seen(built, model_type, stock, sequences):
     assert relative(wrong, reference(stock, sequences)) > 1e-2
 
 
-@pytest.mark.parametrize(("scheme", "dynamic"), [("fp16", False), ("fp32", True)])
+@pytest.mark.parametrize(
+    ("model_type", "scheme", "dynamic"),
+    [("gemma", "fp16", False), ("gemma3_text", "fp16", False), ("gemma3_text", "fp32", True)],
+)
 def test_contract_names_shapes_and_dtypes(built, model_type, scheme, dynamic):
     out, contract = built(model_type, scheme, dynamic)
     for name in GRAPHS:
@@ -120,10 +125,11 @@ def test_int8_function_body_passes_the_full_check(built, model_type, config):
     assert len(tables) == 1  # the tied table is there once
 
 
-def test_disagreeing_parameters_are_listed_at_once(config):
+def test_disagreeing_parameters_are_listed_at_once():
+    config = ModelConfig.from_dict(TINY_CONFIGS["gemma"], "config.json")
     contract = GraphContract.of(config, "fp32", 1, 32, 64)
     graphs = export_graphs(config, "fp32", contract)
-    row = graph_runs.SimpleNamespace(name="stranger", dtype="float32", shape=(1,), offset=0, nbytes=4)
+    row = SimpleNamespace(name="stranger", dtype="float32", shape=(1,), offset=0, nbytes=4)
     with pytest.raises(ExportError) as caught:
         attach_external(graphs, [row], "params.safetensors")
     assert len(caught.value.problems) == sum(len(weightless(graph)) for graph in graphs.values()) + 1

@@ -12,7 +12,6 @@ from gemma_deploy.compile import copy_model_files, describe, stream_params
 from gemma_deploy.graph.contract import GraphContract
 from gemma_deploy.parity import run_parity
 from gemma_deploy.recipe import Recipe
-from tests.runtime.conftest import artifacts  # noqa: F401 (a fixture)
 
 PREFILL, CONTEXT, BATCH = 32, 80, 2  # of the run time's artifacts
 PROMPT, STEPS = 24, 4  # three windows of 8
@@ -52,7 +51,7 @@ def finish(graphs, checkpoint_dir, scheme, out):
 
 
 @pytest.fixture(scope="session")
-def finished(artifacts, once):  # noqa: F811
+def finished(artifacts, once):
     """(model type, scheme) -> a finished artifact, read only; its recipe names its checkpoint."""
 
     def get(model_type, scheme="fp32"):

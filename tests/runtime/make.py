@@ -1,15 +1,9 @@
-"""Artifacts without a manifest, and a small tokenizer built like Gemma's (byte fallback, ▁ for spaces)."""
+"""A small tokenizer built like Gemma's (byte fallback, ▁ for spaces)."""
 
 import json
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-
-from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.graph.contract import GraphContract
-from gemma_deploy.graph.export import export_graphs
-from gemma_deploy.graph.external import attach_external, write_graph
-from gemma_deploy.params import build_plan, write_params
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 WORDS = ("▁the", "▁list", "user", "model", "\n")
@@ -20,22 +14,6 @@ TEMPLATE = (
     "{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}\n"
     "{% if add_generation_prompt %}\n<start_of_turn>model\n{% endif %}\n"
 )
-
-
-def write_artifact(
-    checkpoint_dir, out: Path, scheme, *, batch=2, prefill=32, context=80, dynamic=False
-) -> GraphContract:
-    """What `compile` leaves before the manifest is written."""
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint = Checkpoint.open(checkpoint_dir)
-    contract = GraphContract.of(checkpoint.config, scheme, batch, prefill, context, dynamic)
-    plan = build_plan(checkpoint.config, scheme, context)
-    table = write_params(checkpoint, plan, out / "params.safetensors", journal=out / "params.journal")
-    graphs = export_graphs(checkpoint.config, scheme, contract)
-    attach_external(graphs, table.rows, "params.safetensors")
-    for name, graph in graphs.items():
-        write_graph(graph, out / f"{name}.onnx")
-    return contract
 
 
 def write_tokenizer(directory: Path, *, template: str | None = TEMPLATE) -> Path:

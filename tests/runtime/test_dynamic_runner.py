@@ -5,23 +5,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import ArtifactError, UsageError
 from gemma_deploy.runtime import StaticRunner
 from gemma_deploy.runtime.runner import GROWTH
-from gemma_deploy.testing import write_tiny_checkpoint
-from tests.runtime.make import write_artifact
+from tests.exporting import DYNAMIC_SIZES, contract_of
 
-P, C, VOCAB = 272, 288, 512
+(P, C), VOCAB = DYNAMIC_SIZES, 512
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
+@pytest.fixture(scope="module", params=["gemma3_text", pytest.param("gemma", marks=pytest.mark.slow)])
+def made(artifacts, request):
     """Directory, manifest and the stock model of the same checkpoint."""
-    root = tmp_path_factory.mktemp("dynamic")
-    checkpoint = write_tiny_checkpoint(root / "checkpoint", "gemma")
-    contract = write_artifact(checkpoint, root / "artifact", "fp32", batch=1, prefill=P, context=C, dynamic=True)
+    path = artifacts(request.param, "fp32", dynamic=True)
+    checkpoint = path.parent / "checkpoint"
+    contract = contract_of(Checkpoint.open(checkpoint).config, "fp32", dynamic=True)
     stock = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager", dtype=torch.float32).eval()
-    return root / "artifact", {"contract": contract.to_json()}, stock
+    return path, {"contract": contract.to_json()}, stock
 
 
 @pytest.fixture
@@ -47,9 +47,9 @@ def test_logits_equal_the_stock_model_while_the_cache_grows(made, runner, length
         slots.append(runner._caches[0].shape)
     want = expected(made[2], sequences, lengths)
     assert np.abs(np.stack(logits, 1) - want).max() <= 1e-5 * np.abs(want).max()  # 2e-6 was measured
-    longest = max(lengths)
+    longest, heads = max(lengths), made[2].config.num_key_value_heads
     sizes = [GROWTH if longest + step < GROWTH else C for step in range(steps)]
-    assert slots == [(len(lengths), 1, size, 32) for size in sizes]
+    assert slots == [(len(lengths), heads, size, 32) for size in sizes]
 
 
 def test_batches_may_follow_one_another(made, runner):
