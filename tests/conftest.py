@@ -11,7 +11,6 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import pytest
 
 from gemma_deploy.testing import write_tiny_checkpoint
-from tests.exporting import write_artifact
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +38,8 @@ def artifacts(once):
 
     def artifact(model_type, scheme, batch=2, dynamic=False):
         def make(root):
+            from tests.exporting import write_artifact  # needs torch; some tests are about doing without
+
             checkpoint = write_tiny_checkpoint(root / "checkpoint", model_type)
             write_artifact(checkpoint, root / "artifact", scheme, batch=batch, dynamic=dynamic)
 

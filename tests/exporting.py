@@ -4,6 +4,8 @@ from pathlib import Path
 
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig
 from gemma_deploy.graph.contract import GraphContract
+from gemma_deploy.graph.export import export_graphs
+from gemma_deploy.graph.external import attach_external, write_graph
 from gemma_deploy.params import build_plan, write_params
 
 SIZES = 32, 80  # four windows of 8
@@ -15,11 +17,19 @@ def contract_of(config: ModelConfig, scheme, batch=2, dynamic=False) -> GraphCon
     return GraphContract.of(config, scheme, batch, *(DYNAMIC_SIZES if dynamic else SIZES), dynamic)
 
 
+_REMEMBERED: dict = {}
+
+
+def remembered_export(config, *arguments):
+    """`export_graphs`, each export done once a process: for tests of what happens around it."""
+    key = (str(config), *arguments)
+    if key not in _REMEMBERED:
+        _REMEMBERED[key] = export_graphs(config, *arguments)
+    return {name: graph.clone() for name, graph in _REMEMBERED[key].items()}
+
+
 def write_artifact(checkpoint_dir, out: Path, scheme, *, batch=2, dynamic=False) -> None:
     """Parameters and graphs of a checkpoint."""
-    from gemma_deploy.graph.export import export_graphs
-    from gemma_deploy.graph.external import attach_external, write_graph
-
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint.open(checkpoint_dir)
     contract = contract_of(checkpoint.config, scheme, batch, dynamic)

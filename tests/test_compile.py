@@ -14,8 +14,8 @@ import yaml
 
 from gemma_deploy import compile as compiler
 from gemma_deploy.cli import main
-from gemma_deploy.graph.export import export_graphs
 from gemma_deploy.testing import write_tiny_checkpoint
+from tests.exporting import remembered_export
 
 NAME = "tiny"
 
@@ -23,6 +23,11 @@ NAME = "tiny"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", "gemma", num_hidden_layers=2)
+
+
+@pytest.fixture(autouse=True)
+def one_export(monkeypatch):
+    monkeypatch.setattr("gemma_deploy.graph.export.export_graphs", remembered_export)
 
 
 @pytest.fixture
@@ -47,7 +52,7 @@ def write_recipe(folder, checkpoint, **changes):
 def finished(checkpoint, tmp_path_factory):
     """The artifact of the recipe without its gate, made without interruption; read only."""
     folder = tmp_path_factory.mktemp("finished")
-    assert main(["compile", str(write_recipe(folder, checkpoint)), "--no-parity"]) == 0
+    assert main(["compile", str(write_recipe(folder, checkpoint)), "--no-parity"]) == 0  # with an export of its own
     return folder / "workspace" / NAME
 
 
@@ -173,14 +178,20 @@ def test_out_names_the_directory(finished, checkpoint, tmp_path):
 
 
 # Forks a child per line of stdin, which compiles and dies when a function is called for the n-th time, before that call
-# has done anything. Torch is imported once, which makes this fast.
+# has done anything. Torch is imported once and the graphs are exported once, which makes this fast.
 DRIVER = """
 import importlib, json, os, signal, sys
-import torch, gemma_deploy.graph.export, gemma_deploy.patched
-gemma_deploy.patched.causal_classes("gemma")
+from gemma_deploy import compile as compiler
 from gemma_deploy.cli import main
+from gemma_deploy.graph import export
+from gemma_deploy.recipe import Recipe
+from tests.exporting import remembered_export
 for line in sys.stdin:
     (module, name, count), kind, errors, arguments = json.loads(line)
+    recipe = Recipe.load(arguments[1])
+    checkpoint = compiler.open_inputs(recipe)
+    remembered_export(checkpoint.config, recipe.scheme, compiler.contract_of(recipe, checkpoint), "exact")
+    export.export_graphs = remembered_export
     child = os.fork()
     if child == 0:
         sys.stdout = sys.stderr = open(errors, "w", buffering=1)
@@ -251,7 +262,7 @@ def test_kill_9_at_any_moment_and_run_again(recipe, finished, die, monkeypatch, 
 
     def export(*args):
         exported.append(args)
-        return export_graphs(*args)
+        return remembered_export(*args)
 
     monkeypatch.setattr("gemma_deploy.graph.export.export_graphs", export)
     assert main(["compile", str(recipe), "--no-parity"]) == 0
