@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from gemma_deploy import paths
 from gemma_deploy.artifact import ArtifactDir, op_census, write_report
@@ -29,6 +29,9 @@ from gemma_deploy.params import ParamTable, build_plan, write_params
 from gemma_deploy.preflight import Plan, make_plan, preflight
 from gemma_deploy.recipe import Recipe, check_against_model, check_built
 from gemma_deploy.stages import Stage, Stages
+
+if TYPE_CHECKING:
+    from gemma_deploy.parity import ParityResult
 
 log = logging.getLogger(__name__)
 PARAMS = "params.safetensors"
@@ -120,7 +123,7 @@ def compile_recipe(
             raise GateError(
                 "the artifact does not compute the model: " + "; ".join(result.failures()),
                 where=str(artifact.path),
-                next_step=f"read {artifact.path / 'report.html'}; a bug in the tool: report it",
+                next_step=f"read {artifact.path / 'report.html'}; " + advice(recipe, result),
             )
         artifact.commit(manifest)
     return CompileResult(out, tuple(stages.done), False, manifest["parity"])
@@ -221,6 +224,7 @@ def describe(
             "path": checkpoint.path.name,
             "format": checkpoint.format,
             "fingerprint": checkpoint.fingerprint(),
+            "fingerprint_without_times": checkpoint.fingerprint(times=False),
         },
         "model": checkpoint.config.to_dict(),
         "scheme": recipe.scheme,
@@ -233,7 +237,16 @@ def describe(
     return manifest | {"ledger": ledger_for(manifest)}
 
 
-def run_gate(recipe: Recipe, checkpoint: Checkpoint, out: Path, manifest: dict[str, Any]) -> Any:
+def advice(recipe: Recipe, result: ParityResult) -> str:
+    """What to do about a failed gate."""
+    if any(line.name.startswith("headroom") and not line.passed for line in result.lines):
+        return "this model's activations do not fit float16: use backend.dtype int8, bf16 or fp32"
+    if recipe.scheme == "w8a16" and all(line.passed for line in result.lines if line.comparison != "weights"):
+        return "a matrix loses too much in int8: use backend.dtype bf16, fp16 or fp32"
+    return "the graphs do not compute what the checkpoint says: a bug in gemma-deploy, please report it with that page"
+
+
+def run_gate(recipe: Recipe, checkpoint: Checkpoint, out: Path, manifest: dict[str, Any]) -> ParityResult:
     """Step 11: hf = patched = artifact on real text and random tokens, prefill and every decode step."""
     from gemma_deploy.parity import run_parity
 

@@ -364,3 +364,22 @@ def test_a_recipe_can_switch_the_gate_off_but_not_the_verdict(checkpoint, tmp_pa
     assert "FAILED" in capsys.readouterr().out
     manifest = json.loads((tmp_path / "workspace" / NAME / "manifest.json").read_text())
     assert manifest["parity"]["passed"] is False
+
+
+@pytest.mark.parametrize(
+    ("dtype", "failed", "words"),
+    [
+        ("fp16", ("hf", "headroom of float16 (model.layers.7.out reaches 1e+05)"), "do not fit float16"),
+        ("int8", ("weights", "lowest SQNR in dB (layer 2)"), "loses too much in int8"),
+        ("int8", ("hf = patched", "relative error"), "a bug in gemma-deploy"),
+        ("fp32", ("patched = strict", "relative error"), "a bug in gemma-deploy"),
+    ],
+)
+def test_a_failed_gate_says_what_to_do(checkpoint, tmp_path, dtype, failed, words):
+    from gemma_deploy.parity import ParityResult
+    from gemma_deploy.parity.gates import Line
+    from gemma_deploy.recipe import Recipe
+
+    recipe = Recipe.load(write_recipe(tmp_path, checkpoint, backend={"dtype": dtype}))
+    lines = [Line("hf = strict", "mean KL", 0.0, 1.0, True), Line(*failed, 0.5, 4.0, False)]
+    assert words in compiler.advice(recipe, ParityResult(lines=lines))

@@ -122,13 +122,18 @@ class Checkpoint:
         found = [path for path in found if path.is_file()]
         return found if any(path.name in TOKENIZER_FILES[:2] for path in found) else []
 
-    def fingerprint(self) -> str:
-        """Sha256 over config, tokenizer, and each weight file's name, size, time, header and first MiB."""
+    def fingerprint(self, *, times: bool = True) -> str:
+        """Sha256 over config, tokenizer, and each weight file's name, size, time, header and first MiB.
+
+        Args:
+            times: without them a copy of the files has the same fingerprint; a change behind the first MiB too.
+        """
         digest = hashlib.sha256(self._config_bytes)
         headers = {self._files[name].path: self._files[name].header_bytes for name in self.tensors}
         for path in self.weight_files:
             stat = path.stat()
-            digest.update(f"\0{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+            written = stat.st_mtime_ns if times else 0
+            digest.update(f"\0{path.name}\0{stat.st_size}\0{written}\0".encode())
             with open(path, "rb") as file:
                 for _ in range(0, max(FINGERPRINT_BYTES, headers[path] + 8), FINGERPRINT_BYTES):
                     digest.update(file.read(FINGERPRINT_BYTES))

@@ -129,7 +129,7 @@ def two_artifacts(path: Path, other: Path, checkpoint: str | None, request: Requ
 
 
 def checkpoint_of(artifact: Artifact, given: str | None) -> Checkpoint:
-    """Open the checkpoint an artifact was made from.
+    """Open the checkpoint an artifact was made from, or a copy of it: what a copy changed, the comparison finds.
 
     Raises:
         UsageError: it is not there any more, or has changed since.
@@ -143,7 +143,7 @@ def checkpoint_of(artifact: Artifact, given: str | None) -> Checkpoint:
             next_step="say where it is now with --checkpoint PATH",
         )
     checkpoint = Checkpoint.open(path)
-    if checkpoint.fingerprint() != artifact.manifest["checkpoint"]["fingerprint"]:
+    if checkpoint.fingerprint(times=False) != artifact.manifest["checkpoint"]["fingerprint_without_times"]:
         raise UsageError(
             "is not the checkpoint this artifact was made from (or has changed since)",
             where=str(path),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -236,6 +237,17 @@ def test_fingerprint_sees_every_file(tmp_path, file):
     changed = content[:-1] + bytes([content[-1] ^ 1]) if file.endswith("safetensors") else content + b" "
     (tmp_path / file).write_bytes(changed)
     assert Checkpoint.open(tmp_path).fingerprint() != before
+
+
+def test_a_copy_has_the_same_fingerprint_without_times(tmp_path):
+    write_checkpoint(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
+    os.utime(tmp_path / "b/model.safetensors", ns=(1, 1))
+    one, two = (Checkpoint.open(tmp_path / name) for name in "ab")
+    assert one.fingerprint() != two.fingerprint()
+    assert one.fingerprint(times=False) == two.fingerprint(times=False)
+    (tmp_path / "b/config.json").write_text(json.dumps(config(rms_norm_eps=1e-5)))
+    assert one.fingerprint(times=False) != Checkpoint.open(tmp_path / "b").fingerprint(times=False)
 
 
 def test_fingerprint_sees_a_change_past_the_first_mib(tmp_path):

@@ -285,3 +285,11 @@ def test_without_parity_the_manifest_says_that_nothing_is_proven(broken_export, 
     with pytest.raises(GateError):  # asked again with the gate on: not taken for done
         compiler.compile_recipe(Recipe.load(recipe_file))
     assert Artifact.open(result.path).manifest["parity"] is None
+
+
+def test_a_checkpoint_that_was_moved_is_named_with_an_option(finished, capfd, tmp_path):
+    artifact = finished("gemma")
+    moved = shutil.copytree(checkpoint_of(artifact), tmp_path / "moved", copy_function=shutil.copyfile)
+    code, out, err = run(capfd, "parity", artifact, "--checkpoint", moved, *SMALL)
+    assert code == 0, err
+    assert "hf = patched" in out
