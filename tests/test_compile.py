@@ -194,6 +194,7 @@ for line in sys.stdin:
     export.export_graphs = remembered_export
     child = os.fork()
     if child == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
         sys.stdout = sys.stderr = open(errors, "w", buffering=1)
         os.dup2(sys.stderr.fileno(), 2)
         left, owner = [count], importlib.import_module(module)
