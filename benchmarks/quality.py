@@ -18,6 +18,7 @@ from gemma_deploy.artifact import Artifact
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.compare import BLOCK_BYTES
+from gemma_deploy.parity.gates import sqnr_line
 from gemma_deploy.parity.metrics import Comparison
 from gemma_deploy.parity.reference import TorchSource
 from gemma_deploy.parity.segments import StrictSource
@@ -85,7 +86,8 @@ def main() -> None:
                 "perplexity_change_standard_error": metrics.ppl_error,
                 "mean_kl": metrics.kl_mean,
                 "top1": metrics.top1,
-                "lowest_layer_sqnr_db": min(layers.values(), default=None),
+                "lowest_layer_sqnr_db": sqnr_line(artifact.manifest["params"]).value,
+                "lowest_matrix_sqnr_db": min(layers.values(), default=None),
                 "table_sqnr_db": sqnr.get("model.embed_tokens.weight"),
                 "artifact_bytes": stored,
                 "params_bytes": parameters,

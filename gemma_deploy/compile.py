@@ -6,7 +6,6 @@ when the gate has passed, so nothing that looks finished was ever left unfinishe
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import logging
@@ -106,7 +105,8 @@ def compile_recipe(
             table = stream_params(recipe, checkpoint, artifact.path, key, progress)
             stage.bytes = table.file_bytes
         with stages.stage("graphs") as stage:
-            stage.skipped = not export_into(artifact.path, recipe, checkpoint, contract, table, key)
+            stage.child_rss_bytes = export_into(artifact.path, recipe, checkpoint, contract, table, key)
+            stage.skipped = not stage.child_rss_bytes
             stage.bytes = sum((artifact.path / f"{graph}.onnx").stat().st_size for graph in GRAPHS)
         with stages.stage("files"):
             copy_model_files(checkpoint, artifact.path)
@@ -175,21 +175,27 @@ def stream_params(
 
 def export_into(
     out: Path, recipe: Recipe, checkpoint: Checkpoint, contract: GraphContract, table: ParamTable, key: str
-) -> bool:
-    """Steps 5, 6 and 9: trace without weights, stamp, point into the parameter file. False when it was done already."""
+) -> int:
+    """Steps 5, 6 and 9: trace without weights, stamp, point into the parameter file.
+
+    Returns:
+        Peak RSS in bytes of the process that did it; 0 when it was done already.
+    """
     done = out / "graphs.done"
     mark = f"{key} {table.digest}"
     if done.exists() and done.read_text() == mark and all((out / f"{graph}.onnx").exists() for graph in GRAPHS):
-        return False
-    from gemma_deploy.graph.export import export_graphs
-    from gemma_deploy.graph.external import attach_external, write_graph
+        return 0
+    from gemma_deploy.graph import worker
+    from gemma_deploy.graph.external import write_graph
 
-    graphs = export_graphs(checkpoint.config, scheme_of(recipe), contract, recipe.frontend.model_kwargs.embed_scale)
-    attach_external(graphs, table.rows, PARAMS)
+    give_memory_back()  # of the parameters' row blocks
+    scale = recipe.frontend.model_kwargs.embed_scale
+    task = worker.Task(checkpoint.config, scheme_of(recipe), contract, scale, table.rows, PARAMS)
+    graphs, peak = worker.export_apart(task)
     for name, graph in graphs.items():
         write_graph(graph, out / f"{name}.onnx")
     done.write_text(mark)
-    return True
+    return peak
 
 
 def copy_model_files(checkpoint: Checkpoint, out: Path) -> None:
@@ -250,8 +256,6 @@ def run_gate(recipe: Recipe, checkpoint: Checkpoint, out: Path, manifest: dict[s
     """Step 11: hf = patched = artifact on real text and random tokens, prefill and every decode step."""
     from gemma_deploy.parity import run_parity
 
-    gc.collect()
-    give_memory_back()  # what the export left behind
     return run_parity(
         out,
         checkpoint.path,

@@ -16,6 +16,7 @@ DeployError                 1  the run failed
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class DeployError(Exception):
@@ -44,6 +45,10 @@ class DeployError(Exception):
         self.next_step, self.problems = next_step, tuple(problems)
         super().__init__(str(self))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Whole across processes; `args` holds the text alone."""
+        return _rebuilt, (type(self), self.__dict__.copy())
+
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.what}" if self.where else self.what]
         lines += [f"  - {problem}" for problem in self.problems]
@@ -52,6 +57,10 @@ class DeployError(Exception):
         if self.next_step:
             lines.append(f"  next: {self.next_step}")
         return "\n".join(lines)
+
+
+def _rebuilt(kind: type[DeployError], fields: dict[str, Any]) -> DeployError:
+    return kind(**fields)
 
 
 class CheckpointError(DeployError):

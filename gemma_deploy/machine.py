@@ -117,3 +117,21 @@ def size(count: int) -> str:
     if count < 1_000_000:
         return f"{count / 1e3:.0f} kB"
     return f"{count / 1e6:.1f} MB" if count < 1_000_000_000 else f"{count / 1e9:.2f} GB"
+
+
+def peak_rss_bytes() -> int:
+    """VmHWM of this process, mapped file pages included (0 where /proc is missing)."""
+    return _status("VmHWM")
+
+
+def rss_bytes() -> int:
+    """VmRSS of this process (0 where /proc is missing)."""
+    return _status("VmRSS")
+
+
+def _status(key: str) -> int:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    line = next(line for line in status.read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024

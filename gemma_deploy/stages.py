@@ -10,15 +10,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
+
+from gemma_deploy.machine import peak_rss_bytes, rss_bytes
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Stage:
-    """One finished stage. `peak_rss_bytes` is the highest the process has been up to its end."""
+    """One finished stage.
+
+    Attributes:
+        peak_rss_bytes: the highest the process has been up to its end, with what it held beside a child of its own.
+        child_rss_bytes: the highest of a child process.
+    """
 
     name: str
     seconds: float = 0.0
@@ -26,15 +32,7 @@ class Stage:
     bytes: int = 0
     skipped: bool = False
     note: str = ""
-
-
-def peak_rss_bytes() -> int:
-    """VmHWM of this process, mapped file pages included (0 where /proc is missing)."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    child_rss_bytes: int = 0
 
 
 class Stages:
@@ -51,10 +49,10 @@ class Stages:
     @contextmanager
     def stage(self, name: str) -> Iterator[Stage]:
         """Measure a block; the block may set `bytes`, `skipped` and `note`."""
-        stage, started = Stage(name), time.perf_counter()
+        stage, started, held = Stage(name), time.perf_counter(), rss_bytes()
         yield stage
         stage.seconds = time.perf_counter() - started
-        stage.peak_rss_bytes = peak_rss_bytes()
+        stage.peak_rss_bytes = max(peak_rss_bytes(), held + stage.child_rss_bytes)
         self.done.append(stage)
         if self.report:
             self.report(stage)

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig
+from gemma_deploy.graph import worker
 from gemma_deploy.graph.contract import GraphContract
 from gemma_deploy.graph.export import export_graphs
-from gemma_deploy.graph.external import attach_external, write_graph
+from gemma_deploy.graph.external import attach_external, serialized, write_graph
 from gemma_deploy.params import build_plan, write_params
 
 SIZES = 32, 80  # four windows of 8
@@ -28,6 +29,11 @@ def remembered_export(config, *arguments):
     return {name: graph.clone() for name, graph in _REMEMBERED[key].items()}
 
 
+def export_in_this_process(task):
+    """`worker.export_apart` without a process of its own."""
+    return worker.export_here(task), 1
+
+
 def write_artifact(checkpoint_dir, out: Path, scheme, *, batch=2, dynamic=False) -> None:
     """Parameters and graphs of a checkpoint."""
     out.mkdir(parents=True, exist_ok=True)
@@ -38,4 +44,4 @@ def write_artifact(checkpoint_dir, out: Path, scheme, *, batch=2, dynamic=False)
     graphs = export_graphs(checkpoint.config, scheme, contract)
     attach_external(graphs, table.rows, "params.safetensors")
     for name, graph in graphs.items():
-        write_graph(graph, out / f"{name}.onnx")
+        write_graph(serialized(graph), out / f"{name}.onnx")

@@ -15,7 +15,7 @@ import yaml
 from gemma_deploy import compile as compiler
 from gemma_deploy.cli import main
 from gemma_deploy.testing import write_tiny_checkpoint
-from tests.exporting import remembered_export
+from tests.exporting import export_in_this_process, remembered_export
 
 NAME = "tiny"
 
@@ -27,7 +27,9 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_export(monkeypatch):
+    """`finished` is made with a process and an export of its own, everything else with one export for all."""
     monkeypatch.setattr("gemma_deploy.graph.export.export_graphs", remembered_export)
+    monkeypatch.setattr("gemma_deploy.graph.worker.export_apart", export_in_this_process)
 
 
 @pytest.fixture
@@ -183,15 +185,15 @@ DRIVER = """
 import importlib, json, os, signal, sys
 from gemma_deploy import compile as compiler
 from gemma_deploy.cli import main
-from gemma_deploy.graph import export
+from gemma_deploy.graph import export, worker
 from gemma_deploy.recipe import Recipe
-from tests.exporting import remembered_export
+from tests.exporting import export_in_this_process, remembered_export
 for line in sys.stdin:
     (module, name, count), kind, errors, arguments = json.loads(line)
     recipe = Recipe.load(arguments[1])
     checkpoint = compiler.open_inputs(recipe)
     remembered_export(checkpoint.config, recipe.scheme, compiler.contract_of(recipe, checkpoint), "exact")
-    export.export_graphs = remembered_export
+    export.export_graphs, worker.export_apart = remembered_export, export_in_this_process
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
@@ -271,7 +273,8 @@ def test_kill_9_at_any_moment_and_run_again(recipe, finished, die, monkeypatch, 
     assert names(workspace) == [NAME]
     order = list(MOMENTS)
     assert bool(exported) == (order.index(moment) < order.index("the model's files"))  # else continued behind it
-    assert bool(done) == (moment != "the first tensor")
+    if moment != "a tensor in the middle":  # there it depends on the threads; tests/params has every moment
+        assert bool(done) == (moment != "the first tensor")
 
 
 def finished_tensors(journal):

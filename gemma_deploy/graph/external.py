@@ -74,7 +74,12 @@ def attach_external(models: Mapping[str, ir.Model], rows: Iterable[Row], locatio
         raise ExportError("graphs and parameter file disagree", problems=problems, next_step="this is a bug: report it")
 
 
-def write_graph(model: ir.Model, path: Path) -> None:
+def serialized(model: ir.Model) -> bytes:
+    """The .onnx file's bytes, the same for the same graph."""
+    return ir.to_proto(model).SerializeToString(deterministic=True)
+
+
+def write_graph(graph: bytes, path: Path) -> None:
     """Write the .onnx file under a temporary name, check it in full, rename it.
 
     The parameter file must lie beside it already: the checker looks for it.
@@ -84,7 +89,7 @@ def write_graph(model: ir.Model, path: Path) -> None:
     """
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
-        file.write(ir.to_proto(model).SerializeToString(deterministic=True))
+        file.write(graph)
         file.flush()
         os.fsync(file.fileno())
     try:

@@ -1,0 +1,95 @@
+"""The export in a process of its own: what torch's exporter leaves behind (200 MiB) is gone before the gate runs.
+
+The child gets its task on standard input and answers on standard output; it writes no file, so that nothing is left of
+it when either process is killed.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gemma_deploy.checkpoint.config import ModelConfig
+from gemma_deploy.errors import DeployError, ExportError
+from gemma_deploy.graph.contract import GraphContract, Scheme
+
+if TYPE_CHECKING:
+    from gemma_deploy.graph.external import Row
+
+
+@dataclass(frozen=True)
+class Task:
+    """What `export_graphs` and `attach_external` need."""
+
+    config: ModelConfig
+    scheme: Scheme
+    contract: GraphContract
+    embed_scale: str
+    rows: Sequence[Row]
+    location: str
+
+
+def export_here(task: Task) -> dict[str, bytes]:
+    """Both graphs as .onnx files, pointing into the parameter file.
+
+    Raises:
+        ExportError, NotBuiltError: see export.py and external.py.
+    """
+    from gemma_deploy.graph.export import export_graphs
+    from gemma_deploy.graph.external import attach_external, serialized
+
+    graphs = export_graphs(task.config, task.scheme, task.contract, task.embed_scale)
+    attach_external(graphs, task.rows, task.location)
+    return {name: serialized(graph) for name, graph in graphs.items()}
+
+
+def export_apart(task: Task) -> tuple[dict[str, bytes], int]:
+    """`export_here` in a child process, and the child's peak RSS in bytes.
+
+    Raises:
+        ExportError: it failed there, or the process died.
+    """
+    paths = os.pathsep.join(entry for entry in sys.path if entry)
+    run = subprocess.run(
+        [sys.executable, "-m", "gemma_deploy.graph.worker"],
+        input=pickle.dumps(task),
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": paths},
+        check=False,
+    )
+    if run.returncode:
+        cause = f"signal {-run.returncode}" if run.returncode < 0 else f"exit code {run.returncode}"
+        raise ExportError(
+            f"the export's process ended with {cause}",
+            where="export stage",
+            next_step="if it was killed for memory (signal 9), free some; else report it with the lines above",
+        )
+    answer, peak = pickle.loads(run.stdout)  # our own child's
+    if isinstance(answer, DeployError):
+        raise answer
+    return answer, peak
+
+
+def main() -> None:
+    """The child: read a task, answer with graphs or with the error that stands for them."""
+    from gemma_deploy.machine import peak_rss_bytes
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent ends this one
+    with os.fdopen(os.dup(1), "wb") as out:
+        os.dup2(2, 1)  # what libraries print is no answer
+        answer: dict[str, bytes] | DeployError
+        try:
+            answer = export_here(pickle.load(sys.stdin.buffer))
+        except DeployError as error:
+            answer = error
+        pickle.dump((answer, peak_rss_bytes()), out)
+
+
+if __name__ == "__main__":
+    main()

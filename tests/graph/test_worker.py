@@ -1,0 +1,53 @@
+"""The export in a process of its own: the same bytes, errors whole, a dead child explained."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.errors import ExportError, NotBuiltError
+from gemma_deploy.graph.worker import Task, export_apart, export_here
+from gemma_deploy.params import build_plan, write_params
+from gemma_deploy.testing import write_tiny_checkpoint
+from tests.exporting import contract_of
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("worker")
+    checkpoint = Checkpoint.open(write_tiny_checkpoint(folder / "checkpoint", "gemma", num_hidden_layers=2))
+    contract = contract_of(checkpoint.config, "w8a16")
+    plan = build_plan(checkpoint.config, "w8a16", contract.context)
+    table = write_params(checkpoint, plan, folder / "params.safetensors", journal=folder / "journal")
+    return Task(checkpoint.config, "w8a16", contract, "exact", table.rows, "params.safetensors")
+
+
+def test_the_child_gives_the_same_bytes(task, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "")
+    graphs, peak = export_apart(task)
+    assert graphs == export_here(task)
+    assert peak > 100 << 20  # it did import torch
+
+
+def test_an_error_comes_back_whole(task):
+    with pytest.raises(ExportError) as caught:
+        export_apart(replace(task, rows=task.rows[1:]))
+    assert caught.value.problems == (f"iter0: initializer {task.rows[0].name} is not in params.safetensors",
+                                     f"iter1: initializer {task.rows[0].name} is not in params.safetensors")
+    assert caught.value.next_step == "this is a bug: report it"
+    unknown = replace(task.config, model_type="gemma9")
+    with pytest.raises(NotBuiltError, match="gemma9") as caught:
+        export_apart(replace(task, config=unknown))
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("script", "cause"), [("kill -9 $$", "signal 9"), ("exit 3", "exit code 3")])
+def test_a_child_that_dies_is_explained(task, tmp_path, monkeypatch, script, cause):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(ExportError, match=cause) as caught:
+        export_apart(task)
+    assert "memory" in caught.value.next_step
