@@ -96,3 +96,24 @@ def test_generation_config_stops_at_the_end_of_a_turn():
     values = json.loads((DEMO / "generation_config.json").read_text())
     assert values["eos_token_id"] == [SPECIAL["<eos>"], SPECIAL["<end_of_turn>"]]
     assert values["bos_token_id"] == SPECIAL["<bos>"]
+
+
+def test_pipeline_gives_the_same_text_with_the_patched_model(tmp_path):
+    from transformers import pipeline
+
+    from gemma_deploy.checkpoint import stage_checkpoint
+
+    staged = stage_checkpoint(DEMO, tmp_path / "staged")
+    prompts = ["Return the", "The list of all"]
+    texts = []
+    for where, options in ((DEMO, {}), (staged, {"trust_remote_code": True})):
+        generate = pipeline("text-generation", model=str(where), dtype=torch.float32, device="cpu", **options)
+        generate.tokenizer.padding_side = "left"
+        module = type(generate.model).__module__
+        assert module.startswith("transformers_modules" if options else "transformers.models")
+        made = generate(prompts, max_new_tokens=12, do_sample=False, batch_size=2)
+        texts.append([row[0]["generated_text"] for row in made])
+        chat = generate([{"role": "user", "content": "What does os.stat do?"}], max_new_tokens=8, do_sample=False)
+        texts[-1].append(chat[0]["generated_text"][-1]["content"])
+    assert texts[0] == texts[1]
+    assert texts[0][0].startswith("Return the ")
