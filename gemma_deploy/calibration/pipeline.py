@@ -97,7 +97,11 @@ def calibrate(
 def check(checkpoint: Checkpoint, request: Request) -> None:
     """What can be refused before anything is read."""
     if request.dataset not in SOURCES:
-        raise UsageError(f"no data set is called {request.dataset!r}", expected="one of " + ", ".join(SOURCES))
+        raise UsageError(
+            f"no data set is called {request.dataset!r}",
+            expected="one of " + ", ".join(SOURCES),
+            next_step="give the one whose format your file has",
+        )
     if request.nsamples < 1 or request.seqlen < 2:
         raise UsageError(
             f"{request.nsamples} windows of {request.seqlen} tokens",

@@ -177,7 +177,7 @@ def _with_generation_stops(config: ModelConfig, path: Path) -> ModelConfig:
     file = path / "generation_config.json"
     if not file.is_file():
         return config
-    value = read_json(file, missing="")[0].get("eos_token_id")
+    value = read_json(file)[0].get("eos_token_id")
     tokens = value if isinstance(value, list) else [value]
     stops = [token for token in tokens if type(token) is int and 0 <= token < config.vocab_size]
     return replace(config, eos_token_ids=tuple(dict.fromkeys([*config.eos_token_ids, *stops])))

@@ -18,6 +18,9 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 JSON_LIMIT_BYTES = 64 << 20
+WHOLE = "a UTF-8 file that holds one JSON object {...}"
+AGAIN = "repair it, or copy it again from where the weights came from"
+READABLE = "make it a file that you may read, or copy it again from where the weights came from"
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Shards:
     index: dict[str, str] | None
 
 
-def read_json(path: Path, *, missing: str) -> tuple[dict[str, Any], bytes]:
+def read_json(path: Path, *, missing: str = AGAIN) -> tuple[dict[str, Any], bytes]:
     """A JSON object and its bytes.
 
     Args:
@@ -38,18 +41,27 @@ def read_json(path: Path, *, missing: str) -> tuple[dict[str, Any], bytes]:
     where = str(path)
     try:
         if path.stat().st_size > JSON_LIMIT_BYTES:
-            raise CheckpointError(f"has {path.stat().st_size} bytes; that is no config", where=where)
+            raise CheckpointError(
+                f"has {path.stat().st_size} bytes; that is no config",
+                where=where,
+                expected=f"a JSON file of at most {JSON_LIMIT_BYTES} bytes",
+                next_step=AGAIN,
+            )
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise CheckpointError("is missing", where=where, next_step=missing) from error
+        raise CheckpointError("is missing", where=where, expected=WHOLE, next_step=missing) from error
     except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror or error}", where=where) from error
+        raise CheckpointError(
+            f"cannot be read: {error.strerror or error}", where=where, expected=WHOLE, next_step=READABLE
+        ) from error
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"is not JSON: {error}", where=where, next_step="repair it or copy it again") from error
+        raise CheckpointError(f"is not JSON: {error}", where=where, expected=WHOLE, next_step=AGAIN) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"holds a {type(value).__name__}, expected an object {{...}}", where=where)
+        raise CheckpointError(
+            f"holds a {type(value).__name__}, expected an object {{...}}", where=where, next_step=AGAIN
+        )
     return value, data
 
 
@@ -62,9 +74,13 @@ def locate_shards(directory: Path) -> Shards:
         try:
             found = sorted(directory.iterdir())
         except OSError as error:
-            raise CheckpointError(f"cannot be read: {error.strerror or error}", where=str(directory)) from error
+            raise CheckpointError(
+                f"cannot be read: {error.strerror or error}",
+                where=str(directory),
+                next_step="allow reading it, or pass another checkpoint",
+            ) from error
         refuse_other_formats(directory, found)
-    index, _ = read_json(index_path, missing="")
+    index, _ = read_json(index_path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or any(type(v) is not str for v in weight_map.values()):
         raise CheckpointError(

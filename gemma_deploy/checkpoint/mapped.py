@@ -28,7 +28,11 @@ class MappedFile:
                     raise CheckpointError("the file is empty", where=str(path), next_step="copy or download it again")
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise CheckpointError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+            raise CheckpointError(
+                f"cannot be read: {error.strerror or error}",
+                where=str(path),
+                next_step="make it a file that you may read, or copy it again",
+            ) from error
 
     def view(self, start: int, stop: int, dtype: DTypeLike = np.uint8) -> np.ndarray:
         """A window on the map, valid until `release`; copy or convert it before letting go."""
@@ -62,7 +66,11 @@ class MappedFile:
         try:
             now = os.stat(self.path).st_size
         except OSError as error:
-            raise CheckpointError(f"vanished while it was read: {error}", where=str(self.path)) from error
+            raise CheckpointError(
+                f"vanished while it was read: {error.strerror or error}",
+                where=str(self.path),
+                next_step="leave the checkpoint alone while it is read, and start again",
+            ) from error
         if now < self.size or stop > self.size:
             raise CheckpointError(
                 f"has {now} bytes now, had {self.size} when it was opened",

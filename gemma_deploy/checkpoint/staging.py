@@ -140,7 +140,7 @@ def _is_staged(out: Path) -> bool:
     if not any(out.iterdir()):
         return True
     try:
-        config, _ = read_json(out / "config.json", missing="")
+        config, _ = read_json(out / "config.json")
     except CheckpointError:
         return False
     return "auto_map" in config and "iter_num" in config

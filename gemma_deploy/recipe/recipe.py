@@ -78,7 +78,10 @@ class Recipe(sections.Section):
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise RecipeError(
-                f"not a text file (byte {error.start} is not UTF-8)", where=str(path), expected="a YAML recipe"
+                f"not a text file (byte {error.start} is not UTF-8)",
+                where=str(path),
+                expected="a YAML recipe",
+                next_step="save it as UTF-8, or give the path of a recipe; build_in/ holds some to start from",
             ) from error
         except OSError as error:
             raise RecipeError(
