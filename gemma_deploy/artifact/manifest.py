@@ -69,6 +69,12 @@ class Artifact:
             )
         try:
             manifest = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot be read: {error.strerror or error}",
+                where=str(file),
+                next_step="allow reading it, or compile the recipe again under another name",
+            ) from error
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ArtifactError(
                 f"not readable as JSON: {error}", where=str(file), next_step="compile the recipe again with --force"
@@ -83,7 +89,12 @@ class Artifact:
             )
         missing = [key for key in ("name", "scheme", "contract", "params", "files", "model") if key not in manifest]
         if missing:
-            raise ArtifactError("keys are missing", where=str(file), problems=missing)
+            raise ArtifactError(
+                "keys are missing",
+                where=str(file),
+                problems=missing,
+                next_step="copy the artifact again, or compile the recipe again with --force",
+            )
         return cls(path, manifest)
 
     @property

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 
+from gemma_deploy.artifact.check import ROWS, file_problems, open_complete, refuse
 from gemma_deploy.artifact.manifest import MANIFEST, Artifact
-from gemma_deploy.errors import ArtifactError
 from gemma_deploy.params import damaged_rows
 
 PARAMS = "params.safetensors"
@@ -32,8 +31,8 @@ def verify(path: Path, *, deep: bool = True, progress: Callable[[int, int], None
     Raises:
         ArtifactError: everything that is wrong, in one list.
     """
-    artifact = Artifact.open(path)
-    problems = _file_problems(artifact)
+    artifact = open_complete(path)
+    problems = file_problems(artifact) + _folder_problems(artifact)
     checked = [f"{len(artifact.manifest['files'])} files present, sizes and hashes"]
     params = path / PARAMS
     if deep and params.is_file():
@@ -45,30 +44,16 @@ def verify(path: Path, *, deep: bool = True, progress: Callable[[int, int], None
             problems += _graph_problems(artifact, file)
             checked.append(f"{name}.onnx: full check, no weights inside, every tensor where its row says")
     problems += _table_problems(artifact)
-    if problems:
-        raise ArtifactError(
-            f"damaged: {len(problems)} problem(s)",
-            where=str(path),
-            problems=problems,
-            next_step="compile the recipe again with --force",
-        )
+    refuse(artifact, list(dict.fromkeys(problems)))
     return checked
 
 
-def _file_problems(artifact: Artifact) -> list[str]:
+def _folder_problems(artifact: Artifact) -> list[str]:
+    """Rows that are not the ones the parameter file was written with, and files the manifest does not know."""
     files = artifact.manifest["files"]
     problems = []
     for name, facts in files.items():
-        file = artifact.path / name
-        if not file.is_file():
-            problems.append(f"{name} is missing")
-        elif file.stat().st_size != facts["bytes"]:
-            problems.append(f"{name} has {file.stat().st_size} bytes, expected {facts['bytes']}")
-        elif not facts["sha256"].startswith("rows:"):
-            with file.open("rb") as opened:
-                if hashlib.file_digest(opened, "sha256").hexdigest() != facts["sha256"]:
-                    problems.append(f"{name}: sha256 differs from the manifest")
-        elif facts["sha256"] != "rows:" + artifact.params.digest:
+        if facts["sha256"].startswith(ROWS) and facts["sha256"] != ROWS + artifact.params.digest:
             problems.append(f"{name}: the rows in {MANIFEST} are not the ones it was written with")
     known = {*files, MANIFEST}
     strangers = (file.name for file in artifact.path.iterdir() if file.name not in known)

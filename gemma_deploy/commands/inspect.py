@@ -22,13 +22,19 @@ Examples:
 @click.option("--params", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def command(path: str, params: bool, as_json: bool) -> None:
-    """Show what is in PATH: an artifact, a checkpoint directory, a .gguf file, or `demo`."""
-    from gemma_deploy.artifact import Artifact
+    """Show what is in PATH: an artifact, a checkpoint directory, a .gguf file, or `demo`.
+
+    Exit 1 when files of an artifact are missing or cut short.
+    """
+    from gemma_deploy.artifact.check import file_problems, open_complete, refuse
     from gemma_deploy.artifact.manifest import MANIFEST
+    from gemma_deploy.artifact.verify import PARAMS
     from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint
 
-    if (Path(path) / MANIFEST).exists():
-        manifest = Artifact.open(path).manifest
+    is_artifact = any((Path(path) / name).exists() for name in (MANIFEST, PARAMS))  # PARAMS alone: an unfinished one
+    artifact = open_complete(path) if is_artifact else None
+    if artifact is not None:
+        manifest = artifact.manifest
         facts, tensors = artifact_facts(manifest), manifest["params"]
     else:
         checkpoint = Checkpoint.open(resolve_checkpoint(path))
@@ -39,8 +45,10 @@ def command(path: str, params: bool, as_json: bool) -> None:
         ]
     if as_json:
         click.echo(json.dumps(facts | ({"params": tensors} if params else {}), indent=1))
-        return
-    _show(facts, tensors if params else [])
+    else:
+        _show(facts, tensors if params else [])
+    if artifact is not None:  # the manifest is worth seeing when files of the artifact are not
+        refuse(artifact, file_problems(artifact, hashes=False))
 
 
 def artifact_facts(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def command(
     html_file: Path | None,
 ) -> None:
     """Compare ARTIFACT (by default the newest in the workspace) with its reference; exit 1 when a gate fails."""
+    from gemma_deploy.artifact.check import open_whole
     from gemma_deploy.errors import GateError, UsageError
     from gemma_deploy.parity import requests
 
@@ -61,6 +62,7 @@ def command(
         if file is not None and not file.absolute().parent.is_dir():
             raise UsageError("its directory does not exist", where=str(file), next_step="make it, or name another file")
     request = requests.Request(text, prompt_tokens, decode_tokens, fast, _say)
+    advice = "see the table above"
     if stage == "patched":
         if artifact is not None or against != "hf":
             raise UsageError(
@@ -68,19 +70,23 @@ def command(
                 next_step="name the checkpoint with --checkpoint, and no artifact",
             )
         title, result = f"patched, {checkpoint or 'demo'}", requests.patched_stage(checkpoint or "demo", request)
-    elif against == "hf":
-        path = requests.find_artifact(artifact, workspace)
-        title, result = str(path), requests.artifact_stage(path, checkpoint, request)
     else:
         path = requests.find_artifact(artifact, workspace)
-        title, result = f"{path} against {against}", requests.two_artifacts(path, Path(against), checkpoint, request)
+        open_whole(path)
+        advice = f"`gemma-deploy verify {path}` tells a damaged file from a wrong computation; see the table above"
+        if against == "hf":
+            title, result = str(path), requests.artifact_stage(path, checkpoint, request)
+        else:
+            open_whole(against)
+            title = f"{path} against {against}"
+            result = requests.two_artifacts(path, Path(against), checkpoint, request)
     _show(title, result)
     if json_file is not None:
         requests.write_text(json_file, json.dumps({"title": title, **result.to_json()}, indent=1) + "\n")
     if html_file is not None:
         requests.write_text(html_file, requests.page(title, result))
     if not result.passed:
-        raise GateError("; ".join(result.failures()), where=title, next_step="see the table above")
+        raise GateError("; ".join(result.failures()), where=title, next_step=advice)
 
 
 def _say(line: str) -> None:

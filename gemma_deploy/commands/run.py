@@ -55,12 +55,12 @@ def command(
     stats: bool,
 ) -> None:
     """Continue a text with ARTIFACT and print it as it comes."""
-    from gemma_deploy.artifact import Artifact
+    from gemma_deploy.artifact.check import open_whole
     from gemma_deploy.runtime import Sampler, StaticRunner, Tokenizer
     from gemma_deploy.runtime.generate import GenerationStats, stream
 
     sampler = Sampler(temperature, top_k, top_p, seed)
-    manifest = Artifact.open(artifact).manifest
+    manifest = open_whole(artifact, hashes=True).manifest
     if prompt == "-":
         prompt = sys.stdin.read().rstrip("\n")
     tokenizer = Tokenizer(artifact)

@@ -109,7 +109,7 @@ def damaged_rows(
         hashes = pool.map(lambda row: hash_span(path, row.offset, row.nbytes), table.rows)
         for row, found in zip(table.rows, hashes, strict=True):
             if found != row.sha256:
-                problems.append(f"{row.name}: sha256 is {found[:16]}.., expected {row.sha256[:16]}..")
+                problems.append(f"{row.name}: sha256 is {found[:16]}.. in {path.name}, expected {row.sha256[:16]}..")
             done += row.nbytes
             if progress:
                 progress(done, table.file_bytes)

@@ -1,0 +1,192 @@
+"""What a glance tells about an artifact before it is used: is its manifest complete, are its files the ones written?
+
+`verify` goes on from here and reads every weight; `run`, `parity` and `inspect` stop at sizes and small files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gemma_deploy.artifact.manifest import MANIFEST, Artifact
+from gemma_deploy.errors import ArtifactError
+
+ROWS = "rows:"  # instead of a sha256: the parameter file's rows carry one each
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, protected_namespaces=())
+
+
+class _Row(_Part):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: str
+    dtype: str
+    shape: list[int]
+    offset: int
+    nbytes: int
+    sha256: str
+    scheme: str
+    sqnr_db: float | None = None
+    signal_energy: float | None = None
+
+
+class _File(_Part):
+    bytes: int
+    sha256: str
+
+
+class _Port(_Part):
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class _Graph(_Part):
+    inputs: list[_Port]
+    outputs: list[_Port]
+
+
+class _Graphs(_Part):
+    iter0: _Graph
+    iter1: _Graph
+
+
+class _Contract(_Part):
+    batch: int
+    prefill: int
+    context: int
+    vocab_size: int
+    dynamic: bool
+    graphs: _Graphs
+
+
+class _Model(_Part):
+    model_type: str
+    num_hidden_layers: int
+    vocab_size: int
+    hidden_size: int
+    tie_word_embeddings: bool
+
+
+class _Checkpoint(_Part):
+    path: str
+    format: str
+    fingerprint_without_times: str
+
+
+class _Frontend(_Part):
+    checkpoint: str
+
+
+class _Recipe(_Part):
+    frontend: _Frontend
+    parity: dict[str, Any]
+
+
+class _Gate(_Part):
+    summary: str
+    passed: bool
+
+
+class _Entry(_Part):
+    what: str
+    where: str
+    effect: dict[str, Any]
+
+
+class _Stage(_Part):
+    name: str
+    seconds: float
+    peak_rss_bytes: int
+
+
+class _Manifest(_Part):
+    """The keys that the commands read; a manifest holds more."""
+
+    name: str
+    scheme: str
+    tool: dict[str, str]
+    recipe: _Recipe
+    checkpoint: _Checkpoint
+    model: _Model
+    contract: _Contract
+    op_census: dict[str, dict[str, int]]
+    files: dict[str, _File]
+    params: list[_Row]
+    parity: _Gate | None
+    ledger: list[_Entry]
+    stages: list[_Stage]
+
+
+def open_whole(path: str | Path, *, hashes: bool = False) -> Artifact:
+    """Open an artifact for use.
+
+    Args:
+        hashes: compare the small files' as well; weights are `verify`'s work.
+
+    Raises:
+        ArtifactError: its manifest is damaged, or a file that is there is not the one that was written. What is missing
+            is left to whoever needs it.
+    """
+    artifact = open_complete(path)
+    refuse(artifact, file_problems(artifact, hashes=hashes, missing=False))
+    return artifact
+
+
+def open_complete(path: str | Path) -> Artifact:
+    """Open an artifact whose manifest has every key that the commands read.
+
+    Raises:
+        ArtifactError: naming every key that is missing or of another type.
+    """
+    artifact = Artifact.open(path)
+    try:
+        _Manifest.model_validate(artifact.manifest)
+    except ValidationError as error:
+        raise ArtifactError(
+            "is damaged",
+            where=str(artifact.path / MANIFEST),
+            problems=[f"{'.'.join(map(str, one['loc']))}: {one['msg'].lower()}" for one in error.errors()],
+            expected="what `gemma-deploy compile` wrote",
+            next_step="copy the artifact again, or compile the recipe again with --force",
+        ) from error
+    return artifact
+
+
+def file_problems(artifact: Artifact, *, hashes: bool = True, missing: bool = True) -> list[str]:
+    """Which files are not what the manifest says; the parameter file by its size."""
+    problems = []
+    for name, facts in artifact.manifest["files"].items():
+        file = artifact.path / name
+        if not file.is_file():
+            problems += [f"{name} is missing"] if missing else []
+        elif file.stat().st_size != facts["bytes"]:
+            problems.append(f"{name} has {file.stat().st_size} bytes, expected {facts['bytes']}")
+        elif hashes and not facts["sha256"].startswith(ROWS) and _sha256(file) != facts["sha256"]:
+            problems.append(f"{name}: sha256 differs from the manifest")
+    return problems
+
+
+def refuse(artifact: Artifact, problems: list[str]) -> None:
+    """Raise when there are any.
+
+    Raises:
+        ArtifactError: with all of them.
+    """
+    if problems:
+        raise ArtifactError(
+            f"damaged: {len(problems)} problem(s)",
+            where=str(artifact.path),
+            problems=problems,
+            next_step="compile the recipe again with --force",
+        )
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
