@@ -49,7 +49,7 @@ def run_layers(
         progress: called with (windows passed through layers, all of them).
 
     Raises:
-        CalibrationError: a layer gives NaN or infinity, or the disk is full.
+        CalibrationError: the table, a layer or the norm gives NaN or infinity, or the disk is full.
         NotBuiltError: there is no patched model for this generation.
     """
     stack, kinds = template_stack(checkpoint.config, embed_scale)
@@ -68,14 +68,16 @@ def run_layers(
                 for window in range(nsamples):
                     hidden = torch.from_numpy(states.read(window))[None]
                     hidden = layer(hidden, position_embeddings=rotary[kind], attention_mask=masks[kind])[0]
-                    _refuse_nonfinite(hidden, name, window)
+                    _refuse_nonfinite(hidden, checkpoint, name, window)
                     observe(f"{name}.out", hidden)
                     states.write(window, hidden[0].numpy())
                     if progress:
                         progress(index * nsamples + window + 1, layer_count * nsamples)
         with loaded(stack.norm, checkpoint, "model.norm"):
             for window in range(nsamples):
-                observe("lm_head.in", stack.norm(torch.from_numpy(states.read(window))[None]))
+                hidden = stack.norm(torch.from_numpy(states.read(window))[None])
+                _refuse_nonfinite(hidden, checkpoint, "model.norm", window)
+                observe("lm_head.in", hidden)
 
 
 def template_stack(config: ModelConfig, embed_scale: str) -> tuple[Any, tuple[str, ...]]:
@@ -97,7 +99,9 @@ def embed(checkpoint: Checkpoint, ids: np.ndarray, scale: float, states: HiddenS
     for window, tokens in enumerate(ids):
         unique, inverse = np.unique(tokens, return_inverse=True)
         rows = np.concatenate([checkpoint.rows(TABLE, int(token), int(token) + 1) for token in unique])
-        states.write(window, (torch.from_numpy(rows)[torch.from_numpy(inverse)] * scale).numpy())
+        hidden = torch.from_numpy(rows)[torch.from_numpy(inverse)] * scale
+        _refuse_nonfinite(hidden, checkpoint, TABLE.removesuffix(".weight"), window)
+        states.write(window, hidden.numpy())
 
 
 @contextmanager
@@ -131,11 +135,11 @@ def watched(layer: nn.Module, name: str, observe: Observe) -> Iterator[None]:
             handle.remove()
 
 
-def _refuse_nonfinite(hidden: torch.Tensor, layer: str, window: int) -> None:
+def _refuse_nonfinite(hidden: torch.Tensor, checkpoint: Checkpoint, module: str, window: int) -> None:
     if not bool(torch.isfinite(hidden).all()):
         raise CalibrationError(
-            f"the layer gives NaN or infinity in window {window}",
-            where=layer,
+            f"gives NaN or infinity in window {window}",
+            where=module,
             expected="finite activations in float32",
-            next_step="the weights of this layer are damaged; get the checkpoint again",
+            next_step=f"its weights in {checkpoint.path} are damaged: copy or download them again",
         )
