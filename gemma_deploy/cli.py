@@ -6,6 +6,7 @@ the command is asked for, so that `--help` needs neither torch nor ONNX Runtime.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -26,6 +27,23 @@ COMMANDS = {
     "inspect": "Show what is in an artifact or a checkpoint.",
     "verify": "Check every hash, graph and table of an artifact.",
 }
+
+
+# What the machine refuses a program that has no bug, with what to do about it; `main` explains what no stage has.
+FULL = "free space there and run the same command again"
+DENIED = "allow it, or name another place"
+REFUSALS = {
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+    errno.EROFS: DENIED,
+    errno.EACCES: DENIED,
+    errno.EPERM: DENIED,
+    errno.EISDIR: "name a file",
+    errno.ENOTDIR: "name another place: a part of this path is a file",
+    errno.EIO: "the disk does not answer; look at the system's log",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+log = logging.getLogger("gemma_deploy.cli")  # __name__ is __main__ under python -m
 
 
 class LazyGroup(click.Group):
@@ -84,6 +102,14 @@ def main(argv: list[str] | None = None) -> Any:
         return error.exit_code
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise  # a bug, and to be seen as one
+        log.debug("where it happened", exc_info=True)
+        step = f"{REFUSALS[error.errno]}; -v shows where it happened"
+        place = str(error.filename) if error.filename else None
+        click.echo(f"error: {DeployError(os.strerror(error.errno), where=place, next_step=step)}", err=True)
+        return DeployError.exit_code
 
 
 if __name__ == "__main__":
