@@ -61,7 +61,7 @@ def open_inputs(recipe: Recipe) -> Checkpoint:
     check_built(recipe)
     checkpoint = Checkpoint.open(resolve_checkpoint(recipe.frontend.checkpoint))
     check_against_model(recipe, checkpoint.config)
-    for note in (*checkpoint.notes, *checkpoint.config.warnings):
+    for note in dict.fromkeys((*checkpoint.notes, *checkpoint.config.warnings)):
         log.warning("%s", note)
     return checkpoint
 
@@ -158,9 +158,7 @@ def code_version() -> str:
     return digest.hexdigest()
 
 
-def stream_params(
-    recipe: Recipe, checkpoint: Checkpoint, out: Path, key: str, progress: Progress | None
-) -> ParamTable:
+def stream_params(recipe: Recipe, checkpoint: Checkpoint, out: Path, key: str, progress: Progress | None) -> ParamTable:
     """Step 8: every tensor read, cast or quantized, written and hashed in row blocks; resumable per tensor."""
     plan = build_plan(checkpoint.config, scheme_of(recipe), recipe.context_length)
     return write_params(
