@@ -38,15 +38,15 @@ class ArtifactDir:
         manifest: of the finished artifact.
 
     Raises:
-        ArtifactError: `out` is finished with another key and `force` is off, or is no artifact at all; or another
-            process is at work on it.
+        ArtifactError: `out` is finished with another key and `force` is off; it or NAME.partial is none of ours; or
+            another process is at work on it.
         DeployError: the workspace cannot be written to, or the disk is full.
     """
 
     def __init__(self, out: Path, *, key: str, force: bool = False, proven: bool = False) -> None:
         self.out, self.key, self.force, self.proven = out, key, force, proven
         self.path = out.with_name(out.name + ".partial")
-        self._old = out.with_name(out.name + ".old")
+        self._old = out.with_name(f".{out.name}.old")  # no name a recipe can have
         self.manifest: dict[str, Any] = {}
         self.finished = False
         self._lock: Lock | None = None
@@ -83,6 +83,8 @@ class ArtifactDir:
         """
         params = {"params.safetensors": _params_digest(manifest)}
         files = {}
+        for half in self.path.glob("*.partial"):  # of a run that was killed while it wrote
+            half.unlink()
         for file in sorted(self.path.iterdir()):
             if file.name not in (MANIFEST, *SCAFFOLD):
                 files[file.name] = {
@@ -100,8 +102,7 @@ class ArtifactDir:
         for name in SCAFFOLD:
             (self.path / name).unlink(missing_ok=True)
         if self.out.exists():
-            shutil.rmtree(self._old, ignore_errors=True)
-            self.out.rename(self._old)
+            self._put_aside(self.out)
         self.path.rename(self.out)
         _sync(self.out.parent)
         shutil.rmtree(self._old, ignore_errors=True)
@@ -118,10 +119,28 @@ class ArtifactDir:
             return
         mark = self.path / KEY_FILE
         if self.path.exists() and not (mark.exists() and mark.read_text() == self.key):
-            shutil.rmtree(self.path)
+            self._refuse_what_is_not_ours()
+            self._put_aside(self.path)
+            shutil.rmtree(self._old, ignore_errors=True)
         self.path.mkdir(exist_ok=True)
         (self.path / MANIFEST).unlink(missing_ok=True)
         mark.write_text(self.key)
+
+    def _put_aside(self, path: Path) -> None:
+        """Rename what is to be deleted: a deletion that is cut short leaves nothing that looks like the user's."""
+        shutil.rmtree(self._old, ignore_errors=True)
+        path.rename(self._old)
+
+    def _refuse_what_is_not_ours(self) -> None:
+        ours = self.path.is_dir() and (
+            any((self.path / name).exists() for name in (KEY_FILE, MANIFEST)) or not any(self.path.iterdir())
+        )
+        if not ours:
+            raise ArtifactError(
+                "is in the way of an unfinished artifact and was not made by a compile; it will not be touched",
+                where=str(self.path),
+                next_step="rename or remove it yourself, or give the recipe another name",
+            )
 
     def _is_finished(self) -> bool:
         """Look at `out`, and refuse what must not be replaced."""

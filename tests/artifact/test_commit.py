@@ -1,5 +1,6 @@
 """The directory of a compile: locked, continued only under its own key, whole or not there."""
 
+import json
 import os
 import subprocess
 import sys
@@ -81,41 +82,56 @@ def test_an_unfinished_directory_is_continued_under_its_key_only(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-STEPS = ("write", "unlink", "rmtree", "rename")
-
-
-def kill_in_commit(out, at):
-    """Make an artifact over an older one in a process that dies at the `at`-th step of the commit."""
-    program = f"""
-import os, pathlib, shutil, signal
-from tests.artifact.test_commit import *
-left = [{at}]
-def dying(call):
-    def wrapped(*args, **kwargs):
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left[0] -= 1
-        return call(*args, **kwargs)
-    return wrapped
-with ArtifactDir(pathlib.Path({str(out)!r}), key="new", force=True) as directory:
-    (directory.path / "iter0.onnx").write_text("new")
-    for owner, name in ((pathlib.Path, "unlink"), (pathlib.Path, "rename"), (pathlib.Path, "replace"), (os, "fsync"),
-                        (shutil, "rmtree")):
-        setattr(owner, name, dying(getattr(owner, name)))
-    directory.commit(MANIFEST | {{"key": "new"}})
+# Forks a child per line of stdin, which makes an artifact over an older one and dies at the n-th step of the commit.
+DRIVER = """
+import os, pathlib, shutil, signal, sys
+from tests.artifact.test_commit import MANIFEST, ArtifactDir
+for line in sys.stdin:
+    at, out = line.split()
+    child = os.fork()
+    if child == 0:
+        left = [int(at)]
+        def dying(call):
+            def wrapped(*args, **kwargs):
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left[0] -= 1
+                return call(*args, **kwargs)
+            return wrapped
+        with ArtifactDir(pathlib.Path(out), key="new", force=True) as directory:
+            (directory.path / "iter0.onnx").write_text("new")
+            for owner, name in ((pathlib.Path, "write_text"), (pathlib.Path, "replace"), (pathlib.Path, "unlink"),
+                                (pathlib.Path, "rename"), (os, "fsync"), (shutil, "rmtree")):
+                setattr(owner, name, dying(getattr(owner, name)))
+            directory.commit(MANIFEST | {"key": "new"})
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 
 
-def test_killed_at_any_step_of_the_commit_nothing_is_lost(tmp_path):
+@pytest.fixture
+def kill_in_commit():
+    """(out, n) -> exit code of the process that died at the n-th step, 0 when it came to the end before."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", DRIVER], **pipes) as driver:
+
+        def run(out, at):
+            driver.stdin.write(f"{at} {out}\n")
+            driver.stdin.flush()
+            return int(driver.stdout.readline())
+
+        yield run
+
+
+def test_killed_at_any_step_of_the_commit_nothing_is_lost(tmp_path, kill_in_commit):
     outcomes = set()
     for at in range(30):
         out = tmp_path / str(at) / "a"
         make(out, "old")
-        run = kill_in_commit(out, at)
-        if run.returncode == 0:
+        code = kill_in_commit(out, at)
+        if code == 0:
             break
-        assert run.returncode == -9, run.stderr
+        assert code == -9
         here = out.exists()
         if here:  # whole, old or new
             assert (out / "manifest.json").exists()
@@ -123,13 +139,36 @@ def test_killed_at_any_step_of_the_commit_nothing_is_lost(tmp_path):
         made = make(out, "new", **options)
         outcomes.add((here, made))
         assert (out / "iter0.onnx").read_text() == "new"
+        assert sorted(entry.name for entry in out.iterdir()) == ["iter0.onnx", "manifest.json"]
+        assert list(json.loads((out / "manifest.json").read_text())["files"]) == ["iter0.onnx"]
+        assert not make(out, "new")  # finished
         # the lock file of a killed process may lie there; nobody holds it
         assert {entry.name for entry in out.parent.iterdir()} <= {"a", ".a.lock"}
-        assert sorted(entry.name for entry in out.iterdir()) == ["iter0.onnx", "manifest.json"]
     else:
         pytest.fail("the commit never ended")
     # died before the old one went; between the renames, where the next run has only to rename; and after them
     assert {(True, True), (False, False), (True, False)} <= outcomes
+
+
+@pytest.mark.parametrize("name", ["a.old", "a.partial"])
+def test_a_directory_of_the_users_beside_it_is_not_touched(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("years of work")
+    if name == "a.old":
+        make(tmp_path / "a")
+        make(tmp_path / "a", "other", force=True)
+        assert not make(tmp_path / "a", "other")
+    else:
+        with pytest.raises(ArtifactError, match="will not be touched") as caught:
+            make(tmp_path / "a", force=True)
+        assert caught.value.where == str(tmp_path / name)
+        assert not (tmp_path / ".a.lock").exists()
+    assert (tmp_path / name / "thesis.txt").read_text() == "years of work"
+
+
+def test_killed_before_the_key_was_written(tmp_path):
+    (tmp_path / "a.partial").mkdir()
+    assert make(tmp_path / "a")
 
 
 HOLDER = """
