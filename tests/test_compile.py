@@ -13,23 +13,63 @@ import pytest
 import yaml
 
 from gemma_deploy import compile as compiler
+from gemma_deploy import paths
+from gemma_deploy.artifact.lock import Lock
 from gemma_deploy.cli import main
+from gemma_deploy.graph import worker
 from gemma_deploy.testing import write_tiny_checkpoint
-from tests.exporting import export_in_this_process, remembered_export
+from tests.exporting import export_in_this_process
 
 NAME = "tiny"
+REAL_EXPORT, REAL_CODE_VERSION = worker.export_apart, compiler.code_version
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_program():
+    """The program does not change between these tests, whoever edits it meanwhile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "code_version", lambda: "this")
+        yield
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", "gemma", num_hidden_layers=2)
+def made(once, one_program):
+    """A checkpoint, and the artifact of its recipe without the gate, made without interruption; read only."""
+
+    def make(folder):
+        checkpoint = write_tiny_checkpoint(folder / "checkpoint", "gemma", num_hidden_layers=2)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(worker, "export_apart", REAL_EXPORT)
+            assert main(["compile", str(write_recipe(folder, checkpoint)), "--no-parity"]) == 0
+
+    return once("compile", make)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(made):
+    return made / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def finished(made):
+    return made / "workspace" / NAME
+
+
+def exported_before(finished):
+    """`worker.export_apart` without an export: the graphs of the finished artifact."""
+    contract = json.loads((finished / "manifest.json").read_text())["contract"]
+
+    def export(task):
+        assert json.loads(json.dumps(task.contract.to_json())) == contract
+        return {name: (finished / f"{name}.onnx").read_bytes() for name in contract["graphs"]}, 1
+
+    return export
 
 
 @pytest.fixture(autouse=True)
-def one_export(monkeypatch):
-    """`finished` is made with a process and an export of its own, everything else with one export for all."""
-    monkeypatch.setattr("gemma_deploy.graph.export.export_graphs", remembered_export)
-    monkeypatch.setattr("gemma_deploy.graph.worker.export_apart", export_in_this_process)
+def one_export(finished, monkeypatch):
+    """An export takes seconds: one for what happens around it."""
+    monkeypatch.setattr(worker, "export_apart", exported_before(finished))
 
 
 @pytest.fixture
@@ -48,14 +88,6 @@ def write_recipe(folder, checkpoint, **changes):
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(content | changes))
     return file
-
-
-@pytest.fixture(scope="module")
-def finished(checkpoint, tmp_path_factory):
-    """The artifact of the recipe without its gate, made without interruption; read only."""
-    folder = tmp_path_factory.mktemp("finished")
-    assert main(["compile", str(write_recipe(folder, checkpoint)), "--no-parity"]) == 0  # with an export of its own
-    return folder / "workspace" / NAME
 
 
 @pytest.fixture
@@ -164,36 +196,68 @@ def test_changed_inputs_are_noticed_and_nothing_is_replaced_unasked(copied, chec
     assert snapshot(workspace) == before
 
 
-def test_force_replaces_it(copied, checkpoint, monkeypatch):
+def test_force_replaces_it(copied, finished, checkpoint, monkeypatch):
     recipe, workspace = copied
-    change_recipe(recipe, checkpoint, monkeypatch)
+    change_weights(recipe, checkpoint, monkeypatch)
     assert main(["compile", str(recipe), "--no-parity", "--force"]) == 0
-    assert json.loads((workspace / NAME / "manifest.json").read_text())["contract"]["context"] == 80
     assert names(workspace) == [NAME]
+    (new, manifest), (old, _) = contents(workspace / NAME), contents(finished)
+    assert manifest["checkpoint"]["path"] == "changed"
+    assert {name for name in new if new[name] != old[name]} == {"params.safetensors"}
 
 
-def test_out_names_the_directory(finished, checkpoint, tmp_path):
+@pytest.mark.parametrize("change", ["edited", "renamed", "added"])
+def test_a_changed_line_of_the_program_is_another_program(tmp_path, monkeypatch, change):
+    for root in ("package", "source_code"):
+        (tmp_path / root / "graph").mkdir(parents=True)
+        (tmp_path / root / "graph/one.py").write_text("one = 1\n")
+    monkeypatch.setattr(paths, "PACKAGE", tmp_path / "package")
+    monkeypatch.setattr(paths, "source_code_dir", lambda: tmp_path / "source_code")
+    real = REAL_CODE_VERSION.__wrapped__
+    before = real()
+    assert real() == before
+    file = tmp_path / "source_code/graph/one.py"
+    if change == "edited":
+        file.write_text("one = 2\n")
+    elif change == "renamed":
+        file.rename(file.with_name("two.py"))
+    else:
+        (tmp_path / "package/three.py").touch()
+    assert real() != before
+
+
+def test_out_names_the_directory_and_a_second_export_gives_the_same_bytes(finished, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "export_apart", export_in_this_process)
     recipe = write_recipe(tmp_path, checkpoint)
     assert main(["compile", str(recipe), "--no-parity", "--out", str(tmp_path / "elsewhere")]) == 0
     assert contents(tmp_path / "elsewhere") == contents(finished)
     assert names(tmp_path / "workspace") == []
 
 
+def test_another_compile_of_the_same_name_is_one_message(recipe, finished, capsys):
+    (recipe.parent / "workspace").mkdir()
+    lock = Lock(recipe.parent / f"workspace/.{NAME}.lock")
+    assert main(["compile", str(recipe), "--no-parity"]) == 1
+    message = capsys.readouterr().err
+    assert f"another compile of it is running (process {os.getpid()})" in message
+    assert str(recipe.parent / "workspace" / NAME) in message
+    assert "Traceback" not in message
+    lock.release()
+    assert main(["compile", str(recipe), "--no-parity"]) == 0
+    assert contents(recipe.parent / "workspace" / NAME) == contents(finished)
+
+
 # Forks a child per line of stdin, which compiles and dies when a function is called for the n-th time, before that call
-# has done anything. Torch is imported once and the graphs are exported once, which makes this fast.
+# has done anything. Torch is imported once and the graphs are there, which makes this fast.
 DRIVER = """
-import importlib, json, os, signal, sys
-from gemma_deploy import compile as compiler
+import importlib, json, os, pathlib, signal, sys
+import torch
 from gemma_deploy.cli import main
-from gemma_deploy.graph import export, worker
-from gemma_deploy.recipe import Recipe
-from tests.exporting import export_in_this_process, remembered_export
+from tests.test_compile import compiler, exported_before, worker
+compiler.code_version = lambda: "this"
+worker.export_apart = exported_before(pathlib.Path(sys.argv[1]))
 for line in sys.stdin:
     (module, name, count), kind, errors, arguments = json.loads(line)
-    recipe = Recipe.load(arguments[1])
-    checkpoint = compiler.open_inputs(recipe)
-    remembered_export(checkpoint.config, recipe.scheme, compiler.contract_of(recipe, checkpoint), "exact")
-    export.export_graphs, worker.export_apart = remembered_export, export_in_this_process
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
@@ -218,11 +282,11 @@ for line in sys.stdin:
 
 
 @pytest.fixture(scope="module")
-def die(tmp_path_factory):
+def die(finished, tmp_path_factory):
     """(moment, recipe, signal) -> exit code and what was said."""
     errors = tmp_path_factory.mktemp("driver") / "errors.txt"
     driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER],
+        [sys.executable, "-c", DRIVER, str(finished)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -230,8 +294,8 @@ def die(tmp_path_factory):
     )
 
     def run(moment, recipe, kind="SIGKILL"):
-        job = MOMENTS[moment], kind, str(errors), ["compile", str(recipe), "--no-parity"]
-        driver.stdin.write(json.dumps(job) + "\n")
+        arguments = ["compile", str(recipe), *["--no-parity"] * (moment != "the gate")]
+        driver.stdin.write(json.dumps((MOMENTS[moment], kind, str(errors), arguments)) + "\n")
         driver.stdin.flush()
         return int(driver.stdout.readline()), errors.read_text()
 
@@ -247,6 +311,7 @@ MOMENTS = {
     "before the graphs": ("gemma_deploy.compile", "export_into", 1),
     "between the two graph files": ("gemma_deploy.graph.external", "write_graph", 2),
     "the model's files": ("gemma_deploy.compile", "copy_model_files", 1),
+    "the gate": ("gemma_deploy.compile", "run_gate", 1),
     "the report": ("gemma_deploy.compile", "write_report", 1),
     "the manifest": ("gemma_deploy.artifact.commit", "write_json", 1),
     "the rename": ("gemma_deploy.artifact.commit", "ArtifactDir._publish", 1),
@@ -261,13 +326,8 @@ def test_kill_9_at_any_moment_and_run_again(recipe, finished, die, monkeypatch, 
     assert NAME not in names(workspace)
     journal = workspace / f"{NAME}.partial/params.journal"
     done = finished_tensors(journal)
-    exported = []
-
-    def export(*args):
-        exported.append(args)
-        return remembered_export(*args)
-
-    monkeypatch.setattr("gemma_deploy.graph.export.export_graphs", export)
+    exported, export = [], worker.export_apart
+    monkeypatch.setattr(worker, "export_apart", lambda task: exported.append(task) or export(task))
     assert main(["compile", str(recipe), "--no-parity"]) == 0
     assert contents(workspace / NAME) == contents(finished)
     assert names(workspace) == [NAME]
