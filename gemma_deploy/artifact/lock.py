@@ -36,8 +36,12 @@ class Lock:
             if self._is_the_file():
                 break
             os.close(self._fd)  # the one before removed it between open and flock: lock what is there now
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        try:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        except OSError:  # a full disk: neither a file nor an open lock stays behind
+            self.release()
+            raise
 
     def release(self) -> None:
         """Remove the file, then let go of it."""
