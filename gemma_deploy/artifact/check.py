@@ -1,6 +1,7 @@
 """What a glance tells about an artifact before it is used: is its manifest complete, are its files the ones written?
 
-`verify` goes on from here and reads every weight; `run`, `parity` and `inspect` stop at sizes and small files.
+`verify` goes on from here and reads every weight, as `parity` does at its end; `run` and `inspect` stop at sizes and
+small files.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gemma_deploy.artifact.manifest import MANIFEST, Artifact
 from gemma_deploy.errors import ArtifactError
+from gemma_deploy.params import damaged_rows
 
+PARAMS = "params.safetensors"
 ROWS = "rows:"  # instead of a sha256: the parameter file's rows carry one each
 
 
@@ -170,6 +173,13 @@ def file_problems(artifact: Artifact, *, hashes: bool = True, missing: bool = Tr
         elif hashes and not facts["sha256"].startswith(ROWS) and _sha256(file) != facts["sha256"]:
             problems.append(f"{name}: sha256 differs from the manifest")
     return problems
+
+
+def byte_problems(artifact: Artifact) -> list[str]:
+    """Which files that are there, and which tensors, are not byte for byte what was written."""
+    params = artifact.path / PARAMS
+    rows = damaged_rows(params, artifact.params) if params.is_file() else []
+    return list(dict.fromkeys([*file_problems(artifact, missing=False), *rows]))
 
 
 def refuse(artifact: Artifact, problems: list[str]) -> None:

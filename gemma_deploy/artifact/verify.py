@@ -7,11 +7,10 @@ from pathlib import Path
 
 import onnx
 
-from gemma_deploy.artifact.check import ROWS, file_problems, open_complete, refuse
+from gemma_deploy.artifact.check import PARAMS, ROWS, file_problems, open_complete, refuse
 from gemma_deploy.artifact.manifest import MANIFEST, Artifact
 from gemma_deploy.params import damaged_rows
 
-PARAMS = "params.safetensors"
 # Scalars, shapes and slices; a weight is larger.
 LARGEST_CONSTANT_BYTES = 65536
 ONNX_DTYPES = {

@@ -26,9 +26,8 @@ def command(path: str, params: bool, as_json: bool) -> None:
 
     Exit 1 when files of an artifact are missing or cut short.
     """
-    from gemma_deploy.artifact.check import file_problems, open_complete, refuse
+    from gemma_deploy.artifact.check import PARAMS, file_problems, open_complete, refuse
     from gemma_deploy.artifact.manifest import MANIFEST
-    from gemma_deploy.artifact.verify import PARAMS
     from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint
 
     is_artifact = any((Path(path) / name).exists() for name in (MANIFEST, PARAMS))  # PARAMS alone: an unfinished one

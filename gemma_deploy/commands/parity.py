@@ -53,8 +53,11 @@ def command(
     json_file: Path | None,
     html_file: Path | None,
 ) -> None:
-    """Compare ARTIFACT (by default the newest in the workspace) with its reference; exit 1 when a gate fails."""
-    from gemma_deploy.artifact.check import open_whole
+    """Compare ARTIFACT (by default the newest in the workspace) with its reference.
+
+    Exit 1 when a gate fails, or when they all pass on files that are not the ones that were written.
+    """
+    from gemma_deploy.artifact.check import byte_problems, open_whole, refuse
     from gemma_deploy.errors import GateError, UsageError
     from gemma_deploy.parity import requests
 
@@ -62,7 +65,7 @@ def command(
         if file is not None and not file.absolute().parent.is_dir():
             raise UsageError("its directory does not exist", where=str(file), next_step="make it, or name another file")
     request = requests.Request(text, prompt_tokens, decode_tokens, fast, _say)
-    advice = "see the table above"
+    advice, artifacts = "see the table above", []
     if stage == "patched":
         if artifact is not None or against != "hf":
             raise UsageError(
@@ -72,14 +75,19 @@ def command(
         title, result = f"patched, {checkpoint or 'demo'}", requests.patched_stage(checkpoint or "demo", request)
     else:
         path = requests.find_artifact(artifact, workspace)
-        open_whole(path)
+        artifacts = [open_whole(path)]
         advice = f"`gemma-deploy verify {path}` tells a damaged file from a wrong computation; see the table above"
         if against == "hf":
             title, result = str(path), requests.artifact_stage(path, checkpoint, request)
         else:
-            open_whole(against)
+            artifacts.append(open_whole(against))
             title = f"{path} against {against}"
             result = requests.two_artifacts(path, Path(against), checkpoint, request)
+    if (
+        result.passed
+    ):  # a damaged weight that no prompt here brings out passes every gate; where one fails, it says where
+        for opened in artifacts:
+            refuse(opened, byte_problems(opened))
     _show(title, result)
     if json_file is not None:
         requests.write_text(json_file, json.dumps({"title": title, **result.to_json()}, indent=1) + "\n")

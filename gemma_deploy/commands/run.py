@@ -54,7 +54,10 @@ def command(
     strict: bool,
     stats: bool,
 ) -> None:
-    """Continue a text with ARTIFACT and print it as it comes."""
+    """Continue a text with ARTIFACT and print it as it comes.
+
+    Weights are not hashed at every start: `gemma-deploy verify` does that.
+    """
     from gemma_deploy.artifact.check import open_whole
     from gemma_deploy.runtime import Sampler, StaticRunner, Tokenizer
     from gemma_deploy.runtime.generate import GenerationStats, stream
