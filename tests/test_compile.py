@@ -196,6 +196,19 @@ def test_changed_inputs_are_noticed_and_nothing_is_replaced_unasked(copied, chec
     assert snapshot(workspace) == before
 
 
+def test_weights_changed_where_they_lie_are_noticed(checkpoint, tmp_path, capsys):
+    own = shutil.copytree(checkpoint, tmp_path / "own")
+    recipe = write_recipe(tmp_path, own)
+    assert main(["compile", str(recipe), "--no-parity"]) == 0
+    before = snapshot(tmp_path / "workspace")
+    data = bytearray((own / "model.safetensors").read_bytes())
+    data[-9] ^= 1
+    (own / "model.safetensors").write_bytes(data)
+    assert main(["compile", str(recipe), "--no-parity"]) == 1
+    assert "artifact of other inputs" in capsys.readouterr().err
+    assert snapshot(tmp_path / "workspace") == before
+
+
 def test_force_replaces_it(copied, finished, checkpoint, monkeypatch):
     recipe, workspace = copied
     change_weights(recipe, checkpoint, monkeypatch)

@@ -13,6 +13,9 @@ from numpy.typing import DTypeLike
 from gemma_deploy.errors import CheckpointError
 
 PIECE_BYTES = 4 << 20  # what is resident of the map at one moment
+# A fault maps the neighbours that are in the page cache too (Linux: 64 KiB around it): also those given back just
+# before. Unless they go as well, 2 % of a file stays resident (396 MiB of a 17 GB checkpoint).
+AROUND_BYTES = 1 << 20
 
 
 class MappedFile:
@@ -42,9 +45,9 @@ class MappedFile:
 
     def release(self, start: int, stop: int) -> None:
         """Give the pages of [start, stop) back to the system; they stay in its page cache."""
-        first = start - start % mmap.PAGESIZE
         if stop > start and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED, first, stop - first)
+            first = max(start - start % mmap.PAGESIZE - AROUND_BYTES, 0)
+            self._map.madvise(mmap.MADV_DONTNEED, first, min(stop + AROUND_BYTES, self.size) - first)
 
     def pieces(self, start: int, stop: int, dtype: DTypeLike) -> Iterator[tuple[int, np.ndarray]]:
         """Windows of a few MiB over [start, stop): (index of the first element, view); each is released after use."""
