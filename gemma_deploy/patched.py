@@ -13,6 +13,7 @@ PACKAGE = "gemma_deploy_source_code"
 # model_type -> configuration file, its class, modeling file, decoder stack without a head, causal LM
 MODELS = {
     "gemma": ("configuration_gemma_vacc", "GemmaConfig", "modeling_gemma_vacc", "GemmaModel", "GemmaForCausalLM"),
+    "gemma2": ("configuration_gemma2_vacc", "Gemma2Config", "modeling_gemma2_vacc", "Gemma2Model", "Gemma2ForCausalLM"),
     "gemma3_text": (
         "configuration_gemma3_vacc",
         "Gemma3TextConfig",

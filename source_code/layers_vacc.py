@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -73,6 +74,17 @@ class LegacyRotary(nn.Module):
         super().__init__()
         self.head_dim, self.theta, self.factor = head_dim, theta, factor
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @classmethod
+    def of(cls, head_dim: int, rope: dict) -> "LegacyRotary":
+        """From an entry of `config.rope_parameters`.
+
+        Raises:
+            ValueError: a rope_type that no Gemma has.
+        """
+        if rope["rope_type"] not in ("default", "linear"):
+            raise ValueError(f"config.rope_parameters: rope_type is {rope['rope_type']!r}; allowed: default, linear")
+        return cls(head_dim, rope["rope_theta"], rope.get("factor", 1.0) if rope["rope_type"] == "linear" else 1.0)
 
     def make_tables(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin: [length, head_dim / 2], float32 on the CPU."""
@@ -305,3 +317,28 @@ class Attention(nn.Module):
             dropout = self.config.attention_dropout if self.training else 0.0
             out, probs = eager_attention(q, k, v, attention_mask, self.scaling, self.softcap, dropout)
         return self.o_proj(out.reshape(batch, seq, -1)), probs, present
+
+
+class FourNormLayer(GradientCheckpointingLayer):
+    """Decoder layer of Gemma 2 and 3: attention and MLP with a norm before each and one before its residual add.
+
+    A subclass adds `self_attn`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_activation)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None):
+        """hidden_states: [batch, seq, hidden] -> the same, probabilities, present (see `Attention`)."""
+        attn, probs, present = self.self_attn(
+            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values
+        )
+        hidden_states = hidden_states + self.post_attention_layernorm(attn)
+        mlp = self.mlp(self.pre_feedforward_layernorm(hidden_states))
+        hidden_states = hidden_states + self.post_feedforward_layernorm(mlp)
+        return hidden_states, probs, present

@@ -6,36 +6,20 @@ Copied beside the weights and loaded by transformers as remote code; needs torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_gemma3_vacc import Gemma3TextConfig
 from .decoder_vacc import CausalLMMixin, SequenceClassificationMixin, TextModelMixin
-from .layers_vacc import MLP, Attention, LegacyRotary, RMSNorm, ScaledEmbedding
+from .layers_vacc import Attention, FourNormLayer, LegacyRotary, RMSNorm, ScaledEmbedding
 
 __all__ = ["Gemma3ForCausalLM", "Gemma3PreTrainedModel", "Gemma3TextForSequenceClassification", "Gemma3TextModel"]
 
 
-class Gemma3DecoderLayer(GradientCheckpointingLayer):
-    """Attention and MLP, each with a norm before it and a norm before its residual add."""
+class Gemma3DecoderLayer(FourNormLayer):
+    """Normed queries and keys; five sliding layers, then a global one."""
 
     def __init__(self, config: Gemma3TextConfig, layer_idx: int):
-        super().__init__()
+        super().__init__(config)
         self.self_attn = Attention(config, layer_idx, scaling=config.query_pre_attn_scalar**-0.5, qk_norm=True)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_activation)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None):
-        """hidden_states: [batch, seq, hidden] -> the same, probabilities, present (see `Attention`)."""
-        attn, probs, present = self.self_attn(
-            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values
-        )
-        hidden_states = hidden_states + self.post_attention_layernorm(attn)
-        mlp = self.mlp(self.pre_feedforward_layernorm(hidden_states))
-        hidden_states = hidden_states + self.post_feedforward_layernorm(mlp)
-        return hidden_states, probs, present
 
 
 class Gemma3PreTrainedModel(PreTrainedModel):
@@ -67,15 +51,10 @@ class Gemma3TextModel(TextModelMixin, Gemma3PreTrainedModel):
         )
         self.layers = nn.ModuleList(Gemma3DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = nn.ModuleDict()
-        for kind in sorted(set(config.layer_types)):
-            rope = config.rope_parameters[kind]
-            if rope["rope_type"] not in ("default", "linear"):
-                raise ValueError(
-                    f"config.rope_parameters.{kind}.rope_type is {rope['rope_type']!r}; allowed: default, linear"
-                )
-            factor = rope.get("factor", 1.0) if rope["rope_type"] == "linear" else 1.0
-            self.rotary[kind] = LegacyRotary(config.head_dim, rope["rope_theta"], factor)
+        kinds = sorted(set(config.layer_types))
+        self.rotary = nn.ModuleDict(
+            {kind: LegacyRotary.of(config.head_dim, config.rope_parameters[kind]) for kind in kinds}
+        )
         self.gradient_checkpointing = False
         self.post_init()
 

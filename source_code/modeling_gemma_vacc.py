@@ -62,11 +62,7 @@ class GemmaModel(TextModelMixin, GemmaPreTrainedModel):
         )
         self.layers = nn.ModuleList(GemmaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        rope = config.rope_parameters
-        if rope["rope_type"] not in ("default", "linear"):
-            raise ValueError(f"config.rope_parameters.rope_type is {rope['rope_type']!r}; allowed: default, linear")
-        factor = rope.get("factor", 1.0) if rope["rope_type"] == "linear" else 1.0
-        self.rotary = nn.ModuleDict({FULL: LegacyRotary(config.head_dim, rope["rope_theta"], factor)})
+        self.rotary = nn.ModuleDict({FULL: LegacyRotary.of(config.head_dim, config.rope_parameters)})
         self.gradient_checkpointing = False
         self.post_init()
 

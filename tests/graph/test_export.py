@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gemma_deploy.checkpoint import ModelConfig, expected_tensors
-from gemma_deploy.errors import ExportError, NotBuiltError
+from gemma_deploy.errors import ExportError
 from gemma_deploy.graph.contract import GRAPHS, GraphContract
 from gemma_deploy.graph.export import export_graphs
 from gemma_deploy.graph.external import attach_external, weightless
@@ -134,10 +134,3 @@ def test_disagreeing_parameters_are_listed_at_once():
         attach_external(graphs, [row], "params.safetensors")
     assert len(caught.value.problems) == sum(len(weightless(graph)) for graph in graphs.values()) + 1
     assert "stranger is in params.safetensors but no graph reads it" in str(caught.value)
-
-
-def test_gemma_2_is_refused_in_words():
-    raw = {**TINY_CONFIGS["gemma3_text"], "model_type": "gemma2"}
-    config = ModelConfig.from_dict(raw, "config.json")
-    with pytest.raises(NotBuiltError, match="gemma2"):
-        export_graphs(config, "fp32", GraphContract.of(config, "fp32", 1, 32, 64))

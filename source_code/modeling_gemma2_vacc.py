@@ -1,0 +1,85 @@
+"""Patched Gemma 2: legacy rotary, explicit masks, soft caps, strided slice, int8 linears; the stock eager numbers.
+
+The attention cap comes before the mask. transformers' SDPA drops it: compare with `attn_implementation="eager"`.
+Copied beside the weights and loaded by transformers as remote code; needs torch and transformers alone.
+"""
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.generation import GenerationMixin
+
+from .configuration_gemma2_vacc import Gemma2Config
+from .decoder_vacc import CausalLMMixin, SequenceClassificationMixin, TextModelMixin
+from .layers_vacc import Attention, FourNormLayer, LegacyRotary, RMSNorm, ScaledEmbedding
+
+__all__ = ["Gemma2ForCausalLM", "Gemma2ForSequenceClassification", "Gemma2Model", "Gemma2PreTrainedModel"]
+
+
+class Gemma2DecoderLayer(FourNormLayer):
+    """Capped attention scores; sliding and global layers take turns, the first one slides."""
+
+    def __init__(self, config: Gemma2Config, layer_idx: int):
+        super().__init__(config)
+        self.self_attn = Attention(
+            config, layer_idx, scaling=config.query_pre_attn_scalar**-0.5, softcap=config.attn_logit_softcapping
+        )
+
+
+class Gemma2PreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config_class = Gemma2Config
+    config: Gemma2Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Gemma2DecoderLayer"]  # noqa: RUF012 (transformers' own form)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, RMSNorm):
+            nn.init.zeros_(module.weight)
+
+
+class Gemma2Model(TextModelMixin, Gemma2PreTrainedModel):
+    """Embedding, decoder layers, final norm; one rotary table for both kinds of layer."""
+
+    def __init__(self, config: Gemma2Config):
+        super().__init__(config)
+        if config.use_bidirectional_attention:
+            raise ValueError("config.use_bidirectional_attention is set; the patched model is causal")
+        self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
+        self.embed_tokens = ScaledEmbedding(
+            config.vocab_size, config.hidden_size, config.pad_token_id, config.embed_scale
+        )
+        self.layers = nn.ModuleList(Gemma2DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        rope = config.rope_parameters
+        self.rotary = nn.ModuleDict(
+            {kind: LegacyRotary.of(config.head_dim, rope) for kind in sorted(set(config.layer_types))}
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class Gemma2ForCausalLM(CausalLMMixin, Gemma2PreTrainedModel, GenerationMixin):
+    """Gemma 2 with its language model head; its logits are capped."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: Gemma2Config):
+        super().__init__(config)
+        self.model = Gemma2Model(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class Gemma2ForSequenceClassification(SequenceClassificationMixin, Gemma2PreTrainedModel):
+    """Gemma 2 with a classification head on the last real token."""
+
+    def __init__(self, config: Gemma2Config):
+        super().__init__(config)
+        self.model = Gemma2Model(config)
+        self._make_head(config)
+        self.post_init()
