@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any, cast
 from gemma_deploy import paths
 from gemma_deploy.artifact import ArtifactDir, op_census, write_report
 from gemma_deploy.artifact.ledger import ledger_for
-from gemma_deploy.artifact.manifest import FORMAT_VERSION, tool_versions
+from gemma_deploy.artifact.manifest import FORMAT_VERSION, tool_versions, write_json
 from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint, write_tokenizer
 from gemma_deploy.errors import GateError
 from gemma_deploy.graph.contract import GRAPHS, GraphContract, Scheme
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.params import ParamTable, build_plan, write_params
 from gemma_deploy.preflight import Plan, make_plan, preflight
+from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.recipe import Recipe, check_against_model, check_built
 from gemma_deploy.stages import Stage, Stages
 
@@ -100,18 +101,21 @@ def compile_recipe(
     with ArtifactDir(out, key=key, force=force, proven=parity) as artifact:
         if artifact.finished:
             return CompileResult(out, tuple(stages.done), True, artifact.manifest["parity"])
-        contract = contract_of(recipe, checkpoint)
+        contract, rescaling = contract_of(recipe, checkpoint), None
+        if recipe.scheme == "fp16":
+            with stages.stage("ranges") as stage:
+                rescaling, stage.skipped = choose_rescaling(recipe, checkpoint, artifact.path, key)
         with stages.stage("parameters") as stage:
-            table = stream_params(recipe, checkpoint, artifact.path, key, progress)
+            table = stream_params(recipe, checkpoint, artifact.path, rescaling, progress)
             stage.bytes = table.file_bytes
         with stages.stage("graphs") as stage:
-            stage.child_rss_bytes = export_into(artifact.path, recipe, checkpoint, contract, table, key)
+            stage.child_rss_bytes = export_into(artifact.path, recipe, checkpoint, contract, table, rescaling, key)
             stage.skipped = not stage.child_rss_bytes
             stage.bytes = sum((artifact.path / f"{graph}.onnx").stat().st_size for graph in GRAPHS)
         with stages.stage("files"):
             copy_model_files(checkpoint, artifact.path)
         result = None
-        manifest = describe(recipe, checkpoint, contract, table, artifact.path, key)
+        manifest = describe(recipe, checkpoint, contract, table, rescaling, artifact.path, key)
         if parity:
             with stages.stage("parity"):
                 result = run_gate(recipe, checkpoint, artifact.path, manifest)
@@ -158,9 +162,39 @@ def code_version() -> str:
     return digest.hexdigest()
 
 
-def stream_params(recipe: Recipe, checkpoint: Checkpoint, out: Path, key: str, progress: Progress | None) -> ParamTable:
+def choose_rescaling(recipe: Recipe, checkpoint: Checkpoint, out: Path, key: str) -> tuple[Rescaling, bool]:
+    """Largest activations on calibration text, and the powers of two that bring them into float16.
+
+    Returns:
+        What was chosen, and whether a run before this one had done it.
+    """
+    done = out / "rescaling.json"
+    if done.exists() and (record := json.loads(done.read_text()))["key"] == key:
+        return Rescaling.from_json(record), True
+    from gemma_deploy.parity.maxima import NotFiniteError, measure_rescaling
+
+    path = recipe.dataset.path
+    try:
+        rescaling = measure_rescaling(
+            checkpoint,
+            dataset=recipe.dataset.name,
+            path=None if path is None else Path(path),
+            context=recipe.context_length,
+            embed_scale=recipe.frontend.model_kwargs.embed_scale,
+        )
+    except NotFiniteError:
+        stream_params(recipe, checkpoint, out, None, None)  # stops at the damaged tensor and names its row
+        raise
+    write_json(done, rescaling.to_json() | {"key": key})
+    give_memory_back()
+    return rescaling, False
+
+
+def stream_params(
+    recipe: Recipe, checkpoint: Checkpoint, out: Path, rescaling: Rescaling | None, progress: Progress | None
+) -> ParamTable:
     """Step 8: every tensor read, cast or quantized, written and hashed in row blocks; resumable per tensor."""
-    plan = build_plan(checkpoint.config, scheme_of(recipe), recipe.context_length)
+    plan = build_plan(checkpoint.config, scheme_of(recipe), recipe.context_length, rescaling)
     return write_params(
         checkpoint,
         plan,
@@ -172,7 +206,13 @@ def stream_params(recipe: Recipe, checkpoint: Checkpoint, out: Path, key: str, p
 
 
 def export_into(
-    out: Path, recipe: Recipe, checkpoint: Checkpoint, contract: GraphContract, table: ParamTable, key: str
+    out: Path,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    contract: GraphContract,
+    table: ParamTable,
+    rescaling: Rescaling | None,
+    key: str,
 ) -> int:
     """Steps 5, 6 and 9: trace without weights, stamp, point into the parameter file.
 
@@ -188,7 +228,7 @@ def export_into(
 
     give_memory_back()  # of the parameters' row blocks
     scale = recipe.frontend.model_kwargs.embed_scale
-    task = worker.Task(checkpoint.config, scheme_of(recipe), contract, scale, table.rows, PARAMS)
+    task = worker.Task(checkpoint.config, scheme_of(recipe), contract, scale, table.rows, PARAMS, rescaling)
     graphs, peak = worker.export_apart(task)
     for name, graph in graphs.items():
         write_graph(graph, out / f"{name}.onnx")
@@ -214,7 +254,13 @@ def copy_model_files(checkpoint: Checkpoint, out: Path) -> None:
 
 
 def describe(
-    recipe: Recipe, checkpoint: Checkpoint, contract: GraphContract, table: ParamTable, out: Path, key: str
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    contract: GraphContract,
+    table: ParamTable,
+    rescaling: Rescaling | None,
+    out: Path,
+    key: str,
 ) -> dict[str, Any]:
     """The manifest, without parity, stages and file hashes."""
     manifest: dict[str, Any] = {
@@ -235,6 +281,7 @@ def describe(
         "contract": contract.to_json(),
         "op_census": {graph: op_census(out / f"{graph}.onnx") for graph in GRAPHS},
         "params": table.to_json(),
+        "rescaling": None if rescaling is None else rescaling.to_json(),
         "parity": None,
         "stages": [],
     }

@@ -17,6 +17,7 @@ from gemma_deploy.errors import PreflightError
 from gemma_deploy.machine import Machine, gib, nearest_existing, size
 from gemma_deploy.params.plan import Scheme, build_plan
 from gemma_deploy.parity.cases import prompt_length
+from gemma_deploy.parity.maxima import SEQLEN, TEXT_WINDOWS
 from gemma_deploy.recipe import Recipe, check_built
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -176,7 +177,8 @@ def make_plan(
     tensors = _needed(checkpoint)
     elements = sum(prod(tensor.shape) for tensor in tensors.values())
     parameters = parameter_bytes(recipe, checkpoint)
-    stages = [
+    stages = [_ranges_stage(recipe, checkpoint.config, tensors, elements)] if recipe.scheme == "fp16" else []
+    stages += [
         _params_stage(recipe, tensors, elements, parameters, machine),
         Stage("graphs", "iter0 and iter1, no weights", EXPORT_BYTES, GRAPH_BYTES, IMPORT_SECONDS + EXPORT_SECONDS),
     ]
@@ -211,6 +213,19 @@ def _params_stage(
     return Stage(
         "parameters", f"{len(tensors)} tensors as {recipe.scheme}, {workers} at a time", ram, parameters, seconds
     )
+
+
+def _ranges_stage(
+    recipe: Recipe, config: ModelConfig, tensors: Mapping[str, TensorFacts], elements: int
+) -> Stage:
+    """As the gate's torch side: a block of one matrix at a time, activations of a few windows."""
+    windows, seqlen = TEXT_WINDOWS + 1, min(SEQLEN, recipe.context_length)
+    layers = sum(prod(tensor.shape) for name, tensor in tensors.items() if ".layers." in name)
+    activations = 4 * windows * seqlen * (3 * config.intermediate_size + 2 * config.num_attention_heads * seqlen)
+    flops = 2.0 * layers * windows * seqlen
+    seconds = IMPORT_SECONDS + flops / FLOPS_PER_S + 4 * elements / STREAM_BYTES_PER_S
+    ram = BASE_BYTES + TOKENIZER_BYTES + BLOCK_BYTES + activations
+    return Stage("ranges", f"largest activations of {windows} windows of {seqlen} tokens", ram, 0, seconds)
 
 
 def _parity_stage(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, TensorFacts], elements: int) -> Stage:

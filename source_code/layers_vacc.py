@@ -24,6 +24,7 @@ class ScaledEmbedding(nn.Embedding):
         if rounding not in ("exact", "bf16"):
             raise ValueError(f'config.embed_scale is {rounding!r}; allowed: "exact", "bf16"')
         self.rounding = rounding
+        self.divisor = 1.0  # a power of two: the residual stream of a rescaled float16 graph is that much smaller
 
     def scale_value(self, dtype: torch.dtype) -> float:
         """sqrt(hidden_size) as the number the run dtype holds (bfloat16: 640 -> 25.25, 3072 -> 55.5)."""
@@ -31,7 +32,7 @@ class ScaledEmbedding(nn.Embedding):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids: [batch, seq] -> [batch, seq, hidden]."""
-        return super().forward(input_ids) * self.scale_value(self.weight.dtype)
+        return super().forward(input_ids) * (self.scale_value(self.weight.dtype) / self.divisor)
 
 
 def rounded_sqrt(hidden_size: int, dtype: torch.dtype, rounding: str) -> float:
@@ -73,6 +74,7 @@ class LegacyRotary(nn.Module):
     def __init__(self, head_dim: int, theta: float, factor: float = 1.0):
         super().__init__()
         self.head_dim, self.theta, self.factor = head_dim, theta, factor
+        self.wide = False  # cos and sin in float32, for activations of any dtype
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
@@ -99,7 +101,7 @@ class LegacyRotary(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """position_ids: [batch, seq] -> cos, sin: [batch, seq, head_dim] of x's dtype."""
+        """position_ids: [batch, seq] -> cos, sin: [batch, seq, head_dim] of x's dtype (float32 when `wide`)."""
         if "cos" in self._buffers:
             cos, sin = self.cos, self.sin
         else:
@@ -109,7 +111,8 @@ class LegacyRotary(nn.Module):
                 self._tables = (tables[0].to(x.device), tables[1].to(x.device))
             cos, sin = self._tables
         cos, sin = nn.functional.embedding(position_ids, cos), nn.functional.embedding(position_ids, sin)
-        return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((sin, sin), dim=-1).to(x.dtype)
+        dtype = torch.float32 if self.wide else x.dtype
+        return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((sin, sin), dim=-1).to(dtype)
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
@@ -119,8 +122,8 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x: [batch, heads, seq, head_dim]; cos, sin: [batch, seq, head_dim]."""
-    return (x * cos.unsqueeze(1)) + (rotate_half(x) * sin.unsqueeze(1))
+    """x: [batch, heads, seq, head_dim]; cos, sin: [batch, seq, head_dim], whose dtype is computed in."""
+    return ((x * cos.unsqueeze(1)) + (rotate_half(x) * sin.unsqueeze(1))).to(x.dtype)
 
 
 def additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -207,24 +210,31 @@ def masked_softmax(weights: torch.Tensor, mask: torch.Tensor, softcap: float | N
     return nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(weights.dtype)
 
 
-def eager_attention(q, k, v, mask, scaling, softcap=None, dropout=0.0):
+def score_inputs(q: torch.Tensor, k: torch.Tensor, wide: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys as they are multiplied: float32 where the product does not fit float16."""
+    return (q.float(), k.float()) if wide else (q, k)
+
+
+def eager_attention(q, k, v, mask, scaling, softcap=None, dropout=0.0, wide=False):
     """Stock eager attention.
 
     Args:
         q: [batch, heads, q_len, head_dim]; k, v: [batch, kv_heads, kv_len, head_dim]; mask: [batch, 1, q_len, kv_len].
+        wide: scores in float32, whatever the inputs are; the mask is float32 as well.
 
     Returns:
         [batch, q_len, heads, head_dim] and the probabilities.
     """
     groups = q.shape[1] // k.shape[1]
+    q, k = score_inputs(q, k, wide)
     weights = torch.matmul(q, repeat_kv(k, groups).transpose(2, 3)) * scaling
-    probs = masked_softmax(weights, mask, softcap)
+    probs = masked_softmax(weights, mask, softcap).to(v.dtype)
     if dropout:
         probs = nn.functional.dropout(probs, p=dropout)
     return torch.matmul(probs, repeat_kv(v, groups)).transpose(1, 2).contiguous(), probs
 
 
-def decode_attention(q, k, v, past_k, past_v, mask, scaling, softcap=None):
+def decode_attention(q, k, v, past_k, past_v, mask, scaling, softcap=None, wide=False):
     """Attention of new tokens over a cache that is read where it lies.
 
     Differs from `eager_attention` in the order of additions only (the new tokens' contribution is added last): the
@@ -234,21 +244,24 @@ def decode_attention(q, k, v, past_k, past_v, mask, scaling, softcap=None):
     Args:
         q: [batch, heads, S, head_dim]; k, v: [batch, kv_heads, S, head_dim]; past_k, past_v: [batch, kv_heads, C,
             head_dim]; mask: [batch, 1, S, C + S]. S is 1 in the static graph.
+        wide: scores in float32, see `eager_attention`.
 
     Returns:
         [batch, S, heads, head_dim] and the probabilities [batch, heads, S, C + S].
     """
     batch, heads, length, dim = q.shape
     kv_heads, context = past_k.shape[1], past_k.shape[2]
+    q, k = score_inputs(q, k, wide)
+    past_k = past_k.to(k.dtype)
     grouped = q.reshape(batch, kv_heads, heads // kv_heads * length, dim)
     past = torch.matmul(past_k, grouped.transpose(2, 3)).transpose(2, 3)
     new = torch.matmul(grouped, k.transpose(2, 3))
     scores = torch.cat((past, new), dim=-1) * scaling
     if length == 1:
-        probs = masked_softmax(scores, mask, softcap)
+        probs = masked_softmax(scores, mask, softcap).to(v.dtype)
         out = torch.matmul(probs[..., :context], past_v) + probs[..., context:] * v
         return out.reshape(batch, 1, heads, dim), probs.reshape(batch, heads, 1, context + 1)
-    probs = masked_softmax(scores.reshape(batch, heads, length, context + length), mask, softcap)
+    probs = masked_softmax(scores.reshape(batch, heads, length, context + length), mask, softcap).to(v.dtype)
     grouped_probs = probs.reshape(batch, kv_heads, heads // kv_heads * length, context + length)
     out = torch.matmul(grouped_probs[..., :context], past_v) + torch.matmul(grouped_probs[..., context:], v)
     return out.reshape(batch, heads, length, dim).transpose(1, 2), probs
@@ -263,10 +276,12 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
         self.act_fn = ACT2FN["gelu_pytorch_tanh" if activation == "gelu" else activation]
+        self.wide = False  # gate, up and their product in float32, where GELU's input does not fit float16
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [batch, seq, hidden]."""
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        inner = x.float() if self.wide else x
+        return self.down_proj((self.act_fn(self.gate_proj(inner)) * self.up_proj(inner)).to(x.dtype))
 
 
 class Attention(nn.Module):
@@ -276,7 +291,7 @@ class Attention(nn.Module):
         super().__init__()
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.config, self.layer_idx, self.head_dim, self.scaling = config, layer_idx, dim, scaling
-        self.softcap = softcap
+        self.softcap, self.wide_scores = softcap, False
         self.q_proj = nn.Linear(config.hidden_size, heads * dim, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * dim, bias=config.attention_bias)
@@ -305,7 +320,9 @@ class Attention(nn.Module):
         q, k = apply_rotary(q, *position_embeddings), apply_rotary(k, *position_embeddings)
         present = (k, v)
         if self.config.iter_num == 1:
-            out, probs = decode_attention(q, k, v, *past_key_values, attention_mask, self.scaling, self.softcap)
+            out, probs = decode_attention(
+                q, k, v, *past_key_values, attention_mask, self.scaling, self.softcap, self.wide_scores
+            )
         else:
             if isinstance(past_key_values, Cache):
                 k, v = past_key_values.update(k, v, self.layer_idx)
@@ -315,7 +332,9 @@ class Attention(nn.Module):
                 v = torch.cat((past_key_values[1], v), dim=2)
                 present = (k, v)
             dropout = self.config.attention_dropout if self.training else 0.0
-            out, probs = eager_attention(q, k, v, attention_mask, self.scaling, self.softcap, dropout)
+            out, probs = eager_attention(
+                q, k, v, attention_mask, self.scaling, self.softcap, dropout, self.wide_scores
+            )
         return self.o_proj(out.reshape(batch, seq, -1)), probs, present
 
 

@@ -108,6 +108,12 @@ class _Stage(_Part):
     peak_rss_bytes: int
 
 
+class _Rescaling(_Part):
+    exponents: dict[str, int]
+    wide: list[str]
+    absmax: dict[str, float]
+
+
 class _Manifest(_Part):
     """The keys that the commands read; a manifest holds more."""
 
@@ -121,6 +127,7 @@ class _Manifest(_Part):
     op_census: dict[str, dict[str, int]]
     files: dict[str, _File]
     params: list[_Row]
+    rescaling: _Rescaling | None
     parity: _Gate | None
     ledger: list[_Entry]
     stages: list[_Stage]

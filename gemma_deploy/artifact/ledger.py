@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from gemma_deploy.quantization.rescaling import MLP, Rescaling
+
 
 @dataclass(frozen=True)
 class LedgerEntry:
@@ -23,7 +25,7 @@ def ledger_for(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """Entries of an artifact, from its manifest (with the parity result when there is one)."""
     scheme, model, contract = manifest["scheme"], manifest["model"], manifest["contract"]
     effect = _effect(manifest.get("parity"))
-    entries = [_storage(manifest, scheme, effect)]
+    entries = [_storage(manifest, scheme, effect), *_rescaling(Rescaling.of_manifest(manifest))]
     scale = manifest["recipe"]["frontend"]["model_kwargs"]["embed_scale"]
     entries.append(
         LedgerEntry(
@@ -75,12 +77,32 @@ def _storage(manifest: dict[str, Any], scheme: str, effect: dict[str, Any]) -> L
         "fp32": ("no rounding", "float32 weights and activations"),
         "bf16": (f"{matrices} rounded to bfloat16; arithmetic, norms and cache float32", "backend.dtype bf16"),
         "fp16": (
-            f"{matrices}, activations and cache float16; norms, softmax and logits float32",
-            "backend.dtype fp16",
+            f"{matrices}, activations and cache float16; norms, rotary, scores, softmax and LM head float32",
+            "backend.dtype fp16; rounding scores and logits would cost more than all the rest",
         ),
     }
     what, why = texts[scheme]
     return LedgerEntry(what, "whole model", why, effect)
+
+
+def _rescaling(rescaling: Rescaling) -> list[LedgerEntry]:
+    """What keeps float16 from overflowing; the effect counts tensors and names the largest exponent."""
+    entries = []
+    scaled = {point: e for point, e in rescaling.exponents.items() if e}
+    if scaled:
+        most = max(scaled, key=lambda point: scaled[point])
+        entries.append(
+            LedgerEntry(
+                "activations stored divided by powers of two, undone by the next norm, linear or scale factor",
+                f"residual stream by 2**{rescaling.residual}; keys and values of the cache too; see `rescaling`",
+                "float16 ends at 65504 and these would come within 8x of it; powers of two cost no bit, eps goes along",
+                {"tensors": len(scaled), "largest_exponent": scaled[most], "largest_exponent_tensor": most},
+            )
+        )
+    if MLP in rescaling.wide:
+        why = "what GELU reads does not fit float16, and no power of two could be undone after it; weights stay float16"
+        entries.append(LedgerEntry("computed in float32", "gate, up and their product, every layer", why))
+    return entries
 
 
 def _effect(parity: dict[str, Any] | None) -> dict[str, Any]:

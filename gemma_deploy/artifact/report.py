@@ -8,6 +8,9 @@ from typing import Any
 
 import jinja2
 
+from gemma_deploy.quantization.rescaling import FP16_MAX, Rescaling
+
+FP16_MIN = 2.0**-24  # the smallest float16 above zero: a tensor of zeros has that much headroom
 MIB = 1 << 20
 
 TEMPLATE = """<!doctype html>
@@ -41,6 +44,14 @@ checkpoint <code>{{ m.checkpoint.path }}</code>
 <table><tr><th>kind</th><th>tensors</th><th>MiB</th></tr>
 {% for kind, count, mib in sizes %}<tr><td>{{ kind }}</td><td class="n">{{ count }}</td>
 <td class="n">{{ '%.2f' | format(mib) }}</td></tr>{% endfor %}</table>
+{% if headroom %}<h2>Headroom of float16</h2>
+<p>Largest magnitudes on calibration text, what they are divided by, and how far below 65504 they are then stored.
+{%- if m.rescaling.wide %} In float32 instead: {{ m.rescaling.wide | join(', ') }}.{% endif %}</p>
+<table><tr><th>tensor</th><th>largest</th><th>layer</th><th>divided by</th><th>least headroom</th></tr>
+{% for row in headroom %}<tr><td>{{ row.tensor }}</td><td class="n">{{ '%.4g' | format(row.largest) }}</td>
+<td class="n">{{ row.layer }}</td><td class="n">{{ row.divided }}</td>
+<td class="n">{{ '%.3g' | format(row.headroom) if row.headroom else 'float32' }}</td></tr>{% endfor %}</table>
+{% endif %}
 {% if plot %}<h2>Weight SQNR per layer</h2>{{ plot | safe }}{% endif %}
 <h2>Operators</h2>
 <table><tr><th>operator</th>{% for g in m.op_census %}<th>{{ g }}</th>{% endfor %}</tr>
@@ -61,7 +72,12 @@ def write_report(folder: Path, manifest: dict[str, Any]) -> Path:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     ops = sorted({op for census in manifest["op_census"].values() for op in census})
     html = environment.from_string(TEMPLATE).render(
-        m=manifest, sizes=_sizes(manifest), ops=ops, mib=MIB, plot=_sqnr_plot(manifest["params"])
+        m=manifest,
+        sizes=_sizes(manifest),
+        ops=ops,
+        mib=MIB,
+        plot=_sqnr_plot(manifest["params"]),
+        headroom=headroom_rows(Rescaling.of_manifest(manifest)),
     )
     path = folder / "report.html"
     partial = path.with_name("report.html.partial")
@@ -76,8 +92,32 @@ def _sizes(manifest: dict[str, Any]) -> list[tuple[str, int, float]]:
         name = row["name"]
         kind = "token table" if "embed_tokens" in name else "LM head" if name.startswith("lm_head") else "linears"
         kind = "norms" if "norm" in name else "rotary tables" if "rotary_emb" in name else kind
+        kind = "attention scale factors" if name.endswith(".scaling") else kind
         groups.setdefault(f"{kind}, {row['dtype']}", []).append(row["nbytes"])
     return [(kind, len(sizes), sum(sizes) / MIB) for kind, sizes in sorted(groups.items())]
+
+
+def headroom_rows(rescaling: Rescaling) -> list[dict[str, Any]]:
+    """One row for each kind of tensor: largest magnitude, its layer, divisors, least headroom (None where float32)."""
+    kinds: dict[str, list[str]] = {}
+    for point in rescaling.absmax:
+        layer = point.startswith("model.layers.")
+        kinds.setdefault(point.split(".", 3)[3] if layer else point, []).append(point)
+    rows = []
+    for kind, points in kinds.items():
+        top = max(points, key=lambda point: rescaling.absmax[point])
+        divisors = sorted({2 ** rescaling.of(point) for point in points})
+        stored = [rescaling.absmax[point] / 2 ** rescaling.of(point) for point in points]
+        rows.append(
+            {
+                "tensor": "residual stream after a layer" if kind == "out" else kind,
+                "largest": rescaling.absmax[top],
+                "layer": top.split(".")[2] if top.startswith("model.layers.") else "",
+                "divided": str(divisors[0]) if len(divisors) == 1 else f"{divisors[0]} to {divisors[-1]}",
+                "headroom": None if rescaling.is_wide(top) else FP16_MAX / max(max(stored), FP16_MIN),
+            }
+        )
+    return rows
 
 
 def _sqnr_plot(rows: list[dict[str, Any]]) -> str:

@@ -22,17 +22,23 @@ from gemma_deploy.graph.passes.simplify import simplify
 from gemma_deploy.graph.passes.weights import hide_weights
 from gemma_deploy.graph.skeleton import build_skeleton
 from gemma_deploy.graph.trace import OPSET, trace
+from gemma_deploy.quantization.rescaling import Rescaling
 
 log = logging.getLogger(__name__)
 
 
 def export_graphs(
-    config: ModelConfig, scheme: Scheme, contract: GraphContract, embed_scale: str = "exact"
+    config: ModelConfig,
+    scheme: Scheme,
+    contract: GraphContract,
+    embed_scale: str = "exact",
+    rescaling: Rescaling | None = None,
 ) -> dict[str, ir.Model]:
     """Both graphs of a model, out of one trace.
 
     Args:
         embed_scale: `exact` or `bf16`, see gemma_facts.
+        rescaling: of float16 graphs.
 
     Raises:
         ExportError: the patched model could not be traced or simplified.
@@ -47,6 +53,7 @@ def export_graphs(
             context=contract.context,
             keep_last=contract.keeps_last(graph),
             embed_scale=embed_scale,
+            rescaling=rescaling,
         )
         for graph in GRAPHS
     }

@@ -38,6 +38,7 @@ class Islands(nn.Module):
         self.model, self.lm_head = skeleton.model.model, skeleton.model.lm_head
         self.kinds, self.softcap = skeleton.kinds, getattr(skeleton.model.config, "final_logit_softcapping", None)
         self.keep_last = bool(skeleton.model.config.insert_slice)
+        self.score_dtype, self.wide = skeleton.score_dtype, skeleton.wide
 
     def forward(
         self,
@@ -56,7 +57,7 @@ class Islands(nn.Module):
         model = self.model
         hidden = model.embed_tokens(input_ids)
         batch, seq = input_ids.shape
-        masks = model.build_masks(attention_mask, position_ids, batch, seq, None, hidden.dtype, hidden.device)
+        masks = model.build_masks(attention_mask, position_ids, batch, seq, None, self.score_dtype, hidden.device)
         out = [hidden]
         for kind in self.kinds:
             out += [masks[kind], *model.rotary[kind](hidden, position_ids)]
@@ -65,7 +66,7 @@ class Islands(nn.Module):
                 x, position_embeddings=(cos, sin), attention_mask=mask, past_key_values=tuple(past) or None
             )
             out += [x, *present]
-        x = model.norm(head_hidden)
+        x = model.norm(head_hidden.float() if self.wide else head_hidden)
         if self.keep_last:
             x = x[:, -1:, :]
         logits = self.lm_head(x)
@@ -109,8 +110,9 @@ def example_inputs(skeleton: Skeleton, contract: GraphContract, graph: str, hidd
         return torch.zeros((), dtype=dtype).expand(shape)
 
     def part() -> tuple[torch.Tensor, ...]:  # fresh tensors: torch.export takes one object given twice for one input
-        tensors = [zeros(batch, seq, hidden_size), *(zeros(batch, seq, contract.head_dim) for _ in range(2))]
-        tensors.append(zeros(batch, 1, seq, keys))
+        turns = [zeros(batch, seq, contract.head_dim, dtype=skeleton.score_dtype) for _ in range(2)]
+        mask = zeros(batch, 1, seq, keys, dtype=skeleton.score_dtype)
+        tensors = [zeros(batch, seq, hidden_size), *turns, mask]
         if decode:
             tensors += [zeros(batch, contract.kv_heads, past, contract.head_dim) for _ in range(2)]
         return tuple(tensors)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.errors import DeployError, ExportError
 from gemma_deploy.graph.contract import GraphContract, Scheme
+from gemma_deploy.quantization.rescaling import Rescaling
 
 if TYPE_CHECKING:
     from gemma_deploy.graph.external import Row
@@ -33,6 +34,7 @@ class Task:
     embed_scale: str
     rows: Sequence[Row]
     location: str
+    rescaling: Rescaling | None = None
 
 
 def export_here(task: Task) -> dict[str, bytes]:
@@ -44,7 +46,7 @@ def export_here(task: Task) -> dict[str, bytes]:
     from gemma_deploy.graph.export import export_graphs
     from gemma_deploy.graph.external import attach_external, serialized
 
-    graphs = export_graphs(task.config, task.scheme, task.contract, task.embed_scale)
+    graphs = export_graphs(task.config, task.scheme, task.contract, task.embed_scale, task.rescaling)
     attach_external(graphs, task.rows, task.location)
     return {name: serialized(graph) for name, graph in graphs.items()}
 

@@ -1,4 +1,4 @@
-"""Values that come from the config and not from the checkpoint: the rotary half tables."""
+"""Values that come from the config and not from the checkpoint: rotary half tables, and single numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ from gemma_deploy.params.plan import ParamSpec
 
 if TYPE_CHECKING:
     import torch
+
+
+def constant_rows(spec: ParamSpec, start: int, stop: int) -> torch.Tensor:
+    """Rows [start, stop) of a constant, float32."""
+    import torch
+
+    if spec.value is not None:
+        return torch.tensor([spec.value], dtype=torch.float32)
+    return rotary_rows(spec, start, stop)
 
 
 def rotary_rows(spec: ParamSpec, start: int, stop: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gemma_deploy.checkpoint import ModelConfig, Rope, expected_tensors
+from gemma_deploy.quantization.rescaling import Rescaling
 
 Scheme = Literal["fp32", "fp16", "bf16", "w8a16"]
 Dtype = Literal["float32", "float16", "bfloat16", "int8"]
@@ -19,12 +20,17 @@ Kind = Literal["cast", "int8_per_channel", "scale", "constant"]
 ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 # Norm weights are float32 everywhere: the norm computes in float32.
 MATRIX_DTYPE: dict[Scheme, Dtype] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "w8a16": "int8"}
-ROTARY_DTYPE: dict[Scheme, Dtype] = {"fp32": "float32", "fp16": "float16", "bf16": "float32", "w8a16": "float32"}
+ROTARY_DTYPE: dict[Scheme, Dtype] = {"fp32": "float32", "fp16": "float32", "bf16": "float32", "w8a16": "float32"}
 
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One tensor to write. `source` is the checkpoint's tensor; constants have a `rope` instead."""
+    """One tensor to write. `source` is the checkpoint's tensor; constants have a `rope` or a `value` instead.
+
+    Args:
+        shift: the source is multiplied by 2**shift.
+        gain_exponent: of a norm, whose gain (1 + weight) is divided by 2**gain_exponent.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -32,6 +38,9 @@ class ParamSpec:
     kind: Kind
     source: str | None = None
     rope: Rope | None = None
+    value: float | None = None
+    shift: int = 0
+    gain_exponent: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -39,27 +48,47 @@ class ParamSpec:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-def build_plan(config: ModelConfig, scheme: Scheme, context_length: int) -> tuple[ParamSpec, ...]:
+def build_plan(
+    config: ModelConfig, scheme: Scheme, context_length: int, rescaling: Rescaling | None = None
+) -> tuple[ParamSpec, ...]:
     """Every parameter of the model in model order, then the rotary tables.
 
     Args:
         config: the model; a tied table appears once, under model.embed_tokens.
-        scheme: w8a16 stores each matrix as int8 `X.weight` and float32 `X.scale`.
+        scheme: w8a16 stores each matrix as int8 `X.weight` and float32 `X.scale`; fp16 has the eps of every norm and
+            the scale factor of every attention as parameters, [1] each, because rescaling makes them differ by layer.
         context_length: positions the rotary half tables [context_length, head_dim / 2] cover.
+        rescaling: powers of two folded into what fp16 stores.
     """
+    rescaling = rescaling or Rescaling()
     specs: list[ParamSpec] = []
     for name, shape in expected_tensors(config).items():
+        module = name.removesuffix(".weight")
         if len(shape) == 1:
-            specs.append(ParamSpec(name, shape, "float32", "cast", name))
+            gain = rescaling.of(f"{module}.out")
+            specs.append(ParamSpec(name, shape, "float32", "cast", name, gain_exponent=gain))
+            if scheme == "fp16":
+                eps = config.rms_norm_eps * 4.0 ** -rescaling.of(f"{module}.in")
+                specs.append(ParamSpec(f"{module}.eps", (1,), "float32", "constant", value=eps))
         elif scheme == "w8a16":
-            scale = name.removesuffix("weight") + "scale"
             specs.append(ParamSpec(name, shape, "int8", "int8_per_channel", name))
-            specs.append(ParamSpec(scale, shape[:1], "float32", "scale", name))
+            specs.append(ParamSpec(f"{module}.scale", shape[:1], "float32", "scale", name))
         else:
-            specs.append(ParamSpec(name, shape, MATRIX_DTYPE[scheme], "cast", name))
+            shift = rescaling.linear_shift(module) if ".layers." in name else 0
+            specs.append(ParamSpec(name, shape, MATRIX_DTYPE[scheme], "cast", name, shift=shift))
+    if scheme == "fp16":
+        specs += [_attention_scale(config, layer, rescaling) for layer in range(config.num_hidden_layers)]
     half = (context_length, config.head_dim // 2)
     for layer_type, rope in config.rope.items():
         for table in ("cos", "sin"):
             name = f"model.rotary_emb.{layer_type}.{table}"
             specs.append(ParamSpec(name, half, ROTARY_DTYPE[scheme], "constant", rope=rope))
     return tuple(specs)
+
+
+def _attention_scale(config: ModelConfig, layer: int, rescaling: Rescaling) -> ParamSpec:
+    attention = f"model.layers.{layer}.self_attn"
+    after = "norm" if config.model_type == "gemma3_text" else "proj"
+    shift = sum(rescaling.of(f"{attention}.{name}_{after}.out") for name in ("q", "k"))
+    scale = config.query_pre_attn_scalar**-0.5 * 2.0**shift
+    return ParamSpec(f"{attention}.scaling", (1,), "float32", "constant", value=scale)

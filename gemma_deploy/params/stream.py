@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from gemma_deploy.checkpoint import TensorInfo
-from gemma_deploy.params.constants import rotary_rows
+from gemma_deploy.params.constants import constant_rows
 from gemma_deploy.params.plan import ParamSpec
 from gemma_deploy.params.table import ParamRow
 from gemma_deploy.quantization import quantize_rows_, row_scales, sqnr_db
@@ -131,15 +131,26 @@ def run_job(
 
 def _write_constant(sink: Sink, buffers: Buffers, block_bytes: int) -> ParamRow:
     spec = sink.spec
-    for start, stop in _spans(spec.shape[0], 4 * spec.shape[1], block_bytes):
-        sink.write(_narrow(rotary_rows(spec, start, stop), spec, buffers))
+    for start, stop in _spans(spec.shape[0], 4 * math.prod(spec.shape[1:]), block_bytes):
+        sink.write(_narrow(constant_rows(spec, start, stop), spec, buffers))
     return sink.row()
 
 
 def _write_cast(sink: Sink, blocks: Iterator[tuple[torch.Tensor, torch.Tensor]], buffers: Buffers) -> ParamRow:
     for block, _ in blocks:
-        sink.write(_narrow(block, sink.spec, buffers))
+        sink.write(_narrow(_rescaled(block, sink.spec, buffers), sink.spec, buffers))
     return sink.row()
+
+
+def _rescaled(block: torch.Tensor, spec: ParamSpec, buffers: Buffers) -> torch.Tensor:
+    """The block with its power of two: exact in float32, but for the last bit of a norm's weight next to -1."""
+    import torch
+
+    if spec.gain_exponent:
+        return ((1.0 + block.double()) * 2.0**-spec.gain_exponent - 1.0).float()
+    if spec.shift:
+        return buffers.take("wide", tuple(block.shape), torch.float32).copy_(block).mul_(2.0**spec.shift)
+    return block
 
 
 def _write_int8(
@@ -204,7 +215,7 @@ def _checked_blocks(
         bits = buffers.take("bits", (stop - start, cols), integer)
         top = torch.bitwise_and(block.view(integer), mask, out=bits).amax(1)
         absmax = top.view(dtype)
-        bad.look(start, top > finite, absmax)
+        bad.look(start, top > finite, absmax.float() * 2.0**spec.shift)
         if not bad.count:
             yield block, absmax
     bad.refuse()

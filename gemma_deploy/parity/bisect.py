@@ -154,6 +154,7 @@ def _start_at(strict: StrictSource, case: Case, row: int, name: str, hidden: np.
     """A case that has come as far as `name`, one row with the given values [prompt + steps, H], others with zeros."""
     state = strict.start(case)
     batch, width, prompt = len(case.prompts), state.contract.prefill, len(case.prompts[row])
+    hidden = hidden * np.float32(2.0 ** -strict.rescaling.of(name))
     dtype = strict.graphs["iter1"].values[name].dtype
     numpy_dtype = dtype.numpy() if dtype is not None else np.dtype(np.float32)
     state.prefill[name] = np.zeros((batch, width, hidden.shape[1]), numpy_dtype)

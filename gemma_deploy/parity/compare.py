@@ -229,7 +229,7 @@ def run_parity(
     found = compare_sources(sources, pairs, cases, opened.config.vocab_size, report)
     result.lines = judged(GATES[scheme], found)
     if scheme == "fp16":
-        result.lines.append(headroom_line(hf.absmax))
+        result.lines.append(headroom_line(hf.absmax, strict.rescaling))
     if scheme == "w8a16":
         result.lines.append(sqnr_line(manifest["params"]))
     result.measures = measures_of(found)

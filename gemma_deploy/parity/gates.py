@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gemma_deploy.parity.metrics import Metrics
+from gemma_deploy.quantization.rescaling import FP16_MAX, HEADROOM, Rescaling
 
-FP16_MAX = 65504.0
 LOWEST_SQNR_DB = 38.0
 
 
@@ -102,12 +102,17 @@ def judge(gate: Gate, measured: Mapping[tuple[str, str], Metrics], pooled: Mappi
     return Line(" = ".join(gate.pair), name, value, gate.limit, not bad and value <= gate.limit)
 
 
-def headroom_line(absmax: Mapping[str, float]) -> Line:
-    """How far the largest activation stays below float16's largest number (a factor, at least 4)."""
-    where = max(absmax, key=lambda name: _worst_first(absmax[name], -absmax[name]), default="nothing")
-    largest = absmax.get(where, math.nan)
+def headroom_line(absmax: Mapping[str, float], rescaling: Rescaling) -> Line:
+    """How far the largest activation stays below float16's largest number (a factor, at least 4), as it is stored."""
+    stored = {
+        point: found / 2.0 ** rescaling.of(point) for point, found in absmax.items() if not rescaling.is_wide(point)
+    }
+    where = max(stored, key=lambda point: _worst_first(stored[point], -stored[point]), default="nothing")
+    largest, exponent = stored.get(where, math.nan), rescaling.of(where)
     factor = FP16_MAX / largest if largest else math.inf
-    return Line("hf", f"headroom of float16 ({where} reaches {largest:.4g})", factor, 4.0, factor >= 4.0)
+    scale = f", divided by 2**{exponent}" if exponent else ""
+    name = f"headroom of float16 ({where} reaches {largest * 2.0**exponent:.4g}{scale})"
+    return Line("hf", name, factor, HEADROOM, factor >= HEADROOM)
 
 
 def sqnr_line(rows: Sequence[Mapping[str, Any]]) -> Line:

@@ -64,6 +64,12 @@ class TorchSource:
         )
         return [[next(rows) for _ in case.prompts] for case in cases]
 
+    def maxima(self, ids: np.ndarray) -> dict[str, float]:
+        """Run windows [n, seqlen] and give `absmax`: the largest magnitude of what each module reads and makes."""
+        with torch.inference_mode():
+            self._forward([tuple(map(int, window)) for window in ids], self._watch_absmax)
+        return self.absmax
+
     def head(self, features: np.ndarray, prompt_end: bool = False) -> np.ndarray:
         """features: [n, H] -> [n, V]."""
         config = self.checkpoint.config
@@ -151,10 +157,13 @@ class TorchSource:
         return weight.bfloat16().float() if self.weighting == "bf16" else weight
 
     def _watch_absmax(self, model: nn.Module) -> None:
-        """Record the largest absolute value every module makes: the headroom of 16-bit activations."""
+        """Record the largest magnitude of what linears and norms read and modules make, as `MODULE.in` and `.out`."""
         for name, module in model.named_modules():
-            if name and "rotary" not in name:
-                module.register_forward_hook(_remember_absmax(f"model.{name}", self.absmax))
+            name = f"model.{name}"
+            if name.endswith((*LINEARS, "norm")):
+                module.register_forward_pre_hook(_remember_input(f"{name}.in", self.absmax), with_kwargs=True)
+            if name.endswith((*LINEARS, "norm", "act_fn", "embed_tokens")) or name.rpartition(".")[2].isdigit():
+                module.register_forward_hook(_remember_output(f"{name}.out", self.absmax))
 
 
 class StreamedLinear(nn.Module):
@@ -220,11 +229,21 @@ def _flat(value: torch.Tensor) -> np.ndarray:
     return value[0].reshape(value.shape[1], -1).float().numpy()
 
 
-def _remember_absmax(name: str, found: dict[str, float]) -> Callable[..., None]:
+def _remember(name: str, found: dict[str, float], values: torch.Tensor) -> None:
+    low, high = values.aminmax()
+    found[name] = float(np.max([found.get(name, 0.0), float(high), -float(low)]))  # NaN stays NaN
+
+
+def _remember_output(name: str, found: dict[str, float]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        values = _first_tensor(getattr(output, "last_hidden_state", output))
-        low, high = values.aminmax()
-        found[name] = float(np.max([found.get(name, 0.0), float(high), -float(low)]))  # NaN stays NaN
+        _remember(name, found, _first_tensor(getattr(output, "last_hidden_state", output)))
+
+    return hook
+
+
+def _remember_input(name: str, found: dict[str, float]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        _remember(name, found, _first_tensor(args[0] if args else kwargs["hidden_states"]))
 
     return hook
 

@@ -21,6 +21,7 @@ from gemma_deploy.errors import ArtifactError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.sources import Features
+from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.runtime.contract import StaticContract, read_contract, read_manifest
 from gemma_deploy.runtime.session import VERIFY, load_graph
 from gemma_deploy.runtime.strict import lower
@@ -152,8 +153,8 @@ class CaseState:
         steps: the same for every decode step, [B, 1, H].
     """
 
-    def __init__(self, case: Case, contract: StaticContract) -> None:
-        self.case, self.contract = case, contract
+    def __init__(self, case: Case, contract: StaticContract, rescaling: Rescaling) -> None:
+        self.case, self.contract, self.rescaling = case, contract, rescaling
         batch, width, context = len(case.prompts), contract.prefill, contract.context
         ids, mask, positions = (np.zeros((batch, width), np.int64) for _ in range(3))
         for row, prompt in enumerate(case.prompts):
@@ -173,12 +174,12 @@ class CaseState:
             )
 
     def rows(self, name: str) -> list[np.ndarray]:
-        """A value of every row, [prompt + steps, features] float32, padding removed."""
-        found = []
+        """A value of every row, [prompt + steps, features] float32, padding removed and rescaling undone."""
+        found, scale = [], np.float32(2.0 ** self.rescaling.of(name))
         for row, prompt in enumerate(self.case.prompts):
             parts = [_flat(self.prefill[name], row)[-len(prompt) :]]
             parts += [_flat(step[name], row) for step in self.steps if name in step]
-            found.append(np.concatenate(parts).astype(np.float32))
+            found.append(np.concatenate(parts).astype(np.float32) * scale)
         return found
 
 
@@ -194,7 +195,9 @@ class StrictSource:
 
     def __init__(self, path: Path, manifest: Mapping[str, Any] | None = None) -> None:
         self.path = Path(path).resolve()
-        self.contract = read_contract(self.path, manifest if manifest is not None else read_manifest(self.path))
+        manifest = manifest if manifest is not None else read_manifest(self.path)
+        self.contract = read_contract(self.path, manifest)
+        self.rescaling = Rescaling.of_manifest(manifest or {})
         self.graphs = {graph: Cutter(self.path, graph) for graph in ("iter0", "iter1")}
         self.layers = len(self.contract.caches) // 2
 
@@ -214,7 +217,7 @@ class StrictSource:
         if contract.dynamic:
             width = max(map(len, case.prompts))
             contract = contract.sized(len(case.prompts), width, width + case.steps)
-        return CaseState(case, contract)
+        return CaseState(case, contract, self.rescaling)
 
     def embed(self, state: CaseState) -> None:
         """Input ids -> the first layer's input."""

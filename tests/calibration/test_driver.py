@@ -17,8 +17,9 @@ from gemma_deploy.calibration.points import LABELS, LAYER_INPUTS, input_point, s
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CalibrationError, NotBuiltError
-from gemma_deploy.testing import write_tiny_checkpoint
+from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
 
+LAYERS = {kind: config["num_hidden_layers"] for kind, config in TINY_CONFIGS.items()}
 WINDOW, SEQLEN, NSAMPLES = 8, 5 * 8, 3  # sequences of five windows
 
 
@@ -61,7 +62,7 @@ def stock_ranges(path, ids, **changes):
 def test_ranges_are_those_of_the_stock_model(checkpoint_dir, model_type, tmp_path):
     ids = sample_ids()
     expected, found = stock_ranges(checkpoint_dir, ids), streamed(checkpoint_dir, ids, tmp_path)
-    layers = 3 if model_type == "gemma" else 7
+    layers = LAYERS[model_type]
     assert len(found) == 5 * layers + 1
     for point, seen in expected.items():  # every linear has its range, by its own name or by q_proj's or gate_proj's
         mine = found[input_point(point.removesuffix(".in")) if point.endswith(".in") else point]
@@ -107,7 +108,7 @@ def test_one_layer_is_in_memory_at_a_time(checkpoint_dir, model_type, tmp_path, 
     monkeypatch.setattr(Checkpoint, "rows", counted)
     streamed(checkpoint_dir, sample_ids(), tmp_path)
     assert max(map(len, most)) == 1
-    assert len(live) == (3 if model_type == "gemma" else 7)
+    assert len(live) == LAYERS[model_type]
     assert not any(live.values())
 
 
@@ -161,7 +162,7 @@ def test_the_first_layer_with_nan_is_named_and_the_scratch_file_removed(tmp_path
 def test_progress_counts_windows_through_layers(checkpoint_dir, model_type, tmp_path):
     seen = []
     streamed(checkpoint_dir, sample_ids(), tmp_path, progress=lambda done, total: seen.append((done, total)))
-    total = NSAMPLES * (3 if model_type == "gemma" else 7)
+    total = NSAMPLES * LAYERS[model_type]
     assert seen == [(done, total) for done in range(1, total + 1)]
 
 

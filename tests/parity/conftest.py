@@ -42,11 +42,11 @@ def finish(graphs, checkpoint_dir, scheme, out):
     checkpoint = Checkpoint.open(checkpoint_dir)
     contract = GraphContract.of(checkpoint.config, scheme, BATCH, PREFILL, CONTEXT)
     with ArtifactDir(out, key="test") as directory:
-        table = stream_params(recipe, checkpoint, directory.path, "test", None)
+        table = stream_params(recipe, checkpoint, directory.path, None, None)
         for graph in ("iter0.onnx", "iter1.onnx"):
             shutil.copy(graphs / graph, directory.path)
         copy_model_files(checkpoint, directory.path)
-        directory.commit(describe(recipe, checkpoint, contract, table, directory.path, "test"))
+        directory.commit(describe(recipe, checkpoint, contract, table, None, directory.path, "test"))
     return out
 
 

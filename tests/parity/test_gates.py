@@ -10,6 +10,7 @@ import pytest
 from gemma_deploy.parity.compare import ParityResult, judged
 from gemma_deploy.parity.gates import GATES, TWINS, Gate, headroom_line, judge, sqnr_line
 from gemma_deploy.parity.metrics import Comparison, compare_logits
+from gemma_deploy.quantization.rescaling import Rescaling
 
 PAIR = ("hf", "strict")
 RNG = np.random.default_rng(0)
@@ -111,15 +112,15 @@ def test_without_text_a_gate_on_text_is_put_on_random_tokens():
     ("largest", "passed"), [(16376.0, True), (16377.0, False), (65504.0, False), (math.inf, False), (math.nan, False)]
 )
 def test_headroom_is_four_fold(largest, passed):
-    got = headroom_line({"model.layers.0": 3.0, "model.layers.1.mlp": largest})
+    got = headroom_line({"model.layers.0.out": 3.0, "model.layers.1.mlp.up_proj.out": largest}, Rescaling())
     assert got.passed is passed
     assert passed or math.isnan(largest) or "model.layers.1.mlp" in str(got)
 
 
 def test_headroom_of_nothing_is_no_headroom():
-    assert not headroom_line({}).passed
-    assert not headroom_line({"a": math.nan, "b": 1.0}).passed
-    assert not headroom_line({"a": 1.0, "b": math.nan}).passed
+    assert not headroom_line({}, Rescaling()).passed
+    assert not headroom_line({"a": math.nan, "b": 1.0}, Rescaling()).passed
+    assert not headroom_line({"a": 1.0, "b": math.nan}, Rescaling()).passed
 
 
 def quantized(name, decibels, energy=1.0):
@@ -153,7 +154,7 @@ def test_weights_that_int8_holds_exactly_have_no_noise():
 def test_a_line_says_what_was_measured_and_what_was_allowed():
     got = line(Gate(PAIR, "relative", 1e-5), relative=0.25)
     assert str(got) == "hf = strict: relative error 0.25, must be <= 1e-05"
-    assert ">= 4" in str(headroom_line({"a": 1.0}))
+    assert ">= 4" in str(headroom_line({"a": 1.0}, Rescaling()))
     result = ParityResult(lines=[got], divergence={"text": "differs in model.layers.3"})
     assert result.failures() == [str(got), "differs in model.layers.3"]
     assert result.summary.startswith("FAILED  hf = strict")

@@ -1,0 +1,60 @@
+"""What the exponents of a float16 artifact are chosen from: a streamed pass over calibration windows.
+
+Three windows of text and one of random tokens (which reach other rows of the table), in float32, with flat memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+
+from gemma_deploy.calibration.pipeline import Request, make_windows
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.errors import CheckpointError
+from gemma_deploy.quantization.rescaling import Rescaling, choose
+
+log = logging.getLogger(__name__)
+TEXT_WINDOWS, SEQLEN = 3, 256
+
+
+class NotFiniteError(CheckpointError):
+    """An activation is NaN or infinite in float32."""
+
+
+def measure_rescaling(
+    checkpoint: Checkpoint, *, dataset: str, path: Path | None, context: int, embed_scale: str
+) -> Rescaling:
+    """Run the windows and choose.
+
+    Args:
+        dataset: "c4", "ceval" or "alpaca"; path: its file, None for the bundled sample.
+        context: of the artifact; windows are no longer.
+
+    Raises:
+        CalibrationError: the data set is damaged or too short.
+        NotFiniteError: the weights are damaged.
+    """
+    from gemma_deploy.parity.reference import TorchSource
+
+    config = checkpoint.config
+    seqlen = min(SEQLEN, context, config.max_position_embeddings)
+    drawn = np.random.default_rng(1).integers(0, config.vocab_size, (1, seqlen))
+    drawn[:, 0] = config.bos_token_id if config.bos_token_id is not None else 0
+    ids = [drawn]
+    if checkpoint.tokenizer_files() or checkpoint.format == "gguf":
+        request = Request(dataset, path, TEXT_WINDOWS, seqlen, embed_scale=embed_scale)
+        ids.append(make_windows(checkpoint, request).ids)
+    else:
+        log.warning("the checkpoint has no tokenizer: float16's headroom is measured on random tokens alone")
+    maxima = TorchSource(checkpoint, "patched", "fp32", embed_scale).maxima(np.concatenate(ids))
+    damaged = [point for point, found in maxima.items() if not np.isfinite(found)]
+    if damaged:
+        raise NotFiniteError(
+            f"{damaged[0].rpartition('.')[0]} gives NaN or infinity in float32",
+            where=str(checkpoint.path),
+            expected="finite activations",
+            next_step="its weights are damaged: copy or download them again",
+        )
+    return choose(config, maxima)

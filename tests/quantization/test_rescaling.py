@@ -1,0 +1,216 @@
+"""Exponents that bring a model into float16: chosen so that everything fits, undone everywhere, and needed."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file, save_file
+
+from gemma_deploy.artifact.report import headroom_rows
+from gemma_deploy.checkpoint import ModelConfig, expected_tensors
+from gemma_deploy.cli import main
+from gemma_deploy.params import build_plan
+from gemma_deploy.parity import maxima
+from gemma_deploy.quantization.rescaling import FP16_MAX, MLP, Rescaling, choose, needed
+from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
+
+ALL_MAXIMA_FIT = FP16_MAX / 8
+GENERATIONS = list(TINY_CONFIGS)
+
+
+def config_of(model_type, **changes):
+    return ModelConfig.from_dict(TINY_CONFIGS[model_type] | changes, "config.json")
+
+
+def points_of(config):
+    """Every tensor the reference records, by its name."""
+    linears = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    names = {name.removesuffix(".weight") for name in expected_tensors(config) if "norm" in name}
+    points = ["model.embed_tokens.out"]
+    for i in range(config.num_hidden_layers):
+        points += [f"model.layers.{i}.{linear}.{side}" for linear in linears for side in ("in", "out")]
+        points += [f"model.layers.{i}.out", f"model.layers.{i}.mlp.act_fn.out"]
+    return points + [f"{norm}.{side}" for norm in sorted(names) for side in ("in", "out")]
+
+
+@pytest.mark.parametrize(
+    ("absmax", "exponent"), [(0.0, 0), (1.0, 0), (8188.0, 0), (8188.1, 1), (16376.0, 1), (1e6, 7), (3e38, 115)]
+)
+def test_the_smallest_exponent_with_eightfold_headroom(absmax, exponent):
+    assert needed(absmax) == exponent
+    assert absmax / 2.0**exponent <= ALL_MAXIMA_FIT
+    assert not exponent or absmax / 2.0 ** (exponent - 1) > ALL_MAXIMA_FIT
+
+
+@pytest.mark.parametrize("model_type", GENERATIONS)
+@pytest.mark.parametrize("seed", range(5))
+def test_whatever_was_measured_fits_or_is_float32(model_type, seed):
+    config = config_of(model_type)
+    rng = np.random.default_rng(seed)
+    measured = {point: float(10 ** rng.uniform(-3, 8)) for point in points_of(config)}
+    chosen = choose(config, measured)
+    for point, absmax in measured.items():
+        fits = absmax / 2.0 ** chosen.of(point) <= ALL_MAXIMA_FIT
+        assert fits or chosen.is_wide(point) or consistent_elsewhere(point), point
+
+
+def consistent_elsewhere(point):
+    """Tensors that are another one of the same run under another name; random numbers do not know that."""
+    same = (".in",) if "norm" in point or "_proj" in point else ()
+    return point.endswith(same) or point.endswith("act_fn.out")
+
+
+@pytest.mark.parametrize("model_type", GENERATIONS)
+def test_both_ends_of_every_tensor_agree(model_type):
+    """The reader of a tensor undoes exactly what its maker did."""
+    config = config_of(model_type)
+    rng = np.random.default_rng(1)
+    chosen = choose(config, {point: float(10 ** rng.uniform(0, 8)) for point in points_of(config)})
+    e, four, stream = chosen.of, model_type != "gemma", chosen.residual
+    assert stream > 0
+    middle = "pre_feedforward_layernorm" if four else "post_attention_layernorm"
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+        assert e(f"{layer}.input_layernorm.in") == e(f"{layer}.{middle}.in") == e(f"{layer}.out") == stream
+        assert {e(f"{attention}.{name}_proj.in") for name in "qkv"} == {e(f"{layer}.input_layernorm.out")}
+        assert e(f"{attention}.v_proj.out") == e(f"{attention}.o_proj.in")
+        assert e(f"{mlp}.gate_proj.in") == e(f"{mlp}.up_proj.in") == e(f"{layer}.{middle}.out")
+        assert e(f"{mlp}.gate_proj.out") == 0  # GELU
+        assert e(f"{mlp}.up_proj.out") == e(f"{mlp}.down_proj.in")
+        for branch, norm in (("self_attn.o_proj", "post_attention"), ("mlp.down_proj", "post_feedforward")):
+            if four:
+                assert e(f"{layer}.{branch}.out") == e(f"{layer}.{norm}_layernorm.in")
+                assert e(f"{layer}.{norm}_layernorm.out") == stream
+            else:
+                assert e(f"{layer}.{branch}.out") == stream
+        if model_type == "gemma3_text":
+            assert all(e(f"{attention}.{name}_proj.out") == e(f"{attention}.{name}_norm.in") for name in "qk")
+    assert e("model.norm.in") == stream
+    assert e("model.norm.out") == 0
+
+
+@pytest.mark.parametrize("model_type", GENERATIONS)
+def test_what_is_folded_into_parameters(model_type):
+    config = config_of(model_type)
+    rng = np.random.default_rng(2)
+    chosen = choose(config, {point: float(10 ** rng.uniform(0, 8)) for point in points_of(config)})
+    plan = {spec.name: spec for spec in build_plan(config, "fp16", 64, chosen)}
+    for name, spec in plan.items():
+        module = name.rpartition(".")[0]
+        if name.endswith(".eps"):
+            assert spec.value == config.rms_norm_eps / 4.0 ** chosen.of(f"{module}.in")
+        elif name.endswith(".scaling"):
+            after = "norm" if model_type == "gemma3_text" else "proj"
+            scale = 2.0 ** (chosen.of(f"{module}.q_{after}.out") + chosen.of(f"{module}.k_{after}.out"))
+            assert spec.value == config.query_pre_attn_scalar**-0.5 * scale
+        elif "norm" in name:
+            assert spec.gain_exponent == chosen.of(f"{module}.out")
+        elif "_proj" in name:
+            assert spec.shift == chosen.of(f"{module}.in") - chosen.of(f"{module}.out")
+        else:
+            assert (spec.shift, spec.gain_exponent) == (0, 0)  # the table: its scale is a scalar of the graph
+    assert build_plan(config, "fp32", 64) == build_plan(config, "fp32", 64, Rescaling())
+
+
+def test_json_and_back():
+    chosen = Rescaling({"a.in": 3, "b.out": 0}, (MLP,), {"a.in": 9.5})
+    again = Rescaling.from_json(json.loads(json.dumps(chosen.to_json())))
+    assert (again.of("a.in"), again.of("b.out"), again.wide, again.absmax) == (3, 0, (MLP,), {"a.in": 9.5})
+    assert Rescaling.of_manifest({"rescaling": None}) == Rescaling()
+
+
+def plant(folder, model_type, gate=1.0):
+    """A tiny model whose activations reach a million, in ways that leave it a model: every weight fits float16."""
+    checkpoint = write_tiny_checkpoint(folder, model_type)
+    weights = load_file(checkpoint / "model.safetensors")
+    factors = {"up_proj": 3e3, "v_proj": 3e3, "o_proj": 3e3, "down_proj": 3e3, "gate_proj": gate}
+    if model_type == "gemma":
+        factors = {"o_proj": 1e5, "down_proj": 1e5 / gate, "gate_proj": gate}
+    if model_type == "gemma3_text":
+        factors |= {"q_proj": 8e4, "k_proj": 8e4}
+    for name, weight in weights.items():
+        module = name.split(".")[-2]
+        if module in factors:
+            weights[name] = (weight * factors[module]).astype(np.float32)
+        elif module in ("post_attention_layernorm", "post_feedforward_layernorm") and model_type != "gemma":
+            weights[name] = ((1 + weight) * 4e5 - 1).astype(np.float32)
+        if "_proj" in name:
+            assert np.abs(weights[name]).max() < FP16_MAX, name
+    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    return checkpoint
+
+
+def compiled(folder, checkpoint, capsys):
+    """Exit code, artifact and what was said."""
+    recipe = folder / "recipe.yaml"
+    content = {
+        "name": "planted",
+        "frontend": {"checkpoint": str(checkpoint), "shape": {"input_ids": [[48], [96]], "batch": 2}},
+        "backend": {"dtype": "fp16"},
+        "parity": {"prompt_tokens": 40, "decode_tokens": 16},
+        "workspace": {"path": str(folder / "workspace")},
+    }
+    recipe.write_text(yaml.safe_dump(content))
+    code = main(["compile", str(recipe)])
+    return code, folder / "workspace" / "planted", capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["gemma3_text", pytest.param("gemma", marks=pytest.mark.slow), pytest.param("gemma2", marks=pytest.mark.slow)],
+)
+def test_a_model_that_reaches_a_million_compiles_and_stays_exact(tmp_path, model_type, capsys):
+    code, artifact, said = compiled(tmp_path, plant(tmp_path / "checkpoint", model_type), capsys)
+    assert code == 0, said.err
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    chosen = Rescaling.of_manifest(manifest)
+    assert max(chosen.absmax.values()) > 1e6
+    assert chosen.residual >= 6
+    assert chosen.wide == ()
+    lines = {line["name"].partition(" (")[0]: line for line in manifest["parity"]["lines"]}
+    assert lines["mean KL"]["value"] <= 1e-5
+    assert lines["inf or NaN logits"]["value"] == 0
+    assert lines["headroom of float16"]["value"] >= 4
+    assert any("divided by powers of two" in entry["what"] for entry in manifest["ledger"])
+    rows = {row["tensor"]: row for row in headroom_rows(chosen)}
+    assert rows["residual stream after a layer"]["divided"] == str(2**chosen.residual)
+    assert min(row["headroom"] for row in rows.values() if row["headroom"]) >= 8
+    assert "Headroom of float16" in (artifact / "report.html").read_text()
+    assert sorted(entry.name for entry in artifact.parent.iterdir()) == ["planted"]
+    assert "rescaling.json" not in {entry.name for entry in artifact.iterdir()}
+
+
+def test_without_the_exponents_the_same_model_overflows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(maxima, "choose", lambda config, measured: Rescaling(absmax=measured))
+    code, artifact, said = compiled(tmp_path, plant(tmp_path / "checkpoint", "gemma3_text"), capsys)
+    assert code == 1
+    assert "inf or NaN logits" in said.err
+    assert not artifact.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", GENERATIONS)
+def test_what_gelu_reads_is_float32_where_it_does_not_fit(tmp_path, model_type, capsys):
+    code, artifact, said = compiled(tmp_path, plant(tmp_path / "checkpoint", model_type, gate=3e4), capsys)
+    assert code == 0, said.err
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    assert manifest["rescaling"]["wide"] == [MLP]
+    assert any(entry["what"] == "computed in float32" for entry in manifest["ledger"])
+
+
+def test_a_second_run_does_not_measure_again(tmp_path, monkeypatch, capsys):
+    from gemma_deploy import compile as compiler
+
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma", num_hidden_layers=2)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compiler, "stream_params", killed)
+    assert compiled(tmp_path, checkpoint, capsys)[0] == 130
+    measured = []
+    monkeypatch.setattr(maxima, "measure_rescaling", lambda *a, **k: measured.append(a))
+    assert compiled(tmp_path, checkpoint, capsys)[0] == 130
+    assert not measured
