@@ -43,7 +43,7 @@ def values(out, name):
     return {tensor.name: tensor for tensor in graph.initializer}
 
 
-# An export takes seconds: bf16 and fp16 of Gemma 2, whose parts the others have, are left to `make test-real`.
+# An export takes seconds: Gemma 2, whose parts the others have, is left to `make test-real` but for float32.
 GEMMA_2_IS_SLOW = pytest.mark.parametrize(
     "model_type", ["gemma", "gemma3_text", pytest.param("gemma2", marks=pytest.mark.slow)], indirect=True
 )
@@ -65,6 +65,7 @@ def assert_equal_to_stock(made, stock, sequences):
     assert relative(got, reference(stock, sequences)) <= 1e-5
 
 
+@GEMMA_2_IS_SLOW
 def test_int8_graph_equals_the_quantized_patched_model(built, model_type, staged_dir, stock, sequences):
     out, contract = built(model_type, "w8a16")
     patched = AutoModelForCausalLM.from_pretrained(staged_dir, trust_remote_code=True, dtype=torch.float32).eval()

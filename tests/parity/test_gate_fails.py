@@ -29,7 +29,7 @@ def assert_found(result, module, phase, reference=None):
     [
         ("gemma", "fp32"),
         ("gemma2", "fp32"),
-        ("gemma2", "fp16"),
+        pytest.param("gemma2", "fp16", marks=pytest.mark.slow),
         ("gemma3_text", "fp32"),
         ("gemma3_text", "bf16"),
         ("gemma3_text", "fp16"),

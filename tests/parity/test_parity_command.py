@@ -12,9 +12,11 @@ import gemma_deploy.compile as compiler
 from gemma_deploy.artifact import Artifact
 from gemma_deploy.cli import main
 from gemma_deploy.errors import GateError
+from gemma_deploy.graph import worker
 from gemma_deploy.patched import patched_module
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.testing import write_tiny_checkpoint
+from tests.exporting import export_in_this_process
 from tests.parity.breaking import Graph, change_tensor
 from tests.parity.conftest import checkpoint_of, write_recipe
 
@@ -27,7 +29,9 @@ def demo(once):
 
     def make(out):
         recipe = write_recipe(out.with_suffix(".yaml"), "demo", "w8a16", batch=1, lengths=(64, 112))
-        result = compiler.compile_recipe(recipe, out=out)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(worker, "export_apart", export_in_this_process)
+            result = compiler.compile_recipe(recipe, out=out)
         assert result.parity["passed"]
 
     return once("demo-int8", make)

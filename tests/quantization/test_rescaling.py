@@ -10,10 +10,12 @@ from safetensors.numpy import load_file, save_file
 from gemma_deploy.artifact.report import headroom_rows
 from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.cli import main
+from gemma_deploy.graph import worker
 from gemma_deploy.params import build_plan
 from gemma_deploy.parity import maxima
 from gemma_deploy.quantization.rescaling import FP16_MAX, MLP, Rescaling, choose, needed
 from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
+from tests.exporting import export_in_this_process
 
 ALL_MAXIMA_FIT = FP16_MAX / 8
 GENERATIONS = list(TINY_CONFIGS)
@@ -153,7 +155,9 @@ def compiled(folder, checkpoint, capsys):
         "workspace": {"path": str(folder / "workspace")},
     }
     recipe.write_text(yaml.safe_dump(content))
-    code = main(["compile", str(recipe)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "export_apart", export_in_this_process)
+        code = main(["compile", str(recipe)])
     return code, folder / "workspace" / "planted", capsys.readouterr()
 
 
@@ -182,9 +186,12 @@ def test_a_model_that_reaches_a_million_compiles_and_stays_exact(tmp_path, model
     assert "rescaling.json" not in {entry.name for entry in artifact.iterdir()}
 
 
-def test_without_the_exponents_the_same_model_overflows(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "model_type", ["gemma", *(pytest.param(kind, marks=pytest.mark.slow) for kind in GENERATIONS[1:])]
+)
+def test_without_the_exponents_the_same_model_overflows(tmp_path, monkeypatch, capsys, model_type):
     monkeypatch.setattr(maxima, "choose", lambda config, measured: Rescaling(absmax=measured))
-    code, artifact, said = compiled(tmp_path, plant(tmp_path / "checkpoint", "gemma3_text"), capsys)
+    code, artifact, said = compiled(tmp_path, plant(tmp_path / "checkpoint", model_type), capsys)
     assert code == 1
     assert "inf or NaN logits" in said.err
     assert not artifact.exists()
