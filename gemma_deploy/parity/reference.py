@@ -39,6 +39,7 @@ class TorchSource:
         kind: `hf` is transformers' class with eager attention, `patched` the one of source_code/.
         weighting: the weights: as they are, matrices rounded to bfloat16, or int8 per row by `quantize(8)`.
         embed_scale: rounding of the embedding scale, see gemma_facts; given to `hf` through its embedding rows.
+        dtype: of weights and arithmetic.
     """
 
     def __init__(
@@ -47,11 +48,15 @@ class TorchSource:
         kind: Literal["hf", "patched"],
         weighting: Weighting = "fp32",
         embed_scale: str = "exact",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         if kind == "hf" and weighting == "w8a16":
             raise ValueError("transformers' own class has no int8 linears of this form")
         self.checkpoint, self.kind, self.weighting, self.embed_scale = checkpoint, kind, weighting, embed_scale
         self.name = kind if weighting == "fp32" else f"{kind} {weighting}"
+        self.dtype = dtype
+        if dtype != torch.float32:
+            self.name += f" in {str(dtype).removeprefix('torch.')}"
         self.absmax: dict[str, float] = {}
 
     def run(self, cases: Sequence[Case]) -> Features:
@@ -60,7 +65,7 @@ class TorchSource:
         with torch.inference_mode():
             hidden = self._forward(sequences, self._watch_absmax)
         rows: Iterator[np.ndarray] = (
-            hidden[i, : len(sequence)].numpy().copy() for i, sequence in enumerate(sequences)
+            hidden[i, : len(sequence)].float().numpy().copy() for i, sequence in enumerate(sequences)
         )
         return [[next(rows) for _ in case.prompts] for case in cases]
 
@@ -74,16 +79,18 @@ class TorchSource:
         """features: [n, H] -> [n, V]."""
         config = self.checkpoint.config
         with torch.inference_mode():
-            hidden = torch.from_numpy(np.ascontiguousarray(features))
-            logits = self.linear(TABLE if config.tie_word_embeddings else HEAD, hidden).numpy()
-        cap = config.final_logit_softcapping
-        return logits if cap is None else np.tanh(logits / cap) * cap
+            hidden = torch.from_numpy(np.ascontiguousarray(features)).to(self.dtype)
+            logits = self.linear(TABLE if config.tie_word_embeddings else HEAD, hidden)
+            cap = config.final_logit_softcapping
+            if cap is not None:
+                logits = torch.tanh(logits / cap) * cap
+            return logits.float().numpy()
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """Apply a stored matrix [out, in], a block of its rows at a time: x [..., in] -> [..., out]."""
         count, width = self.checkpoint.tensors[name].shape
         step = max(1, BLOCK_BYTES // (4 * width))
-        out = torch.empty((*x.shape[:-1], count))
+        out = torch.empty((*x.shape[:-1], count), dtype=self.dtype)
         for start in range(0, count, step):
             stop = min(start + step, count)
             weight = self._matrix(self.checkpoint.rows(name, start, stop))
@@ -139,7 +146,7 @@ class TorchSource:
         config = self.checkpoint.config
         if self.kind == "patched":
             changes = {"vocab_size": vocab_size, "pad_token_id": None, "embed_scale": self.embed_scale}
-            causal = new_model(config, **changes).eval()
+            causal = new_model(config, **changes).to(self.dtype).eval()
             if self.weighting == "w8a16":
                 causal = causal.quantize(8, embeddings=True)
             return causal.model
@@ -149,11 +156,11 @@ class TorchSource:
         raw |= {"vocab_size": vocab_size, "pad_token_id": None}
         stock = AutoConfig.for_model(config.model_type, **raw)
         with init_empty_weights(include_buffers=False):
-            model = AutoModel.from_config(stock, attn_implementation="eager", dtype=torch.float32)
+            model = AutoModel.from_config(stock, attn_implementation="eager", dtype=self.dtype)
         return model.eval()
 
     def _matrix(self, values: np.ndarray) -> torch.Tensor:
-        weight = torch.from_numpy(values)
+        weight = torch.from_numpy(values).to(self.dtype)
         return weight.bfloat16().float() if self.weighting == "bf16" else weight
 
     def _watch_absmax(self, model: nn.Module) -> None:
@@ -193,9 +200,8 @@ class Weights(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         if not name.startswith("embed_tokens."):
             stored = f"model.{name}"
-            return torch.from_numpy(
-                self.source.checkpoint.rows(stored, 0, self.source.checkpoint.tensors[stored].shape[0])
-            )
+            rows = self.source.checkpoint.rows(stored, 0, self.source.checkpoint.tensors[stored].shape[0])
+            return torch.from_numpy(rows).to(self.source.dtype)
         if self.source.weighting != "w8a16":
             return self._table()
         quantized, scale = patched_module("quantization_vacc").quantize_rows(self._table())

@@ -51,11 +51,6 @@ class Rescaling:
         """Exponent of the embedding's output and of the stream it starts."""
         return self.of("model.embed_tokens.out")
 
-    @property
-    def changes(self) -> bool:
-        """Whether anything differs from plain float16."""
-        return bool(self.wide) or any(self.exponents.values())
-
     def is_wide(self, point: str) -> bool:
         """Whether a tensor is float32 in the graph."""
         inner = (".mlp.gate_proj.out", ".mlp.act_fn.out", ".mlp.up_proj.out")

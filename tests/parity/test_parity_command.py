@@ -178,7 +178,10 @@ def test_against_an_artifact_of_another_shape(demo, finished, capfd):
 def test_the_patched_stage_needs_no_artifact(capfd, tmp_path, monkeypatch):
     code, out, _ = run(capfd, "parity", "--stage", "patched", *SMALL)
     assert code == 0
-    assert "hf = patched: relative error 0, must be <= 1e-05" in out
+    assert "hf = patched: causal LM, float32, relative error 0, must be <= 1e-05" in out
+    assert "hf in bfloat16 = patched in bfloat16: base model, bfloat16, relative error 0, must be <= 0.001" in out
+    assert "hf = patched: config keys that differ 0" in out
+    assert "hf = patched: texts of 64 with other tokens 0" in out
     assert out.splitlines()[0].strip() == "patched, demo"
     checkpoint = write_tiny_checkpoint(tmp_path / "tiny", "gemma3_text")
     arguments = ["parity", "--stage", "patched", "--checkpoint", checkpoint, *SMALL]

@@ -1,0 +1,116 @@
+"""What a port of a model to another framework has to show: config, tokenizer, base model, causal LM.
+
+Each part of the staged (patched) model against transformers' own, in float32 and in bfloat16.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gemma_deploy import paths
+from gemma_deploy.calibration.sources import SOURCES
+from gemma_deploy.checkpoint import Checkpoint, stage_checkpoint
+from gemma_deploy.parity.cases import Case
+from gemma_deploy.parity.compare import compare_sources, judged, measures_of
+from gemma_deploy.parity.gates import Line, relative
+
+if TYPE_CHECKING:
+    from gemma_deploy.parity.reference import TorchSource
+
+LIMITS = {"float32": 1e-5, "bfloat16": 1e-3}
+TEXTS = 64
+PATCH_KEYS = {"auto_map", "iter_num", "insert_slice", "embed_scale"}  # what staging adds to config.json
+
+
+def config_line(checkpoint: Checkpoint) -> Line:
+    """How many keys of transformers' config class have another value in the patched one."""
+    from transformers import AutoConfig
+
+    from gemma_deploy.patched import causal_classes
+
+    raw = {key: value for key, value in checkpoint.config.raw.items() if key not in PATCH_KEYS}
+    stock = AutoConfig.for_model(**raw).to_dict()
+    patched = causal_classes(checkpoint.config.model_type)[0](**raw).to_dict()
+    differing = sorted(key for key, value in stock.items() if patched.get(key, KeyError) != value)
+    name = "config keys that differ" + (f" ({', '.join(differing)})" if differing else "")
+    return Line("hf = patched", name, float(len(differing)), 0.0, not differing)
+
+
+def tokenizer_lines(checkpoint: Checkpoint, text: Path | None, notes: list[str]) -> list[Line]:
+    """How many texts become other tokens with the staged directory's tokenizer; no line where there is none."""
+    from transformers import AutoTokenizer
+
+    if not checkpoint.tokenizer_files() or checkpoint.format == "gguf":
+        notes.append("no tokenizer files of transformers' own beside the checkpoint: tokenizers are not compared")
+        return []
+    source = SOURCES["c4"]
+    texts = list(islice(source.texts(paths.calib_dir() / source.bundled), TEXTS))
+    if text is not None:
+        texts.append(text.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as scratch:
+        staged = AutoTokenizer.from_pretrained(stage_checkpoint(checkpoint.path, Path(scratch) / "staged"))
+        stock = AutoTokenizer.from_pretrained(checkpoint.path)
+        differing = sum(stock(one)["input_ids"] != staged(one)["input_ids"] for one in texts)
+    return [Line("hf = patched", f"texts of {len(texts)} with other tokens", float(differing), 0.0, not differing)]
+
+
+def model_lines(
+    checkpoint: Checkpoint,
+    sources: Mapping[str, TorchSource],
+    cases: Sequence[Case],
+    report: Callable[[str], None],
+    measures: list[dict[str, Any]],
+) -> list[Line]:
+    """Largest error of hidden states and of logits, relative to the largest value.
+
+    Args:
+        sources: the float32 pair; measures: every metric of the logits is added.
+    """
+    import torch
+
+    from gemma_deploy.parity.reference import TorchSource
+
+    lines = []
+    for dtype, limit in LIMITS.items():
+        pair = list(sources.values())
+        if dtype != "float32":
+            pair = [TorchSource(checkpoint, source.kind, dtype=getattr(torch, dtype)) for source in pair]
+        kept = [_Kept(source) for source in pair]
+        names = (kept[0].name, kept[1].name)
+        found = compare_sources({one.name: one for one in kept}, [names], cases, checkpoint.config.vocab_size, report)
+        error = _relative([one.features for one in kept])
+        lines.append(Line(" = ".join(names), f"base model, {dtype}, relative error", error, limit, error <= limit))
+        (logits,) = judged(relative(limit, names), found)
+        name = f"causal LM, {dtype}, relative error"
+        lines.append(Line(logits.comparison, name, logits.value, limit, logits.passed))
+        measures += measures_of(found)
+    return lines
+
+
+class _Kept:
+    """A source that remembers its hidden states."""
+
+    def __init__(self, source: TorchSource) -> None:
+        self.source, self.name = source, source.name
+        self.features: list[list[np.ndarray]] = []
+
+    def run(self, cases: Sequence[Case]) -> list[list[np.ndarray]]:
+        self.features = self.source.run(cases)
+        return self.features
+
+    def head(self, features: np.ndarray, prompt_end: bool = False) -> np.ndarray:
+        return self.source.head(features, prompt_end)
+
+
+def _relative(features: Sequence[list[list[np.ndarray]]]) -> float:
+    """Largest difference over the largest reference value; NaN when anything is not finite."""
+    reference, test = ([row for case in one for row in case] for one in features)
+    largest = np.max([np.abs(row).max() for row in reference])  # NaN stays NaN
+    error = np.max([np.abs(a - b).max() for a, b in zip(reference, test, strict=True)])
+    return float(error / np.maximum(largest, 1.0))
