@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+
+from gemma_deploy.checkpoint import stage_checkpoint
+from gemma_deploy.testing import write_tiny_checkpoint
 
 
 def pair(checkpoint_dir, staged_dir, dtype=torch.float32, auto=AutoModelForCausalLM, **kwargs):
@@ -136,3 +139,67 @@ def test_quantize_swaps_the_seven_linears(staged_dir, prompt):
         model.quantize(8)
     with pytest.raises(ValueError, match="per-channel int8"):
         model.quantize(4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient-checkpointing"])
+def test_loss_and_gradients_are_the_stock_ones(checkpoint_dir, staged_dir, prompt, checkpointing):
+    ids, mask = prompt
+    labels = ids.masked_fill(mask == 0, -100)
+    losses, gradients = [], []
+    for model in pair(checkpoint_dir, staged_dir):
+        model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+            assert all(layer.gradient_checkpointing for layer in model.model.layers)
+        loss = model(ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert torch.equal(*losses)
+    stock, patched = gradients
+    assert stock.keys() == patched.keys()
+    assert all(float(gradient.abs().max()) > 0 for gradient in stock.values())
+    assert [name for name in stock if not torch.equal(stock[name], patched[name])] == []
+
+
+def test_checkpointing_recomputes_the_layers(staged_dir, prompt):
+    model = AutoModelForCausalLM.from_pretrained(staged_dir, trust_remote_code=True, dtype=torch.float32).train()
+    model.activation_checkpointing_enable()
+    calls = []
+    model.model.layers[1].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    model(prompt[0], labels=prompt[0]).loss.backward()
+    assert len(calls) == 2
+
+
+def test_assisted_decoding_gives_the_greedy_tokens(staged_dir, prompt):
+    model, assistant = (
+        AutoModelForCausalLM.from_pretrained(staged_dir, trust_remote_code=True, dtype=torch.float32).eval()
+        for _ in range(2)
+    )
+    with torch.no_grad():
+        for layer in assistant.model.layers:  # one that is often wrong
+            layer.mlp.up_proj.weight.copy_(layer.mlp.up_proj.weight.roll(1, 0))
+    ids = prompt[0][:1]
+    greedy = model.generate(ids, max_new_tokens=24, do_sample=False)
+    alone = assistant.generate(ids, max_new_tokens=24, do_sample=False)
+    assert not torch.equal(greedy, alone)
+    assert torch.equal(greedy, model.generate(ids, max_new_tokens=24, do_sample=False, assistant_model=assistant))
+    lookup = model.generate(ids, max_new_tokens=24, do_sample=False, prompt_lookup_num_tokens=3)
+    assert torch.equal(greedy, lookup)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bitsandbytes_loads_it_like_the_stock_class(model_type, tmp_path, prompt, bits):
+    """On a CPU as well, from bitsandbytes 0.48 on."""
+    wanted = {8: {"load_in_8bit": True}, 4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}[bits]
+    # a multiple of the blocks of 64 that the 4-bit kernel wants
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", model_type, intermediate_size=192)
+    staged = stage_checkpoint(checkpoint, tmp_path / "staged")
+    how = {"quantization_config": BitsAndBytesConfig(**wanted), "device_map": "cpu"}
+    stock, patched = pair(checkpoint, staged, **how)
+    kinds = [type(module).__name__ for module in patched.modules()]
+    assert kinds.count({8: "Linear8bitLt", 4: "Linear4bit"}[bits]) == 7 * patched.config.num_hidden_layers
+    with torch.no_grad():
+        assert torch.equal(stock(prompt[0]).logits, patched(prompt[0]).logits)
+        whole = pair(checkpoint, staged)[1](prompt[0]).logits
+        assert not torch.equal(whole, patched(prompt[0]).logits)

@@ -1,0 +1,198 @@
+"""Every fact of what Gemma computes, broken once: the comparison with the stock eager class must see each of them.
+
+The facts and who got them wrong: rows of the table in README, "What Gemma computes". Each breakage is what some public
+tool does or did.
+"""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.graph.skeleton import new_model
+from gemma_deploy.patched import patched_module
+from gemma_deploy.testing import write_tiny_checkpoint
+
+LAYERS = patched_module("layers_vacc")
+GEMMA, GEMMA2, GEMMA3 = "gemma", "gemma2", "gemma3_text"
+ALL = (GEMMA, GEMMA2, GEMMA3)
+
+
+def norm_casts_before_the_gain(model, patch):
+    def forward(self, x):
+        hat = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return hat.type_as(x) * (1.0 + self.weight)
+
+    patch.setattr(LAYERS.RMSNorm, "forward", forward)
+
+
+def norm_gain_is_the_weight(model, patch):
+    for module in model.modules():
+        if isinstance(module, LAYERS.RMSNorm):
+            module.weight.data -= 1
+
+
+def gelu_is_exact(model, patch):
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.GELU()
+
+
+def embedding_scale_has_two_decimals(model, patch):
+    patch.setattr(LAYERS.ScaledEmbedding, "scale_value", lambda self, dtype: round(self.embedding_dim**0.5, 2) + 0.01)
+
+
+def embedding_scale_is_not_rounded_to_the_run_dtype(model, patch):
+    def forward(self, ids):
+        return (nn.functional.embedding(ids, self.weight).float() * self.embedding_dim**0.5).to(self.weight.dtype)
+
+    patch.setattr(LAYERS.ScaledEmbedding, "forward", forward)
+
+
+def attention_scale_is_head_dim(model, patch):
+    for layer in model.model.layers:
+        layer.self_attn.scaling = layer.self_attn.head_dim**-0.5
+
+
+def attention_cap_is_dropped(model, patch):
+    for layer in model.model.layers:
+        layer.self_attn.softcap = None
+
+
+def attention_cap_after_the_mask(model, patch):
+    def softmax(weights, mask, softcap):
+        weights = torch.tanh((weights + mask) / softcap) * softcap
+        return nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(weights.dtype)
+
+    patch.setattr(LAYERS, "masked_softmax", softmax)
+
+
+def final_cap_is_dropped(model, patch):
+    model.config.final_logit_softcapping = None
+
+
+def layer_order_is_reversed(model, patch):
+    model.config.layer_types = list(reversed(model.config.layer_types))
+    if model.config.layer_types[0] == model.config.layer_types[-1]:
+        swap = {LAYERS.SLIDING: LAYERS.FULL, LAYERS.FULL: LAYERS.SLIDING}
+        model.config.layer_types = [swap[kind] for kind in model.config.layer_types]
+
+
+def one_theta_for_all_layers(model, patch):
+    model.model.rotary[LAYERS.SLIDING] = model.model.rotary[LAYERS.FULL]
+
+
+def change_factor(rotary, factor):
+    rotary.factor, rotary._tables = factor, None
+
+
+def no_linear_factor(model, patch):
+    change_factor(model.model.rotary[LAYERS.FULL], 1.0)
+
+
+def linear_factor_on_local_layers(model, patch):
+    change_factor(model.model.rotary[LAYERS.SLIDING], model.model.rotary[LAYERS.FULL].factor)
+
+
+def window_is_one_key_wider(model, patch):
+    model.config.sliding_window += 1
+
+
+def window_is_one_key_narrower(model, patch):
+    model.config.sliding_window -= 1
+
+
+def no_query_and_key_norm(model, patch):
+    for layer in model.model.layers:
+        del layer.self_attn.q_norm, layer.self_attn.k_norm
+
+
+def norm_after_rotary(model, patch):
+    attention = type(model.model.layers[0].self_attn)
+    rotary = LAYERS.apply_rotary
+    for layer in model.model.layers:
+        layer.self_attn.norms = layer.self_attn.q_norm, layer.self_attn.k_norm
+        del layer.self_attn._modules["q_norm"], layer.self_attn._modules["k_norm"]
+    made = []
+
+    def normed(x, cos, sin):
+        made.append(1)
+        attend = model.model.layers[(len(made) - 1) // 2 % len(model.model.layers)].self_attn
+        return attend.norms[(len(made) - 1) % 2](rotary(x, cos, sin))
+
+    patch.setattr(LAYERS, "apply_rotary", normed)
+    assert attention is LAYERS.Attention
+
+
+def no_norm_before_the_residual(model, patch):
+    for layer in model.model.layers:
+        layer.post_attention_layernorm = nn.Identity()
+
+
+def head_is_not_the_table(model, patch):
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.roll(1, 0))
+
+
+def values_share_heads_in_another_order(model, patch):
+    def repeat(x, groups):
+        return x.repeat(1, groups, 1, 1)
+
+    patch.setattr(LAYERS, "repeat_kv", repeat)
+
+
+BREAKAGES = [
+    *((norm_casts_before_the_gain, model, torch.bfloat16) for model in ALL),
+    *((norm_gain_is_the_weight, model, torch.float32) for model in ALL),
+    *((gelu_is_exact, model, torch.float32) for model in ALL),
+    *((embedding_scale_has_two_decimals, model, torch.float32) for model in ALL),
+    *((embedding_scale_is_not_rounded_to_the_run_dtype, model, torch.bfloat16) for model in ALL),
+    (attention_scale_is_head_dim, GEMMA2, torch.float32),
+    (attention_scale_is_head_dim, GEMMA3, torch.float32),
+    (attention_cap_is_dropped, GEMMA2, torch.float32),
+    (attention_cap_after_the_mask, GEMMA2, torch.float32),
+    (final_cap_is_dropped, GEMMA2, torch.float32),
+    (layer_order_is_reversed, GEMMA2, torch.float32),
+    (layer_order_is_reversed, GEMMA3, torch.float32),
+    (one_theta_for_all_layers, GEMMA3, torch.float32),
+    (no_linear_factor, GEMMA3, torch.float32),
+    (linear_factor_on_local_layers, GEMMA3, torch.float32),
+    *((window_is_one_key_wider, model, torch.float32) for model in (GEMMA2, GEMMA3)),
+    *((window_is_one_key_narrower, model, torch.float32) for model in (GEMMA2, GEMMA3)),
+    (no_query_and_key_norm, GEMMA3, torch.float32),
+    (norm_after_rotary, GEMMA3, torch.float32),
+    *((no_norm_before_the_residual, model, torch.float32) for model in (GEMMA2, GEMMA3)),
+    *((head_is_not_the_table, model, torch.float32) for model in ALL),
+    *((values_share_heads_in_another_order, model, torch.float32) for model in (GEMMA2, GEMMA3)),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """model type -> tiny checkpoint; hidden size 80, whose root no dtype holds; a linear factor where there is one."""
+    changes = {GEMMA3: {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}}
+    folder = tmp_path_factory.mktemp("facts")
+    return {
+        model: write_tiny_checkpoint(folder / model, model, hidden_size=80, **changes.get(model, {})) for model in ALL
+    }
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.mark.parametrize(
+    ("broken", "model_type", "dtype"), BREAKAGES, ids=[f"{one.__name__}-{model}" for one, model, _ in BREAKAGES]
+)
+def test_a_broken_fact_is_seen(checkpoints, monkeypatch, broken, model_type, dtype):
+    path = checkpoints[model_type]
+    stock = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=dtype).eval()
+    config = Checkpoint.open(path).config
+    patched = new_model(config).to_empty(device="cpu").to(dtype).eval()
+    patched.tie_weights()
+    patched.load_state_dict(stock.state_dict())
+    ids = torch.randint(3, 500, (1, 40), generator=torch.Generator().manual_seed(5))
+    expected = logits(stock, ids)
+    assert torch.equal(expected, logits(patched, ids))
+    broken(patched, monkeypatch)
+    assert not torch.equal(expected, logits(patched, ids))
