@@ -23,6 +23,7 @@ COMMANDS = {
     "calibrate": "Tokenize calibration samples and measure activation ranges.",
     "parity": "Compare an artifact with its reference; fails when a gate fails.",
     "stage": "Make a directory that transformers loads as the patched model.",
+    "split": "Cut a checkpoint into parts for several devices.",
     "run": "Generate text with an artifact.",
     "inspect": "Show what is in an artifact or a checkpoint.",
     "verify": "Check every hash, graph and table of an artifact.",

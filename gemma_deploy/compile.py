@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -246,11 +245,7 @@ def copy_model_files(checkpoint: Checkpoint, out: Path) -> None:
         "pad_token_id": config.pad_token_id,
     }
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    for file in write_tokenizer(checkpoint, out):
-        if file.is_symlink():
-            source = file.resolve()
-            file.unlink()
-            shutil.copyfile(source, file)
+    write_tokenizer(checkpoint, out, link=False)
 
 
 def describe(

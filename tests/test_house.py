@@ -23,11 +23,11 @@ RECIPES = sorted((ROOT / "build_in").rglob("*.yaml"))
 LONGEST_MODULE_LINES = 400
 # A part imports only parts to its left.
 ORDER = (
-    *("errors", "paths", "machine", "recipe", "checkpoint", "patched", "calibration", "quantization", "graph"),
-    *("params", "backends", "artifact", "runtime", "parity", "preflight", "stages", "compile", "commands", "cli"),
-    "testing",
+    *("errors", "paths", "machine", "terminal", "recipe", "checkpoint", "partition", "patched", "calibration"),
+    *("quantization", "graph", "params", "split", "backends", "artifact", "runtime", "parity", "preflight", "stages"),
+    *("compile", "commands", "cli", "testing"),
 )
-TORCH_FREE = ("errors", "recipe", "checkpoint", "params", "artifact", "runtime", "preflight", "cli")
+TORCH_FREE = ("errors", "recipe", "checkpoint", "partition", "params", "artifact", "runtime", "preflight", "cli")
 
 
 def imported_modules(tree: ast.Module) -> list[tuple[str, int]]:

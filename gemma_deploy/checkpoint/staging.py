@@ -68,8 +68,11 @@ def stage_checkpoint(
     return out
 
 
-def write_tokenizer(checkpoint: Checkpoint, out: Path) -> list[Path]:
-    """Link the tokenizer's files into `out`; a GGUF's own vocabulary is written as tokenizer.json by transformers.
+def write_tokenizer(checkpoint: Checkpoint, out: Path, *, link: bool = True) -> list[Path]:
+    """Put the tokenizer's files into `out`; a GGUF's own vocabulary is written as tokenizer.json by transformers.
+
+    Args:
+        link: as links, else as copies.
 
     Returns:
         What is there now; empty, with a warning logged, when the checkpoint has no tokenizer.
@@ -77,7 +80,7 @@ def write_tokenizer(checkpoint: Checkpoint, out: Path) -> list[Path]:
     files = checkpoint.tokenizer_files()
     for file in files:
         if not (out / file.name).exists():
-            _link(file, out / file.name)
+            _link(file, out / file.name) if link else shutil.copyfile(file, out / file.name)
     if not files and checkpoint.format == "gguf":
         _gguf_tokenizer(checkpoint.path, out)
     if not files and not (out / "tokenizer.json").exists():

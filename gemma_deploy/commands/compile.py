@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +45,7 @@ def command(
     from gemma_deploy import compile as compiler
     from gemma_deploy.preflight import render
     from gemma_deploy.recipe import Recipe
+    from gemma_deploy.terminal import progress_bar
 
     overrides += ("frontend.shape.dynamic=true",) if dynamic else ()
     loaded = Recipe.load(recipe, overrides, checkpoint=checkpoint)
@@ -56,7 +56,7 @@ def command(
         Console().print(render(plan))
         raise click.exceptions.Exit(1 if plan.shortfalls else 0)
     result = compiler.compile_recipe(
-        loaded, out=out, force=force, parity=parity, on_stage=_print_stage, progress=_progress()
+        loaded, out=out, force=force, parity=parity, on_stage=_print_stage, progress=progress_bar("parameters")
     )
     if result.reused:
         click.echo(f"nothing has changed: {result.path} is up to date")
@@ -69,33 +69,3 @@ def _print_stage(stage: Stage) -> None:
     size = f"{stage.bytes / MIB:10.1f} MiB" if stage.bytes else " " * 14
     done = "  (was done)" if stage.skipped else ""
     click.echo(f"{stage.name:<11}{stage.seconds:8.2f} s  peak {stage.peak_rss_bytes / MIB:7.0f} MiB {size}{done}")
-
-
-def _progress() -> Callable[[int, int], None]:
-    """A bar on a terminal; plain lines, one per tenth, in a log."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        seen = [-1]
-
-        def line(done: int, total: int) -> None:
-            tenth = 10 * done // max(total, 1)
-            if tenth > seen[0] and total > 256 * MIB:
-                seen[0] = tenth
-                click.echo(f"parameters  {10 * tenth:3d} %  {done / MIB:.0f} of {total / MIB:.0f} MiB", err=True)
-
-        return line
-    bar = Progress(
-        TextColumn("parameters"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console, transient=True
-    )
-    task = bar.add_task("parameters", total=None)
-    bar.start()
-
-    def update(done: int, total: int) -> None:
-        bar.update(task, completed=done, total=total)
-        if done >= total:
-            bar.stop()
-
-    return update

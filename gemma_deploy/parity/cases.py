@@ -49,7 +49,8 @@ def prompt_length(config: ModelConfig, prefill: int, asked: int) -> tuple[int, s
     """How long the prompts are, and a sentence about the sliding window.
 
     A prompt no longer than the window never shows a wrong window, so the prompts of the gate outgrow it where the
-    artifact's prefill length allows.
+    artifact's prefill length allows. Where it does not, they are as long as was asked for: more would cost and not show
+    more.
 
     Args:
         prefill: P of the artifact; asked: `parity.prompt_tokens` of the recipe.
@@ -58,8 +59,8 @@ def prompt_length(config: ModelConfig, prefill: int, asked: int) -> tuple[int, s
     length = min(prefill, asked)
     if window is None:
         return length, ""
-    length = min(prefill, max(asked, window + max(8, window // 8)))
-    if length > window:
+    if prefill > window:
+        length = min(prefill, max(asked, window + max(8, window // 8)))
         return length, f"the prompts ({length} tokens) are longer than the sliding window ({window})"
     return length, (
         f"the sliding window ({window}) is not reached: prefill takes {prefill} tokens; compile with a longer first "

@@ -9,26 +9,20 @@ nothing is rebuilt. Differs from running the whole graph in the number of rows o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
-from gemma_deploy.errors import ArtifactError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
+from gemma_deploy.parity.cutting import DECODE_INPUTS, EMBEDDED, LOGITS, NORMED, Cutter, by_position
 from gemma_deploy.parity.sources import Features
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.runtime.contract import StaticContract, read_contract, read_manifest
-from gemma_deploy.runtime.session import VERIFY, load_graph
-from gemma_deploy.runtime.strict import lower
 
-POSITIONS = 128
-MATRIX_BYTES = 24 << 20  # malloc maps and unmaps anything of 32 MiB: page faults
-EMBEDDED, NORMED, LOGITS = "model.embed_tokens.out", "model.norm.out", "logits"
 CHOSEN = "lm_head.in"  # what the LM head reads: in prefill a slice of the final norm
 # The linears of a layer in the order they depend on each other.
 LEVELS = (
@@ -38,102 +32,6 @@ LEVELS = (
     ("mlp.down_proj",),
 )
 ONLY_FOR_DOWN = ("mlp.gate_proj.out", "mlp.up_proj.out")  # the widest values there are; dropped early
-DECODE_INPUTS = ("attention_mask", "position_ids")
-
-
-class Cutter:
-    """Pieces of one graph as sessions.
-
-    Args:
-        folder: the artifact's directory; graph: `iter0` or `iter1`.
-    """
-
-    def __init__(self, folder: Path, graph: str) -> None:
-        self.folder, self.model = folder, load_graph(folder / f"{graph}.onnx")
-        self.where = str(folder / f"{graph}.onnx")
-        self.values = {value.name: value for node in self.model.graph for value in node.outputs}
-        self.values |= {value.name: value for value in self.model.graph.inputs}
-
-    def piece(
-        self, inputs: Sequence[str], outputs: Sequence[str], rows: tuple[int, int, int] | None = None
-    ) -> Piece:
-        """The nodes between some values.
-
-        Args:
-            rows: (first, stop, V): of matrices and scales with V rows take these rows only.
-
-        Raises:
-            ArtifactError: the graph has no such values, or needs others to compute the outputs.
-        """
-        try:
-            graph = ir.convenience.extract(self.model.graph, list(inputs), list(outputs))
-        except ValueError as error:
-            raise ArtifactError(
-                f"{', '.join(outputs)} cannot be computed from {', '.join(inputs)}: {error}", where=self.where
-            ) from error
-        for value in graph.inputs:
-            value.shape = None
-        if rows is not None:
-            _take_rows(graph, *rows)
-        functions = list(self.model.functions.values())
-        model = ir.Model(graph, ir_version=self.model.ir_version, functions=functions)
-        return Piece(_open(model, self.folder), tuple(inputs), tuple(outputs))
-
-    def in_blocks(self, entering: str, leaving: str, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """A linear, a block of rows of its matrix after the other.
-
-        Args:
-            entering: the value it reads; leaving: the value it makes; arrays: [..., in] each.
-
-        Returns:
-            [..., out] for each array.
-        """
-        shape = self.values[leaving].shape
-        if shape is None or not isinstance(shape[-1], int):
-            raise ArtifactError(f"{leaving} has no fixed width", where=self.where)
-        count, step = shape[-1], max(1, MATRIX_BYTES // (4 * arrays[0].shape[-1]))
-        dtype = self.values[leaving].dtype
-        made = [
-            np.empty((*array.shape[:-1], count), dtype.numpy() if dtype is not None else np.float32) for array in arrays
-        ]
-        for start in range(0, count, step):
-            stop = min(start + step, count)
-            piece = self.piece([entering], [leaving], rows=(start, stop, count))
-            for array, whole in zip(arrays, made, strict=True):
-                whole[..., start:stop] = piece({entering: array})[0]
-        return made
-
-    def value(self, name: str) -> str:
-        """Value name of `MODULE.out` (itself) or of `MODULE.in`, what a linear reads."""
-        return self.linear_input(name.removesuffix(".in") + ".out") if name.endswith(".in") else name
-
-    def linear_input(self, out: str) -> str:
-        """What a linear reads, by the name of what it makes."""
-        node = self.values[out].producer() if out in self.values else None
-        if node is None or node.inputs[0] is None:
-            raise ArtifactError(f"{out} is not made by a linear", where=self.where)
-        return str(node.inputs[0].name)
-
-    def logits_input(self) -> str:
-        """What the LM head reads: the strided slice of the final norm in prefill, the norm itself in decode."""
-        after = list(self.values[NORMED].consumers())
-        for node in after:
-            if node.op_type == "Slice":
-                return str(node.outputs[0].name)
-            if node.op_type == "Cast":  # to float16, before the choice is made
-                after += node.outputs[0].consumers()
-        return NORMED
-
-
-class Piece:
-    """A session with the names it was cut at."""
-
-    def __init__(self, session: Any, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
-        self.session, self.inputs, self.outputs = session, inputs, outputs
-
-    def __call__(self, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """Values by name -> outputs in order."""
-        return self.session.run(list(self.outputs), {name: feeds[name] for name in self.inputs})
 
 
 @dataclass(frozen=True)
@@ -256,15 +154,16 @@ class StrictSource:
         for level in LEVELS:
             linears = [f"model.layers.{layer}.{name}.out" for name in level]
             inputs = [cutter.linear_input(linear) for linear in linears]
-            _between(cutter, layer, known, inputs, runs, attends="self_attn.o_proj" in level)
-            for name in [name for name in known if name.endswith(ONLY_FOR_DOWN) and name not in values.values()]:
-                if "mlp.down_proj" in level:
-                    known.remove(name)
-                    for run in runs:
-                        del run.feeds[name]
+            widest = [name for name in known if name.endswith(ONLY_FOR_DOWN) and name not in values.values()]
+            spent = widest if "mlp.down_proj" in level else []
+            _between(cutter, layer, known, inputs, runs, attends="self_attn.o_proj" in level, spent=spent)
+            known = [name for name in known if name not in spent]
+            _drop(spent, runs)
             for name, linear in zip(inputs, linears, strict=True):
                 _apply(cutter, name, linear, runs, together=graph == "iter1")
+            _drop(set(inputs) - set(known) - set(values.values()), runs)
             known += linears
+            give_memory_back()
         _between(cutter, layer, known, list(values.values()), runs, attends=True)
         for run in runs:
             results = {name: run.feeds[value] for name, value in values.items()}
@@ -307,10 +206,27 @@ def _apply(cutter: Cutter, name: str, linear: str, runs: Sequence[Run], together
         run.feeds[linear] = value
 
 
+def _drop(names: Iterable[str], runs: Sequence[Run]) -> None:
+    """Forget values."""
+    for run in runs:
+        for name in names:
+            del run.feeds[name]
+
+
 def _between(
-    cutter: Cutter, layer: int, known: Sequence[str], wanted: Sequence[str], runs: Sequence[Run], attends: bool
+    cutter: Cutter,
+    layer: int,
+    known: Sequence[str],
+    wanted: Sequence[str],
+    runs: Sequence[Run],
+    attends: bool,
+    spent: Sequence[str] = (),
 ) -> None:
-    """Compute values from known ones; where a run has a cache, its new keys and values are written there."""
+    """Compute values from known ones; where a run has a cache, its new keys and values are written there.
+
+    Args:
+        spent: known values that nobody reads after this; results may be written over them.
+    """
     wanted = [name for name in dict.fromkeys(wanted) if name not in known]
     if not wanted:
         return
@@ -320,40 +236,12 @@ def _between(
     outputs = list(dict.fromkeys([*wanted, *present]))
     piece = cutter.piece([*known, *past], outputs)
     for run in runs:
-        values = piece({**run.feeds, **(run.cache or {})}) if attends else _by_position(piece, run.feeds)
+        values = piece({**run.feeds, **(run.cache or {})}) if attends else by_position(piece, run.feeds, spent)
         made = dict(zip(outputs, values, strict=True))
         run.feeds.update({name: made[name] for name in wanted})
         for name, new in zip(past, present, strict=True):
             assert run.cache is not None
             run.cache[name][:, :, run.slot] = made[new][:, :, 0]
-
-
-def _by_position(piece: Piece, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """Run a piece without attention on a few positions at a time: its operators' results are not all alive at once."""
-    hidden = [name for name in piece.inputs if name not in DECODE_INPUTS]
-    length = feeds[hidden[0]].shape[1]
-    parts = []
-    for start in range(0, length, POSITIONS):
-        part = {name: feeds[name][:, start : start + POSITIONS] for name in hidden}
-        parts.append(piece({**feeds, **part}))
-    return [np.concatenate(values, axis=1) for values in zip(*parts, strict=True)] if len(parts) > 1 else parts[0]
-
-
-def _open(model: ir.Model, folder: Path) -> Any:
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.enable_cpu_mem_arena = False  # it would keep the largest piece's memory
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    proto = ir.to_proto(lower(model)).SerializeToString()
-    try:
-        return ort.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ORT's own have no common base
-        reason = str(error).splitlines()[0]
-        raise ArtifactError(f"ONNX Runtime refuses it: {reason}", where=str(folder), next_step=VERIFY) from error
 
 
 def layer_input(layer: int) -> str:
@@ -366,26 +254,3 @@ def _flat(value: np.ndarray, row: int) -> np.ndarray:
     if value.ndim == 4:
         value = np.swapaxes(value, 1, 2)
     return value[row].reshape(value.shape[1], -1)
-
-
-def _take_rows(graph: ir.Graph, start: int, stop: int, count: int) -> None:
-    """Let every external initializer with `count` rows begin and end at others. In place; nothing is read."""
-    for value in graph.initializers.values():
-        tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor) or not tensor.shape or tensor.shape[0] != count:
-            continue
-        row_bytes = tensor.nbytes // count
-        shape = ir.Shape([stop - start, *list(tensor.shape)[1:]])
-        value.const_value = ir.ExternalTensor(
-            tensor.location,
-            (tensor.offset or 0) + start * row_bytes,
-            (stop - start) * row_bytes,
-            tensor.dtype,
-            shape=shape,
-            name=tensor.name,
-            base_dir=tensor.base_dir,
-        )
-        value.shape = shape
-    for node in graph:
-        for value in node.outputs:
-            value.shape = None  # was inferred for the whole matrix

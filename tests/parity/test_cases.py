@@ -60,6 +60,7 @@ def test_a_model_without_bos_in_its_config_starts_with_token_0():
         (GEMMA3, 64, 4, 16, "the prompts (16 tokens) are longer than the sliding window (8)"),
         (GEMMA3, 9, 4, 9, "the prompts (9 tokens) are longer than the sliding window (8)"),
         (GEMMA3, 8, 24, 8, "the sliding window (8) is not reached: prefill takes 8 tokens"),
+        (GEMMA3, 8, 4, 4, "the sliding window (8) is not reached: prefill takes 8 tokens"),
     ],
 )
 def test_prompts_outgrow_the_window_where_prefill_allows(config, prefill, asked, length, sentence):

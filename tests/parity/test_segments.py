@@ -5,7 +5,7 @@ import pytest
 
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import ArtifactError
-from gemma_deploy.parity import segments
+from gemma_deploy.parity import cutting
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.segments import CHOSEN, NORMED, StrictSource
 from gemma_deploy.runtime import StaticRunner
@@ -91,9 +91,9 @@ def test_the_head_in_blocks_of_rows_gives_the_same_logits(artifacts, monkeypatch
     source = StrictSource(artifacts("gemma3_text", scheme))
     hidden = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
     whole, cuts = source.head(hidden, prompt_end), []
-    take = segments._take_rows
-    monkeypatch.setattr(segments, "_take_rows", lambda graph, *rows: cuts.append(rows) or take(graph, *rows))
-    monkeypatch.setattr(segments, "MATRIX_BYTES", 4 * 64 * 100)
+    take = cutting._take_rows
+    monkeypatch.setattr(cutting, "_take_rows", lambda graph, *rows: cuts.append(rows) or take(graph, *rows))
+    monkeypatch.setattr(cutting, "MATRIX_BYTES", 4 * 64 * 100)
     blocks = source.head(hidden, prompt_end)
     assert cuts == [(start, min(start + 100, VOCAB), VOCAB) for start in range(0, VOCAB, 100)]
     np.testing.assert_allclose(blocks, whole, rtol=0, atol=2e-6 * np.abs(whole).max())

@@ -1,0 +1,140 @@
+"""Parts in a row as one causal LM of transformers: loss, gradients, and every way of `generate()`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from gemma_deploy.errors import UsageError
+from gemma_deploy.patched import causal_classes
+from gemma_deploy.split.parts import Bottom, Part, Top
+
+
+class SplitChain(PreTrainedModel, GenerationMixin):
+    """bottom, trunks, top; each stays on its own device, hidden states are moved.
+
+    Args:
+        parts: in order, without a gap.
+
+    Raises:
+        UsageError: parts of different models, missing ones, or another order.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        edges = [0, *(part.span.stop for part in parts)]
+        model = parts[0].model_config if parts else None
+        whole = (
+            model is not None
+            and isinstance(parts[0], Bottom)
+            and isinstance(parts[-1], Top)
+            and [part.span.start for part in parts] == edges[:-1]
+            and edges[-1] == model.num_hidden_layers
+        )
+        if model is None or not whole or any(part.model_config != model for part in parts):
+            held = ", ".join(f"{part.kind} {part.span.start} to {part.span.stop}" for part in parts)
+            raise UsageError(
+                f"these parts are no whole model: {held or 'none'}",
+                expected="bottom, trunk(s) and top of one checkpoint, in order and without a gap",
+            )
+        config_class, _ = causal_classes(model.model_type)
+        raw = {key: value for key, value in model.raw.items() if key != "auto_map"}
+        config = config_class(**raw, embed_scale=parts[0].embed_scale)
+        config._attn_implementation = "eager"
+        super().__init__(config)
+        self.parts = nn.ModuleList(parts)
+        self.train(parts[0].training)
+        self.loss_type = "ForCausalLM"
+        self.generation_config.eos_token_id = list(model.eos_token_ids)
+
+    @classmethod
+    def from_split(cls, directory: str | Path, device: str | Sequence[str] = "cpu") -> SplitChain:
+        """Load what `gemma-deploy split` wrote.
+
+        Args:
+            device: one for all parts, or one for each.
+        """
+        from gemma_deploy.split.factory import load_part, read_split
+
+        names = read_split(Path(directory))
+        devices = [device] * len(names) if isinstance(device, str) else list(device)
+        if len(devices) != len(names):
+            raise UsageError(f"{len(devices)} devices for {len(names)} parts: {', '.join(names)}")
+        return cls([load_part(Path(directory) / name, at) for name, at in zip(names, devices, strict=True)])
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.parts[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return next(self.parameters()).dtype
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As the whole model's forward; logits and loss are on the top's device.
+
+        The cache is one `Cache` to the outside. Every part is given one of its own layers, whose keys and values stay
+        on the part's device.
+
+        Raises:
+            ValueError: not exactly one of input_ids and inputs_embeds.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if past_key_values is None and use_cache and not self.training:
+            past_key_values = DynamicCache(config=self.config)
+        hidden: Any = inputs_embeds if input_ids is None else input_ids
+        for part, cache in zip(self.parts, self._caches(past_key_values), strict=True):
+            hidden = part(
+                hidden.to(part.device),
+                attention_mask=_moved(attention_mask, part.device),
+                position_ids=_moved(position_ids, part.device),
+                past_key_values=cache,
+            )
+        top = self.parts[-1]
+        if isinstance(logits_to_keep, torch.Tensor):
+            hidden = hidden[:, logits_to_keep.to(hidden.device), :]
+        elif logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:, :]
+        logits = top.head(hidden)
+        loss = None
+        if labels is not None:
+            labels = labels.to(logits.device)
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def _caches(self, cache: Cache | None) -> list[Cache | None]:
+        """A cache for each part, over the same layer objects as the whole one."""
+        if cache is None:
+            return [None] * len(self.parts)
+        while len(cache.layers) < self.config.num_hidden_layers:  # made one by one where all layers are of one kind
+            cache.layers.append(cache.layer_class_to_replicate())
+        return [Cache(layers=cache.layers[part.span.start : part.span.stop]) for part in self.parts]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A tensor, a mask per kind of layer (as `generate` makes them for a static cache), or None."""
+    if isinstance(value, dict):
+        return {kind: _moved(mask, device) for kind, mask in value.items()}
+    return None if value is None else value.to(device)

@@ -1,0 +1,46 @@
+"""(model_type, part) -> class. A new family adds its classes with the decorator and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from gemma_deploy.errors import NotBuiltError
+
+if TYPE_CHECKING:
+    from gemma_deploy.split.parts import Part
+
+Class = TypeVar("Class", bound="type[Part]")
+REGISTRY: dict[tuple[str, str], type[Part]] = {}
+
+
+def register(model_type: str, part: str) -> Callable[[Class], Class]:
+    """Make a class the `part` (`bottom`, `trunk`, `top`) of every model of this type.
+
+    Raises:
+        ValueError: the place is taken.
+    """
+
+    def add(cls: Class) -> Class:
+        taken = REGISTRY.setdefault((model_type, part), cls)
+        if taken is not cls:
+            raise ValueError(f"{model_type} {part} is {taken.__name__} already")
+        return cls
+
+    return add
+
+
+def part_class(model_type: str, part: str) -> type[Part]:
+    """The registered class.
+
+    Raises:
+        NotBuiltError: none is.
+    """
+    if (model_type, part) not in REGISTRY:
+        known = sorted({known for known, _ in REGISTRY})
+        raise NotBuiltError(
+            f"nothing is registered as {part} of model_type {model_type!r}",
+            expected=f"one of {', '.join(known)}",
+            next_step="register one: @gemma_deploy.split.register(model_type, part)",
+        )
+    return REGISTRY[model_type, part]
