@@ -104,7 +104,7 @@ def test_one_layer_of_weights_at_a_time(artifacts, case, monkeypatch):
     import weakref
 
     opened = []
-    piece = segments.Cutter.piece
+    piece = cutting.Cutter.piece
 
     def spy(self, inputs, outputs, rows=None):
         made = piece(self, inputs, outputs, rows)
@@ -115,7 +115,7 @@ def test_one_layer_of_weights_at_a_time(artifacts, case, monkeypatch):
         opened.append((weakref.ref(made), layers))
         return made
 
-    monkeypatch.setattr(segments.Cutter, "piece", spy)
+    monkeypatch.setattr(cutting.Cutter, "piece", spy)
     StrictSource(artifacts("gemma3_text", "fp32")).run([case])
     assert len({layer for _, layers in opened for layer in layers}) == 7
 
