@@ -30,8 +30,8 @@ def main(checkpoint: str, points: str, part: str) -> None:
     own = sum(value.nbytes for value in loaded.parameters())
     peak = peak_rss_bytes()
     click.echo(
-        f"{part}: {own / GIB:.2f} GiB of parameters, peak RSS {peak / GIB:.2f} GiB (own + {(peak - own) / GIB:.2f} GiB; "
-        f"{before / GIB:.2f} GiB before loading)"
+        f"{part}: {own / GIB:.2f} GiB of parameters, peak RSS {peak / GIB:.2f} GiB "
+        f"(own + {(peak - own) / GIB:.2f} GiB; {before / GIB:.2f} GiB before loading)"
     )
 
 

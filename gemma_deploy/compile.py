@@ -23,7 +23,8 @@ from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint, write_tokeni
 from gemma_deploy.errors import GateError
 from gemma_deploy.graph.contract import GRAPHS, GraphContract, Scheme
 from gemma_deploy.machine import give_memory_back
-from gemma_deploy.params import ParamTable, build_plan, write_params
+from gemma_deploy.params import ParamRow, ParamTable, build_plan, write_params
+from gemma_deploy.partition import Part, division_problems, parts_of
 from gemma_deploy.preflight import Plan, make_plan, preflight
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.recipe import Recipe, check_against_model, check_built
@@ -60,7 +61,9 @@ def open_inputs(recipe: Recipe) -> Checkpoint:
     """
     check_built(recipe)
     checkpoint = Checkpoint.open(resolve_checkpoint(recipe.frontend.checkpoint))
-    check_against_model(recipe, checkpoint.config)
+    align = recipe.frontend.model_kwargs.align_qkv
+    also = division_problems(checkpoint.config, recipe.split_points, recipe.ranks, align)
+    check_against_model(recipe, checkpoint.config, also)
     for note in dict.fromkeys((*checkpoint.notes, *checkpoint.config.warnings)):
         log.warning("%s", note)
     return checkpoint
@@ -110,7 +113,7 @@ def compile_recipe(
         with stages.stage("graphs") as stage:
             stage.child_rss_bytes = export_into(artifact.path, recipe, checkpoint, contract, table, rescaling, key)
             stage.skipped = not stage.child_rss_bytes
-            stage.bytes = sum((artifact.path / f"{graph}.onnx").stat().st_size for graph in GRAPHS)
+            stage.bytes = sum((artifact.path / file).stat().st_size for file in graph_files(recipe, checkpoint))
         with stages.stage("files"):
             copy_model_files(checkpoint, artifact.path)
         result = None
@@ -133,9 +136,19 @@ def compile_recipe(
 
 
 def contract_of(recipe: Recipe, checkpoint: Checkpoint) -> GraphContract:
-    """Names, dtypes and shapes of the graphs' inputs and outputs."""
+    """Names, dtypes and shapes of the whole model's inputs and outputs."""
     lengths = recipe.prefill_length, recipe.context_length
-    return GraphContract.of(checkpoint.config, scheme_of(recipe), recipe.batch, *lengths, recipe.dynamic)
+    return GraphContract.of(checkpoint.config, scheme_of(recipe), recipe.batch, *lengths, recipe.dynamic, recipe.ranks)
+
+
+def parts_in(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Part, ...]:
+    """What the artifact is divided into: one part, or a rank of a stage each."""
+    return parts_of(checkpoint.config.num_hidden_layers, recipe.split_points, recipe.ranks)
+
+
+def graph_files(recipe: Recipe, checkpoint: Checkpoint) -> list[str]:
+    """Every .onnx file, by its path in the artifact."""
+    return [part.file(f"{graph}.onnx") for part in parts_in(recipe, checkpoint) for graph in GRAPHS]
 
 
 def scheme_of(recipe: Recipe) -> Scheme:
@@ -193,15 +206,29 @@ def stream_params(
     recipe: Recipe, checkpoint: Checkpoint, out: Path, rescaling: Rescaling | None, progress: Progress | None
 ) -> ParamTable:
     """Step 8: every tensor read, cast or quantized, written and hashed in row blocks; resumable per tensor."""
-    plan = build_plan(checkpoint.config, scheme_of(recipe), recipe.context_length, rescaling)
-    return write_params(
-        checkpoint,
-        plan,
-        out / PARAMS,
-        journal=out / "params.journal",
-        workers=recipe.workspace.workers,
-        progress=progress,
-    )
+    parts = parts_in(recipe, checkpoint)
+    plans = [
+        build_plan(checkpoint.config, scheme_of(recipe), recipe.context_length, rescaling, part) for part in parts
+    ]
+    total = sum(spec.nbytes for plan in plans for spec in plan)
+    rows: list[ParamRow] = []
+    for part, plan in zip(parts, plans, strict=True):
+        before = sum(row.nbytes for row in rows)
+        table = write_params(
+            checkpoint,
+            plan,
+            out / part.file(PARAMS),
+            journal=out / part.file("params.journal"),
+            workers=recipe.workspace.workers,
+            progress=None if progress is None else shifted(progress, before, total),
+        )
+        rows += table.moved(part.file(PARAMS)).rows
+    return ParamTable(tuple(rows))
+
+
+def shifted(progress: Progress, before: int, total: int) -> Progress:
+    """Progress of one parameter file as that of all of them."""
+    return lambda done, _: progress(min(before + done, total), total)
 
 
 def export_into(
@@ -220,17 +247,20 @@ def export_into(
     """
     done = out / "graphs.done"
     mark = f"{key} {table.digest}"
-    if done.exists() and done.read_text() == mark and all((out / f"{graph}.onnx").exists() for graph in GRAPHS):
+    files = graph_files(recipe, checkpoint)
+    if done.exists() and done.read_text() == mark and all((out / file).exists() for file in files):
         return 0
     from gemma_deploy.graph import worker
     from gemma_deploy.graph.external import write_graph
 
     give_memory_back()  # of the parameters' row blocks
     scale = recipe.frontend.model_kwargs.embed_scale
-    task = worker.Task(checkpoint.config, scheme_of(recipe), contract, scale, table.rows, PARAMS, rescaling)
+    tables = table.files
+    rows = [(part, tables[part.file(PARAMS)].rows) for part in parts_in(recipe, checkpoint)]
+    task = worker.Task(checkpoint.config, scheme_of(recipe), contract, scale, rows, PARAMS, rescaling)
     graphs, peak = worker.export_apart(task)
-    for name, graph in graphs.items():
-        write_graph(graph, out / f"{name}.onnx")
+    for file, graph in graphs.items():
+        write_graph(graph, out / file)
     done.write_text(mark)
     return peak
 
@@ -258,6 +288,7 @@ def describe(
     key: str,
 ) -> dict[str, Any]:
     """The manifest, without parity, stages and file hashes."""
+    parts = parts_in(recipe, checkpoint)
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "name": recipe.name,
@@ -274,13 +305,29 @@ def describe(
         "model": checkpoint.config.to_dict(),
         "scheme": recipe.scheme,
         "contract": contract.to_json(),
-        "op_census": {graph: op_census(out / f"{graph}.onnx") for graph in GRAPHS},
+        "parts": [describe_part(part, contract) for part in parts] if len(parts) > 1 else [],
+        "op_census": {
+            file.removesuffix(".onnx"): op_census(out / file) for file in graph_files(recipe, checkpoint)
+        },
         "params": table.to_json(),
         "rescaling": None if rescaling is None else rescaling.to_json(),
         "parity": None,
         "stages": [],
     }
     return manifest | {"ledger": ledger_for(manifest)}
+
+
+def describe_part(part: Part, contract: GraphContract) -> dict[str, Any]:
+    """One rank of one stage: its folder, layers [start, stop), and what its graphs take and give."""
+    span = part.span
+    return {
+        "folder": part.folder,
+        "stage": span.name,
+        "layers": [span.start, span.stop],
+        "rank": part.rank,
+        "ranks": part.ranks,
+        "contract": contract.of_part(part).to_json(),
+    }
 
 
 def advice(recipe: Recipe, result: ParityResult) -> str:

@@ -18,6 +18,7 @@ from gemma_deploy.machine import Machine, gib, nearest_existing, size
 from gemma_deploy.params.plan import Scheme, build_plan
 from gemma_deploy.parity.cases import prompt_length
 from gemma_deploy.parity.maxima import SEQLEN, TEXT_WINDOWS
+from gemma_deploy.partition import parts_of
 from gemma_deploy.recipe import Recipe, check_built
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -195,9 +196,11 @@ def _needed(checkpoint: CheckpointFacts) -> dict[str, TensorFacts]:
 
 
 def parameter_bytes(recipe: Recipe, checkpoint: CheckpointFacts) -> int:
-    """Exact bytes of the tensors in params.safetensors, rotary tables included, header excluded."""
-    plan = build_plan(checkpoint.config, cast(Scheme, recipe.scheme), recipe.context_length)
-    return sum(spec.nbytes for spec in plan)
+    """Exact bytes of the tensors in all parameter files, rotary tables included, headers excluded."""
+    config, scheme = checkpoint.config, cast(Scheme, recipe.scheme)
+    parts = parts_of(config.num_hidden_layers, recipe.split_points, recipe.ranks)
+    plans = (build_plan(config, scheme, recipe.context_length, part=part) for part in parts)
+    return sum(spec.nbytes for plan in plans for spec in plan)
 
 
 def _params_stage(

@@ -280,8 +280,8 @@ RECIPES = {
         written(b"name: x\n"), (RECIPE, "frontend: missing, and required", "backend: missing, and required"), 2
     ),
     "not built": (
-        with_keys(frontend={"model_kwargs": {"tp": 4, "align_qkv": True}}),
-        ("recipe bad:", "frontend.model_kwargs.tp: 4 ranks are not built yet", "set tp: 1", "next: change the keys"), 2,
+        with_keys(frontend={"adapter": "./lora"}),
+        ("recipe bad:", "frontend.adapter: merging a LoRA adapter is not built yet", "next: change the keys"), 2,
     ),
     "undefined variable": (
         with_keys(frontend={"checkpoint": "${NOWHERE_SET}"}),

@@ -61,7 +61,7 @@ def exported_before(finished):
 
     def export(task):
         assert json.loads(json.dumps(task.contract.to_json())) == contract
-        return {name: (finished / f"{name}.onnx").read_bytes() for name in contract["graphs"]}, 1
+        return {f"{name}.onnx": (finished / f"{name}.onnx").read_bytes() for name in contract["graphs"]}, 1
 
     return export
 

@@ -36,6 +36,7 @@ class _Row(_Part):
     scheme: str
     sqnr_db: float | None = None
     signal_energy: float | None = None
+    file: str
 
 
 class _File(_Part):
@@ -114,6 +115,15 @@ class _Rescaling(_Part):
     absmax: dict[str, float]
 
 
+class _Division(_Part):
+    folder: str
+    stage: str
+    layers: list[int]
+    rank: int
+    ranks: int
+    contract: dict[str, Any]
+
+
 class _Manifest(_Part):
     """The keys that the commands read; a manifest holds more."""
 
@@ -124,6 +134,7 @@ class _Manifest(_Part):
     checkpoint: _Checkpoint
     model: _Model
     contract: _Contract
+    parts: list[_Division]
     op_census: dict[str, dict[str, int]]
     files: dict[str, _File]
     params: list[_Row]
@@ -184,8 +195,9 @@ def file_problems(artifact: Artifact, *, hashes: bool = True, missing: bool = Tr
 
 def byte_problems(artifact: Artifact) -> list[str]:
     """Which files that are there, and which tensors, are not byte for byte what was written."""
-    params = artifact.path / PARAMS
-    rows = damaged_rows(params, artifact.params) if params.is_file() else []
+    rows: list[str] = []
+    for name, table in artifact.params.files.items():
+        rows += damaged_rows(artifact.path / name, table) if (artifact.path / name).is_file() else []
     return list(dict.fromkeys([*file_problems(artifact, missing=False), *rows]))
 
 

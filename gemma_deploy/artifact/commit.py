@@ -81,17 +81,15 @@ class ArtifactDir:
 
         Killed in between, the next run finds a whole manifest and does the rest.
         """
-        params = {"params.safetensors": _params_digest(manifest)}
+        params = _params_digests(manifest)
         files = {}
-        for half in self.path.glob("*.partial"):  # of a run that was killed while it wrote
+        for half in self.path.rglob("*.partial"):  # of a run that was killed while it wrote
             half.unlink()
-        for file in sorted(self.path.iterdir()):
-            if file.name not in (MANIFEST, *SCAFFOLD):
-                files[file.name] = {
-                    "bytes": file.stat().st_size,
-                    "sha256": params.get(file.name) or _sha256(file),
-                }
-                _sync(file)
+        for file in sorted(self.path.rglob("*")):
+            name = file.relative_to(self.path).as_posix()
+            if file.is_file() and file.name not in (MANIFEST, *SCAFFOLD):
+                files[name] = {"bytes": file.stat().st_size, "sha256": params.get(name) or _sha256(file)}
+            _sync(file)
         write_json(self.path / MANIFEST, manifest | {"files": files})
         _sync(self.path / MANIFEST)
         _sync(self.path)
@@ -99,8 +97,8 @@ class ArtifactDir:
 
     def _publish(self) -> None:
         """Put the whole NAME.partial in the place of NAME."""
-        for name in SCAFFOLD:
-            (self.path / name).unlink(missing_ok=True)
+        for file in [file for file in self.path.rglob("*") if file.name in SCAFFOLD]:
+            file.unlink()
         if self.out.exists():
             self._put_aside(self.out)
         self.path.rename(self.out)
@@ -197,11 +195,11 @@ def disk_error(error: OSError, folder: Path) -> DeployError:
     )
 
 
-def _params_digest(manifest: dict[str, Any]) -> str:
-    """Stands for the parameter file: its rows carry a hash each, hashing it whole again would read it all twice."""
+def _params_digests(manifest: dict[str, Any]) -> dict[str, str]:
+    """Stand for the parameter files: their rows carry a hash each, hashing them whole would read it all twice."""
     from gemma_deploy.params import ParamTable
 
-    return "rows:" + ParamTable.from_json(manifest["params"]).digest
+    return {file: "rows:" + table.digest for file, table in ParamTable.from_json(manifest["params"]).files.items()}
 
 
 def _sha256(path: Path) -> str:

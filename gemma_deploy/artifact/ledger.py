@@ -57,7 +57,44 @@ def ledger_for(manifest: dict[str, Any]) -> list[dict[str, Any]]:
             effect if scheme == "fp32" else {},
         )
     )
+    entries += _division(manifest, effect if scheme == "fp32" else {})
     return [asdict(entry) for entry in entries]
+
+
+def _division(manifest: dict[str, Any], effect: dict[str, Any]) -> list[LedgerEntry]:
+    """What ranks and stages change: the order of sums, and where things lie."""
+    parts, model = manifest["parts"], manifest["model"]
+    ranks = parts[0]["ranks"] if parts else 1
+    entries = []
+    if ranks > 1:
+        total = parts[0]["contract"]["kv_heads"] * ranks
+        entries.append(
+            LedgerEntry(
+                f"o_proj and down_proj are summed over {ranks} ranks, in float32",
+                "self_attn.o_proj, mlp.down_proj of every layer",
+                "model_kwargs.tp; changes the order of additions only",
+                effect,
+            )
+        )
+        if total != model["num_key_value_heads"]:
+            entries.append(
+                LedgerEntry(
+                    f"{model['num_key_value_heads']} key/value heads are stored as {total}",
+                    "k_proj, v_proj and the cache of every layer",
+                    "model_kwargs.align_qkv; a head that several ranks read is repeated, its values do not change",
+                )
+            )
+    stages = list(dict.fromkeys(part["stage"] for part in parts))
+    if len(stages) > 1:
+        entries.append(
+            LedgerEntry(
+                f"cut into {len(stages)} stages in front of layers "
+                + ", ".join(str(first) for first in sorted({part["layers"][0] for part in parts}) if first),
+                ", ".join(stages),
+                "split.points; hidden states pass unrounded, a tied table lies in the first and the last stage",
+            )
+        )
+    return entries
 
 
 def _storage(manifest: dict[str, Any], scheme: str, effect: dict[str, Any]) -> LedgerEntry:

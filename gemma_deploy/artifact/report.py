@@ -40,6 +40,12 @@ checkpoint <code>{{ m.checkpoint.path }}</code>
 <table><tr><th>what</th><th>where</th><th>why</th><th>measured effect</th></tr>
 {% for e in m.ledger %}<tr><td>{{ e.what }}</td><td>{{ e.where }}</td><td>{{ e.why }}</td>
 <td>{% for k, v in e.effect.items() %}{{ k }} {{ v }}<br>{% endfor %}</td></tr>{% endfor %}</table>
+{% if m.parts %}<h2>Parts</h2>
+<table><tr><th>directory</th><th>layers</th><th>rank</th><th>takes</th><th>gives</th></tr>
+{% for p in m.parts %}<tr><td><code>{{ p.folder }}</code></td><td>{{ p.layers[0] }} to {{ p.layers[1] - 1 }}</td>
+<td>{{ p.rank }} of {{ p.ranks }}</td>
+<td>{{ 'input_ids' if p.contract.embeds else 'inputs_embeds' }}</td>
+<td>{{ 'logits' if p.contract.heads else 'hidden_states' }}</td></tr>{% endfor %}</table>{% endif %}
 <h2>Size</h2>
 <table><tr><th>kind</th><th>tensors</th><th>MiB</th></tr>
 {% for kind, count, mib in sizes %}<tr><td>{{ kind }}</td><td class="n">{{ count }}</td>

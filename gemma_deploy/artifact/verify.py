@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 
 from gemma_deploy.artifact.check import PARAMS, ROWS, file_problems, open_complete, refuse
 from gemma_deploy.artifact.manifest import MANIFEST, Artifact
-from gemma_deploy.params import damaged_rows
+from gemma_deploy.params import ParamRow, ParamTable, damaged_rows
+from gemma_deploy.partition.ranks import sharding
 
 # Scalars, shapes and slices; a weight is larger.
 LARGEST_CONSTANT_BYTES = 65536
+TABLES = ("embed_tokens", "lm_head")
 ONNX_DTYPES = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.FLOAT16: "float16",
@@ -33,16 +36,20 @@ def verify(path: Path, *, deep: bool = True, progress: Callable[[int, int], None
     artifact = open_complete(path)
     problems = file_problems(artifact) + _folder_problems(artifact)
     checked = [f"{len(artifact.manifest['files'])} files present, sizes and hashes"]
-    params = path / PARAMS
-    if deep and params.is_file():
-        problems += damaged_rows(params, artifact.params, progress=progress)
-        checked.append(f"{len(artifact.params.rows)} tensors of {PARAMS}, sha256 each")
-    for name in artifact.manifest["contract"]["graphs"]:
-        file = path / f"{name}.onnx"
-        if file.is_file():
-            problems += _graph_problems(artifact, file)
-            checked.append(f"{name}.onnx: full check, no weights inside, every tensor where its row says")
-    problems += _table_problems(artifact)
+    tables = artifact.params.files
+    for name, table in tables.items():
+        if deep and (path / name).is_file():
+            problems += damaged_rows(path / name, table, progress=progress)
+            checked.append(f"{len(table.rows)} tensors of {name}, sha256 each")
+    for folder in [part["folder"] for part in artifact.manifest["parts"]] or [""]:
+        for name in artifact.manifest["contract"]["graphs"]:
+            file = path / folder / f"{name}.onnx"
+            shown = file.relative_to(path).as_posix()
+            if file.is_file():
+                rows = tables.get((Path(folder) / PARAMS).as_posix(), ParamTable(())).rows
+                problems += _graph_problems(rows, file, shown)
+                checked.append(f"{shown}: full check, no weights inside, every tensor where its row says")
+    problems += _table_problems(artifact) + _rank_problems(artifact)
     refuse(artifact, list(dict.fromkeys(problems)))
     return checked
 
@@ -51,46 +58,70 @@ def _folder_problems(artifact: Artifact) -> list[str]:
     """Rows that are not the ones the parameter file was written with, and files the manifest does not know."""
     files = artifact.manifest["files"]
     problems = []
+    tables = artifact.params.files
     for name, facts in files.items():
-        if facts["sha256"].startswith(ROWS) and facts["sha256"] != ROWS + artifact.params.digest:
+        digest = tables[name].digest if name in tables else "none"
+        if facts["sha256"].startswith(ROWS) and facts["sha256"] != ROWS + digest:
             problems.append(f"{name}: the rows in {MANIFEST} are not the ones it was written with")
     known = {*files, MANIFEST}
-    strangers = (file.name for file in artifact.path.iterdir() if file.name not in known)
+    found = (file.relative_to(artifact.path).as_posix() for file in artifact.path.rglob("*") if file.is_file())
+    strangers = (name for name in found if name not in known)
     problems += [f"{name} does not belong to the artifact" for name in sorted(strangers)]
     return problems
 
 
-def _graph_problems(artifact: Artifact, file: Path) -> list[str]:
+def _graph_problems(params: Sequence[ParamRow], file: Path, shown: str) -> list[str]:
     try:
         onnx.checker.check_model(str(file), full_check=True)
         model = onnx.load(str(file), load_external_data=False)
     except Exception as error:  # onnx raises many kinds for a damaged file; all mean the same here
-        return [f"{file.name}: {str(error).splitlines()[0]}"]
-    rows = {row.name: row for row in artifact.params.rows}
+        return [f"{shown}: {str(error).splitlines()[0]}"]
+    rows = {row.name: row for row in params}
     problems = []
     for tensor in model.graph.initializer:
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             if tensor.ByteSize() > LARGEST_CONSTANT_BYTES:
-                problems.append(f"{file.name}: {tensor.name} lies inside the graph ({tensor.ByteSize()} bytes)")
+                problems.append(f"{shown}: {tensor.name} lies inside the graph ({tensor.ByteSize()} bytes)")
             continue
         where = {entry.key: entry.value for entry in tensor.external_data}
         row = rows.get(tensor.name)
         if row is None:
-            problems.append(f"{file.name}: {tensor.name} has no row in the manifest")
+            problems.append(f"{shown}: {tensor.name} has no row in the manifest")
             continue
         got = (where.get("location"), int(where.get("offset", 0)), int(where.get("length", 0)))
         says = (PARAMS, row.offset, row.nbytes)
         if got != says:
-            problems.append(f"{file.name}: {tensor.name} points to {got}, its row says {says}")
+            problems.append(f"{shown}: {tensor.name} points to {got}, its row says {says}")
         if (ONNX_DTYPES.get(tensor.data_type), tuple(tensor.dims)) != (row.dtype, row.shape):
-            problems.append(f"{file.name}: {tensor.name} has another dtype or shape than its row")
+            problems.append(f"{shown}: {tensor.name} has another dtype or shape than its row")
     return problems
 
 
 def _table_problems(artifact: Artifact) -> list[str]:
-    """The token table is stored once, also when the LM head reads it."""
-    model = artifact.manifest["model"]
-    shape = (model["vocab_size"], model["hidden_size"])
-    tables = [row.name for row in artifact.params.rows if row.shape == shape]
-    expected = 1 if model["tie_word_embeddings"] else 2
-    return [] if len(tables) == expected else [f"token tables stored: {', '.join(tables)}; expected {expected}"]
+    """The token table is stored once in each file that needs it, also when the LM head reads it."""
+    manifest = artifact.manifest
+    model, problems = manifest["model"], []
+    layers, tied = model["num_hidden_layers"], model["tie_word_embeddings"]
+    whole: list[dict[str, Any]] = [{"folder": "", "layers": [0, layers], "ranks": 1}]
+    for part in manifest["parts"] or whole:
+        file = (Path(part["folder"]) / PARAMS).as_posix()
+        embeds, heads = part["layers"][0] == 0, part["layers"][1] == layers
+        expected = int(embeds) + int(heads and not (tied and embeds))
+        shape = (model["vocab_size"] // part["ranks"], model["hidden_size"])
+        found = artifact.params.files.get(file, ParamTable(())).rows
+        tables = [row.name for row in found if row.shape == shape and row.name.split(".")[-2] in TABLES]
+        if len(tables) != expected:
+            problems.append(f"{file}: token tables stored: {', '.join(tables) or 'none'}; expected {expected}")
+    return problems
+
+
+def _rank_problems(artifact: Artifact) -> list[str]:
+    """What is not divided among ranks is the same in all of them."""
+    seen: dict[tuple[str, str], str] = {}
+    problems = []
+    stages = {(Path(part["folder"]) / PARAMS).as_posix(): part["stage"] for part in artifact.manifest["parts"]}
+    for row in artifact.params.rows:
+        repeated = row.file in stages and sharding(row.name) is None
+        if repeated and seen.setdefault((stages[row.file], row.name), row.sha256) != row.sha256:
+            problems.append(f"{row.file}: {row.name} is not what the other ranks have")
+    return problems

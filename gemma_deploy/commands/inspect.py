@@ -66,6 +66,7 @@ def artifact_facts(manifest: dict[str, Any]) -> dict[str, Any]:
             "parity": parity["summary"] if parity else "not run: nothing is proven",
             "lowest SQNR": f"{sqnr[worst]:.2f} dB, {worst}" if worst else "nothing is quantized",
         },
+        "parts": part_rows(manifest),
         "graphs": [port for graph in contract["graphs"] for port in _ports(graph, contract["graphs"][graph])],
         "parameters": sizes((row["dtype"], row["nbytes"]) for row in manifest["params"]),
         "operators": [
@@ -82,6 +83,20 @@ def artifact_facts(manifest: dict[str, Any]) -> dict[str, Any]:
         ],
         "made with": manifest["tool"],
     }
+
+
+def part_rows(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Stages and ranks of a divided artifact."""
+    rows = []
+    for part in manifest["parts"]:
+        own = [row["nbytes"] for row in manifest["params"] if Path(row["file"]).parent.as_posix() == part["folder"]]
+        first, stop = part["layers"]
+        rank = f"{part['rank']} of {part['ranks']}"
+        rows.append(
+            {"part": part["folder"], "layers": f"{first} to {stop - 1}", "rank": rank, "tensors": len(own)}
+            | {"MiB": round(sum(own) / MIB, 2)}
+        )
+    return rows
 
 
 def checkpoint_facts(checkpoint: Any) -> dict[str, Any]:

@@ -4,20 +4,27 @@ iter0: input_ids, attention_mask, position_ids [B,P] -> logits [B,1,V], present.
 iter1: input_ids, position_ids [B,1], attention_mask [B,C+1], past_key_values.{i}.key/value [B,Hk,C,D] ->
 logits [B,1,V], present.{i}.key/value [B,Hk,1,D] (the new entries only).
 
+The graphs of a stage (`split.points`) read inputs_embeds [B,S,H] in the place of input_ids, or return hidden_states in
+the place of logits; they have the caches of their own layers, which keep the whole model's numbers. The caches of a
+rank (`tp`) hold its heads.
+
 In dynamic graphs B, the number of new tokens and the number of cache slots are free, so iter1 also takes a prompt in
 chunks. P and C are then the largest lengths the artifact is meant for: the rotary tables have C rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from gemma_deploy.checkpoint.config import ModelConfig
+from gemma_deploy.partition import Part
+from gemma_deploy.partition.ranks import kv_heads_of
 
 Scheme = Literal["fp32", "bf16", "fp16", "w8a16"]
 GRAPHS = ("iter0", "iter1")
 PREFILL, DECODE = GRAPHS
+ENTERING, LEAVING = "inputs_embeds", "hidden_states"  # of a stage that does not embed, or has no head
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past_sequence", "past_sequence + sequence"
 
 
@@ -38,6 +45,8 @@ class GraphContract:
         batch: B; prefill: P, length of iter0; context: C, cache slots of iter1.
         cache_dtype: of past_key_values and present: float16 in fp16 artifacts, float32 in all others.
         dynamic: batch and lengths are free.
+        hidden_size: H; hidden_dtype: of what passes between stages, float16 in fp16 artifacts.
+        first_layer: `layers` are counted from it; embeds, heads: whether token ids enter and logits leave.
     """
 
     batch: int
@@ -49,29 +58,56 @@ class GraphContract:
     vocab_size: int
     cache_dtype: str
     dynamic: bool = False
+    hidden_size: int = 0
+    hidden_dtype: str = "float32"
+    first_layer: int = 0
+    embeds: bool = True
+    heads: bool = True
 
     @classmethod
     def of(
-        cls, config: ModelConfig, scheme: Scheme, batch: int, prefill: int, context: int, dynamic: bool = False
+        cls,
+        config: ModelConfig,
+        scheme: Scheme,
+        batch: int,
+        prefill: int,
+        context: int,
+        dynamic: bool = False,
+        ranks: int = 1,
     ) -> GraphContract:
-        """Contract of `config` compiled as `scheme`."""
+        """Contract of the whole of `config` compiled as `scheme`; of `ranks` ranks joined, with all their KV heads."""
+        dtype = "float16" if scheme == "fp16" else "float32"
         return cls(
             batch=batch,
             prefill=prefill,
             context=context,
             layers=config.num_hidden_layers,
-            kv_heads=config.num_key_value_heads,
+            kv_heads=kv_heads_of(config, ranks) * ranks,
             head_dim=config.head_dim,
             vocab_size=config.vocab_size,
-            cache_dtype="float16" if scheme == "fp16" else "float32",
+            cache_dtype=dtype,
             dynamic=dynamic,
+            hidden_size=config.hidden_size,
+            hidden_dtype=dtype,
+        )
+
+    def of_part(self, part: Part) -> GraphContract:
+        """Contract of one rank of one stage."""
+        span = part.span
+        return replace(
+            self,
+            layers=span.stop - span.start,
+            first_layer=span.start,
+            kv_heads=self.kv_heads // part.ranks,
+            embeds=span.embeds,
+            heads=span.heads,
         )
 
     def inputs(self, graph: str) -> tuple[Port, ...]:
         """Inputs of `iter0` or `iter1`, in order."""
         batch, seq, keys = self._sizes(graph)
         ports = [
-            Port("input_ids", "int64", (batch, seq)),
+            Port("input_ids", "int64", (batch, seq)) if self.embeds else self._hidden(ENTERING, batch, seq),
             Port("attention_mask", "int64", (batch, keys)),
             Port("position_ids", "int64", (batch, seq)),
         ]
@@ -82,7 +118,11 @@ class GraphContract:
     def outputs(self, graph: str) -> tuple[Port, ...]:
         """Outputs of `iter0` or `iter1`, in order."""
         batch, seq, _ = self._sizes(graph)
-        return (Port("logits", "float32", (batch, 1, self.vocab_size)), *self._cache("present", seq))
+        logits = Port("logits", "float32", (batch, 1, self.vocab_size))
+        return (logits if self.heads else self._hidden(LEAVING, batch, seq), *self._cache("present", seq))
+
+    def _hidden(self, name: str, batch: int | str, seq: int | str) -> Port:
+        return Port(name, self.hidden_dtype, (batch, seq, self.hidden_size))
 
     def keeps_last(self, graph: str) -> bool:
         """Whether the graph takes more than one token and slices the last before the LM head."""
@@ -109,6 +149,6 @@ class GraphContract:
         shape = (BATCH if self.dynamic else self.batch, self.kv_heads, length, self.head_dim)
         return [
             Port(f"{prefix}.{i}.{part}", self.cache_dtype, shape)
-            for i in range(self.layers)
+            for i in range(self.first_layer, self.first_layer + self.layers)
             for part in ("key", "value")
         ]

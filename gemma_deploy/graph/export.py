@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 
 import onnx_ir as ir
 
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.graph import stamp
+from gemma_deploy.graph.collectives import LEVELS
 from gemma_deploy.graph.contract import DECODE, GRAPHS, GraphContract, Scheme
 from gemma_deploy.graph.functions import used_functions
-from gemma_deploy.graph.islands import Pair, Part, dynamic_dimensions, example_inputs, own_name, parts_of
+from gemma_deploy.graph.islands import Pair, dynamic_dimensions, example_inputs, own_name, parts_of
 from gemma_deploy.graph.passes.fold import fold_constants
 from gemma_deploy.graph.passes.name_outputs import name_module_outputs
 from gemma_deploy.graph.passes.simplify import simplify
 from gemma_deploy.graph.passes.weights import hide_weights
 from gemma_deploy.graph.skeleton import build_skeleton
 from gemma_deploy.graph.trace import OPSET, trace
+from gemma_deploy.partition import Part, whole
 from gemma_deploy.quantization.rescaling import Rescaling
 
 log = logging.getLogger(__name__)
@@ -34,7 +37,7 @@ def export_graphs(
     embed_scale: str = "exact",
     rescaling: Rescaling | None = None,
 ) -> dict[str, ir.Model]:
-    """Both graphs of a model, out of one trace.
+    """Both graphs of an undivided model.
 
     Args:
         embed_scale: `exact` or `bf16`, see gemma_facts.
@@ -44,49 +47,78 @@ def export_graphs(
         ExportError: the patched model could not be traced or simplified.
         NotBuiltError: no patched model exists for this generation.
     """
-    started = time.perf_counter()
-    skeletons = {
-        graph: build_skeleton(
-            config,
-            scheme,
-            iter_num=int(graph == DECODE),
-            context=contract.context,
-            keep_last=contract.keeps_last(graph),
-            embed_scale=embed_scale,
-            rescaling=rescaling,
-        )
-        for graph in GRAPHS
-    }
-    pair = Pair(skeletons)
-    args = {graph: example_inputs(skeletons[graph], contract, graph, config.hidden_size) for graph in GRAPHS}
-    free = {graph: dynamic_dimensions(skeletons[graph], graph) for graph in GRAPHS} if contract.dynamic else None
-    model = trace(pair, (args,), None if free is None else (free,))
-    inputs = [value.name or "" for value in model.graph.inputs]
-    hidden = hide_weights(model, parameter_names(pair, config))
-    folded = fold_constants(model)
-    outputs = [value.name or "" for value in model.graph.outputs]
-    named = name_module_outputs(model)
-    outputs = [value.name or "" for value in model.graph.outputs]
-    model, removed = simplify(model, used_functions(model, OPSET))
-    log.debug(
-        "%d weights, %d nodes folded, %d module outputs named, %d nodes simplified away, %.2f s",
-        hidden, folded, named, removed, time.perf_counter() - started,
-    )  # fmt: skip
-    names = iter(inputs), iter(outputs)
-    parts = {graph: parts_of(skeletons[graph], *names, graph) for graph in GRAPHS}
-    return {graph: stamped(model, parts[graph], config, contract, graph) for graph in GRAPHS}
+    return Traced(config, scheme, contract, embed_scale, rescaling).graphs(Part(whole(config.num_hidden_layers)))
 
 
-def stamped(model: ir.Model, parts: list[Part], config: ModelConfig, contract: GraphContract, graph: str) -> ir.Model:
-    """One graph from its parts in the trace, function bodies included."""
-    kinds = dict.fromkeys(config.layer_types)
-    prefixes = {f"layer.{kind}": f"model.layers.{k}." for k, kind in enumerate(kinds)}
-    templates = stamp.cut(model, parts, prefixes)
-    whole = stamp.stamp(model, templates, config.layer_types, contract, graph)
-    for function in used_functions(whole, OPSET):
-        whole.functions[function.identifier()] = function
-        whole.opset_imports[function.domain] = 1
-    return whole
+class Traced:
+    """One trace, from which the graphs of every part of an artifact are stamped.
+
+    Args:
+        contract: of the whole model; ranks: among which every stage is divided.
+
+    Raises:
+        ExportError, NotBuiltError: see `export_graphs`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        scheme: Scheme,
+        contract: GraphContract,
+        embed_scale: str = "exact",
+        rescaling: Rescaling | None = None,
+        ranks: int = 1,
+    ) -> None:
+        started = time.perf_counter()
+        self.config, self.contract = config, contract
+        local = replace(contract, kv_heads=contract.kv_heads // ranks)
+        skeletons = {
+            graph: build_skeleton(
+                config,
+                scheme,
+                iter_num=int(graph == DECODE),
+                context=contract.context,
+                keep_last=contract.keeps_last(graph),
+                embed_scale=embed_scale,
+                rescaling=rescaling,
+                ranks=ranks,
+            )
+            for graph in GRAPHS
+        }
+        pair = Pair(skeletons)
+        args = {graph: example_inputs(skeletons[graph], local, graph, config.hidden_size) for graph in GRAPHS}
+        free = {graph: dynamic_dimensions(skeletons[graph], graph) for graph in GRAPHS} if contract.dynamic else None
+        model = trace(pair, (args,), None if free is None else (free,))
+        inputs = [value.name or "" for value in model.graph.inputs]
+        hidden = hide_weights(model, parameter_names(pair, config))
+        folded = fold_constants(model)
+        named = name_module_outputs(model)
+        outputs = [value.name or "" for value in model.graph.outputs]
+        self.model, removed = simplify(model, used_functions(model, OPSET))
+        log.debug(
+            "%d weights, %d nodes folded, %d module outputs named, %d nodes simplified away, %.2f s",
+            hidden, folded, named, removed, time.perf_counter() - started,
+        )  # fmt: skip
+        names = iter(inputs), iter(outputs)
+        parts = {graph: parts_of(skeletons[graph], *names, graph) for graph in GRAPHS}
+        prefixes = {f"layer.{kind}": f"model.layers.{k}." for k, kind in enumerate(dict.fromkeys(config.layer_types))}
+        self.templates = {graph: stamp.cut(self.model, parts[graph], prefixes) for graph in GRAPHS}
+
+    def graphs(self, part: Part) -> dict[str, ir.Model]:
+        """Both graphs of a part, function bodies included."""
+        return {graph: self._stamped(graph, part) for graph in GRAPHS}
+
+    def _stamped(self, graph: str, part: Part) -> ir.Model:
+        contract = self.contract.of_part(part)
+        model = stamp.stamp(self.model, self.templates[graph], self.config.layer_types, contract, graph)
+        if part.ranks > 1 and contract.embeds:
+            first = model.graph.initializers["model.embed_tokens.first_row"]
+            rows = self.config.vocab_size // part.ranks
+            first.const_value = ir.tensor([part.rank * rows], dtype=ir.DataType.INT64, name=first.name)
+        model.opset_imports.update({node.domain: 1 for node in model.graph if node.domain})
+        for function in used_functions(model, OPSET):
+            model.functions[function.identifier()] = function
+        return model
 
 
 def parameter_names(pair: Pair, config: ModelConfig) -> dict[str, str]:
@@ -96,6 +128,8 @@ def parameter_names(pair: Pair, config: ModelConfig) -> dict[str, str]:
     mapping = {}
     for name in names:
         target = own_name(name).replace("model.rotary.", "model.rotary_emb.")
+        for level in LEVELS:
+            target = target.replace(level, ".")
         if config.tie_word_embeddings and target.startswith("lm_head."):
             target = target.replace("lm_head.", "model.embed_tokens.")
         mapping[name] = target

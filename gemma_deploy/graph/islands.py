@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gemma_deploy.graph.collectives import all_gather
 from gemma_deploy.graph.contract import DECODE, GraphContract
 from gemma_deploy.graph.skeleton import Skeleton
 
@@ -38,7 +39,7 @@ class Islands(nn.Module):
         self.model, self.lm_head = skeleton.model.model, skeleton.model.lm_head
         self.kinds, self.softcap = skeleton.kinds, getattr(skeleton.model.config, "final_logit_softcapping", None)
         self.keep_last = bool(skeleton.model.config.insert_slice)
-        self.score_dtype, self.wide = skeleton.score_dtype, skeleton.wide
+        self.score_dtype, self.wide, self.ranks = skeleton.score_dtype, skeleton.wide, skeleton.ranks
 
     def forward(
         self,
@@ -72,7 +73,8 @@ class Islands(nn.Module):
         logits = self.lm_head(x)
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
-        return (*out, logits.float())
+        logits = logits.float()
+        return (*out, logits if self.ranks == 1 else all_gather(logits, self.ranks))
 
 
 class Pair(nn.Module):

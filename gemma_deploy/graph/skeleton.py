@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from gemma_deploy.checkpoint.config import ModelConfig
+from gemma_deploy.graph.collectives import RankEmbedding, ReducedLinear
 from gemma_deploy.graph.contract import Scheme
+from gemma_deploy.partition.ranks import row_blocks, sharding
 from gemma_deploy.patched import causal_classes, patched_module
 from gemma_deploy.quantization.rescaling import MLP, Rescaling
 
@@ -27,6 +29,7 @@ class Skeleton:
     Args:
         model: the causal LM; layer k of it is the template of every layer of kind `kinds[k]`.
         dtype: of activations.
+        ranks: among which it is divided; the model is one rank's share.
         wide: rotary embedding, scores and LM head are float32, whatever the rest is. Rounding them to float16 cost
             the real 270M more than all other roundings together (KL 1.6e-5, without 5e-6).
     """
@@ -35,6 +38,7 @@ class Skeleton:
     kinds: tuple[str, ...]
     dtype: torch.dtype
     wide: bool
+    ranks: int = 1
 
     @property
     def score_dtype(self) -> torch.dtype:
@@ -51,6 +55,7 @@ def build_skeleton(
     keep_last: bool,
     embed_scale: str = "exact",
     rescaling: Rescaling | None = None,
+    ranks: int = 1,
 ) -> Skeleton:
     """Build the patched model for tracing.
 
@@ -59,6 +64,7 @@ def build_skeleton(
         context: rows of the rotary tables.
         keep_last: put the strided slice before the LM head.
         rescaling: what of a float16 graph is stored smaller or computed in float32.
+        ranks: build one rank's share.
 
     Raises:
         NotBuiltError: no patched model exists for this generation yet.
@@ -74,13 +80,15 @@ def build_skeleton(
     )
     dtype, rescaling = TORCH_DTYPES[scheme], rescaling or Rescaling()
     model.model.embed_tokens.divisor = 2.0**rescaling.residual
-    _store(model, config, scheme, dtype)
+    _store(model, config, scheme, dtype, ranks)
     if scheme == "fp16":
         _rescale(model, rescaling)
+    if ranks > 1:
+        _divide(model, wide=scheme == "fp16")
     for rotary in model.model.rotary.values():
         rotary.freeze(*(_zeros((context, config.head_dim // 2), torch.float32) for _ in range(2)))
         rotary.wide = scheme == "fp16"
-    return Skeleton(model.eval(), kinds, dtype, scheme == "fp16")
+    return Skeleton(model.eval(), kinds, dtype, scheme == "fp16", ranks)
 
 
 def new_model(config: ModelConfig, **changes: Any) -> nn.Module:
@@ -100,7 +108,7 @@ def new_model(config: ModelConfig, **changes: Any) -> nn.Module:
     return model
 
 
-def _store(model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.dtype) -> None:
+def _store(model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.dtype, ranks: int) -> None:
     """Give every module its zero-storage weights in the form the artifact stores them."""
     weight_dtype = torch.bfloat16 if scheme == "bf16" else dtype
     quantization = patched_module("quantization_vacc")
@@ -108,7 +116,7 @@ def _store(model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.d
         for name, child in list(parent.named_children()):
             if not isinstance(child, nn.Linear) or (child is model.lm_head and config.tie_word_embeddings):
                 continue
-            shape = (child.out_features, child.in_features)
+            shape = _share(name, (child.out_features, child.in_features), config, ranks)
             if scheme == "w8a16":
                 scale = _zeros(shape[:1], torch.float32)
                 new = quantization.QuantizedLinearPerChannel(_zeros(shape, torch.int8), scale)
@@ -120,7 +128,28 @@ def _store(model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.d
             setattr(parent, name, new)
         if type(parent).__name__ == "RMSNorm":  # computes in float32: stored that way in every scheme
             parent.weight = nn.Parameter(_zeros(parent.weight.shape, torch.float32), requires_grad=False)
-    _store_table(model, config, scheme, dtype)
+    _store_table(model, config, scheme, dtype, ranks)
+
+
+def _share(module: str, shape: tuple[int, int], config: ModelConfig, ranks: int) -> tuple[int, int]:
+    """[out, in] of one rank; every rank's is the same."""
+    axis = sharding(f"{module}.weight")
+    if ranks == 1 or axis is None:
+        return shape
+    if axis == "columns":
+        return shape[0], shape[1] // ranks
+    return sum(stop - start for start, stop in row_blocks(f"{module}.weight", shape[0], config, 0, ranks)), shape[1]
+
+
+def _divide(model: nn.Module, wide: bool) -> None:
+    """Put what ranks say to each other around the shares."""
+    stored = patched_module("quantization_vacc").StoredLinear
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if sharding(f"{name}.weight") == "columns":
+                setattr(parent, name, ReducedLinear(stored(child.weight) if wide else child, wide))
+    table = model.model.embed_tokens
+    model.model.embed_tokens = RankEmbedding(table, table.weight.shape[0])
 
 
 def _rescale(model: nn.Module, rescaling: Rescaling) -> None:
@@ -141,11 +170,11 @@ def _rescale(model: nn.Module, rescaling: Rescaling) -> None:
     model.lm_head = stored(model.lm_head.weight)
 
 
-def _store_table(model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.dtype) -> None:
+def _store_table(model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.dtype, ranks: int) -> None:
     weight_dtype = torch.bfloat16 if scheme == "bf16" else dtype
     quantization = patched_module("quantization_vacc")
     embed = model.model.embed_tokens
-    shape = (config.vocab_size, config.hidden_size)
+    shape = _share("embed_tokens", (config.vocab_size, config.hidden_size), config, ranks)
     scale = embed.scale_value(dtype)
     if scheme == "w8a16":
         weight, row_scale = _zeros(shape, torch.int8), _zeros(shape[:1], torch.float32)

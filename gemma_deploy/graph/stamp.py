@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from gemma_deploy.errors import ExportError
-from gemma_deploy.graph.contract import DECODE, GraphContract, Port
+from gemma_deploy.graph.contract import DECODE, ENTERING, LEAVING, GraphContract, Port
 from gemma_deploy.graph.islands import Part, own_name
 
 DTYPES = {"int64": ir.DataType.INT64, "float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
@@ -61,14 +61,19 @@ def _output_indices(model: ir.Model, part: Part) -> list[tuple[int, str]]:
 
 
 def _ancestors(model: ir.Model, outputs: Iterable[ir.Value]) -> tuple[ir.Node, ...]:
-    wanted, stack = set(), [value.producer() for value in outputs]
+    wanted = _ancestor_set(outputs)
+    return tuple(node for node in model.graph if node in wanted)
+
+
+def _ancestor_set(outputs: Iterable[ir.Value]) -> set[ir.Node]:
+    wanted, stack = set[ir.Node](), [value.producer() for value in outputs]
     while stack:
         node = stack.pop()
         if node is None or node in wanted:
             continue
         wanted.add(node)
         stack += [value.producer() for value in node.inputs if value is not None]
-    return tuple(node for node in model.graph if node in wanted)
+    return wanted
 
 
 class Builder:
@@ -81,10 +86,13 @@ class Builder:
         self.initializers: dict[str, ir.Value] = {}
         self.inputs = {port.name: _value(port) for port in contract.inputs(graph)}
 
-    def place(self, template: Template, inputs: dict[str, ir.Value], prefix: str) -> dict[str, ir.Value]:
+    def place(
+        self, template: Template, inputs: dict[str, ir.Value], prefix: str, wanted: Iterable[str] | None = None
+    ) -> dict[str, ir.Value]:
         """Copy a template's nodes with these border inputs; returns its border outputs.
 
         Args:
+            wanted: border outputs that are needed, all by default; what only others need is left out.
             prefix: module path that replaces the template's own (`model.layers.5.`), also put before unnamed values.
         """
         mapping: dict[ir.Value, ir.Value] = {template.inputs[border]: value for border, value in inputs.items()}
@@ -104,7 +112,9 @@ class Builder:
             mapping[value] = self._initializer(value, rename(value.name or ""))
             return mapping[value]
 
-        for node in template.nodes:
+        outputs = {name: template.outputs[name] for name in (template.outputs if wanted is None else wanted)}
+        needed = set(template.nodes) if wanted is None else _ancestor_set(outputs.values())
+        for node in (node for node in template.nodes if node in needed):
             copy = ir.Node(
                 node.domain,
                 node.op_type,
@@ -118,7 +128,7 @@ class Builder:
                 new.type, new.shape = old.type, _known(old.shape)
                 mapping[old] = new
             self.nodes.append(copy)
-        return {border: mapping.get(value, value) for border, value in template.outputs.items()}
+        return {border: mapping.get(value, value) for border, value in outputs.items()}
 
     def _initializer(self, source: ir.Value, name: str) -> ir.Value:
         """A weight (no data yet) or a small constant shared by all layers."""
@@ -171,16 +181,25 @@ def _qualified(name: str, rename: Callable[[str], str], prefix: str) -> str:
 def stamp(
     source: ir.Model, templates: dict[str, Template], layer_types: tuple[str, ...], contract: GraphContract, graph: str
 ) -> ir.Model:
-    """Build the whole graph of `layer_types`.
+    """Build the graph of the layers in `contract`.
+
+    Args:
+        layer_types: of the whole model.
 
     Raises:
         ExportError: an input of a part is left unconnected.
     """
     build = Builder(source, contract, graph)
-    ids = {name: build.inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
-    shared = build.place(templates["prologue"], ids, "prologue.")
-    hidden, outputs = shared["hidden"], dict[str, ir.Value]()
-    for i, kind in enumerate(layer_types):
+    layers = range(contract.first_layer, contract.first_layer + contract.layers)
+    kinds = dict.fromkeys(layer_types[i] for i in layers)
+    wanted = [f"{what}.{kind}" for kind in kinds for what in ("mask", "cos", "sin")]
+    names = ("input_ids", "attention_mask", "position_ids") if contract.embeds else ("attention_mask", "position_ids")
+    given = {name: build.inputs[name] for name in names}
+    shared = build.place(templates["prologue"], given, "prologue.", [*(("hidden",) * contract.embeds), *wanted])
+    hidden = shared["hidden"] if contract.embeds else build.inputs[ENTERING]
+    outputs = dict[str, ir.Value]()
+    for i in layers:
+        kind = layer_types[i]
         inputs = {"hidden": hidden, **{what: shared[f"{what}.{kind}"] for what in ("cos", "sin", "mask")}}
         if graph == DECODE:
             for part in ("key", "value"):
@@ -188,5 +207,8 @@ def stamp(
         result = build.place(templates[f"layer.{kind}"], inputs, f"model.layers.{i}.")
         hidden = result["hidden"]
         outputs |= {f"present.{i}.{part}": result[f"present.{part}"] for part in ("key", "value")}
-    outputs["logits"] = build.place(templates["epilogue"], {"hidden": hidden}, "epilogue.")["logits"]
+    if contract.heads:
+        outputs["logits"] = build.place(templates["epilogue"], {"hidden": hidden}, "epilogue.")["logits"]
+    else:
+        outputs[LEAVING] = hidden
     return build.finish(outputs, dict(source.opset_imports))

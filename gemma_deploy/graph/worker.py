@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.errors import DeployError, ExportError
 from gemma_deploy.graph.contract import GraphContract, Scheme
+from gemma_deploy.partition import Part
 from gemma_deploy.quantization.rescaling import Rescaling
 
 if TYPE_CHECKING:
@@ -26,29 +27,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """What `export_graphs` and `attach_external` need."""
+    """What `Traced` and `attach_external` need.
+
+    Args:
+        contract: of the whole model; rows: of each part's parameter file, which is `location` beside its graphs.
+    """
 
     config: ModelConfig
     scheme: Scheme
     contract: GraphContract
     embed_scale: str
-    rows: Sequence[Row]
+    rows: Sequence[tuple[Part, Sequence[Row]]]
     location: str
     rescaling: Rescaling | None = None
 
 
 def export_here(task: Task) -> dict[str, bytes]:
-    """Both graphs as .onnx files, pointing into the parameter file.
+    """Both graphs of every part as .onnx files by their path in the artifact, pointing into the parameter file.
 
     Raises:
         ExportError, NotBuiltError: see export.py and external.py.
     """
-    from gemma_deploy.graph.export import export_graphs
+    from gemma_deploy.graph.export import Traced
     from gemma_deploy.graph.external import attach_external, serialized
 
-    graphs = export_graphs(task.config, task.scheme, task.contract, task.embed_scale, task.rescaling)
-    attach_external(graphs, task.rows, task.location)
-    return {name: serialized(graph) for name, graph in graphs.items()}
+    ranks = task.rows[0][0].ranks
+    traced = Traced(task.config, task.scheme, task.contract, task.embed_scale, task.rescaling, ranks)
+    files = {}
+    for part, rows in task.rows:
+        graphs = traced.graphs(part)
+        attach_external(graphs, rows, task.location)
+        files.update({part.file(f"{name}.onnx"): serialized(graph) for name, graph in graphs.items()})
+    return files
 
 
 def export_apart(task: Task) -> tuple[dict[str, bytes], int]:

@@ -7,10 +7,12 @@ constant inside the graph.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from gemma_deploy.checkpoint import ModelConfig, Rope, expected_tensors
+from gemma_deploy.partition import Part, whole
+from gemma_deploy.partition.ranks import Blocks, row_blocks, sharding
 from gemma_deploy.quantization.rescaling import Rescaling
 
 Scheme = Literal["fp32", "fp16", "bf16", "w8a16"]
@@ -30,6 +32,8 @@ class ParamSpec:
     Args:
         shift: the source is multiplied by 2**shift.
         gain_exponent: of a norm, whose gain (1 + weight) is divided by 2**gain_exponent.
+        rows: blocks [start, stop) of the source's rows that are taken, in order; () for all of them.
+        columns: [start, stop) of the source's columns. Scales are those of whole rows.
     """
 
     name: str
@@ -41,6 +45,8 @@ class ParamSpec:
     value: float | None = None
     shift: int = 0
     gain_exponent: int = 0
+    rows: Blocks = ()
+    columns: tuple[int, int] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -49,7 +55,11 @@ class ParamSpec:
 
 
 def build_plan(
-    config: ModelConfig, scheme: Scheme, context_length: int, rescaling: Rescaling | None = None
+    config: ModelConfig,
+    scheme: Scheme,
+    context_length: int,
+    rescaling: Rescaling | None = None,
+    part: Part | None = None,
 ) -> tuple[ParamSpec, ...]:
     """Every parameter of the model in model order, then the rotary tables.
 
@@ -59,10 +69,14 @@ def build_plan(
             the scale factor of every attention as parameters, [1] each, because rescaling makes them differ by layer.
         context_length: positions the rotary half tables [context_length, head_dim / 2] cover.
         rescaling: powers of two folded into what fp16 stores.
+        part: only what this part of a divided artifact holds. Names are the whole model's.
     """
-    rescaling = rescaling or Rescaling()
+    rescaling, part = rescaling or Rescaling(), part or Part(whole(config.num_hidden_layers))
+    span = part.span
     specs: list[ParamSpec] = []
     for name, shape in expected_tensors(config).items():
+        if not span.holds(name, config.tie_word_embeddings):
+            continue
         module = name.removesuffix(".weight")
         if len(shape) == 1:
             gain = rescaling.of(f"{module}.out")
@@ -77,13 +91,28 @@ def build_plan(
             shift = rescaling.linear_shift(module) if ".layers." in name else 0
             specs.append(ParamSpec(name, shape, MATRIX_DTYPE[scheme], "cast", name, shift=shift))
     if scheme == "fp16":
-        specs += [_attention_scale(config, layer, rescaling) for layer in range(config.num_hidden_layers)]
+        specs += [_attention_scale(config, layer, rescaling) for layer in range(span.start, span.stop)]
     half = (context_length, config.head_dim // 2)
-    for layer_type, rope in config.rope.items():
+    kinds = config.layer_types[span.start : span.stop]
+    for layer_type, rope in ((kind, rope) for kind, rope in config.rope.items() if kind in kinds):
         for table in ("cos", "sin"):
             name = f"model.rotary_emb.{layer_type}.{table}"
             specs.append(ParamSpec(name, half, ROTARY_DTYPE[scheme], "constant", rope=rope))
-    return tuple(specs)
+    return tuple(specs) if part.ranks == 1 else tuple(_of_rank(spec, config, part) for spec in specs)
+
+
+def _of_rank(spec: ParamSpec, config: ModelConfig, part: Part) -> ParamSpec:
+    """What one rank holds of a tensor."""
+    axis = None if spec.source is None else sharding(spec.name)
+    if axis == "rows":
+        blocks = row_blocks(spec.name, spec.shape[0], config, part.rank, part.ranks)
+        count = sum(stop - start for start, stop in blocks)
+        return replace(spec, shape=(count, *spec.shape[1:]), rows=blocks)
+    if axis == "columns":
+        rows, columns = spec.shape
+        span = (part.rank * columns // part.ranks, (part.rank + 1) * columns // part.ranks)
+        return replace(spec, shape=(rows, span[1] - span[0]), columns=span)
+    return spec
 
 
 def _attention_scale(config: ModelConfig, layer: int, rescaling: Rescaling) -> ParamSpec:

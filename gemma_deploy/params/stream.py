@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -138,8 +138,16 @@ def _write_constant(sink: Sink, buffers: Buffers, block_bytes: int) -> ParamRow:
 
 def _write_cast(sink: Sink, blocks: Iterator[tuple[torch.Tensor, torch.Tensor]], buffers: Buffers) -> ParamRow:
     for block, _ in blocks:
-        sink.write(_narrow(_rescaled(block, sink.spec, buffers), sink.spec, buffers))
+        sink.write(_narrow(_rescaled(_columns(block, sink.spec, buffers), sink.spec, buffers), sink.spec, buffers))
     return sink.row()
+
+
+def _columns(block: torch.Tensor, spec: ParamSpec, buffers: Buffers) -> torch.Tensor:
+    """The columns of the block that are written, contiguous."""
+    if spec.columns is None:
+        return block
+    part = block[:, slice(*spec.columns)]
+    return buffers.take("columns", tuple(part.shape), block.dtype).copy_(part)
 
 
 def _rescaled(block: torch.Tensor, spec: ParamSpec, buffers: Buffers) -> torch.Tensor:
@@ -170,7 +178,7 @@ def _write_int8(
         scratch = buffers.take("scratch", tuple(block.shape), torch.float32)
         all_scales[part] = row_scales(absmax.float())
         signal[part], error[part] = quantize_rows_(wide, all_scales[part], q, scratch)
-        weight.write(q)
+        weight.write(_columns(q, weight.spec, buffers))
     scales.write(all_scales)
     energy = float(signal.numpy().sum())
     sqnr = sqnr_db(energy, float(error.numpy().sum()))
@@ -207,9 +215,9 @@ def _checked_blocks(
     mask = torch.iinfo(integer).max
     finite = int(torch.tensor(torch.finfo(dtype).max, dtype=dtype).view(integer))
     largest = torch.finfo(torch.float32 if spec.dtype == "int8" else getattr(torch, spec.dtype)).max
-    rows, cols = spec.shape[0], math.prod(spec.shape[1:])
+    cols = math.prod(info.shape[1:])
     bad = _BadRows(name, spec.dtype, largest)
-    for start, stop in _spans(rows, cols * dtype.itemsize, block_bytes):
+    for start, stop in _row_spans(spec.rows or ((0, info.shape[0]),), cols * dtype.itemsize, block_bytes):
         array = (source.raw_rows if raw else source.rows)(name, start, stop)
         block = torch.from_numpy(array).view(dtype).view(stop - start, cols)
         bits = buffers.take("bits", (stop - start, cols), integer)
@@ -242,6 +250,12 @@ class _BadRows:
     def refuse(self) -> None:
         if self.count:
             raise BadTensorError(self.first + (f"; {self.count} rows are affected" if self.count > 1 else ""))
+
+
+def _row_spans(blocks: Sequence[tuple[int, int]], row_bytes: int, block_bytes: int) -> Iterator[tuple[int, int]]:
+    for first, last in blocks:
+        for start, stop in _spans(last - first, row_bytes, block_bytes):
+            yield first + start, first + stop
 
 
 def _spans(rows: int, row_bytes: int, block_bytes: int) -> Iterator[tuple[int, int]]:

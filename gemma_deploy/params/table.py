@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ class ParamRow:
 
     Args:
         offset: absolute in the file.
-        sqnr_db: of quantized weights; None where nothing was rounded away.
+        sqnr_db: of quantized weights; None where nothing was rounded away. Where a rank holds some columns: of whole
+            rows.
+        file: the parameter file, relative to the artifact.
         signal_energy: sum of squares of what was quantized, so that errors of several tensors can be added up.
     """
 
@@ -37,6 +39,7 @@ class ParamRow:
     scheme: str
     sqnr_db: float | None = None
     signal_energy: float | None = None
+    file: str = "params.safetensors"
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,18 @@ class ParamTable:
             if row.name == name:
                 return row
         raise KeyError(name)
+
+    @property
+    def files(self) -> dict[str, ParamTable]:
+        """The table of each parameter file; one but for a divided artifact."""
+        found: dict[str, list[ParamRow]] = {}
+        for row in self.rows:
+            found.setdefault(row.file, []).append(row)
+        return {file: ParamTable(tuple(rows)) for file, rows in found.items()}
+
+    def moved(self, file: str) -> ParamTable:
+        """The same rows in another file."""
+        return ParamTable(tuple(replace(row, file=file) for row in self.rows))
 
     @property
     def file_bytes(self) -> int:

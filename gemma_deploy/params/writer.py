@@ -236,7 +236,7 @@ def _key(plan: Sequence[ParamSpec], layout: Layout, fingerprint: str) -> str:
     digest.update(layout.header)
     digest.update(fingerprint.encode())
     package = Path(__file__).resolve().parents[1]
-    for part in ("checkpoint", "params", "quantization"):
+    for part in ("checkpoint", "params", "partition", "quantization"):
         for source in sorted((package / part).glob("*.py")):
             digest.update(f"\0{part}/{source.name}\0".encode() + source.read_bytes())
     for name in ("torch", "numpy", "gguf"):

@@ -135,7 +135,8 @@ def _inside(
     """The first module inside a layer that leaves tolerance."""
     prefix = f"model.layers.{layer}."
     graph = strict.graphs["iter1"]
-    inside = [prefix + name for name in ORDER if name.endswith(".in") or prefix + name in graph.values]
+    whole = f"{prefix}self_attn.q_proj.out" in graph.values  # else every rank has shares of what lies between linears
+    inside = [prefix + name for name in ORDER if (whole and name.endswith(".in")) or prefix + name in graph.values]
     expected: dict[str, np.ndarray] = {}
     twin.modules(case, row, inside.__contains__, expected.__setitem__)
     state = _start_at(strict, case, row, layer_input(layer), entering)

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from gemma_deploy.errors import ArtifactError
-from gemma_deploy.runtime.session import VERIFY, load_graph
+from gemma_deploy.runtime.session import VERIFY, Stages, load_graph
 from gemma_deploy.runtime.strict import lower
 
 POSITIONS = 128
@@ -23,11 +23,11 @@ class Cutter:
     """Pieces of one graph as sessions.
 
     Args:
-        folder: the artifact's directory; graph: `iter0` or `iter1`.
+        folder: the artifact's directory; graph: `iter0` or `iter1`; stages: of a divided artifact, which is joined.
     """
 
-    def __init__(self, folder: Path, graph: str) -> None:
-        self.folder, self.model = folder, load_graph(folder / f"{graph}.onnx")
+    def __init__(self, folder: Path, graph: str, stages: Stages = ()) -> None:
+        self.folder, self.model = folder, load_graph(folder / f"{graph}.onnx", stages)
         self.where = str(folder / f"{graph}.onnx")
         self.values = {value.name: value for node in self.model.graph for value in node.outputs}
         self.values |= {value.name: value for value in self.model.graph.inputs}
@@ -56,6 +56,16 @@ class Cutter:
         functions = list(self.model.functions.values())
         model = ir.Model(graph, ir_version=self.model.ir_version, functions=functions)
         return Piece(_open(model, self.folder), tuple(inputs), tuple(outputs))
+
+    def linears(self, out: str) -> list[str]:
+        """What the linear that makes `out` makes: itself, or every rank's share of it."""
+        for share in (out, out.removesuffix(".out") + ".partial.out"):
+            ranks: list[str] = []
+            while (name := f"rank{len(ranks)}.{share}") in self.values:
+                ranks.append(name)
+            if ranks:
+                return ranks
+        return [out]
 
     def in_blocks(self, entering: str, leaving: str, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """A linear, a block of rows of its matrix after the other.

@@ -21,7 +21,7 @@ from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.cutting import DECODE_INPUTS, EMBEDDED, LOGITS, NORMED, Cutter, by_position
 from gemma_deploy.parity.sources import Features
 from gemma_deploy.quantization.rescaling import Rescaling
-from gemma_deploy.runtime.contract import StaticContract, read_contract, read_manifest
+from gemma_deploy.runtime.contract import StaticContract, read_contract, read_manifest, stages_of
 
 CHOSEN = "lm_head.in"  # what the LM head reads: in prefill a slice of the final norm
 # The linears of a layer in the order they depend on each other.
@@ -96,7 +96,8 @@ class StrictSource:
         manifest = manifest if manifest is not None else read_manifest(self.path)
         self.contract = read_contract(self.path, manifest)
         self.rescaling = Rescaling.of_manifest(manifest or {})
-        self.graphs = {graph: Cutter(self.path, graph) for graph in ("iter0", "iter1")}
+        stages = stages_of(manifest)
+        self.graphs = {graph: Cutter(self.path, graph, stages) for graph in ("iter0", "iter1")}
         self.layers = len(self.contract.caches) // 2
 
     def run(self, cases: Sequence[Case]) -> Features:
@@ -152,7 +153,8 @@ class StrictSource:
         known = [layer_input(layer), *DECODE_INPUTS]
         values = {name: cutter.value(name) for name in kept}
         for level in LEVELS:
-            linears = [f"model.layers.{layer}.{name}.out" for name in level]
+            names = [f"model.layers.{layer}.{name}.out" for name in level]
+            linears = [share for name in names for share in cutter.linears(name)]
             inputs = [cutter.linear_input(linear) for linear in linears]
             widest = [name for name in known if name.endswith(ONLY_FOR_DOWN) and name not in values.values()]
             spent = widest if "mlp.down_proj" in level else []
@@ -192,7 +194,8 @@ class StrictSource:
         entering_name = cutter.logits_input()
         dtype = cutter.values[entering_name].dtype
         entering = features[None].astype(dtype.numpy() if dtype is not None else np.float32)
-        return cutter.in_blocks(entering_name, LOGITS, [entering])[0][0]
+        shares = [cutter.in_blocks(entering_name, share, [entering])[0][0] for share in cutter.linears(LOGITS)]
+        return np.concatenate(shares, axis=-1) if len(shares) > 1 else shares[0]
 
 
 def _apply(cutter: Cutter, name: str, linear: str, runs: Sequence[Run], together: bool) -> None:

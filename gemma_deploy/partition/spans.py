@@ -98,7 +98,9 @@ def recommended_points(config: ModelConfig, parts: int = 3, sizes: Mapping[str, 
     """
     layers = config.num_hidden_layers
     if not 1 <= parts <= layers:
-        raise UsageError(f"{layers} layers do not make {parts} parts of at least one layer each")
+        raise UsageError(
+            f"{layers} layers do not make {parts} parts of at least one layer each", next_step="ask for fewer parts"
+        )
     if parts == 1:
         return ()
 

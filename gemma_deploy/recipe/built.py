@@ -12,17 +12,11 @@ BUILT_SCHEMES = ("fp32", "fp16", "bf16", "w8a16")
 # (is it asked for?, one sentence). Building a feature removes its line.
 _NOT_BUILT: tuple[tuple[Callable[[Recipe], bool], Callable[[Recipe], str]], ...] = (
     (
-        lambda recipe: recipe.frontend.model_kwargs.tp > 1,
+        # With one sequence the batch-to-sequence layout [1, batch * seq, hidden] is the usual one.
+        lambda recipe: recipe.frontend.model_kwargs.b2s and (recipe.batch > 1 or recipe.dynamic),
         lambda recipe: (
-            f"frontend.model_kwargs.tp: {recipe.frontend.model_kwargs.tp} ranks are not built yet; "
-            "this version writes one rank, so set tp: 1"
-        ),
-    ),
-    (
-        lambda recipe: recipe.frontend.model_kwargs.b2s,
-        lambda recipe: (
-            "frontend.model_kwargs.b2s: the batch-to-sequence layout is not built yet; "
-            "this version writes the low-latency layout, so set b2s: false"
+            "frontend.model_kwargs.b2s: the batch-to-sequence layout of more than one sequence is not built yet; "
+            "this version writes the low-latency layout, so set b2s: false, or frontend.shape.batch: 1"
         ),
     ),
     (

@@ -47,6 +47,7 @@ class Recipe(sections.Section):
 
     name: Annotated[str, Field(min_length=1)]
     frontend: sections.Frontend
+    split: sections.Split = sections.Split()
     graph: sections.Graph = sections.Graph()
     dataset: sections.Dataset = sections.Dataset()
     backend: sections.Backend
@@ -137,6 +138,16 @@ class Recipe(sections.Section):
     def dynamic(self) -> bool:
         """Whether batch and lengths are free in the graphs."""
         return self.frontend.shape.dynamic
+
+    @property
+    def split_points(self) -> tuple[int, ...]:
+        """Layers that begin a new stage."""
+        return tuple(self.split.points)
+
+    @property
+    def ranks(self) -> int:
+        """Tensor-parallel ranks of every stage (`model_kwargs.tp`)."""
+        return self.frontend.model_kwargs.tp
 
     @property
     def scheme(self) -> str:

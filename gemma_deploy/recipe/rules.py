@@ -6,7 +6,7 @@ A rule names the keys it reads; it is skipped when one of them is wrong already,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from gemma_deploy.errors import RecipeError
@@ -163,43 +163,20 @@ class ModelFacts(Protocol):
     """The part of `checkpoint.ModelConfig` the recipe is checked against, by its names in config.json."""
 
     @property
-    def num_attention_heads(self) -> int:
-        """Query heads."""
-
-    @property
-    def num_key_value_heads(self) -> int:
-        """Heads of the KV cache."""
-
-    @property
-    def intermediate_size(self) -> int:
-        """Columns of the MLP."""
-
-    @property
     def max_position_embeddings(self) -> int:
         """Longest context the model was made for."""
 
 
-def check_against_model(recipe: Recipe, config: ModelFacts) -> None:
+def check_against_model(recipe: Recipe, config: ModelFacts, also: Sequence[str] = ()) -> None:
     """Refuse a recipe the model cannot follow.
+
+    Args:
+        also: problems found elsewhere (`partition.division_problems`), told together with these.
 
     Raises:
         RecipeError: lists every key that contradicts the checkpoint's config.
     """
-    problems: list[str] = []
-    tp, align = recipe.frontend.model_kwargs.tp, recipe.frontend.model_kwargs.align_qkv
-    if config.num_attention_heads % tp:
-        problems.append(
-            f"frontend.model_kwargs.tp: {tp} ranks do not divide the {config.num_attention_heads} attention heads"
-        )
-    if config.num_key_value_heads % tp and not align:
-        problems.append(
-            f"frontend.model_kwargs.tp: {tp} ranks do not divide the {config.num_key_value_heads} key/value heads; "
-            "set frontend.model_kwargs.align_qkv: true to repeat them"
-        )
-    if config.intermediate_size % tp:
-        problems.append(
-            f"frontend.model_kwargs.tp: {tp} ranks do not divide the intermediate_size {config.intermediate_size}"
-        )
+    problems = list(also)
     if recipe.context_length > config.max_position_embeddings:
         problems.append(
             f"frontend.shape.input_ids: context length {recipe.context_length} is longer than the model's "

@@ -96,6 +96,12 @@ class Frontend(Section):
     dtype: VendorOnly = None
 
 
+class Split(Section):
+    """Stages for several devices: `points: [6, 12]` begins a new one in front of layers 6 and 12."""
+
+    points: list[Positive] = []
+
+
 class Dataset(Section):
     """Text the calibrated quantizers look at."""
 

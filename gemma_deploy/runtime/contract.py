@@ -120,6 +120,14 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def stages_of(manifest: Mapping[str, Any] | None) -> tuple[tuple[str, ...], ...]:
+    """Folders of a divided artifact, the ranks of each stage together; () of an undivided one."""
+    stages: dict[str, list[str]] = {}
+    for part in (manifest or {}).get("parts") or ():
+        stages.setdefault(str(part["stage"]), []).append(str(part["folder"]))
+    return tuple(map(tuple, stages.values()))
+
+
 def read_contract(path: Path, manifest: Mapping[str, Any] | None) -> StaticContract:
     """The contract of an artifact.
 

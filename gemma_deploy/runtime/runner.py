@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from gemma_deploy.errors import UsageError
-from gemma_deploy.runtime.contract import check_session, read_contract, read_manifest
-from gemma_deploy.runtime.session import Mode, open_session
+from gemma_deploy.runtime.contract import check_session, read_contract, read_manifest, stages_of
+from gemma_deploy.runtime.session import Mode, load_graph, open_session
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -43,7 +43,8 @@ class StaticRunner:
     """Prefill and decode graphs with their caches.
 
     Args:
-        artifact_dir: directory with iter0.onnx, iter1.onnx, params.safetensors and (when finished) manifest.json.
+        artifact_dir: directory with iter0.onnx, iter1.onnx, params.safetensors and (when finished) manifest.json. The
+            parts of a divided artifact run joined, in one session on this machine.
         mode: see session.py.
         threads: of one operator; 0 for as many as there are cores.
         outputs: inner values (`MODULE.out`) to keep in `values` after every call; those a graph lacks are left out.
@@ -73,6 +74,7 @@ class StaticRunner:
         self.threads = threads
         self.manifest: Mapping[str, Any] | None = manifest if manifest is not None else read_manifest(self.path)
         self.contract = read_contract(self.path, self.manifest)
+        self._stages = stages_of(self.manifest)
         self.one_prompt = one_prompt
         self.load_seconds = 0.0
         self._arrays: dict[str, np.ndarray] = {}
@@ -197,14 +199,11 @@ class StaticRunner:
     def _open(self, graph: str) -> tuple[ort.InferenceSession, list[str]]:
         file = self.path / f"{graph}.onnx"
         extra = []
-        if self._outputs and file.exists():
-            import onnx
-
-            proto = onnx.load(str(file), load_external_data=False).graph
-            known = {output for node in proto.node for output in node.output}
+        if self._outputs:
+            known = {value.name for node in load_graph(file, self._stages).graph for value in node.outputs}
             extra = [name for name in self._outputs if name in known]
         started = time.perf_counter()
-        session = open_session(file, self.mode, self.threads, extra, arrays=self._arrays)
+        session = open_session(file, self.mode, self.threads, extra, arrays=self._arrays, stages=self._stages)
         self.load_seconds += time.perf_counter() - started
         check_session(session, self.contract, graph, file)
         return session, extra

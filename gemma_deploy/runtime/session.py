@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 Mode = Literal["strict", "fast"]
+Stages = Sequence[Sequence[str]]  # folders of the ranks of each stage; none of an undivided artifact
 PARAMS = "params.safetensors"
 VERIFY = "run `gemma-deploy verify` on the artifact, then compile it again"
 
@@ -36,6 +37,7 @@ def open_session(
     *,
     arrays: dict[str, np.ndarray] | None = None,
     dump: Path | None = None,
+    stages: Stages = (),
 ) -> ort.InferenceSession:
     """Open a graph on the CPU.
 
@@ -46,6 +48,7 @@ def open_session(
         outputs: inner values to return after the graph's own outputs.
         arrays: weights in the fast kernel's form, shared by the sessions of one artifact: filled and read.
         dump: where ORT writes the graph that it will really run.
+        stages: folders of a divided artifact's parts, whose graphs of this name are joined.
 
     Raises:
         ArtifactError: a file is missing, a value unknown, or ONNX Runtime refuses the graph.
@@ -62,7 +65,7 @@ def open_session(
         options.optimized_model_filepath = str(dump)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     arrays = arrays if arrays is not None else {}
-    model, names = changed_graph(path, mode, outputs, arrays)
+    model, names = changed_graph(path, mode, outputs, arrays, stages)
     given = [ort.OrtValue.ortvalue_from_numpy(arrays[name]) for name in names]
     if given:
         options.add_external_initializers(names, given)
@@ -75,8 +78,25 @@ def open_session(
     return session
 
 
-def load_graph(path: Path) -> ir.Model:
-    """An .onnx file of an artifact, its parameters where they lie.
+def load_graph(path: Path, stages: Stages = ()) -> ir.Model:
+    """A graph of an artifact, its parameters where they lie.
+
+    Args:
+        path: the .onnx file; of a divided artifact where an undivided one would have it.
+        stages: folders of the parts whose graphs are joined.
+
+    Raises:
+        ArtifactError: a file is missing, or it is no ONNX graph.
+    """
+    if not stages:
+        return load_file(path)
+    from gemma_deploy.runtime.join import join
+
+    return join(path.parent, path.stem, stages)
+
+
+def load_file(path: Path) -> ir.Model:
+    """One .onnx file with its parameter file beside it.
 
     Raises:
         ArtifactError: the file or params.safetensors is missing, or it is no ONNX graph.
@@ -93,7 +113,7 @@ def load_graph(path: Path) -> ir.Model:
 
 
 def changed_graph(
-    path: Path, mode: Mode, outputs: Sequence[str], arrays: dict[str, np.ndarray]
+    path: Path, mode: Mode, outputs: Sequence[str], arrays: dict[str, np.ndarray], stages: Stages = ()
 ) -> tuple[bytes, list[str]]:
     """The graph as it is handed to ORT, lowered and with inner values among its outputs; it holds no weights.
 
@@ -107,7 +127,7 @@ def changed_graph(
 
     from gemma_deploy.runtime import fast, strict
 
-    model = load_graph(path)
+    model = load_graph(path, stages)
     names: list[str] = []
     if mode == "strict":
         model = strict.lower(model)

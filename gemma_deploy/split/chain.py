@@ -43,6 +43,7 @@ class SplitChain(PreTrainedModel, GenerationMixin):
             raise UsageError(
                 f"these parts are no whole model: {held or 'none'}",
                 expected="bottom, trunk(s) and top of one checkpoint, in order and without a gap",
+                next_step="pass all parts that ModelFactory.create_split_models returned",
             )
         config_class, _ = causal_classes(model.model_type)
         raw = {key: value for key, value in model.raw.items() if key != "auto_map"}
@@ -66,7 +67,9 @@ class SplitChain(PreTrainedModel, GenerationMixin):
         names = read_split(Path(directory))
         devices = [device] * len(names) if isinstance(device, str) else list(device)
         if len(devices) != len(names):
-            raise UsageError(f"{len(devices)} devices for {len(names)} parts: {', '.join(names)}")
+            raise UsageError(
+                f"{len(devices)} devices for {len(names)} parts: {', '.join(names)}", next_step="name one for each part"
+            )
         return cls([load_part(Path(directory) / name, at) for name, at in zip(names, devices, strict=True)])
 
     @property

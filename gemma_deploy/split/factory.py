@@ -62,7 +62,7 @@ class ModelFactory:
         spans = spans_of(config.num_hidden_layers, points or recommended_points(config))
         devices = [device] * len(spans) if isinstance(device, str) else list(device)
         if len(devices) != len(spans):
-            raise UsageError(f"{len(devices)} devices for {len(spans)} parts")
+            raise UsageError(f"{len(devices)} devices for {len(spans)} parts", next_step="name one for each part")
         return tuple(
             from_pretrained_split(checkpoint, span, device=at, dtype=dtype)
             for span, at in zip(spans, devices, strict=True)
@@ -168,7 +168,8 @@ def load_part(directory: str | Path, device: str = "cpu", dtype: torch.dtype | N
         raise CheckpointError(
             f"is not the config of a part ({type(error).__name__}: {error})",
             where=str(file),
-            expected=f"config.json with {PART_KEY}, as `gemma-deploy split` writes it",
+            expected=f"config.json with {PART_KEY}",
+            next_step="make parts with `gemma-deploy split`, or with save_part",
         ) from error
     config = ModelConfig.from_dict(raw, str(file))
     span = Span(name, start, stop, start == 0, stop == config.num_hidden_layers)
@@ -182,6 +183,7 @@ def load_part(directory: str | Path, device: str = "cpu", dtype: torch.dtype | N
                 raise CheckpointError(
                     f"{local} is {list(value.shape)}, expected {list(mapper.shapes[source])}",
                     where=str(directory / WEIGHTS),
+                    next_step="split the checkpoint again with `gemma-deploy split`",
                 )
             _assign(part, local, value if dtype is None else value.to(dtype))
     return part.eval()

@@ -218,5 +218,5 @@ def test_the_tied_table_twice(demo_copy):
         manifest["params"].append(table | {"name": "lm_head.weight"})
 
     change_manifest(demo_copy, double)
-    expected = "token tables stored: model.embed_tokens.weight, lm_head.weight; expected 1"
+    expected = "params.safetensors: token tables stored: model.embed_tokens.weight, lm_head.weight; expected 1"
     assert expected in problems(demo_copy, deep=False)

@@ -10,6 +10,7 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import ExportError, NotBuiltError
 from gemma_deploy.graph.worker import Task, export_apart, export_here
 from gemma_deploy.params import build_plan, write_params
+from gemma_deploy.partition import Part, whole
 from gemma_deploy.testing import write_tiny_checkpoint
 from tests.exporting import contract_of
 
@@ -21,7 +22,8 @@ def task(tmp_path_factory):
     contract = contract_of(checkpoint.config, "w8a16")
     plan = build_plan(checkpoint.config, "w8a16", contract.context)
     table = write_params(checkpoint, plan, folder / "params.safetensors", journal=folder / "journal")
-    return Task(checkpoint.config, "w8a16", contract, "exact", table.rows, "params.safetensors")
+    rows = [(Part(whole(2)), table.rows)]
+    return Task(checkpoint.config, "w8a16", contract, "exact", rows, "params.safetensors")
 
 
 def test_the_child_gives_the_same_bytes(task, monkeypatch):

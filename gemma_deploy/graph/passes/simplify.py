@@ -20,7 +20,7 @@ def simplify(model: ir.Model, functions: list[ir.Function]) -> tuple[ir.Model, i
     before = len(model.graph)
     for function in functions:
         model.functions[function.identifier()] = function
-    for domain in {function.domain for function in functions}:
+    for domain in {node.domain for node in model.graph if node.domain}:
         model.opset_imports[domain] = 1
     proto = ir.to_proto(model)
     try:

@@ -1,0 +1,79 @@
+"""Which rows and columns a rank holds: together the whole tensor, and every query head beside its own KV head."""
+
+import pytest
+
+from gemma_deploy.checkpoint import ModelConfig, expected_tensors
+from gemma_deploy.partition import Part, division_problems, parts_of, spans_of
+from gemma_deploy.partition.ranks import kv_head_blocks, kv_heads_of, obstacles, row_blocks, sharding
+from gemma_deploy.testing import TINY_CONFIGS
+
+
+def config(heads=4, kv=2, **changes):
+    raw = {**TINY_CONFIGS["gemma"], "num_attention_heads": heads, "num_key_value_heads": kv, **changes}
+    return ModelConfig.from_dict(raw, "config.json")
+
+
+# heads and KV heads of every Gemma, and one where no number divides the other
+@pytest.mark.parametrize(("heads", "kv"), [(8, 1), (16, 16), (8, 4), (16, 8), (32, 16), (4, 1), (12, 4)])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_every_query_head_finds_its_kv_head_in_its_rank(heads, kv, ranks):
+    facts = config(heads, kv)
+    if any("heads" in problem for problem in obstacles(facts, ranks, align_qkv=True)):
+        pytest.skip("not divisible")
+    local, local_kv = heads // ranks, kv_heads_of(facts, ranks)
+    assert local % local_kv == 0
+    for rank in range(ranks):
+        held = [head for start, stop in kv_head_blocks(facts, rank, ranks) for head in range(start, stop)]
+        assert len(held) == local_kv  # a head that is repeated inside a rank is a block of its own
+        for query in range(local):
+            wanted = (rank * local + query) // (heads // kv)
+            assert held[query // (local // local_kv)] == wanted
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_together_are_the_whole(ranks):
+    facts = config()
+    for name, shape in expected_tensors(facts).items():
+        axis = sharding(name)
+        assert (axis is None) == (len(shape) == 1)
+        if axis != "rows":
+            continue
+        rows = [
+            row
+            for rank in range(ranks)
+            for start, stop in row_blocks(name, shape[0], facts, rank, ranks)
+            for row in range(start, stop)
+        ]
+        if ranks == 4 and name.split(".")[-2] in ("k_proj", "v_proj"):  # two KV heads, each in two ranks
+            assert rows == [*range(32), *range(32), *range(32, 64), *range(32, 64)]
+        else:
+            assert rows == list(range(shape[0]))
+
+
+def test_the_scale_of_a_matrix_divided_by_columns_is_repeated():
+    layer = "model.layers.0."
+    assert [sharding(f"{layer}{name}") for name in ("mlp.down_proj.weight", "mlp.down_proj.scale")] == ["columns", None]
+    assert [sharding(f"{layer}{name}") for name in ("mlp.up_proj.weight", "mlp.up_proj.scale")] == ["rows", "rows"]
+    assert sharding("model.rotary_emb.sliding_attention.cos") is None
+
+
+def test_what_cannot_be_divided_is_said_all_at_once():
+    assert division_problems(config(8, 1), (), 1, False) == []
+    assert division_problems(config(8, 1), (1, 2), 4, True) == []
+    assert division_problems(config(8, 1, vocab_size=511), (3,), 3, False) == [
+        "frontend.model_kwargs.tp: 3 ranks do not divide the 8 attention heads",
+        "frontend.model_kwargs.tp: 3 ranks do not divide the 1 key/value heads; "
+        "set frontend.model_kwargs.align_qkv: true to repeat them",
+        "frontend.model_kwargs.tp: 3 ranks do not divide the intermediate_size 160",
+        "frontend.model_kwargs.tp: 3 ranks do not divide the vocab_size 511",
+        "split.points: split points [3] do not cut 3 layers into stages of at least one layer each; "
+        "expected increasing numbers between 1 and 2: layer numbers that begin a new stage",
+    ]
+
+
+def test_folders():
+    assert [part.folder for part in parts_of(3, (), 1)] == [""]
+    assert [part.folder for part in parts_of(3, (), 2)] == ["rank0", "rank1"]
+    assert [part.folder for part in parts_of(3, (1,), 2)] == ["bottom/rank0", "bottom/rank1", "top/rank0", "top/rank1"]
+    assert Part(spans_of(3, (1,))[1]).file("iter0.onnx") == "top/iter0.onnx"
+    assert Part(spans_of(3, ())[0]).file("iter0.onnx") == "iter0.onnx"
