@@ -119,6 +119,23 @@ def test_verify_inspect_and_run_work_on_it(divided):
     assert np.abs(strict - fast).max() <= 1e-5 * np.abs(strict).max()
 
 
+def test_every_share_of_a_linear_is_read_in_blocks_of_its_own(divided, monkeypatch):
+    from gemma_deploy.parity import cutting
+    from gemma_deploy.parity.cases import Case
+    from gemma_deploy.parity.segments import StrictSource
+
+    source = StrictSource(divided)
+    cutter = source.graphs["iter1"]
+    assert cutter.linears("logits") == ["rank0.logits", "rank1.logits"]
+    name = "model.layers.4.self_attn.{}.out"
+    assert cutter.linears(name.format("q_proj")) == [f"rank{r}." + name.format("q_proj") for r in (0, 1)]
+    assert cutter.linears(name.format("o_proj")) == [f"rank{r}." + name.format("o_proj.partial") for r in (0, 1)]
+    case = Case("random", tuple((2, *range(3, 33)) for _ in range(2)), ((5, 6), (7, 8)))
+    whole = source.head(source.run([case])[0][0])
+    monkeypatch.setattr(cutting, "MATRIX_BYTES", 4 * 64 * 48)  # 48 rows of the 256 a rank has
+    np.testing.assert_allclose(source.head(source.run([case])[0][0]), whole, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize(
     ("file", "tensor"),
     [

@@ -155,7 +155,7 @@ class _Joiner:
             new = ir.node("Concat", values, {"axis": node.attributes["axis"].as_int()})
             for rank, value in enumerate(values):
                 assert value is not None
-                value.name = self._free(f"rank{rank}.{node.outputs[0].name}")
+                value.name = self._free(f"rank{rank}.logits")  # nothing else is gathered
         self._name(new, node, "")
         self.nodes.append(new)
         for one, each in zip(nodes, maps, strict=True):
