@@ -4,8 +4,12 @@ import json
 import shutil
 
 import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
+from onnx_ir.passes.common import InlinePass
 from safetensors.numpy import load_file
 
 from gemma_deploy.artifact.verify import verify
@@ -17,6 +21,8 @@ from gemma_deploy.params import build_plan, write_params
 from gemma_deploy.partition import parts_of
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.runtime import StaticRunner
+from gemma_deploy.runtime.contract import stages_of
+from gemma_deploy.runtime.session import load_graph
 from gemma_deploy.testing import write_tiny_checkpoint
 
 RECIPE = """
@@ -117,6 +123,68 @@ def test_verify_inspect_and_run_work_on_it(divided):
     assert [(row["part"], row["layers"], row["rank"]) for row in rows][2] == ("top/rank0", "3 to 6", "0 of 2")
     strict, fast = run_all(divided), run_all(divided, "fast")
     assert np.abs(strict - fast).max() <= 1e-5 * np.abs(strict).max()
+
+
+def in_float64(path, stages, feeds):
+    """Outputs of a graph computed in float64 throughout, where the order of additions does not show."""
+    model = load_graph(path, stages)
+    if model.functions:
+        model = InlinePass()(model).model
+    proto = ir.to_proto(model)
+    folder = path.parent
+    for tensor in proto.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            array = onnx.numpy_helper.to_array(tensor, str(folder)).astype(np.float64)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    for node in proto.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.i == onnx.TensorProto.FLOAT:
+                attribute.i = onnx.TensorProto.DOUBLE
+            elif attribute.HasField("t") and attribute.t.data_type == onnx.TensorProto.FLOAT:
+                attribute.t.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(attribute.t).astype("f8")))
+    for value in (*proto.graph.input, *proto.graph.output):
+        if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    del proto.graph.value_info[:]
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_outputs()]
+    known = {value.name for value in session.get_inputs()}
+    return dict(zip(names, session.run(names, {k: v for k, v in feeds.items() if k in known}), strict=True))
+
+
+def feeds_of(manifest, graph, seed=0):
+    """Random tokens, a padded row, and a cache that is half full."""
+    rng = np.random.default_rng(seed)
+    feeds = {}
+    for port in manifest["contract"]["graphs"][graph]["inputs"]:
+        shape = port["shape"]
+        if port["name"].startswith("past"):
+            feeds[port["name"]] = rng.standard_normal(shape)
+        else:
+            feeds[port["name"]] = rng.integers(3, 500, size=shape)
+    mask = np.ones_like(feeds["attention_mask"])
+    mask[0, :7] = 0
+    if graph == "iter1":
+        mask[:, 50:-1] = 0
+    positions = np.cumsum(mask, -1) - 1
+    feeds["position_ids"] = np.maximum(positions if graph == "iter0" else positions[:, -1:], 0)
+    return feeds | {"attention_mask": mask}
+
+
+@pytest.mark.parametrize("graph", ["iter0", "iter1"])
+def test_in_float64_the_parts_are_the_whole(divided, artifacts, graph):
+    """Two ranks and two stages against the undivided graph of the same checkpoint."""
+    whole, manifest = artifacts("gemma3_text", "fp32"), json.loads((divided / "manifest.json").read_text())
+    feeds = feeds_of(manifest, graph)
+    expected = in_float64(whole / f"{graph}.onnx", (), feeds)
+    got = in_float64(divided / f"{graph}.onnx", stages_of(manifest), feeds)
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.dtype == np.float64
+        np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-11 * np.abs(value).max(), err_msg=name)
 
 
 def test_every_share_of_a_linear_is_read_in_blocks_of_its_own(divided, monkeypatch):

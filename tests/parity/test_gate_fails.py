@@ -97,6 +97,25 @@ def test_prefill_positions_shifted_by_one_are_seen_where_caches_meet(copy_of):
     assert_found(gate(artifact), f"model.layers.0.{ATTENTION}", "decode")
 
 
+@pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text"])
+def test_a_context_clamped_without_a_word(copy_of, kind):
+    """No ledger entry allows positions that stop counting; the one about C is about what the runtime refuses."""
+    artifact = copy_of(kind)
+    with Graph(artifact, "iter1") as graph:
+        graph.put_between("position_ids", "Min", np.int64(24))
+    assert_found(gate(artifact), f"model.layers.0.{ATTENTION}", "decode", ("patched", "strict"))
+
+
+def test_a_context_whose_beginning_is_forgotten(copy_of):
+    artifact = copy_of("gemma")
+    with Graph(artifact, "iter1") as graph:
+        columns = next(value for value in graph.graph.input if value.name == "attention_mask")
+        kept = np.ones((1, columns.type.tensor_type.shape.dim[1].dim_value), np.int64)
+        kept[0, :16] = 0  # the longer prompt begins at slot 8
+        graph.put_between("attention_mask", "Mul", kept)
+    assert_found(gate(artifact), f"model.layers.0.{ATTENTION}", "decode", ("patched", "strict"))
+
+
 def test_positions_wrong_in_the_padded_row_alone(copy_of):
     artifact = copy_of("gemma")
     with Graph(artifact, "iter1") as graph:
