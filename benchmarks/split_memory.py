@@ -7,6 +7,8 @@ Limit (issue "Every Gemma generation"): own bytes + 0.6 GiB, of which importing 
 
 from __future__ import annotations
 
+import json
+
 import click
 
 GIB = 1 << 30
@@ -16,7 +18,8 @@ GIB = 1 << 30
 @click.argument("checkpoint")
 @click.option("--points", default="6,12", show_default=True)
 @click.option("--part", default="trunk", show_default=True)
-def main(checkpoint: str, points: str, part: str) -> None:
+@click.option("--json", "as_json", is_flag=True)
+def main(checkpoint: str, points: str, part: str, as_json: bool) -> None:
     """Load PART of CHECKPOINT in this process and print what it took."""
     from gemma_deploy.checkpoint import Checkpoint
     from gemma_deploy.machine import peak_rss_bytes
@@ -29,6 +32,9 @@ def main(checkpoint: str, points: str, part: str) -> None:
     loaded = from_pretrained_split(opened, next(span for span in spans if span.name == part))
     own = sum(value.nbytes for value in loaded.parameters())
     peak = peak_rss_bytes()
+    if as_json:
+        click.echo(json.dumps({"own_bytes": own, "peak_rss_bytes": peak}))
+        return
     click.echo(
         f"{part}: {own / GIB:.2f} GiB of parameters, peak RSS {peak / GIB:.2f} GiB "
         f"(own + {(peak - own) / GIB:.2f} GiB; {before / GIB:.2f} GiB before loading)"

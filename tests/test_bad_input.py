@@ -441,7 +441,7 @@ def test_ctrl_c_is_one_line_and_130(world, name, monkeypatch):
 VERIFY, INSPECT, PARITY = ("verify",), ("inspect",), SMALL_PARITY
 RUN = ("run", "-p", "Return the", "-n", "2")
 AGAIN = "next: compile the recipe again with --force"
-OTHER = ("manifest.json: format_version is 7", "expected: 1", "next: compile the recipe with this version")
+OTHER = ("manifest.json: format_version is 7", "expected: 2", "next: compile the recipe with this version")
 NO_MANIFEST = ("manifest.json is missing: this is no finished artifact", "next: compile the recipe again")
 BAD_KEY = (
     "manifest.json: is damaged",

@@ -252,6 +252,16 @@ def test_missing_and_strange_parts_are_named(copy):
         run_all(copy, steps=1)
 
 
+def test_a_manifest_cannot_point_outside(copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["parts"][1]["folder"] = "../elsewhere"
+    with pytest.raises(ArtifactError, match="no part of an artifact"):
+        stages_of(manifest)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"parts\.1\.folder"):
+        verify(copy)
+
+
 def test_graphs_of_other_ranks_are_refused(copy):
     """iter0 of a stage in the place of another: the parts do not belong together."""
     shutil.copyfile(copy / "top" / "rank0" / "iter1.onnx", copy / "top" / "rank1" / "iter0.onnx")
@@ -307,10 +317,9 @@ def test_every_division_of_every_generation_is_the_whole(model_type, once, tmp_p
     assert made.parity["passed"]
     expected, got = run_all(whole / "artifact"), run_all(made.path)
     error = np.abs(expected - got).max() / np.abs(expected).max()
-    print(f"{model_type} {dtype} points {points} tp {tp}: {error:.2g}")
-    # Stages compute the same operators on the same numbers. Ranks add in another order: measured 2.5e-6 at most; in
-    # float16 the sums are rounded once, and the whole model's twice.
-    assert error <= (0 if tp == 1 else 2e-3 if dtype == "fp16" else 4e-6)
+    # Stages compute the same operators on the same numbers. Ranks add in another order: measured 1.4e-6 at most (in
+    # float64 1e-11, above). In float16 partial sums are not rounded, and the whole model's are: measured 1.7e-3.
+    assert error <= (0 if tp == 1 else 3e-3 if dtype == "fp16" else 2e-6)
 
 
 @pytest.mark.slow

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gemma_deploy.artifact.manifest import MANIFEST, Artifact
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.params import damaged_rows
+from gemma_deploy.partition.parts import FOLDER
 
 PARAMS = "params.safetensors"
 ROWS = "rows:"  # instead of a sha256: the parameter file's rows carry one each
@@ -116,7 +117,7 @@ class _Rescaling(_Part):
 
 
 class _Division(_Part):
-    folder: str
+    folder: Annotated[str, Field(pattern=FOLDER)]
     stage: str
     layers: list[int]
     rank: int

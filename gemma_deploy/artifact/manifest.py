@@ -14,7 +14,7 @@ import onnx
 from gemma_deploy.errors import ArtifactError, UsageError
 from gemma_deploy.params import ParamTable
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: parts, and the file of every row
 MANIFEST = "manifest.json"
 # Whose versions decide what a graph looks like or how weights are rounded.
 TOOLS = ("gemma-deploy", "torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime")

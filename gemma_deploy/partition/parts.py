@@ -10,6 +10,8 @@ from gemma_deploy.errors import UsageError
 from gemma_deploy.partition.ranks import obstacles
 from gemma_deploy.partition.spans import WHOLE, Span, spans_of
 
+FOLDER = r"^((bottom|trunk\d*|top)(/rank\d+)?|rank\d+)$"  # what a manifest may name: nothing outside the artifact
+
 
 @dataclass(frozen=True)
 class Part:

@@ -6,12 +6,14 @@ Used by the runner; the writing side is graph/contract.py, which this package do
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_deploy.errors import ArtifactError
+from gemma_deploy.partition.parts import FOLDER
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -121,10 +123,17 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 
 def stages_of(manifest: Mapping[str, Any] | None) -> tuple[tuple[str, ...], ...]:
-    """Folders of a divided artifact, the ranks of each stage together; () of an undivided one."""
+    """Folders of a divided artifact, the ranks of each stage together; () of an undivided one.
+
+    Raises:
+        ArtifactError: a folder that no compile makes.
+    """
     stages: dict[str, list[str]] = {}
     for part in (manifest or {}).get("parts") or ():
-        stages.setdefault(str(part["stage"]), []).append(str(part["folder"]))
+        folder = str(part["folder"])
+        if not re.fullmatch(FOLDER, folder):
+            raise ArtifactError(f"{folder!r} is no part of an artifact", where=MANIFEST, next_step=REBUILD)
+        stages.setdefault(str(part["stage"]), []).append(folder)
     return tuple(map(tuple, stages.values()))
 
 

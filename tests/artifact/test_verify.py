@@ -127,7 +127,7 @@ def test_another_format_version(demo_copy):
     change_manifest(demo_copy, lambda manifest: manifest.update(format_version=99))
     with pytest.raises(ArtifactError, match="format_version is 99") as caught:
         verify(demo_copy)
-    assert caught.value.expected == "1"
+    assert caught.value.expected == "2"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from tests.graph import graph_runs
 
 VOCAB = 512
 # The one with a window; tests/runtime/test_dynamic_runner.py has the other (torch takes 15 s for each export).
-pytestmark = pytest.mark.parametrize("model_type", ["gemma3_text"], indirect=True, scope="session")
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma", "gemma2")]
+pytestmark = pytest.mark.parametrize("model_type", ["gemma3_text", *OTHERS], indirect=True, scope="session")
 
 @pytest.fixture(scope="module")
 def sequences():
