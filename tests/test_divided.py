@@ -17,6 +17,7 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import cli
 from gemma_deploy.compile import compile_recipe
 from gemma_deploy.errors import ArtifactError, GateError, RecipeError
+from gemma_deploy.graph import worker
 from gemma_deploy.params import build_plan, write_params
 from gemma_deploy.partition import parts_of
 from gemma_deploy.recipe import Recipe
@@ -24,6 +25,7 @@ from gemma_deploy.runtime import StaticRunner
 from gemma_deploy.runtime.contract import stages_of
 from gemma_deploy.runtime.session import load_graph
 from gemma_deploy.testing import write_tiny_checkpoint
+from tests.exporting import export_in_this_process
 
 RECIPE = """
 name: divided
@@ -48,7 +50,9 @@ def divided(once):
 
     def make(folder):
         checkpoint = write_tiny_checkpoint(folder / "checkpoint", "gemma3_text")
-        compile_recipe(recipe(checkpoint, points=[3], tp=2), out=folder / "artifact")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(worker, "export_apart", export_in_this_process)
+            compile_recipe(recipe(checkpoint, points=[3], tp=2), out=folder / "artifact")
 
     return once("divided", make) / "artifact"
 
@@ -288,7 +292,12 @@ def test_a_killed_compile_continues_with_the_next_part(divided, tmp_path, monkey
             raise KeyboardInterrupt
         return write(*args, **kwargs)
 
+    def exported_before(task):
+        files = [part.file(f"{graph}.onnx") for part, _ in task.rows for graph in ("iter0", "iter1")]
+        return {file: (divided / file).read_bytes() for file in files}, 1
+
     asked = recipe(divided.parent / "checkpoint", points=[3], tp=2)
+    monkeypatch.setattr(worker, "export_apart", exported_before)
     monkeypatch.setattr(compiler, "write_params", dies)
     with pytest.raises(KeyboardInterrupt):
         compile_recipe(asked, out=tmp_path / "out", parity=False)
@@ -334,9 +343,8 @@ def test_a_dynamic_artifact_is_divided_as_well(divided, tmp_path):
 @pytest.mark.slow
 def test_the_gate_fails_when_a_collective_is_lost(divided, tmp_path, monkeypatch):
     from gemma_deploy.graph import collectives
-    from tests.exporting import export_in_this_process
 
-    monkeypatch.setattr("gemma_deploy.graph.worker.export_apart", export_in_this_process)
+    monkeypatch.setattr(worker, "export_apart", export_in_this_process)
     monkeypatch.setattr(collectives, "all_reduce", lambda x: x)
     with pytest.raises((GateError, ArtifactError)):
         compile_recipe(recipe(divided.parent / "checkpoint", tp=2), out=tmp_path / "out")

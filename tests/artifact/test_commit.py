@@ -9,10 +9,11 @@ import pytest
 
 from gemma_deploy.artifact import ArtifactDir
 from gemma_deploy.artifact.lock import Lock
+from gemma_deploy.artifact.manifest import FORMAT_VERSION
 from gemma_deploy.errors import ArtifactError, DeployError
 
 MANIFEST = {
-    "format_version": 1,
+    "format_version": FORMAT_VERSION,
     "name": "n",
     "scheme": "fp32",
     "contract": {},

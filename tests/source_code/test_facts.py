@@ -4,6 +4,8 @@ The facts and who got them wrong: rows of the table in README, "What Gemma compu
 tool does or did.
 """
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -176,6 +178,20 @@ def checkpoints(tmp_path_factory):
     }
 
 
+@pytest.fixture(scope="module")
+def expected(checkpoints):
+    """(model type, dtype) -> weights and logits of the stock class, and the tokens; made once."""
+    ids = torch.randint(3, 500, (1, 40), generator=torch.Generator().manual_seed(5))
+
+    @functools.cache
+    def get(model_type, dtype):
+        path = checkpoints[model_type]
+        stock = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=dtype).eval()
+        return stock.state_dict(), logits(stock, ids), ids
+
+    return get
+
+
 def logits(model, ids):
     with torch.no_grad():
         return model(ids).logits
@@ -184,15 +200,11 @@ def logits(model, ids):
 @pytest.mark.parametrize(
     ("broken", "model_type", "dtype"), BREAKAGES, ids=[f"{one.__name__}-{model}" for one, model, _ in BREAKAGES]
 )
-def test_a_broken_fact_is_seen(checkpoints, monkeypatch, broken, model_type, dtype):
-    path = checkpoints[model_type]
-    stock = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=dtype).eval()
-    config = Checkpoint.open(path).config
-    patched = new_model(config).to_empty(device="cpu").to(dtype).eval()
+def test_a_broken_fact_is_seen(checkpoints, expected, monkeypatch, broken, model_type, dtype):
+    weights, right, ids = expected(model_type, dtype)
+    patched = new_model(Checkpoint.open(checkpoints[model_type]).config).to_empty(device="cpu").to(dtype).eval()
     patched.tie_weights()
-    patched.load_state_dict(stock.state_dict())
-    ids = torch.randint(3, 500, (1, 40), generator=torch.Generator().manual_seed(5))
-    expected = logits(stock, ids)
-    assert torch.equal(expected, logits(patched, ids))
+    patched.load_state_dict(weights)
+    assert torch.equal(right, logits(patched, ids))
     broken(patched, monkeypatch)
-    assert not torch.equal(expected, logits(patched, ids))
+    assert not torch.equal(right, logits(patched, ids))

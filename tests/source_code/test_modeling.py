@@ -1,11 +1,19 @@
 """Patched model = stock eager class, bit for bit, on prompts of five windows with left padding."""
 
+import functools
+
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from gemma_deploy.checkpoint import stage_checkpoint
 from gemma_deploy.testing import write_tiny_checkpoint
+
+
+@functools.cache
+def shared_pair(checkpoint_dir, staged_dir, dtype=torch.float32):
+    """Stock and patched model for tests that change neither."""
+    return pair(checkpoint_dir, staged_dir, dtype)
 
 
 def pair(checkpoint_dir, staged_dir, dtype=torch.float32, auto=AutoModelForCausalLM, **kwargs):
@@ -27,7 +35,7 @@ def prompt():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_and_hidden_states_are_bit_identical(checkpoint_dir, staged_dir, prompt, dtype):
-    stock, patched = pair(checkpoint_dir, staged_dir, dtype)
+    stock, patched = shared_pair(checkpoint_dir, staged_dir, dtype)
     ids, mask = prompt
     with torch.no_grad():
         expected = stock(ids, output_hidden_states=True, output_attentions=True)
@@ -63,7 +71,7 @@ def test_the_window_bites(checkpoint_dir, staged_dir, prompt, model_type):
     ids=["greedy", "beams", "sampling", "static-cache", "no-cache"],
 )
 def test_generate_gives_the_stock_tokens(checkpoint_dir, staged_dir, prompt, how):
-    stock, patched = pair(checkpoint_dir, staged_dir)
+    stock, patched = shared_pair(checkpoint_dir, staged_dir)
     ids, mask = prompt
     results = []
     for model in (stock, patched):
@@ -188,6 +196,10 @@ def test_assisted_decoding_gives_the_greedy_tokens(staged_dir, prompt):
     assert torch.equal(greedy, lookup)
 
 
+@pytest.mark.parametrize(
+    "model_type", ["gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma", "gemma3_text"))],
+    indirect=True,
+)  # fmt: skip
 @pytest.mark.parametrize("bits", [8, 4])
 def test_bitsandbytes_loads_it_like_the_stock_class(model_type, tmp_path, prompt, bits):
     """On a CPU as well, from bitsandbytes 0.48 on."""

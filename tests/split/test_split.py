@@ -67,6 +67,10 @@ def test_the_chain_is_the_whole_bit_for_bit(stock, chain, prompt):
 
 
 @pytest.mark.parametrize(
+    "model_type", ["gemma2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma", "gemma3_text"))],
+    indirect=True, scope="session",
+)  # fmt: skip
+@pytest.mark.parametrize(
     "how",
     [
         {},
