@@ -6,6 +6,7 @@ it when either process is killed.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -58,6 +59,8 @@ def export_here(task: Task) -> dict[str, bytes]:
         graphs = traced.graphs(part)
         attach_external(graphs, rows, task.location)
         files.update({part.file(f"{name}.onnx"): serialized(graph) for name, graph in graphs.items()})
+        del graphs
+        gc.collect()  # nodes and values refer to each other; those of the next part come on top otherwise
     return files
 
 
