@@ -62,7 +62,14 @@ def test_a_norm_without_its_one_plus(copy_of, kind):
     assert_found(gate(artifact), "model.layers.1.input_layernorm", "prefill")
 
 
-@pytest.mark.parametrize("name", ["self_attn.k_norm", "post_attention_layernorm", "pre_feedforward_layernorm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "self_attn.k_norm",
+        "post_attention_layernorm",
+        pytest.param("pre_feedforward_layernorm", marks=pytest.mark.slow),
+    ],
+)
 def test_the_norms_that_gemma_3_has_more(copy_of, name):
     artifact = copy_of("gemma3_text")
     change_tensor(artifact, f"model.layers.6.{name}.weight", lambda weight: weight - 1)
@@ -97,7 +104,10 @@ def test_prefill_positions_shifted_by_one_are_seen_where_caches_meet(copy_of):
     assert_found(gate(artifact), f"model.layers.0.{ATTENTION}", "decode")
 
 
-@pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text"])
+SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("gemma", "gemma2")]
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", *SLOW_KINDS])
 def test_a_context_clamped_without_a_word(copy_of, kind):
     """No ledger entry allows positions that stop counting; the one about C is about what the runtime refuses."""
     artifact = copy_of(kind)

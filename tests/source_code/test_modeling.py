@@ -60,6 +60,10 @@ def test_the_window_bites(checkpoint_dir, staged_dir, prompt, model_type):
 
 
 @pytest.mark.parametrize(
+    "model_type", ["gemma2", "gemma3_text", pytest.param("gemma", marks=pytest.mark.slow)],
+    indirect=True, scope="session",
+)  # fmt: skip
+@pytest.mark.parametrize(
     "how",
     [
         {},
