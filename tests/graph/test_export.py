@@ -131,6 +131,10 @@ def test_decode_graph_never_copies_the_cache(built, model_type):
         assert {user.op_type for user, _ in value.uses()} == {"MatMul"}, value.name
 
 
+@pytest.mark.parametrize(
+    "model_type", ["gemma", "gemma3_text", pytest.param("gemma2", marks=pytest.mark.slow)],
+    indirect=True, scope="session",
+)  # fmt: skip
 def test_int8_function_body_passes_the_full_check(built, model_type, config):
     out, _ = built(model_type, "w8a16")
     model = onnx.load(str(out / "iter1.onnx"), load_external_data=False)

@@ -76,6 +76,7 @@ def test_the_norms_that_gemma_3_has_more(copy_of, name):
     assert_found(gate(artifact), f"model.layers.6.{name}", "prefill")
 
 
+@pytest.mark.slow  # a Gemma 2 in the wrong order is seen by default
 def test_two_layers_with_their_kinds_swapped(copy_of, tmp_path):
     """Layer 4 global and layer 5 sliding instead of the other way round: the genai builder's mistake."""
     artifact = copy_of("gemma3_text")

@@ -70,7 +70,7 @@ def test_the_window_bites(checkpoint_dir, staged_dir, prompt, model_type):
         {"num_beams": 3},
         {"do_sample": True, "temperature": 0.8, "top_k": 20},
         {"cache_implementation": "static", "disable_compile": True},
-        {"use_cache": False},
+        pytest.param({"use_cache": False}, marks=pytest.mark.slow),
     ],
     ids=["greedy", "beams", "sampling", "static-cache", "no-cache"],
 )

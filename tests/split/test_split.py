@@ -77,7 +77,7 @@ def test_the_chain_is_the_whole_bit_for_bit(stock, chain, prompt):
         {"num_beams": 3},
         {"do_sample": True, "temperature": 0.8, "top_k": 20},
         {"cache_implementation": "static", "disable_compile": True},
-        {"use_cache": False},
+        pytest.param({"use_cache": False}, marks=pytest.mark.slow),
     ],
     ids=["greedy", "beams", "sampling", "static-cache", "no-cache"],
 )
