@@ -19,6 +19,7 @@ from gemma_deploy import paths
 from gemma_deploy.artifact import ArtifactDir, op_census, write_report
 from gemma_deploy.artifact.ledger import ledger_for
 from gemma_deploy.artifact.manifest import FORMAT_VERSION, tool_versions, write_json
+from gemma_deploy.calibration.pipeline import dataset_record
 from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint, write_tokenizer
 from gemma_deploy.errors import GateError
 from gemma_deploy.graph.contract import GRAPHS, GraphContract, Scheme
@@ -31,6 +32,7 @@ from gemma_deploy.recipe import Recipe, check_against_model, check_built
 from gemma_deploy.stages import Stage, Stages
 
 if TYPE_CHECKING:
+    from gemma_deploy.calibration import Request
     from gemma_deploy.parity import ParityResult
 
 log = logging.getLogger(__name__)
@@ -99,14 +101,16 @@ def compile_recipe(
     with stages.stage("check"):
         checkpoint = open_inputs(recipe)
         preflight(recipe, checkpoint, out=out, parity=parity)
-        key = input_key(recipe, checkpoint)
+        looked_at = calibration_windows(recipe, checkpoint)
+        dataset = None if looked_at is None else dataset_record(checkpoint, looked_at)
+        key = input_key(recipe, checkpoint, dataset)
     with ArtifactDir(out, key=key, force=force, proven=parity) as artifact:
         if artifact.finished:
             return CompileResult(out, tuple(stages.done), True, artifact.manifest["parity"])
         contract, rescaling = contract_of(recipe, checkpoint), None
         if recipe.scheme == "fp16":
             with stages.stage("ranges") as stage:
-                rescaling, stage.skipped = choose_rescaling(recipe, checkpoint, artifact.path, key)
+                rescaling, stage.skipped = choose_rescaling(recipe, checkpoint, looked_at, artifact.path, key)
         with stages.stage("parameters") as stage:
             table = stream_params(recipe, checkpoint, artifact.path, rescaling, progress)
             stage.bytes = table.file_bytes
@@ -118,6 +122,7 @@ def compile_recipe(
             copy_model_files(checkpoint, artifact.path)
         result = None
         manifest = describe(recipe, checkpoint, contract, table, rescaling, artifact.path, key)
+        manifest["calibration"] = dataset
         if parity:
             with stages.stage("parity"):
                 result = run_gate(recipe, checkpoint, artifact.path, manifest)
@@ -156,11 +161,26 @@ def scheme_of(recipe: Recipe) -> Scheme:
     return cast(Scheme, recipe.scheme)
 
 
-def input_key(recipe: Recipe, checkpoint: Checkpoint) -> str:
-    """One hash over everything the artifact depends on: recipe, checkpoint, this program, the libraries that trace."""
+def calibration_windows(recipe: Recipe, checkpoint: Checkpoint) -> Request | None:
+    """The text this compile looks at, or None when it looks at none (no float16, or a checkpoint without tokenizer)."""
+    from gemma_deploy.parity.maxima import windows_request
+
+    if recipe.scheme != "fp16":
+        return None
+    return windows_request(
+        checkpoint,
+        dataset=recipe.dataset.name,
+        path=recipe.dataset.path,
+        context=recipe.context_length,
+        embed_scale=recipe.frontend.model_kwargs.embed_scale,
+    )
+
+
+def input_key(recipe: Recipe, checkpoint: Checkpoint, dataset: dict[str, Any] | None) -> str:
+    """One hash over what the artifact depends on: recipe, checkpoint, calibration text, program, tracing libraries."""
     resolved = recipe.resolved()
     resolved.pop("workspace", None)
-    parts = [resolved, checkpoint.fingerprint(), code_version(), tool_versions()]
+    parts = [resolved, checkpoint.fingerprint(), dataset, code_version(), tool_versions()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -174,7 +194,9 @@ def code_version() -> str:
     return digest.hexdigest()
 
 
-def choose_rescaling(recipe: Recipe, checkpoint: Checkpoint, out: Path, key: str) -> tuple[Rescaling, bool]:
+def choose_rescaling(
+    recipe: Recipe, checkpoint: Checkpoint, looked_at: Request | None, out: Path, key: str
+) -> tuple[Rescaling, bool]:
     """Largest activations on calibration text, and the powers of two that bring them into float16.
 
     Returns:
@@ -185,12 +207,10 @@ def choose_rescaling(recipe: Recipe, checkpoint: Checkpoint, out: Path, key: str
         return Rescaling.from_json(record), True
     from gemma_deploy.parity.maxima import NotFiniteError, measure_rescaling
 
-    path = recipe.dataset.path
     try:
         rescaling = measure_rescaling(
             checkpoint,
-            dataset=recipe.dataset.name,
-            path=None if path is None else Path(path),
+            looked_at,
             context=recipe.context_length,
             embed_scale=recipe.frontend.model_kwargs.embed_scale,
         )
@@ -309,6 +329,7 @@ def describe(
         "op_census": {
             file.removesuffix(".onnx"): op_census(out / file) for file in graph_files(recipe, checkpoint)
         },
+        "calibration": None,
         "params": table.to_json(),
         "rescaling": None if rescaling is None else rescaling.to_json(),
         "parity": None,

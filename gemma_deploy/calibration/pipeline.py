@@ -1,11 +1,12 @@
-"""Calibration from end to end: data set -> windows -> streaming pass -> result directory; or the result found again."""
+"""Calibration from end to end: data sets -> windows -> streaming pass -> directory; or the result found again."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,18 @@ import numpy as np
 
 from gemma_deploy import paths
 from gemma_deploy.calibration import picture, store
+from gemma_deploy.calibration.chat import Chat, has_template
+from gemma_deploy.calibration.located import Located, each, locate
 from gemma_deploy.calibration.room import check_room
-from gemma_deploy.calibration.sources import SOURCES
-from gemma_deploy.calibration.sources.reading import explained
+from gemma_deploy.calibration.sources.reading import Row, Turns
 from gemma_deploy.calibration.store import Calibration, Range
-from gemma_deploy.calibration.windows import Windows, cut_windows, load_tokenizer, shuffled
+from gemma_deploy.calibration.windows import JOINT, Cut, Windows, cut_windows, load_tokenizer_and_chat, shuffled
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError, UsageError
+from gemma_deploy.recipe import mix as mixes
+from gemma_deploy.recipe.mix import EXAMPLE, NAME, NSAMPLES, PATH, Mix, read_mix, turn_order
 
+OPTIONS = {NAME: "--dataset", PATH: "--path", NSAMPLES: "--nsamples"}
 Progress = Callable[[int, int], None]
 
 
@@ -29,24 +34,28 @@ class Request:
     """What to calibrate on.
 
     Args:
-        dataset: a name of `SOURCES`.
-        path: the data set's file; None takes the bundled sample.
-        nsamples, seqlen: windows, and tokens in each, BOS included.
-        seed: order of the texts.
+        dataset: a data set or a mix, `c4` or `c4:64,alpaca:64`; path: where it lies. Words as in recipe/mix.py.
+        nsamples, seqlen: windows (of a mix: their sum), and tokens in each, BOS included.
+        seed: order of the texts of each data set.
         embed_scale: "exact" or "bf16", how the model rounds its embedding scale.
     """
 
     dataset: str
-    path: Path | None
+    path: str | Path | None
     nsamples: int
     seqlen: int
     seed: int = 0
     embed_scale: str = "exact"
 
     @property
-    def file(self) -> Path:
-        """The file to read."""
-        return self.path if self.path is not None else paths.calib_dir() / SOURCES[self.dataset].bundled
+    def mix(self) -> Mix:
+        """The data sets, and what is wrong with the words for them."""
+        return read_mix(self.dataset, None if self.path is None else str(self.path), self.nsamples)
+
+    @property
+    def label(self) -> str:
+        """The data sets' names, for file names and titles."""
+        return "+".join(part.name for part in self.mix.parts)
 
 
 @dataclass(frozen=True)
@@ -70,51 +79,54 @@ def calibrate(
         progress: called with (windows passed through layers, all of them).
 
     Raises:
-        UsageError: a data set that is not known, or windows longer than the model's context.
-        CalibrationError: the data set is damaged or too short, or the workspace cannot be written to.
+        UsageError: the request makes no sense: a data set that is not known, windows longer than the context, ...
+        CalibrationError: a data set is damaged or too short, or the workspace cannot be written to.
         CheckpointError: no usable tokenizer.
         PreflightError: too little memory or disk.
     """
     check(checkpoint, request)
-    inputs = describe_inputs(checkpoint, request)
-    fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-    out = store.directory_for(workspace, request.dataset, fingerprint)
-    found = None if force else store.find(out, fingerprint)
-    if found:
-        return Outcome(found, True)
+    found = locate(request.mix.parts, request.nsamples)
+    inputs = describe_inputs(checkpoint, request, found)
+    fingerprint = fingerprint_of(inputs)
+    out = store.directory_for(workspace, request.label, fingerprint)
+    known = None if force else store.find(out, fingerprint)
+    if known:
+        return Outcome(known, True)
     check_room(checkpoint.config, request.nsamples, request.seqlen, workspace)
-    windows = make_windows(checkpoint, request)
-    with store.whole_or_nothing(out) as partial:
-        ranges = measure(checkpoint, windows, request, partial, progress)
-        title = f"{checkpoint.path.name} on {request.dataset}: {request.nsamples} windows of {request.seqlen} tokens"
-        picture.draw(ranges, title, partial / store.PICTURE)
+    windows = make_windows(checkpoint, request, found)
+    with store.whole_or_nothing(out) as unfinished:
+        ranges = measure(checkpoint, windows, request, unfinished, progress)
+        title = f"{checkpoint.path.name} on {request.label}: {request.nsamples} windows of {request.seqlen} tokens"
+        picture.draw(ranges, title, unfinished / store.PICTURE)
         record: dict[str, Any] = {"fingerprint": fingerprint, "inputs": inputs, "texts_used": windows.texts_used}
-        record["places"] = {"dataset": str(request.file), "checkpoint": str(checkpoint.path)}
-        store.write(partial, record, windows.ids, ranges)
+        record["places"] = {one.name: str(one.place) for one in found} | {"checkpoint": str(checkpoint.path)}
+        store.write(unfinished, record, windows.ids, ranges)
     return Outcome(Calibration.open(out), False)
 
 
 def check(checkpoint: Checkpoint, request: Request) -> None:
-    """What can be refused before anything is read."""
-    if request.dataset not in SOURCES:
-        raise UsageError(
-            f"no data set is called {request.dataset!r}",
-            expected="one of " + ", ".join(SOURCES),
-            next_step="give the one whose format your file has",
-        )
-    if request.nsamples < 1 or request.seqlen < 2:
-        raise UsageError(
-            f"{request.nsamples} windows of {request.seqlen} tokens",
-            expected="at least 1 window of 2 tokens, the first of them BOS",
-            next_step="raise --nsamples or --seqlen",
-        )
+    """Refuse what can be refused before anything is read.
+
+    Raises:
+        UsageError: with everything that is wrong with the request; CheckpointError: no BOS.
+    """
+    problems = [f"{OPTIONS[key]}: {text}" for key, text in request.mix.problems]
+    if request.nsamples < 1:
+        problems.append(f"--nsamples: {request.nsamples} windows, expected at least 1")
+    if request.seqlen < 2:
+        problems.append(f"--seqlen: windows of {request.seqlen} tokens, expected at least 2, the first of them BOS")
     longest = checkpoint.config.max_position_embeddings
     if request.seqlen > longest:
+        problems.append(
+            f"--seqlen: windows of {request.seqlen} tokens are longer than the model's context, "
+            f"expected at most {longest} (max_position_embeddings of {checkpoint.path})"
+        )
+    if problems:
         raise UsageError(
-            f"windows of {request.seqlen} tokens are longer than the model's context",
-            where=str(checkpoint.path),
-            expected=f"at most {longest} (max_position_embeddings)",
-            next_step=f"use --seqlen {min(longest, 1024)}",
+            f"calibration is asked for what makes no sense ({len(problems)} in all)",
+            problems=problems,
+            expected=f"--dataset c4, or a mix such as --dataset {EXAMPLE}, of windows that the model can take",
+            next_step="correct the options above; `gemma-deploy calibrate --help` has examples",
         )
     if checkpoint.config.bos_token_id is None:
         raise CheckpointError(
@@ -124,41 +136,108 @@ def check(checkpoint: Checkpoint, request: Request) -> None:
         )
 
 
-def describe_inputs(checkpoint: Checkpoint, request: Request) -> dict[str, Any]:
-    """Everything the result depends on."""
-    with explained(request.file, f"a {request.dataset} file"):
-        data = store.sha256_of(request.file)
+def describe_dataset(checkpoint: Checkpoint, request: Request, found: Sequence[Located]) -> dict[str, Any]:
+    """What decides every token of the windows, as JSON.
+
+    Returns:
+        `sources` (name, windows, file and its sha256 or the commit on the hub, how rows became text), `windows`
+        (nsamples, seqlen in tokens, seed) and `tokenizer_sha256`.
+    """
+    talks = any(one.source.turns for one in found) and has_template(checkpoint)
+    sources = [{**one.identity, "rendered": "chat template" if talks and one.source.turns else "text"} for one in found]
     return {
-        "dataset": {"name": request.dataset, "file": request.file.name, "sha256": data},
-        "checkpoint": {"fingerprint": checkpoint.fingerprint(), "model_type": checkpoint.config.model_type},
+        "sources": sources,
         "windows": {"nsamples": request.nsamples, "seqlen": request.seqlen, "seed": request.seed},
+        "tokenizer_sha256": tokenizer_sha256(checkpoint),
+    }
+
+
+def dataset_record(checkpoint: Checkpoint, request: Request) -> dict[str, Any]:
+    """`describe_dataset` and its hash, for the manifest of an artifact that was made by looking at these windows.
+
+    Raises:
+        UsageError: the request makes no sense; CalibrationError: a data set is not there.
+    """
+    check(checkpoint, request)
+    said = describe_dataset(checkpoint, request, locate(request.mix.parts, request.nsamples))
+    return {"fingerprint": fingerprint_of(said), **said}
+
+
+def describe_inputs(checkpoint: Checkpoint, request: Request, found: Sequence[Located]) -> dict[str, Any]:
+    """Everything the result of a calibration depends on."""
+    return {
+        **describe_dataset(checkpoint, request, found),
+        "checkpoint": {"fingerprint": checkpoint.fingerprint(), "model_type": checkpoint.config.model_type},
         "embed_scale": request.embed_scale,
         "code": code_version(),
     }
 
 
-def code_version() -> str:
-    """sha256 over the code a result depends on: this package and the patched model."""
+def fingerprint_of(said: Mapping[str, Any]) -> str:
+    """sha256 over a description."""
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_sha256(checkpoint: Checkpoint) -> str:
+    """Hash of the tokenizer's files, names included; of a GGUF file without any: of its header and config."""
+    files = checkpoint.tokenizer_files()
+    if not files:
+        return checkpoint.fingerprint(times=False)
     digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def code_version() -> str:
+    """sha256 over the code a result depends on: this package, the words for mixes and the patched model."""
+    digest = hashlib.sha256(Path(mixes.__file__).read_bytes())
     for root in (Path(__file__).parent, paths.source_code_dir()):
         for file in sorted(root.rglob("*.py")):
             digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 
-def make_windows(checkpoint: Checkpoint, request: Request) -> Windows:
-    """Read, shuffle, tokenize and cut."""
-    tokenizer = load_tokenizer(checkpoint)
-    assert checkpoint.config.bos_token_id is not None  # see check()
-    return cut_windows(
-        shuffled(lambda: SOURCES[request.dataset].texts(request.file), request.seed),
-        tokenizer,
-        bos_id=checkpoint.config.bos_token_id,
-        vocab_size=checkpoint.config.vocab_size,
-        nsamples=request.nsamples,
-        seqlen=request.seqlen,
-        where=str(request.file),
-    )
+def make_windows(checkpoint: Checkpoint, request: Request, found: Sequence[Located] | None = None) -> Windows:
+    """Read, shuffle, render, tokenize and cut each data set, and mix the windows.
+
+    Args:
+        found: the data sets, when they have been located before.
+
+    Returns:
+        Windows in the order of `turn_order`: the first few are a mix already.
+
+    Raises:
+        CalibrationError: of every data set that is damaged or too short; CheckpointError: no usable tokenizer.
+    """
+    found = locate(request.mix.parts, request.nsamples) if found is None else found
+    tokenizer, chat = load_tokenizer_and_chat(checkpoint, chat=any(one.source.turns for one in found))
+    config = checkpoint.config
+    assert config.bos_token_id is not None  # see check()
+    bos_id: int = config.bos_token_id
+
+    def cut(one: Located) -> Cut:
+        render, joint = one.source.text, JOINT
+        if chat is not None and (turns := one.source.turns) is not None:
+            render, joint = partial(_in_turns, chat, turns), chat.joint
+        return cut_windows(
+            shuffled(lambda: map(render, one.rows()), request.seed),
+            tokenizer,
+            one,
+            bos_id=bos_id,
+            vocab_size=config.vocab_size,
+            seqlen=request.seqlen,
+            joint=joint,
+        )
+
+    cuts = each(cut, found)
+    rows = [iter(one.ids) for one in cuts]
+    ids = np.stack([next(rows[part]) for part in turn_order([one.windows for one in found])])
+    return Windows(ids, {one.name: made.texts_used for one, made in zip(found, cuts, strict=True)})
+
+
+def _in_turns(chat: Chat, turns: Callable[[Row], Turns], row: Row) -> str:
+    return chat.render(turns(row))
 
 
 def measure(

@@ -1,12 +1,12 @@
 """Texts become calibration windows: shuffled by a seed, tokenized, joined, and cut to equal length with one BOS each.
 
-Second step of calibration. Knows no data set and no model; `load_tokenizer` finds a checkpoint's tokenizer.
+Second step of calibration. Knows no model; `load_tokenizer` finds a checkpoint's tokenizer.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gemma_deploy.calibration.chat import Chat
+from gemma_deploy.calibration.located import Located
 from gemma_deploy.checkpoint import Checkpoint, write_tokenizer
 from gemma_deploy.errors import CalibrationError, CheckpointError
 
@@ -31,6 +33,19 @@ class Windows:
 
     Args:
         ids: [nsamples, seqlen] int32, BOS in column 0 and nowhere else.
+        texts_used: how many texts of each data set went into them.
+    """
+
+    ids: np.ndarray
+    texts_used: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The windows of one data set.
+
+    Args:
+        ids: [windows, seqlen] int32.
         texts_used: how many texts went into them.
     """
 
@@ -39,7 +54,15 @@ class Windows:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The checkpoint's tokenizer, without padding and truncation.
+    """The checkpoint's tokenizer, without padding and truncation; see `load_tokenizer_and_chat`."""
+    return load_tokenizer_and_chat(checkpoint, chat=False)[0]
+
+
+def load_tokenizer_and_chat(checkpoint: Checkpoint, *, chat: bool = True) -> tuple[Tokenizer, Chat | None]:
+    """The checkpoint's tokenizer, without padding and truncation, and its chat template.
+
+    Args:
+        chat: whether to look for a template.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -65,9 +88,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
                 where=str(checkpoint.tokenizer_dir() / "tokenizer.json"),
                 next_step="copy it from where the weights came from",
             ) from error
+        template = Chat.open(checkpoint, Path(scratch)) if chat else None
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return tokenizer
+    return tokenizer, template
 
 
 def shuffled(texts: Callable[[], Iterator[str]], seed: int) -> Iterator[str]:
@@ -83,29 +107,36 @@ def shuffled(texts: Callable[[], Iterator[str]], seed: int) -> Iterator[str]:
 
 
 def cut_windows(
-    texts: Iterable[str], tokenizer: Tokenizer, *, bos_id: int, vocab_size: int, nsamples: int, seqlen: int, where: str
-) -> Windows:
+    texts: Iterable[str],
+    tokenizer: Tokenizer,
+    located: Located,
+    *,
+    bos_id: int,
+    vocab_size: int,
+    seqlen: int,
+    joint: str = JOINT,
+) -> Cut:
     """Tokenize until there is enough, and cut.
 
     Args:
         texts: read only as far as needed.
         tokenizer: see `load_tokenizer`.
+        located: the texts' data set: how many windows, and the place for messages.
         bos_id: the token at the front of every window.
         vocab_size: tokens the model has.
-        nsamples: windows.
         seqlen: tokens in each, BOS included.
-        where: the texts' file, for messages.
+        joint: what stands behind every text.
 
     Raises:
         CalibrationError: too little text; CheckpointError: the tokenizer knows tokens the model does not.
     """
     body = seqlen - 1
-    needed = nsamples * body
+    needed = located.windows * body
     tokens: list[int] = []
     used = 0
     texts = iter(texts)
     while batch := list(islice(texts, BATCH)):
-        for encoding in tokenizer.encode_batch([text + JOINT for text in batch], add_special_tokens=False):
+        for encoding in tokenizer.encode_batch([text + joint for text in batch], add_special_tokens=False):
             if len(tokens) >= needed:
                 break
             # A text may spell the BOS token; a second one inside a window is something the model was never shown.
@@ -114,29 +145,37 @@ def cut_windows(
         if len(tokens) >= needed:
             break
     if len(tokens) < needed:
-        raise _too_short(len(tokens), nsamples, seqlen, where)
-    ids = np.full((nsamples, seqlen), bos_id, np.int32)
-    ids[:, 1:] = np.asarray(tokens[:needed], np.int32).reshape(nsamples, body)
+        raise _too_short(len(tokens), seqlen, located)
+    ids = np.full((located.windows, seqlen), bos_id, np.int32)
+    ids[:, 1:] = np.asarray(tokens[:needed], np.int32).reshape(-1, body)
     if int(ids.max()) >= vocab_size:
         raise CheckpointError(
             f"the tokenizer gives token {int(ids.max())}, but the model has {vocab_size} tokens",
-            where=where,
+            where=located.where,
             expected="tokenizer and weights of the same model",
             next_step="copy tokenizer.json from where the weights came from",
         )
-    return Windows(ids, used)
+    return Cut(ids, used)
 
 
-def _too_short(found: int, nsamples: int, seqlen: int, where: str) -> CalibrationError:
-    fits = found // (seqlen - 1)
+def _too_short(found: int, seqlen: int, located: Located) -> CalibrationError:
+    fits, windows = found // (seqlen - 1), located.windows
+    option = f"--path {located.name}=FILE" if located.mixed else "--path FILE"
     if found == 0:
         return CalibrationError(
-            "holds no text", where=where, expected="texts to calibrate on", next_step="give another file with --path"
+            "holds no text",
+            where=located.where,
+            expected="texts to calibrate on",
+            next_step=f"give another file with {option} (in a recipe: dataset.path)",
         )
-    lower = f"--nsamples {fits}" if fits else f"--seqlen {min(found, 128) + 1} --nsamples 1"
+    asked, fewer = f"--nsamples {windows} --seqlen {seqlen}", f"--nsamples {fits}"
+    if located.mixed:
+        asked, fewer = f"{located.name}:{windows} with --seqlen {seqlen}", f"{located.name}:{fits}"
+    lower = fewer if fits else f"--seqlen {min(found, 128) + 1}{'' if located.mixed else ' --nsamples 1'}"
+    real = f"the real data set ({option}, or hub in its place)" if located.bundled else f"a larger file with {option}"
     return CalibrationError(
-        f"too short: {found} tokens of text, {nsamples} windows of {seqlen} tokens need {nsamples * (seqlen - 1)}",
-        where=where,
-        expected=f"enough text for --nsamples {nsamples} --seqlen {seqlen}",
-        next_step=f"ask for less ({lower}), or give a larger file with --path",
+        f"too short: {found} tokens of text, {windows} windows of {seqlen} tokens need {windows * (seqlen - 1)}",
+        where=located.where,
+        expected=f"enough text for {asked}",
+        next_step=f"ask for less ({lower}), or give {real} (in a recipe: dataset.path)",
     )

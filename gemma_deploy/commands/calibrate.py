@@ -21,15 +21,23 @@ Examples:
   gemma-deploy calibrate --dataset c4
   gemma-deploy calibrate --dataset c4 --path c4-train.00000-of-01024.json.gz --checkpoint /models/gemma-2b
   gemma-deploy calibrate --dataset ceval --path ceval-exam.zip --nsamples 64 --seqlen 512
+  gemma-deploy calibrate --dataset c4:64,ceval:32,alpaca:32 --path ceval=ceval-exam.zip,c4=c4.json.gz
+  gemma-deploy calibrate --dataset c4 --path hub:allenai/c4
   gemma-deploy calibrate --dataset alpaca --recipe build_in/hf_gemma_int8.yaml --seed 1
 """
 
 
 @click.command("calibrate", epilog=EPILOG)
 @click.option(
-    "--dataset", type=click.Choice(["c4", "ceval", "alpaca"]), help="Format of the text; without --recipe needed."
+    "--dataset",
+    metavar="NAME[:N,...]",
+    help="c4, ceval or alpaca, or a mix of them with the windows of each; without --recipe needed.",
 )
-@click.option("--path", type=click.Path(path_type=Path), help="The data set's file  [default: the bundled sample]")
+@click.option(
+    "--path",
+    metavar="PLACE",
+    help="A file, or hub to stream it; in a mix NAME=PLACE,NAME=PLACE  [default: the bundled samples]",
+)
 @click.option(
     "--recipe", type=click.Path(path_type=Path), help="Take checkpoint, data set and workspace from a recipe."
 )
@@ -47,7 +55,7 @@ Examples:
 @click.option("--force", is_flag=True, help="Measure again what has been measured before.")
 def command(
     dataset: str | None,
-    path: Path | None,
+    path: str | None,
     recipe: Path | None,
     checkpoint: str | None,
     nsamples: int | None,
@@ -83,7 +91,7 @@ def command(
 def _request(
     recipe: Recipe | None,
     dataset: str | None,
-    path: Path | None,
+    path: str | None,
     nsamples: int | None,
     seqlen: int | None,
     seed: int,
@@ -91,19 +99,22 @@ def _request(
 ) -> Request:
     """Options first, then what the recipe spells out, then defaults that fit the file and the model's context."""
     from gemma_deploy.calibration import Request
+    from gemma_deploy.recipe.mix import read_mix
 
     section = recipe.dataset if recipe else None
     name = dataset or (section.name if section else "c4")
     if path is None and section is not None and section.path is not None and section.name == name:
-        path = Path(section.path).expanduser()
-    defaults = OF_THE_SAMPLE if path is None else OF_A_FILE
+        path = section.path
+    mix = read_mix(name, path)
+    defaults = OF_THE_SAMPLE if any(part.place is None for part in mix.parts) else OF_A_FILE
     spelled = section.model_fields_set if section is not None else set()
-    if section is not None and nsamples is None and "nsamples" in spelled:
-        nsamples = section.nsamples
+    if nsamples is None:
+        of_recipe = section.nsamples if section is not None and "nsamples" in spelled else None
+        nsamples = mix.windows or of_recipe or defaults[0]
     if section is not None and seqlen is None and "seqlen" in spelled:
         seqlen = section.seqlen
     embed_scale = recipe.frontend.model_kwargs.embed_scale if recipe else "exact"
-    return Request(name, path, nsamples or defaults[0], seqlen or min(defaults[1], context), seed, embed_scale)
+    return Request(name, path, nsamples, seqlen or min(defaults[1], context), seed, embed_scale)
 
 
 def _print_table(calibration: Calibration) -> None:

@@ -6,7 +6,6 @@ Three windows of text and one of random tokens (which reach other rows of the ta
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from gemma_deploy.calibration.pipeline import Request, make_windows
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.quantization.rescaling import Rescaling, choose
+from gemma_deploy.recipe.mix import read_mix, shortened
 
 log = logging.getLogger(__name__)
 TEXT_WINDOWS, SEQLEN = 3, 256
@@ -23,17 +23,35 @@ class NotFiniteError(CheckpointError):
     """An activation is NaN or infinite in float32."""
 
 
-def measure_rescaling(
-    checkpoint: Checkpoint, *, dataset: str, path: Path | None, context: int, embed_scale: str
-) -> Rescaling:
+def windows_request(
+    checkpoint: Checkpoint, *, dataset: str, path: str | None, context: int, embed_scale: str
+) -> Request | None:
+    """The windows of text to look at: `TEXT_WINDOWS`, of a mix at least one from each data set.
+
+    Args:
+        dataset, path: as in a recipe's dataset section.
+        context: of the artifact; windows are no longer.
+
+    Returns:
+        None for a checkpoint without a tokenizer.
+    """
+    if not checkpoint.tokenizer_files() and checkpoint.format != "gguf":
+        return None
+    words = shortened(dataset, TEXT_WINDOWS)
+    windows = read_mix(words).windows or TEXT_WINDOWS
+    seqlen = min(SEQLEN, context, checkpoint.config.max_position_embeddings)
+    return Request(words, path, windows, seqlen, embed_scale=embed_scale)
+
+
+def measure_rescaling(checkpoint: Checkpoint, request: Request | None, *, context: int, embed_scale: str) -> Rescaling:
     """Run the windows and choose.
 
     Args:
-        dataset: "c4", "ceval" or "alpaca"; path: its file, None for the bundled sample.
-        context: of the artifact; windows are no longer.
+        request: see `windows_request`.
+        context: of the artifact.
 
     Raises:
-        CalibrationError: the data set is damaged or too short.
+        CalibrationError: a data set is damaged or too short.
         NotFiniteError: the weights are damaged.
     """
     from gemma_deploy.parity.reference import TorchSource
@@ -43,8 +61,7 @@ def measure_rescaling(
     drawn = np.random.default_rng(1).integers(0, config.vocab_size, (1, seqlen))
     drawn[:, 0] = config.bos_token_id if config.bos_token_id is not None else 0
     ids = [drawn]
-    if checkpoint.tokenizer_files() or checkpoint.format == "gguf":
-        request = Request(dataset, path, TEXT_WINDOWS, seqlen, embed_scale=embed_scale)
+    if request is not None:
         ids.append(make_windows(checkpoint, request).ids)
     else:
         log.warning("the checkpoint has no tokenizer: float16's headroom is measured on random tokens alone")

@@ -18,6 +18,7 @@ from gemma_deploy.paths import build_in_dir
 from gemma_deploy.recipe import document as documents
 from gemma_deploy.recipe import explain, rules, sections
 from gemma_deploy.recipe.document import Document
+from gemma_deploy.recipe.mix import read_mix
 
 # Second spellings of one key, both found in public recipes: (spelling, its name here).
 _SPELLINGS = (
@@ -290,6 +291,7 @@ def _normalise(cls: type[Recipe], document: Document) -> None:
         if isinstance(checkpoint, str) and checkpoint.lower().endswith(".gguf"):
             frontend["type"] = "gguf"
     _fit_parity_defaults(document)
+    _add_up_windows(document)
 
 
 def _drop_empty_sections(cls: type[BaseModel], values: dict[str, Any]) -> None:
@@ -322,3 +324,12 @@ def _fit_parity_defaults(document: Document) -> None:
             for name, room in fits.items():
                 if name not in parity and room < fields[name].default:
                     document.values.setdefault("parity", parity)[name] = room
+
+
+def _add_up_windows(document: Document) -> None:
+    """A mix says how many windows it has; nsamples need not repeat it."""
+    dataset = document.values.get("dataset")
+    if isinstance(dataset, dict) and isinstance(dataset.get("name"), str) and "nsamples" not in dataset:
+        windows = read_mix(dataset["name"]).windows
+        if windows is not None:
+            dataset["nsamples"] = windows

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from gemma_deploy.errors import RecipeError
 from gemma_deploy.recipe.document import Path
+from gemma_deploy.recipe.mix import read_mix
 
 if TYPE_CHECKING:
     from gemma_deploy.recipe.recipe import Recipe
@@ -157,6 +158,14 @@ def parity_fits_the_graphs(recipe: Recipe) -> Found:
             f"{decode} steps do not fit: prefill fills {prefill} of {context} cache slots, "
             f"so write at most {context - prefill}",
         )
+
+
+@rule("dataset")
+def dataset_is_understood(recipe: Recipe) -> Found:
+    """Known data sets, windows that add up to nsamples, and places of data sets that are in the mix."""
+    asked = recipe.dataset
+    for key, text in read_mix(asked.name, asked.path, asked.nsamples).problems:
+        yield ("dataset", key), text
 
 
 class ModelFacts(Protocol):

@@ -103,10 +103,10 @@ class Split(Section):
 
 
 class Dataset(Section):
-    """Text the calibrated quantizers look at."""
+    """Text the calibrated quantizers look at: a data set or a mix, `c4:64,ceval:32,alpaca:32` (see mix.py)."""
 
     type: Literal["huggingface"] = "huggingface"
-    name: Literal["c4", "ceval", "alpaca"] = "c4"
+    name: Annotated[str, Field(min_length=1)] = "c4"
     path: Annotated[str, Field(min_length=1)] | None = None
     nsamples: Positive = 128
     seqlen: Positive = 1024

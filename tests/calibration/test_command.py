@@ -12,6 +12,7 @@ from gemma_deploy.calibration.picture import largest
 from gemma_deploy.calibration.store import Calibration, Range
 from gemma_deploy.cli import cli, main
 from gemma_deploy.commands import calibrate as command_file
+from gemma_deploy.recipe.mix import Part
 from tests.calibration import make
 
 RECIPE = """
@@ -60,7 +61,7 @@ def test_the_bundled_samples_need_no_further_option(checkpoint_path, dataset, tm
     result, made = run("--dataset", dataset, "--checkpoint", checkpoint_path, "--workspace", tmp_path)
     assert result.exit_code == 0
     assert made.samples.shape == (32, 128)
-    assert made.record["inputs"]["dataset"]["name"] == dataset
+    assert made.record["inputs"]["sources"][0]["name"] == dataset
 
 
 def test_a_recipe_gives_what_the_options_leave_out(checkpoint_path, c4_file, tmp_path):
@@ -70,17 +71,18 @@ def test_a_recipe_gives_what_the_options_leave_out(checkpoint_path, c4_file, tmp
     _, made = run("--recipe", recipe)
     assert made.path.parent == tmp_path / "w" / "calib"
     assert made.samples.shape == (2, 32)
-    assert made.record["inputs"]["dataset"]["file"] == "alpaca.json"
+    assert made.record["inputs"]["sources"][0]["file"] == "alpaca.json"
     assert made.record["inputs"]["embed_scale"] == "bf16"
     _, made = run("--recipe", recipe, "--dataset", "c4", "--nsamples", 4, "--seed", 7)  # not the recipe's alpaca file
-    assert made.record["inputs"]["dataset"]["file"] == "c4_sample.json.gz"
+    assert made.record["inputs"]["sources"][0]["file"] == "c4_sample.json.gz"
     assert made.record["inputs"]["windows"] == {"nsamples": 4, "seqlen": 32, "seed": 7}
 
 
 def test_a_file_gets_the_full_number_of_windows_by_default():
     for context, seqlen in ((8192, 1024), (512, 512)):
-        request = command_file._request(None, "c4", Path("x.json.gz"), None, None, 0, context)
-        assert (request.file, request.nsamples, request.seqlen) == (Path("x.json.gz"), 128, seqlen)
+        request = command_file._request(None, "c4", "x.json.gz", None, None, 0, context)
+        assert request.mix.parts == (Part("c4", None, Path("x.json.gz")),)
+        assert (request.nsamples, request.seqlen) == (128, seqlen)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gemma_deploy.calibration import SOURCES
-from gemma_deploy.calibration.sources import alpaca, c4, ceval
+from gemma_deploy.calibration.sources import c4, ceval
 from gemma_deploy.errors import CalibrationError
 from gemma_deploy.paths import calib_dir
 from tests.calibration import make
@@ -34,10 +34,10 @@ def message(reader, path):
 def test_c4_gives_the_texts_in_order_without_the_empty_ones(tmp_path):
     entries = [*make.c4_lines(3), {"text": " \n", "timestamp": "t", "url": "u"}, "", {"text": "last"}]
     expected = [entry["text"] for entry in make.c4_lines(3)] + ["last"]
-    assert list(c4.texts(make.write_c4(tmp_path / "x.json.gz", entries))) == expected
+    assert list(SOURCES["c4"].texts(make.write_c4(tmp_path / "x.json.gz", entries))) == expected
     plain = tmp_path / "x.json"
     plain.write_bytes(gzip.decompress((tmp_path / "x.json.gz").read_bytes()))
-    assert list(c4.texts(plain)) == expected
+    assert list(SOURCES["c4"].texts(plain)) == expected
 
 
 @pytest.mark.parametrize(
@@ -59,13 +59,13 @@ def test_c4_gives_the_texts_in_order_without_the_empty_ones(tmp_path):
 def test_c4_says_what_is_wrong_with_a_file(tmp_path, content, expected):
     path = tmp_path / "x.json.gz"
     path.write_bytes(content)
-    assert expected in message(c4.texts, path)
+    assert expected in message(SOURCES["c4"].texts, path)
 
 
 def test_a_line_without_end_is_refused_before_it_fills_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(c4, "LONGEST_LINE_BYTES", 1000)
     path = make.write_c4(tmp_path / "x.json.gz", [GOOD, json.dumps({"text": "a" * 1000})])
-    assert ", line 2: is longer than" in message(c4.texts, path)
+    assert ", line 2: is longer than" in message(SOURCES["c4"].texts, path)
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -76,7 +76,7 @@ def test_a_missing_file_and_a_directory_are_named(tmp_path, name):
 
 @pytest.mark.parametrize("folder", ["ceval-exam/", ""])
 def test_ceval_renders_questions_and_leaves_val_for_evaluation(tmp_path, folder):
-    found = list(ceval.texts(make.write_ceval(tmp_path / "x.zip", folder=folder)))
+    found = list(SOURCES["ceval"].texts(make.write_ceval(tmp_path / "x.zip", folder=folder)))
     assert len(found) == 10
     assert found[1] == 'dev 第1题，选____。\nA. 甲1\nB. 乙\nC. 丙\nD. 丁, "四"\n答案：B\n解析1'
     assert found[5] == 'test 第0题，选____。\nA. 甲0\nB. 乙\nC. 丙\nD. 丁, "四"'
@@ -85,7 +85,7 @@ def test_ceval_renders_questions_and_leaves_val_for_evaluation(tmp_path, folder)
 
 def test_ceval_takes_val_when_nothing_else_is_there(tmp_path):
     members = {"val/a_val.csv": make.table(make.questions(2, "val")), "__MACOSX/dev/._a_dev.csv": b"\0"}
-    assert len(list(ceval.texts(make.write_ceval(tmp_path / "x.zip", members)))) == 2
+    assert len(list(SOURCES["ceval"].texts(make.write_ceval(tmp_path / "x.zip", members)))) == 2
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_ceval_takes_val_when_nothing_else_is_there(tmp_path):
     ],
 )
 def test_ceval_says_what_is_wrong_with_a_file(tmp_path, members, expected):
-    assert expected in message(ceval.texts, make.write_ceval(tmp_path / "x.zip", members))
+    assert expected in message(SOURCES["ceval"].texts, make.write_ceval(tmp_path / "x.zip", members))
 
 
 def test_ceval_knows_what_is_no_zip_or_a_damaged_one(tmp_path):
@@ -120,21 +120,21 @@ def test_ceval_knows_what_is_no_zip_or_a_damaged_one(tmp_path):
     whole = path.read_bytes()
     for content in (b"id,question,A,B,C,D\n", whole[:-30]):
         path.write_bytes(content)
-        assert ": is not a zip archive, or is cut short" in message(ceval.texts, path)
+        assert ": is not a zip archive, or is cut short" in message(SOURCES["ceval"].texts, path)
     path.write_bytes(b"")
-    assert ": the file is empty" in message(ceval.texts, path)
+    assert ": the file is empty" in message(SOURCES["ceval"].texts, path)
     at = zipfile.ZipFile(make.write_ceval(path)).getinfo("ceval-exam/dev/logic_dev.csv").header_offset + 80
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
-    assert "dev/logic_dev.csv: cannot be unpacked" in message(ceval.texts, path)
+    assert "dev/logic_dev.csv: cannot be unpacked" in message(SOURCES["ceval"].texts, path)
 
 
 def test_a_huge_member_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
     monkeypatch.setattr(ceval, "LARGEST_MEMBER_BYTES", 100)
-    assert "dev/logic_dev.csv: is larger than" in message(ceval.texts, make.write_ceval(tmp_path / "x.zip"))
+    assert "dev/logic_dev.csv: is larger than" in message(SOURCES["ceval"].texts, make.write_ceval(tmp_path / "x.zip"))
 
 
 def test_alpaca_renders_both_prompts(tmp_path):
-    first, second = list(alpaca.texts(make.write_alpaca(tmp_path / "x.json", make.alpaca_entries(2))))
+    first, second = list(SOURCES["alpaca"].texts(make.write_alpaca(tmp_path / "x.json", make.alpaca_entries(2))))
     assert "### Input" not in first
     assert first.endswith("### Instruction:\nCount to 0.\n\n### Response:\n" + " ".join(make.story(0)))
     assert "### Instruction:\nCount to 1.\n\n### Input:\none by one\n\n### Response:\nText 1:" in second
@@ -142,7 +142,7 @@ def test_alpaca_renders_both_prompts(tmp_path):
 
 def test_braces_in_a_task_are_text_and_not_fields(tmp_path):
     entry = {"instruction": "print {input}", "input": "{0} {x}", "output": "{"}
-    (text,) = alpaca.texts(make.write_alpaca(tmp_path / "x.json", [entry]))
+    (text,) = SOURCES["alpaca"].texts(make.write_alpaca(tmp_path / "x.json", [entry]))
     assert text.endswith("print {input}\n\n### Input:\n{0} {x}\n\n### Response:\n{")
 
 
@@ -160,7 +160,7 @@ def test_braces_in_a_task_are_text_and_not_fields(tmp_path):
 def test_alpaca_says_what_is_wrong_with_a_file(tmp_path, content, expected):
     path = tmp_path / "x.json"
     path.write_text(content)
-    assert expected in message(alpaca.texts, path)
+    assert expected in message(SOURCES["alpaca"].texts, path)
 
 
 @pytest.mark.parametrize(("name", "least"), [("c4", 90), ("ceval", 150), ("alpaca", 300)])

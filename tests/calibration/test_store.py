@@ -172,7 +172,7 @@ def test_a_workspace_that_cannot_be_written_is_named(checkpoint, request_, tmp_p
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"dataset": "pile"}, "no data set is called 'pile'"),
+        ({"dataset": "pile"}, "--dataset: 'pile' is not one of"),
         ({"seqlen": 1}, "windows of 1 tokens"),
         ({"nsamples": 0}, "0 windows"),
         ({"seqlen": 513}, "longer than the model's context"),

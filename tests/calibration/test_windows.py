@@ -1,13 +1,14 @@
 """Windows: equal length, exactly one BOS in front, the same for the same seed."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 
-from gemma_deploy.calibration import pipeline, windows
+from gemma_deploy.calibration import windows
 from gemma_deploy.calibration.pipeline import Request, make_windows
-from gemma_deploy.calibration.sources import c4
+from gemma_deploy.calibration.sources import SOURCES
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CalibrationError, CheckpointError
 from gemma_deploy.testing import write_tiny_checkpoint
@@ -35,7 +36,8 @@ def test_windows_hold_the_texts_one_after_the_other(checkpoint, c4_file):
     text = tokenizer.decode(made.ids[:, 1:].reshape(-1).tolist(), skip_special_tokens=False)
     texts = text.split("\n\n")
     known = {line["text"] for line in make.c4_lines()}
-    assert made.texts_used == len(texts) > 3
+    assert made.texts_used == {"c4": len(texts)}
+    assert len(texts) > 3
     assert set(texts[:-1]) <= known  # the last one is cut
     assert "<pad>" not in text
 
@@ -47,7 +49,7 @@ def test_the_seed_decides_the_order(checkpoint, c4_file):
 
 
 def test_a_shuffle_keeps_every_text_once(c4_file):
-    texts = partial(c4.texts, c4_file)
+    texts = partial(SOURCES["c4"].texts, c4_file)
     found = list(windows.shuffled(texts, 3))
     assert found != list(texts())
     assert sorted(found) == sorted(texts())
@@ -61,11 +63,10 @@ def test_only_as_much_is_read_as_is_needed(checkpoint, monkeypatch):
         number = 0
         while True:
             read.append(number)
-            yield " ".join(make.story(number))
+            yield {"text": " ".join(make.story(number))}
             number += 1
 
-    source = pipeline.SOURCES["c4"].__class__(lambda path: endless(), "c4_sample.json.gz")
-    monkeypatch.setitem(pipeline.SOURCES, "c4", source)
+    monkeypatch.setitem(SOURCES, "c4", replace(SOURCES["c4"], rows=lambda path: endless()))
     assert cut(checkpoint, None, nsamples=2).ids.shape == (2, 40)
     assert len(read) <= windows.SHUFFLE_BUFFER + windows.BATCH + 1
 

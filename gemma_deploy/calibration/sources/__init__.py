@@ -1,4 +1,4 @@
-"""Data sets to calibrate on: each one file with a function from a path to texts, and one row in the table here."""
+"""Data sets to calibrate on: each a file that reads rows and says what text a row is, and a row in the table here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_deploy.calibration.sources import alpaca, c4, ceval
+from gemma_deploy.calibration.sources.hub import HubSet
+from gemma_deploy.calibration.sources.reading import Row, Turns
 
 
 @dataclass(frozen=True)
@@ -14,16 +16,37 @@ class Source:
     """One data set.
 
     Args:
-        texts: yields the texts of a file, in the file's order; raises CalibrationError for a damaged one.
+        rows: yields the rows of a file, in the file's order; raises CalibrationError for a damaged one.
+        text: a row as plain text, for a model that continues text.
+        turns: a row as a conversation, for a model with a chat template; None where rows are no conversations.
+        fields: what `text` and `turns` need to be text in a row from the hub.
         bundled: the sample's name in calib/.
+        hub: where the real one lies.
     """
 
-    texts: Callable[[Path], Iterator[str]]
+    rows: Callable[[Path], Iterator[Row]]
+    text: Callable[[Row], str]
+    fields: tuple[str, ...]
     bundled: str
+    hub: HubSet
+    turns: Callable[[Row], Turns] | None = None
+
+    def texts(self, path: Path) -> Iterator[str]:
+        """Plain texts of a file."""
+        return map(self.text, self.rows(path))
 
 
+# In the order and by the names of recipe.mix.DATASETS.
 SOURCES = {
-    "c4": Source(c4.texts, "c4_sample.json.gz"),
-    "ceval": Source(ceval.texts, "ceval_sample.zip"),
-    "alpaca": Source(alpaca.texts, "alpaca_sample.json"),
+    "c4": Source(c4.rows, c4.text, c4.KEYS, "c4_sample.json.gz", HubSet("allenai/c4", "en")),
+    "ceval": Source(
+        ceval.rows,
+        ceval.text,
+        ceval.COLUMNS[1:],
+        "ceval_sample.zip",
+        HubSet("ceval/ceval-exam", None, ("dev", "test"), every_config=True),
+    ),
+    "alpaca": Source(
+        alpaca.rows, alpaca.text, alpaca.KEYS, "alpaca_sample.json", HubSet("yahma/alpaca-cleaned"), alpaca.turns
+    ),
 }

@@ -1,11 +1,14 @@
-"""Alpaca: a JSON list of {instruction, input, output} (alpaca_data_cleaned.json), rendered with Alpaca's own prompt."""
+"""Alpaca: a JSON list of {instruction, input, output} (alpaca_data_cleaned.json).
+
+A row is Alpaca's own prompt and the answer, or, for a model with a chat template, a user's and the model's turn.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from gemma_deploy.calibration.sources.reading import explained, json_type, parse_json, string_fields, wrong
+from gemma_deploy.calibration.sources.reading import Row, Turns, explained, json_type, parse_json, string_fields, wrong
 
 KEYS = ("instruction", "input", "output")
 EXPECTED = 'a JSON list of {"instruction": "...", "input": "...", "output": "..."}'
@@ -21,8 +24,8 @@ WITHOUT_INPUT = (
 )
 
 
-def texts(path: Path) -> Iterator[str]:
-    """Yield every entry as prompt and answer.
+def rows(path: Path) -> Iterator[Row]:
+    """Yield every entry.
 
     Raises:
         CalibrationError: naming the entries (counted from 0) that are wrong.
@@ -37,5 +40,15 @@ def texts(path: Path) -> Iterator[str]:
         index, problem = problems[0]
         more = f"; {len(problems) - 1} more entries are wrong" if len(problems) > 1 else ""
         raise wrong(problem + more, path, f"entry {index}", expected=EXPECTED)
-    for entry in entries:
-        yield (WITH_INPUT if entry["input"].strip() else WITHOUT_INPUT).format_map(entry)
+    yield from entries
+
+
+def text(row: Row) -> str:
+    """Prompt and answer, as Alpaca was trained on."""
+    return (WITH_INPUT if row["input"].strip() else WITHOUT_INPUT).format_map(row)
+
+
+def turns(row: Row) -> Turns:
+    """The task, with its input under it, and the answer."""
+    task = f"{row['instruction']}\n\n{row['input']}" if row["input"].strip() else row["instruction"]
+    return [{"role": "user", "content": task}, {"role": "assistant", "content": row["output"]}]

@@ -8,15 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, cast
 
-from gemma_deploy.calibration.sources.reading import explained, parse_json, string_fields, wrong
+from gemma_deploy.calibration.sources.reading import Row, explained, parse_json, string_fields, wrong
 
+KEYS = ("text",)
 EXPECTED = 'gzipped lines such as {"text": "...", "timestamp": "...", "url": "..."}'
 LONGEST_LINE_BYTES = 64 << 20
 GZIP_MAGIC = b"\x1f\x8b"
 
 
-def texts(path: Path) -> Iterator[str]:
-    """Yield the text of every line; empty ones are left out. The same lines without gzip are read as well.
+def rows(path: Path) -> Iterator[Row]:
+    """Yield every line; empty ones are left out. The same lines without gzip are read as well.
 
     Raises:
         CalibrationError: naming the line.
@@ -43,11 +44,16 @@ def texts(path: Path) -> Iterator[str]:
             if not line.strip():
                 continue
             entry = parse_json(line.rstrip(), path, at, expected=EXPECTED)
-            problem = string_fields(entry, ("text",))
+            problem = string_fields(entry, KEYS)
             if problem:
                 raise wrong(problem, path, at, expected=EXPECTED)
             if entry["text"].strip():
-                yield entry["text"]
+                yield entry
+
+
+def text(row: Row) -> str:
+    """The document."""
+    return str(row["text"])
 
 
 def _open(path: Path) -> IO[bytes]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gemma_deploy.errors import CalibrationError
+
+Row = Mapping[str, Any]
+Turns = list[dict[str, str]]  # {"role": "user" | "assistant", "content": text}
 
 AGAIN = "copy or download it again, or leave --path out to use the bundled sample"
 JSON_TYPES: dict[type, str] = {
