@@ -66,7 +66,7 @@ class Located:
         said: dict[str, Any] = {"name": self.name, "windows": self.windows}
         if not isinstance(self.place, Path):
             return said | self.place.describe()
-        with explained(self.place, f"a {self.name} file"):
+        with explained(self.place, f"{'an' if self.name[0] in 'aeiou' else 'a'} {self.name} file"):
             return said | {"file": self.place.name, "sha256": sha256_of(self.place), "bundled": self.bundled}
 
 

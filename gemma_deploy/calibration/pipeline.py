@@ -122,8 +122,9 @@ def check(checkpoint: Checkpoint, request: Request) -> None:
             f"expected at most {longest} (max_position_embeddings of {checkpoint.path})"
         )
     if problems:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise UsageError(
-            f"calibration is asked for what makes no sense ({len(problems)} in all)",
+            f"this request makes no sense ({count})",
             problems=problems,
             expected=f"--dataset c4, or a mix such as --dataset {EXAMPLE}, of windows that the model can take",
             next_step="correct the options above; `gemma-deploy calibrate --help` has examples",

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 SHUFFLE_BUFFER = 10_000  # texts: a C4 shard has 356,317 and is not read to its end
 BATCH = 64
 JOINT = "\n\n"
+# Windows cut for each one kept, where there is text enough: a long text would fill many that lie side by side.
+SPREAD = 4
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def cut_windows(
     seqlen: int,
     joint: str = JOINT,
 ) -> Cut:
-    """Tokenize until there is enough, and cut.
+    """Tokenize until there is enough, cut, and keep every fourth window (every one where the text is that short).
 
     Args:
         texts: read only as far as needed.
@@ -131,23 +133,25 @@ def cut_windows(
         CalibrationError: too little text; CheckpointError: the tokenizer knows tokens the model does not.
     """
     body = seqlen - 1
-    needed = located.windows * body
+    wanted = SPREAD * located.windows * body
     tokens: list[int] = []
     used = 0
     texts = iter(texts)
     while batch := list(islice(texts, BATCH)):
         for encoding in tokenizer.encode_batch([text + joint for text in batch], add_special_tokens=False):
-            if len(tokens) >= needed:
+            if len(tokens) >= wanted:
                 break
             # A text may spell the BOS token; a second one inside a window is something the model was never shown.
             tokens += [token for token in encoding.ids if token != bos_id]
             used += 1
-        if len(tokens) >= needed:
+        if len(tokens) >= wanted:
             break
-    if len(tokens) < needed:
+    cut = min(len(tokens) // body, SPREAD * located.windows)
+    if cut < located.windows:
         raise _too_short(len(tokens), seqlen, located)
     ids = np.full((located.windows, seqlen), bos_id, np.int32)
-    ids[:, 1:] = np.asarray(tokens[:needed], np.int32).reshape(-1, body)
+    kept = slice(0, None, cut // located.windows)
+    ids[:, 1:] = np.asarray(tokens[: cut * body], np.int32).reshape(cut, body)[kept][: located.windows]
     if int(ids.max()) >= vocab_size:
         raise CheckpointError(
             f"the tokenizer gives token {int(ids.max())}, but the model has {vocab_size} tokens",
@@ -172,10 +176,11 @@ def _too_short(found: int, seqlen: int, located: Located) -> CalibrationError:
     if located.mixed:
         asked, fewer = f"{located.name}:{windows} with --seqlen {seqlen}", f"{located.name}:{fits}"
     lower = fewer if fits else f"--seqlen {min(found, 128) + 1}{'' if located.mixed else ' --nsamples 1'}"
-    real = f"the real data set ({option}, or hub in its place)" if located.bundled else f"a larger file with {option}"
+    real = f"{'the real data set' if located.bundled else 'a larger file'} with {option}"
+    real += " or hub for FILE to stream it; in a recipe that is dataset.path"
     return CalibrationError(
         f"too short: {found} tokens of text, {windows} windows of {seqlen} tokens need {windows * (seqlen - 1)}",
         where=located.where,
         expected=f"enough text for {asked}",
-        next_step=f"ask for less ({lower}), or give {real} (in a recipe: dataset.path)",
+        next_step=f"ask for less ({lower}), or give {real}",
     )

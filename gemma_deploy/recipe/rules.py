@@ -160,7 +160,7 @@ def parity_fits_the_graphs(recipe: Recipe) -> Found:
         )
 
 
-@rule("dataset")
+@rule("dataset.name", "dataset.path", "dataset.nsamples")
 def dataset_is_understood(recipe: Recipe) -> Found:
     """Known data sets, windows that add up to nsamples, and places of data sets that are in the mix."""
     asked = recipe.dataset

@@ -30,7 +30,8 @@ def test_every_window_has_one_bos_and_it_is_in_front(checkpoint, tmp_path):
     assert not (ids[:, 1:] == BOS).any()
 
 
-def test_windows_hold_the_texts_one_after_the_other(checkpoint, c4_file):
+def test_texts_follow_one_another(checkpoint, c4_file, monkeypatch):
+    monkeypatch.setattr(windows, "SPREAD", 1)
     made = cut(checkpoint, c4_file)
     tokenizer = windows.load_tokenizer(checkpoint)
     text = tokenizer.decode(made.ids[:, 1:].reshape(-1).tolist(), skip_special_tokens=False)
@@ -40,6 +41,23 @@ def test_windows_hold_the_texts_one_after_the_other(checkpoint, c4_file):
     assert len(texts) > 3
     assert set(texts[:-1]) <= known  # the last one is cut
     assert "<pad>" not in text
+
+
+def test_windows_are_spread_over_more_text_than_they_hold(checkpoint, c4_file, monkeypatch):
+    spread = cut(checkpoint, c4_file, nsamples=3).ids
+    monkeypatch.setattr(windows, "SPREAD", 1)
+    assert np.array_equal(spread, cut(checkpoint, c4_file, nsamples=12).ids[::4])
+
+
+def test_windows_lie_closer_where_the_text_is_short(checkpoint, c4_file, monkeypatch):
+    with pytest.raises(CalibrationError) as caught:
+        cut(checkpoint, c4_file, nsamples=1000)
+    there = int(caught.value.what.split()[2]) // 39
+    for nsamples, step in ((there, 1), (there // 2, 2), (there // 3, 3)):
+        found = cut(checkpoint, c4_file, nsamples=nsamples).ids
+        with monkeypatch.context() as patch:
+            patch.setattr(windows, "SPREAD", 1)
+            assert np.array_equal(found, cut(checkpoint, c4_file, nsamples=there).ids[::step][:nsamples])
 
 
 def test_the_seed_decides_the_order(checkpoint, c4_file):

@@ -19,7 +19,7 @@ from gemma_deploy.recipe.mix import HubPlace
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TIMEOUT_SECONDS = 20
-INSTEAD = "give a file (--path FILE, in a recipe dataset.path), or leave it out to use the bundled sample"
+INSTEAD = "give a file with --path (in a recipe: dataset.path), or leave it out to use the bundled sample"
 
 
 @dataclass(frozen=True)

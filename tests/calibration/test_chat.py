@@ -1,0 +1,169 @@
+"""Alpaca as the turns an -it model was trained on: the tokens transformers' own tokenizer gives, with one BOS."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from gemma_deploy import paths
+from gemma_deploy.calibration import Request, windows
+from gemma_deploy.calibration.chat import Chat, has_template
+from gemma_deploy.calibration.pipeline import dataset_record, make_windows
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.errors import CheckpointError
+from tests.calibration import make
+
+BOS, START, END = 2, 106, 107  # of every Gemma 1 and 2, the bundled model too
+ENTRIES = [
+    {"instruction": "Add the numbers.", "input": "1 and 2", "output": "3"},
+    {"instruction": "Say hello.", "input": "", "output": "Hello, <bos> is a token."},
+    {"instruction": "Name a colour.", "input": " ", "output": "Blue."},
+]
+TURNS = [
+    ("Add the numbers.\n\n1 and 2", "3"),
+    ("Say hello.", "Hello, <bos> is a token."),
+    ("Name a colour.", "Blue."),
+]
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """A checkpoint with Gemma's own chat template."""
+    return Checkpoint.open(paths.demo_checkpoint_dir())
+
+
+@pytest.fixture
+def alpaca(tmp_path):
+    return make.write_alpaca(tmp_path / "alpaca.json", ENTRIES)
+
+
+@pytest.fixture
+def in_order(monkeypatch):
+    """Texts in the file's order, and no window left out."""
+    monkeypatch.setattr(windows, "SPREAD", 1)
+    monkeypatch.setattr("gemma_deploy.calibration.pipeline.shuffled", lambda texts, seed: texts())
+
+
+def one_window(checkpoint, file, tokens):
+    return make_windows(checkpoint, Request("alpaca", file, 1, 1 + tokens)).ids[0].tolist()
+
+
+def test_conversations_are_the_tokens_of_transformers(demo, alpaca, in_order):
+    tokenizer = AutoTokenizer.from_pretrained(demo.path)
+    expected = []
+    for user, model in TURNS:
+        messages = [{"role": "user", "content": user}, {"role": "assistant", "content": model}]
+        ids = tokenizer.apply_chat_template(messages, return_dict=False)
+        assert ids[0] == BOS
+        expected += [token for token in ids if token != BOS]
+    found = one_window(demo, alpaca, len(expected))
+    assert found == [BOS, *expected]
+    assert found.count(BOS) == 1
+
+
+def test_turns_are_spelled_as_google_does(demo, alpaca, in_order):
+    tokenizer = windows.load_tokenizer(demo)
+    spelled = "".join(
+        f"<start_of_turn>user\n{user}<end_of_turn>\n<start_of_turn>model\n{model}<end_of_turn>\n"
+        for user, model in TURNS
+    )
+    expected = [token for token in tokenizer.encode(spelled, add_special_tokens=False).ids if token != BOS]
+    assert one_window(demo, alpaca, len(expected))[1:] == expected
+
+
+def test_a_base_model_keeps_alpacas_own_prompt(demo, alpaca, in_order, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(demo.path, base)
+    (base / "chat_template.jinja").unlink()
+    text = windows.load_tokenizer(demo).decode(one_window(Checkpoint.open(base), alpaca, 60), skip_special_tokens=False)
+    assert text.startswith("<bos>Below is an instruction")
+    assert "start_of_turn" not in text
+
+
+def test_only_alpaca_becomes_turns_and_the_record_says_so(demo, checkpoint, tmp_path):
+    request = Request("c4:2,ceval:2,alpaca:2", None, 6, 32)
+    said = {one["name"]: one["rendered"] for one in dataset_record(demo, request)["sources"]}
+    assert said == {"c4": "text", "ceval": "text", "alpaca": "chat template"}
+    assert {one["rendered"] for one in dataset_record(checkpoint, request)["sources"]} == {"text"}
+
+
+@pytest.mark.parametrize("of_several", [False, True])
+def test_a_template_in_the_tokenizers_settings_counts_as_well(demo, alpaca, in_order, tmp_path, of_several):
+    other = tmp_path / "other"
+    shutil.copytree(demo.path, other)
+    template = (other / "chat_template.jinja").read_text()
+    (other / "chat_template.jinja").unlink()
+    file = other / "tokenizer_config.json"
+    several = [{"name": "default", "template": template}, {"name": "tool_use", "template": "x"}]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": several if of_several else template}))
+    assert one_window(Checkpoint.open(other), alpaca, 40) == one_window(demo, alpaca, 40)
+
+
+def test_rendering_without_the_vocabulary_is_rendering_with_it(demo):
+    whole = PreTrainedTokenizerFast.from_pretrained(demo.path)
+    chat = Chat.open(demo, demo.path)
+    for user, model in TURNS:
+        turns = [{"role": "user", "content": user}, {"role": "assistant", "content": model}]
+        assert chat.render(turns) == whole.apply_chat_template(turns, tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('no model turns') }}", "refuses a user's and a model's turn: no model turns"),
+        ("{% for", "refuses a user's and a model's turn: "),
+        ("{{ messages.open('x') }}", "refuses a user's and a model's turn: "),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_named(checkpoint_path, alpaca, template, said):
+    (checkpoint_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(CheckpointError) as caught:
+        one_window(Checkpoint.open(checkpoint_path), alpaca, 8)
+    assert said in caught.value.what
+    assert caught.value.where == str(checkpoint_path)
+    assert caught.value.next_step
+
+
+def test_damaged_settings_are_named(checkpoint_path):
+    (checkpoint_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: cannot be read"):
+        has_template(Checkpoint.open(checkpoint_path))
+
+
+def test_the_template_inside_a_gguf_file_is_the_one(tmp_path, demo, alpaca, monkeypatch):
+    """With the vocabulary written by transformers; here by hand, since the small file has none."""
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "gemma")
+    template = (demo.path / "chat_template.jinja").read_text()
+    writer.add_chat_template(template)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    class Small:
+        format = "gguf"
+
+        def __init__(self):
+            self.path = path
+
+        def tokenizer_files(self):
+            return []
+
+    files = tmp_path / "files"
+    files.mkdir()
+    shutil.copyfile(demo.path / "tokenizer_config.json", files / "tokenizer_config.json")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert has_template(Small())
+    assert Chat.open(Small(), files).render(turns) == Chat.open(demo, demo.path).render(turns)
+
+
+def test_windows_of_a_mix_on_the_bundled_model(demo):
+    """With the bundled samples: turns in the windows of Alpaca alone."""
+    ids = make_windows(demo, Request("c4:2,alpaca:2", None, 4, 64)).ids
+    tokenizer = windows.load_tokenizer(demo)
+    turn = tokenizer.token_to_id("<start_of_turn>")
+    assert [bool(np.isin(turn, row)) for row in ids] == [False, True, False, True]
