@@ -177,7 +177,7 @@ def _too_short(found: int, seqlen: int, located: Located) -> CalibrationError:
         asked, fewer = f"{located.name}:{windows} with --seqlen {seqlen}", f"{located.name}:{fits}"
     lower = fewer if fits else f"--seqlen {min(found, 128) + 1}{'' if located.mixed else ' --nsamples 1'}"
     real = f"{'the real data set' if located.bundled else 'a larger file'} with {option}"
-    real += " or hub for FILE to stream it; in a recipe that is dataset.path"
+    real += " (hub in its place streams it; in a recipe: dataset.path)"
     return CalibrationError(
         f"too short: {found} tokens of text, {windows} windows of {seqlen} tokens need {windows * (seqlen - 1)}",
         where=located.where,

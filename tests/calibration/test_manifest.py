@@ -1,0 +1,60 @@
+"""A compile that looks at text says in its manifest which, and does not take an artifact of other text for its own."""
+
+import hashlib
+import json
+
+import pytest
+import yaml
+
+from gemma_deploy import compile as compiler
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.cli import main
+from gemma_deploy.graph import worker
+from gemma_deploy.recipe import Recipe
+from tests.calibration import make
+from tests.exporting import export_in_this_process
+
+
+@pytest.fixture
+def recipe_file(checkpoint_path, tmp_path):
+    content = {
+        "name": "x",
+        "frontend": {"checkpoint": str(checkpoint_path), "shape": {"input_ids": [[16], [32]]}},
+        "dataset": {"name": "c4:64,alpaca:32", "path": f"alpaca={make.write_alpaca(tmp_path / 'alpaca.json')}"},
+        "backend": {"dtype": "fp16"},
+        "workspace": {"path": str(tmp_path / "w")},
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "r.yaml"
+
+
+def test_the_manifest_holds_the_fingerprint_of_the_text(recipe_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(worker, "export_apart", export_in_this_process)
+    command = ["compile", str(recipe_file), "--no-parity"]
+    assert main(command) == 0, capsys.readouterr().err
+    said = json.loads((tmp_path / "w" / "x" / "manifest.json").read_text())["calibration"]
+    assert [(one["name"], one["windows"], one["bundled"]) for one in said["sources"]] == [
+        ("c4", 2, True),
+        ("alpaca", 1, False),
+    ]
+    text = tmp_path / "alpaca.json"
+    assert said["sources"][1]["sha256"] == hashlib.sha256(text.read_bytes()).hexdigest()
+    assert said["windows"] == {"nsamples": 3, "seqlen": 32, "seed": 0}
+    assert len(said["fingerprint"]) == len(said["tokenizer_sha256"]) == 64
+    assert main(command) == 0
+    make.write_alpaca(text, make.alpaca_entries(19))
+    capsys.readouterr()
+    assert main(command) == 1
+    assert "holds an artifact of other inputs" in capsys.readouterr().err
+
+
+def test_missing_text_is_told_before_work(recipe_file, tmp_path, capsys):
+    (tmp_path / "alpaca.json").unlink()
+    assert main(["compile", str(recipe_file)]) == 1
+    assert "alpaca.json: cannot be read: No such file" in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
+
+
+def test_int8_by_rounding_looks_at_no_text(recipe_file, checkpoint_path):
+    recipe = Recipe.load(recipe_file, ["backend.dtype=int8"])
+    assert compiler.calibration_windows(recipe, Checkpoint.open(checkpoint_path)) is None
