@@ -18,21 +18,23 @@ from typing import TYPE_CHECKING, Any, cast
 from gemma_deploy import paths
 from gemma_deploy.artifact import ArtifactDir, op_census, write_report
 from gemma_deploy.artifact.ledger import ledger_for
-from gemma_deploy.artifact.manifest import FORMAT_VERSION, tool_versions, write_json
+from gemma_deploy.artifact.manifest import FORMAT_VERSION, tool_versions
+from gemma_deploy.calibrated import choose_rescaling, quantize_weights, windows_of
 from gemma_deploy.calibration.pipeline import dataset_record
 from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint, write_tokenizer
-from gemma_deploy.errors import GateError
+from gemma_deploy.errors import CheckpointError, GateError
 from gemma_deploy.graph.contract import GRAPHS, GraphContract, Scheme
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.params import ParamRow, ParamTable, build_plan, write_params
+from gemma_deploy.params.overlay import Overlay
 from gemma_deploy.partition import Part, division_problems, parts_of
 from gemma_deploy.preflight import Plan, make_plan, preflight
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.recipe import Recipe, check_against_model, check_built
+from gemma_deploy.schemes import QUANTIZERS, stored_scheme
 from gemma_deploy.stages import Stage, Stages
 
 if TYPE_CHECKING:
-    from gemma_deploy.calibration import Request
     from gemma_deploy.parity import ParityResult
 
 log = logging.getLogger(__name__)
@@ -101,18 +103,26 @@ def compile_recipe(
     with stages.stage("check"):
         checkpoint = open_inputs(recipe)
         preflight(recipe, checkpoint, out=out, parity=parity)
-        looked_at = calibration_windows(recipe, checkpoint)
+        looked_at = windows_of(recipe, checkpoint)
         dataset = None if looked_at is None else dataset_record(checkpoint, looked_at)
         key = input_key(recipe, checkpoint, dataset)
     with ArtifactDir(out, key=key, force=force, proven=parity) as artifact:
         if artifact.finished:
             return CompileResult(out, tuple(stages.done), True, artifact.manifest["parity"])
-        contract, rescaling = contract_of(recipe, checkpoint), None
+        contract, rescaling, quantized = contract_of(recipe, checkpoint), None, None
         if recipe.scheme == "fp16":
             with stages.stage("ranges") as stage:
-                rescaling, stage.skipped = choose_rescaling(recipe, checkpoint, looked_at, artifact.path, key)
+                try:
+                    rescaling, stage.skipped = choose_rescaling(recipe, checkpoint, looked_at, artifact.path, key)
+                except CheckpointError:
+                    stream_params(recipe, checkpoint, artifact.path)  # stops at a damaged tensor and names its row
+                    raise
+        if recipe.scheme in QUANTIZERS and looked_at is not None:
+            with stages.stage("quantize"):
+                quantized = quantize_weights(recipe, checkpoint, looked_at, artifact.path, key, progress)
         with stages.stage("parameters") as stage:
-            table = stream_params(recipe, checkpoint, artifact.path, rescaling, progress)
+            source = quantized.source if quantized else checkpoint
+            table = stream_params(recipe, source, artifact.path, rescaling, progress)
             stage.bytes = table.file_bytes
         with stages.stage("graphs") as stage:
             stage.child_rss_bytes = export_into(artifact.path, recipe, checkpoint, contract, table, rescaling, key)
@@ -122,7 +132,7 @@ def compile_recipe(
             copy_model_files(checkpoint, artifact.path)
         result = None
         manifest = describe(recipe, checkpoint, contract, table, rescaling, artifact.path, key)
-        manifest["calibration"] = dataset
+        manifest |= {"calibration": dataset, "quantization": quantized.to_json() if quantized else None}
         if parity:
             with stages.stage("parity"):
                 result = run_gate(recipe, checkpoint, artifact.path, manifest)
@@ -157,23 +167,8 @@ def graph_files(recipe: Recipe, checkpoint: Checkpoint) -> list[str]:
 
 
 def scheme_of(recipe: Recipe) -> Scheme:
-    """A scheme that this version builds; `check_built` has refused the others."""
-    return cast(Scheme, recipe.scheme)
-
-
-def calibration_windows(recipe: Recipe, checkpoint: Checkpoint) -> Request | None:
-    """The text this compile looks at, or None when it looks at none (no float16, or a checkpoint without tokenizer)."""
-    from gemma_deploy.parity.maxima import windows_request
-
-    if recipe.scheme != "fp16":
-        return None
-    return windows_request(
-        checkpoint,
-        dataset=recipe.dataset.name,
-        path=recipe.dataset.path,
-        context=recipe.context_length,
-        embed_scale=recipe.frontend.model_kwargs.embed_scale,
-    )
+    """How parameters are stored, in a scheme that this version builds; `check_built` has refused the others."""
+    return cast(Scheme, stored_scheme(recipe.scheme))
 
 
 def input_key(recipe: Recipe, checkpoint: Checkpoint, dataset: dict[str, Any] | None) -> str:
@@ -194,48 +189,25 @@ def code_version() -> str:
     return digest.hexdigest()
 
 
-def choose_rescaling(
-    recipe: Recipe, checkpoint: Checkpoint, looked_at: Request | None, out: Path, key: str
-) -> tuple[Rescaling, bool]:
-    """Largest activations on calibration text, and the powers of two that bring them into float16.
-
-    Returns:
-        What was chosen, and whether a run before this one had done it.
-    """
-    done = out / "rescaling.json"
-    if done.exists() and (record := json.loads(done.read_text()))["key"] == key:
-        return Rescaling.from_json(record), True
-    from gemma_deploy.parity.maxima import NotFiniteError, measure_rescaling
-
-    try:
-        rescaling = measure_rescaling(
-            checkpoint,
-            looked_at,
-            context=recipe.context_length,
-            embed_scale=recipe.frontend.model_kwargs.embed_scale,
-        )
-    except NotFiniteError:
-        stream_params(recipe, checkpoint, out, None, None)  # stops at the damaged tensor and names its row
-        raise
-    write_json(done, rescaling.to_json() | {"key": key})
-    give_memory_back()
-    return rescaling, False
-
-
 def stream_params(
-    recipe: Recipe, checkpoint: Checkpoint, out: Path, rescaling: Rescaling | None, progress: Progress | None
+    recipe: Recipe,
+    source: Checkpoint | Overlay,
+    out: Path,
+    rescaling: Rescaling | None = None,
+    progress: Progress | None = None,
 ) -> ParamTable:
     """Step 8: every tensor read, cast or quantized, written and hashed in row blocks; resumable per tensor."""
-    parts = parts_in(recipe, checkpoint)
+    parts = parts_of(source.config.num_hidden_layers, recipe.split_points, recipe.ranks)
+    stored = source.stored if isinstance(source, Overlay) else None
     plans = [
-        build_plan(checkpoint.config, scheme_of(recipe), recipe.context_length, rescaling, part) for part in parts
+        build_plan(source.config, scheme_of(recipe), recipe.context_length, rescaling, part, stored) for part in parts
     ]
     total = sum(spec.nbytes for plan in plans for spec in plan)
     rows: list[ParamRow] = []
     for part, plan in zip(parts, plans, strict=True):
         before = sum(row.nbytes for row in rows)
         table = write_params(
-            checkpoint,
+            source,
             plan,
             out / part.file(PARAMS),
             journal=out / part.file("params.journal"),
@@ -326,10 +298,9 @@ def describe(
         "scheme": recipe.scheme,
         "contract": contract.to_json(),
         "parts": [describe_part(part, contract) for part in parts] if len(parts) > 1 else [],
-        "op_census": {
-            file.removesuffix(".onnx"): op_census(out / file) for file in graph_files(recipe, checkpoint)
-        },
+        "op_census": {file.removesuffix(".onnx"): op_census(out / file) for file in graph_files(recipe, checkpoint)},
         "calibration": None,
+        "quantization": None,
         "params": table.to_json(),
         "rescaling": None if rescaling is None else rescaling.to_json(),
         "parity": None,

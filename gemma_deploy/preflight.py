@@ -20,6 +20,7 @@ from gemma_deploy.parity.cases import prompt_length
 from gemma_deploy.parity.maxima import SEQLEN, TEXT_WINDOWS
 from gemma_deploy.partition import parts_of
 from gemma_deploy.recipe import Recipe, check_built
+from gemma_deploy.schemes import stored_scheme
 
 GIB, MIB = 1 << 30, 1 << 20
 
@@ -197,7 +198,7 @@ def _needed(checkpoint: CheckpointFacts) -> dict[str, TensorFacts]:
 
 def parameter_bytes(recipe: Recipe, checkpoint: CheckpointFacts) -> int:
     """Exact bytes of the tensors in all parameter files, rotary tables included, headers excluded."""
-    config, scheme = checkpoint.config, cast(Scheme, recipe.scheme)
+    config, scheme = checkpoint.config, cast(Scheme, stored_scheme(recipe.scheme))
     parts = parts_of(config.num_hidden_layers, recipe.split_points, recipe.ranks)
     plans = (build_plan(config, scheme, recipe.context_length, part=part) for part in parts)
     return sum(spec.nbytes for plan in plans for spec in plan)
@@ -210,7 +211,7 @@ def _params_stage(
     largest = max(4 * prod(tensor.shape) for tensor in tensors.values())
     ram = BASE_BYTES + workers * BLOCK_COPIES * min(BLOCK_BYTES, largest)
     source = sum(tensor.nbytes for tensor in tensors.values())
-    rate = QUANTIZE_BYTES_PER_S if recipe.scheme == "w8a16" else CAST_BYTES_PER_S
+    rate = QUANTIZE_BYTES_PER_S if recipe.backend.dtype == "int8" else CAST_BYTES_PER_S
     compute = 4 * elements / (rate * min(workers, machine.cpus))
     seconds = source / READ_BYTES_PER_S + compute + parameters / WRITE_BYTES_PER_S
     return Stage(
@@ -218,9 +219,7 @@ def _params_stage(
     )
 
 
-def _ranges_stage(
-    recipe: Recipe, config: ModelConfig, tensors: Mapping[str, TensorFacts], elements: int
-) -> Stage:
+def _ranges_stage(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, TensorFacts], elements: int) -> Stage:
     """As the gate's torch side: a block of one matrix at a time, activations of a few windows."""
     windows, seqlen = TEXT_WINDOWS + 1, min(SEQLEN, recipe.context_length)
     layers = sum(prod(tensor.shape) for name, tensor in tensors.items() if ".layers." in name)

@@ -59,20 +59,27 @@ class QuantizedEmbedding(nn.Module):
     """Rows of an int8 table times their own scale times sqrt(hidden_size); the LM head reads the same table.
 
     Args:
-        weight: int8 [vocab, hidden]; scale: float32 [vocab]; embed_scale: the rounded root; dtype: of the output.
+        weight: int8 [vocab, hidden]; scale: float32 [vocab]; dtype: of the output.
+        embed_scale: the rounded root, or float32 [hidden]: the root divided by what the columns were multiplied by.
     """
 
-    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, embed_scale: float, dtype: torch.dtype):
+    def __init__(
+        self, weight: torch.Tensor, scale: torch.Tensor, embed_scale: float | torch.Tensor, dtype: torch.dtype
+    ):
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
-        self.embed_scale, self.dtype = embed_scale, dtype
+        self.dtype = dtype
+        if isinstance(embed_scale, torch.Tensor):
+            self.register_buffer("column_scale", embed_scale)
+        else:
+            self.column_scale = embed_scale
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids: [batch, seq] -> [batch, seq, hidden]."""
         rows = nn.functional.embedding(input_ids, self.weight).to(torch.float32)
         scale = nn.functional.embedding(input_ids, self.scale[:, None])
-        return (rows * scale).to(self.dtype) * self.embed_scale
+        return (rows * scale).to(self.dtype) * self.column_scale
 
 
 class StoredLinear(nn.Module):

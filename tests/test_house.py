@@ -23,9 +23,9 @@ RECIPES = sorted((ROOT / "build_in").rglob("*.yaml"))
 LONGEST_MODULE_LINES = 400
 # A part imports only parts to its left.
 ORDER = (
-    *("errors", "paths", "machine", "terminal", "recipe", "checkpoint", "partition", "patched", "calibration"),
-    *("quantization", "graph", "params", "split", "backends", "artifact", "runtime", "parity", "preflight", "stages"),
-    *("compile", "commands", "cli", "testing"),
+    *("errors", "paths", "machine", "terminal", "schemes", "recipe", "checkpoint", "partition", "patched"),
+    *("calibration", "quantization", "graph", "params", "split", "backends", "artifact", "runtime", "parity"),
+    *("preflight", "stages", "calibrated", "compile", "commands", "cli", "testing"),
 )
 TORCH_FREE = ("errors", "recipe", "checkpoint", "partition", "params", "artifact", "runtime", "preflight", "cli")
 

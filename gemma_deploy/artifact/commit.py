@@ -21,6 +21,7 @@ from gemma_deploy.errors import ArtifactError, DeployError
 KEY_FILE = "inputs.key"
 # Progress marks of a compile; not part of an artifact.
 SCAFFOLD = (KEY_FILE, "params.journal", "graphs.done", "rescaling.json")
+SCAFFOLD_FOLDER = "quantized"
 
 
 class ArtifactDir:
@@ -87,6 +88,8 @@ class ArtifactDir:
             half.unlink()
         for file in sorted(self.path.rglob("*")):
             name = file.relative_to(self.path).as_posix()
+            if name.split("/")[0] == SCAFFOLD_FOLDER:
+                continue
             if file.is_file() and file.name not in (MANIFEST, *SCAFFOLD):
                 files[name] = {"bytes": file.stat().st_size, "sha256": params.get(name) or _sha256(file)}
             _sync(file)
@@ -99,6 +102,7 @@ class ArtifactDir:
         """Put the whole NAME.partial in the place of NAME."""
         for file in [file for file in self.path.rglob("*") if file.name in SCAFFOLD]:
             file.unlink()
+        shutil.rmtree(self.path / SCAFFOLD_FOLDER, ignore_errors=True)
         if self.out.exists():
             self._put_aside(self.out)
         self.path.rename(self.out)

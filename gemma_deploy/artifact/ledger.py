@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gemma_deploy.quantization.rescaling import MLP, Rescaling
+from gemma_deploy.schemes import QUANTIZERS
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ def _division(manifest: dict[str, Any], effect: dict[str, Any]) -> list[LedgerEn
 
 def _storage(manifest: dict[str, Any], scheme: str, effect: dict[str, Any]) -> LedgerEntry:
     matrices = "weight matrices and token table"
+    if scheme in QUANTIZERS:
+        return _quantized(manifest, scheme, effect)
     if scheme == "w8a16":
         rows = [row for row in manifest["params"] if row.get("sqnr_db") is not None]
         worst = min(rows, key=lambda row: row["sqnr_db"]) if rows else None
@@ -120,6 +123,28 @@ def _storage(manifest: dict[str, Any], scheme: str, effect: dict[str, Any]) -> L
     }
     what, why = texts[scheme]
     return LedgerEntry(what, "whole model", why, effect)
+
+
+def _quantized(manifest: dict[str, Any], scheme: str, effect: dict[str, Any]) -> LedgerEntry:
+    """A calibrated scheme; the effect says how much less is lost than by rounding to nearest."""
+    layers = (manifest.get("quantization") or {}).get("layers", ())
+    tensors = [found for layer in layers for found in layer["tensors"].values()]
+    loss, nearest = (
+        sum(found[key] / found["signal"] for found in tensors if found["signal"]) for key in ("loss", "rtn_loss")
+    )
+    if nearest:
+        effect = {**effect, "loss_to_round_to_nearest": round(loss / nearest, 4)}
+    rows = [row for row in manifest["params"] if row.get("sqnr_db") is not None and ".layers." in row["name"]]
+    worst = min(rows, key=lambda row: row["sqnr_db"], default=None)
+    if worst:
+        effect |= {"lowest_output_sqnr_db": worst["sqnr_db"], "lowest_output_sqnr_tensor": worst["name"]}
+    return LedgerEntry(
+        "int8 per output row, symmetric, rounded with error compensation on calibration text; columns rescaled, their "
+        "factors folded into norm gains, value rows and up rows; the token table per row, rounded to nearest",
+        f"the seven linears and two norms of every layer ({len(tensors)} matrices), the token table",
+        f"frontend.quantize.type {scheme}; activations and norms are float32",
+        effect,
+    )
 
 
 def _rescaling(rescaling: Rescaling) -> list[LedgerEntry]:

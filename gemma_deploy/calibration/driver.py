@@ -68,7 +68,7 @@ def run_layers(
                 for window in range(nsamples):
                     hidden = torch.from_numpy(states.read(window))[None]
                     hidden = layer(hidden, position_embeddings=rotary[kind], attention_mask=masks[kind])[0]
-                    _refuse_nonfinite(hidden, checkpoint, name, window)
+                    refuse_nonfinite(hidden, checkpoint, name, window)
                     observe(f"{name}.out", hidden)
                     states.write(window, hidden[0].numpy())
                     if progress:
@@ -76,7 +76,7 @@ def run_layers(
         with loaded(stack.norm, checkpoint, "model.norm"):
             for window in range(nsamples):
                 hidden = stack.norm(torch.from_numpy(states.read(window))[None])
-                _refuse_nonfinite(hidden, checkpoint, "model.norm", window)
+                refuse_nonfinite(hidden, checkpoint, "model.norm", window)
                 observe("lm_head.in", hidden)
 
 
@@ -100,7 +100,7 @@ def embed(checkpoint: Checkpoint, ids: np.ndarray, scale: float, states: HiddenS
         unique, inverse = np.unique(tokens, return_inverse=True)
         rows = np.concatenate([checkpoint.rows(TABLE, int(token), int(token) + 1) for token in unique])
         hidden = torch.from_numpy(rows)[torch.from_numpy(inverse)] * scale
-        _refuse_nonfinite(hidden, checkpoint, TABLE.removesuffix(".weight"), window)
+        refuse_nonfinite(hidden, checkpoint, TABLE.removesuffix(".weight"), window)
         states.write(window, hidden.numpy())
 
 
@@ -135,7 +135,8 @@ def watched(layer: nn.Module, name: str, observe: Observe) -> Iterator[None]:
             handle.remove()
 
 
-def _refuse_nonfinite(hidden: torch.Tensor, checkpoint: Checkpoint, module: str, window: int) -> None:
+def refuse_nonfinite(hidden: torch.Tensor, checkpoint: Checkpoint, module: str, window: int) -> None:
+    """Raise CalibrationError where a hidden state is no number."""
     if not bool(torch.isfinite(hidden).all()):
         raise CalibrationError(
             f"gives NaN or infinity in window {window}",

@@ -31,3 +31,22 @@ class RangeObserver:
     def absmax(self) -> float:
         """Largest magnitude of all."""
         return float(self.channel_absmax.max())
+
+
+class MomentObserver:
+    """Mean of x x^T over all tokens: the Hessian of a linear's squared output error, up to a factor."""
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0
+        self.total = torch.zeros(channels, channels)
+
+    def update(self, x: torch.Tensor) -> None:
+        """x: [..., channels]."""
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        self.total.addmm_(rows.T, rows)
+        self.count += rows.shape[0]
+
+    def take(self) -> torch.Tensor:
+        """[channels, channels] float32; the observer is empty afterwards, so that the array exists once."""
+        moments, self.total = self.total.div_(max(self.count, 1)), torch.empty(0)
+        return moments

@@ -18,19 +18,22 @@ class HiddenStates:
     Args:
         shape: nsamples, seqlen, hidden.
         file: made when the array is larger than `in_memory_bytes`, and deleted by `close`.
+        there: the file holds the states already.
 
     Raises:
         CalibrationError: the disk has no room for it.
     """
 
-    def __init__(self, shape: tuple[int, int, int], file: Path, in_memory_bytes: int = IN_MEMORY_BYTES) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], file: Path, in_memory_bytes: int = IN_MEMORY_BYTES, there: bool = False
+    ) -> None:
         self.shape, self.file = shape, file
         self.window_bytes = 4 * shape[1] * shape[2]
         self.nbytes = shape[0] * self.window_bytes
         self._array: np.ndarray | None = None
         if self.nbytes <= in_memory_bytes:
             self._array = np.zeros(shape, np.float32)
-        else:
+        elif not there:
             self._reserve()
 
     @property
@@ -45,6 +48,11 @@ class HiddenStates:
     def write(self, window: int, value: np.ndarray) -> None:
         """value: [seqlen, hidden]."""
         self._view(window)[:] = value
+
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        with open(self.file, "rb") as file:
+            os.fsync(file.fileno())
 
     def close(self) -> None:
         """Give memory and disk back."""

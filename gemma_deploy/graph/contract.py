@@ -21,7 +21,7 @@ from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.partition import Part
 from gemma_deploy.partition.ranks import kv_heads_of
 
-Scheme = Literal["fp32", "bf16", "fp16", "w8a16"]
+Scheme = Literal["fp32", "bf16", "fp16", "w8a16", "w8a16_folded"]
 GRAPHS = ("iter0", "iter1")
 PREFILL, DECODE = GRAPHS
 ENTERING, LEAVING = "inputs_embeds", "hidden_states"  # of a stage that does not embed, or has no head

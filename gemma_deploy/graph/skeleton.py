@@ -19,7 +19,8 @@ from gemma_deploy.partition.ranks import row_blocks, sharding
 from gemma_deploy.patched import causal_classes, patched_module
 from gemma_deploy.quantization.rescaling import MLP, Rescaling
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float16, "w8a16": torch.float32}
+INT8 = ("w8a16", "w8a16_folded")
+TORCH_DTYPES = dict.fromkeys(("fp32", "bf16", *INT8), torch.float32) | {"fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _store(model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.d
             if not isinstance(child, nn.Linear) or (child is model.lm_head and config.tie_word_embeddings):
                 continue
             shape = _share(name, (child.out_features, child.in_features), config, ranks)
-            if scheme == "w8a16":
+            if scheme in INT8:
                 scale = _zeros(shape[:1], torch.float32)
                 new = quantization.QuantizedLinearPerChannel(_zeros(shape, torch.int8), scale)
             elif scheme == "bf16":
@@ -176,8 +177,9 @@ def _store_table(model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: t
     embed = model.model.embed_tokens
     shape = _share("embed_tokens", (config.vocab_size, config.hidden_size), config, ranks)
     scale = embed.scale_value(dtype)
-    if scheme == "w8a16":
+    if scheme in INT8:
         weight, row_scale = _zeros(shape, torch.int8), _zeros(shape[:1], torch.float32)
+        scale = _zeros((config.hidden_size,), torch.float32) if scheme == "w8a16_folded" else scale
         model.model.embed_tokens = quantization.QuantizedEmbedding(weight, row_scale, scale, dtype)
         head: nn.Module = quantization.QuantizedLinearPerChannel(weight, row_scale)
     elif scheme == "bf16":

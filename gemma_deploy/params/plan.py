@@ -7,33 +7,41 @@ constant inside the graph.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from gemma_deploy.checkpoint import ModelConfig, Rope, expected_tensors
+from gemma_deploy.params.overlay import TABLE, Stored
 from gemma_deploy.partition import Part, whole
 from gemma_deploy.partition.ranks import Blocks, row_blocks, sharding
 from gemma_deploy.quantization.rescaling import Rescaling
 
-Scheme = Literal["fp32", "fp16", "bf16", "w8a16"]
+Scheme = Literal["fp32", "fp16", "bf16", "w8a16", "w8a16_folded"]
 Dtype = Literal["float32", "float16", "bfloat16", "int8"]
-Kind = Literal["cast", "int8_per_channel", "scale", "constant"]
+Kind = Literal["cast", "int8_per_channel", "scale", "constant", "stored"]
 
 ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+COLUMN_SCALE = "model.embed_tokens.column_scale"
 # Norm weights are float32 everywhere: the norm computes in float32.
-MATRIX_DTYPE: dict[Scheme, Dtype] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "w8a16": "int8"}
-ROTARY_DTYPE: dict[Scheme, Dtype] = {"fp32": "float32", "fp16": "float32", "bf16": "float32", "w8a16": "float32"}
+MATRIX_DTYPE: dict[Scheme, Dtype] = {
+    "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "w8a16": "int8", "w8a16_folded": "int8",
+}  # fmt: skip
+ROTARY_DTYPE: Dtype = "float32"
 
 
 @dataclass(frozen=True)
 class ParamSpec:
     """One tensor to write. `source` is the checkpoint's tensor; constants have a `rope` or a `value` instead.
 
+    The kind `stored` is copied as it is.
+
     Args:
         shift: the source is multiplied by 2**shift.
         gain_exponent: of a norm, whose gain (1 + weight) is divided by 2**gain_exponent.
         rows: blocks [start, stop) of the source's rows that are taken, in order; () for all of them.
         columns: [start, stop) of the source's columns. Scales are those of whole rows.
+        stored: of a matrix that a calibrated quantizer made.
     """
 
     name: str
@@ -47,6 +55,7 @@ class ParamSpec:
     gain_exponent: int = 0
     rows: Blocks = ()
     columns: tuple[int, int] | None = None
+    stored: Stored | None = None
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +69,7 @@ def build_plan(
     context_length: int,
     rescaling: Rescaling | None = None,
     part: Part | None = None,
+    quantized: Mapping[str, Stored] | None = None,
 ) -> tuple[ParamSpec, ...]:
     """Every parameter of the model in model order, then the rotary tables.
 
@@ -67,9 +77,11 @@ def build_plan(
         config: the model; a tied table appears once, under model.embed_tokens.
         scheme: w8a16 stores each matrix as int8 `X.weight` and float32 `X.scale`; fp16 has the eps of every norm and
             the scale factor of every attention as parameters, [1] each, because rescaling makes them differ by layer.
+            w8a16_folded is w8a16 with one more scale, of each column of what the embedding gives.
         context_length: positions the rotary half tables [context_length, head_dim / 2] cover.
         rescaling: powers of two folded into what fp16 stores.
         part: only what this part of a divided artifact holds. Names are the whole model's.
+        quantized: matrices whose codes and scales the source holds already (`Overlay.stored`).
     """
     rescaling, part = rescaling or Rescaling(), part or Part(whole(config.num_hidden_layers))
     span = part.span
@@ -84,9 +96,14 @@ def build_plan(
             if scheme == "fp16":
                 eps = config.rms_norm_eps * 4.0 ** -rescaling.of(f"{module}.in")
                 specs.append(ParamSpec(f"{module}.eps", (1,), "float32", "constant", value=eps))
-        elif scheme == "w8a16":
+        elif quantized and name in quantized:
+            specs.append(ParamSpec(name, shape, "int8", "stored", name, stored=quantized[name]))
+            specs.append(ParamSpec(f"{module}.scale", shape[:1], "float32", "stored", f"{module}.scale"))
+        elif MATRIX_DTYPE[scheme] == "int8":
             specs.append(ParamSpec(name, shape, "int8", "int8_per_channel", name))
             specs.append(ParamSpec(f"{module}.scale", shape[:1], "float32", "scale", name))
+            if scheme == "w8a16_folded" and name == TABLE and span.start == 0:
+                specs.append(ParamSpec(COLUMN_SCALE, shape[1:], "float32", "stored", COLUMN_SCALE))
         else:
             shift = rescaling.linear_shift(module) if ".layers." in name else 0
             specs.append(ParamSpec(name, shape, MATRIX_DTYPE[scheme], "cast", name, shift=shift))
@@ -97,7 +114,7 @@ def build_plan(
     for layer_type, rope in ((kind, rope) for kind, rope in config.rope.items() if kind in kinds):
         for table in ("cos", "sin"):
             name = f"model.rotary_emb.{layer_type}.{table}"
-            specs.append(ParamSpec(name, half, ROTARY_DTYPE[scheme], "constant", rope=rope))
+            specs.append(ParamSpec(name, half, ROTARY_DTYPE, "constant", rope=rope))
     return tuple(specs) if part.ranks == 1 else tuple(_of_rank(spec, config, part) for spec in specs)
 
 

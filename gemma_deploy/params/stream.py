@@ -123,6 +123,8 @@ def run_job(
     spec = job.specs[0]
     if spec.kind == "constant":
         return [_write_constant(sinks[0], buffers, block_bytes)]
+    if spec.kind == "stored":
+        return [_write_stored(sinks[0], source, buffers, block_bytes)]
     checked = _checked_blocks(source, spec, buffers, block_bytes)
     if spec.kind == "int8_per_channel":
         return _write_int8(sinks, checked, buffers)
@@ -134,6 +136,19 @@ def _write_constant(sink: Sink, buffers: Buffers, block_bytes: int) -> ParamRow:
     for start, stop in _spans(spec.shape[0], 4 * math.prod(spec.shape[1:]), block_bytes):
         sink.write(_narrow(constant_rows(spec, start, stop), spec, buffers))
     return sink.row()
+
+
+def _write_stored(sink: Sink, source: Source, buffers: Buffers, block_bytes: int) -> ParamRow:
+    import torch
+
+    spec = sink.spec
+    info = source.tensors[spec.source or spec.name]
+    row_bytes = info.nbytes // info.shape[0]
+    for start, stop in _row_spans(spec.rows or ((0, info.shape[0]),), row_bytes, block_bytes):
+        block = torch.from_numpy(source.raw_rows(info.name, start, stop))
+        sink.write(_columns(block, spec, buffers).contiguous())
+    stored = spec.stored
+    return sink.row(stored.sqnr_db, float(f"{stored.energy:.7g}")) if stored else sink.row()
 
 
 def _write_cast(sink: Sink, blocks: Iterator[tuple[torch.Tensor, torch.Tensor]], buffers: Buffers) -> ParamRow:

@@ -23,6 +23,7 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import ParamsError
 from gemma_deploy.params.journal import Journal, read_finished
 from gemma_deploy.params.layout import Layout, lay_out
+from gemma_deploy.params.overlay import Overlay
 from gemma_deploy.params.plan import ParamSpec
 from gemma_deploy.params.stream import BadTensorError, Buffers, Job, run_job
 from gemma_deploy.params.table import ParamRow, ParamTable, hash_span, in_file_order
@@ -39,7 +40,7 @@ Progress = Callable[[int, int], None]
 
 
 def write_params(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | Overlay,
     plan: Sequence[ParamSpec],
     out_path: Path,
     *,
@@ -98,7 +99,7 @@ class _Run:
     """One file being written."""
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: Sequence[ParamSpec], layout: Layout, out_path: Path, log: Journal
+        self, checkpoint: Checkpoint | Overlay, plan: Sequence[ParamSpec], layout: Layout, out_path: Path, log: Journal
     ) -> None:
         self.checkpoint, self.layout, self.out_path, self.log = checkpoint, layout, out_path, log
         self.partial = out_path.with_name(out_path.name + ".partial")

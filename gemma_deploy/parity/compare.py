@@ -22,6 +22,7 @@ from gemma_deploy.parity.cases import Case, make_cases, prompt_length
 from gemma_deploy.parity.gates import GATES, TWINS, Gate, Line, headroom_line, judge, sqnr_line
 from gemma_deploy.parity.metrics import Comparison, Metrics
 from gemma_deploy.parity.sources import FastSource, Features, Source
+from gemma_deploy.schemes import QUANTIZERS
 
 log = logging.getLogger(__name__)
 # Positions of a prompt that are compared, the last ones: the window bites there. More of text, whose mean KL is judged.
@@ -208,6 +209,7 @@ def run_parity(
     """
     from gemma_deploy.parity.reference import TorchSource
     from gemma_deploy.parity.segments import StrictSource
+    from gemma_deploy.parity.stored import StoredWeights
 
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     result, scheme = ParityResult(), str(manifest["scheme"])
@@ -218,9 +220,12 @@ def run_parity(
     hf = TorchSource(opened, "hf", "bf16" if scheme == "bf16" else "fp32", scale)
     patched = TorchSource(opened, "patched", "bf16" if scheme == "bf16" else "fp32", scale)
     sources: dict[str, Source] = {source.name: source for source in (hf, patched)}
+    twin = patched
     if scheme == "w8a16":
         twin = TorchSource(opened, "patched", "w8a16", scale)
-        sources[twin.name] = twin
+    elif scheme in QUANTIZERS:
+        twin = TorchSource(StoredWeights(opened, artifact, manifest), "patched", "fp32", scale, name=TWINS[scheme])
+    sources[twin.name] = twin
     sources[strict.name] = strict
     pairs = list(dict.fromkeys([gate.pair for gate in GATES[scheme]] + [(TWINS[scheme], "strict")]))
     if fast:
@@ -230,7 +235,7 @@ def run_parity(
     result.lines = judged(GATES[scheme], found)
     if scheme == "fp16":
         result.lines.append(headroom_line(hf.absmax, strict.rescaling))
-    if scheme == "w8a16":
+    if scheme == "w8a16" or scheme in QUANTIZERS:
         result.lines.append(sqnr_line(manifest["params"]))
     result.measures = measures_of(found)
     result.effect = effect_of(found[hf.name, "strict"] if (hf.name, "strict") in found else found[pairs[-1]], cases)
@@ -238,7 +243,6 @@ def run_parity(
         from gemma_deploy.parity.bisect import first_divergence
 
         report("looking for the first layer that differs")
-        twin = TorchSource(opened, "patched", {"bf16": "bf16", "w8a16": "w8a16"}.get(scheme, "fp32"), scale)  # type: ignore[arg-type]
         divergence = first_divergence(hf, patched, twin, strict, cases, scheme)
         result.divergence = divergence.to_json() if divergence else None
     return result
@@ -268,9 +272,7 @@ def cases_for(
     return make_cases(checkpoint.config, batch=contract["batch"], length=length, steps=steps, text=tokens)
 
 
-def text_tokens(
-    checkpoint: Checkpoint, text: str | Path | None, wanted: int, notes: list[str]
-) -> Sequence[int] | None:
+def text_tokens(checkpoint: Checkpoint, text: str | Path | None, wanted: int, notes: list[str]) -> Sequence[int] | None:
     """Tokens of the text without BOS, about as many as wanted; None when the checkpoint has no tokenizer."""
     from gemma_deploy.calibration.sources import SOURCES
     from gemma_deploy.calibration.windows import load_tokenizer

@@ -12,6 +12,7 @@ from typing import Any
 
 from gemma_deploy.parity.metrics import Metrics
 from gemma_deploy.quantization.rescaling import FP16_MAX, HEADROOM, Rescaling
+from gemma_deploy.schemes import QUANTIZERS
 
 LOWEST_SQNR_DB = 38.0
 
@@ -60,7 +61,7 @@ def relative(limit: float, *pairs: tuple[str, str]) -> tuple[Gate, ...]:
 
 
 # patched = hf holds for every scheme: the patch changes no number.
-GATES: Mapping[str, tuple[Gate, ...]] = {
+GATES: dict[str, tuple[Gate, ...]] = {
     "fp32": relative(1e-5, ("hf", "patched"), ("patched", "strict"), ("hf", "strict")),
     "bf16": relative(1e-3, ("hf bf16", "patched bf16"), ("patched bf16", "strict"), ("hf bf16", "strict")),
     "fp16": (
@@ -75,8 +76,17 @@ GATES: Mapping[str, tuple[Gate, ...]] = {
         Gate(("hf", "strict"), "ppl_delta", 0.005, ("text",), pooled=True),
     ),
 }
+GATES |= {
+    "w8a16_gptq": (
+        *relative(1e-5, ("hf", "patched"), ("patched w8a16_gptq", "strict")),
+        Gate(("hf", "strict"), "bad_test", 0),
+        Gate(("hf", "strict"), "kl_mean", 0.005, ("text",), pooled=True),
+        Gate(("hf", "strict"), "ppl_delta", 0.005, ("text",), pooled=True),
+    ),
+}
 # The reference whose numbers the artifact must repeat, for the search of the first wrong layer.
 TWINS = {"fp32": "patched", "bf16": "patched bf16", "fp16": "patched", "w8a16": "patched w8a16"}
+TWINS |= {scheme: f"patched {scheme}" for scheme in QUANTIZERS}
 
 
 def judge(gate: Gate, measured: Mapping[tuple[str, str], Metrics], pooled: Mapping[str, Metrics]) -> Line:

@@ -23,6 +23,7 @@ from gemma_deploy.graph.skeleton import new_model
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.sources import Features
+from gemma_deploy.parity.stored import StoredWeights
 from gemma_deploy.patched import patched_module
 
 Weighting = Literal["fp32", "bf16", "w8a16"]
@@ -35,20 +36,22 @@ class TorchSource:
     """float32 arithmetic on the checkpoint's weights.
 
     Args:
-        checkpoint: open checkpoint.
+        checkpoint: open checkpoint, or the weights of an artifact.
         kind: `hf` is transformers' class with eager attention, `patched` the one of source_code/.
         weighting: the weights: as they are, matrices rounded to bfloat16, or int8 per row by `quantize(8)`.
         embed_scale: rounding of the embedding scale, see gemma_facts; given to `hf` through its embedding rows.
         dtype: of weights and arithmetic.
+        name: instead of one made from the above.
     """
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Checkpoint | StoredWeights,
         kind: Literal["hf", "patched"],
         weighting: Weighting = "fp32",
         embed_scale: str = "exact",
         dtype: torch.dtype = torch.float32,
+        name: str | None = None,
     ) -> None:
         if kind == "hf" and weighting == "w8a16":
             raise ValueError("transformers' own class has no int8 linears of this form")
@@ -57,6 +60,7 @@ class TorchSource:
         self.dtype = dtype
         if dtype != torch.float32:
             self.name += f" in {str(dtype).removeprefix('torch.')}"
+        self.name = name or self.name
         self.absmax: dict[str, float] = {}
 
     def run(self, cases: Sequence[Case]) -> Features:
@@ -215,6 +219,12 @@ class Weights(Mapping[str, torch.Tensor]):
                 checkpoint.config.hidden_size, torch.float32, self.source.embed_scale
             )
             rows = (rows * (rounded / float(np.float32(checkpoint.config.hidden_size**0.5)))).astype(np.float32)
+        scale = checkpoint.embedding_scale() if isinstance(checkpoint, StoredWeights) else None
+        if scale is not None:  # the model multiplies by the root itself
+            root = patched_module("layers_vacc").rounded_sqrt(
+                checkpoint.config.hidden_size, torch.float32, self.source.embed_scale
+            )
+            rows = (rows * (scale.astype(np.float64) / root)).astype(np.float32)
         return self.source._matrix(rows)
 
     def __iter__(self) -> Iterator[str]:

@@ -20,7 +20,7 @@ BY_COLUMNS = ("o_proj", "down_proj")
 def sharding(name: str) -> Axis | None:
     """How a parameter is divided, by its name (`....weight` or `....scale`); None when every rank has all of it."""
     module = name.rpartition(".")[0].rpartition(".")[2]
-    if module in BY_ROWS:
+    if module in BY_ROWS and not name.endswith(".column_scale"):
         return "rows"
     if module in BY_COLUMNS and name.endswith(".weight"):
         return "columns"

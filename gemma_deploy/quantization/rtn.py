@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 QMAX = 127
 
 
-def row_scales(absmax: torch.Tensor) -> torch.Tensor:
+def row_scales(absmax: torch.Tensor, qmax: int = QMAX) -> torch.Tensor:
     """Scales [rows] of rows whose largest magnitudes are absmax: [rows] float32.
 
-    A zero row gets 1.0, and so does one of subnormals so small that absmax / 127 underflows to zero.
+    A zero row gets 1.0, and so does one of subnormals so small that absmax / qmax underflows to zero.
     """
-    scale = absmax / QMAX
+    scale = absmax / qmax
     return scale.masked_fill_(scale == 0, 1.0)
 
 

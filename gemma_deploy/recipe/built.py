@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from gemma_deploy.errors import NotBuiltError
 from gemma_deploy.recipe.recipe import Recipe
+from gemma_deploy.schemes import QUANTIZERS
 
-BUILT_SCHEMES = ("fp32", "fp16", "bf16", "w8a16")
+BUILT_SCHEMES = ("fp32", "fp16", "bf16", "w8a16", *QUANTIZERS)
 
 # (is it asked for?, one sentence). Building a feature removes its line.
 _NOT_BUILT: tuple[tuple[Callable[[Recipe], bool], Callable[[Recipe], str]], ...] = (
@@ -23,7 +24,7 @@ _NOT_BUILT: tuple[tuple[Callable[[Recipe], bool], Callable[[Recipe], str]], ...]
         lambda recipe: recipe.scheme not in BUILT_SCHEMES,
         lambda recipe: (
             f"frontend.quantize.type: {recipe.scheme} is not built yet; "
-            "this version quantizes with w8a16 (int8 per channel, round to nearest), so set type: w8a16"
+            "this version quantizes to int8 per channel, so set type: w8a16_gptq, or w8a16 (round to nearest)"
         ),
     ),
     (

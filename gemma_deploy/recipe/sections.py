@@ -63,11 +63,14 @@ class ModelKwargs(Section):
 
 
 class CalibArgs(Section):
-    """Settings of the calibrated quantizers (`percdamp` = `damp_percent`, `act_order` = `desc_act`)."""
+    """Settings of the calibrated quantizers (`percdamp` = `damp_percent`, `act_order` = `desc_act`).
+
+    What is not given is chosen by the quantizer (quantization/solver.py).
+    """
 
     true_sequential: bool = True
-    percdamp: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    act_order: bool = False
+    percdamp: Annotated[float, Field(gt=0, lt=1)] | None = None
+    act_order: bool | None = None
     wbits: Literal[4, 8, 16] | None = None
     blocksize: Positive = 128
     groupsize: VendorOnly = None

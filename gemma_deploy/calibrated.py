@@ -1,0 +1,135 @@
+"""What a compile learns from calibration text before it writes parameters: float16's exponents, quantized weights.
+
+Imported by compile.py alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_deploy.artifact.manifest import write_json
+from gemma_deploy.calibration.pipeline import Request, make_windows
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.errors import CheckpointError
+from gemma_deploy.machine import give_memory_back
+from gemma_deploy.params.overlay import Overlay
+from gemma_deploy.quantization.rescaling import Rescaling
+from gemma_deploy.recipe import Recipe
+from gemma_deploy.schemes import QUANTIZERS
+
+QUANTIZED = "quantized"
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The quantizer's result.
+
+    Args:
+        source: the checkpoint with what replaces its weights; settings: of the solver.
+        layers, table: what came of each.
+    """
+
+    source: Overlay
+    settings: Mapping[str, Any]
+    layers: Sequence[Mapping[str, Any]]
+    table: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {"settings": dict(self.settings), "layers": list(self.layers), "table": dict(self.table)}
+
+
+def windows_of(recipe: Recipe, checkpoint: Checkpoint) -> Request | None:
+    """The text this compile looks at, or None when it looks at none.
+
+    Raises:
+        CheckpointError: a calibrated scheme needs a tokenizer.
+    """
+    tokenizer = bool(checkpoint.tokenizer_files()) or checkpoint.format == "gguf"
+    dataset, scale = recipe.dataset, recipe.frontend.model_kwargs.embed_scale
+    if recipe.scheme in QUANTIZERS:
+        if not tokenizer:
+            raise CheckpointError(
+                f"has no tokenizer, but {recipe.scheme} calibrates on text",
+                where=str(checkpoint.path),
+                next_step="copy tokenizer.json there, or set frontend.quantize.type: w8a16, which looks at no data",
+            )
+        return Request(dataset.name, dataset.path, dataset.nsamples, dataset.seqlen, embed_scale=scale)
+    if recipe.scheme == "fp16":
+        from gemma_deploy.parity.maxima import windows_request
+
+        return windows_request(
+            checkpoint, dataset=dataset.name, path=dataset.path, context=recipe.context_length, embed_scale=scale
+        )
+    return None
+
+
+def choose_rescaling(
+    recipe: Recipe, checkpoint: Checkpoint, looked_at: Request | None, out: Path, key: str
+) -> tuple[Rescaling, bool]:
+    """Largest activations on calibration text, and the powers of two that bring them into float16.
+
+    Returns:
+        What was chosen, and whether a run before this one had done it.
+
+    Raises:
+        NotFiniteError: the weights are damaged.
+    """
+    done = out / "rescaling.json"
+    if done.exists() and (record := json.loads(done.read_text()))["key"] == key:
+        return Rescaling.from_json(record), True
+    from gemma_deploy.parity.maxima import measure_rescaling
+
+    rescaling = measure_rescaling(
+        checkpoint,
+        looked_at,
+        context=recipe.context_length,
+        embed_scale=recipe.frontend.model_kwargs.embed_scale,
+    )
+    write_json(done, rescaling.to_json() | {"key": key})
+    give_memory_back()
+    return rescaling, False
+
+
+def quantize_weights(
+    recipe: Recipe, checkpoint: Checkpoint, looked_at: Request, out: Path, key: str, progress: Progress | None
+) -> Quantized:
+    """Step 7: every decoder layer quantized on what the layers before it give; resumable per layer."""
+    from gemma_deploy.quantization.layers import layer_file, quantize_layers
+    from gemma_deploy.quantization.solver import Settings
+    from gemma_deploy.quantization.table import scale_table, table_file
+
+    quantizer, section = QUANTIZERS[recipe.scheme], recipe.frontend.quantize
+    assert section is not None  # the scheme comes from there
+    given = section.calib_args
+    defaults = Settings()
+    settings = Settings(
+        bits=quantizer.bits,
+        percdamp=defaults.percdamp if given.percdamp is None else given.percdamp,
+        act_order=defaults.act_order if given.act_order is None else given.act_order,
+        blocksize=given.blocksize,
+        compensate=quantizer.compensate,
+    )
+    folder = out / QUANTIZED
+    windows = make_windows(checkpoint, looked_at)
+    give_memory_back()  # of the tokenizer
+    records = quantize_layers(
+        checkpoint,
+        windows.ids,
+        settings,
+        folder,
+        key=key,
+        true_sequential=given.true_sequential,
+        embed_scale=looked_at.embed_scale,
+        progress=progress,
+    )
+    table = scale_table(checkpoint, windows.ids.shape, folder, embed_scale=looked_at.embed_scale)
+    files = [layer_file(folder, layer) for layer in range(checkpoint.config.num_hidden_layers)]
+    used = asdict(settings) | {"true_sequential": given.true_sequential}
+    give_memory_back()
+    return Quantized(Overlay(checkpoint, [*files, table_file(folder)], records), used, records, table)

@@ -1,0 +1,103 @@
+"""A checkpoint seen through the quantizer's results: codes, scales and folded norms replace what they were made from.
+
+The token table has its columns scaled.
+
+Consumed like a checkpoint by `write_params`, which copies codes and scales as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from gemma_deploy.checkpoint import Checkpoint, TensorInfo
+
+FACTORS, TABLE = "factors", "model.embed_tokens.weight"
+DTYPES = {"I8": "int8", "F32": "float32"}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What the plan needs to know of a matrix that is quantized already.
+
+    Args:
+        sqnr_db: of the linear's output on the calibration text, in dB; None without an error.
+        energy: mean square of that output.
+    """
+
+    sqnr_db: float | None
+    energy: float
+
+
+class Overlay:
+    """A `Source` over a checkpoint and the files of `quantize_layers`.
+
+    Args:
+        checkpoint: what is not replaced.
+        files: one per layer, and that of the table.
+        records: what was written about each layer.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, files: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> None:
+        self._factors: np.ndarray | None = None
+        self.checkpoint, self.path, self.config = checkpoint, checkpoint.path, checkpoint.config
+        self._files: dict[str, Path] = {}
+        self.tensors: dict[str, TensorInfo] = dict(checkpoint.tensors)
+        for file in files:
+            with safe_open(file, framework="np") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    if name == FACTORS:
+                        self._factors = opened.get_tensor(name)
+                        continue
+                    view = opened.get_slice(name)
+                    shape, dtype = tuple(view.get_shape()), DTYPES[view.get_dtype()]
+                    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+                    self.tensors[name] = TensorInfo(name, shape, dtype, file, nbytes)
+                    self._files[name] = file
+        if self._factors is not None:
+            table = checkpoint.tensors[TABLE]
+            self.tensors[TABLE] = replace(table, dtype="float32", nbytes=4 * math.prod(table.shape))
+        self.stored = {
+            f"{record['layer']}.{linear}.weight": Stored(_sqnr_db(found["signal"], found["loss"]), found["signal"])
+            for record in records
+            for linear, found in record["tensors"].items()
+        }
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) as float32."""
+        replaced = name in self._files or (name == TABLE and self._factors is not None)
+        return (
+            self.raw_rows(name, start, stop).astype(np.float32)
+            if replaced
+            else self.checkpoint.rows(name, start, stop)
+        )
+
+    def raw_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """The same rows as stored."""
+        if name == TABLE and self._factors is not None:
+            scaled: np.ndarray = self.checkpoint.rows(name, start, stop) * self._factors
+            return scaled
+        if name not in self._files:
+            return self.checkpoint.raw_rows(name, start, stop)
+        with safe_open(self._files[name], framework="np") as opened:
+            rows: np.ndarray = opened.get_slice(name)[start:stop]
+        return rows
+
+    def fingerprint(self) -> str:
+        """Of the checkpoint and of every replaced tensor's file."""
+        digest = hashlib.sha256(self.checkpoint.fingerprint().encode())
+        for file in sorted(set(self._files.values())):
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        return digest.hexdigest()
+
+
+def _sqnr_db(signal: float, loss: float) -> float | None:
+    return round(10 * math.log10(signal / loss), 4) if signal > 0 and loss > 0 else None

@@ -1,0 +1,82 @@
+"""The weights an artifact holds, put together and dequantized: what a calibrated scheme's torch twin computes with.
+
+Read from the parameter files alone, through the plan that says which rows and columns each rank and stage has, and the
+manifest's table that says where they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from gemma_deploy.checkpoint import Checkpoint, TensorInfo
+from gemma_deploy.params.plan import COLUMN_SCALE, ParamSpec, Scheme, build_plan
+from gemma_deploy.params.table import ParamRow, row_from_json
+from gemma_deploy.partition import parts_of
+from gemma_deploy.schemes import stored_scheme
+
+
+class StoredWeights:
+    """Looks like the checkpoint, with the artifact's own numbers.
+
+    Args:
+        checkpoint: gives config and names; none of its weights are read.
+        artifact: directory; manifest: its manifest, or what will become it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, artifact: Path, manifest: Mapping[str, Any]) -> None:
+        self.config, self.path, self.tensors = checkpoint.config, artifact, checkpoint.tensors
+        recipe, context = manifest["recipe"], manifest["contract"]["context"]
+        rows = {(row["file"], row["name"]): row_from_json(row) for row in manifest["params"]}
+        points = tuple(recipe.get("split", {}).get("points", ()))
+        parts = parts_of(self.config.num_hidden_layers, points, recipe["frontend"]["model_kwargs"]["tp"])
+        scheme = cast(Scheme, stored_scheme(manifest["scheme"]))
+        self._pieces: dict[str, list[tuple[Path, ParamRow, ParamSpec]]] = {}
+        for part in parts:
+            file = part.file("params.safetensors")
+            for spec in build_plan(self.config, scheme, context, part=part):
+                if spec.source is not None:
+                    row = rows[file, spec.name]
+                    self._pieces.setdefault(spec.name, []).append((artifact / file, row, spec))
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) as float32, codes times their scale."""
+        info: TensorInfo = self.tensors[name]
+        values = self._gather(name, info.shape, start, stop)
+        scale = f"{name.removesuffix('.weight')}.scale"
+        if scale not in self._pieces:
+            return values
+        scales = self._gather(scale, info.shape[:1], start, stop)
+        dequantized: np.ndarray = values * scales[:, None]
+        return dequantized
+
+    def embedding_scale(self) -> np.ndarray | None:
+        """[hidden] by which embedded rows are multiplied, sqrt(hidden_size) included; None where that is one number."""
+        if COLUMN_SCALE not in self._pieces:
+            return None
+        return self._gather(COLUMN_SCALE, (self.config.hidden_size,), 0, self.config.hidden_size)
+
+    def _gather(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
+        """Rows of a tensor from all files that hold some of it, as float32; NaN where none does."""
+        found = np.full((stop - start, *shape[1:]), np.nan, np.float32)
+        for file, row, spec in self._pieces[name]:
+            at = 0  # row of the file's tensor
+            for first, last in spec.rows or ((0, shape[0]),):
+                low, high = max(first, start), min(last, stop)
+                if low < high:
+                    part = _read(file, row, at + low - first, at + high - first)
+                    columns = slice(*spec.columns) if spec.columns else slice(None)
+                    found[(slice(low - start, high - start), *((columns,) if len(shape) > 1 else ()))] = part
+                at += last - first
+        return found
+
+
+def _read(file: Path, row: ParamRow, start: int, stop: int) -> np.ndarray:
+    """Rows of one stored tensor."""
+    dtype, width = np.dtype(row.dtype), int(np.prod(row.shape[1:]))
+    offset = row.offset + start * width * dtype.itemsize
+    flat = np.fromfile(file, dtype, (stop - start) * width, offset=offset)
+    return flat.reshape(stop - start, *row.shape[1:])

@@ -1,0 +1,288 @@
+"""The streaming quantizer: layer by layer, each one calibrated on what the quantized layers before it give.
+
+Like calibration/driver.py, but what is seen is used at once: the inputs of a group of linears are observed, its weights solved and
+replaced, and the next group sees the result (`true_sequential`). One layer's weights and the moments of one group are
+in memory; hidden states lie on disk. A layer's result is durable before the next begins, so a killed run continues at
+the layer where it stopped, with the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from gemma_deploy.calibration.driver import Progress, embed, loaded, refuse_nonfinite, template_stack
+from gemma_deploy.calibration.observers import MomentObserver
+from gemma_deploy.calibration.states import HiddenStates
+from gemma_deploy.checkpoint import Checkpoint, ModelConfig
+from gemma_deploy.machine import give_memory_back
+from gemma_deploy.quantization.folding import InputGroup, input_groups
+from gemma_deploy.quantization.solver import QuantizedWeight, Settings, Solved, solve
+
+KEY_FILE, RECORD = "key.json", "record"
+Run = Callable[[torch.Tensor], torch.Tensor]
+
+
+def layer_file(folder: Path, layer: int) -> Path:
+    """Where the result of a layer lies."""
+    return folder / f"layer-{layer:03d}.safetensors"
+
+
+@torch.inference_mode()
+def quantize_layers(
+    checkpoint: Checkpoint,
+    ids: np.ndarray,
+    settings: Settings,
+    folder: Path,
+    *,
+    key: str,
+    true_sequential: bool = True,
+    embed_scale: str = "exact",
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Quantize every decoder layer in float32 arithmetic.
+
+    Args:
+        checkpoint: whose weights; one layer is read at a time.
+        ids: [nsamples, seqlen] token ids, BOS first.
+        settings: of the solver.
+        folder: gets one file per layer: int8 `NAME.weight`, float32 `NAME.scale` [rows, groups], and the norm weights
+            that absorbed factors; and, while it works, the hidden states.
+        key: everything the result depends on; results of another key are thrown away.
+        true_sequential: let linears see what the quantized ones before them in the same layer give.
+        embed_scale: "exact" or "bf16", as in the recipe.
+        progress: called with (windows passed through a layer, all of them), each layer several times.
+
+    Returns:
+        One record per layer: its tensors with signal and losses, its groups with damping and dead channels.
+
+    Raises:
+        CalibrationError: the weights give NaN or infinity, or the disk is full.
+        NotBuiltError: there is no patched model for this generation.
+    """
+    config = checkpoint.config
+    count, (nsamples, seqlen) = config.num_hidden_layers, ids.shape
+    shape = (nsamples, seqlen, config.hidden_size)
+    _claim(folder, key)
+    done = next((layer for layer in range(count) if not layer_file(folder, layer).exists()), count)
+    if done < count:
+        stack, kinds = template_stack(config, embed_scale)
+        if done == 0:
+            states = HiddenStates(shape, _states_file(folder, 0), 0)
+            embed(checkpoint, ids, float(stack.embed_tokens.scale_value(torch.float32)), states)
+        else:
+            states = HiddenStates(shape, _states_file(folder, done), 0, there=True)
+        position_ids = torch.arange(seqlen)[None]
+        sample = torch.from_numpy(states.read(0))[None]
+        masks = stack.build_masks(None, position_ids, 1, seqlen, None, torch.float32, sample.device)
+        rotary = {kind: module(sample, position_ids) for kind, module in stack.rotary.items()}
+        groups = input_groups(config)
+        passes = (len(groups) if true_sequential else 1) + 1
+        for index in range(done, count):
+            kind, name = config.layer_types[index], f"model.layers.{index}"
+            layer = stack.layers[kinds.index(kind)]
+
+            def run(hidden: torch.Tensor, layer: nn.Module = layer, kind: str = kind) -> torch.Tensor:
+                output: torch.Tensor = layer(hidden, position_embeddings=rotary[kind], attention_mask=masks[kind])[0]
+                return output
+
+            with loaded(layer, checkpoint, name):
+                ticked = _Ticks(progress, index * passes * nsamples, count * passes * nsamples)
+                tensors, record = _quantize_layer(layer, groups, config, states, run, settings, true_sequential, ticked)
+                following = HiddenStates(shape, _states_file(folder, index + 1), 0)
+                for window in range(nsamples):
+                    hidden = run(torch.from_numpy(states.read(window))[None])
+                    refuse_nonfinite(hidden, checkpoint, name, window)
+                    following.write(window, hidden[0].numpy())
+                    ticked()
+            following.sync()
+            named = {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+            durable_tensors(layer_file(folder, index), named, {"layer": name, **record})
+            states.close()
+            states = following
+            del tensors, named
+            give_memory_back()
+    return [read_record(layer_file(folder, layer)) for layer in range(count)]
+
+
+def hidden_states(checkpoint: Checkpoint, shape: tuple[int, int], folder: Path) -> HiddenStates:
+    """What the last quantized layer gave; `close` deletes it."""
+    config = checkpoint.config
+    file = _states_file(folder, config.num_hidden_layers)
+    return HiddenStates((*shape, config.hidden_size), file, 0, there=True)
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """What was written about a layer."""
+    with safe_open(file, framework="pt") as opened:
+        record: dict[str, Any] = json.loads(opened.metadata()[RECORD])
+    return record
+
+
+class _Ticks:
+    """Counts windows for the progress."""
+
+    def __init__(self, progress: Progress | None, done: int, total: int) -> None:
+        self.progress, self.done, self.total = progress, done, total
+
+    def __call__(self) -> None:
+        self.done += 1
+        if self.progress:
+            self.progress(self.done, self.total)
+
+
+class _SeenError(Exception):
+    """Ends a forward pass when everything asked for was observed."""
+
+
+def _quantize_layer(
+    layer: nn.Module,
+    groups: Sequence[InputGroup],
+    config: ModelConfig,
+    states: HiddenStates,
+    run: Run,
+    settings: Settings,
+    true_sequential: bool,
+    ticked: Callable[[], None],
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Replace the layer's weights by quantized ones.
+
+    Returns:
+        What to store, by name within the layer; the record.
+    """
+    solved: dict[str, QuantizedWeight] = {}
+    norms: dict[str, torch.Tensor] = {}
+    record: dict[str, Any] = {"groups": {}, "tensors": {}}
+    for batch in [[group] for group in groups] if true_sequential else [list(groups)]:
+        observers = _observe(layer, batch, states, run, ticked)
+        for group in batch:
+            modules = [layer.get_submodule(reader) for reader in group.readers]
+            weights = [module.weight.data for module in modules]
+            found = solve(weights, observers.pop(group.observed).take(), settings, group.shared(config))
+            for reader, module, weight in zip(group.readers, modules, found.weights, strict=True):
+                solved[reader] = weight
+                module.weight.data = weight.dequantized()
+            _fold(layer, group, config, found, solved, norms)
+            record["groups"][group.observed] = _describe(found)
+            del weights, found
+    for reader, weight in solved.items():
+        record["tensors"][reader] = {
+            "signal": weight.signal,
+            "loss": weight.loss,
+            "rtn_loss": weight.rtn_loss,
+            "rows_to_nearest": weight.rows_to_nearest,
+        }
+    tensors = {f"{norm}.weight": value for norm, value in norms.items()}
+    for reader, weight in solved.items():
+        tensors |= {f"{reader}.weight": weight.codes, f"{reader}.scale": weight.scale}
+    return tensors, record
+
+
+def _observe(
+    layer: nn.Module,
+    groups: Sequence[InputGroup],
+    states: HiddenStates,
+    run: Run,
+    ticked: Callable[[], None],
+) -> dict[str, MomentObserver]:
+    """Moments of the inputs of some groups over all windows; the pass ends where the last of them is read."""
+    observers = {g.observed: MomentObserver(layer.get_submodule(g.observed).in_features) for g in groups}
+    last = groups[-1].observed
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            observers[name].update(args[0])
+            if name == last:
+                raise _SeenError
+
+        return hook
+
+    handles = [layer.get_submodule(name).register_forward_pre_hook(watch(name)) for name in observers]
+    try:
+        for window in range(states.shape[0]):
+            try:
+                run(torch.from_numpy(states.read(window))[None])
+            except _SeenError:
+                ticked()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return observers
+
+
+def _fold(
+    layer: nn.Module,
+    group: InputGroup,
+    config: ModelConfig,
+    found: Solved,
+    solved: dict[str, QuantizedWeight],
+    norms: dict[str, torch.Tensor],
+) -> None:
+    """Divide what makes the input by the factors: a norm's gain 1 + w, or the scales of rows of the linear before."""
+    if group.norm:
+        weight = layer.get_submodule(group.norm).weight
+        weight.data = ((1.0 + weight.double()) / found.factors.double() - 1.0).float()
+        norms[group.norm] = weight.data.clone()
+    elif group.maker:
+        shared = group.shared(config)
+        rows = found.factors if shared is None else torch.empty(int(shared.max()) + 1)
+        if shared is not None:
+            rows[shared] = found.factors
+        maker = solved[group.maker]
+        solved[group.maker] = replace(maker, scale=maker.scale / rows[:, None])
+        layer.get_submodule(group.maker).weight.data = solved[group.maker].dequantized()
+
+
+def _describe(found: Solved) -> dict[str, Any]:
+    return {
+        "damping": found.damping,
+        "factorizations": found.attempts,
+        "dead_channels": found.dead,
+        "equalized": found.equalized,
+        "largest_factor": float(found.factors.max()),
+        "smallest_factor": float(found.factors.min()),
+    }
+
+
+def _states_file(folder: Path, layer: int) -> Path:
+    """Hidden states in front of a layer."""
+    return folder / f"hidden-{layer:03d}.f32"
+
+
+def _claim(folder: Path, key: str) -> None:
+    """Keep a folder of this key, empty any other."""
+    mark = folder / KEY_FILE
+    if not mark.exists() or json.loads(mark.read_text()) != key:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        with _durable(mark) as partial:
+            partial.write_text(json.dumps(key))
+
+
+def durable_tensors(file: Path, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
+    """Write a file of tensors and a record, whole or not at all."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with _durable(file) as partial:
+        save_file(contiguous, partial, {RECORD: json.dumps(record)})
+
+
+@contextmanager
+def _durable(file: Path) -> Iterator[Path]:
+    """A temporary name beside `file` to write under; the content is on disk before it gets its own."""
+    partial = file.with_name(file.name + ".partial")
+    yield partial
+    with open(partial, "rb") as written:
+        os.fsync(written.fileno())
+    os.replace(partial, file)

@@ -1,0 +1,39 @@
+"""Scales of symmetric codes: one per row, or one per row and group of columns."""
+
+from __future__ import annotations
+
+import torch
+
+from gemma_deploy.quantization.rtn import row_scales
+
+SEARCHED_QMAX = 7  # clipping pays with few codes only: at 8 bits the best shrink factor is 1 for nearly every row
+SHRINK = torch.linspace(1.0, 0.55, 19).tolist()
+
+
+def choose_scales(
+    weight: torch.Tensor, qmax: int, groupsize: int | None = None, power: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Scales [rows, groups] float32.
+
+    Args:
+        weight: [rows, columns] float32.
+        qmax: largest code. Up to `SEARCHED_QMAX` the scale is the one of least squared error among shrunk ones.
+        groupsize: divides the columns; None: one group.
+        power: [columns] weights of the squared errors; equal when absent.
+    """
+    rows, columns = weight.shape
+    grouped = weight.reshape(rows, -1, groupsize or columns)
+    absmax = grouped.abs().amax(2)
+    largest = row_scales(absmax.reshape(-1), qmax).view_as(absmax)
+    if qmax > SEARCHED_QMAX:
+        return largest
+    importance = torch.ones(columns) if power is None else power
+    importance = importance.view(1, grouped.shape[1], -1)
+    best, least = largest, torch.full_like(largest, float("inf"))
+    for shrink in SHRINK:
+        scale = largest * shrink
+        codes = (grouped / scale[..., None]).round_().clamp_(-qmax, qmax)
+        error = torch.addcmul(grouped, codes, scale[..., None], value=-1).square_().mul_(importance).sum(2)
+        better = error < least
+        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+    return best

@@ -1,0 +1,75 @@
+"""Column factors of the token table, which is the LM head as well when it is tied.
+
+The head's input is divided by them in the last norm's gain, and the embedding's output in its scale, which becomes one
+number per column. Real 270M, 4 windows of 512 tokens of WikiText-2, table alone in int8: mean KL 0.0011 with factors,
+0.0040 without them, 0.0008 with a scale for every 128 columns.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemma_deploy.calibration.driver import TABLE, loaded, refuse_nonfinite, template_stack
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.quantization.equalize import MOST_ROWS, column_factors
+from gemma_deploy.quantization.layers import durable_tensors, hidden_states, read_record
+
+NORM, COLUMN_SCALE, FACTORS = "model.norm.weight", "model.embed_tokens.column_scale", "factors"
+READ_ROWS = 64  # neighbours read together when rows are sampled
+
+
+def table_file(folder: Path) -> Path:
+    """Where the factors lie."""
+    return folder / "table.safetensors"
+
+
+@torch.inference_mode()
+def scale_table(
+    checkpoint: Checkpoint, shape: tuple[int, int], folder: Path, *, embed_scale: str = "exact"
+) -> dict[str, Any]:
+    """Choose the factors for what the quantized layers give, and fold them.
+
+    Args:
+        checkpoint: with a tied table.
+        shape: (nsamples, seqlen) of the windows that `quantize_layers` was given.
+        folder: its folder; gets `NORM`, `COLUMN_SCALE` [hidden] and `FACTORS` [hidden], and loses the hidden states.
+
+    Returns:
+        A record: smallest and largest factor.
+
+    Raises:
+        CalibrationError: the norm gives NaN or infinity.
+    """
+    file = table_file(folder)
+    if file.exists():
+        return read_record(file)
+    stack, _ = template_stack(checkpoint.config, embed_scale)
+    power, count = torch.zeros(checkpoint.config.hidden_size, dtype=torch.float64), 0
+    with closing(hidden_states(checkpoint, shape, folder)) as states, loaded(stack.norm, checkpoint, "model.norm"):
+        for window in range(shape[0]):
+            hidden = stack.norm(torch.from_numpy(states.read(window))[None])
+            refuse_nonfinite(hidden, checkpoint, "model.norm", window)
+            power += hidden[0].double().square().sum(0)
+            count += shape[1]
+        factors = column_factors([_some_rows(checkpoint)], (power / count).float())
+        gain = 1.0 + stack.norm.weight.double()
+        folded = {
+            NORM: (gain / factors.double() - 1.0).float(),
+            COLUMN_SCALE: float(stack.embed_tokens.scale_value(torch.float32)) / factors,
+            FACTORS: factors,
+        }
+        record = {"smallest_factor": float(factors.min()), "largest_factor": float(factors.max())}
+        durable_tensors(file, folded, record)
+    return record
+
+
+def _some_rows(checkpoint: Checkpoint) -> torch.Tensor:
+    """[about MOST_ROWS, hidden]: runs of rows, evenly spread over the table."""
+    rows = checkpoint.tensors[TABLE].shape[0]
+    step = max(READ_ROWS, rows * READ_ROWS // MOST_ROWS)
+    starts = range(0, rows, step)
+    return torch.cat([torch.from_numpy(checkpoint.rows(TABLE, at, min(at + READ_ROWS, rows))) for at in starts])
