@@ -1,9 +1,9 @@
 """The streaming quantizer: layer by layer, each one calibrated on what the quantized layers before it give.
 
-Like calibration/driver.py, but what is seen is used at once: the inputs of a group of linears are observed, its weights solved and
-replaced, and the next group sees the result (`true_sequential`). One layer's weights and the moments of one group are
-in memory; hidden states lie on disk. A layer's result is durable before the next begins, so a killed run continues at
-the layer where it stopped, with the same bytes.
+Like calibration/driver.py, but what is seen is used at once: the inputs of a group of linears are observed, its weights
+solved and replaced, and the next group sees the result (`true_sequential`). One layer's weights and the moments of one
+group are in memory; hidden states lie on disk. A layer's result is durable before the next begins, so a killed run
+continues at the layer where it stopped, with the same bytes.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import json
 import pytest
 import yaml
 
-from gemma_deploy import compile as compiler
+from gemma_deploy import calibrated
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
@@ -57,4 +57,4 @@ def test_missing_text_is_told_before_work(recipe_file, tmp_path, capsys):
 
 def test_int8_by_rounding_looks_at_no_text(recipe_file, checkpoint_path):
     recipe = Recipe.load(recipe_file, ["backend.dtype=int8"])
-    assert compiler.calibration_windows(recipe, Checkpoint.open(checkpoint_path)) is None
+    assert calibrated.windows_of(recipe, Checkpoint.open(checkpoint_path)) is None
