@@ -198,5 +198,3 @@ def _of_checkpoint(checkpoint: Checkpoint, embed_scale: str) -> Model:
     return Model(
         path, "checkpoint", "fp32", 1, None, longest, config.vocab_size, embed_scale, source, checkpoint=checkpoint
     )
-
-

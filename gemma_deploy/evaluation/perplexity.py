@@ -96,7 +96,8 @@ def measure(test: Model, reference: Model | None, windows: Windows, progress: Pr
         for start in range(0, len(at), block):
             part = at[start : start + block]
             logits = [
-                model.source.head(np.stack([rows[i][p] for i, p in part])) for model, rows in zip(models, found, strict=True)
+                model.source.head(np.stack([rows[i][p] for i, p in part]))
+                for model, rows in zip(models, found, strict=True)
             ]
             for n, (i, p) in enumerate(part):
                 target = windows.ids[first + i][p + 1]

@@ -68,7 +68,10 @@ def read_text(file: Path | None) -> tuple[str, str]:
         ) from error
     if not text.strip():
         raise UsageError(
-            "the text is empty", where=str(file), expected="a UTF-8 text of a few thousand words", next_step="check --text"
+            "the text is empty",
+            where=str(file),
+            expected="a UTF-8 text of a few thousand words",
+            next_step="check --text",
         )
     return text, str(file)
 
