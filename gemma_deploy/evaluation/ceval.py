@@ -151,7 +151,7 @@ def ask(
             where=where,
             problems=too_long[:SHOWN],
             expected=f"prompts of at most {longest} tokens, the prefill length of what is evaluated",
-            next_step="compile with a longer first length in frontend.shape.input_ids, or leave subjects out (--subjects)",
+            next_step="compile with a longer first length in frontend.shape.input_ids, or choose --subjects",
         )
     return asked
 
@@ -162,7 +162,7 @@ def answer(models: Sequence[Model], asked: Sequence[Asked], progress: Progress |
     Raises:
         DeployError: logits of a choice are not finite.
     """
-    order = sorted(range(len(asked)), key=lambda i: len(asked[i].ids))
+    order = sorted(range(len(asked)), key=lambda i: -len(asked[i].ids))  # the first of a chunk is the longest
     prompts = [asked[i].ids for i in order]
     block = positions_at_once(models[0].vocab_size)
     logits = np.full((len(asked), len(models), len(CHOICES)), np.nan, np.float32)

@@ -152,11 +152,17 @@ def refuse_other_vocabularies(model: Model, other: Model, text: str) -> None:
 
 
 def in_chunks(models: Sequence[Model], prompts: Sequence[Tokens]) -> Iterator[tuple[int, list[list[np.ndarray]]]]:
-    """Run all models over prompts, some at a time: (index of the first, features of each model)."""
+    """Run all models over prompts, some at a time: (index of the first, features of each model).
+
+    Args:
+        prompts: none longer than the one before it.
+    """
     at = 0
     while at < len(prompts):
-        costs = [max(model.width or 0, len(prompts[at])) for model in models]
-        count = max(max(1, TOKENS_AT_ONCE // (model.batch * cost)) * model.batch for model, cost in zip(models, costs))
+        count = 1
+        for model in models:
+            cost = model.batch * max(model.width or 0, len(prompts[at]))
+            count = max(count, model.batch * (TOKENS_AT_ONCE // cost))
         chunk = prompts[at : at + count]
         yield at, [model.features(chunk) for model in models]
         at += len(chunk)

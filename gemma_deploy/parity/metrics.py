@@ -155,7 +155,7 @@ class Comparison:
         self._margins.append(float(ref[best] - second))
 
     def likelihoods(self) -> np.ndarray:
-        """[scored, 2] float64: negative log likelihood in nats of each target, under the reference and under the test."""
+        """[scored, 2] float64: negative log likelihood of each target in nats, under reference and test."""
         return np.array(self._nll, dtype=np.float64).reshape(-1, 2)
 
     def result(self) -> Metrics:
