@@ -149,9 +149,8 @@ def _show_text(pair: Any, result: dict[str, Any]) -> None:
 
 def _show_exam(pair: Any, result: dict[str, Any]) -> None:
     settings, reference = result["settings"], result.get("reference")
-    click.echo(
-        f"C-Eval    {settings['split']} of {settings['archive']}, {settings['shots']}-shot, the largest logit of A, B, C, D"
-    )
+    how = f"{settings['shots']}-shot, the largest logit of A, B, C, D"
+    click.echo(f"C-Eval    {settings['split']} of {settings['archive']}, {how}")
     click.echo(f"target    {pair.target.title}")
     if reference is not None:
         click.echo(f"against   {pair.reference.title}")

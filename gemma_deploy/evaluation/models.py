@@ -77,7 +77,7 @@ class Model:
         """
         if self.artifact is not None:
             tokenizer = Tokenizer(self.path)
-            return (lambda text: tokenizer.encode(text)[1:]), tokenizer.bos_id
+            return (lambda text: _without(tokenizer.bos_id, tokenizer.encode(text))), tokenizer.bos_id
         assert self.checkpoint is not None
         bos = self.checkpoint.config.bos_token_id
         if bos is None:
@@ -87,7 +87,7 @@ class Model:
                 next_step="set bos_token_id in config.json (2 in every Gemma)",
             )
         loaded = load_tokenizer(self.checkpoint)
-        return (lambda text: list(loaded.encode(text, add_special_tokens=False).ids)), bos
+        return (lambda text: _without(bos, loaded.encode(text, add_special_tokens=False).ids)), bos
 
     def features(self, prompts: Sequence[Tokens]) -> list[np.ndarray]:
         """Final hidden states [tokens, H] of every prompt; a last batch that is not full is filled and cut again."""
@@ -171,6 +171,11 @@ def in_chunks(models: Sequence[Model], prompts: Sequence[Tokens]) -> Iterator[tu
 def positions_at_once(vocab_size: int) -> int:
     """How many positions' logits are made together."""
     return max(1, LOGITS_BYTES // (4 * vocab_size))
+
+
+def _without(bos: int, ids: Sequence[int]) -> list[int]:
+    """A text may spell BOS; a window has one, at its front."""
+    return [token for token in ids if token != bos]
 
 
 def _open_artifact(path: Path) -> Model:
