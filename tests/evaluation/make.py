@@ -4,7 +4,12 @@ import json
 
 from tests.calibration.make import HEADER, SPECIALS, story, table, write_ceval
 
-FIXED = ("以下是中国关于逻辑学考试的单项选择题", "请选出其中的正确答案", "答案")
+FIXED = (
+    "以下是中国关于逻辑学考试的单项选择题",
+    "以下是中国关于法学考试的单项选择题",
+    "请选出其中的正确答案",
+    *("答案", "，", "。", "："),  # noqa: RUF001 (Chinese punctuation is meant)
+)
 
 
 def write_tokenizer(directory, vocab_size=500):
@@ -34,11 +39,11 @@ def questions(count, answers="ABCD", first=0):
 
 
 def write_exam(path, val, dev=None):
-    """An archive of the subject logic, and of a subject that C-Eval does not have."""
+    """An archive of the subjects logic and law."""
     dev = questions(5, "CABD", first=3) if dev is None else dev
     explained = table([[*row, "because"] for row in dev], [*HEADER, "explanation"])
     members = {}
-    for subject in ("logic", "tea_making"):
+    for subject in ("law", "logic"):
         members[f"dev/{subject}_dev.csv"] = explained
         members[f"val/{subject}_val.csv"] = table(val)
         members[f"test/{subject}_test.csv"] = table([row[:-1] for row in val], HEADER[:-1])
