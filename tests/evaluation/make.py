@@ -31,9 +31,14 @@ def write_tokenizer(directory, vocab_size=500):
 
 
 def questions(count, answers="ABCD", first=0):
-    """Rows of a table: sums with one-digit choices."""
+    """Rows of a table: sums of two lengths with one-digit choices."""
     return [
-        [str(n), f"{n}+{first}", *(str((n + i + first) % 10) for i in range(4)), answers[n % len(answers)]]
+        [
+            str(n),
+            f"{n}+{first}" + "+1" * (n % 2),
+            *(str((n + i + first) % 10) for i in range(4)),
+            answers[n % len(answers)],
+        ]
         for n in range(count)
     ]
 

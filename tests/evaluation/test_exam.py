@@ -31,7 +31,7 @@ D. 3
 答案："""
 ONE_SHOT = """以下是中国关于逻辑学考试的单项选择题，请选出其中的正确答案。
 
-1+3
+1+3+1
 A. 4
 B. 5
 C. 6
@@ -139,9 +139,11 @@ def test_choices_and_accuracy_are_transformers(checkpoint, compiled, tmp_path, c
 
 
 def test_side_by_side(checkpoint, compiled, tmp_path, capfd):
+    other = write_tiny_checkpoint(tmp_path / "other", "gemma3_text", seed=1)
+    write_tokenizer(other)
     exam, file = write_exam(tmp_path / "exam.zip", questions(COUNT)), tmp_path / "result.json"
     arguments = ["--task", "ceval", "--path", exam, "--json", file, "--no-record", "--shots", 0]
-    code, out, err = run(capfd, "eval", compiled("int8"), "--against", "hf", *arguments)
+    code, out, err = run(capfd, "eval", compiled("int8"), "--against", other, *arguments)
     assert code == 0, out + err
     found = json.loads(file.read_text())
 
@@ -150,7 +152,8 @@ def test_side_by_side(checkpoint, compiled, tmp_path, capfd):
             choice for name in ("law", "logic") for choice in choices_of(model, checkpoint, exam, 0, name, COUNT)[0]
         ]
 
-    exact, near = of(stock_model(checkpoint)), of(stock_model(checkpoint, rounded))
+    exact, near = of(stock_model(other)), of(stock_model(checkpoint, rounded))
+    assert exact != near, "nothing would show that the two were exchanged"
     assert [one["choice_of_reference"] for one in found["answers"]] == exact
     assert [one["choice"] for one in found["answers"]] == near
     keys = ["ABCD"[n % 4] for n in range(COUNT)] * 2

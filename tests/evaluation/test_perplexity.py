@@ -166,7 +166,7 @@ def fake(batch=3, broken=()):
     return Model("fake", "checkpoint", "fp32", batch, None, 99, 64, "exact", Fake(64, broken))
 
 
-def fake_windows(count=7):
+def fake_windows(count=8):
     rng = np.random.default_rng(1)
     return Windows(tuple((BOS, *rng.integers(3, 64, 9).tolist()) for _ in range(count)), 10, 70, count)
 
@@ -179,12 +179,12 @@ def test_logits_are_made_a_block_at_a_time_whatever_the_blocks(monkeypatch):
     parts = fake()
     assert measure(parts, None, fake_windows()) == once
     assert max(parts.source.blocks) == 5 < max(whole.source.blocks)
-    assert parts.source.rows == [6, 3], "seven windows in batches of three, the last one filled"
+    assert parts.source.rows == [6, 3], "eight windows in batches of three, the last one filled"
     nll = np.concatenate(
         [-log_softmax(whole.source.table[list(w[:-1])].astype(np.float64))[range(9), w[1:]] for w in fake_windows().ids]
     )
     assert once.test.value == pytest.approx(math.exp(nll.mean()), rel=1e-12)
-    assert once.test.error == pytest.approx(once.test.value * nll.std(ddof=1) / math.sqrt(63), rel=1e-12)
+    assert once.test.error == pytest.approx(once.test.value * nll.std(ddof=1) / math.sqrt(72), rel=1e-12)
 
 
 @pytest.mark.parametrize("compared", [False, True])
@@ -194,7 +194,7 @@ def test_positions_that_are_not_finite_are_counted_and_left_out(compared):
     bad = sum(token in broken for window in windows.ids for token in window[:-1])
     assert bad >= 2
     found = measure(fake(broken=broken), fake() if compared else None, windows)
-    assert (found.bad, found.test.tokens) == (bad, 63 - bad)
+    assert (found.bad, found.test.tokens) == (bad, 72 - bad)
     assert math.isfinite(found.test.value)
 
 
