@@ -106,10 +106,12 @@ def quantize_weights(
 
     quantizer, section = QUANTIZERS[recipe.scheme], recipe.frontend.quantize
     assert section is not None  # the scheme comes from there
+    storage = recipe.storage_for(checkpoint.config.hidden_size)
     given = section.calib_args
     defaults = Settings()
     settings = Settings(
-        bits=quantizer.bits,
+        bits=storage.linears.bits,
+        groupsize=storage.linears.groupsize,
         percdamp=defaults.percdamp if given.percdamp is None else given.percdamp,
         act_order=defaults.act_order if given.act_order is None else given.act_order,
         blocksize=given.blocksize,
@@ -128,7 +130,7 @@ def quantize_weights(
         embed_scale=looked_at.embed_scale,
         progress=progress,
     )
-    table = scale_table(checkpoint, windows.ids.shape, folder, embed_scale=looked_at.embed_scale)
+    table = scale_table(checkpoint, windows.ids.shape, folder, codes=storage.table, embed_scale=looked_at.embed_scale)
     files = [layer_file(folder, layer) for layer in range(checkpoint.config.num_hidden_layers)]
     used = asdict(settings) | {"true_sequential": given.true_sequential}
     give_memory_back()

@@ -199,8 +199,9 @@ def _needed(checkpoint: CheckpointFacts) -> dict[str, TensorFacts]:
 def parameter_bytes(recipe: Recipe, checkpoint: CheckpointFacts) -> int:
     """Exact bytes of the tensors in all parameter files, rotary tables included, headers excluded."""
     config, scheme = checkpoint.config, cast(Scheme, stored_scheme(recipe.scheme))
+    storage = recipe.storage_for(config.hidden_size)
     parts = parts_of(config.num_hidden_layers, recipe.split_points, recipe.ranks)
-    plans = (build_plan(config, scheme, recipe.context_length, part=part) for part in parts)
+    plans = (build_plan(config, scheme, recipe.context_length, part=part, storage=storage) for part in parts)
     return sum(spec.nbytes for plan in plans for spec in plan)
 
 

@@ -186,7 +186,8 @@ def _quantize_layer(
         }
     tensors = {f"{norm}.weight": value for norm, value in norms.items()}
     for reader, weight in solved.items():
-        tensors |= {f"{reader}.weight": weight.codes, f"{reader}.scale": weight.scale}
+        scale = weight.scale if settings.groupsize else weight.scale[:, 0]
+        tensors |= {f"{reader}.weight": weight.codes, f"{reader}.scale": scale}
     return tensors, record
 
 

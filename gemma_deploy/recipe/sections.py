@@ -65,7 +65,8 @@ class ModelKwargs(Section):
 class CalibArgs(Section):
     """Settings of the calibrated quantizers (`percdamp` = `damp_percent`, `act_order` = `desc_act`).
 
-    What is not given is chosen by the quantizer (quantization/solver.py).
+    What is not given is chosen by the quantizer (quantization/solver.py). `groupsize` input channels share a scale; -1:
+    one scale per row.
     """
 
     true_sequential: bool = True
@@ -73,16 +74,17 @@ class CalibArgs(Section):
     act_order: bool | None = None
     wbits: Literal[4, 8, 16] | None = None
     blocksize: Positive = 128
-    groupsize: VendorOnly = None
+    groupsize: Literal[-1, 32, 64, 128] | None = None
     onegroup: VendorOnly = None
     model_file_base_name: VendorOnly = None
     model_file_kv_name: VendorOnly = None
 
 
 class Quantize(Section):
-    """Scheme of the weights and of the KV cache."""
+    """Scheme of the weights and of the KV cache; `table` is that of the token table and the LM head."""
 
     type: QuantizeType
+    table: Literal["int8", "int8_g128", "int8_g64", "int8_g32", "fp16"] | None = None
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     calib_args: CalibArgs = CalibArgs()
 

@@ -108,7 +108,7 @@ def test_a_vendor_recipe_loads_unchanged_and_its_compiler_keys_are_carried():
 
 def test_check_built_refuses_each_unbuilt_key_of_a_vendor_recipe_in_one_sentence():
     with pytest.raises(NotBuiltError) as caught:
-        check_built(load(VENDOR, "frontend.shape.batch=2", "frontend.quantize.type=w4a16_gptq"))
+        check_built(load(VENDOR, "frontend.shape.batch=2", "frontend.quantize.type=w8a8"))
     assert str(caught.value) == (
         "recipe gemma-2b-it-int8-tp4-1024-2048: the recipe is valid, but asks for what this version does not do\n"
         "  - frontend.model_kwargs.b2s: the batch-to-sequence layout of more than one sequence is not built yet; this "
