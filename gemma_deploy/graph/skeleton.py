@@ -188,7 +188,8 @@ def _store_table(
     scale = embed.scale_value(dtype)
     if scheme in INT8 and storage.table:
         weight, row_scale = _codes(shape, storage.table)
-        scale = _zeros((config.hidden_size,), torch.float32) if scheme == "w8a16_folded" else scale
+        if scheme == "w8a16_folded" and storage.table.groupsize is None:
+            scale = _zeros((config.hidden_size,), torch.float32)
         model.model.embed_tokens = quantization.QuantizedEmbedding(weight, row_scale, scale, dtype)
         head: nn.Module = quantization.quantized_linear(weight, row_scale)
     elif scheme == "bf16" or scheme in INT8:

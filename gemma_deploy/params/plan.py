@@ -80,7 +80,8 @@ def build_plan(
         config: the model; a tied table appears once, under model.embed_tokens.
         scheme: w8a16 stores each matrix as int8 `X.weight` and float32 `X.scale`; fp16 has the eps of every norm and
             the scale factor of every attention as parameters, [1] each, because rescaling makes them differ by layer.
-            w8a16_folded is w8a16 with one more scale, of each column of what the embedding gives.
+            w8a16_folded is w8a16 with one more scale, of each column that the embedding gives, where the table has one
+            scale per row.
         context_length: positions the rotary half tables [context_length, head_dim / 2] cover.
         rescaling: powers of two folded into what fp16 stores.
         part: only what this part of a divided artifact holds. Names are the whole model's.
@@ -108,7 +109,8 @@ def build_plan(
             specs.append(ParamSpec(name, shape, CODE_DTYPES[codes.bits], kinds[0], name, stored=made))
             source = scales if made else name
             specs.append(ParamSpec(scales, codes.scale_shape(shape), "float32", kinds[1], source))
-            if scheme == "w8a16_folded" and name == TABLE and span.start == 0:
+            folded = scheme == "w8a16_folded" and codes.groupsize is None
+            if folded and name == TABLE and span.start == 0:
                 specs.append(ParamSpec(COLUMN_SCALE, shape[1:], "float32", "stored", COLUMN_SCALE))
         elif MATRIX_DTYPE[scheme] == "int8":
             specs.append(ParamSpec(name, shape, "float16", "cast", name))

@@ -35,7 +35,7 @@ class Settings:
 
     bits: int = 8
     groupsize: int | None = None
-    percdamp: float = 0.2
+    percdamp: float = 0.5
     act_order: bool = True
     blocksize: int = 128
     equalize: bool = True
