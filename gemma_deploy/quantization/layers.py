@@ -27,8 +27,10 @@ from gemma_deploy.calibration.driver import Progress, embed, loaded, refuse_nonf
 from gemma_deploy.calibration.observers import MomentObserver
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig
+from gemma_deploy.errors import CalibrationError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.quantization.folding import InputGroup, input_groups
+from gemma_deploy.quantization.moments import NotPositiveError
 from gemma_deploy.quantization.solver import QuantizedWeight, Settings, Solved, solve
 
 KEY_FILE, RECORD = "key.json", "record"
@@ -100,7 +102,17 @@ def quantize_layers(
 
             with loaded(layer, checkpoint, name):
                 ticked = _Ticks(progress, index * passes * nsamples, count * passes * nsamples)
-                tensors, record = _quantize_layer(layer, groups, config, states, run, settings, true_sequential, ticked)
+                try:
+                    tensors, record = _quantize_layer(
+                        layer, groups, config, states, run, settings, true_sequential, ticked
+                    )
+                except NotPositiveError as error:
+                    raise CalibrationError(
+                        "what its linears read has no usable second moments, whatever the damping",
+                        where=name,
+                        expected="finite activations in float32",
+                        next_step=f"its weights in {checkpoint.path} are damaged: copy or download them again",
+                    ) from error
                 following = HiddenStates(shape, _states_file(folder, index + 1), 0)
                 for window in range(nsamples):
                     hidden = run(torch.from_numpy(states.read(window))[None])
