@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -135,7 +135,15 @@ def watched(layer: nn.Module, name: str, observe: Observe) -> Iterator[None]:
             handle.remove()
 
 
-def refuse_nonfinite(hidden: torch.Tensor, checkpoint: Checkpoint, module: str, window: int) -> None:
+class Placed(Protocol):
+    """Something read from a checkpoint."""
+
+    @property
+    def path(self) -> Path:
+        """The checkpoint's."""
+
+
+def refuse_nonfinite(hidden: torch.Tensor, checkpoint: Placed, module: str, window: int) -> None:
     """Raise CalibrationError where a hidden state is no number."""
     if not bool(torch.isfinite(hidden).all()):
         raise CalibrationError(
