@@ -19,10 +19,17 @@ class RangeObserver:
         """x: [..., channels]; the last dimension is the same in every call."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         low, high = torch.aminmax(rows, dim=0)
+        self._widen(low, high, rows.shape[0])
+
+    def merge(self, other: RangeObserver) -> None:
+        """Add what another one has seen; the order does not matter."""
+        self._widen(other.minimum, other.maximum, other.count)
+
+    def _widen(self, low: torch.Tensor, high: torch.Tensor, count: int) -> None:
         if self.count:
             low, high = torch.minimum(self.minimum, low), torch.maximum(self.maximum, high)
         self.minimum, self.maximum = low, high
-        self.count += rows.shape[0]
+        self.count += count
 
     @property
     def channel_absmax(self) -> torch.Tensor:

@@ -11,17 +11,22 @@ from gemma_deploy.machine import Machine, gib, size
 
 # torch, transformers, a 256k-token tokenizer and pyarrow: 0.65 GiB measured on the 270M model, and a margin.
 BASE_BYTES = 800 << 20
+PROCESS_BYTES = 400 << 20  # torch and transformers in a further process; torch alone has 0.34 GiB
 SCORES = 3  # arrays [heads, seqlen, seqlen] alive at once: scores, masked scores, probabilities
 
 
-def memory_bytes(config: ModelConfig, nsamples: int, seqlen: int) -> int:
-    """Estimated peak: the libraries, one layer in float32, its activations for one window, small hidden states."""
+def memory_bytes(config: ModelConfig, nsamples: int, seqlen: int, processes: int = 1) -> int:
+    """Estimated peak: the libraries, one layer in float32, its activations for one window, small hidden states.
+
+    Further processes have the libraries, the layer and a window each.
+    """
     hidden, inner = config.hidden_size, config.intermediate_size
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     weights = 3 * hidden * inner + 2 * hidden * config.head_dim * (heads + kv_heads)
     activations = SCORES * heads * seqlen * seqlen + seqlen * (4 * inner + 8 * hidden)
     states = states_bytes(config, nsamples, seqlen)
-    return BASE_BYTES + 4 * (weights + activations) + (states if states <= IN_MEMORY_BYTES else 0)
+    workers = processes * (PROCESS_BYTES + 4 * (weights + activations)) if processes > 1 else 0
+    return BASE_BYTES + 4 * (weights + activations) + workers + (states if states <= IN_MEMORY_BYTES else 0)
 
 
 def states_bytes(config: ModelConfig, nsamples: int, seqlen: int) -> int:
@@ -30,7 +35,12 @@ def states_bytes(config: ModelConfig, nsamples: int, seqlen: int) -> int:
 
 
 def check_room(
-    config: ModelConfig, nsamples: int, seqlen: int, workspace: Path, machine: Machine | None = None
+    config: ModelConfig,
+    nsamples: int,
+    seqlen: int,
+    workspace: Path,
+    machine: Machine | None = None,
+    processes: int = 1,
 ) -> None:
     """Refuse a pass this machine cannot hold.
 
@@ -38,7 +48,7 @@ def check_room(
         PreflightError: listing what is short.
     """
     machine = machine or Machine.measure(workspace)
-    memory, states = memory_bytes(config, nsamples, seqlen), states_bytes(config, nsamples, seqlen)
+    memory, states = memory_bytes(config, nsamples, seqlen, processes), states_bytes(config, nsamples, seqlen)
     problems = []
     if memory > machine.ram_bytes:
         problems.append(f"memory: {gib(memory)} needed, {gib(machine.ram_bytes)} left ({machine.ram_source})")

@@ -11,9 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import importlib.util
 import logging
-import os
 import socket
 from collections.abc import Generator, Iterable
 from functools import cache
@@ -23,12 +21,10 @@ from typing import Any, Literal
 import torch
 
 from gemma_deploy import paths
+from gemma_deploy.calibration.address import require_cluster, unreachable
 from gemma_deploy.calibration.executors.ordered import in_order, one_torch_thread
 from gemma_deploy.calibration.shards import LayerPass, Model, Work, description, frame_of
-from gemma_deploy.errors import CalibrationError, DeployError, UsageError
-
-CONNECT_SECONDS = 5.0
-INSTALL = 'pip install "gemma-deploy[ray]"'
+from gemma_deploy.errors import CalibrationError, DeployError
 
 
 class RayCluster:
@@ -45,17 +41,16 @@ class RayCluster:
     shares: Literal["memory", "disk", "nothing"] = "nothing"
 
     def __init__(self, address: str) -> None:
-        require_ray(address)
         self.address, self.width = address, 0
 
     def __enter__(self) -> RayCluster:
+        require_cluster(self.address)
         import ray
 
-        _probe(self.address)
         try:
             ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError, ImportError) as error:
-            raise _unreachable(self.address, str(error).splitlines()[0]) from error
+            raise unreachable(self.address, str(error).splitlines()[0]) from error
         self.ray = ray
         self.width = int(ray.cluster_resources().get("CPU", 0))
         if self.width < 1:
@@ -104,50 +99,6 @@ class RayCluster:
             for ref in begun:
                 with contextlib.suppress(ray.exceptions.RayError):  # the cluster may be what has failed
                     ray.cancel(ref)
-
-
-def require_ray(address: str) -> None:
-    """Refuse a cluster that cannot be asked for, before any work.
-
-    Raises:
-        UsageError: ray is not installed, or the address is none.
-    """
-    where = f"workspace.cluster: {address}"
-    if importlib.util.find_spec("ray") is None:
-        raise UsageError("ray is not installed here", where=where, next_step=INSTALL)
-    if address.startswith("ray://") and importlib.util.find_spec("grpc") is None:
-        raise UsageError("ray's client is not installed here (grpc is missing)", where=where, next_step=INSTALL)
-    if address != "auto" and _host_and_port(address) is None:
-        raise UsageError(
-            "this is no address of a Ray cluster", where=where, expected="auto, HOST:PORT or ray://HOST:PORT"
-        )
-
-
-def _host_and_port(address: str) -> tuple[str, int] | None:
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    return (host, int(port)) if host and port.isdigit() and int(port) < 1 << 16 else None
-
-
-def _probe(address: str) -> None:
-    """Ask for a connection ourselves: ray waits minutes for a host that is not there."""
-    target = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
-    place = _host_and_port(target)
-    if place is None:
-        return
-    try:
-        socket.create_connection(place, CONNECT_SECONDS).close()
-    except OSError as error:
-        raise _unreachable(address, error.strerror or str(error)) from error
-
-
-def _unreachable(address: str, why: str) -> CalibrationError:
-    return CalibrationError(
-        f"no Ray cluster answers: {why}",
-        where=f"workspace.cluster: {address}",
-        expected="a running cluster (ray start --head --port=6379 on one machine, "
-        "ray start --address=HEAD:6379 on the others)",
-        next_step="start it or correct the address; without workspace.cluster this machine does the work",
-    )
 
 
 @cache
