@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_deploy.artifact.manifest import write_json
+from gemma_deploy.calibration.address import require_cluster
 from gemma_deploy.calibration.pipeline import Request, make_windows
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError
@@ -117,10 +118,11 @@ def quantize_weights(
         blocksize=given.blocksize,
         compensate=quantizer.compensate,
     )
-    folder = out / QUANTIZED
+    folder, workspace = out / QUANTIZED, recipe.workspace
+    if workspace.cluster is not None:
+        require_cluster(workspace.cluster)
     windows = make_windows(checkpoint, looked_at)
     give_memory_back()  # of the tokenizer
-    workspace = recipe.workspace
     with open_executor(scratch_of(folder), processes=workspace.processes, cluster=workspace.cluster) as executor:
         records = quantize_layers(
             checkpoint,

@@ -58,10 +58,10 @@ def run_layers(
         embed(checkpoint, ids, float(frame.stack.embed_tokens.scale_value(torch.float32)), states)
         for index in range(config.num_hidden_layers):
             layer = LayerPass(frame, index)
-            shards, by_value = shards_of(nsamples, seqlen), executor.shares == "nothing"
+            shards, carry = shards_of(nsamples, seqlen), executor.shares == "nothing"
             tasks = (
                 _Task(Shard(shard, Carried.of(states, shard)), None)
-                if by_value
+                if carry
                 else _Task(Shard(shard, states), states)
                 for shard in shards
             )

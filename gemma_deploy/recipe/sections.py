@@ -155,7 +155,7 @@ class Workspace(Section):
 
     path: Annotated[str, Field(min_length=1)] = "./workspace"
     workers: Annotated[int, Field(ge=1, le=256)] = 2
-    cluster: Annotated[str, Field(pattern=r"^(auto|(ray://)?[^\s/:]+:\d{1,5})$")] | None = None
+    cluster: Annotated[str, Field(min_length=1)] | None = None
     env_recheck: VendorOnly = None
     pyenv: VendorOnly = None
 
