@@ -60,9 +60,7 @@ def run_layers(
             layer = LayerPass(frame, index)
             shards, carry = shards_of(nsamples, seqlen), executor.shares == "nothing"
             tasks = (
-                _Task(Shard(shard, Carried.of(states, shard)), None)
-                if carry
-                else _Task(Shard(shard, states), states)
+                _Task(Shard(shard, Carried.of(states, shard)), None) if carry else _Task(Shard(shard, states), states)
                 for shard in shards
             )
             with loaded(layer.module, checkpoint, layer.name), closing(executor.map(_pass, layer, tasks)) as results:

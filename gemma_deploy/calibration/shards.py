@@ -20,10 +20,8 @@ import torch
 from torch import nn
 
 from gemma_deploy.calibration.driver import refuse_nonfinite, template_stack
-from gemma_deploy.calibration.points import LAYER_INPUTS
+from gemma_deploy.calibration.points import LAYER_INPUTS, SHARD_TOKENS
 from gemma_deploy.checkpoint import ModelConfig
-
-SHARD_TOKENS = 2048
 
 
 def shards_of(nsamples: int, seqlen: int) -> list[range]:
