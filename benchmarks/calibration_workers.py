@@ -1,4 +1,4 @@
-"""Wall time and peak memory of quantizing some layers in threads, processes or on a Ray cluster, and a hash of the result.
+"""Time and memory of quantizing some layers in threads, processes or on a Ray cluster, and a hash of the result.
 
     python benchmarks/calibration_workers.py CHECKPOINT [--processes 2] [--cluster HOST:PORT] [--layers 2]
 
