@@ -39,7 +39,7 @@ def workers_bytes(
 
 
 def memory_bytes(config: ModelConfig, nsamples: int, seqlen: int, processes: int = 1, threads: int = 1) -> int:
-    """Estimated peak of `calibrate`: the libraries, one layer in float32, a window's activations, small hidden states."""
+    """Estimated peak of `calibrate`: libraries, one layer in float32, activations of windows, small hidden states."""
     states = states_bytes(config, nsamples, seqlen)
     workers, _ = workers_bytes(config, seqlen, processes=processes, threads=threads, moments=False)
     held = 4 * (_weights(config) + _activations(config, seqlen)) + workers
