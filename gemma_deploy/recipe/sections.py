@@ -149,9 +149,19 @@ class Parity(Section):
 
 
 class Workspace(Section):
-    """Where artifacts go, and how many tensors are written at a time."""
+    """Where artifacts go, and what works on them.
+
+    `workers`: tensors written at a time, and, where it is written down and more than one, processes that calibrate.
+    `cluster`: a Ray cluster that calibrates in their place, `auto`, `HOST:PORT` or `ray://HOST:PORT`.
+    """
 
     path: Annotated[str, Field(min_length=1)] = "./workspace"
     workers: Annotated[int, Field(ge=1, le=256)] = 2
+    cluster: Annotated[str, Field(min_length=1)] | None = None
     env_recheck: VendorOnly = None
     pyenv: VendorOnly = None
+
+    @property
+    def processes(self) -> int:
+        """Processes that calibrate: one unless the recipe says more (the default of `workers` is for writing)."""
+        return self.workers if "workers" in self.model_fields_set else 1

@@ -259,7 +259,7 @@ workspace: {workers: 0, zzz: 1}
         "  - line 9: backend.dtype: got 'fp17' (text), expected one of fp32, fp16, bf16, int8; did you mean `fp16`?\n"
         "  - line 10: backend.merge_params: got 1 (a number), expected true or false\n"
         "  - line 11: workspace.workers: got 0 (a number), expected at least 1\n"
-        "  - line 11: workspace.zzz: unknown key; known here: env_recheck, path, pyenv, workers\n"
+        "  - line 11: workspace.zzz: unknown key; known here: cluster, env_recheck, path, pyenv, workers\n"
         "  - -s backend.dtyp=3: backend.dtyp: unknown key; did you mean `backend.dtype`?" + NEXT
     )
 
