@@ -113,7 +113,7 @@ def test_check_built_refuses_each_unbuilt_key_of_a_vendor_recipe_in_one_sentence
         "recipe gemma-2b-it-int8-tp4-1024-2048: the recipe is valid, but asks for what this version does not do\n"
         "  - frontend.model_kwargs.b2s: the batch-to-sequence layout of more than one sequence is not built yet; this "
         "version writes the low-latency layout, so set b2s: false, or frontend.shape.batch: 1\n"
-        "  - frontend.quantize.type: w4a16_gptq is not built yet; this version quantizes to int8 per channel, "
+        "  - frontend.quantize.type: w8a8 is not built yet; activations stay floating point in this version, "
         "so set type: w8a16_gptq, or w8a16 (round to nearest)\n"
         "  next: change the keys above in the recipe, or on the command line with -s KEY=VALUE"
     )
