@@ -35,7 +35,8 @@ def workers_bytes(
     if processes == 1:
         return 4 * ((threads - 1) * window + threads * shard), 0
     files = (processes + 1) * 2 * columns * (columns + MOMENT_ROWS) if moments else 0
-    return processes * (PROCESS_BYTES + 4 * (weights + window + shard)), 4 * weights + files
+    handed_over = 4 * weights  # copied by safetensors while it is written
+    return handed_over + processes * (PROCESS_BYTES + 4 * (weights + window + shard)), handed_over + files
 
 
 def memory_bytes(config: ModelConfig, nsamples: int, seqlen: int, processes: int = 1, threads: int = 1) -> int:

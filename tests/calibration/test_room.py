@@ -67,5 +67,5 @@ def test_every_worker_has_a_shard_and_a_process_its_own_layer_too(config):
     assert disk == 2 * 16384 * (16384 + 512)  # the upper triangle of x^T x, in blocks of 512 rows
     assert processes[0][1] == layer + 3 * disk
     ranges = room.workers_bytes(config, 1024, processes=2, moments=False)
-    assert ranges == (processes[0][0] - 2 * shard, layer)
+    assert ranges == (processes[0][0] - 2 * shard, layer)  # no moments
     assert room.memory_bytes(config, 2, 128, processes=2) > room.memory_bytes(config, 2, 128) + 2 * layer
