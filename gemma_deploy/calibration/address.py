@@ -25,7 +25,10 @@ def require_cluster(address: str) -> None:
         raise UsageError("ray's client is not installed here (grpc is missing)", where=where, next_step=INSTALL)
     if address != "auto" and _host_and_port(address) is None:
         raise UsageError(
-            "this is no address of a Ray cluster", where=where, expected="auto, HOST:PORT or ray://HOST:PORT"
+            "this is no address of a Ray cluster",
+            where=where,
+            expected="auto, HOST:PORT or ray://HOST:PORT",
+            next_step="correct it, or remove workspace.cluster to calibrate on this machine",
         )
     probe(address)
 
