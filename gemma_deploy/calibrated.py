@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_deploy.artifact.manifest import write_json
+from gemma_deploy.calibration.address import require_cluster
 from gemma_deploy.calibration.pipeline import Request, make_windows
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError
@@ -100,35 +101,43 @@ def quantize_weights(
     recipe: Recipe, checkpoint: Checkpoint, looked_at: Request, out: Path, key: str, progress: Progress | None
 ) -> Quantized:
     """Step 7: every decoder layer quantized on what the layers before it give; resumable per layer."""
+    from gemma_deploy.calibration.executors import open_executor
     from gemma_deploy.quantization.layers import layer_file, quantize_layers
+    from gemma_deploy.quantization.observing import scratch_of
     from gemma_deploy.quantization.solver import Settings
     from gemma_deploy.quantization.table import scale_table, table_file
 
     quantizer, section = QUANTIZERS[recipe.scheme], recipe.frontend.quantize
     assert section is not None  # the scheme comes from there
+    storage = recipe.storage_for(checkpoint.config.hidden_size)
     given = section.calib_args
     defaults = Settings()
     settings = Settings(
-        bits=quantizer.bits,
+        bits=storage.linears.bits,
+        groupsize=storage.linears.groupsize,
         percdamp=defaults.percdamp if given.percdamp is None else given.percdamp,
         act_order=defaults.act_order if given.act_order is None else given.act_order,
         blocksize=given.blocksize,
         compensate=quantizer.compensate,
     )
-    folder = out / QUANTIZED
+    folder, workspace = out / QUANTIZED, recipe.workspace
+    if workspace.cluster is not None:
+        require_cluster(workspace.cluster)
     windows = make_windows(checkpoint, looked_at)
     give_memory_back()  # of the tokenizer
-    records = quantize_layers(
-        checkpoint,
-        windows.ids,
-        settings,
-        folder,
-        key=key,
-        true_sequential=given.true_sequential,
-        embed_scale=looked_at.embed_scale,
-        progress=progress,
-    )
-    table = scale_table(checkpoint, windows.ids.shape, folder, embed_scale=looked_at.embed_scale)
+    with open_executor(scratch_of(folder), processes=workspace.processes, cluster=workspace.cluster) as executor:
+        records = quantize_layers(
+            checkpoint,
+            windows.ids,
+            settings,
+            folder,
+            key=key,
+            true_sequential=given.true_sequential,
+            embed_scale=looked_at.embed_scale,
+            progress=progress,
+            executor=executor,
+        )
+    table = scale_table(checkpoint, windows.ids.shape, folder, codes=storage.table, embed_scale=looked_at.embed_scale)
     files = [layer_file(folder, layer) for layer in range(checkpoint.config.num_hidden_layers)]
     used = asdict(settings) | {"true_sequential": given.true_sequential}
     give_memory_back()

@@ -28,10 +28,11 @@ from gemma_deploy.machine import give_memory_back
 from gemma_deploy.params import ParamRow, ParamTable, build_plan, write_params
 from gemma_deploy.params.overlay import Overlay
 from gemma_deploy.partition import Part, division_problems, parts_of
+from gemma_deploy.partition.ranks import input_channels
 from gemma_deploy.preflight import Plan, make_plan, preflight
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.recipe import Recipe, check_against_model, check_built
-from gemma_deploy.schemes import QUANTIZERS, stored_scheme
+from gemma_deploy.schemes import QUANTIZERS, group_problems, stored_scheme
 from gemma_deploy.stages import Stage, Stages
 
 if TYPE_CHECKING:
@@ -66,8 +67,12 @@ def open_inputs(recipe: Recipe) -> Checkpoint:
     check_built(recipe)
     checkpoint = Checkpoint.open(resolve_checkpoint(recipe.frontend.checkpoint))
     align = recipe.frontend.model_kwargs.align_qkv
-    also = division_problems(checkpoint.config, recipe.split_points, recipe.ranks, align)
-    check_against_model(recipe, checkpoint.config, also)
+    config = checkpoint.config
+    also = division_problems(config, recipe.split_points, recipe.ranks, align)
+    if recipe.backend.dtype == "int8":
+        storage = recipe.storage_for(config.hidden_size)
+        also += group_problems(storage, input_channels(config, recipe.ranks), config.hidden_size)
+    check_against_model(recipe, config, also)
     for note in dict.fromkeys((*checkpoint.notes, *checkpoint.config.warnings)):
         log.warning("%s", note)
     return checkpoint
@@ -199,8 +204,10 @@ def stream_params(
     """Step 8: every tensor read, cast or quantized, written and hashed in row blocks; resumable per tensor."""
     parts = parts_of(source.config.num_hidden_layers, recipe.split_points, recipe.ranks)
     stored = source.stored if isinstance(source, Overlay) else None
+    storage = recipe.storage_for(source.config.hidden_size)
     plans = [
-        build_plan(source.config, scheme_of(recipe), recipe.context_length, rescaling, part, stored) for part in parts
+        build_plan(source.config, scheme_of(recipe), recipe.context_length, rescaling, part, stored, storage)
+        for part in parts
     ]
     total = sum(spec.nbytes for plan in plans for spec in plan)
     rows: list[ParamRow] = []
@@ -248,8 +255,9 @@ def export_into(
     give_memory_back()  # of the parameters' row blocks
     scale = recipe.frontend.model_kwargs.embed_scale
     tables = table.files
+    storage = recipe.storage_for(checkpoint.config.hidden_size)
     rows = [(part, tables[part.file(PARAMS)].rows) for part in parts_in(recipe, checkpoint)]
-    task = worker.Task(checkpoint.config, scheme_of(recipe), contract, scale, rows, PARAMS, rescaling)
+    task = worker.Task(checkpoint.config, scheme_of(recipe), contract, scale, rows, PARAMS, rescaling, storage)
     graphs, peak = worker.export_apart(task)
     for file, graph in graphs.items():
         write_graph(graph, out / file)
@@ -280,7 +288,7 @@ def describe(
     key: str,
 ) -> dict[str, Any]:
     """The manifest, without parity, stages and file hashes."""
-    parts = parts_in(recipe, checkpoint)
+    parts, storage = parts_in(recipe, checkpoint), recipe.storage_for(checkpoint.config.hidden_size)
     manifest: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "name": recipe.name,
@@ -296,6 +304,7 @@ def describe(
         },
         "model": checkpoint.config.to_dict(),
         "scheme": recipe.scheme,
+        "storage": storage.to_json() if recipe.backend.dtype == "int8" else None,
         "contract": contract.to_json(),
         "parts": [describe_part(part, contract) for part in parts] if len(parts) > 1 else [],
         "op_census": {file.removesuffix(".onnx"): op_census(out / file) for file in graph_files(recipe, checkpoint)},

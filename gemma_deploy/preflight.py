@@ -20,7 +20,7 @@ from gemma_deploy.parity.cases import prompt_length
 from gemma_deploy.parity.maxima import SEQLEN, TEXT_WINDOWS
 from gemma_deploy.partition import parts_of
 from gemma_deploy.recipe import Recipe, check_built
-from gemma_deploy.schemes import stored_scheme
+from gemma_deploy.schemes import QUANTIZERS, stored_scheme
 
 GIB, MIB = 1 << 30, 1 << 20
 
@@ -41,6 +41,9 @@ IMPORT_SECONDS = 4.0
 EXPORT_SECONDS = 6.0
 TOKENIZER_BYTES = 256 * MIB  # a vocabulary of 262,144 read by `tokenizers`
 LOGIT_BYTES = 5 * 32 * MIB  # a block of logits of every source, see parity/compare.py
+PIECE_ELEMENTS = 1 << 23  # of a matrix that is solved at a time (quantization/solver.py)
+PIECE_ARRAYS = 8  # float32 arrays of that size that are alive together
+LAYER_PASSES = 3  # of a window through a layer: up to each of the four groups of linears, and to the end
 TORCH_RUNS = 3  # transformers' class, the patched class, the patched class with the artifact's weights
 
 
@@ -180,6 +183,8 @@ def make_plan(
     elements = sum(prod(tensor.shape) for tensor in tensors.values())
     parameters = parameter_bytes(recipe, checkpoint)
     stages = [_ranges_stage(recipe, checkpoint.config, tensors, elements)] if recipe.scheme == "fp16" else []
+    if recipe.scheme in QUANTIZERS:
+        stages.append(_quantize_stage(recipe, checkpoint.config, tensors))
     stages += [
         _params_stage(recipe, tensors, elements, parameters, machine),
         Stage("graphs", "iter0 and iter1, no weights", EXPORT_BYTES, GRAPH_BYTES, IMPORT_SECONDS + EXPORT_SECONDS),
@@ -199,8 +204,9 @@ def _needed(checkpoint: CheckpointFacts) -> dict[str, TensorFacts]:
 def parameter_bytes(recipe: Recipe, checkpoint: CheckpointFacts) -> int:
     """Exact bytes of the tensors in all parameter files, rotary tables included, headers excluded."""
     config, scheme = checkpoint.config, cast(Scheme, stored_scheme(recipe.scheme))
+    storage = recipe.storage_for(config.hidden_size)
     parts = parts_of(config.num_hidden_layers, recipe.split_points, recipe.ranks)
-    plans = (build_plan(config, scheme, recipe.context_length, part=part) for part in parts)
+    plans = (build_plan(config, scheme, recipe.context_length, part=part, storage=storage) for part in parts)
     return sum(spec.nbytes for plan in plans for spec in plan)
 
 
@@ -230,6 +236,25 @@ def _ranges_stage(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, Ten
     return Stage("ranges", f"largest activations of {windows} windows of {seqlen} tokens", ram, 0, seconds)
 
 
+def _quantize_stage(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, TensorFacts]) -> Stage:
+    """One layer's weights, the moments of one group of inputs, one window's activations; hidden states on disk."""
+    nsamples, seqlen, layers = recipe.dataset.nsamples, recipe.dataset.seqlen, config.num_hidden_layers
+    shapes = [t.shape for name, t in tensors.items() if ".layers.0." in name and len(t.shape) == 2]
+    elements, widest = sum(prod(shape) for shape in shapes), max(shape[1] for shape in shapes)
+    piece = min(PIECE_ELEMENTS, max(prod(shape) for shape in shapes))
+    activations = 4 * seqlen * (3 * config.intermediate_size + 2 * config.num_attention_heads * seqlen)
+    # Twice the moments: the factorization's products. The codes of the layer are kept beside its weights.
+    held = 5 * elements + 2 * 4 * widest**2 + PIECE_ARRAYS * 4 * piece + activations
+    hidden = 2 * 4 * nsamples * seqlen * config.hidden_size
+    tokens, inputs = nsamples * seqlen, {shape[1]: shape for shape in shapes}
+    passes = 2.0 * LAYER_PASSES * elements * tokens
+    moments = 2.0 * tokens * sum(columns**2 for columns in inputs)
+    solving = sum(4.0 * shape[0] * shape[1] ** 2 for shape in shapes) + sum(columns**3 for columns in inputs)
+    seconds = IMPORT_SECONDS + layers * (passes + moments + solving) / FLOPS_PER_S
+    what = f"{recipe.scheme}, {nsamples} windows of {seqlen} tokens, a layer at a time"
+    return Stage("quantize", what, BASE_BYTES + TOKENIZER_BYTES + held, hidden + layers * elements, seconds)
+
+
 def _parity_stage(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, TensorFacts], elements: int) -> Stage:
     """A block of one matrix at a time, whatever the model's size; activations of the longest prompts."""
     width, steps = recipe.prefill_length, recipe.parity.decode_tokens
@@ -252,6 +277,7 @@ def _shortfalls(plan: Plan, recipe: Recipe) -> tuple[str, ...]:
                 "parameters": "set workspace.workers: 1, or free memory"
                 if recipe.workspace.workers > 1
                 else "free memory",
+                "quantize": "calibrate on shorter windows (dataset.seqlen), or free memory",
                 "parity": "compare fewer tokens (parity.prompt_tokens), or free memory",
             }.get(stage.name, "free memory")
             lacking.append(

@@ -1,12 +1,67 @@
-"""The table of calibrated quantizers: a scheme's name, how its result is stored, and how the solver is set.
+"""How matrices become codes: the table of calibrated quantizers, and in what form an artifact stores their results.
 
-A new one is a solver in a file of its own and a row here.
+A new quantizer is a solver in a file of its own and a row here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Bits = Literal[4, 8]
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Symmetric integer codes.
+
+    Args:
+        bits: of a code.
+        groupsize: input channels that share a scale; None for one scale per row.
+    """
+
+    bits: Bits = 8
+    groupsize: int | None = None
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Scales of a matrix [rows, columns]: [rows], or [rows, groups]."""
+        return shape[:1] if self.groupsize is None else (shape[0], shape[1] // self.groupsize)
+
+    def __str__(self) -> str:
+        return f"int{self.bits} per row" + (f" and group of {self.groupsize}" if self.groupsize else "")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What the matrices of an int8 artifact are stored as.
+
+    Args:
+        linears: those of the decoder layers.
+        table: the token table and the LM head; None for float16.
+    """
+
+    linears: Codes = Codes()
+    table: Codes | None = Codes()
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Storage:
+        """The inverse of `to_json`."""
+        return cls(Codes(**values["linears"]), None if values["table"] is None else Codes(**values["table"]))
+
+
+# Names in recipes (`frontend.quantize.table`).
+TABLES: Mapping[str, Codes | None] = {
+    "int8": Codes(),
+    "int8_g128": Codes(8, 128),
+    "int8_g64": Codes(8, 64),
+    "int8_g32": Codes(8, 32),
+    "fp16": None,
+}
 
 
 @dataclass(frozen=True)
@@ -17,16 +72,58 @@ class Quantizer:
         stored: the scheme whose parameters and graphs hold the result.
         bits: of a code.
         compensate: whether rounding moves errors onto later columns.
+        groupsize: see `Codes`, unless the recipe says another.
     """
 
     stored: str
-    bits: int
+    bits: Bits
     compensate: bool
+    groupsize: int | None
 
 
-QUANTIZERS: Mapping[str, Quantizer] = {"w8a16_gptq": Quantizer("w8a16_folded", 8, True)}
+QUANTIZERS: Mapping[str, Quantizer] = {
+    "w8a16_gptq": Quantizer("w8a16_folded", 8, True, None),
+    "w4a16_gptq": Quantizer("w8a16_folded", 4, True, 32),
+    "w4a16": Quantizer("w8a16_folded", 4, False, 32),
+}
 
 
 def stored_scheme(scheme: str) -> str:
     """The scheme whose graphs and parameter names an artifact of this scheme has."""
     return QUANTIZERS[scheme].stored if scheme in QUANTIZERS else scheme
+
+
+def storage_of(scheme: str, hidden_size: int, groupsize: int | None = None, table: str | None = None) -> Storage:
+    """What the matrices of a scheme are stored as.
+
+    Args:
+        hidden_size: columns of the table.
+        groupsize: the recipe's; -1 for one scale per row, None for the scheme's own.
+        table: the recipe's, one of `TABLES`; None for int8 per row (w8a16) or, in calibrated schemes, the largest
+            groups up to 128 that divide it.
+    """
+    if scheme not in QUANTIZERS:
+        return Storage(Codes(), TABLES[table or "int8"])
+    quantizer = QUANTIZERS[scheme]
+    size = quantizer.groupsize if groupsize is None else groupsize
+    dividing = next((f"int8_g{size}" for size in (128, 64, 32) if hidden_size % size == 0), "int8")
+    return Storage(Codes(quantizer.bits, None if size == -1 else size), TABLES[table or dividing])
+
+
+def group_problems(storage: Storage, linears: Mapping[str, int], hidden_size: int) -> list[str]:
+    """Groups that do not divide a matrix, as sentences about recipe keys.
+
+    Args:
+        linears: input channels of each kind of linear, those of one rank where it is divided by columns.
+    """
+    problems = []
+    size = storage.linears.groupsize
+    wrong = [f"{name} ({columns})" for name, columns in linears.items() if size and columns % size]
+    if wrong:
+        problems.append(
+            f"frontend.quantize.calib_args.groupsize: {size} does not divide the input channels of " + ", ".join(wrong)
+        )
+    size = storage.table.groupsize if storage.table else None
+    if size and hidden_size % size:
+        problems.append(f"frontend.quantize.table: groups of {size} do not divide the hidden_size {hidden_size}")
+    return problems

@@ -1,6 +1,7 @@
-"""Per-channel int8 weights for the patched models: scale = absmax / 127 per output row, rounded half to even.
+"""Int8 weights for the patched models, with scales per channel (absmax / 127, rounded half to even) or group.
 
-Stand-alone: needs torch alone. While a graph is exported the linear emits one `Vastai::QuantizedLinearPerChannel` node;
+Stand-alone: needs torch alone. While a graph is exported the linear emits one `Vastai::QuantizedLinearPerChannel` node
+(or `...PerGroup`, whose codes may be int4);
 the node's ONNX function body (DequantizeLinear -> Transpose -> MatMul) is attached afterwards by the exporter.
 """
 
@@ -55,11 +56,51 @@ class QuantizedLinearPerChannel(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bits=8"
 
 
+class QuantizedLinearPerGroup(nn.Module):
+    """y = x @ (weight * scale of its group).T with codes [out, in] and a float32 scale [out, in / groupsize]."""
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.groupsize = self.in_features // scale.shape[1]
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [batch, seq, in] -> [batch, seq, out]."""
+        if torch.compiler.is_exporting():
+            return torch.onnx.ops.symbolic(
+                "Vastai::QuantizedLinearPerGroup",
+                (x, self.weight, self.scale),
+                {"block_size": self.groupsize},
+                dtype=x.dtype,
+                shape=(*x.shape[:-1], self.out_features),
+                version=1,
+            )
+        rows = max(1, DEQUANTIZED_ELEMENTS // self.in_features)
+        parts = zip(self.weight.split(rows), self.scale.split(rows), strict=True)
+        return torch.cat([nn.functional.linear(x, dequantize(w, s).to(x.dtype)) for w, s in parts], dim=-1)
+
+    def extra_repr(self) -> str:
+        """Sizes, as nn.Linear prints them."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, groupsize={self.groupsize}"
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Codes [..., columns] times scales [..., groups], each of a run of columns -> float32 [..., columns]."""
+    return (codes.float().unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]).flatten(-2)
+
+
+def quantized_linear(weight: torch.Tensor, scale: torch.Tensor) -> nn.Module:
+    """The linear of codes [out, in] whose scale is [out], or [out, groups]."""
+    return (QuantizedLinearPerChannel if scale.dim() == 1 else QuantizedLinearPerGroup)(weight, scale)
+
+
 class QuantizedEmbedding(nn.Module):
     """Rows of an int8 table times their own scale times sqrt(hidden_size); the LM head reads the same table.
 
     Args:
-        weight: int8 [vocab, hidden]; scale: float32 [vocab]; dtype: of the output.
+        weight: int8 [vocab, hidden]; scale: float32 [vocab], or [vocab, groups]; dtype: of the output.
         embed_scale: the rounded root, or float32 [hidden]: the root divided by what the columns were multiplied by.
     """
 
@@ -78,8 +119,11 @@ class QuantizedEmbedding(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids: [batch, seq] -> [batch, seq, hidden]."""
         rows = nn.functional.embedding(input_ids, self.weight).to(torch.float32)
-        scale = nn.functional.embedding(input_ids, self.scale[:, None])
-        return (rows * scale).to(self.dtype) * self.column_scale
+        if self.scale.dim() == 1:
+            rows = rows * nn.functional.embedding(input_ids, self.scale[:, None])
+        else:
+            rows = dequantize(rows, nn.functional.embedding(input_ids, self.scale))
+        return rows.to(self.dtype) * self.column_scale
 
 
 class StoredLinear(nn.Module):

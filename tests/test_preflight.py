@@ -87,6 +87,23 @@ def test_parity_asks_for_one_matrix_and_not_for_the_model():
     assert wide.stages[-1].ram_bytes > small.stages[-1].ram_bytes
 
 
+def test_quantizing_asks_for_a_layer_and_its_moments():
+    def stage(layers, windows=16):
+        extra = f"dataset: {{nsamples: {windows}, seqlen: 512}}\n"
+        asked = Recipe.from_text(
+            "name: g\nfrontend: {checkpoint: demo, shape: {input_ids: [[1024], [2048]]},"
+            f" quantize: {{type: w8a16_gptq}}}}\nbackend: {{dtype: int8}}\n{extra}"
+        )
+        stages = make_plan(asked, checkpoint(num_hidden_layers=layers), machine=BIG).stages
+        return next(stage for stage in stages if stage.name == "quantize")
+
+    moments, layer = 4 * 16384**2, 2048 * (2 * 2048 + 2 * 256 + 3 * 16384)
+    assert stage(18).ram_bytes == stage(72).ram_bytes == stage(18, 512).ram_bytes
+    assert moments + 4 * layer < stage(18).ram_bytes < 4 * GIB
+    assert stage(18).disk_bytes == 18 * layer + 2 * 4 * 16 * 512 * 2048
+    assert stage(36).seconds == pytest.approx(2 * stage(18).seconds, rel=0.02)
+
+
 def test_all_shortfalls_are_refused_at_once_in_plain_words():
     tiny = Machine(GIB // 2, "cgroup limit 1.00 GiB", 12_000_000, cpus=1, writable=False)
     with pytest.raises(PreflightError) as caught:
@@ -126,7 +143,7 @@ def test_a_gguf_file_is_said_to_be_another_model():
 
 def test_an_unbuilt_recipe_is_refused_before_it_is_estimated():
     job = Recipe.from_text(
-        "name: g\nfrontend: {checkpoint: demo, shape: {input_ids: [[16], [32]]}, quantize: {type: w4a16}}\n"
+        "name: g\nfrontend: {checkpoint: demo, shape: {input_ids: [[16], [32]]}, quantize: {type: w8a8}}\n"
         "backend: {dtype: int8}\n"
     )
     with pytest.raises(NotBuiltError):

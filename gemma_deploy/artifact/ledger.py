@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gemma_deploy.quantization.rescaling import MLP, Rescaling
-from gemma_deploy.schemes import QUANTIZERS
+from gemma_deploy.schemes import QUANTIZERS, Storage
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,13 @@ def _storage(manifest: dict[str, Any], scheme: str, effect: dict[str, Any]) -> L
     if scheme in QUANTIZERS:
         return _quantized(manifest, scheme, effect)
     if scheme == "w8a16":
+        storage = Storage.from_json(manifest["storage"])
         rows = [row for row in manifest["params"] if row.get("sqnr_db") is not None]
         worst = min(rows, key=lambda row: row["sqnr_db"]) if rows else None
         if worst:
             effect = {**effect, "lowest_sqnr_db": worst["sqnr_db"], "lowest_sqnr_tensor": worst["name"]}
         return LedgerEntry(
-            "int8 per output row, symmetric, rounded to nearest; activations and norms float32",
+            f"linears {storage.linears}, {_table(storage)}, symmetric, to nearest; activations and norms float32",
             f"the seven linears of every layer, the token table ({len(rows)} tensors)",
             "backend.dtype int8 (w8a16); a 16-bit target rounds activations as well, which this graph does not",
             effect,
@@ -138,13 +139,19 @@ def _quantized(manifest: dict[str, Any], scheme: str, effect: dict[str, Any]) ->
     worst = min(rows, key=lambda row: row["sqnr_db"], default=None)
     if worst:
         effect |= {"lowest_output_sqnr_db": worst["sqnr_db"], "lowest_output_sqnr_tensor": worst["name"]}
+    storage = Storage.from_json(manifest["storage"])
+    how = "rounded with error compensation on" if QUANTIZERS[scheme].compensate else "rounded to nearest, scaled for"
     return LedgerEntry(
-        "int8 per output row, symmetric, rounded with error compensation on calibration text; columns rescaled, their "
-        "factors folded into norm gains, value rows and up rows; the token table per row, rounded to nearest",
+        f"linears {storage.linears}, symmetric, {how} calibration text; columns rescaled, their factors folded into "
+        f"norm gains, value rows and up rows; {_table(storage)}, rounded to nearest",
         f"the seven linears and two norms of every layer ({len(tensors)} matrices), the token table",
         f"frontend.quantize.type {scheme}; activations and norms are float32",
         effect,
     )
+
+
+def _table(storage: Storage) -> str:
+    return f"token table {storage.table or 'float16'}"
 
 
 def _rescaling(rescaling: Rescaling) -> list[LedgerEntry]:

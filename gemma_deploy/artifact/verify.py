@@ -21,6 +21,7 @@ ONNX_DTYPES = {
     onnx.TensorProto.FLOAT16: "float16",
     onnx.TensorProto.BFLOAT16: "bfloat16",
     onnx.TensorProto.INT8: "int8",
+    onnx.TensorProto.INT4: "int4",
 }
 
 
@@ -121,7 +122,7 @@ def _rank_problems(artifact: Artifact) -> list[str]:
     problems = []
     stages = {(Path(part["folder"]) / PARAMS).as_posix(): part["stage"] for part in artifact.manifest["parts"]}
     for row in artifact.params.rows:
-        repeated = row.file in stages and sharding(row.name) is None
+        repeated = row.file in stages and sharding(row.name, len(row.shape)) is None
         if repeated and seen.setdefault((stages[row.file], row.name), row.sha256) != row.sha256:
             problems.append(f"{row.file}: {row.name} is not what the other ranks have")
     return problems

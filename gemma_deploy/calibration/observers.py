@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+MOMENT_BLOCK = 512  # rows of a matrix of moments made at a time
+
 
 class RangeObserver:
     """Smallest and largest value of every channel, and with them the largest magnitude of the tensor."""
@@ -17,10 +19,17 @@ class RangeObserver:
         """x: [..., channels]; the last dimension is the same in every call."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
         low, high = torch.aminmax(rows, dim=0)
+        self._widen(low, high, rows.shape[0])
+
+    def merge(self, other: RangeObserver) -> None:
+        """Add what another one has seen; the order does not matter."""
+        self._widen(other.minimum, other.maximum, other.count)
+
+    def _widen(self, low: torch.Tensor, high: torch.Tensor, count: int) -> None:
         if self.count:
             low, high = torch.minimum(self.minimum, low), torch.maximum(self.maximum, high)
         self.minimum, self.maximum = low, high
-        self.count += rows.shape[0]
+        self.count += count
 
     @property
     def channel_absmax(self) -> torch.Tensor:
@@ -34,19 +43,42 @@ class RangeObserver:
 
 
 class MomentObserver:
-    """Mean of x x^T over all tokens: the Hessian of a linear's squared output error, up to a factor."""
+    """Mean of x x^T over all tokens: the Hessian of a linear's squared output error, up to a factor.
+
+    What is added is x^T x of whole shards, block after block of its upper triangle, so that a sum is one array and its
+    bits depend on the shards and their order alone.
+    """
 
     def __init__(self, channels: int) -> None:
         self.count = 0
         self.total = torch.zeros(channels, channels)
 
     def update(self, x: torch.Tensor) -> None:
-        """x: [..., channels]."""
+        """x: [..., channels], a shard."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
-        self.total.addmm_(rows.T, rows)
+        for start in self.starts():
+            self.add(start, moment_block(rows, start))
         self.count += rows.shape[0]
+
+    def starts(self) -> range:
+        """First rows of the blocks."""
+        return range(0, len(self.total), MOMENT_BLOCK)
+
+    def add(self, start: int, block: torch.Tensor) -> None:
+        """block: as `moment_block` gives it. Blocks of other rows may be added at the same time by other threads."""
+        self.total[start : start + MOMENT_BLOCK, start:].add_(block)
 
     def take(self) -> torch.Tensor:
         """[channels, channels] float32; the observer is empty afterwards, so that the array exists once."""
         moments, self.total = self.total.div_(max(self.count, 1)), torch.empty(0)
+        for start in range(0, len(moments), MOMENT_BLOCK):
+            stop = min(start + MOMENT_BLOCK, len(moments))
+            square = moments[start:stop, start:stop]
+            square.copy_(square.triu() + square.triu(1).T)
+            moments[stop:, start:stop] = moments[start:stop, stop:].T
         return moments
+
+
+def moment_block(rows: torch.Tensor, start: int) -> torch.Tensor:
+    """Rows [start, start + MOMENT_BLOCK) of x^T x, from column `start` on. rows: [tokens, channels] float32."""
+    return rows[:, start : start + MOMENT_BLOCK].T @ rows[:, start:]

@@ -14,6 +14,7 @@ import numpy as np
 
 from gemma_deploy import paths
 from gemma_deploy.calibration import picture, store
+from gemma_deploy.calibration.address import require_cluster
 from gemma_deploy.calibration.chat import Chat, has_template
 from gemma_deploy.calibration.located import Located, each, locate
 from gemma_deploy.calibration.room import check_room
@@ -67,7 +68,14 @@ class Outcome:
 
 
 def calibrate(
-    checkpoint: Checkpoint, request: Request, workspace: Path, *, force: bool = False, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    request: Request,
+    workspace: Path,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+    processes: int = 1,
+    cluster: str | None = None,
 ) -> Outcome:
     """Make or find the calibration of these inputs.
 
@@ -77,6 +85,7 @@ def calibrate(
         workspace: the result goes to its calib/.
         force: make it again.
         progress: called with (windows passed through layers, all of them).
+        processes, cluster: where windows pass through layers, see `open_executor`; the result is the same.
 
     Raises:
         UsageError: the request makes no sense: a data set that is not known, windows longer than the context, ...
@@ -92,10 +101,12 @@ def calibrate(
     known = None if force else store.find(out, fingerprint)
     if known:
         return Outcome(known, True)
-    check_room(checkpoint.config, request.nsamples, request.seqlen, workspace)
+    if cluster is not None:
+        require_cluster(cluster)
+    check_room(checkpoint.config, request.nsamples, request.seqlen, workspace, processes=processes)
     windows = make_windows(checkpoint, request, found)
     with store.whole_or_nothing(out) as unfinished:
-        ranges = measure(checkpoint, windows, request, unfinished, progress)
+        ranges = measure(checkpoint, windows, request, unfinished, progress, processes, cluster)
         title = f"{checkpoint.path.name} on {request.label}: {request.nsamples} windows of {request.seqlen} tokens"
         picture.draw(ranges, title, unfinished / store.PICTURE)
         record: dict[str, Any] = {"fingerprint": fingerprint, "inputs": inputs, "texts_used": windows.texts_used}
@@ -242,22 +253,28 @@ def _in_turns(chat: Chat, turns: Callable[[Row], Turns], row: Row) -> str:
 
 
 def measure(
-    checkpoint: Checkpoint, windows: Windows, request: Request, scratch: Path, progress: Progress | None
+    checkpoint: Checkpoint,
+    windows: Windows,
+    request: Request,
+    scratch: Path,
+    progress: Progress | None,
+    processes: int = 1,
+    cluster: str | None = None,
 ) -> dict[str, Range]:
     """Ranges of every point over all windows."""
-    from gemma_deploy.calibration.driver import run_layers
-    from gemma_deploy.calibration.observers import RangeObserver
+    from gemma_deploy.calibration.executors import open_executor
+    from gemma_deploy.calibration.ranges import run_layers
 
-    observers: dict[str, RangeObserver] = {}
-    run_layers(
-        checkpoint,
-        windows.ids,
-        lambda point, x: observers.setdefault(point, RangeObserver()).update(x),
-        scratch=scratch,
-        embed_scale=request.embed_scale,
-        progress=progress,
-    )
+    with open_executor(scratch / "shards", processes=processes, cluster=cluster) as executor:
+        found = run_layers(
+            checkpoint,
+            windows.ids,
+            scratch=scratch,
+            embed_scale=request.embed_scale,
+            progress=progress,
+            executor=executor,
+        )
     return {
         point: Range(np.asarray(seen.minimum.numpy()), np.asarray(seen.maximum.numpy()))
-        for point, seen in observers.items()
+        for point, seen in found.items()
     }

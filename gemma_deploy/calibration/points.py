@@ -12,6 +12,7 @@ LAYER_INPUTS = {
     "mlp.gate_proj": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down_proj": ("mlp.down_proj",),
 }
+SHARD_TOKENS = 2048  # windows of about so many tokens pass through a layer together, see shards.py
 LAYER_OUTPUT = "out"
 HEAD_INPUT = "lm_head.in"
 # Kind of point -> how tables and pictures call it.

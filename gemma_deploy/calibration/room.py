@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gemma_deploy.calibration.points import SHARD_TOKENS
 from gemma_deploy.calibration.states import IN_MEMORY_BYTES
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.errors import PreflightError
@@ -11,17 +12,53 @@ from gemma_deploy.machine import Machine, gib, size
 
 # torch, transformers, a 256k-token tokenizer and pyarrow: 0.65 GiB measured on the 270M model, and a margin.
 BASE_BYTES = 800 << 20
+PROCESS_BYTES = 400 << 20  # torch and transformers in a further process; torch alone has 0.34 GiB
+MOMENT_ROWS = 512  # as observers.MOMENT_BLOCK
 SCORES = 3  # arrays [heads, seqlen, seqlen] alive at once: scores, masked scores, probabilities
 
 
-def memory_bytes(config: ModelConfig, nsamples: int, seqlen: int) -> int:
-    """Estimated peak: the libraries, one layer in float32, its activations for one window, small hidden states."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    weights = 3 * hidden * inner + 2 * hidden * config.head_dim * (heads + kv_heads)
-    activations = SCORES * heads * seqlen * seqlen + seqlen * (4 * inner + 8 * hidden)
+def workers_bytes(
+    config: ModelConfig, seqlen: int, *, processes: int = 1, threads: int = 1, moments: bool = True
+) -> tuple[int, int]:
+    """Estimated memory and disk of passing windows in shards, beside one layer and one window's activations.
+
+    Threads of one process take a shard's inputs and a window's activations each. Processes have their own libraries and
+    their own copy of the layer as well, and hand moments over in files, as many as there are shards in flight.
+
+    Args:
+        processes: as `workspace.processes`; threads: of torch in one process.
+        moments: for the quantizer; `calibrate` observes ranges, which take no room.
+    """
+    weights, window = _weights(config), _activations(config, seqlen)
+    columns = max(config.intermediate_size, config.num_attention_heads * config.head_dim, config.hidden_size)
+    shard = max(SHARD_TOKENS, seqlen) * columns if moments else 0
+    if processes == 1:
+        return 4 * ((threads - 1) * window + threads * shard), 0
+    files = (processes + 1) * 2 * columns * (columns + MOMENT_ROWS) if moments else 0
+    handed_over = 4 * weights  # copied by safetensors while it is written
+    return handed_over + processes * (PROCESS_BYTES + 4 * (weights + window + shard)), handed_over + files
+
+
+def memory_bytes(config: ModelConfig, nsamples: int, seqlen: int, processes: int = 1, threads: int = 1) -> int:
+    """Estimated peak of `calibrate`: libraries, one layer in float32, activations of windows, small hidden states."""
     states = states_bytes(config, nsamples, seqlen)
-    return BASE_BYTES + 4 * (weights + activations) + (states if states <= IN_MEMORY_BYTES else 0)
+    workers, _ = workers_bytes(config, seqlen, processes=processes, threads=threads, moments=False)
+    held = 4 * (_weights(config) + _activations(config, seqlen)) + workers
+    return BASE_BYTES + held + (states if states <= IN_MEMORY_BYTES and processes == 1 else 0)
+
+
+def _weights(config: ModelConfig) -> int:
+    """Elements of a layer."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    return 3 * config.hidden_size * config.intermediate_size + 2 * config.hidden_size * config.head_dim * (
+        heads + kv_heads
+    )
+
+
+def _activations(config: ModelConfig, seqlen: int) -> int:
+    """Elements alive while a window passes through a layer."""
+    scores = SCORES * config.num_attention_heads * seqlen * seqlen
+    return scores + seqlen * (4 * config.intermediate_size + 8 * config.hidden_size)
 
 
 def states_bytes(config: ModelConfig, nsamples: int, seqlen: int) -> int:
@@ -30,7 +67,12 @@ def states_bytes(config: ModelConfig, nsamples: int, seqlen: int) -> int:
 
 
 def check_room(
-    config: ModelConfig, nsamples: int, seqlen: int, workspace: Path, machine: Machine | None = None
+    config: ModelConfig,
+    nsamples: int,
+    seqlen: int,
+    workspace: Path,
+    machine: Machine | None = None,
+    processes: int = 1,
 ) -> None:
     """Refuse a pass this machine cannot hold.
 
@@ -38,7 +80,10 @@ def check_room(
         PreflightError: listing what is short.
     """
     machine = machine or Machine.measure(workspace)
-    memory, states = memory_bytes(config, nsamples, seqlen), states_bytes(config, nsamples, seqlen)
+    memory, states = (
+        memory_bytes(config, nsamples, seqlen, processes, machine.cpus),
+        states_bytes(config, nsamples, seqlen),
+    )
     problems = []
     if memory > machine.ram_bytes:
         problems.append(f"memory: {gib(memory)} needed, {gib(machine.ram_bytes)} left ({machine.ram_source})")

@@ -79,7 +79,15 @@ def command(
     source = Checkpoint.open(checkpoint or (loaded.frontend.checkpoint if loaded else "demo"))
     request = _request(loaded, dataset, path, nsamples, seqlen, seed, source.config.max_position_embeddings)
     place = workspace or Path(loaded.workspace.path if loaded else "workspace")
-    outcome = calibrate(source, request, place, force=force, progress=_progress())
+    outcome = calibrate(
+        source,
+        request,
+        place,
+        force=force,
+        progress=_progress(),
+        processes=loaded.workspace.processes if loaded else 1,
+        cluster=loaded.workspace.cluster if loaded else None,
+    )
     if outcome.reused:
         click.echo("nothing has changed: measured before (--force measures again)")
     _print_table(outcome.calibration)

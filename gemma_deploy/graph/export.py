@@ -26,6 +26,7 @@ from gemma_deploy.graph.skeleton import build_skeleton
 from gemma_deploy.graph.trace import OPSET, trace
 from gemma_deploy.partition import Part, whole
 from gemma_deploy.quantization.rescaling import Rescaling
+from gemma_deploy.schemes import Storage
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Traced:
     """One trace, from which the graphs of every part of an artifact are stamped.
 
     Args:
-        contract: of the whole model; ranks: among which every stage is divided.
+        contract: of the whole model; ranks: among which every stage is divided; storage: see `build_skeleton`.
 
     Raises:
         ExportError, NotBuiltError: see `export_graphs`.
@@ -68,6 +69,7 @@ class Traced:
         embed_scale: str = "exact",
         rescaling: Rescaling | None = None,
         ranks: int = 1,
+        storage: Storage | None = None,
     ) -> None:
         started = time.perf_counter()
         self.config, self.contract = config, contract
@@ -82,6 +84,7 @@ class Traced:
                 embed_scale=embed_scale,
                 rescaling=rescaling,
                 ranks=ranks,
+                storage=storage,
             )
             for graph in GRAPHS
         }

@@ -20,6 +20,7 @@ DTYPES = {
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
     "int8": ir.DataType.INT8,
+    "int4": ir.DataType.INT4,
 }
 
 
@@ -62,6 +63,8 @@ def attach_external(models: Mapping[str, ir.Model], rows: Iterable[Row], locatio
                 continue
             used.add(name)
             shape = tuple(value.shape.numpy()) if value.shape is not None else ()
+            if row.dtype == "int4" and value.dtype == ir.DataType.INT8:  # torch has no such type: traced as int8
+                value.type = ir.TensorType(ir.DataType.INT4)
             if DTYPES[row.dtype] != value.dtype or tuple(row.shape) != shape:
                 here, there = f"{value.dtype} {list(shape)}", f"{row.dtype} {list(row.shape)}"
                 problems.append(f"{graph}: {name} is {here} in the graph, {there} in the file")

@@ -1,7 +1,8 @@
 """ONNX function bodies of the Vastai operators: what a run time without them computes.
 
 An accelerator takes `Vastai::QuantizedLinearPerChannel` as one node; everybody else inlines
-y = MatMul(x, Transpose(DequantizeLinear(weight, scale, axis=0))).
+y = MatMul(x, Transpose(DequantizeLinear(weight, scale, axis=0))). `Vastai::QuantizedLinearPerGroup` is the same with
+scales along the inputs, one for every `block_size` of them.
 """
 
 from __future__ import annotations
@@ -30,8 +31,32 @@ def quantized_linear_per_channel(opset: int) -> ir.Function:
     return ir.Function(DOMAIN, "QuantizedLinearPerChannel", "", graph=graph, attributes=[])
 
 
+def quantized_linear_per_group(opset: int) -> ir.Function:
+    """x: [..., in] float32; weight: [out, in] int8 or int4; scale: [out, in / block_size] float32 -> [..., out]."""
+    x, weight, scale = (ir.Value(name=name) for name in ("x", "weight", "scale"))
+    size = ir.RefAttr("block_size", "block_size", ir.AttributeType.INT)
+    attributes = [ir.AttrInt64("axis", 1), size]
+    dequantized = ir.Node("", "DequantizeLinear", [weight, scale], attributes, name="dequantize")
+    transposed = ir.node("Transpose", [dequantized.outputs[0]], {"perm": [1, 0]}, name="transpose")
+    product = ir.node("MatMul", [x, transposed.outputs[0]], name="matmul")
+    for node, name in ((dequantized, "w"), (transposed, "wt"), (product, "y")):
+        node.outputs[0].name = name
+    graph = ir.Graph(
+        [x, weight, scale],
+        [product.outputs[0]],
+        nodes=[dequantized, transposed, product],
+        opset_imports={"": opset},
+        name="QuantizedLinearPerGroup",
+    )
+    declared = ir.Attr("block_size", ir.AttributeType.INT, None)
+    return ir.Function(DOMAIN, "QuantizedLinearPerGroup", "", graph=graph, attributes=[declared])
+
+
 def used_functions(model: ir.Model, opset: int) -> list[ir.Function]:
     """Bodies of the custom operators that occur in the model; those between ranks have none on one machine."""
-    known = {"QuantizedLinearPerChannel": quantized_linear_per_channel}
+    known = {
+        "QuantizedLinearPerChannel": quantized_linear_per_channel,
+        "QuantizedLinearPerGroup": quantized_linear_per_group,
+    }
     ops = {node.op_type for node in model.graph if node.domain == DOMAIN}
     return [known[op](opset) for op in sorted(ops & set(known))]

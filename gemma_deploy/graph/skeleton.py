@@ -18,6 +18,7 @@ from gemma_deploy.graph.contract import Scheme
 from gemma_deploy.partition.ranks import row_blocks, sharding
 from gemma_deploy.patched import causal_classes, patched_module
 from gemma_deploy.quantization.rescaling import MLP, Rescaling
+from gemma_deploy.schemes import Codes, Storage
 
 INT8 = ("w8a16", "w8a16_folded")
 TORCH_DTYPES = dict.fromkeys(("fp32", "bf16", *INT8), torch.float32) | {"fp16": torch.float16}
@@ -57,6 +58,7 @@ def build_skeleton(
     embed_scale: str = "exact",
     rescaling: Rescaling | None = None,
     ranks: int = 1,
+    storage: Storage | None = None,
 ) -> Skeleton:
     """Build the patched model for tracing.
 
@@ -66,6 +68,7 @@ def build_skeleton(
         keep_last: put the strided slice before the LM head.
         rescaling: what of a float16 graph is stored smaller or computed in float32.
         ranks: build one rank's share.
+        storage: bits and groups of the int8 schemes' codes; int8 per row by default.
 
     Raises:
         NotBuiltError: no patched model exists for this generation yet.
@@ -81,7 +84,7 @@ def build_skeleton(
     )
     dtype, rescaling = TORCH_DTYPES[scheme], rescaling or Rescaling()
     model.model.embed_tokens.divisor = 2.0**rescaling.residual
-    _store(model, config, scheme, dtype, ranks)
+    _store(model, config, scheme, dtype, ranks, storage or Storage())
     if scheme == "fp16":
         _rescale(model, rescaling)
     if ranks > 1:
@@ -109,7 +112,9 @@ def new_model(config: ModelConfig, **changes: Any) -> nn.Module:
     return model
 
 
-def _store(model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.dtype, ranks: int) -> None:
+def _store(
+    model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.dtype, ranks: int, storage: Storage
+) -> None:
     """Give every module its zero-storage weights in the form the artifact stores them."""
     weight_dtype = torch.bfloat16 if scheme == "bf16" else dtype
     quantization = patched_module("quantization_vacc")
@@ -118,9 +123,11 @@ def _store(model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.d
             if not isinstance(child, nn.Linear) or (child is model.lm_head and config.tie_word_embeddings):
                 continue
             shape = _share(name, (child.out_features, child.in_features), config, ranks)
-            if scheme in INT8:
-                scale = _zeros(shape[:1], torch.float32)
-                new = quantization.QuantizedLinearPerChannel(_zeros(shape, torch.int8), scale)
+            codes = storage.table if child is model.lm_head else storage.linears
+            if scheme in INT8 and codes:
+                new = quantization.quantized_linear(*_codes(shape, codes))
+            elif scheme in INT8:
+                new = quantization.StoredLinear(_zeros(shape, torch.float16))
             elif scheme == "bf16":
                 new = quantization.StoredLinear(_zeros(shape, weight_dtype))
             else:
@@ -129,7 +136,7 @@ def _store(model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.d
             setattr(parent, name, new)
         if type(parent).__name__ == "RMSNorm":  # computes in float32: stored that way in every scheme
             parent.weight = nn.Parameter(_zeros(parent.weight.shape, torch.float32), requires_grad=False)
-    _store_table(model, config, scheme, dtype, ranks)
+    _store_table(model, config, scheme, dtype, ranks, storage)
 
 
 def _share(module: str, shape: tuple[int, int], config: ModelConfig, ranks: int) -> tuple[int, int]:
@@ -171,18 +178,21 @@ def _rescale(model: nn.Module, rescaling: Rescaling) -> None:
     model.lm_head = stored(model.lm_head.weight)
 
 
-def _store_table(model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.dtype, ranks: int) -> None:
-    weight_dtype = torch.bfloat16 if scheme == "bf16" else dtype
+def _store_table(
+    model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.dtype, ranks: int, storage: Storage
+) -> None:
+    weight_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(scheme, torch.float16)
     quantization = patched_module("quantization_vacc")
     embed = model.model.embed_tokens
     shape = _share("embed_tokens", (config.vocab_size, config.hidden_size), config, ranks)
     scale = embed.scale_value(dtype)
-    if scheme in INT8:
-        weight, row_scale = _zeros(shape, torch.int8), _zeros(shape[:1], torch.float32)
-        scale = _zeros((config.hidden_size,), torch.float32) if scheme == "w8a16_folded" else scale
+    if scheme in INT8 and storage.table:
+        weight, row_scale = _codes(shape, storage.table)
+        if scheme == "w8a16_folded" and storage.table.groupsize is None:
+            scale = _zeros((config.hidden_size,), torch.float32)
         model.model.embed_tokens = quantization.QuantizedEmbedding(weight, row_scale, scale, dtype)
-        head: nn.Module = quantization.QuantizedLinearPerChannel(weight, row_scale)
-    elif scheme == "bf16":
+        head: nn.Module = quantization.quantized_linear(weight, row_scale)
+    elif scheme == "bf16" or scheme in INT8:
         weight = _zeros(shape, weight_dtype)
         model.model.embed_tokens = quantization.StoredEmbedding(weight, scale, dtype)
         head = quantization.StoredLinear(weight)
@@ -193,6 +203,11 @@ def _store_table(model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: t
             head.weight = embed.weight
     if config.tie_word_embeddings:
         model.lm_head = head
+
+
+def _codes(shape: tuple[int, int], codes: Codes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and scale. 4-bit codes are traced as int8, and get their type with their data (external.py)."""
+    return _zeros(shape, torch.int8), _zeros(codes.scale_shape(shape), torch.float32)
 
 
 def _zeros(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> torch.Tensor:

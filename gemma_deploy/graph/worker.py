@@ -21,6 +21,7 @@ from gemma_deploy.errors import DeployError, ExportError
 from gemma_deploy.graph.contract import GraphContract, Scheme
 from gemma_deploy.partition import Part
 from gemma_deploy.quantization.rescaling import Rescaling
+from gemma_deploy.schemes import Storage
 
 if TYPE_CHECKING:
     from gemma_deploy.graph.external import Row
@@ -41,6 +42,7 @@ class Task:
     rows: Sequence[tuple[Part, Sequence[Row]]]
     location: str
     rescaling: Rescaling | None = None
+    storage: Storage | None = None
 
 
 def export_here(task: Task) -> dict[str, bytes]:
@@ -53,7 +55,7 @@ def export_here(task: Task) -> dict[str, bytes]:
     from gemma_deploy.graph.external import attach_external, serialized
 
     ranks = task.rows[0][0].ranks
-    traced = Traced(task.config, task.scheme, task.contract, task.embed_scale, task.rescaling, ranks)
+    traced = Traced(task.config, task.scheme, task.contract, task.embed_scale, task.rescaling, ranks, task.storage)
     files = {}
     for part, rows in task.rows:
         graphs = traced.graphs(part)

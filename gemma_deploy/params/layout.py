@@ -1,7 +1,8 @@
 """Where each tensor lies in the parameter file: the safetensors layout, known before the first byte is written.
 
 float32 tensors first, then 16-bit, then int8, so that each is aligned to its element without holes (which the format
-forbids); the header is padded with spaces so that the data start on a page.
+forbids). The format has no signed 4-bit integers: pairs of them, the first in the low half as ONNX packs them, are
+bytes [rows, columns / 2]. The header is padded with spaces so that the data start on a page.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from gemma_deploy.params.plan import ITEM_BYTES, ParamSpec
+from gemma_deploy.params.plan import ITEM_BITS, ParamSpec
 
 PAGE_BYTES = 4096
-SAFETENSORS_DTYPE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
+SAFETENSORS_DTYPE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "int4": "U8"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Placed(Protocol):
 
 def lay_out(plan: Sequence[ParamSpec]) -> Layout:
     """Place the plan's tensors."""
-    ordered = sorted(plan, key=lambda spec: -ITEM_BYTES[spec.dtype])
+    ordered = sorted(plan, key=lambda spec: -ITEM_BITS[spec.dtype])
     header = _header(ordered)
     offsets, end = {}, len(header)
     for spec in ordered:
@@ -64,9 +65,12 @@ def _header(ordered: Sequence[Placed]) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for item in ordered:
+        shape = list(item.shape)
+        if item.dtype == "int4":
+            shape[-1] //= 2
         entries[item.name] = {
             "dtype": SAFETENSORS_DTYPE[item.dtype],
-            "shape": list(item.shape),
+            "shape": shape,
             "data_offsets": [end, end + item.nbytes],
         }
         end += item.nbytes

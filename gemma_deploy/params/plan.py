@@ -16,12 +16,14 @@ from gemma_deploy.params.overlay import TABLE, Stored
 from gemma_deploy.partition import Part, whole
 from gemma_deploy.partition.ranks import Blocks, row_blocks, sharding
 from gemma_deploy.quantization.rescaling import Rescaling
+from gemma_deploy.schemes import Storage
 
 Scheme = Literal["fp32", "fp16", "bf16", "w8a16", "w8a16_folded"]
-Dtype = Literal["float32", "float16", "bfloat16", "int8"]
+Dtype = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 Kind = Literal["cast", "int8_per_channel", "scale", "constant", "stored"]
 
-ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+ITEM_BITS: dict[Dtype, int] = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4}
+CODE_DTYPES: dict[int, Dtype] = {8: "int8", 4: "int4"}
 COLUMN_SCALE = "model.embed_tokens.column_scale"
 # Norm weights are float32 everywhere: the norm computes in float32.
 MATRIX_DTYPE: dict[Scheme, Dtype] = {
@@ -60,7 +62,7 @@ class ParamSpec:
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * ITEM_BITS[self.dtype] // 8
 
 
 def build_plan(
@@ -70,6 +72,7 @@ def build_plan(
     rescaling: Rescaling | None = None,
     part: Part | None = None,
     quantized: Mapping[str, Stored] | None = None,
+    storage: Storage | None = None,
 ) -> tuple[ParamSpec, ...]:
     """Every parameter of the model in model order, then the rotary tables.
 
@@ -77,12 +80,15 @@ def build_plan(
         config: the model; a tied table appears once, under model.embed_tokens.
         scheme: w8a16 stores each matrix as int8 `X.weight` and float32 `X.scale`; fp16 has the eps of every norm and
             the scale factor of every attention as parameters, [1] each, because rescaling makes them differ by layer.
-            w8a16_folded is w8a16 with one more scale, of each column of what the embedding gives.
+            w8a16_folded is w8a16 with one more scale, of each column that the embedding gives, where the table has one
+            scale per row.
         context_length: positions the rotary half tables [context_length, head_dim / 2] cover.
         rescaling: powers of two folded into what fp16 stores.
         part: only what this part of a divided artifact holds. Names are the whole model's.
         quantized: matrices whose codes and scales the source holds already (`Overlay.stored`).
+        storage: bits and groups of the int8 schemes' codes; int8 per row by default.
     """
+    storage = storage or Storage()
     rescaling, part = rescaling or Rescaling(), part or Part(whole(config.num_hidden_layers))
     span = part.span
     specs: list[ParamSpec] = []
@@ -96,22 +102,26 @@ def build_plan(
             if scheme == "fp16":
                 eps = config.rms_norm_eps * 4.0 ** -rescaling.of(f"{module}.in")
                 specs.append(ParamSpec(f"{module}.eps", (1,), "float32", "constant", value=eps))
-        elif quantized and name in quantized:
-            specs.append(ParamSpec(name, shape, "int8", "stored", name, stored=quantized[name]))
-            specs.append(ParamSpec(f"{module}.scale", shape[:1], "float32", "stored", f"{module}.scale"))
-        elif MATRIX_DTYPE[scheme] == "int8":
-            specs.append(ParamSpec(name, shape, "int8", "int8_per_channel", name))
-            specs.append(ParamSpec(f"{module}.scale", shape[:1], "float32", "scale", name))
-            if scheme == "w8a16_folded" and name == TABLE and span.start == 0:
+        elif MATRIX_DTYPE[scheme] == "int8" and (codes := storage.linears if ".layers." in name else storage.table):
+            made = quantized.get(name) if quantized else None
+            kinds: tuple[Kind, Kind] = ("stored", "stored") if made else ("int8_per_channel", "scale")
+            scales = f"{module}.scale"
+            specs.append(ParamSpec(name, shape, CODE_DTYPES[codes.bits], kinds[0], name, stored=made))
+            source = scales if made else name
+            specs.append(ParamSpec(scales, codes.scale_shape(shape), "float32", kinds[1], source))
+            folded = scheme == "w8a16_folded" and codes.groupsize is None
+            if folded and name == TABLE and span.start == 0:
                 specs.append(ParamSpec(COLUMN_SCALE, shape[1:], "float32", "stored", COLUMN_SCALE))
+        elif MATRIX_DTYPE[scheme] == "int8":
+            specs.append(ParamSpec(name, shape, "float16", "cast", name))
         else:
             shift = rescaling.linear_shift(module) if ".layers." in name else 0
             specs.append(ParamSpec(name, shape, MATRIX_DTYPE[scheme], "cast", name, shift=shift))
     if scheme == "fp16":
         specs += [_attention_scale(config, layer, rescaling) for layer in range(span.start, span.stop)]
     half = (context_length, config.head_dim // 2)
-    kinds = config.layer_types[span.start : span.stop]
-    for layer_type, rope in ((kind, rope) for kind, rope in config.rope.items() if kind in kinds):
+    layer_types = config.layer_types[span.start : span.stop]
+    for layer_type, rope in ((kind, rope) for kind, rope in config.rope.items() if kind in layer_types):
         for table in ("cos", "sin"):
             name = f"model.rotary_emb.{layer_type}.{table}"
             specs.append(ParamSpec(name, half, ROTARY_DTYPE, "constant", rope=rope))
@@ -120,7 +130,7 @@ def build_plan(
 
 def _of_rank(spec: ParamSpec, config: ModelConfig, part: Part) -> ParamSpec:
     """What one rank holds of a tensor."""
-    axis = None if spec.source is None else sharding(spec.name)
+    axis = None if spec.source is None else sharding(spec.name, len(spec.shape))
     if axis == "rows":
         blocks = row_blocks(spec.name, spec.shape[0], config, part.rank, part.ranks)
         count = sum(stop - start for start, stop in blocks)

@@ -146,9 +146,18 @@ def _write_stored(sink: Sink, source: Source, buffers: Buffers, block_bytes: int
     row_bytes = info.nbytes // info.shape[0]
     for start, stop in _row_spans(spec.rows or ((0, info.shape[0]),), row_bytes, block_bytes):
         block = torch.from_numpy(source.raw_rows(info.name, start, stop))
-        sink.write(_columns(block, spec, buffers).contiguous())
+        block = _columns(block, spec, buffers)
+        sink.write(pack_int4(block) if spec.dtype == "int4" else block.contiguous())
     stored = spec.stored
     return sink.row(stored.sqnr_db, float(f"{stored.energy:.7g}")) if stored else sink.row()
+
+
+def pack_int4(codes: torch.Tensor) -> torch.Tensor:
+    """int8 [rows, columns] in [-8, 7] -> uint8 [rows, columns / 2], the first of a pair in the low half."""
+    import torch
+
+    low, high = codes[:, 0::2].view(torch.uint8), codes[:, 1::2].view(torch.uint8)
+    return (low & 15) | (high << 4)
 
 
 def _write_cast(sink: Sink, blocks: Iterator[tuple[torch.Tensor, torch.Tensor]], buffers: Buffers) -> ParamRow:
@@ -182,17 +191,19 @@ def _write_int8(
     import torch
 
     weight, scales = sinks
-    rows = weight.spec.shape[0]
-    all_scales, signal, error = torch.empty(rows), torch.empty(rows).double(), torch.empty(rows).double()
+    groups = math.prod(scales.spec.shape[1:])  # of a row; each is quantized like a row of its own
+    count = weight.spec.shape[0] * groups
+    all_scales, signal, error = torch.empty(count), torch.empty(count).double(), torch.empty(count).double()
     start = 0
     for block, absmax in blocks:
-        part = slice(start, start := start + len(block))
+        part = slice(start, start := start + len(block) * groups)
+        grouped = (len(block) * groups, block.shape[1] // groups)
         wide = block if block.dtype == torch.float32 else buffers.take("wide", tuple(block.shape), torch.float32)
         wide.copy_(block)
         q = buffers.take("out", tuple(block.shape), torch.int8)
-        scratch = buffers.take("scratch", tuple(block.shape), torch.float32)
-        all_scales[part] = row_scales(absmax.float())
-        signal[part], error[part] = quantize_rows_(wide, all_scales[part], q, scratch)
+        scratch = buffers.take("scratch", grouped, torch.float32)
+        all_scales[part] = row_scales(absmax.float() if groups == 1 else wide.view(grouped).abs().amax(1))
+        signal[part], error[part] = quantize_rows_(wide.view(grouped), all_scales[part], q.view(grouped), scratch)
         weight.write(_columns(q, weight.spec, buffers))
     scales.write(all_scales)
     energy = float(signal.numpy().sum())

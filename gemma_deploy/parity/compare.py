@@ -22,7 +22,7 @@ from gemma_deploy.parity.cases import Case, make_cases, prompt_length
 from gemma_deploy.parity.gates import GATES, TWINS, Gate, Line, headroom_line, judge, sqnr_line
 from gemma_deploy.parity.metrics import Comparison, Metrics
 from gemma_deploy.parity.sources import FastSource, Features, Source
-from gemma_deploy.schemes import QUANTIZERS
+from gemma_deploy.schemes import QUANTIZERS, Storage
 
 log = logging.getLogger(__name__)
 # Positions of a prompt that are compared, the last ones: the window bites there. More of text, whose mean KL is judged.
@@ -221,9 +221,9 @@ def run_parity(
     patched = TorchSource(opened, "patched", "bf16" if scheme == "bf16" else "fp32", scale)
     sources: dict[str, Source] = {source.name: source for source in (hf, patched)}
     twin = patched
-    if scheme == "w8a16":
+    if scheme == "w8a16" and manifest["storage"] == Storage().to_json():
         twin = TorchSource(opened, "patched", "w8a16", scale)
-    elif scheme in QUANTIZERS:
+    elif scheme == "w8a16" or scheme in QUANTIZERS:
         twin = TorchSource(StoredWeights(opened, artifact, manifest), "patched", "fp32", scale, name=TWINS[scheme])
     sources[twin.name] = twin
     sources[strict.name] = strict
@@ -235,7 +235,7 @@ def run_parity(
     result.lines = judged(GATES[scheme], found)
     if scheme == "fp16":
         result.lines.append(headroom_line(hf.absmax, strict.rescaling))
-    if scheme == "w8a16" or scheme in QUANTIZERS:
+    if manifest["storage"] and Storage.from_json(manifest["storage"]).linears.bits == 8:
         result.lines.append(sqnr_line(manifest["params"]))
     result.measures = measures_of(found)
     result.effect = effect_of(found[hf.name, "strict"] if (hf.name, "strict") in found else found[pairs[-1]], cases)

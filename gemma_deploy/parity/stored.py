@@ -16,7 +16,7 @@ from gemma_deploy.checkpoint import Checkpoint, TensorInfo
 from gemma_deploy.params.plan import COLUMN_SCALE, ParamSpec, Scheme, build_plan
 from gemma_deploy.params.table import ParamRow, row_from_json
 from gemma_deploy.partition import parts_of
-from gemma_deploy.schemes import stored_scheme
+from gemma_deploy.schemes import Storage, stored_scheme
 
 
 class StoredWeights:
@@ -33,24 +33,31 @@ class StoredWeights:
         rows = {(row["file"], row["name"]): row_from_json(row) for row in manifest["params"]}
         points = tuple(recipe.get("split", {}).get("points", ()))
         parts = parts_of(self.config.num_hidden_layers, points, recipe["frontend"]["model_kwargs"]["tp"])
-        scheme = cast(Scheme, stored_scheme(manifest["scheme"]))
+        scheme, storage = cast(Scheme, stored_scheme(manifest["scheme"])), Storage.from_json(manifest["storage"])
+        self._scales: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[str, list[tuple[Path, ParamRow, ParamSpec]]] = {}
         for part in parts:
             file = part.file("params.safetensors")
-            for spec in build_plan(self.config, scheme, context, part=part):
+            for spec in build_plan(self.config, scheme, context, part=part, storage=storage):
                 if spec.source is not None:
                     row = rows[file, spec.name]
                     self._pieces.setdefault(spec.name, []).append((artifact / file, row, spec))
+                    if spec.name.endswith(".scale"):
+                        codes = storage.linears if ".layers." in spec.name else storage.table
+                        assert codes is not None  # float16 has no scales
+                        weight = spec.name.removesuffix(".scale") + ".weight"
+                        self._scales[spec.name] = codes.scale_shape(self.tensors[weight].shape)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) as float32, codes times their scale."""
         info: TensorInfo = self.tensors[name]
         values = self._gather(name, info.shape, start, stop)
         scale = f"{name.removesuffix('.weight')}.scale"
-        if scale not in self._pieces:
+        if scale not in self._scales:
             return values
-        scales = self._gather(scale, info.shape[:1], start, stop)
-        dequantized: np.ndarray = values * scales[:, None]
+        scales = self._gather(scale, self._scales[scale], start, stop).reshape(stop - start, -1)
+        grouped = values.reshape(*scales.shape, -1)
+        dequantized: np.ndarray = (grouped * scales[..., None]).reshape(values.shape)
         return dequantized
 
     def embedding_scale(self) -> np.ndarray | None:
@@ -76,7 +83,11 @@ class StoredWeights:
 
 def _read(file: Path, row: ParamRow, start: int, stop: int) -> np.ndarray:
     """Rows of one stored tensor."""
-    dtype, width = np.dtype(row.dtype), int(np.prod(row.shape[1:]))
-    offset = row.offset + start * width * dtype.itemsize
-    flat = np.fromfile(file, dtype, (stop - start) * width, offset=offset)
+    width = int(np.prod(row.shape[1:]))
+    if row.dtype == "int4":
+        pairs = np.fromfile(file, np.int8, (stop - start) * width // 2, offset=row.offset + start * width // 2)
+        flat = np.stack([(pairs << 4) >> 4, pairs >> 4], axis=-1)  # the first of a pair is the low half
+    else:
+        dtype = np.dtype(row.dtype)
+        flat = np.fromfile(file, dtype, (stop - start) * width, offset=row.offset + start * width * dtype.itemsize)
     return flat.reshape(stop - start, *row.shape[1:])

@@ -17,12 +17,16 @@ BY_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens",
 BY_COLUMNS = ("o_proj", "down_proj")
 
 
-def sharding(name: str) -> Axis | None:
-    """How a parameter is divided, by its name (`....weight` or `....scale`); None when every rank has all of it."""
+def sharding(name: str, dimensions: int = 1) -> Axis | None:
+    """How a parameter is divided, by its name (`....weight` or `....scale`); None when every rank has all of it.
+
+    Args:
+        dimensions: of a scale: 2 where groups of columns have their own.
+    """
     module = name.rpartition(".")[0].rpartition(".")[2]
     if module in BY_ROWS and not name.endswith(".column_scale"):
         return "rows"
-    if module in BY_COLUMNS and name.endswith(".weight"):
+    if module in BY_COLUMNS and (name.endswith(".weight") or dimensions == 2):
         return "columns"
     return None  # norms, rotary tables, and the scale of a matrix divided by columns: one for each whole row
 
@@ -53,6 +57,15 @@ def row_blocks(name: str, rows: int, config: ModelConfig, rank: int, ranks: int)
         size = config.head_dim
         return tuple((start * size, stop * size) for start, stop in kv_head_blocks(config, rank, ranks))
     return ((rank * rows // ranks, (rank + 1) * rows // ranks),)
+
+
+def input_channels(config: ModelConfig, ranks: int) -> dict[str, int]:
+    """Columns of each kind of linear that one rank holds."""
+    return {
+        "q_proj, k_proj, v_proj, gate_proj, up_proj": config.hidden_size,
+        "o_proj": config.num_attention_heads * config.head_dim // ranks,
+        "down_proj": config.intermediate_size // ranks,
+    }
 
 
 def obstacles(config: ModelConfig, ranks: int, align_qkv: bool) -> list[str]:

@@ -2,8 +2,9 @@
 
 Like calibration/driver.py, but what is seen is used at once: the inputs of a group of linears are observed, its weights
 solved and replaced, and the next group sees the result (`true_sequential`). One layer's weights and the moments of one
-group are in memory; hidden states lie on disk. A layer's result is durable before the next begins, so a killed run
-continues at the layer where it stopped, with the same bytes.
+group are in memory; hidden states lie on disk, and pass in shards (observing.py). A
+layer's result is durable before the next begins, so a killed run continues at the layer where it stopped, with the same
+bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,21 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from gemma_deploy.calibration.driver import Progress, embed, loaded, refuse_nonfinite, template_stack
+from gemma_deploy.calibration.driver import Progress, embed, loaded
+from gemma_deploy.calibration.executors import Executor, Here
 from gemma_deploy.calibration.observers import MomentObserver
+from gemma_deploy.calibration.shards import Frame, LayerPass, Model
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig
+from gemma_deploy.errors import CalibrationError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.quantization.folding import InputGroup, input_groups
+from gemma_deploy.quantization.moments import NotPositiveError
+from gemma_deploy.quantization.observing import observe, scratch_of, step
 from gemma_deploy.quantization.solver import QuantizedWeight, Settings, Solved, solve
 
 KEY_FILE, RECORD = "key.json", "record"
-Run = Callable[[torch.Tensor], torch.Tensor]
+Observers = dict[str, MomentObserver]
 
 
 def layer_file(folder: Path, layer: int) -> Path:
@@ -51,6 +58,7 @@ def quantize_layers(
     true_sequential: bool = True,
     embed_scale: str = "exact",
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> list[dict[str, Any]]:
     """Quantize every decoder layer in float32 arithmetic.
 
@@ -64,52 +72,50 @@ def quantize_layers(
         true_sequential: let linears see what the quantized ones before them in the same layer give.
         embed_scale: "exact" or "bf16", as in the recipe.
         progress: called with (windows passed through a layer, all of them), each layer several times.
+        executor: where windows pass through layers, threads of this process when None. The bytes are the same.
 
     Returns:
         One record per layer: its tensors with signal and losses, its groups with damping and dead channels.
 
     Raises:
-        CalibrationError: the weights give NaN or infinity, or the disk is full.
+        CalibrationError: the weights give NaN or infinity, the disk is full, or a worker ended.
         NotBuiltError: there is no patched model for this generation.
     """
     config = checkpoint.config
     count, (nsamples, seqlen) = config.num_hidden_layers, ids.shape
     shape = (nsamples, seqlen, config.hidden_size)
     _claim(folder, key)
+    shutil.rmtree(scratch_of(folder), ignore_errors=True)  # of a killed run
     done = next((layer for layer in range(count) if not layer_file(folder, layer).exists()), count)
     if done < count:
-        stack, kinds = template_stack(config, embed_scale)
+        executor = executor or Here()
+        frame = Frame(Model(config, embed_scale, seqlen, checkpoint.path))
         if done == 0:
             states = HiddenStates(shape, _states_file(folder, 0), 0)
-            embed(checkpoint, ids, float(stack.embed_tokens.scale_value(torch.float32)), states)
+            embed(checkpoint, ids, float(frame.stack.embed_tokens.scale_value(torch.float32)), states)
         else:
             states = HiddenStates(shape, _states_file(folder, done), 0, there=True)
-        position_ids = torch.arange(seqlen)[None]
-        sample = torch.from_numpy(states.read(0))[None]
-        masks = stack.build_masks(None, position_ids, 1, seqlen, None, torch.float32, sample.device)
-        rotary = {kind: module(sample, position_ids) for kind, module in stack.rotary.items()}
         groups = input_groups(config)
         passes = (len(groups) if true_sequential else 1) + 1
         for index in range(done, count):
-            kind, name = config.layer_types[index], f"model.layers.{index}"
-            layer = stack.layers[kinds.index(kind)]
-
-            def run(hidden: torch.Tensor, layer: nn.Module = layer, kind: str = kind) -> torch.Tensor:
-                output: torch.Tensor = layer(hidden, position_embeddings=rotary[kind], attention_mask=masks[kind])[0]
-                return output
-
-            with loaded(layer, checkpoint, name):
+            layer = LayerPass(frame, index)
+            with loaded(layer.module, checkpoint, layer.name):
                 ticked = _Ticks(progress, index * passes * nsamples, count * passes * nsamples)
-                tensors, record = _quantize_layer(layer, groups, config, states, run, settings, true_sequential, ticked)
+                observed = partial(observe, executor, layer, states=states, ticked=ticked)
+                try:
+                    tensors, record = _quantize_layer(layer.module, groups, config, observed, settings, true_sequential)
+                except NotPositiveError as error:
+                    raise CalibrationError(
+                        "what its linears read has no usable second moments, whatever the damping",
+                        where=layer.name,
+                        expected="finite activations in float32",
+                        next_step=f"its weights in {checkpoint.path} are damaged: copy or download them again",
+                    ) from error
                 following = HiddenStates(shape, _states_file(folder, index + 1), 0)
-                for window in range(nsamples):
-                    hidden = run(torch.from_numpy(states.read(window))[None])
-                    refuse_nonfinite(hidden, checkpoint, name, window)
-                    following.write(window, hidden[0].numpy())
-                    ticked()
+                step(executor, layer, states, following, ticked)
             following.sync()
-            named = {f"{name}.{suffix}": tensor for suffix, tensor in tensors.items()}
-            durable_tensors(layer_file(folder, index), named, {"layer": name, **record})
+            named = {f"{layer.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+            durable_tensors(layer_file(folder, index), named, {"layer": layer.name, **record})
             states.close()
             states = following
             del tensors, named
@@ -143,19 +149,13 @@ class _Ticks:
             self.progress(self.done, self.total)
 
 
-class _SeenError(Exception):
-    """Ends a forward pass when everything asked for was observed."""
-
-
 def _quantize_layer(
     layer: nn.Module,
     groups: Sequence[InputGroup],
     config: ModelConfig,
-    states: HiddenStates,
-    run: Run,
+    observed: Callable[[Sequence[str]], Observers],
     settings: Settings,
     true_sequential: bool,
-    ticked: Callable[[], None],
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Replace the layer's weights by quantized ones.
 
@@ -166,7 +166,7 @@ def _quantize_layer(
     norms: dict[str, torch.Tensor] = {}
     record: dict[str, Any] = {"groups": {}, "tensors": {}}
     for batch in [[group] for group in groups] if true_sequential else [list(groups)]:
-        observers = _observe(layer, batch, states, run, ticked)
+        observers = observed([group.observed for group in batch])
         for group in batch:
             modules = [layer.get_submodule(reader) for reader in group.readers]
             weights = [module.weight.data for module in modules]
@@ -177,6 +177,7 @@ def _quantize_layer(
             _fold(layer, group, config, found, solved, norms)
             record["groups"][group.observed] = _describe(found)
             del weights, found
+        give_memory_back()  # before the next moments: up to a gigabyte of freed blocks in a layer of gemma-2b
     for reader, weight in solved.items():
         record["tensors"][reader] = {
             "signal": weight.signal,
@@ -186,40 +187,9 @@ def _quantize_layer(
         }
     tensors = {f"{norm}.weight": value for norm, value in norms.items()}
     for reader, weight in solved.items():
-        tensors |= {f"{reader}.weight": weight.codes, f"{reader}.scale": weight.scale}
+        scale = weight.scale if settings.groupsize else weight.scale[:, 0]
+        tensors |= {f"{reader}.weight": weight.codes, f"{reader}.scale": scale}
     return tensors, record
-
-
-def _observe(
-    layer: nn.Module,
-    groups: Sequence[InputGroup],
-    states: HiddenStates,
-    run: Run,
-    ticked: Callable[[], None],
-) -> dict[str, MomentObserver]:
-    """Moments of the inputs of some groups over all windows; the pass ends where the last of them is read."""
-    observers = {g.observed: MomentObserver(layer.get_submodule(g.observed).in_features) for g in groups}
-    last = groups[-1].observed
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            observers[name].update(args[0])
-            if name == last:
-                raise _SeenError
-
-        return hook
-
-    handles = [layer.get_submodule(name).register_forward_pre_hook(watch(name)) for name in observers]
-    try:
-        for window in range(states.shape[0]):
-            try:
-                run(torch.from_numpy(states.read(window))[None])
-            except _SeenError:
-                ticked()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return observers
 
 
 def _fold(

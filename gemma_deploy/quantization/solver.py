@@ -35,7 +35,7 @@ class Settings:
 
     bits: int = 8
     groupsize: int | None = None
-    percdamp: float = 0.2
+    percdamp: float = 0.5
     act_order: bool = True
     blocksize: int = 128
     equalize: bool = True
@@ -115,7 +115,7 @@ def solve(
     factors = ones
     if settings.equalize:
         power = factor.conditional_power if settings.compensate else factor.diagonal
-        factors = column_factors(weights, _in_place(power, order), shared)
+        factors = column_factors(weights, _in_place(power, order), shared, groupsize=settings.groupsize)
     solved = [_matrix(weight, factor, order, factors, settings) for weight in weights]
     equalized = settings.equalize
     if equalized and sum(one.loss for one in solved) > sum(one.rtn_loss for one in solved):

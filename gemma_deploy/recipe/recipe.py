@@ -19,6 +19,7 @@ from gemma_deploy.recipe import document as documents
 from gemma_deploy.recipe import explain, rules, sections
 from gemma_deploy.recipe.document import Document
 from gemma_deploy.recipe.mix import read_mix
+from gemma_deploy.schemes import Storage, storage_of
 
 # Second spellings of one key, both found in public recipes: (spelling, its name here).
 _SPELLINGS = (
@@ -156,6 +157,13 @@ class Recipe(sections.Section):
         if self.frontend.quantize is not None:
             return self.frontend.quantize.type
         return "w8a16" if self.backend.dtype == "int8" else self.backend.dtype
+
+    def storage_for(self, hidden_size: int) -> Storage:
+        """What the matrices of an int8 artifact of a model of this width are stored as."""
+        section = self.frontend.quantize
+        if section is None:
+            return Storage()
+        return storage_of(self.scheme, hidden_size, section.calib_args.groupsize, section.table)
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with all defaults, as plain data; `from_text` of its YAML gives an equal recipe."""

@@ -6,6 +6,7 @@ A rule names the keys it reads; it is skipped when one of them is wrong already,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -166,6 +167,14 @@ def dataset_is_understood(recipe: Recipe) -> Found:
     asked = recipe.dataset
     for key, text in read_mix(asked.name, asked.path, asked.nsamples).problems:
         yield ("dataset", key), text
+
+
+@rule("workspace.cluster")
+def cluster_is_an_address(recipe: Recipe) -> Found:
+    """`auto`, `HOST:PORT` or `ray://HOST:PORT`."""
+    address = recipe.workspace.cluster
+    if address is not None and not re.fullmatch(r"auto|(ray://)?[^\s/:]+:\d{1,5}", address):
+        yield ("workspace", "cluster"), f"got '{address}', expected auto, HOST:PORT or ray://HOST:PORT"
 
 
 class ModelFacts(Protocol):

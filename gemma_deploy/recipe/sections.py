@@ -65,7 +65,8 @@ class ModelKwargs(Section):
 class CalibArgs(Section):
     """Settings of the calibrated quantizers (`percdamp` = `damp_percent`, `act_order` = `desc_act`).
 
-    What is not given is chosen by the quantizer (quantization/solver.py).
+    What is not given is chosen by the quantizer (quantization/solver.py). `groupsize` input channels share a scale; -1:
+    one scale per row.
     """
 
     true_sequential: bool = True
@@ -73,16 +74,17 @@ class CalibArgs(Section):
     act_order: bool | None = None
     wbits: Literal[4, 8, 16] | None = None
     blocksize: Positive = 128
-    groupsize: VendorOnly = None
+    groupsize: Literal[-1, 32, 64, 128] | None = None
     onegroup: VendorOnly = None
     model_file_base_name: VendorOnly = None
     model_file_kv_name: VendorOnly = None
 
 
 class Quantize(Section):
-    """Scheme of the weights and of the KV cache."""
+    """Scheme of the weights and of the KV cache; `table` is that of the token table and the LM head."""
 
     type: QuantizeType
+    table: Literal["int8", "int8_g128", "int8_g64", "int8_g32", "fp16"] | None = None
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     calib_args: CalibArgs = CalibArgs()
 
@@ -147,9 +149,19 @@ class Parity(Section):
 
 
 class Workspace(Section):
-    """Where artifacts go, and how many tensors are written at a time."""
+    """Where artifacts go, and what works on them.
+
+    `workers`: tensors written at a time, and, where it is written down and more than one, processes that calibrate.
+    `cluster`: a Ray cluster that calibrates in their place, `auto`, `HOST:PORT` or `ray://HOST:PORT`.
+    """
 
     path: Annotated[str, Field(min_length=1)] = "./workspace"
     workers: Annotated[int, Field(ge=1, le=256)] = 2
+    cluster: Annotated[str, Field(min_length=1)] | None = None
     env_recheck: VendorOnly = None
     pyenv: VendorOnly = None
+
+    @property
+    def processes(self) -> int:
+        """Processes that calibrate: one unless the recipe says more (the default of `workers` is for writing)."""
+        return self.workers if "workers" in self.model_fields_set else 1

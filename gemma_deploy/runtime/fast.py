@@ -12,11 +12,12 @@ import onnx_ir as ir
 
 MICROSOFT = "com.microsoft"
 BLOCK = 32  # weights that share a scale in the kernel: what ORT chooses for a scale per channel
+LINEARS = ("QuantizedLinearPerChannel", "QuantizedLinearPerGroup")
 INT8_ACTIVATIONS = 4  # accuracy_level; 0 and 1 are a hundred times slower (design section 3)
 
 
 def lower(model: ir.Model, arrays: dict[str, np.ndarray]) -> list[str]:
-    """Put MatMulNBits in the place of every QuantizedLinearPerChannel it can stand for. In place.
+    """Put MatMulNBits in the place of every quantized linear it can stand for. In place.
 
     Args:
         model: iter0 or iter1 of an int8 artifact.
@@ -28,23 +29,24 @@ def lower(model: ir.Model, arrays: dict[str, np.ndarray]) -> list[str]:
     """
     graph, used = model.graph, dict[str, None]()
     for node in list(graph):
-        if node.op_type != "QuantizedLinearPerChannel":
+        if node.op_type not in LINEARS:
             continue
         x, weight, scale = node.inputs
         if weight is None or scale is None or weight.const_value is None or scale.const_value is None:
             continue
         rows, columns = weight.const_value.shape.numpy()
-        if columns % BLOCK:
+        block = node.attributes["block_size"].as_int() if "block_size" in node.attributes else BLOCK
+        if columns % block or block % BLOCK:
             continue
-        blocks = columns // BLOCK
+        blocks, bits = columns // block, 4 if weight.const_value.dtype == ir.DataType.INT4 else 8
         names = f"{weight.name}.blocks", f"{scale.name}.blocks"
         if names[0] not in arrays:
-            signed = weight.const_value.numpy()
-            arrays[names[0]] = (signed.view(np.uint8) ^ 0x80).reshape(rows, blocks, BLOCK)  # zero point 128
-            arrays[names[1]] = np.repeat(scale.const_value.numpy(), blocks).reshape(rows, blocks)
+            scales = scale.const_value.numpy()
+            arrays[names[0]] = _unsigned(weight.const_value.numpy(), bits).reshape(rows, blocks, -1)
+            arrays[names[1]] = scales if scales.ndim == 2 else np.repeat(scales, blocks).reshape(rows, blocks)
         used |= dict.fromkeys(names)
         inputs = [x, *(_named(graph, name, arrays[name]) for name in names)]
-        attributes = {"K": columns, "N": rows, "bits": 8, "block_size": BLOCK, "accuracy_level": INT8_ACTIVATIONS}
+        attributes = {"K": columns, "N": rows, "bits": bits, "block_size": block, "accuracy_level": INT8_ACTIVATIONS}
         new = ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT, name=node.name)
         old, result = node.outputs[0], new.outputs[0]
         result.name, result.shape, result.type = old.name, old.shape, ir.TensorType(ir.DataType.FLOAT)
@@ -57,6 +59,16 @@ def lower(model: ir.Model, arrays: dict[str, np.ndarray]) -> list[str]:
     if used:
         graph.opset_imports.setdefault(MICROSOFT, 1)
     return list(used)
+
+
+def _unsigned(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Signed codes [rows, columns] as the kernel takes them: zero point 2**(bits - 1), two of 4 bits in a byte."""
+    if bits == 8:
+        eight: np.ndarray = codes.view(np.uint8) ^ 0x80
+        return eight
+    four = (codes.astype(np.int8) + 8).view(np.uint8)
+    packed: np.ndarray = four[:, 0::2] | (four[:, 1::2] << 4)
+    return packed
 
 
 def _named(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:

@@ -107,7 +107,8 @@ class _Joiner:
         self, folders: Sequence[str], values: Sequence[ir.Value], maps: list[dict[ir.Value, ir.Value]]
     ) -> None:
         name = str(values[0].name)
-        own = len(values) > 1 and (sharding(name) is not None or name.endswith(FIRST_ROW))
+        divided = sharding(name, len(values[0].shape or ())) is not None
+        own = len(values) > 1 and (divided or name.endswith(FIRST_ROW))
         made: ir.Value | None = None
         for rank, (folder, value, each) in enumerate(zip(folders, values, maps, strict=True)):
             if made is None or own:

@@ -13,7 +13,7 @@ from typing import Any
 
 from gemma_deploy.checkpoint import Checkpoint, write_tokenizer
 from gemma_deploy.errors import UsageError
-from gemma_deploy.params.plan import ITEM_BYTES, ParamSpec
+from gemma_deploy.params.plan import ITEM_BITS, ParamSpec
 from gemma_deploy.params.writer import write_params
 from gemma_deploy.partition import Span
 from gemma_deploy.partition.mapper import ParameterMapper
@@ -86,7 +86,7 @@ def _plan(checkpoint: Checkpoint, span: Span) -> list[ParamSpec]:
     plan = []
     for local, source in ParameterMapper(checkpoint.config, span).sources.items():
         info = checkpoint.tensors[source]
-        dtype: Any = info.dtype if info.dtype in ITEM_BYTES else "float32"
+        dtype: Any = info.dtype if info.dtype in ITEM_BITS else "float32"
         plan.append(ParamSpec(local, info.shape, dtype, "cast", source))
     return plan
 

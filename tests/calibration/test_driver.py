@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from gemma_deploy import patched
-from gemma_deploy.calibration import driver, states
-from gemma_deploy.calibration.driver import run_layers
+from gemma_deploy.calibration import ranges as passes
+from gemma_deploy.calibration import states
 from gemma_deploy.calibration.observers import RangeObserver
 from gemma_deploy.calibration.points import LABELS, LAYER_INPUTS, input_point, split_point
+from gemma_deploy.calibration.ranges import run_layers
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CalibrationError, NotBuiltError
@@ -35,9 +36,7 @@ class Ranges(dict):
 
 
 def streamed(path, ids, scratch, **options):
-    ranges = Ranges()
-    run_layers(Checkpoint.open(path), ids, ranges, scratch=scratch, **options)
-    return ranges
+    return run_layers(Checkpoint.open(path), ids, scratch=scratch, **options)
 
 
 def stock_ranges(path, ids, **changes):
@@ -121,7 +120,7 @@ def test_hidden_states_on_disk_give_the_same_and_leave_nothing(checkpoint_dir, t
             super().__init__(shape, file, in_memory_bytes=0)
             made.append((self.on_disk, file.stat().st_size))
 
-    monkeypatch.setattr(driver, "HiddenStates", OnDisk)
+    monkeypatch.setattr(passes, "HiddenStates", OnDisk)
     on_disk = streamed(checkpoint_dir, sample_ids(), tmp_path)
     assert made == [(True, NSAMPLES * SEQLEN * 64 * 4)]
     assert not list(tmp_path.glob("hidden_states*"))
@@ -152,7 +151,7 @@ def test_the_first_layer_with_nan_is_named_and_the_scratch_file_removed(tmp_path
         return rows
 
     monkeypatch.setattr(Checkpoint, "rows", damaged)
-    monkeypatch.setattr(driver, "HiddenStates", lambda shape, file: HiddenStates(shape, file, in_memory_bytes=0))
+    monkeypatch.setattr(passes, "HiddenStates", lambda shape, file: HiddenStates(shape, file, in_memory_bytes=0))
     with pytest.raises(CalibrationError, match="NaN or infinity in window 0") as caught:
         streamed(path, sample_ids(), tmp_path)
     assert caught.value.where == "model.layers.1"

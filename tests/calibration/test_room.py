@@ -38,7 +38,7 @@ def test_it_names_every_shortfall(config, tmp_path):
     with pytest.raises(PreflightError, match="128 windows of 1024 tokens do not fit") as caught:
         room.check_room(config, 128, 1024, tmp_path, small)
     memory, disk = caught.value.problems
-    assert memory.startswith("memory: 1.")
+    assert memory.startswith("memory: 2.")  # two cores, so two windows at a time
     assert memory.endswith("1.00 GiB left (free memory)")
     assert disk == "disk: 1.07 GB needed for hidden states, 1.0 MB free"
 
@@ -53,3 +53,19 @@ def test_a_calibration_is_refused_before_the_text_is_read(checkpoint, c4_file, t
     with pytest.raises(PreflightError):
         calibrate(checkpoint, Request("c4", c4_file, 2, 16), tmp_path / "w")
     assert not (tmp_path / "w").exists()
+
+
+def test_every_worker_has_a_shard_and_a_process_its_own_layer_too(config):
+    layer = 4 * (3 * 2048 * 16384 + 2 * 2048 * 256 * (8 + 1))
+    shard = 4 * 2048 * 16384  # SHARD_TOKENS rows of down_proj's input
+    one, two = (room.workers_bytes(config, 1024, threads=threads) for threads in (1, 2))
+    assert one == (shard, 0)
+    assert two[0] - one[0] > shard
+    processes = [room.workers_bytes(config, 1024, processes=count) for count in (2, 3)]
+    memory, disk = (after - before for before, after in zip(*processes, strict=True))
+    assert memory > layer + shard + room.PROCESS_BYTES
+    assert disk == 2 * 16384 * (16384 + 512)  # the upper triangle of x^T x, in blocks of 512 rows
+    assert processes[0][1] == layer + 3 * disk
+    ranges = room.workers_bytes(config, 1024, processes=2, moments=False)
+    assert ranges == (processes[0][0] - 2 * shard, layer)  # no moments
+    assert room.memory_bytes(config, 2, 128, processes=2) > room.memory_bytes(config, 2, 128) + 2 * layer

@@ -108,12 +108,12 @@ def test_a_vendor_recipe_loads_unchanged_and_its_compiler_keys_are_carried():
 
 def test_check_built_refuses_each_unbuilt_key_of_a_vendor_recipe_in_one_sentence():
     with pytest.raises(NotBuiltError) as caught:
-        check_built(load(VENDOR, "frontend.shape.batch=2", "frontend.quantize.type=w4a16_gptq"))
+        check_built(load(VENDOR, "frontend.shape.batch=2", "frontend.quantize.type=w8a8"))
     assert str(caught.value) == (
         "recipe gemma-2b-it-int8-tp4-1024-2048: the recipe is valid, but asks for what this version does not do\n"
         "  - frontend.model_kwargs.b2s: the batch-to-sequence layout of more than one sequence is not built yet; this "
         "version writes the low-latency layout, so set b2s: false, or frontend.shape.batch: 1\n"
-        "  - frontend.quantize.type: w4a16_gptq is not built yet; this version quantizes to int8 per channel, "
+        "  - frontend.quantize.type: w8a8 is not built yet; activations stay floating point in this version, "
         "so set type: w8a16_gptq, or w8a16 (round to nearest)\n"
         "  next: change the keys above in the recipe, or on the command line with -s KEY=VALUE"
     )
@@ -259,7 +259,7 @@ workspace: {workers: 0, zzz: 1}
         "  - line 9: backend.dtype: got 'fp17' (text), expected one of fp32, fp16, bf16, int8; did you mean `fp16`?\n"
         "  - line 10: backend.merge_params: got 1 (a number), expected true or false\n"
         "  - line 11: workspace.workers: got 0 (a number), expected at least 1\n"
-        "  - line 11: workspace.zzz: unknown key; known here: env_recheck, path, pyenv, workers\n"
+        "  - line 11: workspace.zzz: unknown key; known here: cluster, env_recheck, path, pyenv, workers\n"
         "  - -s backend.dtyp=3: backend.dtyp: unknown key; did you mean `backend.dtype`?" + NEXT
     )
 

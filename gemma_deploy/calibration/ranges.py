@@ -1,0 +1,109 @@
+"""The streaming pass of `calibrate`: ranges of all activations, one layer's weights in memory at a time."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gemma_deploy.calibration.driver import Progress, embed, loaded, refuse_nonfinite
+from gemma_deploy.calibration.executors import Executor, Here
+from gemma_deploy.calibration.observers import RangeObserver
+from gemma_deploy.calibration.shards import Carried, Frame, LayerPass, Model, Shard, Windows, shards_of
+from gemma_deploy.calibration.states import HiddenStates
+from gemma_deploy.checkpoint import Checkpoint
+
+Ranges = dict[str, RangeObserver]
+
+
+@torch.inference_mode()
+def run_layers(
+    checkpoint: Checkpoint,
+    ids: np.ndarray,
+    *,
+    scratch: Path,
+    embed_scale: str = "exact",
+    progress: Progress | None = None,
+    executor: Executor | None = None,
+) -> Ranges:
+    """Run every window through every layer in float32.
+
+    Windows go one at a time, so that the numbers do not depend on how many there are.
+
+    Args:
+        checkpoint: whose weights; only its rows are read.
+        ids: [nsamples, seqlen] token ids.
+        scratch: directory for the hidden states when they do not fit in memory.
+        embed_scale: "exact" or "bf16", as in the recipe.
+        progress: called with (windows passed through layers, all of them).
+        executor: where they pass, threads of this process when None. The numbers are the same.
+
+    Returns:
+        What was seen at each point, `MODULE.in` and `MODULE.out`, see points.py.
+
+    Raises:
+        CalibrationError: the table, a layer or the norm gives NaN or infinity, the disk is full, or a worker ended.
+        NotBuiltError: there is no patched model for this generation.
+    """
+    executor = executor or Here()
+    nsamples, seqlen = ids.shape
+    config, ranges, done = checkpoint.config, Ranges(), 0
+    frame = Frame(Model(config, embed_scale, seqlen, checkpoint.path))
+    shape, file = (nsamples, seqlen, config.hidden_size), scratch / "hidden_states.f32"
+    states = HiddenStates(shape, file, 0) if executor.shares == "disk" else HiddenStates(shape, file)
+    with closing(states):
+        embed(checkpoint, ids, float(frame.stack.embed_tokens.scale_value(torch.float32)), states)
+        for index in range(config.num_hidden_layers):
+            layer = LayerPass(frame, index)
+            shards, carry = shards_of(nsamples, seqlen), executor.shares == "nothing"
+            tasks = (
+                _Task(Shard(shard, Carried.of(states, shard)), None) if carry else _Task(Shard(shard, states), states)
+                for shard in shards
+            )
+            with loaded(layer.module, checkpoint, layer.name), closing(executor.map(_pass, layer, tasks)) as results:
+                for shard, (found, following) in zip(shards, results, strict=True):
+                    for point, seen in found.items():
+                        ranges.setdefault(point, RangeObserver()).merge(seen)
+                    if following is not None:
+                        following.into(states)
+                    for _ in shard:
+                        done += 1
+                        if progress:
+                            progress(done, config.num_hidden_layers * nsamples)
+        head = ranges["lm_head.in"] = RangeObserver()
+        with loaded(frame.stack.norm, checkpoint, "model.norm"):
+            for window in range(nsamples):
+                hidden = frame.stack.norm(torch.from_numpy(states.read(window))[None])
+                refuse_nonfinite(hidden, checkpoint, "model.norm", window)
+                head.update(hidden)
+    return ranges
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A shard, and where what the layer gives goes, None to return it."""
+
+    shard: Shard
+    target: Windows | None
+
+
+@torch.inference_mode()
+def _pass(layer: LayerPass, task: _Task) -> tuple[Ranges, Carried | None]:
+    """A shard through a layer: ranges of its inputs and its output, and the output unless it was written."""
+    ranges, rows = Ranges(), []
+
+    def seen(name: str, x: torch.Tensor) -> None:
+        ranges.setdefault(name, RangeObserver()).update(x)
+
+    for window in task.shard.windows:
+        hidden = layer.run(task.shard.states.read(window), lambda linear, x: seen(f"{layer.name}.{linear}.in", x))
+        refuse_nonfinite(hidden, layer, layer.name, window)
+        seen(f"{layer.name}.out", hidden)
+        if task.target is None:
+            rows.append(hidden[0].numpy())
+        else:
+            task.target.write(window, hidden[0].numpy())
+    return ranges, Carried(task.shard.windows, np.stack(rows)) if task.target is None else None

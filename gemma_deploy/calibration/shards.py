@@ -1,0 +1,236 @@
+"""One decoder layer's work on a shard of the windows: what every worker does, wherever it runs.
+
+A shard is a fixed number of windows, whatever the number of workers, and is computed by one thread of torch: where
+several share an elementwise kernel, the ends of their parts are rounded in another way (GELU of 3 threads: 1e-7), so
+that bits would depend on the number of threads. Shards are added in their order. So any number of workers gives the
+same bits.
+"""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from gemma_deploy.calibration.driver import refuse_nonfinite, template_stack
+from gemma_deploy.calibration.points import LAYER_INPUTS, SHARD_TOKENS
+from gemma_deploy.checkpoint import ModelConfig
+
+
+def shards_of(nsamples: int, seqlen: int) -> list[range]:
+    """Windows [0, nsamples) in runs of about SHARD_TOKENS tokens, at least one window each."""
+    size = max(1, SHARD_TOKENS // seqlen)
+    return [range(start, min(start + size, nsamples)) for start in range(0, nsamples, size)]
+
+
+class Windows(Protocol):
+    """Hidden states [nsamples, seqlen, hidden], or some of them: a `HiddenStates`, or a `Carried` shard."""
+
+    def read(self, window: int) -> np.ndarray:
+        """[seqlen, hidden]."""
+
+    def write(self, window: int, value: np.ndarray) -> None:
+        """value: [seqlen, hidden]."""
+
+
+class Carried:
+    """Hidden states of some windows by value, for workers that do not see our disk.
+
+    Args:
+        windows: which ones; values: [len(windows), seqlen, hidden].
+    """
+
+    def __init__(self, windows: range, values: np.ndarray) -> None:
+        self.windows, self.values = windows, values
+
+    @classmethod
+    def of(cls, source: Windows, windows: range) -> Carried:
+        """Read them."""
+        return cls(windows, np.stack([source.read(window) for window in windows]))
+
+    def read(self, window: int) -> np.ndarray:
+        """[seqlen, hidden], a copy."""
+        return self.values[window - self.windows.start].copy()
+
+    def write(self, window: int, value: np.ndarray) -> None:
+        """value: [seqlen, hidden]."""
+        self.values[window - self.windows.start] = value
+
+    def into(self, target: Windows) -> None:
+        """Write them."""
+        for window in self.windows:
+            target.write(window, self.read(window))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Windows, and where they are read."""
+
+    windows: range
+    states: Windows
+
+
+@dataclass(frozen=True)
+class Model:
+    """What decides how a layer runs, its weights apart.
+
+    Args:
+        embed_scale: "exact" or "bf16", as in the recipe; seqlen: tokens in a window.
+        path: of the checkpoint, for messages.
+    """
+
+    config: ModelConfig
+    embed_scale: str
+    seqlen: int
+    path: Path
+
+
+class Frame:
+    """The patched stack without weights, its masks and its rotary tables: made once per process."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.stack, self.kinds = template_stack(model.config, model.embed_scale)
+        position_ids = torch.arange(model.seqlen)[None]
+        sample = torch.zeros(1, model.seqlen, model.config.hidden_size)
+        self.masks = self.stack.build_masks(None, position_ids, 1, model.seqlen, None, torch.float32, sample.device)
+        self.rotary = {kind: module(sample, position_ids) for kind, module in self.stack.rotary.items()}
+
+    def layer(self, index: int) -> nn.Module:
+        """The template of a layer's kind; `loaded` gives it weights."""
+        module: nn.Module = self.stack.layers[self.kinds.index(self.model.config.layer_types[index])]
+        return module
+
+
+class _SeenError(Exception):
+    """Ends a forward pass when everything asked for was observed."""
+
+
+class LayerPass:
+    """A layer with its weights, ready for windows; several threads may use it at once.
+
+    Args:
+        frame: of the model; index: which layer; `frame.layer(index)` holds its weights.
+    """
+
+    def __init__(self, frame: Frame, index: int) -> None:
+        self.frame, self.index, self.module = frame, index, frame.layer(index)
+        self.name, self.path = f"model.layers.{index}", frame.model.path
+        self.kind = frame.model.config.layer_types[index]
+        self._watching = threading.local()
+
+    @contextmanager
+    def hooked(self) -> Iterator[LayerPass]:
+        """Let `run` see the inputs of the linears for the time of the block."""
+
+        def show(point: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+            def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                seen = getattr(self._watching, "seen", None)
+                if seen is not None:
+                    seen(point, args[0])
+
+            return hook
+
+        handles = [self.module.get_submodule(point).register_forward_pre_hook(show(point)) for point in LAYER_INPUTS]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def run(self, hidden: np.ndarray, seen: Callable[[str, torch.Tensor], None] | None = None) -> torch.Tensor:
+        """A window through the layer.
+
+        Args:
+            hidden: [seqlen, hidden]; seen: called with (linear, its input [1, seqlen, channels]), see `LAYER_INPUTS`.
+
+        Returns:
+            [1, seqlen, hidden].
+        """
+        self._watching.seen = seen
+        try:
+            output: torch.Tensor = self.module(
+                torch.from_numpy(hidden)[None],
+                position_embeddings=self.frame.rotary[self.kind],
+                attention_mask=self.frame.masks[self.kind],
+            )[0]
+        finally:
+            self._watching.seen = None
+        return output
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The weights by name within the layer, for `restored`."""
+        return {name: tensor.contiguous() for name, tensor in self.module.state_dict().items()}
+
+    @classmethod
+    def restored(cls, frame: Frame, index: int, tensors: dict[str, torch.Tensor]) -> LayerPass:
+        """The same pass in another process."""
+        frame.layer(index).load_state_dict(tensors, strict=True, assign=True)
+        return cls(frame, index)
+
+
+@torch.inference_mode()
+def inputs(layer: LayerPass, shard: Shard, points: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Inputs of some linears over a shard: [tokens, channels] each. The pass ends where the last of them is read."""
+    seqlen, found = layer.frame.model.seqlen, {}
+    for at, window in enumerate(shard.windows):
+
+        def seen(point: str, x: torch.Tensor, at: int = at) -> None:
+            if point in points:
+                if point not in found:
+                    found[point] = torch.empty(len(shard.windows) * seqlen, x.shape[-1])
+                found[point][at * seqlen : (at + 1) * seqlen] = x[0]
+            if point == points[-1]:
+                raise _SeenError
+
+        try:
+            layer.run(shard.states.read(window), seen)
+        except _SeenError as seen_all:
+            traceback.clear_frames(seen_all.__traceback__)  # they hold activations in cycles: gigabytes in wide layers
+            continue
+    return found
+
+
+@torch.inference_mode()
+def advance(layer: LayerPass, shard: Shard, target: Windows | None) -> Carried | None:
+    """Write what the layer gives for a shard into `target`, or return it where there is none.
+
+    Raises:
+        CalibrationError: NaN or infinity.
+    """
+    rows = []
+    for window in shard.windows:
+        hidden = layer.run(shard.states.read(window))
+        refuse_nonfinite(hidden, layer, layer.name, window)
+        if target is None:
+            rows.append(hidden[0].numpy())
+        else:
+            target.write(window, hidden[0].numpy())
+    return Carried(shard.windows, np.stack(rows)) if target is None else None
+
+
+def description(layer: LayerPass) -> tuple[Model, int]:
+    """All of a pass but its weights."""
+    return layer.frame.model, layer.index
+
+
+_frame: Frame | None = None
+
+
+def frame_of(model: Model) -> Frame:
+    """In a worker: the frame of its last layer when the model is still the same."""
+    global _frame
+    if _frame is None or _frame.model != model:
+        _frame = Frame(model)
+    return _frame
+
+
+Work = Callable[[LayerPass, Any], Any]
