@@ -76,7 +76,12 @@ def read(
     path = paths.calib_dir() / SOURCES["ceval"].bundled if path is None else path
     found = ceval.questions(path, split)
     if not found:
-        raise CalibrationError(f"has no {split} questions", where=str(path), expected=ceval.EXPECTED)
+        raise CalibrationError(
+            f"has no {split} questions",
+            where=str(path),
+            expected=ceval.EXPECTED,
+            next_step="name the archive of C-Eval with --path, or another --split",
+        )
     unknown = [name for name in subjects if name not in found]
     if unknown:
         near = {name: difflib.get_close_matches(name, found, 1) for name in unknown}
