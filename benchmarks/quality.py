@@ -14,45 +14,10 @@ import time
 from math import prod
 from pathlib import Path
 
-from gemma_deploy.artifact import Artifact
-from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.parity.cases import Case
-from gemma_deploy.parity.compare import BLOCK_BYTES
+from gemma_deploy.evaluation.perplexity import measure
+from gemma_deploy.evaluation.tasks import SEQLEN, open_pair
+from gemma_deploy.evaluation.texts import make_windows, read_text
 from gemma_deploy.parity.gates import sqnr_line
-from gemma_deploy.parity.metrics import Comparison
-from gemma_deploy.parity.reference import TorchSource
-from gemma_deploy.parity.segments import StrictSource
-from gemma_deploy.runtime import Tokenizer
-
-WINDOWS_AT_ONCE = 4
-
-
-def windows(path: Path, tokenizer: Tokenizer, length: int, tokens: int) -> list[tuple[int, ...]]:
-    """Windows of `length` ids, BOS included, `tokens` scored ids in all."""
-    bos, *ids = tokenizer.encode(path.read_text(encoding="utf-8"))
-    step = length - 1
-    return [(bos, *ids[at : at + step]) for at in range(0, min(tokens, len(ids) - step), step)]
-
-
-def measure(artifact: Artifact, checkpoint: Checkpoint, texts: list[tuple[int, ...]]) -> Comparison:
-    """Compare all positions of all windows."""
-    hf, strict, comparison = TorchSource(checkpoint, "hf"), StrictSource(artifact.path), Comparison()
-    block = max(1, BLOCK_BYTES // (4 * checkpoint.config.vocab_size)) * 4
-    batch = strict.contract.batch
-    for first in range(0, len(texts), WINDOWS_AT_ONCE * batch):
-        chunk = texts[first : first + WINDOWS_AT_ONCE * batch]
-        rows = [chunk[i : i + batch] for i in range(0, len(chunk) - len(chunk) % batch, batch)]
-        cases = [Case("text", tuple(group), ((),) * batch) for group in rows]
-        reference, test = hf.run(cases), strict.run(cases)
-        for c, case in enumerate(cases):
-            for row, prompt in enumerate(case.prompts):
-                for start in range(0, len(prompt) - 1, block):
-                    stop = min(start + block, len(prompt) - 1)
-                    expected = hf.head(reference[c][row][start:stop])
-                    got = strict.head(test[c][row][start:stop])
-                    for i in range(stop - start):
-                        comparison.add(expected[i], got[i], prompt[start + i + 1], first + c * batch + row)
-    return comparison
 
 
 def main() -> None:
@@ -63,11 +28,14 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=16384)
     arguments = parser.parse_args()
-    artifact, checkpoint = Artifact.open(arguments.artifact), Checkpoint.open(arguments.checkpoint)
-    length = min(512, artifact.manifest["contract"]["prefill"])
-    texts = windows(arguments.text, Tokenizer(arguments.artifact), length, arguments.tokens)
     started = time.perf_counter()
-    metrics = measure(artifact, checkpoint, texts).result()
+    pair = open_pair(str(arguments.artifact), "hf", str(arguments.checkpoint), task="ppl")
+    artifact = pair.target.artifact
+    seqlen = min(SEQLEN, pair.longest)
+    text, name = read_text(arguments.text)
+    encode, bos = pair.target.encoder()
+    texts = make_windows(text, encode, bos, count=-(-arguments.tokens // (seqlen - 1)), seqlen=seqlen, name=name)
+    metrics = measure(pair.target, pair.reference, texts).metrics
     sqnr = {row.name: row.sqnr_db for row in artifact.params.rows if row.sqnr_db is not None}
     layers = {name: value for name, value in sqnr.items() if ".layers." in name}
     stored = sum(file.stat().st_size for file in arguments.artifact.iterdir())
@@ -78,7 +46,7 @@ def main() -> None:
         json.dumps(
             {
                 "scheme": artifact.manifest["scheme"],
-                "windows": len(texts),
+                "windows": len(texts.ids),
                 "positions": metrics.positions,
                 "perplexity_fp32": metrics.ppl_reference,
                 "perplexity": metrics.ppl_test,

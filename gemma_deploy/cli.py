@@ -22,6 +22,7 @@ COMMANDS = {
     "compile": "Compile a recipe into a verified artifact.",
     "calibrate": "Tokenize calibration samples and measure activation ranges.",
     "parity": "Compare an artifact with its reference; fails when a gate fails.",
+    "eval": "Measure perplexity, KL and top-1, or accuracy on C-Eval.",
     "stage": "Make a directory that transformers loads as the patched model.",
     "split": "Cut a checkpoint into parts for several devices.",
     "run": "Generate text with an artifact.",

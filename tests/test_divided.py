@@ -44,17 +44,18 @@ def recipe(checkpoint, dtype="fp32", points=(), tp=1, *overrides):
     return Recipe.from_text(text, overrides)
 
 
+def make_divided(folder):
+    """Compile a Gemma 3 in two stages of two ranks each."""
+    checkpoint = write_tiny_checkpoint(folder / "checkpoint", "gemma3_text")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "export_apart", export_in_this_process)
+        compile_recipe(recipe(checkpoint, points=[3], tp=2), out=folder / "artifact")
+
+
 @pytest.fixture(scope="module")
 def divided(once):
-    """A Gemma 3 in two stages of two ranks each, with its checkpoint beside it; read only."""
-
-    def make(folder):
-        checkpoint = write_tiny_checkpoint(folder / "checkpoint", "gemma3_text")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(worker, "export_apart", export_in_this_process)
-            compile_recipe(recipe(checkpoint, points=[3], tp=2), out=folder / "artifact")
-
-    return once("divided", make) / "artifact"
+    """Such an artifact with its checkpoint beside it; read only."""
+    return once("divided", make_divided) / "artifact"
 
 
 @pytest.fixture

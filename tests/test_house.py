@@ -25,6 +25,7 @@ LONGEST_MODULE_LINES = 400
 ORDER = (
     *("errors", "paths", "machine", "terminal", "schemes", "recipe", "checkpoint", "partition", "patched"),
     *("calibration", "quantization", "graph", "params", "split", "backends", "artifact", "runtime", "parity"),
+    "evaluation",
     *("preflight", "stages", "calibrated", "compile", "commands", "cli", "testing"),
 )
 TORCH_FREE = ("errors", "recipe", "checkpoint", "partition", "params", "artifact", "runtime", "preflight", "cli")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from gemma_deploy.artifact.plots import range_plot, sqnr_plot
 from gemma_deploy.quantization.rescaling import FP16_MAX, Rescaling
 
 FP16_MIN = 2.0**-24  # the smallest float16 above zero: a tensor of zeros has that much headroom
 MIB = 1 << 20
+REPORT = "report.html"
 
 TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ m.name }}</title>
@@ -36,6 +38,27 @@ checkpoint <code>{{ m.checkpoint.path }}</code>
 {% for note in m.parity.notes %}<p>{{ note }}</p>{% endfor %}
 {% if m.parity.divergence %}<p class="bad">{{ m.parity.divergence.text }}</p>{% endif %}
 {% else %}<p class="bad">not run: nothing is proven about this artifact</p>{% endif %}
+{% if results %}<h2>Evaluation</h2>
+{% for r in results if r.task == 'ppl' %}{% if loop.first %}
+<table><tr><th>text</th><th>windows</th><th>against</th><th>perplexity</th><th>of the reference</th>
+<th>mean KL, nats</th><th>top-1</th></tr>{% endif %}
+<tr><td>{{ r.settings.text }}</td><td>{{ r.settings.windowing }}</td><td>{{ r.against.path if r.against }}</td>
+<td class="n">{{ r.perplexity | given('%.4f') }} &plusmn; {{ r.perplexity_error | given('%.3f') }}</td>
+<td class="n">{% if r.against %}{{ r.perplexity_reference | given('%.4f') }} &plusmn;
+{{ r.perplexity_reference_error | given('%.3f') }}{% endif %}</td>
+<td class="n">{{ r.kl_mean | given('%.3g') if r.against }}</td>
+<td class="n">{{ r.top1 | given('%.4f') if r.against }}</td></tr>
+{% if loop.last %}</table>{% endif %}{% endfor %}
+{% for r in results if r.task == 'ceval' %}
+<p>C-Eval, {{ r.settings.split }}, {{ r.settings.shots }}-shot, {{ r.questions }} questions of
+{{ r.subjects | length }} subjects: accuracy {{ r.accuracy | given('%.3f') }} &plusmn;
+{{ r.accuracy_error | given('%.3f') }}, mean of the subjects {{ r.average_over_subjects | given('%.3f') }} &plusmn;
+{{ r.average_over_subjects_error | given('%.3f') }}{% if r.against %}; {{ r.against.path }} on the same questions
+{{ r.reference.accuracy | given('%.3f') }}, the same choice in {{ r.same_choice | given('%.3f') }}{% endif %}.</p>
+<table><tr><th>subject</th><th>questions</th><th>accuracy</th><th>standard error</th></tr>
+{% for name, s in r.subjects.items() %}<tr><td>{{ name }}</td><td class="n">{{ s.questions }}</td>
+<td class="n">{{ s.accuracy | given('%.3f') }}</td><td class="n">{{ s.accuracy_error | given('%.3f') }}</td></tr>
+{% endfor %}</table>{% endfor %}{% endif %}
 <h2>Ledger: where it may differ from the reference</h2>
 <table><tr><th>what</th><th>where</th><th>why</th><th>measured effect</th></tr>
 {% for e in m.ledger %}<tr><td>{{ e.what }}</td><td>{{ e.where }}</td><td>{{ e.why }}</td>
@@ -58,7 +81,9 @@ checkpoint <code>{{ m.checkpoint.path }}</code>
 <td class="n">{{ row.layer }}</td><td class="n">{{ row.divided }}</td>
 <td class="n">{{ '%.3g' | format(row.headroom) if row.headroom else 'float32' }}</td></tr>{% endfor %}</table>
 {% endif %}
-{% if plot %}<h2>Weight SQNR per layer</h2>{{ plot | safe }}{% endif %}
+{% if sqnr %}<h2>Weight SQNR per layer</h2>{{ sqnr | safe }}{% endif %}
+{% if ranges %}<h2>Activation ranges per layer</h2>
+<p>Largest magnitudes in float32, on {{ ranges_on }}.</p>{{ ranges | safe }}{% endif %}
 <h2>Operators</h2>
 <table><tr><th>operator</th>{% for g in m.op_census %}<th>{{ g }}</th>{% endfor %}</tr>
 {% for op in ops %}<tr><td>{{ op }}</td>{% for g in m.op_census %}<td class="n">{{ m.op_census[g].get(op, 0) }}</td>
@@ -75,21 +100,39 @@ checkpoint <code>{{ m.checkpoint.path }}</code>
 
 def write_report(folder: Path, manifest: dict[str, Any]) -> Path:
     """Write report.html beside the manifest."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    ops = sorted({op for census in manifest["op_census"].values() for op in census})
-    html = environment.from_string(TEMPLATE).render(
-        m=manifest,
-        sizes=_sizes(manifest),
-        ops=ops,
-        mib=MIB,
-        plot=_sqnr_plot(manifest["params"]),
-        headroom=headroom_rows(Rescaling.of_manifest(manifest)),
-    )
-    path = folder / "report.html"
-    partial = path.with_name("report.html.partial")
-    partial.write_text(html, encoding="utf-8")
+    path = folder / REPORT
+    partial = path.with_name(f"{REPORT}.partial")
+    partial.write_text(report_page(manifest), encoding="utf-8")
     partial.replace(path)
     return path
+
+
+def report_page(manifest: dict[str, Any], results: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The page.
+
+    Args:
+        results: of `gemma-deploy eval`, as eval.json holds them.
+    """
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters["given"] = lambda value, shape: "-" if value is None else shape % value
+    rescaling = Rescaling.of_manifest(manifest)
+    absmax: Mapping[str, float] = rescaling.absmax
+    ranges_on = "calibration text"
+    measured = [result for result in results if result.get("activation_absmax")]
+    if not absmax and measured:
+        absmax, ranges_on = measured[-1]["activation_absmax"], f"{measured[-1]['settings']['text']} (eval)"
+    page: str = environment.from_string(TEMPLATE).render(
+        m=manifest,
+        sizes=_sizes(manifest),
+        ops=sorted({op for census in manifest["op_census"].values() for op in census}),
+        mib=MIB,
+        sqnr=sqnr_plot(manifest["params"]),
+        ranges=range_plot(absmax),
+        ranges_on=ranges_on,
+        results=results,
+        headroom=headroom_rows(rescaling),
+    )
+    return page
 
 
 def _sizes(manifest: dict[str, Any]) -> list[tuple[str, int, float]]:
@@ -124,29 +167,3 @@ def headroom_rows(rescaling: Rescaling) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _sqnr_plot(rows: list[dict[str, Any]]) -> str:
-    """Inline SVG: one dot per quantized matrix over its layer; empty when nothing was quantized."""
-    points: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        if row.get("sqnr_db") is not None and ".layers." in row["name"]:
-            _, _, layer, *module = row["name"].split(".")
-            points.setdefault(module[-2], []).append((int(layer), row["sqnr_db"]))
-    if not points:
-        return ""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for name, values in points.items():
-        axes.plot(*zip(*values, strict=True), marker=".", linewidth=1, label=name)
-    axes.axhline(38, color="grey", linestyle=":", linewidth=1)
-    axes.set(xlabel="layer", ylabel="SQNR, dB")
-    axes.legend(fontsize=8, ncols=4)
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "gemma-deploy"}):  # the same bytes for the same numbers
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

@@ -154,11 +154,15 @@ class Comparison:
         second = np.partition(ref, -2)[-2]
         self._margins.append(float(ref[best] - second))
 
+    def likelihoods(self) -> np.ndarray:
+        """[scored, 2] float64: negative log likelihood of each target in nats, under reference and test."""
+        return np.array(self._nll, dtype=np.float64).reshape(-1, 2)
+
     def result(self) -> Metrics:
         """The metrics of everything added so far."""
         good, nan = len(self._kl), float("nan")
         max_abs = self._max_abs if good else nan
-        nll = np.array(self._nll, dtype=np.float64).reshape(-1, 2)
+        nll = self.likelihoods()
         ppl_ref, ppl_test = (_perplexity(nll[:, i]) for i in range(2))
         return Metrics(
             positions=self._count,

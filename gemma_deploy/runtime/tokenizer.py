@@ -134,11 +134,14 @@ def _load(file: Path) -> Any:
             next_step="copy tokenizer.json and tokenizer_config.json of the checkpoint there and compile again",
         )
     try:
-        return tokenizers.Tokenizer.from_file(str(file))
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing narrower
         raise ArtifactError(
             f"is not a tokenizer: {error}", where=str(file), next_step="copy it from the checkpoint again"
         ) from error
+    tokenizer.no_padding()  # of batches in training; a prompt must neither be cut nor filled up
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def _read_json(file: Path) -> dict[str, Any]:

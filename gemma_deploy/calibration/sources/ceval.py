@@ -34,21 +34,44 @@ def rows(path: Path) -> Iterator[Row]:
     Raises:
         CalibrationError: naming the archive's member and line.
     """
-    with explained(path, EXPECTED):
-        try:
-            archive = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
-            raise wrong(f"is not a zip archive, or is cut short: {error}", path, expected=EXPECTED) from error
-        with archive:
-            for member in _members(archive, path):
-                yield from _questions(_read(archive, member, path), path, member.filename)
+    with explained(path, EXPECTED), _opened(path) as archive:
+        for member in _members(archive, path):
+            yield from _questions(_read(archive, member, path), path, member.filename)
 
 
-def _members(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]:
+def questions(path: Path, split: str) -> dict[str, list[Row]]:
+    """The questions of one split by subject, subjects in alphabetical order; empty when the archive has no such split.
+
+    Raises:
+        CalibrationError: naming the archive's member and line.
+    """
+    with explained(path, EXPECTED), _opened(path) as archive:
+        members = sorted((info for one, info in _found(archive, path) if one == split), key=lambda info: info.filename)
+        found: dict[str, list[Row]] = {}
+        for member in members:
+            subject = Path(member.filename).stem.removesuffix(f"_{split}")
+            found[subject] = list(_questions(_read(archive, member, path), path, member.filename))
+        return found
+
+
+def _opened(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise wrong(f"is not a zip archive, or is cut short: {error}", path, expected=EXPECTED) from error
+
+
+def _found(archive: zipfile.ZipFile, path: Path) -> list[tuple[str, zipfile.ZipInfo]]:
+    """(split, member) of every C-Eval file."""
     found = [(match[1], info) for info in archive.infolist() if (match := MEMBER.search(info.filename))]
     if not found:
         names = [info.filename for info in archive.infolist() if not info.is_dir()][:3]
         raise wrong(f"has no C-Eval file in it (it holds: {', '.join(names) or 'nothing'})", path, expected=EXPECTED)
+    return found
+
+
+def _members(archive: zipfile.ZipFile, path: Path) -> list[zipfile.ZipInfo]:
+    found = _found(archive, path)
     chosen = [info for split, info in found if split != "val"] or [info for _, info in found]
     return sorted(chosen, key=lambda info: info.filename)
 

@@ -1,0 +1,198 @@
+"""`gemma-deploy eval`: how good an artifact or a checkpoint is, on text or on C-Eval."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+LOG_WIDTH = 110
+OF_TASK = {"ppl": ("text", "windows", "seqlen"), "ceval": ("path", "split", "shots", "subjects", "limit")}
+EPILOG = """\b
+Examples:
+  gemma-deploy eval workspace/NAME --task ppl --text wikitext2_valid.txt --windows 32
+  gemma-deploy eval workspace/NAME --task ppl --against workspace/OTHER
+  gemma-deploy eval /models/gemma-3-270m --task ppl --text book.txt --seqlen 1024
+  gemma-deploy eval workspace/NAME --task ceval --path ceval-exam.zip --shots 5
+  gemma-deploy eval workspace/NAME --task ceval --path ceval-exam.zip --shots 0 --against hf --limit 20
+"""
+
+
+@click.command("eval", epilog=EPILOG)
+@click.argument("target")
+@click.option("--task", type=click.Choice(list(OF_TASK)), required=True)
+@click.option(
+    "--against",
+    metavar="hf|none|PATH",
+    help="hf: the artifact's checkpoint in transformers, float32; or an artifact or checkpoint  "
+    "[default: hf for the perplexity of an artifact, else none]",
+)
+@click.option("--checkpoint", metavar="PATH", help="Where an artifact's checkpoint is  [default: as in its recipe]")
+@click.option("--text", type=click.Path(path_type=Path), help="ppl: UTF-8 file  [default: the bundled C4 sample]")
+@click.option("--windows", type=click.IntRange(min=1), help="ppl: windows at most  [default: 16]")
+@click.option(
+    "--seqlen",
+    type=click.IntRange(min=2),
+    help="ppl: tokens of a window, BOS too  [default: 512, or the prefill length]",
+)
+@click.option("--path", type=click.Path(path_type=Path), help="ceval: ceval-exam.zip  [default: the bundled sample]")
+@click.option("--split", type=click.Choice(["val", "test"]), help="ceval: which questions  [default: val]")
+@click.option("--shots", type=click.IntRange(0, 5), help="ceval: solved examples before each  [default: 5]")
+@click.option("--subjects", metavar="NAME,NAME", help="ceval: only these  [default: all]")
+@click.option("--limit", type=click.IntRange(min=1), help="ceval: only the first questions of each subject.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the result there.")
+@click.option("--record/--no-record", default=True, help="Keep it in the artifact and its report.  [default: record]")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    target: str,
+    task: str,
+    against: str | None,
+    checkpoint: str | None,
+    text: Path | None,
+    windows: int | None,
+    seqlen: int | None,
+    path: Path | None,
+    split: str | None,
+    shots: int | None,
+    subjects: str | None,
+    limit: int | None,
+    json_file: Path | None,
+    record: bool,
+) -> None:
+    """Evaluate TARGET, an artifact, a checkpoint's directory, a .gguf file or `demo`, alone or beside another.
+
+    Artifacts run strict, as their graphs say to the letter. Judges nothing; `parity` does.
+    """
+    from gemma_deploy.errors import DeployError, UsageError
+    from gemma_deploy.evaluation import record as records
+    from gemma_deploy.evaluation import tasks
+    from gemma_deploy.evaluation.models import is_artifact
+    from gemma_deploy.parity.requests import write_text
+
+    _refuse_options(ctx, task)
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise UsageError(
+            "its directory does not exist", where=str(json_file), next_step="make it, or name another file"
+        )
+    record = record and is_artifact(Path(target))
+    if record:
+        records.refuse_read_only(Path(target))
+        records.finish_interrupted(Path(target))
+    pair = tasks.open_pair(target, against, checkpoint, task=task)
+    if task == "ppl":
+        result = tasks.run_text(pair, tasks.TextRequest(text, windows, seqlen), _progress("windows"))
+        _show_text(pair, result)
+    else:
+        names = tuple(name.strip() for name in subjects.split(",") if name.strip()) if subjects else ()
+        request = tasks.ExamRequest(path, split or "val", 5 if shots is None else shots, names, limit)
+        result = tasks.run_exam(pair, request, _progress("questions"))
+        _show_exam(pair, result)
+    for note in result["notes"]:
+        click.echo(f"note: {note}")
+    if json_file is not None:
+        write_text(json_file, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    if record:
+        kept = records.record(Path(target), {key: value for key, value in result.items() if key != "answers"})
+        click.echo(f"recorded  {kept}")
+    if result.get("bad_positions"):
+        raise DeployError(
+            f"{result['bad_positions']} of {result['bad_positions'] + result['scored_tokens']} positions have logits "
+            "that are inf or NaN: the figures above are of the others",
+            where=target,
+            next_step="`gemma-deploy parity ARTIFACT` finds the first layer that is wrong",
+        )
+
+
+def _refuse_options(ctx: click.Context, task: str) -> None:
+    """An option of the other task would be ignored."""
+    from click.core import ParameterSource
+
+    (other,) = OF_TASK.keys() - {task}
+    given = [name for name in OF_TASK[other] if ctx.get_parameter_source(name) != ParameterSource.DEFAULT]
+    if given:
+        raise click.UsageError(f"--task {task} does not take --{', --'.join(given)}; --task {other} does")
+
+
+def _progress(what: str) -> Callable[[int, int], None]:
+    """One line per tenth: a window of a large model takes minutes."""
+    seen = [0]
+
+    def line(done: int, total: int) -> None:
+        tenth = 10 * done // total
+        if tenth > seen[0]:
+            seen[0] = tenth
+            click.echo(f"{what}  {done} of {total}", err=True)
+
+    return line
+
+
+def _show_text(pair: Any, result: dict[str, Any]) -> None:
+    settings, compared = result["settings"], pair.reference is not None
+    click.echo(f"text      {settings['text']}")
+    click.echo(f"windows   {settings['windowing']}")
+    rows = []
+    if compared:
+        error = _plus(result["perplexity_reference"], result["perplexity_reference_error"], "{:.3f}")
+        rows.append([pair.reference.title, error, "", "", ""])
+    measured = [_plus(result["perplexity"], result["perplexity_error"], "{:.3f}")]
+    if compared:
+        measured.append(_plus(result["perplexity_change"], result["perplexity_change_error"], "{:+.2%}", "{:.2%}"))
+        measured += [_plain(result["kl_mean"], "{:.3g}"), _plain(result["top1"], "{:.2%}")]
+    rows.append([pair.target.title, *measured, *[""] * (4 - len(measured))])
+    headings = ["model", "perplexity", "change", "mean KL, nats", "top-1"]
+    _table(headings if compared else headings[:2], rows if compared else [row[:2] for row in rows])
+
+
+def _show_exam(pair: Any, result: dict[str, Any]) -> None:
+    settings, reference = result["settings"], result.get("reference")
+    how = f"{settings['shots']}-shot, the largest logit of A, B, C, D"
+    click.echo(f"C-Eval    {settings['split']} of {settings['archive']}, {how}")
+    click.echo(f"target    {pair.target.title}")
+    if reference is not None:
+        click.echo(f"against   {pair.reference.title}")
+    of_two = [result, reference] if reference else [result]
+    rows = []
+    for name in result["subjects"]:
+        found = [one["subjects"][name] for one in of_two]
+        rows.append([name, str(found[0]["questions"]), *(_share(one, "accuracy") for one in found)])
+    rows.append(
+        ["mean of the subjects", str(result["questions"]), *(_share(one, "average_over_subjects") for one in of_two)]
+    )
+    rows.append(["all questions", str(result["questions"]), *(_share(one, "accuracy") for one in of_two)])
+    _table(["subject", "questions", "accuracy", "against"][: 2 + len(of_two)], rows)
+    if reference is not None:
+        change = _plus(result["accuracy_change"], result["accuracy_change_error"], "{:+.2%}", "{:.2%}")
+        click.echo(f"the same choice in {result['same_choice']:.1%}; accuracy {change}")
+
+
+def _table(headings: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for heading in headings:
+        first = heading == headings[0]
+        table.add_column(heading, justify="left" if first else "right", no_wrap=not first, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    console.print(table)
+
+
+def _share(one: dict[str, Any], key: str) -> str:
+    return _plus(one[key], one[f"{key}_error"], "{:.1%}")
+
+
+def _plus(value: float | None, error: float | None, shape: str, error_shape: str | None = None) -> str:
+    """A figure and its standard error."""
+    return f"{_plain(value, shape)} ± {_plain(error, error_shape or shape)}"
+
+
+def _plain(value: float | None, shape: str) -> str:
+    return "-" if value is None else shape.format(value)

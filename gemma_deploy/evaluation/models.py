@@ -1,0 +1,211 @@
+"""What is evaluated: an artifact in strict sessions, or a checkpoint in transformers, float32, eager attention.
+
+Both turn prompts into final hidden states, and hidden states into logits a few positions at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from gemma_deploy.artifact import Artifact
+from gemma_deploy.artifact.check import PARAMS, byte_problems, open_whole, refuse
+from gemma_deploy.artifact.manifest import MANIFEST
+from gemma_deploy.calibration.windows import load_tokenizer
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.errors import CheckpointError, UsageError
+from gemma_deploy.machine import give_memory_back
+from gemma_deploy.parity.cases import Case
+from gemma_deploy.parity.requests import checkpoint_of
+from gemma_deploy.parity.sources import Source
+from gemma_deploy.runtime import Tokenizer
+
+TOKENS_AT_ONCE = 2048  # positions that go through the layers together: a matrix is read once for all of them
+LOGITS_BYTES = 128 << 20  # logits of one model; a larger block means fewer passes over the table
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Something to evaluate.
+
+    Args:
+        path: of the artifact or checkpoint, as it was named.
+        kind: what it is; scheme: how its weights are stored ("fp32" of a checkpoint: what it is computed in).
+        batch: rows that run together, no fewer; width: positions a row costs, None for as many as it has.
+        longest: tokens of a prompt at most.
+        embed_scale: rounding of the embedding scale, see gemma_facts.
+        artifact, checkpoint: whichever it is.
+    """
+
+    path: Path
+    kind: Literal["artifact", "checkpoint"]
+    scheme: str
+    batch: int
+    width: int | None
+    longest: int
+    vocab_size: int
+    embed_scale: str
+    source: Source
+    artifact: Artifact | None = None
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def title(self) -> str:
+        """How tables call it."""
+        how = "transformers, float32" if self.kind == "checkpoint" else f"{self.scheme}, strict"
+        return f"{self.path} ({how})"
+
+    def to_json(self) -> dict[str, str]:
+        """What identifies it."""
+        if self.artifact is not None:
+            identity = {"key": str(self.artifact.manifest.get("key"))}
+        else:
+            assert self.checkpoint is not None
+            identity = {"fingerprint": self.checkpoint.fingerprint(times=False)}
+        return {"path": str(self.path), "kind": self.kind, "scheme": self.scheme, **identity}
+
+    def encoder(self) -> tuple[Callable[[str], list[int]], int]:
+        """Text -> ids without BOS, and the id of BOS.
+
+        Raises:
+            ArtifactError, CheckpointError: there is no tokenizer, or the model has no BOS.
+        """
+        if self.artifact is not None:
+            tokenizer = Tokenizer(self.path)
+            return (lambda text: _without(tokenizer.bos_id, tokenizer.encode(text))), tokenizer.bos_id
+        assert self.checkpoint is not None
+        bos = self.checkpoint.config.bos_token_id
+        if bos is None:
+            raise CheckpointError(
+                "bos_token_id is null, but every Gemma sequence begins with BOS",
+                where=str(self.path / "config.json"),
+                next_step="set bos_token_id in config.json (2 in every Gemma)",
+            )
+        loaded = load_tokenizer(self.checkpoint)
+        return (lambda text: _without(bos, loaded.encode(text, add_special_tokens=False).ids)), bos
+
+    def features(self, prompts: Sequence[Tokens]) -> list[np.ndarray]:
+        """Final hidden states [tokens, H] of every prompt; a last batch that is not full is filled and cut again."""
+        groups = [list(prompts[at : at + self.batch]) for at in range(0, len(prompts), self.batch)]
+        groups[-1] += [groups[-1][-1]] * (self.batch - len(groups[-1]))
+        found = self.source.run([Case("text", tuple(group), ((),) * self.batch) for group in groups])
+        give_memory_back()
+        return [row for case in found for row in case][: len(prompts)]
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether a directory is one, finished or not."""
+    return any((path / name).exists() for name in (MANIFEST, PARAMS))
+
+
+def open_model(spec: str, embed_scale: str = "exact") -> Model:
+    """Open an artifact, a checkpoint's directory, a .gguf file or `demo`.
+
+    Args:
+        embed_scale: of a checkpoint; an artifact has its own.
+
+    Raises:
+        ArtifactError, CheckpointError: it is not there, incomplete or damaged.
+    """
+    path = Path(spec).expanduser()
+    return _open_artifact(path) if is_artifact(path) else _of_checkpoint(Checkpoint.open(spec), embed_scale)
+
+
+def reference_of(model: Model, checkpoint: str | None) -> Model:
+    """The checkpoint an artifact was made from, in transformers, float32.
+
+    Raises:
+        UsageError: it is not there any more, or has changed since.
+    """
+    assert model.artifact is not None
+    return _of_checkpoint(checkpoint_of(model.artifact, checkpoint), model.embed_scale)
+
+
+def refuse_other_vocabularies(model: Model, other: Model, text: str) -> None:
+    """Two models are compared on the same tokens, so both have to make the same of a text.
+
+    Raises:
+        UsageError: they do not.
+    """
+    if model.vocab_size != other.vocab_size:
+        found = f"{model.vocab_size} and {other.vocab_size} tokens"
+    else:
+        made = []
+        for one in (model, other):
+            encode, bos = one.encoder()
+            made.append((bos, encode(text)))
+            give_memory_back()  # 200 MiB of a vocabulary of 262,144
+        if made[0] == made[1]:
+            return
+        found = "the same text becomes other tokens"
+    raise UsageError(
+        f"the two models have different vocabularies: {found}",
+        where=f"{model.path}, {other.path}",
+        expected="two forms of one model, or of models with one tokenizer",
+        next_step="evaluate each alone (--against none) and compare what does not depend on tokens",
+    )
+
+
+def in_chunks(models: Sequence[Model], prompts: Sequence[Tokens]) -> Iterator[tuple[int, list[list[np.ndarray]]]]:
+    """Run all models over prompts, some at a time: (index of the first, features of each model).
+
+    Args:
+        prompts: none longer than the one before it.
+    """
+    at = 0
+    while at < len(prompts):
+        count = 1
+        for model in models:
+            cost = model.batch * max(model.width or 0, len(prompts[at]))
+            count = max(count, model.batch * (TOKENS_AT_ONCE // cost))
+        chunk = prompts[at : at + count]
+        yield at, [model.features(chunk) for model in models]
+        at += len(chunk)
+
+
+def positions_at_once(vocab_size: int) -> int:
+    """How many positions' logits are made together."""
+    return max(1, LOGITS_BYTES // (4 * vocab_size))
+
+
+def _without(bos: int, ids: Sequence[int]) -> list[int]:
+    """A text may spell BOS; a window has one, at its front."""
+    return [token for token in ids if token != bos]
+
+
+def _open_artifact(path: Path) -> Model:
+    from gemma_deploy.parity.segments import StrictSource
+
+    artifact = open_whole(path)
+    refuse(artifact, byte_problems(artifact))  # the figures of a damaged one would be believed
+    contract = artifact.manifest["contract"]
+    dynamic = contract["dynamic"]
+    return Model(
+        path,
+        "artifact",
+        artifact.manifest["scheme"],
+        1 if dynamic else contract["batch"],
+        None if dynamic else contract["prefill"],
+        contract["prefill"],
+        contract["vocab_size"],
+        artifact.manifest["recipe"]["frontend"]["model_kwargs"]["embed_scale"],
+        StrictSource(path),
+        artifact=artifact,
+    )
+
+
+def _of_checkpoint(checkpoint: Checkpoint, embed_scale: str) -> Model:
+    from gemma_deploy.parity.reference import TorchSource
+
+    config = checkpoint.config
+    source = TorchSource(checkpoint, "hf", embed_scale=embed_scale)
+    longest = config.max_position_embeddings
+    path = checkpoint.path
+    return Model(
+        path, "checkpoint", "fp32", 1, None, longest, config.vocab_size, embed_scale, source, checkpoint=checkpoint
+    )

@@ -1,0 +1,101 @@
+"""Results kept in the artifact they are about: eval.json, and a section of report.html.
+
+Both are files that the manifest lists with their hashes, as it lists all others, so `verify` goes on knowing every
+byte. They are written under temporary names; the manifest is replaced first and says what they become.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma_deploy.artifact.check import open_complete
+from gemma_deploy.artifact.lock import Lock
+from gemma_deploy.artifact.manifest import MANIFEST, write_json
+from gemma_deploy.artifact.report import REPORT, report_page
+from gemma_deploy.errors import UsageError
+
+EVAL = "eval.json"
+FORMAT_VERSION = 1
+QUESTION = ("task", "settings", "against")  # results that have these in common replace each other
+HALF = ".partial"
+
+
+def refuse_read_only(artifact: Path) -> None:
+    """Find out before hours of work that the result cannot be kept.
+
+    Raises:
+        UsageError: the artifact may not be written to.
+    """
+    closed = [str(place) for place in (artifact, artifact.resolve().parent) if not os.access(place, os.W_OK)]
+    if closed:
+        raise UsageError(
+            f"the result cannot be kept in the artifact: {', '.join(closed)} may not be written to",
+            where=str(artifact),
+            next_step="use --no-record (and --json FILE), or allow writing",
+        )
+
+
+def finish_interrupted(artifact: Path) -> None:
+    """Give files their names when an evaluation was killed between writing the manifest and doing so."""
+    if not (artifact / MANIFEST).is_file():
+        return
+    for name in (EVAL, REPORT):
+        half = artifact / (name + HALF)
+        if half.is_file():
+            facts = open_complete(artifact).manifest["files"].get(name, {})
+            if facts.get("sha256") == _sha256(half.read_bytes()):
+                half.replace(artifact / name)
+            else:  # killed before the manifest knew it
+                half.unlink()
+
+
+def results_of(artifact: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Results recorded so far."""
+    if EVAL not in manifest["files"]:
+        return []
+    results: list[dict[str, Any]] = json.loads((artifact / EVAL).read_text(encoding="utf-8"))["results"]
+    return results
+
+
+def record(artifact: Path, result: Mapping[str, Any]) -> Path:
+    """Add a result to eval.json, in the place of an older one to the same question, and rewrite the report.
+
+    Raises:
+        ArtifactError: the artifact is damaged, or another process is at work on it.
+    """
+    artifact = artifact.resolve()
+    lock = Lock(artifact.with_name(f".{artifact.name}.lock"))
+    try:
+        finish_interrupted(artifact)
+        manifest = open_complete(artifact).manifest
+        older = results_of(artifact, manifest)
+        kept = [one for one in older if any(one[key] != result[key] for key in QUESTION)]
+        results = [*kept, dict(result)]
+        content = json.dumps({"format_version": FORMAT_VERSION, "results": results}, indent=1, ensure_ascii=False)
+        files = {EVAL: content + "\n", REPORT: report_page(manifest, results)}
+        for name, text in files.items():
+            raw = text.encode()
+            _write_through(artifact / (name + HALF), raw)
+            manifest["files"][name] = {"bytes": len(raw), "sha256": _sha256(raw)}
+        write_json(artifact / MANIFEST, manifest)
+        for name in files:
+            (artifact / (name + HALF)).replace(artifact / name)
+    finally:
+        lock.release()
+    return artifact / EVAL
+
+
+def _write_through(file: Path, raw: bytes) -> None:
+    with file.open("wb") as opened:
+        opened.write(raw)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def _sha256(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()
