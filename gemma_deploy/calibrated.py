@@ -33,16 +33,19 @@ class Quantized:
     Args:
         source: the checkpoint with what replaces its weights; settings: of the solver.
         layers, table: what came of each.
+        kept: linears whose inputs are not rounded, the others' are; None where none are.
     """
 
     source: Overlay
     settings: Mapping[str, Any]
     layers: Sequence[Mapping[str, Any]]
     table: Mapping[str, Any]
+    kept: tuple[str, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
-        return {"settings": dict(self.settings), "layers": list(self.layers), "table": dict(self.table)}
+        values = {"settings": dict(self.settings), "layers": list(self.layers), "table": dict(self.table)}
+        return values if self.kept is None else values | {"activations": {"bits": 8, "kept": list(self.kept)}}
 
 
 def windows_of(recipe: Recipe, checkpoint: Checkpoint) -> Request | None:
@@ -102,6 +105,7 @@ def quantize_weights(
 ) -> Quantized:
     """Step 7: every decoder layer quantized on what the layers before it give; resumable per layer."""
     from gemma_deploy.calibration.executors import open_executor
+    from gemma_deploy.quantization.keeping import KEEP, linears_to_keep
     from gemma_deploy.quantization.layers import layer_file, quantize_layers
     from gemma_deploy.quantization.observing import scratch_of
     from gemma_deploy.quantization.solver import Settings
@@ -119,6 +123,7 @@ def quantize_weights(
         act_order=defaults.act_order if given.act_order is None else given.act_order,
         blocksize=given.blocksize,
         compensate=quantizer.compensate,
+        activations=quantizer.activations,
     )
     folder, workspace = out / QUANTIZED, recipe.workspace
     if workspace.cluster is not None:
@@ -139,6 +144,9 @@ def quantize_weights(
         )
     table = scale_table(checkpoint, windows.ids.shape, folder, codes=storage.table, embed_scale=looked_at.embed_scale)
     files = [layer_file(folder, layer) for layer in range(checkpoint.config.num_hidden_layers)]
+    kept = None
+    if quantizer.activations:
+        kept = linears_to_keep(records, checkpoint.config, KEEP if given.keep_a16 is None else given.keep_a16)
     used = asdict(settings) | {"true_sequential": given.true_sequential}
     give_memory_back()
-    return Quantized(Overlay(checkpoint, [*files, table_file(folder)], records), used, records, table)
+    return Quantized(Overlay(checkpoint, [*files, table_file(folder)], records), used, records, table, kept)

@@ -130,7 +130,10 @@ def compile_recipe(
             table = stream_params(recipe, source, artifact.path, rescaling, progress)
             stage.bytes = table.file_bytes
         with stages.stage("graphs") as stage:
-            stage.child_rss_bytes = export_into(artifact.path, recipe, checkpoint, contract, table, rescaling, key)
+            kept = quantized.kept if quantized else None
+            stage.child_rss_bytes = export_into(
+                artifact.path, recipe, checkpoint, contract, table, rescaling, key, kept
+            )
             stage.skipped = not stage.child_rss_bytes
             stage.bytes = sum((artifact.path / file).stat().st_size for file in graph_files(recipe, checkpoint))
         with stages.stage("files"):
@@ -238,6 +241,7 @@ def export_into(
     table: ParamTable,
     rescaling: Rescaling | None,
     key: str,
+    kept: tuple[str, ...] | None = None,
 ) -> int:
     """Steps 5, 6 and 9: trace without weights, stamp, point into the parameter file.
 
@@ -257,7 +261,7 @@ def export_into(
     tables = table.files
     storage = recipe.storage_for(checkpoint.config.hidden_size)
     rows = [(part, tables[part.file(PARAMS)].rows) for part in parts_in(recipe, checkpoint)]
-    task = worker.Task(checkpoint.config, scheme_of(recipe), contract, scale, rows, PARAMS, rescaling, storage)
+    task = worker.Task(checkpoint.config, scheme_of(recipe), contract, scale, rows, PARAMS, rescaling, storage, kept)
     graphs, peak = worker.export_apart(task)
     for file, graph in graphs.items():
         write_graph(graph, out / file)

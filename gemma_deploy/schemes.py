@@ -73,18 +73,21 @@ class Quantizer:
         bits: of a code.
         compensate: whether rounding moves errors onto later columns.
         groupsize: see `Codes`, unless the recipe says another.
+        activations: whether the linears' inputs are rounded as well, to 8 bits with a scale per token.
     """
 
     stored: str
     bits: Bits
     compensate: bool
     groupsize: int | None
+    activations: bool = False
 
 
 QUANTIZERS: Mapping[str, Quantizer] = {
     "w8a16_gptq": Quantizer("w8a16_folded", 8, True, None),
     "w4a16_gptq": Quantizer("w8a16_folded", 4, True, 32),
     "w4a16": Quantizer("w8a16_folded", 4, False, 32),
+    "w8a8": Quantizer("w8a16_folded", 8, True, None, activations=True),
 }
 
 
@@ -105,7 +108,7 @@ def storage_of(scheme: str, hidden_size: int, groupsize: int | None = None, tabl
     if scheme not in QUANTIZERS:
         return Storage(Codes(), TABLES[table or "int8"])
     quantizer = QUANTIZERS[scheme]
-    size = quantizer.groupsize if groupsize is None else groupsize
+    size = quantizer.groupsize if groupsize is None or quantizer.activations else groupsize
     dividing = next((f"int8_g{size}" for size in (128, 64, 32) if hidden_size % size == 0), "int8")
     return Storage(Codes(quantizer.bits, None if size == -1 else size), TABLES[table or dividing])
 

@@ -5,6 +5,7 @@ An unlisted difference is a bug: the gate compares against the reference with ex
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -135,19 +136,34 @@ def _quantized(manifest: dict[str, Any], scheme: str, effect: dict[str, Any]) ->
     )
     if nearest:
         effect = {**effect, "loss_to_round_to_nearest": round(loss / nearest, 4)}
+    quantizer = QUANTIZERS[scheme]
     rows = [row for row in manifest["params"] if row.get("sqnr_db") is not None and ".layers." in row["name"]]
     worst = min(rows, key=lambda row: row["sqnr_db"], default=None)
     if worst:
         effect |= {"lowest_output_sqnr_db": worst["sqnr_db"], "lowest_output_sqnr_tensor": worst["name"]}
+    if quantizer.activations:
+        noisy = [found["activation_noise"] for found in tensors if "activation_noise" in found]
+        if noisy:
+            effect |= {"activation_noise_db": round(10 * math.log10(sum(noisy) / len(noisy)), 2)}
     storage = Storage.from_json(manifest["storage"])
-    how = "rounded with error compensation on" if QUANTIZERS[scheme].compensate else "rounded to nearest, scaled for"
+    how = "rounded with error compensation on" if quantizer.compensate else "rounded to nearest, scaled for"
     return LedgerEntry(
         f"linears {storage.linears}, symmetric, {how} calibration text; columns rescaled, their factors folded into "
         f"norm gains, value rows and up rows; {_table(storage)}, rounded to nearest",
         f"the seven linears and two norms of every layer ({len(tensors)} matrices), the token table",
-        f"frontend.quantize.type {scheme}; activations and norms are float32",
+        f"frontend.quantize.type {scheme}; {_inputs(manifest)}norms are float32",
         effect,
     )
+
+
+def _inputs(manifest: dict[str, Any]) -> str:
+    """What the linears read."""
+    rounding = (manifest.get("quantization") or {}).get("activations")
+    if rounding is None:
+        return "activations and "
+    kept = rounding["kept"]
+    but = f", but not those of {len(kept)} linears that would lose most ({', '.join(kept)})" if kept else ""
+    return f"their inputs are rounded to 8 bits with a scale per token{but}; other activations and "
 
 
 def _table(storage: Storage) -> str:

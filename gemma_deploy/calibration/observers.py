@@ -79,6 +79,31 @@ class MomentObserver:
         return moments
 
 
+class TokenObserver:
+    """Some tokens as they are: every `step`-th of all, so that what is kept does not depend on who looked at what.
+
+    Args:
+        total: tokens that will be shown; most: how many are kept at most.
+    """
+
+    def __init__(self, total: int, most: int) -> None:
+        self.step = -(-total // most) | 1  # odd: windows are powers of two long, and their first tokens are alike
+        self._kept: list[torch.Tensor] = []
+
+    def kept(self, start: int, rows: torch.Tensor) -> torch.Tensor:
+        """Those of rows [tokens, channels] to keep; the first of them is token `start` of all."""
+        return rows[-start % self.step :: self.step].clone()
+
+    def add(self, kept: torch.Tensor) -> None:
+        """Add what `kept` gave for the tokens that follow."""
+        self._kept.append(kept)
+
+    def take(self) -> torch.Tensor:
+        """[tokens, channels]; the observer is empty afterwards."""
+        tokens, self._kept = torch.cat(self._kept), []
+        return tokens
+
+
 def moment_block(rows: torch.Tensor, start: int) -> torch.Tensor:
     """Rows [start, start + MOMENT_BLOCK) of x^T x, from column `start` on. rows: [tokens, channels] float32."""
     return rows[:, start : start + MOMENT_BLOCK].T @ rows[:, start:]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -20,6 +21,7 @@ from gemma_deploy.graph.functions import used_functions
 from gemma_deploy.graph.islands import Pair, dynamic_dimensions, example_inputs, own_name, parts_of
 from gemma_deploy.graph.passes.fold import fold_constants
 from gemma_deploy.graph.passes.name_outputs import name_module_outputs
+from gemma_deploy.graph.passes.round_activations import round_activations
 from gemma_deploy.graph.passes.simplify import simplify
 from gemma_deploy.graph.passes.weights import hide_weights
 from gemma_deploy.graph.skeleton import build_skeleton
@@ -56,6 +58,7 @@ class Traced:
 
     Args:
         contract: of the whole model; ranks: among which every stage is divided; storage: see `build_skeleton`.
+        kept: linears whose inputs are not rounded to 8 bits; None where none are.
 
     Raises:
         ExportError, NotBuiltError: see `export_graphs`.
@@ -70,9 +73,10 @@ class Traced:
         rescaling: Rescaling | None = None,
         ranks: int = 1,
         storage: Storage | None = None,
+        kept: Collection[str] | None = None,
     ) -> None:
         started = time.perf_counter()
-        self.config, self.contract = config, contract
+        self.config, self.contract, self.kept = config, contract, kept
         local = replace(contract, kv_heads=contract.kv_heads // ranks)
         skeletons = {
             graph: build_skeleton(
@@ -118,6 +122,8 @@ class Traced:
             first = model.graph.initializers["model.embed_tokens.first_row"]
             rows = self.config.vocab_size // part.ranks
             first.const_value = ir.tensor([part.rank * rows], dtype=ir.DataType.INT64, name=first.name)
+        if self.kept is not None:
+            round_activations(model, self.kept)
         model.opset_imports.update({node.domain: 1 for node in model.graph if node.domain})
         for function in used_functions(model, OPSET):
             model.functions[function.identifier()] = function

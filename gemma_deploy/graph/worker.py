@@ -33,6 +33,7 @@ class Task:
 
     Args:
         contract: of the whole model; rows: of each part's parameter file, which is `location` beside its graphs.
+        kept: linears whose inputs are not rounded; None where none are.
     """
 
     config: ModelConfig
@@ -43,6 +44,7 @@ class Task:
     location: str
     rescaling: Rescaling | None = None
     storage: Storage | None = None
+    kept: tuple[str, ...] | None = None
 
 
 def export_here(task: Task) -> dict[str, bytes]:
@@ -55,7 +57,9 @@ def export_here(task: Task) -> dict[str, bytes]:
     from gemma_deploy.graph.external import attach_external, serialized
 
     ranks = task.rows[0][0].ranks
-    traced = Traced(task.config, task.scheme, task.contract, task.embed_scale, task.rescaling, ranks, task.storage)
+    traced = Traced(
+        task.config, task.scheme, task.contract, task.embed_scale, task.rescaling, ranks, task.storage, task.kept
+    )
     files = {}
     for part, rows in task.rows:
         graphs = traced.graphs(part)

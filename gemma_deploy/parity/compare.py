@@ -207,6 +207,7 @@ def run_parity(
     Raises:
         UsageError: the text file is missing or too short; DeployError: a source could not run.
     """
+    from gemma_deploy.parity.activations import rounding_lines
     from gemma_deploy.parity.reference import TorchSource
     from gemma_deploy.parity.segments import StrictSource
     from gemma_deploy.parity.stored import StoredWeights
@@ -227,12 +228,15 @@ def run_parity(
         twin = TorchSource(StoredWeights(opened, artifact, manifest), "patched", "fp32", scale, name=TWINS[scheme])
     sources[twin.name] = twin
     sources[strict.name] = strict
-    pairs = list(dict.fromkeys([gate.pair for gate in GATES[scheme]] + [(TWINS[scheme], "strict")]))
+    rounding = rounding_lines(artifact, manifest)
+    repeating = StrictSource(artifact, manifest, rounding=False) if rounding else strict
+    sources[repeating.name] = repeating
+    pairs = list(dict.fromkeys([gate.pair for gate in GATES[scheme]] + [(TWINS[scheme], repeating.name)]))
     if fast:
         sources["fast"] = FastSource(artifact)
         pairs += [("strict", "fast"), (hf.name, "fast")]
     found = compare_sources(sources, pairs, cases, opened.config.vocab_size, report)
-    result.lines = judged(GATES[scheme], found)
+    result.lines = [*rounding, *judged(GATES[scheme], found)]
     if scheme == "fp16":
         result.lines.append(headroom_line(hf.absmax, strict.rescaling))
     if manifest["storage"] and Storage.from_json(manifest["storage"]).linears.bits == 8:
@@ -243,7 +247,7 @@ def run_parity(
         from gemma_deploy.parity.bisect import first_divergence
 
         report("looking for the first layer that differs")
-        divergence = first_divergence(hf, patched, twin, strict, cases, scheme)
+        divergence = first_divergence(hf, patched, twin, repeating, cases, scheme)
         result.divergence = divergence.to_json() if divergence else None
     return result
 

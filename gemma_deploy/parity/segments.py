@@ -23,6 +23,7 @@ from gemma_deploy.parity.sources import Features
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.runtime.contract import StaticContract, read_contract, read_manifest, stages_of
 
+UNROUNDED = "strict, activations unrounded"
 CHOSEN = "lm_head.in"  # what the LM head reads: in prefill a slice of the final norm
 # The linears of a layer in the order they depend on each other.
 LEVELS = (
@@ -87,17 +88,18 @@ class StrictSource:
     Args:
         path: the artifact's directory, finished or not.
         manifest: of an artifact that is not finished.
+        rounding: round activations where the graphs say so. Rounding makes a jump of any difference, however small,
+            so what is around it can be proven without it alone.
     """
 
-    name = "strict"
-
-    def __init__(self, path: Path, manifest: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, path: Path, manifest: Mapping[str, Any] | None = None, rounding: bool = True) -> None:
+        self.name = "strict" if rounding else UNROUNDED
         self.path = Path(path).resolve()
         manifest = manifest if manifest is not None else read_manifest(self.path)
         self.contract = read_contract(self.path, manifest)
         self.rescaling = Rescaling.of_manifest(manifest or {})
         stages = stages_of(manifest)
-        self.graphs = {graph: Cutter(self.path, graph, stages) for graph in ("iter0", "iter1")}
+        self.graphs = {graph: Cutter(self.path, graph, stages, rounding) for graph in ("iter0", "iter1")}
         self.layers = len(self.contract.caches) // 2
 
     def run(self, cases: Sequence[Case]) -> Features:

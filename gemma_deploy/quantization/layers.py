@@ -27,7 +27,6 @@ from torch import nn
 
 from gemma_deploy.calibration.driver import Progress, embed, loaded
 from gemma_deploy.calibration.executors import Executor, Here
-from gemma_deploy.calibration.observers import MomentObserver
 from gemma_deploy.calibration.shards import Frame, LayerPass, Model
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig
@@ -35,11 +34,11 @@ from gemma_deploy.errors import CalibrationError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.quantization.folding import InputGroup, input_groups
 from gemma_deploy.quantization.moments import NotPositiveError
-from gemma_deploy.quantization.observing import observe, scratch_of, step
+from gemma_deploy.quantization.observing import Observers, observe, scratch_of, step
 from gemma_deploy.quantization.solver import QuantizedWeight, Settings, Solved, solve
 
 KEY_FILE, RECORD = "key.json", "record"
-Observers = dict[str, MomentObserver]
+TOKENS = 1024  # inputs that are kept of each group where activations are rounded as well
 
 
 def layer_file(folder: Path, layer: int) -> Path:
@@ -101,7 +100,8 @@ def quantize_layers(
             layer = LayerPass(frame, index)
             with loaded(layer.module, checkpoint, layer.name):
                 ticked = _Ticks(progress, index * passes * nsamples, count * passes * nsamples)
-                observed = partial(observe, executor, layer, states=states, ticked=ticked)
+                keep = TOKENS if settings.activations else 0
+                observed = partial(observe, executor, layer, states=states, ticked=ticked, tokens=keep)
                 try:
                     tensors, record = _quantize_layer(layer.module, groups, config, observed, settings, true_sequential)
                 except NotPositiveError as error:
@@ -153,7 +153,7 @@ def _quantize_layer(
     layer: nn.Module,
     groups: Sequence[InputGroup],
     config: ModelConfig,
-    observed: Callable[[Sequence[str]], Observers],
+    observed: Callable[[Sequence[str]], dict[str, Observers]],
     settings: Settings,
     true_sequential: bool,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -170,13 +170,15 @@ def _quantize_layer(
         for group in batch:
             modules = [layer.get_submodule(reader) for reader in group.readers]
             weights = [module.weight.data for module in modules]
-            found = solve(weights, observers.pop(group.observed).take(), settings, group.shared(config))
+            seen = observers.pop(group.observed)
+            tokens = seen.tokens.take() if seen.tokens else None
+            found = solve(weights, seen.moments.take(), settings, group.shared(config), tokens)
             for reader, module, weight in zip(group.readers, modules, found.weights, strict=True):
                 solved[reader] = weight
                 module.weight.data = weight.dequantized()
             _fold(layer, group, config, found, solved, norms)
             record["groups"][group.observed] = _describe(found)
-            del weights, found
+            del weights, found, seen, tokens
         give_memory_back()  # before the next moments: up to a gigabyte of freed blocks in a layer of gemma-2b
     for reader, weight in solved.items():
         record["tensors"][reader] = {
@@ -185,6 +187,8 @@ def _quantize_layer(
             "rtn_loss": weight.rtn_loss,
             "rows_to_nearest": weight.rows_to_nearest,
         }
+        if settings.activations:
+            record["tensors"][reader]["activation_noise"] = weight.activation_noise
     tensors = {f"{norm}.weight": value for norm, value in norms.items()}
     for reader, weight in solved.items():
         scale = weight.scale if settings.groupsize else weight.scale[:, 0]

@@ -1,4 +1,4 @@
-"""Passes of all windows through a layer, shared out by an executor: moments of linears' inputs, and the next states.
+"""Passes of all windows through a layer, shared out by an executor: what linears read, and the next states.
 
 Shards are added in their order, whoever computed them (calibration/shards.py says why that gives the same bits).
 """
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from gemma_deploy.calibration.executors import Executor
-from gemma_deploy.calibration.observers import MOMENT_BLOCK, MomentObserver, moment_block
+from gemma_deploy.calibration.observers import MOMENT_BLOCK, MomentObserver, TokenObserver, moment_block
 from gemma_deploy.calibration.shards import Carried, LayerPass, Shard, Windows, advance, inputs, shards_of
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.errors import CalibrationError
@@ -24,12 +24,26 @@ FOLDER = "shards"  # what processes of one machine hand to each other, beside th
 
 
 @dataclass(frozen=True)
+class Observers:
+    """Of the inputs of one linear: moments of all of them, and on request some as they are."""
+
+    moments: MomentObserver
+    tokens: TokenObserver | None = None
+
+
+@dataclass(frozen=True)
 class _Observation:
-    """A shard's task: linears whose inputs to observe, and the file for the result, None to return it."""
+    """A shard's task: linears whose inputs to observe, who picks tokens, and the file for the result or None."""
 
     shard: Shard
     points: tuple[str, ...]
+    tokens: TokenObserver | None
     file: Path | None
+
+    def kept(self, layer: LayerPass, x: torch.Tensor) -> torch.Tensor:
+        """The tokens to keep of the shard's [tokens, channels]; none where nobody asked for some."""
+        first = self.shard.windows.start * layer.frame.model.seqlen
+        return x[:0] if self.tokens is None else self.tokens.kept(first, x)
 
 
 @dataclass(frozen=True)
@@ -51,18 +65,31 @@ class _Addition:
 
 @torch.inference_mode()
 def observe(
-    executor: Executor, layer: LayerPass, points: Sequence[str], states: HiddenStates, ticked: Callable[[], None]
-) -> dict[str, MomentObserver]:
-    """Moments of the inputs of some linears over all windows.
+    executor: Executor,
+    layer: LayerPass,
+    points: Sequence[str],
+    states: HiddenStates,
+    ticked: Callable[[], None],
+    tokens: int = 0,
+) -> dict[str, Observers]:
+    """What some linears read, over all windows.
 
     Args:
         points: linears of the layer, in the order in which they run; the pass ends where the last one is read.
         ticked: called once per window.
+        tokens: that are kept of each input, at most.
 
     Raises:
         CalibrationError: a worker ended, or the disk is full.
     """
-    found = {point: MomentObserver(layer.module.get_submodule(point).in_features) for point in points}
+    seen = states.shape[0] * states.shape[1]
+    found = {
+        point: Observers(
+            MomentObserver(layer.module.get_submodule(point).in_features),
+            TokenObserver(seen, tokens) if tokens else None,
+        )
+        for point in points
+    }
     shards, folder = shards_of(*states.shape[:2]), scratch_of(states.file.parent)
     if executor.shares == "disk":
         folder.mkdir(exist_ok=True)
@@ -70,6 +97,7 @@ def observe(
         _Observation(
             Shard(shard, _source(executor, states, shard)),
             tuple(points),
+            TokenObserver(seen, tokens) if tokens else None,
             folder / f"moments-{shard.start}.f32" if executor.shares == "disk" else None,
         )
         for shard in shards
@@ -79,11 +107,14 @@ def observe(
         return found
     with closing(executor.map(_moments, layer, tasks)) as results:
         for shard, result in zip(shards, results, strict=True):
-            blocks = _read(result, found) if isinstance(result, Path) else iter(result)
-            for observer in found.values():
-                for start in observer.starts():
-                    observer.add(start, torch.from_numpy(np.array(next(blocks))))
-                observer.count += len(shard) * states.shape[1]
+            blocks = _read(result) if isinstance(result, Path) else iter(result)
+            for observers in found.values():
+                moments = observers.moments
+                for start in moments.starts():
+                    moments.add(start, torch.from_numpy(np.array(next(blocks))))
+                moments.count += len(shard) * states.shape[1]
+                if observers.tokens is not None:
+                    observers.tokens.add(torch.from_numpy(np.array(next(blocks))))
             if isinstance(result, Path):
                 result.unlink()
             del result, blocks
@@ -127,7 +158,7 @@ def _observe_here(
     executor: Executor,
     layer: LayerPass,
     tasks: Iterator[_Observation],
-    found: dict[str, MomentObserver],
+    found: dict[str, Observers],
     ticked: Callable[[], None],
 ) -> None:
     """A few shards at a time, then their products block by block: no second array of the sum's size."""
@@ -135,16 +166,18 @@ def _observe_here(
         with closing(executor.map(_inputs, layer, batch)) as results:
             seen = list(results)
         additions = (
-            _Addition(observer, start, [x[point] for x in seen])
-            for point, observer in found.items()
-            for start in observer.starts()
+            _Addition(observers.moments, start, [x[point] for x in seen])
+            for point, observers in found.items()
+            for start in observers.moments.starts()
         )
         with closing(executor.map(_add, layer, additions)) as done:
             for _ in done:
                 pass
         for task, x in zip(batch, seen, strict=True):
-            for point, observer in found.items():
-                observer.count += len(x[point])
+            for point, observers in found.items():
+                observers.moments.count += len(x[point])
+                if observers.tokens is not None:
+                    observers.tokens.add(task.kept(layer, x[point]))
             _tick(task.shard.windows, ticked)
 
 
@@ -164,19 +197,22 @@ def _advance(layer: LayerPass, task: _Step) -> Carried | None:
 
 @torch.inference_mode()
 def _moments(layer: LayerPass, task: _Observation) -> Path | list[np.ndarray]:
-    """Sums of a shard as blocks, of one point after another: in the task's file, or returned."""
+    """Sums of a shard as blocks, then the tokens that are kept, of one point after another: in a file, or returned."""
     seen = inputs(layer, task.shard, task.points)
-    blocks = (
-        moment_block(seen[point], start).numpy()
-        for point in task.points
-        for start in range(0, seen[point].shape[1], MOMENT_BLOCK)
-    )
+
+    def blocks() -> Iterator[np.ndarray]:
+        for point in task.points:
+            x = seen[point]
+            yield from (moment_block(x, start).numpy() for start in range(0, x.shape[1], MOMENT_BLOCK))
+            if task.tokens is not None:
+                yield task.kept(layer, x).numpy()
+
     if task.file is None:
-        return list(blocks)
+        return list(blocks())
     try:
         with open(task.file, "wb") as file:
-            for block in blocks:
-                file.write(np.ascontiguousarray(block).data)
+            for block in blocks():
+                np.save(file, block)
     except OSError as error:
         raise CalibrationError(
             f"no room for the moments of a shard: {error.strerror or error}",
@@ -187,11 +223,8 @@ def _moments(layer: LayerPass, task: _Observation) -> Path | list[np.ndarray]:
     return task.file
 
 
-def _read(file: Path, found: dict[str, MomentObserver]) -> Iterator[np.ndarray]:
+def _read(file: Path) -> Iterator[np.ndarray]:
     """The blocks that `_moments` wrote."""
     with open(file, "rb") as opened:
-        for observer in found.values():
-            columns = len(observer.total)
-            for start in observer.starts():
-                shape = min(MOMENT_BLOCK, columns - start), columns - start
-                yield np.fromfile(opened, np.float32, shape[0] * shape[1]).reshape(shape)
+        while opened.peek(1):
+            yield np.load(opened, allow_pickle=False)

@@ -7,7 +7,7 @@ matrices go through in pieces.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +16,7 @@ from gemma_deploy.quantization.gptq import gptq
 from gemma_deploy.quantization.moments import BLOCK, Factor, factorize
 from gemma_deploy.quantization.scales import choose_scales
 
+PIECE_ROWS = 1024  # of a matrix that tokens are multiplied with
 PIECE_ELEMENTS = 1 << 23  # of a matrix at a time; a handful of float32 arrays of this size are alive
 
 
@@ -31,6 +32,7 @@ class Settings:
         blocksize: see `gptq`.
         equalize: choose column factors; else they are 1.
         compensate: move errors onto later columns (GPTQ); else round to nearest.
+        activations: inputs are rounded to 8 bits as well, with a scale for each token.
     """
 
     bits: int = 8
@@ -40,6 +42,7 @@ class Settings:
     blocksize: int = 128
     equalize: bool = True
     compensate: bool = True
+    activations: bool = False
 
     @property
     def qmax(self) -> int:
@@ -56,6 +59,8 @@ class QuantizedWeight:
         signal: mean square of the linear's output, summed over rows; loss: of its error; rtn_loss: of the error that
             rounding to nearest makes, without factors.
         rows_to_nearest: rows where rounding to nearest lost less, and was kept.
+        activation_noise: what rounding the input adds to the output, relative to it: square over square, mean of the
+            tokens; 0 where the input is not rounded.
     """
 
     codes: torch.Tensor
@@ -64,6 +69,7 @@ class QuantizedWeight:
     loss: float
     rtn_loss: float
     rows_to_nearest: int
+    activation_noise: float = 0.0
 
     def dequantized(self) -> torch.Tensor:
         """[rows, columns] float32: the weight that the artifact applies."""
@@ -93,7 +99,11 @@ class Solved:
 
 @torch.inference_mode()
 def solve(
-    weights: Sequence[torch.Tensor], moments: torch.Tensor, settings: Settings, shared: torch.Tensor | None = None
+    weights: Sequence[torch.Tensor],
+    moments: torch.Tensor,
+    settings: Settings,
+    shared: torch.Tensor | None = None,
+    tokens: torch.Tensor | None = None,
 ) -> Solved:
     """Quantize matrices that read the same input.
 
@@ -101,6 +111,7 @@ def solve(
         weights: [rows, columns] float32 each.
         moments: [columns, columns] float32, mean of x x^T over the calibration tokens; destroyed.
         shared: see `column_factors`.
+        tokens: [tokens, columns] some of the inputs, where these are rounded as well.
 
     Raises:
         NotPositiveError: the moments cannot be factored.
@@ -115,13 +126,34 @@ def solve(
     factors = ones
     if settings.equalize:
         power = factor.conditional_power if settings.compensate else factor.diagonal
-        factors = column_factors(weights, _in_place(power, order), shared, groupsize=settings.groupsize)
+        factors = column_factors(weights, _in_place(power, order), shared, groupsize=settings.groupsize, tokens=tokens)
     solved = [_matrix(weight, factor, order, factors, settings) for weight in weights]
     equalized = settings.equalize
-    if equalized and sum(one.loss for one in solved) > sum(one.rtn_loss for one in solved):
+    if tokens is not None:  # factors may cost the weights more than they gain there: activations decide
+        rounded = tokens / factors
+        rounded -= round_tokens(rounded)
+        solved = [replace(one, activation_noise=_relative(one, tokens / factors, rounded)) for one in solved]
+    elif equalized and sum(one.loss for one in solved) > sum(one.rtn_loss for one in solved):
         factors, equalized = ones, False
         solved = [_matrix(weight, factor, order, factors, settings) for weight in weights]
     return Solved(tuple(solved), factors, factor.damping, factor.attempts, dead, equalized)
+
+
+def round_tokens(x: torch.Tensor) -> torch.Tensor:
+    """Inputs [..., columns] rounded to 8 bits with a scale per token: absmax / 127, half to even."""
+    scale = x.abs().amax(-1, keepdim=True) / 127.0
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return (x / scale).round_().mul_(scale)
+
+
+def _relative(weight: QuantizedWeight, tokens: torch.Tensor, errors: torch.Tensor) -> float:
+    """Mean over tokens of |W e|^2 / |W x|^2."""
+    square, noise = torch.zeros(2, len(tokens))
+    for codes, scale in zip(weight.codes.split(PIECE_ROWS), weight.scale.split(PIECE_ROWS), strict=True):
+        part = replace(weight, codes=codes, scale=scale).dequantized().T
+        square += (tokens @ part).square_().sum(1)
+        noise += (errors @ part).square_().sum(1)
+    return float((noise / square.clamp_min(1e-6 * float(square.mean()) + 1e-30)).double().mean())
 
 
 def _matrix(

@@ -24,7 +24,7 @@ _NOT_BUILT: tuple[tuple[Callable[[Recipe], bool], Callable[[Recipe], str]], ...]
         lambda recipe: recipe.scheme not in BUILT_SCHEMES,
         lambda recipe: (
             f"frontend.quantize.type: {recipe.scheme} is not built yet; "
-            "activations stay floating point in this version, so set type: w8a16_gptq, or w8a16 (round to nearest)"
+            "the KV cache stays floating point in this version, so set type: w8a16_gptq, or w8a8"
         ),
     ),
     (

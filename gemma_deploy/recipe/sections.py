@@ -66,7 +66,8 @@ class CalibArgs(Section):
     """Settings of the calibrated quantizers (`percdamp` = `damp_percent`, `act_order` = `desc_act`).
 
     What is not given is chosen by the quantizer (quantization/solver.py). `groupsize` input channels share a scale; -1:
-    one scale per row.
+    one scale per row. `keep_a16` is the largest share of the linears, by multiplications, whose inputs w8a8 does not
+    round.
     """
 
     true_sequential: bool = True
@@ -75,6 +76,7 @@ class CalibArgs(Section):
     wbits: Literal[4, 8, 16] | None = None
     blocksize: Positive = 128
     groupsize: Literal[-1, 32, 64, 128] | None = None
+    keep_a16: Annotated[float, Field(ge=0, le=1)] | None = None
     onegroup: VendorOnly = None
     model_file_base_name: VendorOnly = None
     model_file_kv_name: VendorOnly = None

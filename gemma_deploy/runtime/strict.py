@@ -46,9 +46,12 @@ def complete_dtypes(model: ir.Model) -> None:
                 continue
             if node.op_type == "Cast":
                 value.dtype = ir.DataType(node.attributes["to"].as_int())
+            elif node.op_type == "Constant":
+                value.dtype = node.attributes["value"].as_tensor().dtype
+            elif node.op_type == "Equal":
+                value.dtype = ir.DataType.BOOL
             else:
-                like = node.inputs[1 if node.op_type == "DequantizeLinear" else 0]
-                value.type = _type_of(like)
+                value.type = _type_of(node.inputs[1 if node.op_type in ("DequantizeLinear", "Where") else 0])
 
 
 def share_transposes(model: ir.Model) -> int:

@@ -1,0 +1,50 @@
+"""Put the rounding of activations in front of the int8 linears of a graph, once for all that read one value."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import onnx_ir as ir
+
+from gemma_deploy.graph.functions import DOMAIN, DOMAIN_VERSION, PER_TOKEN
+
+LINEAR = "QuantizedLinearPerChannel"
+LAYERS = "model.layers."
+
+
+def round_activations(model: ir.Model, kept: Collection[str]) -> int:
+    """Insert `Vastai::QuantizeDequantizePerToken`. In place; returns the number of nodes inserted.
+
+    Args:
+        kept: linears, by module path, whose inputs stay as they are. The LM head's does as well.
+    """
+    graph, rounded = model.graph, dict[ir.Value, ir.Value]()
+    for node in list(graph):
+        if node.op_type != LINEAR or node.domain != DOMAIN:
+            continue
+        x, weight = node.inputs[:2]
+        assert x is not None
+        assert weight is not None
+        module = str(weight.name).removesuffix(".weight")
+        if not module.startswith(LAYERS) or module in kept:
+            continue
+        if x not in rounded:
+            new = ir.node(PER_TOKEN, [x], domain=DOMAIN, name=f"{module}.round_input")
+            value = new.outputs[0]
+            value.name, value.shape, value.type = f"{module}.rounded", x.shape, ir.TensorType(ir.DataType.FLOAT)
+            graph.insert_before(node, new)
+            rounded[x] = value
+        node.replace_input_with(0, rounded[x])
+    if rounded:
+        graph.opset_imports[DOMAIN] = DOMAIN_VERSION
+    return len(rounded)
+
+
+def bypass_rounding(model: ir.Model) -> int:
+    """Let linears read what would have been rounded. In place; returns the number of nodes removed."""
+    nodes = [node for node in model.graph if node.op_type == PER_TOKEN and node.domain == DOMAIN]
+    for node in nodes:
+        assert node.inputs[0] is not None
+        node.outputs[0].replace_all_uses_with(node.inputs[0])
+        model.graph.remove(node, safe=True)
+    return len(nodes)

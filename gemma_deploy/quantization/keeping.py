@@ -1,0 +1,37 @@
+"""Which linears read their inputs unrounded: those whose output suffers most, up to a share of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+from gemma_deploy.checkpoint import ModelConfig, expected_tensors
+from gemma_deploy.quantization.folding import input_groups
+
+KEEP = 0.1  # of all multiplications in linears
+
+
+def linears_to_keep(records: Sequence[Mapping[str, Any]], config: ModelConfig, share: float) -> tuple[str, ...]:
+    """Linears by module path, in model order.
+
+    Args:
+        records: of the layers, `activation_noise` of every linear in them.
+        share: of the multiplications in linears that the kept ones have at most. Linears that read one input are kept
+            together, since one rounding serves them all.
+    """
+    shapes = expected_tensors(config)
+    found = []
+    for record in records:
+        for group in input_groups(config):
+            names = [f"{record['layer']}.{reader}" for reader in group.readers]
+            noise = max(record["tensors"][reader]["activation_noise"] for reader in group.readers)
+            found.append((noise, sum(prod(shapes[f"{name}.weight"]) for name in names), names))
+    left = share * sum(cost for _, cost, _ in found)
+    kept: set[str] = set()
+    for _, cost, names in sorted(found, key=lambda each: -each[0]):
+        if cost > left:
+            break  # a less noisy one that would fit is not what was asked for
+        left -= cost
+        kept |= set(names)
+    return tuple(name for _, _, names in found for name in names if name in kept)
