@@ -12,6 +12,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from gemma_deploy.calibration.points import TOKENS
+from gemma_deploy.calibration.room import workers_bytes
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.errors import PreflightError
 from gemma_deploy.machine import Machine, gib, nearest_existing, size
@@ -184,7 +186,7 @@ def make_plan(
     parameters = parameter_bytes(recipe, checkpoint)
     stages = [_ranges_stage(recipe, checkpoint.config, tensors, elements)] if recipe.scheme == "fp16" else []
     if recipe.scheme in QUANTIZERS:
-        stages.append(_quantize_stage(recipe, checkpoint.config, tensors))
+        stages.append(_quantize_stage(recipe, checkpoint.config, tensors, machine))
     stages += [
         _params_stage(recipe, tensors, elements, parameters, machine),
         Stage("graphs", "iter0 and iter1, no weights", EXPORT_BYTES, GRAPH_BYTES, IMPORT_SECONDS + EXPORT_SECONDS),
@@ -236,7 +238,9 @@ def _ranges_stage(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, Ten
     return Stage("ranges", f"largest activations of {windows} windows of {seqlen} tokens", ram, 0, seconds)
 
 
-def _quantize_stage(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, TensorFacts]) -> Stage:
+def _quantize_stage(
+    recipe: Recipe, config: ModelConfig, tensors: Mapping[str, TensorFacts], machine: Machine
+) -> Stage:
     """One layer's weights, the moments of one group of inputs, one window's activations; hidden states on disk."""
     nsamples, seqlen, layers = recipe.dataset.nsamples, recipe.dataset.seqlen, config.num_hidden_layers
     shapes = [t.shape for name, t in tensors.items() if ".layers.0." in name and len(t.shape) == 2]
@@ -245,6 +249,9 @@ def _quantize_stage(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, T
     activations = 4 * seqlen * (3 * config.intermediate_size + 2 * config.num_attention_heads * seqlen)
     # Twice the moments: the factorization's products. The codes of the layer are kept beside its weights.
     held = 5 * elements + 2 * 4 * widest**2 + PIECE_ARRAYS * 4 * piece + activations
+    quantizer = QUANTIZERS[recipe.scheme]
+    if quantizer.activations:  # tokens, their magnitudes and what these are divided into, and their rounding errors
+        held += 4 * 4 * min(TOKENS, nsamples * seqlen) * widest
     hidden = 2 * 4 * nsamples * seqlen * config.hidden_size
     tokens, inputs = nsamples * seqlen, {shape[1]: shape for shape in shapes}
     passes = 2.0 * LAYER_PASSES * elements * tokens
@@ -252,7 +259,10 @@ def _quantize_stage(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, T
     solving = sum(4.0 * shape[0] * shape[1] ** 2 for shape in shapes) + sum(columns**3 for columns in inputs)
     seconds = IMPORT_SECONDS + layers * (passes + moments + solving) / FLOPS_PER_S
     what = f"{recipe.scheme}, {nsamples} windows of {seqlen} tokens, a layer at a time"
-    return Stage("quantize", what, BASE_BYTES + TOKENIZER_BYTES + held, hidden + layers * elements, seconds)
+    workers = recipe.workspace.processes if recipe.workspace.cluster is None else 1
+    memory, handed_over = workers_bytes(config, seqlen, processes=workers, threads=machine.cpus)
+    ram, disk = BASE_BYTES + TOKENIZER_BYTES + held + memory, hidden + layers * elements + handed_over
+    return Stage("quantize", what, ram, disk, seconds)
 
 
 def _parity_stage(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, TensorFacts], elements: int) -> Stage:

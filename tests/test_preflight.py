@@ -99,7 +99,7 @@ def test_quantizing_asks_for_a_layer_and_its_moments():
 
     moments, layer = 4 * 16384**2, 2048 * (2 * 2048 + 2 * 256 + 3 * 16384)
     assert stage(18).ram_bytes == stage(72).ram_bytes == stage(18, 512).ram_bytes
-    assert moments + 4 * layer < stage(18).ram_bytes < 4 * GIB
+    assert moments + 4 * layer < stage(18).ram_bytes < 4.1 * GIB  # measured with two threads: 2.9
     assert stage(18).disk_bytes == 18 * layer + 2 * 4 * 16 * 512 * 2048
     assert stage(36).seconds == pytest.approx(2 * stage(18).seconds, rel=0.02)
 
@@ -143,7 +143,7 @@ def test_a_gguf_file_is_said_to_be_another_model():
 
 def test_an_unbuilt_recipe_is_refused_before_it_is_estimated():
     job = Recipe.from_text(
-        "name: g\nfrontend: {checkpoint: demo, shape: {input_ids: [[16], [32]]}, quantize: {type: w8a8}}\n"
+        "name: g\nfrontend: {checkpoint: demo, shape: {input_ids: [[16], [32]]}, quantize: {type: w8a16+kv8}}\n"
         "backend: {dtype: int8}\n"
     )
     with pytest.raises(NotBuiltError):

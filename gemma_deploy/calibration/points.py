@@ -13,6 +13,7 @@ LAYER_INPUTS = {
     "mlp.down_proj": ("mlp.down_proj",),
 }
 SHARD_TOKENS = 2048  # windows of about so many tokens pass through a layer together, see shards.py
+TOKENS = 1024  # inputs kept as they are, of each group of linears, where activations are rounded
 LAYER_OUTPUT = "out"
 HEAD_INPUT = "lm_head.in"
 # Kind of point -> how tables and pictures call it.

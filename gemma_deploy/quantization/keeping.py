@@ -10,6 +10,9 @@ from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.quantization.folding import input_groups
 
 KEEP = 0.1  # of all multiplications in linears
+# Square of what rounding adds to a linear's output over the square of that. Below it a linear is not worth keeping: the
+# real 270M loses KL 0.0073 with 4 inputs of down_proj kept, 0.0054 with 8, whose noise begins at 3e-4.
+LEAST_NOISE = 3e-4
 
 
 def linears_to_keep(records: Sequence[Mapping[str, Any]], config: ModelConfig, share: float) -> tuple[str, ...]:
@@ -29,8 +32,8 @@ def linears_to_keep(records: Sequence[Mapping[str, Any]], config: ModelConfig, s
             found.append((noise, sum(prod(shapes[f"{name}.weight"]) for name in names), names))
     left = share * sum(cost for _, cost, _ in found)
     kept: set[str] = set()
-    for _, cost, names in sorted(found, key=lambda each: -each[0]):
-        if cost > left:
+    for noise, cost, names in sorted(found, key=lambda each: -each[0]):
+        if cost > left or noise < LEAST_NOISE:
             break  # a less noisy one that would fit is not what was asked for
         left -= cost
         kept |= set(names)

@@ -27,6 +27,7 @@ from torch import nn
 
 from gemma_deploy.calibration.driver import Progress, embed, loaded
 from gemma_deploy.calibration.executors import Executor, Here
+from gemma_deploy.calibration.points import TOKENS
 from gemma_deploy.calibration.shards import Frame, LayerPass, Model
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig
@@ -38,7 +39,6 @@ from gemma_deploy.quantization.observing import Observers, observe, scratch_of, 
 from gemma_deploy.quantization.solver import QuantizedWeight, Settings, Solved, solve
 
 KEY_FILE, RECORD = "key.json", "record"
-TOKENS = 1024  # inputs that are kept of each group where activations are rounded as well
 
 
 def layer_file(folder: Path, layer: int) -> Path:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from gemma_deploy.quantization.equalize import column_factors
+from gemma_deploy.quantization.equalize import column_factors, token_gains
 from gemma_deploy.quantization.gptq import gptq
 from gemma_deploy.quantization.moments import BLOCK, Factor, factorize
 from gemma_deploy.quantization.scales import choose_scales
@@ -125,8 +125,11 @@ def solve(
     ones = torch.ones(len(order))
     factors = ones
     if settings.equalize:
-        power = factor.conditional_power if settings.compensate else factor.diagonal
-        factors = column_factors(weights, _in_place(power, order), shared, groupsize=settings.groupsize, tokens=tokens)
+        power = _in_place(factor.conditional_power if settings.compensate else factor.diagonal, order)
+        if tokens is not None:  # in the measure of the tokens' noise, where no single token outweighs the rest
+            weighted = (tokens.square() * token_gains(weights, tokens)[:, None]).mean(0)
+            power *= weighted / _in_place(factor.diagonal, order).clamp_min(1e-30)
+        factors = column_factors(weights, power, shared, groupsize=settings.groupsize, tokens=tokens)
     solved = [_matrix(weight, factor, order, factors, settings) for weight in weights]
     equalized = settings.equalize
     if tokens is not None:  # factors may cost the weights more than they gain there: activations decide

@@ -116,6 +116,24 @@ def wbits_agrees_with_type(recipe: Recipe) -> Found:
         )
 
 
+@rule(_QUANTIZE)
+def activation_settings_agree_with_type(recipe: Recipe) -> Found:
+    """`keep_a16` speaks of w8a8, whose integer products have one scale per row of the weights."""
+    quantize = recipe.frontend.quantize
+    if quantize is None:
+        return
+    given, here = quantize.calib_args, ("frontend", "quantize", "calib_args")
+    rounds = quantize.type.startswith("w8a8")
+    if given.keep_a16 is not None and not rounds:
+        yield (*here, "keep_a16"), f"{quantize.type} rounds no activations: remove it, or set type: w8a8"
+    if rounds and given.groupsize not in (None, -1):
+        yield (
+            (*here, "groupsize"),
+            f"{given.groupsize} contradicts {quantize.type}, whose integer products have one scale per row: "
+            "write -1, or remove it",
+        )
+
+
 @rule(_SHAPE)
 def lengths_fit_the_graphs(recipe: Recipe) -> Found:
     """`[[P], [C]]`, both multiples of 16, P <= C."""

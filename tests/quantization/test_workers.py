@@ -51,7 +51,7 @@ def small_shards(monkeypatch):
 
 def quantized(checkpoint, folder, executor, **options):
     """The bytes of all layer files."""
-    quantize_layers(checkpoint, IDS, Settings(), folder, key="k", executor=executor, **options)
+    quantize_layers(checkpoint, IDS, Settings(activations=True), folder, key="k", executor=executor, **options)
     assert not scratch_of(folder).exists() or not list(scratch_of(folder).glob("moments*"))
     files = {file.name: file.read_bytes() for file in sorted(folder.glob("layer-*.safetensors"))}
     assert len(files) == checkpoint.config.num_hidden_layers
@@ -157,7 +157,7 @@ if __name__ == "__main__":
     folder, ids = Path(sys.argv[2]), np.random.default_rng(5).integers(3, 500, (7, 40))
     with open_executor(folder / "shards", processes=2) as executor:
         quantize_layers(
-            Checkpoint.open(Path(sys.argv[1])), ids, Settings(), folder, key="k", progress=progress, executor=executor
+            Checkpoint.open(Path(sys.argv[1])), ids, Settings(activations=True), folder, key="k", progress=progress, executor=executor
         )
 """
 

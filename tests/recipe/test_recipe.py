@@ -106,15 +106,29 @@ def test_a_vendor_recipe_loads_unchanged_and_its_compiler_keys_are_carried():
     assert recipe.resolved()["backend"]["compile"] == {"data_type": 0, "gather_data_vccl_dsp_enable": True}
 
 
+@pytest.mark.parametrize(
+    ("calib_args", "said"),
+    [
+        ("{groupsize: 64}", "groupsize: 64 contradicts w8a8, whose integer products have one scale per row"),
+        ("{keep_a16: 1.5}", "keep_a16"),
+    ],
+)
+def test_settings_that_contradict_rounded_activations(calib_args, said):
+    with pytest.raises(RecipeError, match=said):
+        load(VENDOR, "frontend.quantize.type=w8a8", f"frontend.quantize.calib_args={calib_args}")
+    with pytest.raises(RecipeError, match="keep_a16: w8a16_gptq rounds no activations"):
+        load(VENDOR, "frontend.quantize.type=w8a16_gptq", "frontend.quantize.calib_args={keep_a16: 0.1}")
+
+
 def test_check_built_refuses_each_unbuilt_key_of_a_vendor_recipe_in_one_sentence():
     with pytest.raises(NotBuiltError) as caught:
-        check_built(load(VENDOR, "frontend.shape.batch=2", "frontend.quantize.type=w8a8"))
+        check_built(load(VENDOR, "frontend.shape.batch=2", "frontend.quantize.type=w8a8+kv8"))
     assert str(caught.value) == (
         "recipe gemma-2b-it-int8-tp4-1024-2048: the recipe is valid, but asks for what this version does not do\n"
         "  - frontend.model_kwargs.b2s: the batch-to-sequence layout of more than one sequence is not built yet; this "
         "version writes the low-latency layout, so set b2s: false, or frontend.shape.batch: 1\n"
-        "  - frontend.quantize.type: w8a8 is not built yet; activations stay floating point in this version, "
-        "so set type: w8a16_gptq, or w8a16 (round to nearest)\n"
+        "  - frontend.quantize.type: w8a8+kv8 is not built yet; the KV cache stays floating point in this version, "
+        "so set type: w8a16_gptq, or w8a8\n"
         "  next: change the keys above in the recipe, or on the command line with -s KEY=VALUE"
     )
 
