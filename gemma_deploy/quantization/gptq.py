@@ -30,33 +30,39 @@ def gptq(weight: torch.Tensor, units: torch.Tensor, factor: Factor, qmax: int, b
     Returns:
         [columns, rows] float32 codes.
     """
-    codes = torch.empty_like(weight)
-    error = torch.empty_like(weight)  # w - q
-
-    def move(done: slice, todo: slice, z: torch.Tensor) -> None:
-        """Move the errors of finished columns onto others."""
-        z.addmm_(factor.unit_columns(done, todo).T, error[done])
-
-    def walk(z: torch.Tensor, base: int, start: int, stop: int) -> None:
-        """Round columns [start, stop); z holds them from `base` on, with all errors before `start` moved in."""
-        if stop - start > LEAF:
-            middle = (start + stop) // 2
-            walk(z, base, start, middle)
-            move(slice(start, middle), slice(middle, stop), z[middle - base : stop - base])
-            walk(z, base, middle, stop)
-            return
-        onto = factor.unit_columns(slice(start, stop), slice(start, stop))
-        for column in range(start, stop):
-            k, value, one = column - start, z[column - base], units[column]
-            if k:
-                value += onto[:k, k] @ error[start:column]
-            torch.div(value, one, out=codes[column]).round_().clamp_(-qmax, qmax)
-            torch.addcmul(weight[column], codes[column], one, value=-1, out=error[column])
-
+    rounding = _Rounding(weight, units, factor, qmax)
     for start in range(0, len(weight), blocksize):
         stop = min(start + blocksize, len(weight))
         z = weight[start:stop].clone()
         if start:
-            move(slice(0, start), slice(start, stop), z)
-        walk(z, start, start, stop)
-    return codes
+            rounding.move(slice(0, start), slice(start, stop), z)
+        rounding.walk(z, start, start, stop)
+    return rounding.codes
+
+
+class _Rounding:
+    """One run of `gptq`: a class because a recursive closure keeps its arrays alive until Python looks for cycles."""
+
+    def __init__(self, weight: torch.Tensor, units: torch.Tensor, factor: Factor, qmax: int) -> None:
+        self.weight, self.units, self.factor, self.qmax = weight, units, factor, qmax
+        self.codes, self.error = torch.empty_like(weight), torch.empty_like(weight)  # error: w - q
+
+    def move(self, done: slice, todo: slice, z: torch.Tensor) -> None:
+        """Move the errors of finished columns onto others."""
+        z.addmm_(self.factor.unit_columns(done, todo).T, self.error[done])
+
+    def walk(self, z: torch.Tensor, base: int, start: int, stop: int) -> None:
+        """Round columns [start, stop); z holds them from `base` on, with all errors before `start` moved in."""
+        if stop - start > LEAF:
+            middle = (start + stop) // 2
+            self.walk(z, base, start, middle)
+            self.move(slice(start, middle), slice(middle, stop), z[middle - base : stop - base])
+            self.walk(z, base, middle, stop)
+            return
+        onto = self.factor.unit_columns(slice(start, stop), slice(start, stop))
+        for column in range(start, stop):
+            k, value, one = column - start, z[column - base], self.units[column]
+            if k:
+                value += onto[:k, k] @ self.error[start:column]
+            codes = torch.div(value, one, out=self.codes[column]).round_().clamp_(-self.qmax, self.qmax)
+            torch.addcmul(self.weight[column], codes, one, value=-1, out=self.error[column])

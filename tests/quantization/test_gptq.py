@@ -1,5 +1,8 @@
 """Error-compensated rounding against a plain NumPy GPTQ written from the paper, and its parts against NumPy."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -98,6 +101,20 @@ def test_the_block_size_changes_nothing():
     ]
     for other in codes[:-1]:
         assert (other == codes[-1]).float().mean() > 0.995  # float32 sums in another order, values next to a half
+
+
+def test_nothing_is_kept_alive_when_it_is_done():
+    """Of a layer of gemma-2b it would be a gigabyte until Python looks for cycles."""
+    w, h = weights(32, 64), torch.from_numpy(correlated(64))
+    gone = weakref.ref(w)
+    gc.disable()
+    try:
+        found = solve([w], h, Settings())
+        del w
+        assert found.weights[0].codes.shape == (32, 64)
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_column_factors_beat_none_and_are_undone():
