@@ -156,9 +156,8 @@ if __name__ == "__main__":
     shards.SHARD_TOKENS = 120
     folder, ids = Path(sys.argv[2]), np.random.default_rng(5).integers(3, 500, (7, 40))
     with open_executor(folder / "shards", processes=2) as executor:
-        quantize_layers(
-            Checkpoint.open(Path(sys.argv[1])), ids, Settings(activations=True), folder, key="k", progress=progress, executor=executor
-        )
+        checkpoint, settings = Checkpoint.open(Path(sys.argv[1])), Settings(activations=True)
+        quantize_layers(checkpoint, ids, settings, folder, key="k", progress=progress, executor=executor)
 """
 
 
