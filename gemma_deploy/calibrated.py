@@ -56,15 +56,15 @@ def windows_of(recipe: Recipe, checkpoint: Checkpoint) -> Request | None:
     """
     tokenizer = bool(checkpoint.tokenizer_files()) or checkpoint.format == "gguf"
     dataset, scale = recipe.dataset, recipe.frontend.model_kwargs.embed_scale
-    if recipe.scheme in QUANTIZERS:
+    if recipe.weights in QUANTIZERS:
         if not tokenizer:
             raise CheckpointError(
-                f"has no tokenizer, but {recipe.scheme} calibrates on text",
+                f"has no tokenizer, but {recipe.weights} calibrates on text",
                 where=str(checkpoint.path),
                 next_step="copy tokenizer.json there, or set frontend.quantize.type: w8a16, which looks at no data",
             )
         return Request(dataset.name, dataset.path, dataset.nsamples, dataset.seqlen, embed_scale=scale)
-    if recipe.scheme == "fp16":
+    if recipe.weights == "fp16":
         from gemma_deploy.parity.maxima import windows_request
 
         return windows_request(
@@ -111,7 +111,7 @@ def quantize_weights(
     from gemma_deploy.quantization.solver import Settings
     from gemma_deploy.quantization.table import scale_table, table_file
 
-    quantizer, section = QUANTIZERS[recipe.scheme], recipe.frontend.quantize
+    quantizer, section = QUANTIZERS[recipe.weights], recipe.frontend.quantize
     assert section is not None  # the scheme comes from there
     storage = recipe.storage_for(checkpoint.config.hidden_size)
     given = section.calib_args

@@ -69,7 +69,7 @@ def open_inputs(recipe: Recipe) -> Checkpoint:
     align = recipe.frontend.model_kwargs.align_qkv
     config = checkpoint.config
     also = division_problems(config, recipe.split_points, recipe.ranks, align)
-    if recipe.backend.dtype == "int8":
+    if recipe.int8_weights:
         storage = recipe.storage_for(config.hidden_size)
         also += group_problems(storage, input_channels(config, recipe.ranks), config.hidden_size)
     check_against_model(recipe, config, also)
@@ -115,14 +115,14 @@ def compile_recipe(
         if artifact.finished:
             return CompileResult(out, tuple(stages.done), True, artifact.manifest["parity"])
         contract, rescaling, quantized = contract_of(recipe, checkpoint), None, None
-        if recipe.scheme == "fp16":
+        if recipe.weights == "fp16":
             with stages.stage("ranges") as stage:
                 try:
                     rescaling, stage.skipped = choose_rescaling(recipe, checkpoint, looked_at, artifact.path, key)
                 except CheckpointError:
                     stream_params(recipe, checkpoint, artifact.path)  # stops at a damaged tensor and names its row
                     raise
-        if recipe.scheme in QUANTIZERS and looked_at is not None:
+        if recipe.weights in QUANTIZERS and looked_at is not None:
             with stages.stage("quantize"):
                 quantized = quantize_weights(recipe, checkpoint, looked_at, artifact.path, key, progress)
         with stages.stage("parameters") as stage:
@@ -176,7 +176,7 @@ def graph_files(recipe: Recipe, checkpoint: Checkpoint) -> list[str]:
 
 def scheme_of(recipe: Recipe) -> Scheme:
     """How parameters are stored, in a scheme that this version builds; `check_built` has refused the others."""
-    return cast(Scheme, stored_scheme(recipe.scheme))
+    return cast(Scheme, stored_scheme(recipe.weights))
 
 
 def input_key(recipe: Recipe, checkpoint: Checkpoint, dataset: dict[str, Any] | None) -> str:
@@ -307,8 +307,8 @@ def describe(
             "fingerprint_without_times": checkpoint.fingerprint(times=False),
         },
         "model": checkpoint.config.to_dict(),
-        "scheme": recipe.scheme,
-        "storage": storage.to_json() if recipe.backend.dtype == "int8" else None,
+        "scheme": recipe.weights,
+        "storage": storage.to_json() if recipe.int8_weights else None,
         "contract": contract.to_json(),
         "parts": [describe_part(part, contract) for part in parts] if len(parts) > 1 else [],
         "op_census": {file.removesuffix(".onnx"): op_census(out / file) for file in graph_files(recipe, checkpoint)},
@@ -339,7 +339,7 @@ def advice(recipe: Recipe, result: ParityResult) -> str:
     """What to do about a failed gate."""
     if any(line.name.startswith("headroom") and not line.passed for line in result.lines):
         return "this model's activations do not fit float16: use backend.dtype int8, bf16 or fp32"
-    if recipe.scheme == "w8a16" and all(line.passed for line in result.lines if line.comparison != "weights"):
+    if recipe.weights == "w8a16" and all(line.passed for line in result.lines if line.comparison != "weights"):
         return "a matrix loses too much in int8: use backend.dtype bf16, fp16 or fp32"
     return "the graphs do not compute what the checkpoint says: a bug in gemma-deploy, please report it with that page"
 

@@ -184,8 +184,8 @@ def make_plan(
     tensors = _needed(checkpoint)
     elements = sum(prod(tensor.shape) for tensor in tensors.values())
     parameters = parameter_bytes(recipe, checkpoint)
-    stages = [_ranges_stage(recipe, checkpoint.config, tensors, elements)] if recipe.scheme == "fp16" else []
-    if recipe.scheme in QUANTIZERS:
+    stages = [_ranges_stage(recipe, checkpoint.config, tensors, elements)] if recipe.weights == "fp16" else []
+    if recipe.weights in QUANTIZERS:
         stages.append(_quantize_stage(recipe, checkpoint.config, tensors, machine))
     stages += [
         _params_stage(recipe, tensors, elements, parameters, machine),
@@ -205,7 +205,7 @@ def _needed(checkpoint: CheckpointFacts) -> dict[str, TensorFacts]:
 
 def parameter_bytes(recipe: Recipe, checkpoint: CheckpointFacts) -> int:
     """Exact bytes of the tensors in all parameter files, rotary tables included, headers excluded."""
-    config, scheme = checkpoint.config, cast(Scheme, stored_scheme(recipe.scheme))
+    config, scheme = checkpoint.config, cast(Scheme, stored_scheme(recipe.weights))
     storage = recipe.storage_for(config.hidden_size)
     parts = parts_of(config.num_hidden_layers, recipe.split_points, recipe.ranks)
     plans = (build_plan(config, scheme, recipe.context_length, part=part, storage=storage) for part in parts)
@@ -219,11 +219,11 @@ def _params_stage(
     largest = max(4 * prod(tensor.shape) for tensor in tensors.values())
     ram = BASE_BYTES + workers * BLOCK_COPIES * min(BLOCK_BYTES, largest)
     source = sum(tensor.nbytes for tensor in tensors.values())
-    rate = QUANTIZE_BYTES_PER_S if recipe.backend.dtype == "int8" else CAST_BYTES_PER_S
+    rate = QUANTIZE_BYTES_PER_S if recipe.int8_weights else CAST_BYTES_PER_S
     compute = 4 * elements / (rate * min(workers, machine.cpus))
     seconds = source / READ_BYTES_PER_S + compute + parameters / WRITE_BYTES_PER_S
     return Stage(
-        "parameters", f"{len(tensors)} tensors as {recipe.scheme}, {workers} at a time", ram, parameters, seconds
+        "parameters", f"{len(tensors)} tensors as {recipe.weights}, {workers} at a time", ram, parameters, seconds
     )
 
 
@@ -249,7 +249,7 @@ def _quantize_stage(
     activations = 4 * seqlen * (3 * config.intermediate_size + 2 * config.num_attention_heads * seqlen)
     # Twice the moments: the factorization's products. The codes of the layer are kept beside its weights.
     held = 5 * elements + 2 * 4 * widest**2 + PIECE_ARRAYS * 4 * piece + activations
-    quantizer = QUANTIZERS[recipe.scheme]
+    quantizer = QUANTIZERS[recipe.weights]
     if quantizer.activations:  # tokens, their magnitudes and what these are divided into, and their rounding errors
         held += 4 * 4 * min(TOKENS, nsamples * seqlen) * widest
     hidden = 2 * 4 * nsamples * seqlen * config.hidden_size
@@ -258,7 +258,7 @@ def _quantize_stage(
     moments = 2.0 * tokens * sum(columns**2 for columns in inputs)
     solving = sum(4.0 * shape[0] * shape[1] ** 2 for shape in shapes) + sum(columns**3 for columns in inputs)
     seconds = IMPORT_SECONDS + layers * (passes + moments + solving) / FLOPS_PER_S
-    what = f"{recipe.scheme}, {nsamples} windows of {seqlen} tokens, a layer at a time"
+    what = f"{recipe.weights}, {nsamples} windows of {seqlen} tokens, a layer at a time"
     workers = recipe.workspace.processes if recipe.workspace.cluster is None else 1
     memory, handed_over = workers_bytes(config, seqlen, processes=workers, threads=machine.cpus)
     ram, disk = BASE_BYTES + TOKENIZER_BYTES + held + memory, hidden + layers * elements + handed_over

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from gemma_deploy.calibration.driver import refuse_nonfinite, template_stack
-from gemma_deploy.calibration.points import LAYER_INPUTS, SHARD_TOKENS
+from gemma_deploy.calibration.points import CACHE_PARTS, LAYER_INPUTS, SHARD_TOKENS
 from gemma_deploy.checkpoint import ModelConfig
 
 
@@ -146,24 +146,34 @@ class LayerPass:
             for handle in handles:
                 handle.remove()
 
-    def run(self, hidden: np.ndarray, seen: Callable[[str, torch.Tensor], None] | None = None) -> torch.Tensor:
+    def run(
+        self,
+        hidden: np.ndarray,
+        seen: Callable[[str, torch.Tensor], None] | None = None,
+        cached: Callable[[str, torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
         """A window through the layer.
 
         Args:
             hidden: [seqlen, hidden]; seen: called with (linear, its input [1, seqlen, channels]), see `LAYER_INPUTS`.
+            cached: called with ("key" or "value", what the cache would hold [1, Hk, seqlen, D]).
 
         Returns:
             [1, seqlen, hidden].
         """
         self._watching.seen = seen
         try:
-            output: torch.Tensor = self.module(
+            output: torch.Tensor
+            output, _, present = self.module(
                 torch.from_numpy(hidden)[None],
                 position_embeddings=self.frame.rotary[self.kind],
                 attention_mask=self.frame.masks[self.kind],
-            )[0]
+            )
         finally:
             self._watching.seen = None
+        if cached is not None:
+            for part, value in zip(CACHE_PARTS, present, strict=True):
+                cached(part, value)
         return output
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -200,15 +210,26 @@ def inputs(layer: LayerPass, shard: Shard, points: Sequence[str]) -> dict[str, t
 
 
 @torch.inference_mode()
-def advance(layer: LayerPass, shard: Shard, target: Windows | None) -> Carried | None:
+def advance(
+    layer: LayerPass, shard: Shard, target: Windows | None, maxima: dict[str, torch.Tensor] | None = None
+) -> Carried | None:
     """Write what the layer gives for a shard into `target`, or return it where there is none.
+
+    Args:
+        maxima: gets the largest magnitudes [Hk, D] of what the cache would hold, by part.
 
     Raises:
         CalibrationError: NaN or infinity.
     """
+
+    def cached(part: str, value: torch.Tensor) -> None:
+        assert maxima is not None
+        largest = value[0].abs().amax(1)
+        maxima[part] = torch.maximum(maxima[part], largest) if part in maxima else largest
+
     rows = []
     for window in shard.windows:
-        hidden = layer.run(shard.states.read(window))
+        hidden = layer.run(shard.states.read(window), cached=None if maxima is None else cached)
         refuse_nonfinite(hidden, layer, layer.name, window)
         if target is None:
             rows.append(hidden[0].numpy())

@@ -43,7 +43,8 @@ class GraphContract:
 
     Args:
         batch: B; prefill: P, length of iter0; context: C, cache slots of iter1.
-        cache_dtype: of past_key_values and present: float16 in fp16 artifacts, float32 in all others.
+        cache_dtype: of past_key_values and present: float16 in fp16 artifacts, float32 in all others, or int8. Codes
+            have their scales beside them, `.key_scale` and `.value_scale` [B,Hk,C,1] float16, one for each head and token.
         dynamic: batch and lengths are free.
         hidden_size: H; hidden_dtype: of what passes between stages, float16 in fp16 artifacts.
         first_layer: `layers` are counted from it; embeds, heads: whether token ids enter and logits leave.
@@ -74,6 +75,7 @@ class GraphContract:
         context: int,
         dynamic: bool = False,
         ranks: int = 1,
+        int8_cache: bool = False,
     ) -> GraphContract:
         """Contract of the whole of `config` compiled as `scheme`; of `ranks` ranks joined, with all their KV heads."""
         dtype = "float16" if scheme == "fp16" else "float32"
@@ -85,7 +87,7 @@ class GraphContract:
             kv_heads=kv_heads_of(config, ranks) * ranks,
             head_dim=config.head_dim,
             vocab_size=config.vocab_size,
-            cache_dtype=dtype,
+            cache_dtype="int8" if int8_cache else dtype,
             dynamic=dynamic,
             hidden_size=config.hidden_size,
             hidden_dtype=dtype,
@@ -147,8 +149,15 @@ class GraphContract:
 
     def _cache(self, prefix: str, length: int | str) -> list[Port]:
         shape = (BATCH if self.dynamic else self.batch, self.kv_heads, length, self.head_dim)
-        return [
-            Port(f"{prefix}.{i}.{part}", self.cache_dtype, shape)
-            for i in range(self.first_layer, self.first_layer + self.layers)
-            for part in ("key", "value")
-        ]
+        ports = []
+        for i in range(self.first_layer, self.first_layer + self.layers):
+            for part in ("key", "value"):
+                ports.append(Port(f"{prefix}.{i}.{part}", self.cache_dtype, shape))
+                if self.cache_dtype == "int8":
+                    ports.append(Port(f"{prefix}.{i}.{part}_scale", "float16", (*shape[:3], 1)))
+        return ports
+
+    @property
+    def computed(self) -> GraphContract:
+        """With the cache as attention computes it: what is traced, before its caches become codes."""
+        return replace(self, cache_dtype=self.hidden_dtype) if self.cache_dtype == "int8" else self

@@ -21,6 +21,7 @@ from gemma_deploy.graph.functions import used_functions
 from gemma_deploy.graph.islands import Pair, dynamic_dimensions, example_inputs, own_name, parts_of
 from gemma_deploy.graph.passes.fold import fold_constants
 from gemma_deploy.graph.passes.name_outputs import name_module_outputs
+from gemma_deploy.graph.passes.quantize_cache import quantize_cache
 from gemma_deploy.graph.passes.round_activations import round_activations
 from gemma_deploy.graph.passes.simplify import simplify
 from gemma_deploy.graph.passes.weights import hide_weights
@@ -77,7 +78,7 @@ class Traced:
     ) -> None:
         started = time.perf_counter()
         self.config, self.contract, self.kept = config, contract, kept
-        local = replace(contract, kv_heads=contract.kv_heads // ranks)
+        local = replace(contract.computed, kv_heads=contract.kv_heads // ranks)
         skeletons = {
             graph: build_skeleton(
                 config,
@@ -117,7 +118,9 @@ class Traced:
 
     def _stamped(self, graph: str, part: Part) -> ir.Model:
         contract = self.contract.of_part(part)
-        model = stamp.stamp(self.model, self.templates[graph], self.config.layer_types, contract, graph)
+        model = stamp.stamp(self.model, self.templates[graph], self.config.layer_types, contract.computed, graph)
+        if contract.cache_dtype == "int8":
+            quantize_cache(model, contract, graph)
         if part.ranks > 1 and contract.embeds:
             first = model.graph.initializers["model.embed_tokens.first_row"]
             rows = self.config.vocab_size // part.ranks

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from gemma_deploy.errors import ArtifactError
-from gemma_deploy.graph.passes.round_activations import bypass_rounding
+from gemma_deploy.graph.passes.unrounded import leave_unrounded
 from gemma_deploy.runtime.session import VERIFY, Stages, load_graph
 from gemma_deploy.runtime.strict import lower
 
@@ -31,7 +31,7 @@ class Cutter:
     def __init__(self, folder: Path, graph: str, stages: Stages = (), rounding: bool = True) -> None:
         self.folder, self.model = folder, load_graph(folder / f"{graph}.onnx", stages)
         if not rounding:
-            bypass_rounding(self.model)
+            leave_unrounded(self.model, self.model.graph.opset_imports[""])
         self.where = str(folder / f"{graph}.onnx")
         self.values = {value.name: value for node in self.model.graph for value in node.outputs}
         self.values |= {value.name: value for value in self.model.graph.inputs}

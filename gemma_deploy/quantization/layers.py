@@ -10,10 +10,8 @@ bytes.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from gemma_deploy.calibration.driver import Progress, embed, loaded
@@ -33,12 +30,14 @@ from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig
 from gemma_deploy.errors import CalibrationError
 from gemma_deploy.machine import give_memory_back
+from gemma_deploy.quantization.cache import cache_factors
+from gemma_deploy.quantization.durable import RECORD, durable, durable_tensors
 from gemma_deploy.quantization.folding import InputGroup, input_groups
 from gemma_deploy.quantization.moments import NotPositiveError
 from gemma_deploy.quantization.observing import Observers, observe, scratch_of, step
 from gemma_deploy.quantization.solver import QuantizedWeight, Settings, Solved, solve
 
-KEY_FILE, RECORD = "key.json", "record"
+KEY_FILE = "key.json"
 
 
 def layer_file(folder: Path, layer: int) -> Path:
@@ -55,6 +54,7 @@ def quantize_layers(
     *,
     key: str,
     true_sequential: bool = True,
+    int8_cache: bool = False,
     embed_scale: str = "exact",
     progress: Progress | None = None,
     executor: Executor | None = None,
@@ -69,6 +69,7 @@ def quantize_layers(
             that absorbed factors; and, while it works, the hidden states.
         key: everything the result depends on; results of another key are thrown away.
         true_sequential: let linears see what the quantized ones before them in the same layer give.
+        int8_cache: look at keys and values, and write the factors of their channels (cache.py).
         embed_scale: "exact" or "bf16", as in the recipe.
         progress: called with (windows passed through a layer, all of them), each layer several times.
         executor: where windows pass through layers, threads of this process when None. The bytes are the same.
@@ -112,7 +113,7 @@ def quantize_layers(
                         next_step=f"its weights in {checkpoint.path} are damaged: copy or download them again",
                     ) from error
                 following = HiddenStates(shape, _states_file(folder, index + 1), 0)
-                step(executor, layer, states, following, ticked)
+                tensors |= cache_factors(step(executor, layer, states, following, ticked, int8_cache))
             following.sync()
             named = {f"{layer.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
             durable_tensors(layer_file(folder, index), named, {"layer": layer.name, **record})
@@ -241,22 +242,5 @@ def _claim(folder: Path, key: str) -> None:
     if not mark.exists() or json.loads(mark.read_text()) != key:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        with _durable(mark) as partial:
+        with durable(mark) as partial:
             partial.write_text(json.dumps(key))
-
-
-def durable_tensors(file: Path, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
-    """Write a file of tensors and a record, whole or not at all."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with _durable(file) as partial:
-        save_file(contiguous, partial, {RECORD: json.dumps(record)})
-
-
-@contextmanager
-def _durable(file: Path) -> Iterator[Path]:
-    """A temporary name beside `file` to write under; the content is on disk before it gets its own."""
-    partial = file.with_name(file.name + ".partial")
-    yield partial
-    with open(partial, "rb") as written:
-        os.fsync(written.fileno())
-    os.replace(partial, file)

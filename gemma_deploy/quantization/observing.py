@@ -48,10 +48,11 @@ class _Observation:
 
 @dataclass(frozen=True)
 class _Step:
-    """A shard's task: where the next states go, None to return them."""
+    """A shard's task: where the next states go, None to return them; whether to look at what a cache would hold."""
 
     shard: Shard
     target: Windows | None
+    cache: bool
 
 
 @dataclass(frozen=True)
@@ -123,21 +124,37 @@ def observe(
 
 
 def step(
-    executor: Executor, layer: LayerPass, states: HiddenStates, following: HiddenStates, ticked: Callable[[], None]
-) -> None:
+    executor: Executor,
+    layer: LayerPass,
+    states: HiddenStates,
+    following: HiddenStates,
+    ticked: Callable[[], None],
+    cache: bool = False,
+) -> dict[str, torch.Tensor]:
     """Write what the layer gives for `states` into `following`.
+
+    Args:
+        cache: look at what a cache would hold.
+
+    Returns:
+        The largest magnitude of each channel [Hk, D] of "key" and "value"; nothing unless asked for.
 
     Raises:
         CalibrationError: NaN or infinity, or a worker ended.
     """
     shards = shards_of(*states.shape[:2])
     target = None if executor.shares == "nothing" else following
-    tasks = (_Step(Shard(shard, _source(executor, states, shard)), target) for shard in shards)
+    tasks = (_Step(Shard(shard, _source(executor, states, shard)), target, cache) for shard in shards)
+    maxima: dict[str, torch.Tensor] = {}
     with closing(executor.map(_advance, layer, tasks)) as results:
-        for shard, result in zip(shards, results, strict=True):
-            if result is not None:
-                result.into(following)
+        for shard, (carried, found) in zip(shards, results, strict=True):
+            if carried is not None:
+                carried.into(following)
+            for part, largest in found.items():
+                seen = torch.from_numpy(np.array(largest))
+                maxima[part] = torch.maximum(maxima[part], seen) if part in maxima else seen
             _tick(shard, ticked)
+    return maxima
 
 
 def scratch_of(folder: Path) -> Path:
@@ -191,8 +208,10 @@ def _add(layer: LayerPass, task: _Addition) -> None:
         task.observer.add(task.start, moment_block(x, task.start))
 
 
-def _advance(layer: LayerPass, task: _Step) -> Carried | None:
-    return advance(layer, task.shard, task.target)
+def _advance(layer: LayerPass, task: _Step) -> tuple[Carried | None, dict[str, np.ndarray]]:
+    maxima: dict[str, torch.Tensor] = {}
+    carried = advance(layer, task.shard, task.target, maxima if task.cache else None)
+    return carried, {part: largest.numpy() for part, largest in maxima.items()}
 
 
 @torch.inference_mode()

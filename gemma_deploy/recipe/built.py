@@ -6,9 +6,7 @@ from collections.abc import Callable
 
 from gemma_deploy.errors import NotBuiltError
 from gemma_deploy.recipe.recipe import Recipe
-from gemma_deploy.schemes import QUANTIZERS
 
-BUILT_SCHEMES = ("fp32", "fp16", "bf16", "w8a16", *QUANTIZERS)
 
 # (is it asked for?, one sentence). Building a feature removes its line.
 _NOT_BUILT: tuple[tuple[Callable[[Recipe], bool], Callable[[Recipe], str]], ...] = (
@@ -18,13 +16,6 @@ _NOT_BUILT: tuple[tuple[Callable[[Recipe], bool], Callable[[Recipe], str]], ...]
         lambda recipe: (
             "frontend.model_kwargs.b2s: the batch-to-sequence layout of more than one sequence is not built yet; "
             "this version writes the low-latency layout, so set b2s: false, or frontend.shape.batch: 1"
-        ),
-    ),
-    (
-        lambda recipe: recipe.scheme not in BUILT_SCHEMES,
-        lambda recipe: (
-            f"frontend.quantize.type: {recipe.scheme} is not built yet; "
-            "the KV cache stays floating point in this version, so set type: w8a16_gptq, or w8a8"
         ),
     ),
     (

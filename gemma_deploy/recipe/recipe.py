@@ -19,7 +19,7 @@ from gemma_deploy.recipe import document as documents
 from gemma_deploy.recipe import explain, rules, sections
 from gemma_deploy.recipe.document import Document
 from gemma_deploy.recipe.mix import read_mix
-from gemma_deploy.schemes import Storage, storage_of
+from gemma_deploy.schemes import QUANTIZERS, Storage, storage_of
 
 # Second spellings of one key, both found in public recipes: (spelling, its name here).
 _SPELLINGS = (
@@ -33,6 +33,9 @@ _STAND_INS: dict[documents.Path, Any] = {
     ("frontend", "shape", "input_ids"): [[16], [16]],
     ("backend", "dtype"): "fp32",
 }
+
+
+W16KV8, KV8 = "w16kv8", "+kv8"
 
 
 class Recipe(sections.Section):
@@ -153,17 +156,37 @@ class Recipe(sections.Section):
 
     @property
     def scheme(self) -> str:
-        """How the parameters are stored: fp32, fp16, bf16, or a quantize type (int8 alone means w8a16)."""
+        """fp32, fp16, bf16, or the quantize type (int8 alone means w8a16)."""
         if self.frontend.quantize is not None:
             return self.frontend.quantize.type
         return "w8a16" if self.backend.dtype == "int8" else self.backend.dtype
+
+    @property
+    def weights(self) -> str:
+        """How the parameters are stored, whatever the cache is: the scheme without its `+kv8`.
+
+        The 16 bits of w16kv8 are those of backend.dtype; of int8, which then speaks of the cache alone, float16.
+        """
+        if self.scheme == W16KV8:
+            return "fp16" if self.backend.dtype == "int8" else self.backend.dtype
+        return self.scheme.removesuffix(KV8)
+
+    @property
+    def int8_weights(self) -> bool:
+        """Whether matrices are stored as codes with scales, of 8 bits or 4."""
+        return self.weights.startswith("w")
+
+    @property
+    def int8_cache(self) -> bool:
+        """Whether keys and values are kept as 8-bit codes."""
+        return self.scheme == W16KV8 or self.scheme.endswith(KV8)
 
     def storage_for(self, hidden_size: int) -> Storage:
         """What the matrices of an int8 artifact of a model of this width are stored as."""
         section = self.frontend.quantize
         if section is None:
             return Storage()
-        return storage_of(self.scheme, hidden_size, section.calib_args.groupsize, section.table)
+        return storage_of(self.weights, hidden_size, section.calib_args.groupsize, section.table)
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with all defaults, as plain data; `from_text` of its YAML gives an equal recipe."""
@@ -173,7 +196,7 @@ class Recipe(sections.Section):
         """Dotted key -> value of what is carried into the manifest and has no effect here."""
         carried = _vendor(self, "")
         quantize = self.frontend.quantize
-        if quantize is not None and self.scheme == "w8a16":  # round to nearest looks at no data
+        if quantize is not None and self.weights not in QUANTIZERS and not self.int8_cache:  # round to nearest looks at no data
             for key in ("device", "calib_args"):
                 if key in quantize.model_fields_set:
                     value = getattr(quantize, key)

@@ -38,13 +38,3 @@ def round_activations(model: ir.Model, kept: Collection[str]) -> int:
     if rounded:
         graph.opset_imports[DOMAIN] = DOMAIN_VERSION
     return len(rounded)
-
-
-def bypass_rounding(model: ir.Model) -> int:
-    """Let linears read what would have been rounded. In place; returns the number of nodes removed."""
-    nodes = [node for node in model.graph if node.op_type == PER_TOKEN and node.domain == DOMAIN]
-    for node in nodes:
-        assert node.inputs[0] is not None
-        node.outputs[0].replace_all_uses_with(node.inputs[0])
-        model.graph.remove(node, safe=True)
-    return len(nodes)

@@ -1,0 +1,96 @@
+"""Keep keys and values as 8-bit codes: quantized where they leave the graph, dequantized where attention reads them.
+
+Attention reads the new token's key and value through their codes as well, so that a token weighs the same in the step
+that makes it, in later steps, and in a prefill.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from gemma_deploy.graph.contract import GraphContract, Port
+from gemma_deploy.graph.functions import DEQUANTIZE_CACHE, DOMAIN, DOMAIN_VERSION, QUANTIZE_CACHE
+
+DTYPES = {"int8": ir.DataType.INT8, "float16": ir.DataType.FLOAT16, "float32": ir.DataType.FLOAT}
+PARTS = {"key": "k_proj", "value": "v_proj"}
+SHAPE = "cache_factor.shape"
+
+
+def factor_name(layer: int, part: str) -> str:
+    """The parameter [Hk * D] by which channels of a layer's keys or values are divided before they are rounded."""
+    return f"model.layers.{layer}.self_attn.{PARTS[part]}.cache_factor"
+
+
+def quantize_cache(model: ir.Model, contract: GraphContract, graph: str) -> int:
+    """Turn the caches of a graph into codes and scales. In place; returns the number of caches.
+
+    Args:
+        contract: with an int8 cache; graph: which of its graphs the model is, with caches as they are computed.
+    """
+    inputs = {port.name: _value(port) for port in contract.inputs(graph) if port.name.startswith("past_key_values.")}
+    outputs = {port.name: port for port in contract.outputs(graph)}
+    for layer in range(contract.first_layer, contract.first_layer + contract.layers):
+        for part in PARTS:
+            factor = _factor(model.graph, contract, layer, part)
+            past, present = f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
+            if past in inputs:
+                read = next(value for value in model.graph.inputs if value.name == past)
+                node = _dequantize(inputs[past], inputs[f"{past}_scale"], factor, read, f"{past}.read")
+                read.replace_all_uses_with(node.outputs[0])
+                model.graph.append(node)
+            _change_present(model.graph, factor, present, outputs, f"model.layers.{layer}.self_attn.{part}")
+    kept = [value for value in model.graph.inputs if value.name not in inputs]
+    model.graph.inputs[:] = [*kept, *inputs.values()]
+    model.graph.sort()
+    model.graph.opset_imports[DOMAIN] = DOMAIN_VERSION
+    return len(PARTS) * contract.layers
+
+
+def _factor(graph: ir.Graph, contract: GraphContract, layer: int, part: str) -> ir.Value:
+    """[Hk, 1, D], from the parameter."""
+    name, count = factor_name(layer, part), contract.kv_heads * contract.head_dim
+    parameter = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([count]))
+    graph.initializers.add(parameter)  # its data comes with the parameter file
+    if SHAPE not in graph.initializers:
+        sizes = ir.tensor([contract.kv_heads, 1, contract.head_dim], dtype=ir.DataType.INT64, name=SHAPE)
+        shape = ir.Value(name=SHAPE, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([3]), const_value=sizes)
+        graph.register_initializer(shape)
+    node = ir.node("Reshape", [parameter, graph.initializers[SHAPE]], name=f"{name}.by_head")
+    node.outputs[0].name, node.outputs[0].type = f"{name}.by_head", ir.TensorType(ir.DataType.FLOAT)
+    node.outputs[0].shape = ir.Shape([contract.kv_heads, 1, contract.head_dim])
+    graph.append(node)
+    return node.outputs[0]
+
+
+def _change_present(graph: ir.Graph, factor: ir.Value, name: str, ports: dict[str, Port], inner: str) -> None:
+    at = next(i for i, value in enumerate(graph.outputs) if value.name == name)
+    made = graph.outputs[at]
+    wrapper = made.producer()
+    assert wrapper is not None
+    if wrapper.op_type == "Identity" and wrapper.inputs[0] is not None:
+        made = wrapper.inputs[0]
+    else:
+        made.name = inner
+    node = ir.node(QUANTIZE_CACHE, [made, factor], domain=DOMAIN, num_outputs=2, name=f"{name}.quantize")
+    for value, port in zip(node.outputs, (ports[name], ports[f"{name}_scale"]), strict=True):
+        value.name, value.type, value.shape = port.name, ir.TensorType(DTYPES[port.dtype]), ir.Shape(port.shape)
+    graph.outputs[at : at + 1] = list(node.outputs)
+    if made is not wrapper.outputs[0]:
+        graph.remove(wrapper, safe=True)
+    back = _dequantize(node.outputs[0], node.outputs[1], factor, made, f"{inner}.read")
+    for user, index in list(made.uses()):
+        if user is not node:
+            user.replace_input_with(index, back.outputs[0])
+    graph.extend([node, back])
+
+
+def _dequantize(codes: ir.Value, scale: ir.Value, factor: ir.Value, like: ir.Value, name: str) -> ir.Node:
+    dtype = like.dtype or ir.DataType.FLOAT
+    node = ir.node(DEQUANTIZE_CACHE, [codes, scale, factor], {"to": dtype.value}, domain=DOMAIN, name=name)
+    value = node.outputs[0]
+    value.name, value.type, value.shape = name, ir.TensorType(dtype), like.shape
+    return node
+
+
+def _value(port: Port) -> ir.Value:
+    return ir.Value(name=port.name, type=ir.TensorType(DTYPES[port.dtype]), shape=ir.Shape(port.shape))

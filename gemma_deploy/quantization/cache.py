@@ -1,0 +1,86 @@
+"""Factors of an int8 KV cache: a key's or value's channels are divided by them before a token's are rounded together.
+
+Every head and token has a scale of its own, made when it is written. Channels of keys differ by orders of magnitude, the
+same ones in every token, which one scale cannot serve (real 270M, keys alone: KL 0.0089 with a scale per token, 0.00035
+with factors as well); scales that are fixed beforehand, one for each channel, cost twice as much (keys and values
+0.0012) since tokens differ too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gemma_deploy.calibration.driver import Progress, embed, loaded
+from gemma_deploy.calibration.executors import Executor
+from gemma_deploy.calibration.points import CACHE_PARTS
+from gemma_deploy.calibration.shards import Frame, LayerPass, Model
+from gemma_deploy.calibration.states import HiddenStates
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.quantization.durable import durable_tensors
+from gemma_deploy.quantization.observing import step
+
+FACTOR = "cache_factor"
+SMALLEST = 1e-3  # of the largest channel of a head: what was silent on the calibration text may speak up later
+
+
+def cache_factors(maxima: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parameters by name within the layer: [Hk * D] float32, the logarithms' mean of each head 0.
+
+    Args:
+        maxima: of "key" and "value", the largest magnitude of each channel [Hk, D].
+    """
+    found = {}
+    for part, largest in maxima.items():
+        sizes = largest.double()
+        sizes = sizes.maximum(SMALLEST * sizes.amax(1, keepdim=True)).clamp_min(1e-30)
+        factors = (sizes.log() - sizes.log().mean(1, keepdim=True)).exp()
+        found[f"{CACHE_PARTS[part]}.{FACTOR}"] = factors.float().reshape(-1)
+    return found
+
+
+@torch.inference_mode()
+def observe_cache(
+    checkpoint: Checkpoint,
+    ids: np.ndarray,
+    file: Path,
+    *,
+    embed_scale: str,
+    executor: Executor,
+    progress: Progress | None = None,
+) -> None:
+    """Pass windows through the model in float32 and write all factors into one file; one layer is in memory at a time.
+
+    Args:
+        ids: [nsamples, seqlen] token ids, BOS first; file: hidden states lie beside it meanwhile.
+
+    Raises:
+        CalibrationError: the weights give NaN or infinity, the disk is full, or a worker ended.
+    """
+    config, (nsamples, seqlen) = checkpoint.config, ids.shape
+    shape = (nsamples, seqlen, config.hidden_size)
+    frame = Frame(Model(config, embed_scale, seqlen, checkpoint.path))
+    states = HiddenStates(shape, file.with_name("hidden.f32"), 0)
+    tensors: dict[str, torch.Tensor] = {}
+    done = 0
+
+    def ticked() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, config.num_hidden_layers * nsamples)
+
+    try:
+        embed(checkpoint, ids, float(frame.stack.embed_tokens.scale_value(torch.float32)), states)
+        for index in range(config.num_hidden_layers):
+            layer = LayerPass(frame, index)
+            with loaded(layer.module, checkpoint, layer.name):
+                # A window's states are read before the layer's are written in their place.
+                maxima = step(executor, layer, states, states, ticked, cache=True)
+            tensors |= {f"{layer.name}.{name}": value for name, value in cache_factors(maxima).items()}
+    finally:
+        states.close()
+    durable_tensors(file, tensors, {})
