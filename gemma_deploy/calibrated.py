@@ -56,13 +56,13 @@ def windows_of(recipe: Recipe, checkpoint: Checkpoint) -> Request | None:
     """
     tokenizer = bool(checkpoint.tokenizer_files()) or checkpoint.format == "gguf"
     dataset, scale = recipe.dataset, recipe.frontend.model_kwargs.embed_scale
-    if recipe.weights in QUANTIZERS:
-        if not tokenizer:
-            raise CheckpointError(
-                f"has no tokenizer, but {recipe.weights} calibrates on text",
-                where=str(checkpoint.path),
-                next_step="copy tokenizer.json there, or set frontend.quantize.type: w8a16, which looks at no data",
-            )
+    if (recipe.weights in QUANTIZERS or recipe.int8_cache) and not tokenizer:
+        raise CheckpointError(
+            f"has no tokenizer, but {recipe.scheme} calibrates on text",
+            where=str(checkpoint.path),
+            next_step="copy tokenizer.json there, or set frontend.quantize.type: w8a16, which looks at no data",
+        )
+    if recipe.weights in QUANTIZERS or (recipe.int8_cache and recipe.weights != "fp16"):
         return Request(dataset.name, dataset.path, dataset.nsamples, dataset.seqlen, embed_scale=scale)
     if recipe.weights == "fp16":
         from gemma_deploy.parity.maxima import windows_request
@@ -138,6 +138,7 @@ def quantize_weights(
             folder,
             key=key,
             true_sequential=given.true_sequential,
+            int8_cache=recipe.int8_cache,
             embed_scale=looked_at.embed_scale,
             progress=progress,
             executor=executor,
@@ -150,3 +151,39 @@ def quantize_weights(
     used = asdict(settings) | {"true_sequential": given.true_sequential}
     give_memory_back()
     return Quantized(Overlay(checkpoint, [*files, table_file(folder)], records), used, records, table, kept)
+
+
+def calibrate_cache(
+    recipe: Recipe, checkpoint: Checkpoint, looked_at: Request, out: Path, key: str, progress: Progress | None
+) -> tuple[Overlay, bool]:
+    """Factors of an int8 cache where the weights are rounded to nearest: the checkpoint's own keys and values.
+
+    Returns:
+        The checkpoint with the factors beside its tensors, and whether a run before this one had made them.
+    """
+    from gemma_deploy.calibration.executors import open_executor
+    from gemma_deploy.quantization.cache import observe_cache
+    from gemma_deploy.quantization.observing import scratch_of
+
+    folder, workspace = out / QUANTIZED, recipe.workspace
+    file, mark = folder / "cache.safetensors", folder / "cache.key"
+    done = file.exists() and mark.exists() and mark.read_text() == key
+    if not done:
+        if workspace.cluster is not None:
+            require_cluster(workspace.cluster)
+        file.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.write_text(key)
+        windows = make_windows(checkpoint, looked_at)
+        give_memory_back()  # of the tokenizer
+        with open_executor(scratch_of(folder), processes=workspace.processes, cluster=workspace.cluster) as executor:
+            observe_cache(
+                checkpoint,
+                windows.ids,
+                file,
+                embed_scale=looked_at.embed_scale,
+                executor=executor,
+                progress=progress,
+            )
+        give_memory_back()
+    return Overlay(checkpoint, [file], []), done

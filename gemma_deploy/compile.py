@@ -19,7 +19,7 @@ from gemma_deploy import paths
 from gemma_deploy.artifact import ArtifactDir, op_census, write_report
 from gemma_deploy.artifact.ledger import ledger_for
 from gemma_deploy.artifact.manifest import FORMAT_VERSION, tool_versions
-from gemma_deploy.calibrated import choose_rescaling, quantize_weights, windows_of
+from gemma_deploy.calibrated import calibrate_cache, choose_rescaling, quantize_weights, windows_of
 from gemma_deploy.calibration.pipeline import dataset_record
 from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint, write_tokenizer
 from gemma_deploy.errors import CheckpointError, GateError
@@ -125,8 +125,13 @@ def compile_recipe(
         if recipe.weights in QUANTIZERS and looked_at is not None:
             with stages.stage("quantize"):
                 quantized = quantize_weights(recipe, checkpoint, looked_at, artifact.path, key, progress)
+        source: Checkpoint | Overlay = quantized.source if quantized else checkpoint
+        if recipe.int8_cache and quantized is None and looked_at is not None:
+            with stages.stage("cache") as stage:
+                source, stage.skipped = calibrate_cache(
+                    recipe, checkpoint, looked_at, artifact.path, key, progress
+                )
         with stages.stage("parameters") as stage:
-            source = quantized.source if quantized else checkpoint
             table = stream_params(recipe, source, artifact.path, rescaling, progress)
             stage.bytes = table.file_bytes
         with stages.stage("graphs") as stage:
@@ -161,7 +166,8 @@ def compile_recipe(
 def contract_of(recipe: Recipe, checkpoint: Checkpoint) -> GraphContract:
     """Names, dtypes and shapes of the whole model's inputs and outputs."""
     lengths = recipe.prefill_length, recipe.context_length
-    return GraphContract.of(checkpoint.config, scheme_of(recipe), recipe.batch, *lengths, recipe.dynamic, recipe.ranks)
+    scheme, sizes = scheme_of(recipe), (recipe.batch, *lengths, recipe.dynamic, recipe.ranks)
+    return GraphContract.of(checkpoint.config, scheme, *sizes, int8_cache=recipe.int8_cache)
 
 
 def parts_in(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Part, ...]:
@@ -209,7 +215,9 @@ def stream_params(
     stored = source.stored if isinstance(source, Overlay) else None
     storage = recipe.storage_for(source.config.hidden_size)
     plans = [
-        build_plan(source.config, scheme_of(recipe), recipe.context_length, rescaling, part, stored, storage)
+        build_plan(
+            source.config, scheme_of(recipe), recipe.context_length, rescaling, part, stored, storage, recipe.int8_cache
+        )
         for part in parts
     ]
     total = sum(spec.nbytes for plan in plans for spec in plan)
@@ -308,6 +316,7 @@ def describe(
         },
         "model": checkpoint.config.to_dict(),
         "scheme": recipe.weights,
+        "int8_cache": recipe.int8_cache,
         "storage": storage.to_json() if recipe.int8_weights else None,
         "contract": contract.to_json(),
         "parts": [describe_part(part, contract) for part in parts] if len(parts) > 1 else [],

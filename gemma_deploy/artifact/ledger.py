@@ -28,6 +28,8 @@ def ledger_for(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     scheme, model, contract = manifest["scheme"], manifest["model"], manifest["contract"]
     effect = _effect(manifest.get("parity"))
     entries = [_storage(manifest, scheme, effect), *_rescaling(Rescaling.of_manifest(manifest))]
+    if manifest.get("int8_cache"):
+        entries.append(_cache(contract, effect))
     scale = manifest["recipe"]["frontend"]["model_kwargs"]["embed_scale"]
     entries.append(
         LedgerEntry(
@@ -164,6 +166,18 @@ def _inputs(manifest: dict[str, Any]) -> str:
     kept = rounding["kept"]
     but = f", but not those of {len(kept)} linears that would lose most ({', '.join(kept)})" if kept else ""
     return f"their inputs are rounded to 8 bits with a scale per token{but}; other activations and "
+
+
+def _cache(contract: dict[str, Any], effect: dict[str, Any]) -> LedgerEntry:
+    heads, dim = contract["kv_heads"], contract["head_dim"]
+    return LedgerEntry(
+        "keys and values are kept as int8, with a float16 scale for each head and token",
+        f"past_key_values and present of every layer: {2 * heads * (dim + 2)} bytes a token and layer, "
+        f"float16 takes {4 * heads * dim}",
+        "frontend.quantize.type +kv8; channels are divided by factors from calibration text before they are rounded, and "
+        "attention reads the new token through its codes as well",
+        effect,
+    )
 
 
 def _table(storage: Storage) -> str:

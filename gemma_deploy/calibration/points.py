@@ -13,6 +13,7 @@ LAYER_INPUTS = {
     "mlp.down_proj": ("mlp.down_proj",),
 }
 CACHE_PARTS = {"key": "self_attn.k_proj", "value": "self_attn.v_proj"}  # what a cache holds, and what makes it
+CACHE_FACTOR = "cache_factor"
 SHARD_TOKENS = 2048  # windows of about so many tokens pass through a layer together, see shards.py
 TOKENS = 1024  # inputs kept as they are, of each group of linears, where activations are rounded
 LAYER_OUTPUT = "out"

@@ -44,7 +44,7 @@ class GraphContract:
     Args:
         batch: B; prefill: P, length of iter0; context: C, cache slots of iter1.
         cache_dtype: of past_key_values and present: float16 in fp16 artifacts, float32 in all others, or int8. Codes
-            have their scales beside them, `.key_scale` and `.value_scale` [B,Hk,C,1] float16, one for each head and token.
+            have their scales beside them, `.key_scale` and `.value_scale` [B,Hk,C,1] float16, for each head and token.
         dynamic: batch and lengths are free.
         hidden_size: H; hidden_dtype: of what passes between stages, float16 in fp16 artifacts.
         first_layer: `layers` are counted from it; embeds, heads: whether token ids enter and logits leave.

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from gemma_deploy.calibration.points import CACHE_FACTOR, CACHE_PARTS
 from gemma_deploy.checkpoint import ModelConfig, Rope, expected_tensors
 from gemma_deploy.params.overlay import TABLE, Stored
 from gemma_deploy.partition import Part, whole
@@ -73,6 +74,7 @@ def build_plan(
     part: Part | None = None,
     quantized: Mapping[str, Stored] | None = None,
     storage: Storage | None = None,
+    int8_cache: bool = False,
 ) -> tuple[ParamSpec, ...]:
     """Every parameter of the model in model order, then the rotary tables.
 
@@ -87,6 +89,7 @@ def build_plan(
         part: only what this part of a divided artifact holds. Names are the whole model's.
         quantized: matrices whose codes and scales the source holds already (`Overlay.stored`).
         storage: bits and groups of the int8 schemes' codes; int8 per row by default.
+        int8_cache: factors of the channels of keys and values, which the source holds as well.
     """
     storage = storage or Storage()
     rescaling, part = rescaling or Rescaling(), part or Part(whole(config.num_hidden_layers))
@@ -119,6 +122,10 @@ def build_plan(
             specs.append(ParamSpec(name, shape, MATRIX_DTYPE[scheme], "cast", name, shift=shift))
     if scheme == "fp16":
         specs += [_attention_scale(config, layer, rescaling) for layer in range(span.start, span.stop)]
+    if int8_cache:
+        channels = (config.num_key_value_heads * config.head_dim,)
+        names = [cache_factor(layer, part) for layer in range(span.start, span.stop) for part in CACHE_PARTS]
+        specs += [ParamSpec(name, channels, "float32", "stored", name) for name in names]
     half = (context_length, config.head_dim // 2)
     layer_types = config.layer_types[span.start : span.stop]
     for layer_type, rope in ((kind, rope) for kind, rope in config.rope.items() if kind in layer_types):
@@ -126,6 +133,11 @@ def build_plan(
             name = f"model.rotary_emb.{layer_type}.{table}"
             specs.append(ParamSpec(name, half, ROTARY_DTYPE, "constant", rope=rope))
     return tuple(specs) if part.ranks == 1 else tuple(_of_rank(spec, config, part) for spec in specs)
+
+
+def cache_factor(layer: int, part: str) -> str:
+    """The parameter [Hk * D] by which channels of a layer's "key" or "value" are divided before they become codes."""
+    return f"model.layers.{layer}.{CACHE_PARTS[part]}.{CACHE_FACTOR}"
 
 
 def _of_rank(spec: ParamSpec, config: ModelConfig, part: Part) -> ParamSpec:

@@ -19,7 +19,7 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import UsageError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case, make_cases, prompt_length
-from gemma_deploy.parity.gates import GATES, TWINS, Gate, Line, headroom_line, judge, sqnr_line
+from gemma_deploy.parity.gates import TWINS, Gate, Line, gates_of, headroom_line, judge, sqnr_line
 from gemma_deploy.parity.metrics import Comparison, Metrics
 from gemma_deploy.parity.sources import FastSource, Features, Source
 from gemma_deploy.schemes import QUANTIZERS, Storage
@@ -207,8 +207,8 @@ def run_parity(
     Raises:
         UsageError: the text file is missing or too short; DeployError: a source could not run.
     """
-    from gemma_deploy.parity.activations import rounding_lines
     from gemma_deploy.parity.reference import TorchSource
+    from gemma_deploy.parity.rounding import rounding_lines
     from gemma_deploy.parity.segments import StrictSource
     from gemma_deploy.parity.stored import StoredWeights
 
@@ -228,15 +228,16 @@ def run_parity(
         twin = TorchSource(StoredWeights(opened, artifact, manifest), "patched", "fp32", scale, name=TWINS[scheme])
     sources[twin.name] = twin
     sources[strict.name] = strict
+    gates = gates_of(scheme, bool(manifest.get("int8_cache")))
     rounding = rounding_lines(artifact, manifest)
     repeating = StrictSource(artifact, manifest, rounding=False) if rounding else strict
     sources[repeating.name] = repeating
-    pairs = list(dict.fromkeys([gate.pair for gate in GATES[scheme]] + [(TWINS[scheme], repeating.name)]))
+    pairs = list(dict.fromkeys([gate.pair for gate in gates] + [(TWINS[scheme], repeating.name)]))
     if fast:
         sources["fast"] = FastSource(artifact)
         pairs += [("strict", "fast"), (hf.name, "fast")]
     found = compare_sources(sources, pairs, cases, opened.config.vocab_size, report)
-    result.lines = [*rounding, *judged(GATES[scheme], found)]
+    result.lines = [*rounding, *judged(gates, found)]
     if scheme == "fp16":
         result.lines.append(headroom_line(hf.absmax, strict.rescaling))
     if manifest["storage"] and Storage.from_json(manifest["storage"]).linears.bits == 8:

@@ -10,7 +10,7 @@ nothing is rebuilt. Differs from running the whole graph in the number of rows o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.cutting import DECODE_INPUTS, EMBEDDED, LOGITS, NORMED, Cutter, by_position
 from gemma_deploy.parity.sources import Features
 from gemma_deploy.quantization.rescaling import Rescaling
-from gemma_deploy.runtime.contract import StaticContract, read_contract, read_manifest, stages_of
+from gemma_deploy.runtime.contract import Port, StaticContract, read_contract, read_manifest, stages_of
 
 UNROUNDED = "strict, activations unrounded"
 CHOSEN = "lm_head.in"  # what the LM head reads: in prefill a slice of the final norm
@@ -100,7 +100,14 @@ class StrictSource:
         self.rescaling = Rescaling.of_manifest(manifest or {})
         stages = stages_of(manifest)
         self.graphs = {graph: Cutter(self.path, graph, stages, rounding) for graph in ("iter0", "iter1")}
-        self.layers = len(self.contract.caches) // 2
+        if not rounding:  # codes have become what they stand for
+            self.contract = replace(self.contract, caches=tuple(map(self._as_read, self.contract.caches)))
+        self.caches = caches_by_layer(self.contract)
+        self.layers = len(self.caches)
+
+    def _as_read(self, port: Port) -> Port:
+        dtype = self.graphs["iter1"].values[port.name].dtype
+        return port if dtype is None else replace(port, dtype=str(dtype.numpy()))
 
     def run(self, cases: Sequence[Case]) -> Features:
         """Hidden states after the final norm, [prompt + steps, H] of every row."""
@@ -134,14 +141,16 @@ class StrictSource:
             extra: inner values to keep in the states as well, `MODULE.out` or `MODULE.in`.
         """
         kept = (f"model.layers.{layer}.out", *extra)
-        present = [f"present.{layer}.{part}" for part in ("key", "value")]
+        names = self.caches[layer]
+        present = [name.replace("past_key_values", "present") for name in names]
         for state in states:  # one at a time: the values of P positions are wide
             self._through("iter0", layer, [Run(state.prefill)], (*kept, *present))
         steps = []
         for state in states:
             cache = {}
             width = state.contract.prefill
-            for name, port in zip(present, state.contract.caches[2 * layer : 2 * layer + 2], strict=True):
+            ports = [port for port in state.contract.caches if port.name in names]
+            for name, port in zip(present, ports, strict=True):
                 cache[port.name] = np.zeros([int(dim) for dim in port.shape], port.dtype)
                 cache[port.name][:, :, :width] = state.prefill.pop(name)
             steps += [Run(feeds, cache, width + i) for i, feeds in enumerate(state.steps)]
@@ -236,7 +245,7 @@ def _between(
     if not wanted:
         return
     cached = attends and runs[0].cache is not None
-    past = [f"past_key_values.{layer}.{part}" for part in ("key", "value")] if cached else []
+    past = list(runs[0].cache or {}) if cached else []
     present = [name.replace("past_key_values", "present") for name in past]
     outputs = list(dict.fromkeys([*wanted, *present]))
     piece = cutter.piece([*known, *past], outputs)
@@ -247,6 +256,14 @@ def _between(
         for name, new in zip(past, present, strict=True):
             assert run.cache is not None
             run.cache[name][:, :, run.slot] = made[new][:, :, 0]
+
+
+def caches_by_layer(contract: StaticContract) -> list[list[str]]:
+    """Names of the caches of each layer."""
+    layers: dict[str, list[str]] = {}
+    for port in contract.caches:
+        layers.setdefault(port.name.split(".")[1], []).append(port.name)
+    return list(layers.values())
 
 
 def layer_input(layer: int) -> str:

@@ -1,9 +1,9 @@
 """Factors of an int8 KV cache: a key's or value's channels are divided by them before a token's are rounded together.
 
-Every head and token has a scale of its own, made when it is written. Channels of keys differ by orders of magnitude, the
-same ones in every token, which one scale cannot serve (real 270M, keys alone: KL 0.0089 with a scale per token, 0.00035
-with factors as well); scales that are fixed beforehand, one for each channel, cost twice as much (keys and values
-0.0012) since tokens differ too.
+Every head and token has a scale of its own, made when it is written. Channels of keys differ by orders of magnitude,
+the same ones in every token, which one scale cannot serve (real 270M, keys alone: KL 0.0089 with a scale per token,
+0.00035 with factors as well). Scales that are fixed beforehand, one for each channel, cost three times as much (keys
+and values 0.0012 instead of 0.0004), since tokens differ too.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import torch
 
 from gemma_deploy.calibration.driver import Progress, embed, loaded
 from gemma_deploy.calibration.executors import Executor
-from gemma_deploy.calibration.points import CACHE_PARTS
+from gemma_deploy.calibration.points import CACHE_FACTOR, CACHE_PARTS
 from gemma_deploy.calibration.shards import Frame, LayerPass, Model
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.quantization.durable import durable_tensors
 from gemma_deploy.quantization.observing import step
 
-FACTOR = "cache_factor"
 SMALLEST = 1e-3  # of the largest channel of a head: what was silent on the calibration text may speak up later
 
 
@@ -38,7 +37,7 @@ def cache_factors(maxima: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
         sizes = largest.double()
         sizes = sizes.maximum(SMALLEST * sizes.amax(1, keepdim=True)).clamp_min(1e-30)
         factors = (sizes.log() - sizes.log().mean(1, keepdim=True)).exp()
-        found[f"{CACHE_PARTS[part]}.{FACTOR}"] = factors.float().reshape(-1)
+        found[f"{CACHE_PARTS[part]}.{CACHE_FACTOR}"] = factors.float().reshape(-1)
     return found
 
 

@@ -19,8 +19,9 @@ import torch
 
 from gemma_deploy.calibration.driver import TABLE, loaded, refuse_nonfinite, template_stack
 from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.quantization.durable import durable_tensors
 from gemma_deploy.quantization.equalize import MOST_ROWS, column_factors
-from gemma_deploy.quantization.layers import durable_tensors, hidden_states, read_record
+from gemma_deploy.quantization.layers import hidden_states, read_record
 from gemma_deploy.schemes import Codes
 
 NORM, COLUMN_SCALE, FACTORS = "model.norm.weight", "model.embed_tokens.column_scale", "factors"

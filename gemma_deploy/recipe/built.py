@@ -7,7 +7,6 @@ from collections.abc import Callable
 from gemma_deploy.errors import NotBuiltError
 from gemma_deploy.recipe.recipe import Recipe
 
-
 # (is it asked for?, one sentence). Building a feature removes its line.
 _NOT_BUILT: tuple[tuple[Callable[[Recipe], bool], Callable[[Recipe], str]], ...] = (
     (

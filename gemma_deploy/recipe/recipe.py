@@ -196,7 +196,8 @@ class Recipe(sections.Section):
         """Dotted key -> value of what is carried into the manifest and has no effect here."""
         carried = _vendor(self, "")
         quantize = self.frontend.quantize
-        if quantize is not None and self.weights not in QUANTIZERS and not self.int8_cache:  # round to nearest looks at no data
+        looks_at_data = self.weights in QUANTIZERS or self.int8_cache  # rounding to nearest does not
+        if quantize is not None and not looks_at_data:
             for key in ("device", "calib_args"):
                 if key in quantize.model_fields_set:
                     value = getattr(quantize, key)

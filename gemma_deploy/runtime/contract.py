@@ -21,9 +21,14 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 GRAPHS = ("iter0", "iter1")
 REBUILD = "compile the artifact again, or copy it whole"
-DTYPES = {1: "float32", 10: "float16", 7: "int64"}  # ONNX's numbers
-KINDS = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}  # ORT's names
-CACHE_DTYPES = ("float32", "float16")
+DTYPES = {1: "float32", 10: "float16", 7: "int64", 3: "int8"}  # ONNX's numbers
+KINDS = {  # ORT's names
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int64)": "int64",
+    "tensor(int8)": "int8",
+}
+CACHE_DTYPES = ("float32", "float16", "int8")
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class StaticContract:
 
     Args:
         batch: B; prefill: P; context: C, cache slots.
-        caches: inputs of iter1 named past_key_values.{layer}.{key|value}, each [B, Hk, C, D].
+        caches: inputs of iter1 named past_key_values.{layer}.{key|value}, each [B, Hk, C, D]; after one of int8 codes
+            comes its `_scale` [B, Hk, C, 1].
         dynamic: the graphs take any batch and lengths; B is what the recipe said, P and C are the largest.
     """
 
@@ -89,7 +95,7 @@ class StaticContract:
         """Of all caches together."""
         total = 0
         for port in self.caches:
-            size = {"float32": 4, "float16": 2}[port.dtype]
+            size = {"float32": 4, "float16": 2, "int8": 1}[port.dtype]
             for dim in port.shape:
                 size *= int(dim)
             total += size
@@ -218,7 +224,7 @@ def _contract(
             "the caches do not fit the attention mask",
             where=str(path),
             problems=[f"{port.name}: {port.dtype} {list(port.shape)}" for port in odd] or ["iter1 has no cache inputs"],
-            expected=f"float32 or float16 [{batch}, heads, {context}, head_dim]",
+            expected=f"float32, float16 or int8 [{batch}, heads, {context}, head_dim]",
             next_step=REBUILD,
         )
     return StaticContract(int(batch), int(prefill), context, int(vocab_size), caches, dynamic)

@@ -12,8 +12,8 @@ from gemma_deploy.calibration.observers import TokenObserver
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
-from gemma_deploy.parity.activations import differing_values, rounded, rounded_linears, rounding_lines
 from gemma_deploy.parity.cases import Case
+from gemma_deploy.parity.rounding import differing_values, rounded, rounded_linears, rounding_lines
 from gemma_deploy.parity.segments import StrictSource
 from gemma_deploy.parity.stored import StoredWeights
 from gemma_deploy.quantization.equalize import column_factors, token_gains

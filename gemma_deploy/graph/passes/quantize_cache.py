@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from gemma_deploy.calibration.points import CACHE_PARTS
 from gemma_deploy.graph.contract import GraphContract, Port
 from gemma_deploy.graph.functions import DEQUANTIZE_CACHE, DOMAIN, DOMAIN_VERSION, QUANTIZE_CACHE
+from gemma_deploy.params.plan import cache_factor
 
 DTYPES = {"int8": ir.DataType.INT8, "float16": ir.DataType.FLOAT16, "float32": ir.DataType.FLOAT}
-PARTS = {"key": "k_proj", "value": "v_proj"}
 SHAPE = "cache_factor.shape"
-
-
-def factor_name(layer: int, part: str) -> str:
-    """The parameter [Hk * D] by which channels of a layer's keys or values are divided before they are rounded."""
-    return f"model.layers.{layer}.self_attn.{PARTS[part]}.cache_factor"
 
 
 def quantize_cache(model: ir.Model, contract: GraphContract, graph: str) -> int:
@@ -30,7 +26,7 @@ def quantize_cache(model: ir.Model, contract: GraphContract, graph: str) -> int:
     inputs = {port.name: _value(port) for port in contract.inputs(graph) if port.name.startswith("past_key_values.")}
     outputs = {port.name: port for port in contract.outputs(graph)}
     for layer in range(contract.first_layer, contract.first_layer + contract.layers):
-        for part in PARTS:
+        for part in CACHE_PARTS:
             factor = _factor(model.graph, contract, layer, part)
             past, present = f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
             if past in inputs:
@@ -43,12 +39,12 @@ def quantize_cache(model: ir.Model, contract: GraphContract, graph: str) -> int:
     model.graph.inputs[:] = [*kept, *inputs.values()]
     model.graph.sort()
     model.graph.opset_imports[DOMAIN] = DOMAIN_VERSION
-    return len(PARTS) * contract.layers
+    return len(CACHE_PARTS) * contract.layers
 
 
 def _factor(graph: ir.Graph, contract: GraphContract, layer: int, part: str) -> ir.Value:
     """[Hk, 1, D], from the parameter."""
-    name, count = factor_name(layer, part), contract.kv_heads * contract.head_dim
+    name, count = cache_factor(layer, part), contract.kv_heads * contract.head_dim
     parameter = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([count]))
     graph.initializers.add(parameter)  # its data comes with the parameter file
     if SHAPE not in graph.initializers:

@@ -1,4 +1,4 @@
-"""Take the rounding of activations and of the cache out of a graph, so that what is around it can be compared without it.
+"""Take the rounding of activations and of the cache out of a graph, to compare what is around it without it.
 
 The operators stay where they are and get other bodies, which give their inputs as they are; codes become floats.
 """
@@ -8,13 +8,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from gemma_deploy.graph.functions import (
-    DEQUANTIZE_CACHE,
-    DOMAIN,
-    PER_TOKEN,
-    QUANTIZE_CACHE,
-    Body,
-)
+from gemma_deploy.graph.functions import DEQUANTIZE_CACHE, DOMAIN, PER_TOKEN, QUANTIZE_CACHE, Body
 
 
 def leave_unrounded(model: ir.Model, opset: int) -> int:
