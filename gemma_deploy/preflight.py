@@ -208,8 +208,8 @@ def parameter_bytes(recipe: Recipe, checkpoint: CheckpointFacts) -> int:
     config, scheme = checkpoint.config, cast(Scheme, stored_scheme(recipe.weights))
     storage = recipe.storage_for(config.hidden_size)
     parts = parts_of(config.num_hidden_layers, recipe.split_points, recipe.ranks)
-    asked = {"storage": storage, "int8_cache": recipe.int8_cache}
-    plans = (build_plan(config, scheme, recipe.context_length, part=part, **asked) for part in parts)
+    length, cache = recipe.context_length, recipe.int8_cache
+    plans = (build_plan(config, scheme, length, part=part, storage=storage, int8_cache=cache) for part in parts)
     return sum(spec.nbytes for plan in plans for spec in plan)
 
 

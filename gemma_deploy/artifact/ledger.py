@@ -174,8 +174,8 @@ def _cache(contract: dict[str, Any], effect: dict[str, Any]) -> LedgerEntry:
         "keys and values are kept as int8, with a float16 scale for each head and token",
         f"past_key_values and present of every layer: {2 * heads * (dim + 2)} bytes a token and layer, "
         f"float16 takes {4 * heads * dim}",
-        "frontend.quantize.type +kv8; channels are divided by factors from calibration text before they are rounded, and "
-        "attention reads the new token through its codes as well",
+        "frontend.quantize.type +kv8; channels are divided by factors from calibration text before they are rounded, "
+        "and attention reads the new token through its codes as well",
         effect,
     )
 

@@ -1,4 +1,4 @@
-"""The int8 cache, compiled as a user would: proven, half the bytes, and what transformers computes with such a cache."""
+"""The int8 cache, compiled as a user would: proven, half the bytes, what transformers computes with such a cache."""
 
 import json
 
@@ -220,7 +220,9 @@ def test_attention_that_reads_the_exact_key_makes_the_gate_red(compiled, tmp_pat
     assert broken(artifact, tmp_path / "c", lambda model: None) == {"caches": True, "codes": True}
 
 
-@pytest.mark.parametrize(("body", "op", "other"), [("QuantizeCache", "Round", "Ceil"), ("DequantizeCache", "Mul", "Add")])
+@pytest.mark.parametrize(
+    ("body", "op", "other"), [("QuantizeCache", "Round", "Ceil"), ("DequantizeCache", "Mul", "Add")]
+)
 def test_other_bodies_make_the_gate_red(compiled, tmp_path, body, op, other):
     artifact, _ = compiled("gemma3_text", "w8a16_gptq+kv8")
 

@@ -5,6 +5,8 @@ The operators stay where they are and get other bodies, which give their inputs 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -18,13 +20,24 @@ def leave_unrounded(model: ir.Model, opset: int) -> int:
     computed = {node.attributes["to"].as_int() for node in nodes if node.op_type == DEQUANTIZE_CACHE}
     if computed:
         dtype = ir.DataType(computed.pop())
-        made = [value for node in model.graph for value in node.outputs]
-        for value in (*model.graph.inputs, *made):
-            if value.dtype == ir.DataType.INT8:  # all other codes are parameters
-                value.type = ir.TensorType(dtype)
+        for value in _codes(nodes):
+            value.type = ir.TensorType(dtype)
     for name in {node.op_type for node in nodes}:
         model.functions[bodies[name].identifier()] = bodies[name]
     return sum(node.op_type != DEQUANTIZE_CACHE for node in nodes)
+
+
+def _codes(nodes: Sequence[ir.Node]) -> Iterator[ir.Value]:
+    """Codes of the cache, those of all ranks of a joined graph together as well."""
+    for node in nodes:
+        if node.op_type == DEQUANTIZE_CACHE and node.inputs[0] is not None:
+            yield node.inputs[0]
+            divided = node.inputs[0].producer()
+            if divided is not None and divided.op_type == "Split" and divided.inputs[0] is not None:
+                yield divided.inputs[0]
+        elif node.op_type == QUANTIZE_CACHE:
+            yield node.outputs[0]
+            yield from (user.outputs[0] for user, _ in node.outputs[0].uses() if user.op_type == "Concat")
 
 
 def _same(opset: int) -> ir.Function:
