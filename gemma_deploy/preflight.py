@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from gemma_deploy.calibration.points import TOKENS
-from gemma_deploy.calibration.room import workers_bytes
+from gemma_deploy.calibration.room import memory_bytes, workers_bytes
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.errors import PreflightError
 from gemma_deploy.machine import Machine, gib, nearest_existing, size
@@ -187,6 +187,8 @@ def make_plan(
     stages = [_ranges_stage(recipe, checkpoint.config, tensors, elements)] if recipe.weights == "fp16" else []
     if recipe.weights in QUANTIZERS:
         stages.append(_quantize_stage(recipe, checkpoint.config, tensors, machine))
+    elif recipe.int8_cache:
+        stages.append(_cache_stage(recipe, checkpoint.config, tensors, machine))
     stages += [
         _params_stage(recipe, tensors, elements, parameters, machine),
         Stage("graphs", "iter0 and iter1, no weights", EXPORT_BYTES, GRAPH_BYTES, IMPORT_SECONDS + EXPORT_SECONDS),
@@ -264,6 +266,19 @@ def _quantize_stage(
     memory, handed_over = workers_bytes(config, seqlen, processes=workers, threads=machine.cpus)
     ram, disk = BASE_BYTES + TOKENIZER_BYTES + held + memory, hidden + layers * elements + handed_over
     return Stage("quantize", what, ram, disk, seconds)
+
+
+def _cache_stage(
+    recipe: Recipe, config: ModelConfig, tensors: Mapping[str, TensorFacts], machine: Machine
+) -> Stage:
+    """One layer in float32, windows that pass through it, hidden states on disk."""
+    nsamples, seqlen, layers = recipe.dataset.nsamples, recipe.dataset.seqlen, config.num_hidden_layers
+    elements = sum(prod(t.shape) for name, t in tensors.items() if ".layers.0." in name)
+    processes = recipe.workspace.processes if recipe.workspace.cluster is None else 1
+    ram = memory_bytes(config, nsamples, seqlen, processes, machine.cpus)
+    hidden = 4 * nsamples * seqlen * config.hidden_size
+    seconds = IMPORT_SECONDS + 2.0 * layers * elements * nsamples * seqlen / FLOPS_PER_S
+    return Stage("cache", f"keys and values of {nsamples} windows of {seqlen} tokens", ram, hidden, seconds)
 
 
 def _parity_stage(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, TensorFacts], elements: int) -> Stage:

@@ -104,6 +104,21 @@ def test_quantizing_asks_for_a_layer_and_its_moments():
     assert stage(36).seconds == pytest.approx(2 * stage(18).seconds, rel=0.02)
 
 
+def test_an_int8_cache_asks_for_a_pass_where_nothing_else_does():
+    def stages(kind):
+        asked = Recipe.from_text(
+            "name: g\nfrontend: {checkpoint: demo, shape: {input_ids: [[1024], [2048]]},"
+            f" quantize: {{type: {kind}}}}}\nbackend: {{dtype: int8}}\ndataset: {{nsamples: 16, seqlen: 512}}\n"
+        )
+        return {stage.name: stage for stage in make_plan(asked, checkpoint(), machine=BIG).stages}
+
+    assert "cache" not in stages("w8a16") | stages("w8a16_gptq+kv8")
+    found = stages("w8a16+kv8")["cache"]
+    layer = 4 * 2048 * (2 * 2048 + 2 * 256 + 3 * 16384)
+    assert layer < found.ram_bytes < 4 * layer
+    assert found.disk_bytes == 4 * 16 * 512 * 2048
+
+
 def test_all_shortfalls_are_refused_at_once_in_plain_words():
     tiny = Machine(GIB // 2, "cgroup limit 1.00 GiB", 12_000_000, cpus=1, writable=False)
     with pytest.raises(PreflightError) as caught:
@@ -143,7 +158,7 @@ def test_a_gguf_file_is_said_to_be_another_model():
 
 def test_an_unbuilt_recipe_is_refused_before_it_is_estimated():
     job = Recipe.from_text(
-        "name: g\nfrontend: {checkpoint: demo, shape: {input_ids: [[16], [32]]}, quantize: {type: w8a16+kv8}}\n"
+        "name: g\nfrontend: {checkpoint: demo, shape: {input_ids: [[16], [32]], batch: 2}, quantize: {type: w8a8}, model_kwargs: {b2s: true}}\n"
         "backend: {dtype: int8}\n"
     )
     with pytest.raises(NotBuiltError):

@@ -38,6 +38,11 @@ def input_point(linear: str) -> str:
     return f"{linear}.in"
 
 
+def cache_factor(layer: int, part: str) -> str:
+    """The parameter [Hk * D] by which channels of a layer's "key" or "value" are divided before they become codes."""
+    return f"model.layers.{layer}.{CACHE_PARTS[part]}.{CACHE_FACTOR}"
+
+
 def split_point(point: str) -> tuple[int | None, str]:
     """(layer, kind) of a point: `model.layers.3.mlp.down_proj.in` -> (3, "mlp.down_proj.in"); the head has no layer."""
     parts = point.split(".")

@@ -58,7 +58,7 @@ def artifact_facts(manifest: dict[str, Any]) -> dict[str, Any]:
     return {
         "artifact": {
             "name": manifest["name"],
-            "scheme": manifest["scheme"],
+            "scheme": manifest["scheme"] + (", int8 KV cache" if manifest.get("int8_cache") else ""),
             "model": f"{manifest['model']['model_type']}, {manifest['model']['num_hidden_layers']} layers",
             "checkpoint": f"{manifest['checkpoint']['path']} ({manifest['checkpoint']['format']})",
             "batch, prefill, context": f"{contract['batch']}, {contract['prefill']}, {contract['context']}"
@@ -138,13 +138,14 @@ def sizes(tensors: Any) -> list[dict[str, Any]]:
 
 
 def _ports(graph: str, ports: dict[str, Any]) -> list[dict[str, Any]]:
-    """Inputs and outputs of a graph, its caches as one row."""
+    """Inputs and outputs of a graph, its caches as one row, and their scales as another."""
     rows = []
     for side in ("inputs", "outputs"):
-        caches = [port for port in ports[side] if port["name"].endswith((".key", ".value"))]
+        caches = [port for port in ports[side] if port["name"].startswith(("past_key_values.", "present."))]
         plain = [port for port in ports[side] if port not in caches]
-        if caches:
-            plain.append({**caches[0], "name": f"{caches[0]['name']} ... ({len(caches)} in all)"})
+        for dtype in dict.fromkeys(port["dtype"] for port in caches):
+            alike = [port for port in caches if port["dtype"] == dtype]
+            plain.append({**alike[0], "name": f"{alike[0]['name']} ... ({len(alike)} in all)"})
         rows += [
             {"graph": graph, "side": side, "name": port["name"], "dtype": port["dtype"], "shape": str(port["shape"])}
             for port in plain

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from gemma_deploy.calibration.points import CACHE_FACTOR, CACHE_PARTS
+from gemma_deploy.calibration.points import CACHE_PARTS, cache_factor
 from gemma_deploy.checkpoint import ModelConfig, Rope, expected_tensors
 from gemma_deploy.params.overlay import TABLE, Stored
 from gemma_deploy.partition import Part, whole
@@ -133,11 +133,6 @@ def build_plan(
             name = f"model.rotary_emb.{layer_type}.{table}"
             specs.append(ParamSpec(name, half, ROTARY_DTYPE, "constant", rope=rope))
     return tuple(specs) if part.ranks == 1 else tuple(_of_rank(spec, config, part) for spec in specs)
-
-
-def cache_factor(layer: int, part: str) -> str:
-    """The parameter [Hk * D] by which channels of a layer's "key" or "value" are divided before they become codes."""
-    return f"model.layers.{layer}.{CACHE_PARTS[part]}.{CACHE_FACTOR}"
 
 
 def _of_rank(spec: ParamSpec, config: ModelConfig, part: Part) -> ParamSpec:

@@ -184,6 +184,29 @@ def test_the_calibrated_factors_are_the_largest_magnitudes_of_transformers(compi
         np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4)  # float32 sums in another order: 1e-6
 
 
+def test_a_killed_run_measures_the_cache_once(compiled, tmp_path, monkeypatch, capsys):
+    from gemma_deploy import compile as compiler
+
+    artifact, checkpoint = compiled("gemma2", "w8a16+kv8")
+    recipe = tmp_path / "r.yaml"
+    frontend = {"checkpoint": str(checkpoint.path), "shape": {"input_ids": [[32], [48]]}, "quantize": {}}
+    content = {"name": "k", "frontend": frontend, "dataset": {"name": "c4:4", "seqlen": 64}}
+    frontend["quantize"] = {"type": "w8a16+kv8"}
+    recipe.write_text(yaml.safe_dump({**content, "backend": {"dtype": "int8"}, "workspace": {"path": str(tmp_path)}}))
+    monkeypatch.setattr(worker, "export_apart", export_in_this_process)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "stream_params", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(["compile", str(recipe), "--no-parity"])
+    assert (tmp_path / "k.partial" / "quantized" / "cache.safetensors").exists()
+    monkeypatch.setattr("gemma_deploy.quantization.cache.observe_cache", lambda *args, **kwargs: 1 / 0)
+    assert main(["compile", str(recipe), "--no-parity"]) == 0, capsys.readouterr().err
+    name = "model.layers.0.self_attn.v_proj.cache_factor"
+    once, again = (load_file(path / "params.safetensors")[name] for path in (artifact, tmp_path / "k"))
+    np.testing.assert_array_equal(once, again)
+    assert not (tmp_path / "k" / "quantized").exists()
+
+
 def test_steps_and_fast_sessions(compiled):
     artifact, _ = compiled("gemma3_text", "w8a16_gptq+kv8")
     prompt, steps = [2, *RNG.integers(3, 500, 29).tolist()], RNG.integers(3, 500, 6).tolist()

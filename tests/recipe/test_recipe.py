@@ -107,6 +107,21 @@ def test_a_vendor_recipe_loads_unchanged_and_its_compiler_keys_are_carried():
 
 
 @pytest.mark.parametrize(
+    ("kind", "dtype", "weights", "int8_cache"),
+    [
+        ("w8a16", "int8", "w8a16", False),
+        ("w8a16_gptq+kv8", "int8", "w8a16_gptq", True),
+        ("w16kv8", "fp16", "fp16", True),
+        ("w16kv8", "bf16", "bf16", True),
+        ("w16kv8", "int8", "fp16", True),
+    ],
+)
+def test_a_type_says_how_weights_and_cache_are_kept(kind, dtype, weights, int8_cache):
+    recipe = load(VENDOR, f"frontend.quantize={{type: {kind}}}", f"backend.dtype={dtype}")
+    assert (recipe.weights, recipe.int8_cache, recipe.int8_weights) == (weights, int8_cache, weights[0] == "w")
+
+
+@pytest.mark.parametrize(
     ("calib_args", "said"),
     [
         ("{groupsize: 64}", "groupsize: 64 contradicts w8a8, whose integer products have one scale per row"),
@@ -122,13 +137,13 @@ def test_settings_that_contradict_rounded_activations(calib_args, said):
 
 def test_check_built_refuses_each_unbuilt_key_of_a_vendor_recipe_in_one_sentence():
     with pytest.raises(NotBuiltError) as caught:
-        check_built(load(VENDOR, "frontend.shape.batch=2", "frontend.quantize.type=w8a8+kv8"))
+        check_built(load(VENDOR, "frontend.shape.batch=2", "frontend.adapter=lora"))
     assert str(caught.value) == (
         "recipe gemma-2b-it-int8-tp4-1024-2048: the recipe is valid, but asks for what this version does not do\n"
         "  - frontend.model_kwargs.b2s: the batch-to-sequence layout of more than one sequence is not built yet; this "
         "version writes the low-latency layout, so set b2s: false, or frontend.shape.batch: 1\n"
-        "  - frontend.quantize.type: w8a8+kv8 is not built yet; the KV cache stays floating point in this version, "
-        "so set type: w8a16_gptq, or w8a8\n"
+        "  - frontend.adapter: merging a LoRA adapter is not built yet; merge it into the checkpoint first, and set "
+        "adapter: null\n"
         "  next: change the keys above in the recipe, or on the command line with -s KEY=VALUE"
     )
 
@@ -139,7 +154,6 @@ def test_check_built_refuses_each_unbuilt_key_of_a_vendor_recipe_in_one_sentence
         ("frontend.adapter=./lora", "frontend.adapter: merging a LoRA adapter is not built yet"),
         ("backend.type=onnxruntime", "backend.type: onnxruntime is not built yet"),
         ("backend.merge_params=false", "backend.merge_params: separate parameter files are not built yet"),
-        ("frontend.quantize.type=w16kv8", "frontend.quantize.type: w16kv8 is not built yet"),
     ],
 )
 def test_check_built_refuses(override, start):

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from gemma_deploy.calibration.points import CACHE_PARTS
+from gemma_deploy.calibration.points import CACHE_PARTS, cache_factor
 from gemma_deploy.graph.contract import GraphContract, Port
 from gemma_deploy.graph.functions import DEQUANTIZE_CACHE, DOMAIN, DOMAIN_VERSION, QUANTIZE_CACHE
-from gemma_deploy.params.plan import cache_factor
 
 DTYPES = {"int8": ir.DataType.INT8, "float16": ir.DataType.FLOAT16, "float32": ir.DataType.FLOAT}
 SHAPE = "cache_factor.shape"
