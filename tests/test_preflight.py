@@ -158,7 +158,8 @@ def test_a_gguf_file_is_said_to_be_another_model():
 
 def test_an_unbuilt_recipe_is_refused_before_it_is_estimated():
     job = Recipe.from_text(
-        "name: g\nfrontend: {checkpoint: demo, shape: {input_ids: [[16], [32]], batch: 2}, quantize: {type: w8a8}, model_kwargs: {b2s: true}}\n"
+        "name: g\nfrontend: {checkpoint: demo, shape: {input_ids: [[16], [32]], batch: 2},"
+        " model_kwargs: {b2s: true}}\n"
         "backend: {dtype: int8}\n"
     )
     with pytest.raises(NotBuiltError):

@@ -24,7 +24,8 @@ text-align: left; vertical-align: top} td.n {text-align: right; font-variant-num
 .ok {color: #176d2c} .bad {color: #b00020; font-weight: 600} code {font-size: 90%}
 </style></head><body>
 <h1>{{ m.name }}</h1>
-<p>{{ m.model.model_type }}, {{ m.model.num_hidden_layers }} layers, {{ m.scheme }}{{ ', int8 KV cache' if m.get('int8_cache') }}, prefill {{ m.contract.prefill }},
+<p>{{ m.model.model_type }}, {{ m.model.num_hidden_layers }} layers, {{ m.scheme }}{{ ', int8 KV cache' if m.get('int8_cache') }},
+prefill {{ m.contract.prefill }},
 context {{ m.contract.context }}, batch {{ m.contract.batch }}
 {{- ' (dynamic: any batch, these are the largest lengths)' if m.contract.dynamic }};
 checkpoint <code>{{ m.checkpoint.path }}</code>

@@ -1,4 +1,4 @@
-"""Where activations are observed: the inputs of the linears, the layers' outputs, the LM head's input. Data, no code.
+"""Where activations are observed: the inputs of the linears, the layers' outputs, the LM head's input. Data and names.
 
 A point is named `MODULE.in` or `MODULE.out`, MODULE as in the checkpoint: `model.layers.3.mlp.down_proj.in`.
 """
