@@ -33,6 +33,7 @@ class Quantized:
     Args:
         source: the checkpoint with what replaces its weights; settings: of the solver.
         layers, table: what came of each.
+        window: the first of the calibration text, token ids.
         kept: linears whose inputs are not rounded, the others' are; None where none are.
     """
 
@@ -40,6 +41,7 @@ class Quantized:
     settings: Mapping[str, Any]
     layers: Sequence[Mapping[str, Any]]
     table: Mapping[str, Any]
+    window: Sequence[int]
     kept: tuple[str, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -150,7 +152,8 @@ def quantize_weights(
         kept = linears_to_keep(records, checkpoint.config, KEEP if given.keep_a16 is None else given.keep_a16)
     used = asdict(settings) | {"true_sequential": given.true_sequential}
     give_memory_back()
-    return Quantized(Overlay(checkpoint, [*files, table_file(folder)], records), used, records, table, kept)
+    source = Overlay(checkpoint, [*files, table_file(folder)], records)
+    return Quantized(source, used, records, table, windows.ids[0].tolist(), kept)
 
 
 def calibrate_cache(
@@ -187,3 +190,42 @@ def calibrate_cache(
             )
         give_memory_back()
     return Overlay(checkpoint, [file], []), done
+
+
+def choose_sensitivity(recipe: Recipe) -> bool:
+    """Whether to measure what each layer alone costs."""
+    section = recipe.frontend.quantize
+    asked = None if section is None else section.calib_args.sensitivity
+    return recipe.weights in QUANTIZERS and asked is not False
+
+
+def layer_sensitivity(
+    checkpoint: Checkpoint,
+    manifest: Mapping[str, Any],
+    window: Sequence[int],
+    out: Path,
+    key: str,
+    progress: Progress | None,
+) -> tuple[dict[str, Any], bool]:
+    """What the model loses when one layer alone is quantized, and whether a run before this one had measured it.
+
+    Args:
+        manifest: of the artifact in the making, whose parameters are written.
+    """
+    done = out / "sensitivity.json"
+    if done.exists() and (record := json.loads(done.read_text())).pop("key") == key:
+        return record, True
+    from gemma_deploy.parity.sensitivity import measure_sensitivity
+    from gemma_deploy.parity.stored import StoredWeights
+
+    found = measure_sensitivity(
+        checkpoint,
+        StoredWeights(checkpoint, out, manifest),
+        window,
+        out / QUANTIZED,
+        embed_scale=manifest["recipe"]["frontend"]["model_kwargs"]["embed_scale"],
+        progress=progress,
+    )
+    write_json(done, found | {"key": key})
+    give_memory_back()
+    return found, False

@@ -19,7 +19,14 @@ from gemma_deploy import paths
 from gemma_deploy.artifact import ArtifactDir, op_census, write_report
 from gemma_deploy.artifact.ledger import ledger_for
 from gemma_deploy.artifact.manifest import FORMAT_VERSION, tool_versions
-from gemma_deploy.calibrated import calibrate_cache, choose_rescaling, quantize_weights, windows_of
+from gemma_deploy.calibrated import (
+    calibrate_cache,
+    choose_rescaling,
+    choose_sensitivity,
+    layer_sensitivity,
+    quantize_weights,
+    windows_of,
+)
 from gemma_deploy.calibration.pipeline import dataset_record
 from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint, write_tokenizer
 from gemma_deploy.errors import CheckpointError, GateError
@@ -146,6 +153,11 @@ def compile_recipe(
         result = None
         manifest = describe(recipe, checkpoint, contract, table, rescaling, artifact.path, key)
         manifest |= {"calibration": dataset, "quantization": quantized.to_json() if quantized else None}
+        if quantized and choose_sensitivity(recipe):
+            with stages.stage("sensitivity") as stage:
+                manifest["sensitivity"], stage.skipped = layer_sensitivity(
+                    checkpoint, manifest, quantized.window, artifact.path, key, progress
+                )
         if parity:
             with stages.stage("parity"):
                 result = run_gate(recipe, checkpoint, artifact.path, manifest)

@@ -20,7 +20,7 @@ from gemma_deploy.errors import ArtifactError, DeployError
 
 KEY_FILE = "inputs.key"
 # Progress marks of a compile; not part of an artifact.
-SCAFFOLD = (KEY_FILE, "params.journal", "graphs.done", "rescaling.json")
+SCAFFOLD = (KEY_FILE, "params.journal", "graphs.done", "rescaling.json", "sensitivity.json")
 SCAFFOLD_FOLDER = "quantized"
 
 

@@ -38,6 +38,19 @@ def sqnr_plot(rows: Sequence[Mapping[str, Any]]) -> str:
     return _svg(figure)
 
 
+def sensitivity_plot(losses: Sequence[float]) -> str:
+    """What the model loses when one layer alone is quantized, a bar for each; empty when it was not measured.
+
+    Args:
+        losses: mean KL in nats a token, by layer.
+    """
+    if not losses:
+        return ""
+    figure, axes = _figure("mean KL, nats")
+    axes.bar(range(len(losses)), [max(loss, 0.0) for loss in losses], label="this layer alone quantized")
+    return _svg(figure)
+
+
 def ranges_of(absmax: Mapping[str, float]) -> dict[str, float]:
     """Of all measured points those that are drawn: what linears read, and layers make."""
     return {point: value for point, value in absmax.items() if split_point(point)[0] is not None and _kind(point)}

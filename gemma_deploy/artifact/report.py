@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from gemma_deploy.artifact.plots import range_plot, sqnr_plot
+from gemma_deploy.artifact.plots import range_plot, sensitivity_plot, sqnr_plot
 from gemma_deploy.quantization.rescaling import FP16_MAX, Rescaling
 
 FP16_MIN = 2.0**-24  # the smallest float16 above zero: a tensor of zeros has that much headroom
@@ -24,8 +24,8 @@ text-align: left; vertical-align: top} td.n {text-align: right; font-variant-num
 .ok {color: #176d2c} .bad {color: #b00020; font-weight: 600} code {font-size: 90%}
 </style></head><body>
 <h1>{{ m.name }}</h1>
-<p>{{ m.model.model_type }}, {{ m.model.num_hidden_layers }} layers, {{ m.scheme }}{{ ', int8 KV cache' if m.get('int8_cache') }},
-prefill {{ m.contract.prefill }},
+<p>{{ m.model.model_type }}, {{ m.model.num_hidden_layers }} layers,
+{{ m.scheme }}{{ ', int8 KV cache' if m.get('int8_cache') }}, prefill {{ m.contract.prefill }},
 context {{ m.contract.context }}, batch {{ m.contract.batch }}
 {{- ' (dynamic: any batch, these are the largest lengths)' if m.contract.dynamic }};
 checkpoint <code>{{ m.checkpoint.path }}</code>
@@ -82,6 +82,15 @@ checkpoint <code>{{ m.checkpoint.path }}</code>
 <td class="n">{{ row.layer }}</td><td class="n">{{ row.divided }}</td>
 <td class="n">{{ '%.3g' | format(row.headroom) if row.headroom else 'float32' }}</td></tr>{% endfor %}</table>
 {% endif %}
+{% if sensitivity %}<h2>Sensitivity</h2>
+<p>Mean KL of the logits to float32 in nats a token, {{ sensitivity.tokens }} tokens of calibration text, when one layer
+alone is quantized{% if sensitivity.table is not none %}; the token table alone:
+{{ '%.3g' | format(sensitivity.table) }}{% endif %}.</p>
+{{ sensitivity_picture | safe }}
+<table><tr><th>layer</th><th>mean KL</th><th>lowest output SQNR, dB</th><th>of</th></tr>
+{% for row in sensitive %}<tr><td class="n">{{ row.layer }}</td><td class="n">{{ '%.3g' | format(row.kl) }}</td>
+<td class="n">{{ '%.2f' | format(row.sqnr_db) if row.sqnr_db is not none else '-' }}</td>
+<td>{{ row.linear }}</td></tr>{% endfor %}</table>{% endif %}
 {% if sqnr %}<h2>Weight SQNR per layer</h2>{{ sqnr | safe }}{% endif %}
 {% if ranges %}<h2>Activation ranges per layer</h2>
 <p>Largest magnitudes in float32, on {{ ranges_on }}.</p>{{ ranges | safe }}{% endif %}
@@ -127,6 +136,9 @@ def report_page(manifest: dict[str, Any], results: Sequence[Mapping[str, Any]] =
         sizes=_sizes(manifest),
         ops=sorted({op for census in manifest["op_census"].values() for op in census}),
         mib=MIB,
+        sensitivity=manifest.get("sensitivity"),
+        sensitivity_picture=sensitivity_plot((manifest.get("sensitivity") or {}).get("layers", ())),
+        sensitive=sensitive_rows(manifest),
         sqnr=sqnr_plot(manifest["params"]),
         ranges=range_plot(absmax),
         ranges_on=ranges_on,
@@ -145,6 +157,20 @@ def _sizes(manifest: dict[str, Any]) -> list[tuple[str, int, float]]:
         kind = "attention scale factors" if name.endswith(".scaling") else kind
         groups.setdefault(f"{kind}, {row['dtype']}", []).append(row["nbytes"])
     return [(kind, len(sizes), sum(sizes) / MIB) for kind, sizes in sorted(groups.items())]
+
+
+def sensitive_rows(manifest: Mapping[str, Any], most: int = 8) -> list[dict[str, Any]]:
+    """The layers that cost most alone, with the linear of each whose output suffers most."""
+    losses = (manifest.get("sensitivity") or {}).get("layers", ())
+    rows = []
+    for layer in sorted(range(len(losses)), key=lambda each: -losses[each])[:most]:
+        prefix = f"model.layers.{layer}."
+        own = [row for row in manifest["params"] if row["name"].startswith(prefix) and row.get("sqnr_db") is not None]
+        worst = min(own, key=lambda row: row["sqnr_db"], default=None)
+        linear = "" if worst is None else str(worst["name"]).removeprefix(prefix).removesuffix(".weight")
+        db = None if worst is None else worst["sqnr_db"]
+        rows.append({"layer": layer, "kl": losses[layer], "sqnr_db": db, "linear": linear})
+    return rows
 
 
 def headroom_rows(rescaling: Rescaling) -> list[dict[str, Any]]:

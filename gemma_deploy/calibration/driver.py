@@ -5,7 +5,7 @@ Third step of calibration. The passes themselves are in ranges.py and quantizati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from gemma_deploy.calibration.states import HiddenStates
-from gemma_deploy.checkpoint import Checkpoint, ModelConfig
+from gemma_deploy.checkpoint import ModelConfig, TensorInfo
 from gemma_deploy.errors import CalibrationError
 from gemma_deploy.patched import stack_classes
 
@@ -37,7 +37,22 @@ def template_stack(config: ModelConfig, embed_scale: str) -> tuple[Any, tuple[st
         return stack_class(hf_config).eval(), kinds
 
 
-def embed(checkpoint: Checkpoint, ids: np.ndarray, scale: float, states: HiddenStates) -> None:
+class Weights(Protocol):
+    """A checkpoint, or what looks like one."""
+
+    @property
+    def path(self) -> Path:
+        """For messages."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """By name."""
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) as float32."""
+
+
+def embed(checkpoint: Weights, ids: np.ndarray, scale: float, states: HiddenStates) -> None:
     """Fill `states` with scaled embedding rows, reading only the rows that occur."""
     for window, tokens in enumerate(ids):
         unique, inverse = np.unique(tokens, return_inverse=True)
@@ -48,7 +63,7 @@ def embed(checkpoint: Checkpoint, ids: np.ndarray, scale: float, states: HiddenS
 
 
 @contextmanager
-def loaded(module: nn.Module, checkpoint: Checkpoint, name: str) -> Iterator[None]:
+def loaded(module: nn.Module, checkpoint: Weights, name: str) -> Iterator[None]:
     """Give a meta module the weights of `name` for the time of the block, and none after it."""
     try:
         for suffix in list(module.state_dict()):

@@ -52,6 +52,8 @@ def command(path: str, params: bool, as_json: bool) -> None:
 
 def artifact_facts(manifest: dict[str, Any]) -> dict[str, Any]:
     """The manifest without its longest parts, and sums over them."""
+    from gemma_deploy.artifact.report import sensitive_rows
+
     contract, parity = manifest["contract"], manifest["parity"]
     sqnr = {row["name"]: row["sqnr_db"] for row in manifest["params"] if row.get("sqnr_db") is not None}
     worst = min(sqnr, key=lambda name: sqnr[name]) if sqnr else None
@@ -64,6 +66,10 @@ def artifact_facts(manifest: dict[str, Any]) -> dict[str, Any]:
             "batch, prefill, context": f"{contract['batch']}, {contract['prefill']}, {contract['context']}"
             + (" (dynamic: any batch, largest lengths)" if contract["dynamic"] else ""),
             "parity": parity["summary"] if parity else "not run: nothing is proven",
+            "layers that cost most alone": ", ".join(
+                f"{row['layer']} (KL {row['kl']:.2g})" for row in sensitive_rows(manifest, 3)
+            )
+            or "not measured",
             "lowest SQNR": f"{sqnr[worst]:.2f} dB, {worst}" if worst else "nothing is quantized",
         },
         "parts": part_rows(manifest),

@@ -67,7 +67,7 @@ class CalibArgs(Section):
 
     What is not given is chosen by the quantizer (quantization/solver.py). `groupsize` input channels share a scale; -1:
     one scale per row. `keep_a16` is the largest share of the linears, by multiplications, whose inputs w8a8 does not
-    round.
+    round. `sensitivity` measures what each layer alone costs, for the report; null: where weights are calibrated.
     """
 
     true_sequential: bool = True
@@ -76,6 +76,7 @@ class CalibArgs(Section):
     wbits: Literal[4, 8, 16] | None = None
     blocksize: Positive = 128
     groupsize: Literal[-1, 32, 64, 128] | None = None
+    sensitivity: bool | None = None
     keep_a16: Annotated[float, Field(ge=0, le=1)] | None = None
     onegroup: VendorOnly = None
     model_file_base_name: VendorOnly = None

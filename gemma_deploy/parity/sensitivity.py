@@ -1,0 +1,126 @@
+"""How much the model loses when one layer alone is stored as the artifact stores it: KL of the final logits.
+
+All variants pass through the layers together: at layer j those that were changed before it, and the unchanged one,
+run its own weights; the unchanged one's input runs the stored ones and becomes variant j. Each layer's weights are read
+twice, one layer is in memory at a time, and the variants' hidden states lie on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gemma_deploy.calibration.driver import Weights, embed, loaded
+from gemma_deploy.calibration.shards import Frame, LayerPass, Model
+from gemma_deploy.calibration.states import HiddenStates
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.machine import give_memory_back
+from gemma_deploy.parity.reference import TorchSource
+from gemma_deploy.parity.stored import StoredWeights
+
+TOKENS = 256  # positions of one window; the real 270M ranks its layers the same with four times as many
+HEAD_BYTES = 64 << 20  # logits of one variant at a time
+TABLE = "model.embed_tokens"
+Progress = Callable[[int, int], None]
+
+
+@torch.inference_mode()
+def measure_sensitivity(
+    checkpoint: Checkpoint,
+    stored: StoredWeights,
+    ids: Sequence[int],
+    scratch: Path,
+    *,
+    embed_scale: str = "exact",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Mean KL in nats a token when only one layer, or only the token table with the LM head, is the artifact's.
+
+    Args:
+        stored: the artifact's weights; its activations and cache are not rounded here.
+        ids: a window of token ids, BOS first; the first `TOKENS` are used.
+        scratch: directory for hidden states.
+        progress: called with (layers passed, all of them), each as often as there are variants.
+
+    Returns:
+        `tokens`, `layers` (KL by layer) and `table`.
+
+    Raises:
+        CalibrationError: the disk is full. NotBuiltError: there is no patched model for this generation.
+    """
+    config, tokens = checkpoint.config, list(ids)[:TOKENS]
+    count, seqlen = config.num_hidden_layers, len(tokens)
+    frame = Frame(Model(config, embed_scale, seqlen, checkpoint.path))
+    unchanged, table = count, count + 1  # rows after those of the layers
+    with closing(HiddenStates((count + 2, seqlen, config.hidden_size), scratch / "variants.f32", 0)) as states:
+        _embed_both(checkpoint, stored, tokens, frame, embed_scale, states, (unchanged, table), scratch)
+        for index in range(count):
+            layer = LayerPass(frame, index)
+            with loaded(layer.module, stored, layer.name):
+                changed = layer.run(states.read(unchanged))[0].numpy()
+            with loaded(layer.module, checkpoint, layer.name):
+                for variant in (*range(index), unchanged, table):
+                    states.write(variant, layer.run(states.read(variant))[0].numpy())
+            states.write(index, changed)
+            give_memory_back()
+            if progress is not None:
+                progress(index + 1, count)
+        normed = []
+        sources: list[tuple[Weights, Sequence[int]]] = [(checkpoint, range(count + 1)), (stored, [table])]
+        for source, rows in sources:
+            with loaded(frame.stack.norm, source, "model.norm"):
+                normed += [frame.stack.norm(torch.from_numpy(states.read(i))[None])[0] for i in rows]
+    losses = _losses(TorchSource(checkpoint, "hf"), TorchSource(stored, "patched"), normed)
+    return {"tokens": seqlen, "layers": losses[:count], "table": losses[count]}
+
+
+def _embed_both(
+    checkpoint: Checkpoint,
+    stored: StoredWeights,
+    tokens: Sequence[int],
+    frame: Frame,
+    embed_scale: str,
+    states: HiddenStates,
+    rows: tuple[int, int],
+    scratch: Path,
+) -> None:
+    """The window through the checkpoint's table and the artifact's."""
+    scale = float(frame.stack.embed_tokens.scale_value(torch.float32))
+    ids = np.array([tokens])
+    columns = stored.embedding_scale()
+    with ExitStack() as stack:
+        sources: tuple[Weights, Weights] = (checkpoint, stored)
+        for row, source in zip(rows, sources, strict=True):
+            one = stack.enter_context(closing(HiddenStates((1, *states.shape[1:]), scratch / f"embedded-{row}.f32", 0)))
+            embed(source, ids, scale, one)
+            hidden = one.read(0)
+            if source is stored and columns is not None:
+                hidden = (hidden / np.float32(scale) * columns).astype(np.float32)
+            states.write(row, hidden)
+
+
+def _losses(exact: TorchSource, changed: TorchSource, normed: Sequence[torch.Tensor]) -> list[float]:
+    """KL of every variant from the last but one, which is the unchanged; the last is read by the artifact's head."""
+    *layers, unchanged, table = normed
+    step = max(1, HEAD_BYTES // (4 * exact.checkpoint.config.vocab_size))
+    totals = [0.0] * (len(layers) + 1)
+    for start in range(0, len(unchanged), step):
+        block = slice(start, start + step)
+        reference = _log_probabilities(exact, unchanged[block])
+        for i, variant in enumerate([*layers, table]):
+            head = changed if i == len(layers) else exact
+            test = _log_probabilities(head, variant[block])
+            totals[i] += float((reference.exp() * (reference - test)).sum(dtype=torch.float64))
+            del test
+        give_memory_back()
+    return [total / len(unchanged) for total in totals]
+
+
+def _log_probabilities(source: TorchSource, features: torch.Tensor) -> torch.Tensor:
+    """[n, V] float32."""
+    return torch.from_numpy(source.head(features.numpy())).log_softmax(-1)
