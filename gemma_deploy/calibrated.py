@@ -192,13 +192,6 @@ def calibrate_cache(
     return Overlay(checkpoint, [file], []), done
 
 
-def choose_sensitivity(recipe: Recipe) -> bool:
-    """Whether to measure what each layer alone costs."""
-    section = recipe.frontend.quantize
-    asked = None if section is None else section.calib_args.sensitivity
-    return recipe.weights in QUANTIZERS and asked is not False
-
-
 def layer_sensitivity(
     checkpoint: Checkpoint,
     manifest: Mapping[str, Any],

@@ -22,7 +22,6 @@ from gemma_deploy.artifact.manifest import FORMAT_VERSION, tool_versions
 from gemma_deploy.calibrated import (
     calibrate_cache,
     choose_rescaling,
-    choose_sensitivity,
     layer_sensitivity,
     quantize_weights,
     windows_of,
@@ -135,9 +134,7 @@ def compile_recipe(
         source: Checkpoint | Overlay = quantized.source if quantized else checkpoint
         if recipe.int8_cache and quantized is None and looked_at is not None:
             with stages.stage("cache") as stage:
-                source, stage.skipped = calibrate_cache(
-                    recipe, checkpoint, looked_at, artifact.path, key, progress
-                )
+                source, stage.skipped = calibrate_cache(recipe, checkpoint, looked_at, artifact.path, key, progress)
         with stages.stage("parameters") as stage:
             table = stream_params(recipe, source, artifact.path, rescaling, progress)
             stage.bytes = table.file_bytes
@@ -153,7 +150,7 @@ def compile_recipe(
         result = None
         manifest = describe(recipe, checkpoint, contract, table, rescaling, artifact.path, key)
         manifest |= {"calibration": dataset, "quantization": quantized.to_json() if quantized else None}
-        if quantized and choose_sensitivity(recipe):
+        if quantized and recipe.sensitivity:
             with stages.stage("sensitivity") as stage:
                 manifest["sensitivity"], stage.skipped = layer_sensitivity(
                     checkpoint, manifest, quantized.window, artifact.path, key, progress

@@ -46,6 +46,7 @@ LOGIT_BYTES = 5 * 32 * MIB  # a block of logits of every source, see parity/comp
 PIECE_ELEMENTS = 1 << 23  # of a matrix that is solved at a time (quantization/solver.py)
 PIECE_ARRAYS = 8  # float32 arrays of that size that are alive together
 LAYER_PASSES = 3  # of a window through a layer: up to each of the four groups of linears, and to the end
+SENSITIVITY_TOKENS, HEAD_BYTES = 256, 64 * MIB  # parity/sensitivity.py
 TORCH_RUNS = 3  # transformers' class, the patched class, the patched class with the artifact's weights
 
 
@@ -193,6 +194,8 @@ def make_plan(
         _params_stage(recipe, tensors, elements, parameters, machine),
         Stage("graphs", "iter0 and iter1, no weights", EXPORT_BYTES, GRAPH_BYTES, IMPORT_SECONDS + EXPORT_SECONDS),
     ]
+    if recipe.sensitivity:
+        stages.append(_sensitivity_stage(checkpoint.config, tensors))
     if parity:
         stages.append(_parity_stage(recipe, checkpoint.config, tensors, elements))
     drafted = Plan(recipe.name, recipe.scheme, out, parameters, tuple(stages), machine, (), ())
@@ -279,6 +282,17 @@ def _cache_stage(
     hidden = 4 * nsamples * seqlen * config.hidden_size
     seconds = IMPORT_SECONDS + 2.0 * layers * elements * nsamples * seqlen / FLOPS_PER_S
     return Stage("cache", f"keys and values of {nsamples} windows of {seqlen} tokens", ram, hidden, seconds)
+
+
+def _sensitivity_stage(config: ModelConfig, tensors: Mapping[str, TensorFacts]) -> Stage:
+    """A window through all layers once for every layer, and as often through the LM head."""
+    layers, elements = config.num_hidden_layers, sum(prod(t.shape) for n, t in tensors.items() if ".layers.0." in n)
+    table = config.vocab_size * config.hidden_size
+    flops = 2.0 * SENSITIVITY_TOKENS * layers * (layers * elements / 2 + table)
+    ram = BASE_BYTES + TOKENIZER_BYTES + 4 * elements + 4 * HEAD_BYTES
+    disk = 4 * (layers + 2) * SENSITIVITY_TOKENS * config.hidden_size
+    what = f"each layer alone, {SENSITIVITY_TOKENS} tokens"
+    return Stage("sensitivity", what, ram, disk, IMPORT_SECONDS + flops / FLOPS_PER_S)
 
 
 def _parity_stage(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, TensorFacts], elements: int) -> Stage:

@@ -104,6 +104,20 @@ def test_quantizing_asks_for_a_layer_and_its_moments():
     assert stage(36).seconds == pytest.approx(2 * stage(18).seconds, rel=0.02)
 
 
+def test_sensitivity_is_estimated_where_it_is_measured():
+    def stages(kind, calib_args=""):
+        asked = Recipe.from_text(
+            "name: g\nfrontend: {checkpoint: demo, shape: {input_ids: [[1024], [2048]]},"
+            f" quantize: {{type: {kind}, {calib_args}}}}}\nbackend: {{dtype: int8}}\n"
+        )
+        return {stage.name: stage for stage in make_plan(asked, checkpoint(), machine=BIG).stages}
+
+    assert "sensitivity" not in stages("w8a16") | stages("w8a16_gptq", "calib_args: {sensitivity: false}")
+    found = stages("w8a16_gptq")["sensitivity"]
+    assert 4 * 2048 * (2 * 2048 + 2 * 256 + 3 * 16384) < found.ram_bytes < 2 * GIB
+    assert found.disk_bytes == 4 * (18 + 2) * 256 * 2048
+
+
 def test_an_int8_cache_asks_for_a_pass_where_nothing_else_does():
     def stages(kind):
         asked = Recipe.from_text(

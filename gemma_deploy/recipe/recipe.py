@@ -172,6 +172,12 @@ class Recipe(sections.Section):
         return self.scheme.removesuffix(KV8)
 
     @property
+    def sensitivity(self) -> bool:
+        """Whether what each layer costs alone is measured: of calibrated weights, unless the recipe says otherwise."""
+        section = self.frontend.quantize
+        return self.weights in QUANTIZERS and not (section and section.calib_args.sensitivity is False)
+
+    @property
     def int8_weights(self) -> bool:
         """Whether matrices are stored as codes with scales, of 8 bits or 4."""
         return self.weights.startswith("w")
