@@ -88,6 +88,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     pair = open_pair(str(arguments.artifact), "hf", str(arguments.checkpoint), task="ppl")
+    room = pair.longest - arguments.prompt_tokens
+    if arguments.decode > room:
+        parser.error(f"the artifact takes {pair.longest} tokens in all: give --decode {room}")
     prompts = prompts_of(arguments.text, pair, arguments.prompts, arguments.prompt_tokens)
     sequences = decoded(arguments.checkpoint, prompts, arguments.decode)
     same, listed = compare(pair, sequences, arguments.prompt_tokens)
