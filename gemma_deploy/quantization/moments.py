@@ -62,7 +62,8 @@ def factorize(moments: torch.Tensor, damping: float) -> Factor:
 
     The damping is relative to each diagonal element (not to their mean), so that the result does not change when
     inputs and columns are scaled against each other: (H + d diag H) shrinks every correlation by 1 / (1 + d), which is
-    also what a sample of few tokens wants.
+    also what a sample of few tokens wants. Channels below a millionth of the mean power, dead ones first of all, have
+    that on the diagonal instead.
 
     Args:
         moments: [columns, columns] float32, symmetric; destroyed.
@@ -72,7 +73,7 @@ def factorize(moments: torch.Tensor, damping: float) -> Factor:
         NotPositiveError: after `MOST_ATTEMPTS`.
     """
     diagonal = moments.diagonal().clone()
-    floor = diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny) * 1e-6
+    floor = diagonal.mean().clamp_min(1e-30) * 1e-6  # of dead channels; a normal number even where all are dead
     for attempt in range(1, MOST_ATTEMPTS + 1):
         moments.diagonal().copy_(torch.maximum(diagonal * (1.0 + damping), floor))
         if _factorize(moments):
