@@ -76,7 +76,7 @@ def repeats(line, scheme):
         ("gemma3_text", "w8a16_gptq", 8),
         ("gemma2", "w4a16_gptq", 4),
         ("gemma", "w8a8", 8),
-        ("gemma2", "w8a8", 8),
+        pytest.param("gemma2", "w8a8", 8, marks=pytest.mark.slow),
         ("gemma3_text", "w8a8", 8),
         ("gemma3_text", "w4a16", 4),
     ],
@@ -103,7 +103,9 @@ def test_compiles_proven_and_repeats_its_twin(recipe, tmp_path, capsys, model_ty
         ({"type": "w8a16_gptq", "calib_args": {"groupsize": 32}}, {"model_kwargs": {"tp": 2}}),
         ({"type": "w4a16_gptq"}, {"split": {"points": [1]}}),
         ({"type": "w8a8"}, {"model_kwargs": {"tp": 2}}),
-        ({"type": "w8a8", "calib_args": {"keep_a16": 0}}, {"split": {"points": [1]}}),
+        pytest.param(
+            {"type": "w8a8", "calib_args": {"keep_a16": 0}}, {"split": {"points": [1]}}, marks=pytest.mark.slow
+        ),
         ({"type": "w8a16", "table": "int8_g32"}, {}),
         ({"type": "w8a16", "table": "fp16"}, {"model_kwargs": {"tp": 2}}),
     ],

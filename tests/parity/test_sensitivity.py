@@ -58,7 +58,7 @@ def compiled(tmp_path_factory):
         ("gemma", {"type": "w4a16_gptq"}),
         ("gemma2", {"type": "w4a16_gptq", "table": "int8"}),
         ("gemma3_text", {"type": "w8a16_gptq"}),
-        ("gemma3_text", {"type": "w4a16"}),
+        pytest.param("gemma3_text", {"type": "w4a16"}, marks=pytest.mark.slow),
     ],
 )
 def test_it_is_what_transformers_loses(compiled, model_type, quantize):

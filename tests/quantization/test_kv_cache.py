@@ -71,10 +71,10 @@ def compiled(tmp_path_factory):
         ("gemma", "w8a16_gptq+kv8", "int8", {}),
         ("gemma2", "w8a16+kv8", "int8", {}),
         ("gemma3_text", "w16kv8", "fp16", {}),
-        ("gemma3_text", "w16kv8", "bf16", {}),
-        ("gemma3_text", "w8a8+kv8", "int8", {}),
+        pytest.param("gemma3_text", "w16kv8", "bf16", {}, marks=pytest.mark.slow),
+        pytest.param("gemma3_text", "w8a8+kv8", "int8", {}, marks=pytest.mark.slow),
         ("gemma2", "w8a16_gptq+kv8", "int8", {"model_kwargs": {"tp": 2}}),
-        ("gemma3_text", "w16kv8", "fp16", {"split": {"points": [1]}}),
+        pytest.param("gemma3_text", "w16kv8", "fp16", {"split": {"points": [1]}}, marks=pytest.mark.slow),
         ("gemma3_text", "w4a16_gptq+kv8", "int8", {"shape": {"dynamic": True}}),
     ],
 )
