@@ -19,6 +19,7 @@ from gemma_deploy import paths
 from gemma_deploy.artifact import ArtifactDir, op_census, write_report
 from gemma_deploy.artifact.ledger import ledger_for
 from gemma_deploy.artifact.manifest import FORMAT_VERSION, tool_versions
+from gemma_deploy.backends import BACKENDS, PARAMS, Backend, Job
 from gemma_deploy.calibrated import (
     calibrate_cache,
     choose_rescaling,
@@ -29,7 +30,7 @@ from gemma_deploy.calibrated import (
 from gemma_deploy.calibration.pipeline import dataset_record
 from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint, write_tokenizer
 from gemma_deploy.errors import CheckpointError, GateError
-from gemma_deploy.graph.contract import GRAPHS, GraphContract, Scheme
+from gemma_deploy.graph.contract import GraphContract, Scheme
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.params import ParamRow, ParamTable, build_plan, write_params
 from gemma_deploy.params.overlay import Overlay
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from gemma_deploy.parity import ParityResult
 
 log = logging.getLogger(__name__)
-PARAMS = "params.safetensors"
 Progress = Callable[[int, int], None]
 
 
@@ -120,7 +120,7 @@ def compile_recipe(
     with ArtifactDir(out, key=key, force=force, proven=parity) as artifact:
         if artifact.finished:
             return CompileResult(out, tuple(stages.done), True, artifact.manifest["parity"])
-        contract, rescaling, quantized = contract_of(recipe, checkpoint), None, None
+        contract, rescaling, quantized = backend_for(recipe).contract(recipe, checkpoint.config), None, None
         if recipe.weights == "fp16":
             with stages.stage("ranges") as stage:
                 try:
@@ -146,10 +146,11 @@ def compile_recipe(
             stage.skipped = not stage.child_rss_bytes
             stage.bytes = sum((artifact.path / file).stat().st_size for file in graph_files(recipe, checkpoint))
         with stages.stage("files"):
-            copy_model_files(checkpoint, artifact.path)
+            copy_model_files(recipe, checkpoint, artifact.path)
         result = None
         manifest = describe(recipe, checkpoint, contract, table, rescaling, artifact.path, key)
         manifest |= {"calibration": dataset, "quantization": quantized.to_json() if quantized else None}
+        manifest["kernels"] = backend_for(recipe).kernels(recipe, quantized.kept if quantized else None)
         if quantized and recipe.sensitivity:
             with stages.stage("sensitivity") as stage:
                 manifest["sensitivity"], stage.skipped = layer_sensitivity(
@@ -172,11 +173,9 @@ def compile_recipe(
     return CompileResult(out, tuple(stages.done), False, manifest["parity"])
 
 
-def contract_of(recipe: Recipe, checkpoint: Checkpoint) -> GraphContract:
-    """Names, dtypes and shapes of the whole model's inputs and outputs."""
-    lengths = recipe.prefill_length, recipe.context_length
-    scheme, sizes = scheme_of(recipe), (recipe.batch, *lengths, recipe.dynamic, recipe.ranks)
-    return GraphContract.of(checkpoint.config, scheme, *sizes, int8_cache=recipe.int8_cache)
+def backend_for(recipe: Recipe) -> Backend:
+    """Who writes the graphs."""
+    return BACKENDS[recipe.backend.type]
 
 
 def parts_in(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Part, ...]:
@@ -186,7 +185,7 @@ def parts_in(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Part, ...]:
 
 def graph_files(recipe: Recipe, checkpoint: Checkpoint) -> list[str]:
     """Every .onnx file, by its path in the artifact."""
-    return [part.file(f"{graph}.onnx") for part in parts_in(recipe, checkpoint) for graph in GRAPHS]
+    return [part.file(f"{graph}.onnx") for part in parts_in(recipe, checkpoint) for graph in backend_for(recipe).graphs]
 
 
 def scheme_of(recipe: Recipe) -> Scheme:
@@ -223,10 +222,9 @@ def stream_params(
     parts = parts_of(source.config.num_hidden_layers, recipe.split_points, recipe.ranks)
     stored = source.stored if isinstance(source, Overlay) else None
     storage = recipe.storage_for(source.config.hidden_size)
+    lengths, cache, unsigned = recipe.context_length, recipe.int8_cache, backend_for(recipe).unsigned
     plans = [
-        build_plan(
-            source.config, scheme_of(recipe), recipe.context_length, rescaling, part, stored, storage, recipe.int8_cache
-        )
+        build_plan(source.config, scheme_of(recipe), lengths, rescaling, part, stored, storage, cache, unsigned)
         for part in parts
     ]
     total = sum(spec.nbytes for plan in plans for spec in plan)
@@ -270,24 +268,19 @@ def export_into(
     files = graph_files(recipe, checkpoint)
     if done.exists() and done.read_text() == mark and all((out / file).exists() for file in files):
         return 0
-    from gemma_deploy.graph import worker
     from gemma_deploy.graph.external import write_graph
 
     give_memory_back()  # of the parameters' row blocks
-    scale = recipe.frontend.model_kwargs.embed_scale
-    tables = table.files
-    storage = recipe.storage_for(checkpoint.config.hidden_size)
-    rows = [(part, tables[part.file(PARAMS)].rows) for part in parts_in(recipe, checkpoint)]
-    task = worker.Task(checkpoint.config, scheme_of(recipe), contract, scale, rows, PARAMS, rescaling, storage, kept)
-    graphs, peak = worker.export_apart(task)
+    job = Job(recipe, checkpoint.config, contract, parts_in(recipe, checkpoint), table, rescaling, kept)
+    graphs, peak = backend_for(recipe).export(job)
     for file, graph in graphs.items():
         write_graph(graph, out / file)
     done.write_text(mark)
     return peak
 
 
-def copy_model_files(checkpoint: Checkpoint, out: Path) -> None:
-    """config.json, generation_config.json and the tokenizer, as files of the artifact's own."""
+def copy_model_files(recipe: Recipe, checkpoint: Checkpoint, out: Path) -> None:
+    """config.json, generation_config.json, the back end's own and the tokenizer, as files of the artifact's own."""
     (out / "config.json").write_text(json.dumps(checkpoint.config_dict(), indent=2, sort_keys=True) + "\n")
     config = checkpoint.config
     generation = {
@@ -296,6 +289,8 @@ def copy_model_files(checkpoint: Checkpoint, out: Path) -> None:
         "pad_token_id": config.pad_token_id,
     }
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    for name, content in backend_for(recipe).files(recipe, config).items():
+        (out / name).write_text(json.dumps(content, indent=2) + "\n")
     write_tokenizer(checkpoint, out, link=False)
 
 

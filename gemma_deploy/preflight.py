@@ -244,9 +244,7 @@ def _ranges_stage(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, Ten
     return Stage("ranges", f"largest activations of {windows} windows of {seqlen} tokens", ram, 0, seconds)
 
 
-def _quantize_stage(
-    recipe: Recipe, config: ModelConfig, tensors: Mapping[str, TensorFacts], machine: Machine
-) -> Stage:
+def _quantize_stage(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, TensorFacts], machine: Machine) -> Stage:
     """One layer's weights, the moments of one group of inputs, one window's activations; hidden states on disk."""
     nsamples, seqlen, layers = recipe.dataset.nsamples, recipe.dataset.seqlen, config.num_hidden_layers
     shapes = [t.shape for name, t in tensors.items() if ".layers.0." in name and len(t.shape) == 2]
@@ -271,9 +269,7 @@ def _quantize_stage(
     return Stage("quantize", what, ram, disk, seconds)
 
 
-def _cache_stage(
-    recipe: Recipe, config: ModelConfig, tensors: Mapping[str, TensorFacts], machine: Machine
-) -> Stage:
+def _cache_stage(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, TensorFacts], machine: Machine) -> Stage:
     """One layer in float32, windows that pass through it, hidden states on disk."""
     nsamples, seqlen, layers = recipe.dataset.nsamples, recipe.dataset.seqlen, config.num_hidden_layers
     elements = sum(prod(t.shape) for name, t in tensors.items() if ".layers.0." in name)

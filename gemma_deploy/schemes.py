@@ -109,8 +109,12 @@ def storage_of(scheme: str, hidden_size: int, groupsize: int | None = None, tabl
         return Storage(Codes(), TABLES[table or "int8"])
     quantizer = QUANTIZERS[scheme]
     size = quantizer.groupsize if groupsize is None or quantizer.activations else groupsize
-    dividing = next((f"int8_g{size}" for size in (128, 64, 32) if hidden_size % size == 0), "int8")
-    return Storage(Codes(quantizer.bits, None if size == -1 else size), TABLES[table or dividing])
+    return Storage(Codes(quantizer.bits, None if size == -1 else size), TABLES[table or dividing_table(hidden_size)])
+
+
+def dividing_table(hidden_size: int) -> str:
+    """Of `TABLES`, the form with the largest groups that divide the table's columns."""
+    return next((f"int8_g{size}" for size in (128, 64, 32) if hidden_size % size == 0), "int8")
 
 
 def group_problems(storage: Storage, linears: Mapping[str, int], hidden_size: int) -> list[str]:

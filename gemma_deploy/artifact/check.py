@@ -56,18 +56,13 @@ class _Graph(_Part):
     outputs: list[_Port]
 
 
-class _Graphs(_Part):
-    iter0: _Graph
-    iter1: _Graph
-
-
 class _Contract(_Part):
     batch: int
     prefill: int
     context: int
     vocab_size: int
     dynamic: bool
-    graphs: _Graphs
+    graphs: dict[str, _Graph]
 
 
 class _Model(_Part):

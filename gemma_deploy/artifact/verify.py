@@ -22,6 +22,8 @@ ONNX_DTYPES = {
     onnx.TensorProto.BFLOAT16: "bfloat16",
     onnx.TensorProto.INT8: "int8",
     onnx.TensorProto.INT4: "int4",
+    onnx.TensorProto.UINT8: "uint8",
+    onnx.TensorProto.UINT4: "uint4",
 }
 
 
@@ -86,16 +88,27 @@ def _graph_problems(params: Sequence[ParamRow], file: Path, shown: str) -> list[
             continue
         where = {entry.key: entry.value for entry in tensor.external_data}
         row = rows.get(tensor.name)
-        if row is None:
-            problems.append(f"{shown}: {tensor.name} has no row in the manifest")
-            continue
         got = (where.get("location"), int(where.get("offset", 0)), int(where.get("length", 0)))
+        if row is None or ONNX_DTYPES.get(tensor.data_type) != row.dtype:
+            if not _shows_whole_rows(params, got):
+                problems.append(f"{shown}: {tensor.name} has no row in the manifest")
+            continue
         says = (PARAMS, row.offset, row.nbytes)
         if got != says:
             problems.append(f"{shown}: {tensor.name} points to {got}, its row says {says}")
         if (ONNX_DTYPES.get(tensor.data_type), tuple(tensor.dims)) != (row.dtype, row.shape):
             problems.append(f"{shown}: {tensor.name} has another dtype or shape than its row")
     return problems
+
+
+def _shows_whole_rows(params: Sequence[ParamRow], span: tuple[str | None, int, int]) -> bool:
+    """Whether a span of the parameter file is one tensor in another form, or several that lie behind one another."""
+    location, offset, length = span
+    ends = {row.offset: row.offset + row.nbytes for row in params}
+    at = offset
+    while at in ends and at < offset + length:
+        at = ends[at]
+    return location == PARAMS and length > 0 and at == offset + length
 
 
 def _table_problems(artifact: Artifact) -> list[str]:

@@ -65,6 +65,11 @@ class GraphContract:
     embeds: bool = True
     heads: bool = True
 
+    @property
+    def graph_names(self) -> tuple[str, ...]:
+        """Graphs of an artifact, or of one part of it."""
+        return GRAPHS
+
     @classmethod
     def of(
         cls,
@@ -137,7 +142,7 @@ class GraphContract:
                 "inputs": [asdict(port) for port in self.inputs(graph)],
                 "outputs": [asdict(port) for port in self.outputs(graph)],
             }
-            for graph in GRAPHS
+            for graph in self.graph_names
         }
         return {**asdict(self), "graphs": graphs}
 

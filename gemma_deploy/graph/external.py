@@ -21,6 +21,8 @@ DTYPES = {
     "bfloat16": ir.DataType.BFLOAT16,
     "int8": ir.DataType.INT8,
     "int4": ir.DataType.INT4,
+    "uint8": ir.DataType.UINT8,
+    "uint4": ir.DataType.UINT4,
 }
 
 

@@ -16,7 +16,11 @@ from typing import Protocol
 from gemma_deploy.params.plan import ITEM_BITS, ParamSpec
 
 PAGE_BYTES = 4096
-SAFETENSORS_DTYPE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "int4": "U8"}
+PACKED = ("int4", "uint4")  # two codes in a byte
+SAFETENSORS_DTYPE = {
+    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "int4": "U8",
+    "uint8": "U8", "uint4": "U8",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def _header(ordered: Sequence[Placed]) -> bytes:
     end = 0
     for item in ordered:
         shape = list(item.shape)
-        if item.dtype == "int4":
+        if item.dtype in PACKED:
             shape[-1] //= 2
         entries[item.name] = {
             "dtype": SAFETENSORS_DTYPE[item.dtype],

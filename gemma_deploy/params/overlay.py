@@ -74,9 +74,7 @@ class Overlay:
         """Rows [start, stop) as float32."""
         replaced = name in self._files or (name == TABLE and self._factors is not None)
         return (
-            self.raw_rows(name, start, stop).astype(np.float32)
-            if replaced
-            else self.checkpoint.rows(name, start, stop)
+            self.raw_rows(name, start, stop).astype(np.float32) if replaced else self.checkpoint.rows(name, start, stop)
         )
 
     def raw_rows(self, name: str, start: int, stop: int) -> np.ndarray:

@@ -20,11 +20,16 @@ from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import Storage
 
 Scheme = Literal["fp32", "fp16", "bf16", "w8a16", "w8a16_folded"]
-Dtype = Literal["float32", "float16", "bfloat16", "int8", "int4"]
+Dtype = Literal["float32", "float16", "bfloat16", "int8", "int4", "uint8", "uint4"]
 Kind = Literal["cast", "int8_per_channel", "scale", "constant", "stored"]
 
-ITEM_BITS: dict[Dtype, int] = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4}
-CODE_DTYPES: dict[int, Dtype] = {8: "int8", 4: "int4"}
+ITEM_BITS: dict[Dtype, int] = {
+    "float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4, "uint8": 8, "uint4": 4,
+}  # fmt: skip
+# By bits, and by whether codes are unsigned: those have the zero point 2**(bits - 1).
+CODE_DTYPES: dict[tuple[int, bool], Dtype] = {
+    (8, False): "int8", (4, False): "int4", (8, True): "uint8", (4, True): "uint4",
+}  # fmt: skip
 COLUMN_SCALE = "model.embed_tokens.column_scale"
 # Norm weights are float32 everywhere: the norm computes in float32.
 MATRIX_DTYPE: dict[Scheme, Dtype] = {
@@ -75,6 +80,7 @@ def build_plan(
     quantized: Mapping[str, Stored] | None = None,
     storage: Storage | None = None,
     int8_cache: bool = False,
+    unsigned: bool = False,
 ) -> tuple[ParamSpec, ...]:
     """Every parameter of the model in model order, then the rotary tables.
 
@@ -90,6 +96,7 @@ def build_plan(
         quantized: matrices whose codes and scales the source holds already (`Overlay.stored`).
         storage: bits and groups of the int8 schemes' codes; int8 per row by default.
         int8_cache: factors of the channels of keys and values, which the source holds as well.
+        unsigned: store codes with a zero point in the middle of their range, as ONNX Runtime's kernels want them.
     """
     storage = storage or Storage()
     rescaling, part = rescaling or Rescaling(), part or Part(whole(config.num_hidden_layers))
@@ -109,7 +116,7 @@ def build_plan(
             made = quantized.get(name) if quantized else None
             kinds: tuple[Kind, Kind] = ("stored", "stored") if made else ("int8_per_channel", "scale")
             scales = f"{module}.scale"
-            specs.append(ParamSpec(name, shape, CODE_DTYPES[codes.bits], kinds[0], name, stored=made))
+            specs.append(ParamSpec(name, shape, CODE_DTYPES[codes.bits, unsigned], kinds[0], name, stored=made))
             source = scales if made else name
             specs.append(ParamSpec(scales, codes.scale_shape(shape), "float32", kinds[1], source))
             folded = scheme == "w8a16_folded" and codes.groupsize is None

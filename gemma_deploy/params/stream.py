@@ -17,7 +17,7 @@ import numpy as np
 
 from gemma_deploy.checkpoint import TensorInfo
 from gemma_deploy.params.constants import constant_rows
-from gemma_deploy.params.plan import ParamSpec
+from gemma_deploy.params.plan import ITEM_BITS, ParamSpec
 from gemma_deploy.params.table import ParamRow
 from gemma_deploy.quantization import quantize_rows_, row_scales, sqnr_db
 
@@ -147,9 +147,21 @@ def _write_stored(sink: Sink, source: Source, buffers: Buffers, block_bytes: int
     for start, stop in _row_spans(spec.rows or ((0, info.shape[0]),), row_bytes, block_bytes):
         block = torch.from_numpy(source.raw_rows(info.name, start, stop))
         block = _columns(block, spec, buffers)
-        sink.write(pack_int4(block) if spec.dtype == "int4" else block.contiguous())
+        sink.write(as_stored(block, spec))
     stored = spec.stored
     return sink.row(stored.sqnr_db, float(f"{stored.energy:.7g}")) if stored else sink.row()
+
+
+def as_stored(block: torch.Tensor, spec: ParamSpec) -> torch.Tensor:
+    """What the file has of a block: floats as they are, signed codes in the spec's form."""
+    if ITEM_BITS[spec.dtype] == 4:
+        packed = pack_int4(block)
+        return packed ^ 0x88 if spec.dtype == "uint4" else packed
+    if spec.dtype == "uint8":
+        import torch
+
+        return block.contiguous().view(torch.uint8) ^ 0x80
+    return block.contiguous()
 
 
 def pack_int4(codes: torch.Tensor) -> torch.Tensor:
@@ -204,7 +216,7 @@ def _write_int8(
         scratch = buffers.take("scratch", grouped, torch.float32)
         all_scales[part] = row_scales(absmax.float() if groups == 1 else wide.view(grouped).abs().amax(1))
         signal[part], error[part] = quantize_rows_(wide.view(grouped), all_scales[part], q.view(grouped), scratch)
-        weight.write(_columns(q, weight.spec, buffers))
+        weight.write(as_stored(_columns(q, weight.spec, buffers), weight.spec))
     scales.write(all_scales)
     energy = float(signal.numpy().sum())
     sqnr = sqnr_db(energy, float(error.numpy().sum()))
@@ -240,7 +252,7 @@ def _checked_blocks(
     integer = torch.int32 if dtype.itemsize == 4 else torch.int16
     mask = torch.iinfo(integer).max
     finite = int(torch.tensor(torch.finfo(dtype).max, dtype=dtype).view(integer))
-    largest = torch.finfo(torch.float32 if spec.dtype == "int8" else getattr(torch, spec.dtype)).max
+    largest = torch.finfo(torch.float32 if "int" in spec.dtype else getattr(torch, spec.dtype)).max
     cols = math.prod(info.shape[1:])
     bad = _BadRows(name, spec.dtype, largest)
     for start, stop in _row_spans(spec.rows or ((0, info.shape[0]),), cols * dtype.itemsize, block_bytes):

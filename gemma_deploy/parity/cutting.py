@@ -36,9 +36,7 @@ class Cutter:
         self.values = {value.name: value for node in self.model.graph for value in node.outputs}
         self.values |= {value.name: value for value in self.model.graph.inputs}
 
-    def piece(
-        self, inputs: Sequence[str], outputs: Sequence[str], rows: tuple[int, int, int] | None = None
-    ) -> Piece:
+    def piece(self, inputs: Sequence[str], outputs: Sequence[str], rows: tuple[int, int, int] | None = None) -> Piece:
         """The nodes between some values.
 
         Args:

@@ -84,10 +84,12 @@ class StoredWeights:
 def _read(file: Path, row: ParamRow, start: int, stop: int) -> np.ndarray:
     """Rows of one stored tensor."""
     width = int(np.prod(row.shape[1:]))
-    if row.dtype == "int4":
-        pairs = np.fromfile(file, np.int8, (stop - start) * width // 2, offset=row.offset + start * width // 2)
+    if row.dtype.endswith("int4"):
+        pairs = np.fromfile(file, np.uint8, (stop - start) * width // 2, offset=row.offset + start * width // 2)
+        pairs = (pairs ^ (0x88 if row.dtype == "uint4" else 0)).view(np.int8)
         flat = np.stack([(pairs << 4) >> 4, pairs >> 4], axis=-1)  # the first of a pair is the low half
     else:
         dtype = np.dtype(row.dtype)
         flat = np.fromfile(file, dtype, (stop - start) * width, offset=row.offset + start * width * dtype.itemsize)
+        flat = (flat ^ 0x80).view(np.int8) if row.dtype == "uint8" else flat
     return flat.reshape(stop - start, *row.shape[1:])

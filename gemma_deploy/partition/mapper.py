@@ -24,9 +24,7 @@ class ParameterMapper:
     def __init__(self, config: ModelConfig, span: Span) -> None:
         self.span, self.tied = span, config.tie_word_embeddings
         self.shapes = expected_tensors(config)
-        self.sources = {
-            local: name for name in self.shapes if (local := self.local(name)) is not None
-        }
+        self.sources = {local: name for name in self.shapes if (local := self.local(name)) is not None}
 
     def local(self, name: str) -> str | None:
         """A checkpoint tensor's name in the stage, None when the stage does not have it."""

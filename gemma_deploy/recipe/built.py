@@ -25,10 +25,24 @@ _NOT_BUILT: tuple[tuple[Callable[[Recipe], bool], Callable[[Recipe], str]], ...]
         ),
     ),
     (
-        lambda recipe: recipe.backend.type != "tvm_vacc",
+        lambda recipe: recipe.onnxruntime and recipe.backend.dtype in ("fp16", "bf16"),
         lambda recipe: (
-            f"backend.type: {recipe.backend.type} is not built yet; "
-            "this version writes static graphs (ONNX Runtime runs them too), so set type: tvm_vacc"
+            f"backend.dtype: {recipe.backend.dtype} for ONNX Runtime is not built yet; "
+            "this version writes fp32 and int8 graphs for its CPU provider, so set one of these, or type: tvm_vacc"
+        ),
+    ),
+    (
+        lambda recipe: recipe.onnxruntime and recipe.int8_cache,
+        lambda recipe: (
+            "frontend.quantize.type: an int8 cache for ONNX Runtime is not built yet; "
+            "leave out +kv8, or set backend.type: tvm_vacc"
+        ),
+    ),
+    (
+        lambda recipe: recipe.onnxruntime and (recipe.ranks > 1 or bool(recipe.split_points)),
+        lambda recipe: (
+            "split.points and model_kwargs.tp: ONNX Runtime's graph is not divided; "
+            "remove them, or set backend.type: tvm_vacc"
         ),
     ),
     (

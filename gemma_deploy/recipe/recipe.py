@@ -19,7 +19,7 @@ from gemma_deploy.recipe import document as documents
 from gemma_deploy.recipe import explain, rules, sections
 from gemma_deploy.recipe.document import Document
 from gemma_deploy.recipe.mix import read_mix
-from gemma_deploy.schemes import QUANTIZERS, Storage, storage_of
+from gemma_deploy.schemes import QUANTIZERS, Storage, dividing_table, storage_of
 
 # Second spellings of one key, both found in public recipes: (spelling, its name here).
 _SPELLINGS = (
@@ -178,6 +178,16 @@ class Recipe(sections.Section):
         return self.weights in QUANTIZERS and not (section and section.calib_args.sensitivity is False)
 
     @property
+    def onnxruntime(self) -> bool:
+        """Whether the artifact is one graph for ONNX Runtime."""
+        return self.backend.type == "onnxruntime"
+
+    @property
+    def prefill(self) -> str:
+        """`backend.compile.prefill` for ONNX Runtime: "fast" holds the layers a second time, for integer products."""
+        return str(self.backend.compile.get("prefill", "fast" if self.weights == "w8a8" else "lean"))
+
+    @property
     def int8_weights(self) -> bool:
         """Whether matrices are stored as codes with scales, of 8 bits or 4."""
         return self.weights.startswith("w")
@@ -190,9 +200,11 @@ class Recipe(sections.Section):
     def storage_for(self, hidden_size: int) -> Storage:
         """What the matrices of an int8 artifact of a model of this width are stored as."""
         section = self.frontend.quantize
-        if section is None:
-            return Storage()
-        return storage_of(self.weights, hidden_size, section.calib_args.groupsize, section.table)
+        groupsize = None if section is None else section.calib_args.groupsize
+        table: str | None = None if section is None else section.table
+        if table is None and self.onnxruntime:  # its kernels have scales per group in any case
+            table = dividing_table(hidden_size)
+        return storage_of(self.weights, hidden_size, groupsize, table) if self.int8_weights else Storage()
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with all defaults, as plain data; `from_text` of its YAML gives an equal recipe."""

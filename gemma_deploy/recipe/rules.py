@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gemma_deploy.recipe.recipe import Recipe
 
 LENGTH_MULTIPLE = 16
+BLOCKS = (16, 32, 64, 128, 256)  # of MatMulNBits
 
 Found = Iterator[tuple[Path, str]]
 Rule = Callable[["Recipe"], Found]
@@ -185,6 +186,25 @@ def dataset_is_understood(recipe: Recipe) -> Found:
     asked = recipe.dataset
     for key, text in read_mix(asked.name, asked.path, asked.nsamples).problems:
         yield ("dataset", key), text
+
+
+@rule("backend", _QUANTIZE)
+def onnxruntime_kernels_are_known(recipe: Recipe) -> Found:
+    """`backend.compile.prefill` and `.block`, which this tool reads where the target is ONNX Runtime."""
+    given, here = recipe.backend.compile, ("backend", "compile")
+    if not recipe.onnxruntime:
+        return
+    prefill, block = given.get("prefill"), given.get("block")
+    if prefill not in (None, "fast", "lean"):
+        yield (*here, "prefill"), f"got '{prefill}', expected fast or lean"
+    elif prefill == "fast" and recipe.weights != "w8a8":
+        yield (
+            (*here, "prefill"),
+            "fast means integer products with a scale per token, which need frontend.quantize.type: w8a8 "
+            f"(its calibration makes activations fit for them), not {recipe.scheme}: set that, or prefill: lean",
+        )
+    if block is not None and block not in BLOCKS:
+        yield (*here, "block"), f"got {block}, expected one of {', '.join(map(str, BLOCKS))}"
 
 
 @rule("workspace.cluster")

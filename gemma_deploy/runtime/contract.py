@@ -60,9 +60,7 @@ class StaticContract:
 
     def sized(self, batch: int, prefill: int, context: int) -> StaticContract:
         """The same with other sizes."""
-        caches = tuple(
-            replace(port, shape=(batch, port.shape[1], context, port.shape[3])) for port in self.caches
-        )
+        caches = tuple(replace(port, shape=(batch, port.shape[1], context, port.shape[3])) for port in self.caches)
         return replace(self, batch=batch, prefill=prefill, context=context, caches=caches)
 
     def ports(self, graph: str) -> tuple[Port, ...]:
@@ -194,9 +192,7 @@ def check_session(session: ort.InferenceSession, contract: StaticContract, graph
         raise ArtifactError("graph and manifest disagree", where=str(where), problems=problems, next_step=REBUILD)
 
 
-def _contract(
-    ports: Mapping[str, Mapping[str, Port]], path: Path, sizes: Mapping[str, Any]
-) -> StaticContract:
+def _contract(ports: Mapping[str, Mapping[str, Port]], path: Path, sizes: Mapping[str, Any]) -> StaticContract:
     """From ports; the sizes of dynamic graphs are in the manifest alone."""
     try:
         batch, prefill = ports["iter0"]["input_ids"].shape

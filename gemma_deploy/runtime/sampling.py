@@ -23,9 +23,7 @@ class Sampler:
         UsageError: a value outside its range (all at once).
     """
 
-    def __init__(
-        self, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None
-    ) -> None:
+    def __init__(self, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None) -> None:
         problems = []
         if not (np.isfinite(temperature) and temperature >= 0):
             problems.append(f"temperature {temperature}: 0 (greedy) or more")

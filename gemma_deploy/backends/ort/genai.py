@@ -1,0 +1,63 @@
+"""genai_config.json: what onnxruntime-genai needs to know of the graph, so that it runs the artifact as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gemma_deploy.backends.ort.options import GRAPH
+from gemma_deploy.checkpoint.config import ModelConfig
+
+CONFIG_FILE = "genai_config.json"
+# On x86 without VNNI, u8 x s8 products add pairs in 16 bits and may saturate; this makes them exact there.
+EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
+
+
+def genai_config(config: ModelConfig, context_length: int) -> dict[str, Any]:
+    """The file's content.
+
+    Args:
+        context_length: positions that the rotary tables cover.
+    """
+    return {
+        "model": {
+            "bos_token_id": config.bos_token_id,
+            "context_length": context_length,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **EXACT_PRODUCTS},
+                "filename": GRAPH,
+                "head_size": config.head_dim,
+                "hidden_size": config.hidden_size,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+                "num_attention_heads": config.num_attention_heads,
+                "num_hidden_layers": config.num_hidden_layers,
+                "num_key_value_heads": config.num_key_value_heads,
+            },
+            "eos_token_id": list(config.eos_token_ids),
+            "pad_token_id": 0 if config.pad_token_id is None else config.pad_token_id,
+            "type": config.model_type,
+            "vocab_size": config.vocab_size,
+        },
+        "search": {
+            "do_sample": False,
+            "early_stopping": True,
+            "max_length": context_length,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": True,
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_k": 50,
+            "top_p": 1.0,
+        },
+    }

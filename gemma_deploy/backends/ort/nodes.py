@@ -1,0 +1,73 @@
+"""A graph under construction: nodes in order, names that are unique over the graph and its branches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+MICROSOFT = "com.microsoft"
+
+
+class Nodes:
+    """Nodes of a graph, or of one branch of it.
+
+    Args:
+        prefix: of every name that is made here.
+        top: the graph around a branch; initializers are its own.
+    """
+
+    def __init__(self, prefix: str = "", top: Nodes | None = None) -> None:
+        self.prefix, self.top = prefix, top
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = {}
+
+    def many(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        names: Sequence[str],
+        *,
+        domain: str = "",
+        **attributes: Any,
+    ) -> list[ir.Value]:
+        """Add a node with several outputs; an empty name is an output that nobody reads."""
+        given = {key: value for key, value in attributes.items() if value is not None}
+        node = ir.node(op_type, inputs, given, domain=domain, num_outputs=len(names))
+        for value, name in zip(node.outputs, names, strict=True):
+            value.name = self.prefix + name if name else ""
+        node.name = node.outputs[0].name
+        self.nodes.append(node)
+        return list(node.outputs)
+
+    def one(
+        self, op_type: str, inputs: Sequence[ir.Value | None], name: str, *, domain: str = "", **attributes: Any
+    ) -> ir.Value:
+        """Add a node with one output, which has its name."""
+        return self.many(op_type, inputs, [name], domain=domain, **attributes)[0]
+
+    def constant(self, value: np.ndarray | np.generic, name: str) -> ir.Value:
+        """A small initializer, made once however often it is asked for."""
+        around = self.top or self
+        if name not in around.initializers:
+            around.add(ir.Value(name=name, const_value=ir.tensor(np.asarray(value), name=name)))
+        return around.initializers[name]
+
+    def add(self, value: ir.Value) -> ir.Value:
+        """Register an initializer that has its tensor."""
+        tensor = value.const_value
+        assert tensor is not None, value.name
+        assert value.name is not None
+        value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
+        self.initializers[value.name] = value
+        return value
+
+    def numbers(self, *values: int) -> ir.Value:
+        """An int64 vector."""
+        return self.constant(np.array(values, np.int64), "int64." + ".".join(map(str, values)))
+
+    def scalar(self, value: float) -> ir.Value:
+        """A float32 number."""
+        return self.constant(np.float32(value), f"float32.{float(np.float32(value))!r}")

@@ -1,0 +1,87 @@
+"""`backend.type: onnxruntime` as `compile` sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gemma_deploy.backends.ort.decoder import build_decoder, embedding_scale
+from gemma_deploy.backends.ort.genai import CONFIG_FILE, genai_config
+from gemma_deploy.backends.ort.options import Kernels
+from gemma_deploy.backends.target import PARAMS, Job
+from gemma_deploy.checkpoint import ModelConfig
+from gemma_deploy.graph.contract import BATCH, SEQUENCE, GraphContract, Port
+from gemma_deploy.recipe import Recipe
+
+MODEL = "model"
+PAST, TOTAL = "past_sequence", "total_sequence"
+
+
+@dataclass(frozen=True)
+class OrtContract(GraphContract):
+    """One graph: new tokens and the cache before them -> logits of each row's last token, and the cache after them."""
+
+    @property
+    def graph_names(self) -> tuple[str, ...]:
+        """The only one."""
+        return (MODEL,)
+
+    def inputs(self, graph: str) -> tuple[Port, ...]:
+        """Of the graph."""
+        ids = Port("input_ids", "int64", (BATCH, SEQUENCE))
+        return (ids, Port("attention_mask", "int64", (BATCH, TOTAL)), *self._cache("past_key_values", PAST))
+
+    def outputs(self, graph: str) -> tuple[Port, ...]:
+        """Of the graph."""
+        return (Port("logits", "float32", (BATCH, 1, self.vocab_size)), *self._cache("present", TOTAL))
+
+
+class OnnxRuntime:
+    """See backends/target.py."""
+
+    graphs: Sequence[str] = (MODEL,)
+    unsigned = True
+
+    def contract(self, recipe: Recipe, config: ModelConfig) -> OrtContract:
+        """Batch and lengths are free; P is the longest prompt that is compared, C the positions there are."""
+        return OrtContract(
+            batch=1,
+            prefill=recipe.prefill_length,
+            context=recipe.context_length,
+            layers=config.num_hidden_layers,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            vocab_size=config.vocab_size,
+            cache_dtype="float32",
+            dynamic=True,
+            hidden_size=config.hidden_size,
+        )
+
+    def export(self, job: Job) -> tuple[dict[str, bytes], int]:
+        """Built from the config in this process: it takes no torch and some tens of milliseconds."""
+        from gemma_deploy.graph.external import serialized
+
+        recipe, config = job.recipe, job.config
+        scale = embedding_scale(config.hidden_size, recipe.frontend.model_kwargs.embed_scale)
+        model = build_decoder(config, chosen_kernels(recipe, job.kept), job.table.rows, PARAMS, scale)
+        return {f"{MODEL}.onnx": serialized(model)}, 0
+
+    def files(self, recipe: Recipe, config: ModelConfig) -> dict[str, dict[str, Any]]:
+        """What onnxruntime-genai reads."""
+        return {CONFIG_FILE: genai_config(config, recipe.context_length)}
+
+    def kernels(self, recipe: Recipe, kept: Sequence[str] | None) -> dict[str, Any] | None:
+        """As in `Kernels`."""
+        if not recipe.int8_weights:
+            return None
+        chosen = chosen_kernels(recipe, kept)
+        return {"block": chosen.block, "integer": chosen.integer, "wide": sorted(chosen.wide)}
+
+
+def chosen_kernels(recipe: Recipe, kept: Sequence[str] | None) -> Kernels:
+    """What the recipe asks for; linears that calibration found too noisy for 8 bits get 16 in integer products."""
+    defaults = Kernels()
+    asked = recipe.backend.compile
+    kernels = replace(defaults, block=asked.get("block", defaults.block))
+    return replace(kernels, integer=recipe.prefill == "fast", wide=frozenset(kept or ()))

@@ -1,0 +1,135 @@
+"""Initializers: views of params.safetensors, and what is made of them when a session is opened.
+
+The file has one tensor per matrix, under its Hugging Face name. Tensors that lie behind one another are one initializer
+here (q, k and v; gate and up), so that one kernel reads them and nothing is stored twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+
+import numpy as np
+import onnx_ir as ir
+
+from gemma_deploy.backends.ort.nodes import Nodes
+from gemma_deploy.errors import ExportError
+from gemma_deploy.graph.external import DTYPES, Row
+
+HIGH_BIT = -128  # int8 0x80: turns codes with zero point 128 into signed ones
+
+
+class Weights:
+    """The parameter file as initializers of a graph.
+
+    Args:
+        top: the graph that gets them; rows: of the file; location: its name beside the graph.
+    """
+
+    def __init__(self, top: Nodes, rows: Iterable[Row], location: str) -> None:
+        self.top, self.location = top, location
+        self.rows = {row.name: row for row in rows}
+        self.used: set[str] = set()
+        self._made: dict[str, ir.Value] = {}
+
+    def has(self, name: str) -> bool:
+        """Whether the file holds it."""
+        return name in self.rows
+
+    def shape(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Of matrices or vectors of one width, one below the other."""
+        shapes = [self._row(name).shape for name in names]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def dtype(self, name: str) -> str:
+        """As the file has it."""
+        return self._row(name).dtype
+
+    def view(
+        self, names: Sequence[str], name: str, shape: Sequence[int] | None = None, dtype: ir.DataType | None = None
+    ) -> ir.Value:
+        """Tensors that lie behind one another, as one initializer.
+
+        Args:
+            name: of the initializer; shape, dtype: in which the same bytes are read, as they are by default.
+
+        Raises:
+            ExportError: there is something between them.
+        """
+        if name in self.top.initializers:
+            return self.top.initializers[name]
+        rows = [self._row(one) for one in names]
+        for before, after in pairwise(rows):
+            if before.offset + before.nbytes != after.offset or before.dtype != after.dtype:
+                raise ExportError(
+                    f"{after.name} does not lie behind {before.name}",
+                    where=self.location,
+                    next_step="this is a bug: report it",
+                )
+        self.used.update(names)
+        read_as, dims = dtype or DTYPES[rows[0].dtype], ir.Shape(shape or self.shape(names))
+        nbytes = sum(row.nbytes for row in rows)
+        tensor = ir.ExternalTensor(self.location, rows[0].offset, nbytes, read_as, shape=dims, name=name)
+        return self.top.add(ir.Value(name=name, const_value=tensor))
+
+    def gain(self, norm: str) -> ir.Value:
+        """1 + weight of a norm."""
+        weight = self.view([f"{norm}.weight"], f"{norm}.weight")
+        return self._once(f"{norm}.gain", lambda name: self.top.one("Add", [weight, self.top.scalar(1.0)], name))
+
+    def block_scales(self, names: Sequence[str], name: str, blocks: int) -> ir.Value:
+        """Scales [rows, blocks] of matrices whose scales are [rows] or [rows, groups]."""
+        shape = self.shape(names)
+        scales = self.view(names, f"{name}.scale")
+        if len(shape) == 2:
+            assert shape[1] == blocks, (name, shape, blocks)
+            return scales
+
+        def repeated(made: str) -> ir.Value:
+            column = self.top.one("Unsqueeze", [scales, self.top.numbers(1)], f"{made}.column")
+            return self.top.one("Expand", [column, self.top.numbers(shape[0], blocks)], made)
+
+        return self._once(f"{name}.block_scale", repeated)
+
+    def transposed(self, names: Sequence[str], name: str) -> ir.Value:
+        """Codes as int8 [in, out], which MatMulInteger wants, of uint8 ones [out, in] with zero point 128."""
+        shape = self.shape(names)
+        codes = self.view(names, f"{name}.signed", shape, ir.DataType.INT8)
+        flip = self.top.constant(np.array([HIGH_BIT], np.int8), "int8.high_bit")
+
+        def turned(made: str) -> ir.Value:
+            signed = self.top.one("BitwiseXor", [codes, flip], f"{made}.codes")
+            return self.top.one("Transpose", [signed], made, perm=[1, 0])
+
+        return self._once(f"{name}.transposed", turned)
+
+    def unused(self) -> list[str]:
+        """Tensors of the file that no initializer shows."""
+        return [name for name in self.rows if name not in self.used]
+
+    def _row(self, name: str) -> Row:
+        if name not in self.rows:
+            raise ExportError(f"{name} is not in {self.location}", next_step="this is a bug: report it")
+        return self.rows[name]
+
+    def _once(self, name: str, make: Callable[[str], ir.Value]) -> ir.Value:
+        if name not in self._made:
+            self._made[name] = make(name)
+        return self._made[name]
+
+
+def largest_block(columns: int, most: int) -> int:
+    """The largest power of two up to `most`, 16 at least, of which `columns` is a multiple; else `most` itself.
+
+    MatMulNBits pads the last block of a row.
+    """
+    block = most
+    while block > 16 and columns % block:
+        block //= 2
+    return block if columns % block == 0 else most
+
+
+def blocks_of(columns: int, block: int) -> int:
+    """How many blocks a row has."""
+    return math.ceil(columns / block)
