@@ -1,0 +1,185 @@
+"""An artifact's own graph, taken apart for proof: one branch without the If, every position, exact arithmetic.
+
+The nodes are the graph's own, and the weights stay where they lie; what `exact` puts in the place of a kernel computes
+what the codes and scales stand for, in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from gemma_deploy.backends.ort.linears import BITS
+
+BRANCHES = {"prefill": "then_branch", "decode": "else_branch"}
+CHOSEN = ".chosen"  # ends the name of what GatherND picks
+
+
+def take_branch(model: ir.Model, branch: str) -> None:
+    """Put the nodes of one branch of the If in its place. In place; nothing where the graph has no If.
+
+    Args:
+        branch: "prefill" or "decode".
+    """
+    graph = model.graph
+    for node in [node for node in graph if node.op_type == "If"]:
+        inner = node.attributes[BRANCHES[branch]].as_graph()
+        made, nodes = list(inner.outputs), list(inner)
+        inner.outputs.clear()
+        inner.remove(nodes)
+        for one in nodes:
+            graph.insert_before(node, one)
+        for old, new in zip(node.outputs, made, strict=True):
+            new.name, new.type, new.shape = old.name, old.type, old.shape
+        ir.convenience.replace_all_uses_with(list(node.outputs), made, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+
+
+def every_position(model: ir.Model) -> None:
+    """Let nodes behind the choice of the last token see all of them. In place."""
+    graph = model.graph
+    for node in [node for node in graph if str(node.outputs[0].name).endswith(CHOSEN)]:
+        whole = node.inputs[0]
+        assert whole is not None
+        ir.convenience.replace_all_uses_with([node.outputs[0]], [whole])
+        graph.remove(node, safe=True)
+    for value in graph.outputs:
+        if value.name == "logits" and value.shape is not None:
+            value.shape = ir.Shape(("batch", "sequence", value.shape[2]))
+
+
+def exact(model: ir.Model) -> None:
+    """Put float32 arithmetic on dequantized weights in the place of every kernel that rounds. In place."""
+    graph = model.graph
+    for node in list(graph):
+        if node.op_type in _EXACT:
+            _EXACT[node.op_type](graph, node)
+    _drop_unread(graph)
+
+
+class _Before:
+    """Adds nodes in front of one and lets its readers read the last of them."""
+
+    def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
+        self.graph, self.node, self.name = graph, node, str(node.outputs[0].name)
+
+    def add(self, op_type: str, inputs: list[ir.Value], what: str, **attributes: object) -> ir.Value:
+        made = ir.node(op_type, inputs, attributes)  # type: ignore[arg-type]
+        made.outputs[0].name = f"{self.name}.{what}"
+        self.graph.insert_before(self.node, made)
+        return made.outputs[0]
+
+    def constant(self, array: np.ndarray, what: str) -> ir.Value:
+        name = f"{self.name}.{what}"
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+        self.graph.register_initializer(value)
+        return value
+
+    def replace(self, value: ir.Value) -> None:
+        old = self.node.outputs[0]
+        value.name, value.shape, value.type = old.name, old.shape, ir.TensorType(ir.DataType.FLOAT)
+        old.name = None
+        ir.convenience.replace_all_uses_with([old], [value], replace_graph_outputs=True)
+        self.graph.remove(self.node, safe=True)
+
+    def viewed(self, codes: ir.Value, dtype: ir.DataType, shape: tuple[int, int]) -> ir.Value:
+        """The bytes of an initializer read in another form."""
+        stored = codes.const_value
+        assert isinstance(stored, ir.ExternalTensor), codes.name
+        name, dims = f"{self.name}.codes", ir.Shape(shape)
+        offset, length = stored.offset or 0, stored.length or 0
+        tensor = ir.ExternalTensor(
+            stored.location, offset, length, dtype, shape=dims, name=name, base_dir=stored.base_dir
+        )
+        value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(dtype), shape=dims)
+        self.graph.register_initializer(value)
+        return value
+
+    def dequantized(self, codes: ir.Value, scales: ir.Value, bits: int, shape: tuple[int, int]) -> ir.Value:
+        """Codes [out, in] times their scales [out] or [out, groups] -> [in, out]."""
+        scales = _repeated(scales)
+        dtype = next(ir.DataType[name.upper()] for name, size in BITS.items() if size == bits)
+        viewed = self.viewed(codes, dtype, shape)
+        per_row = scales.shape is not None and len(scales.shape) == 1
+        groups = (shape[0],) if per_row else tuple(scales.shape.numpy() if scales.shape is not None else ())
+        zero = np.full(groups, 1 << (bits - 1), np.uint8).astype(dtype.numpy())
+        attributes = {"axis": 0} if per_row else {"axis": 1, "block_size": shape[1] // groups[1]}
+        inputs = [viewed, scales, self.constant(zero, "zero_point")]
+        return self.add("Transpose", [self.add("DequantizeLinear", inputs, "w", **attributes)], "wt", perm=[1, 0])
+
+
+def _repeated(scales: ir.Value) -> ir.Value:
+    """Scales [out] where they were repeated for every block of a row."""
+    node = scales.producer()
+    if node is None or node.op_type != "Expand":
+        return scales
+    column = node.inputs[0]
+    before = None if column is None else column.producer()
+    assert before is not None and before.inputs[0] is not None
+    return before.inputs[0]
+
+
+def _block_product(graph: ir.Graph, node: ir.Node) -> None:
+    x, codes, scales = node.inputs
+    assert x is not None and codes is not None and scales is not None
+    here, size = _Before(graph, node), node.attributes
+    shape = (size["N"].as_int(), size["K"].as_int())
+    matrix = here.dequantized(codes, scales, size["bits"].as_int(), shape)
+    here.replace(here.add("MatMul", [x, matrix], "exact"))
+
+
+def _integer_product(graph: ir.Graph, node: ir.Node) -> None:
+    """Its first input is no code any more: `_not_rounded` went before it, and the step is gone with the rounding."""
+    x, turned, _, scales = node.inputs[:4]
+    assert x is not None and turned is not None and scales is not None
+    flipped = turned.producer().inputs[0].producer()  # type: ignore[union-attr]
+    codes = flipped.inputs[0]  # type: ignore[union-attr]
+    assert codes is not None and codes.shape is not None
+    rows, columns = codes.shape.numpy()
+    here = _Before(graph, node)
+    here.replace(here.add("MatMul", [x, here.dequantized(codes, scales, 8, (rows, columns))], "exact"))
+
+
+def _not_rounded(graph: ir.Graph, node: ir.Node) -> None:
+    here, x = _Before(graph, node), node.inputs[0]
+    assert x is not None
+    here.replace(here.add("Identity", [x], "exact"))
+
+
+def _rows(graph: ir.Graph, node: ir.Node) -> None:
+    """Rows of the table: codes less 128, times the scales of their groups."""
+    table, ids, scales = node.inputs[:3]
+    assert table is not None and ids is not None and scales is not None and table.shape is not None
+    here, scales = _Before(graph, node), _repeated(scales)
+    codes = here.add("Cast", [here.add("Gather", [table, ids], "rows", axis=0)], "wide", to=ir.DataType.FLOAT.value)
+    signed = here.add("Sub", [codes, here.constant(np.float32(128.0), "zero")], "signed")
+    groups = 1 if scales.shape is None or len(scales.shape) == 1 else int(scales.shape.numpy()[1])
+    width = int(table.shape.numpy()[1])
+    apart = here.add("Reshape", [signed, here.constant(np.array([0, 0, groups, width // groups]), "split")], "groups")
+    own = here.add("Gather", [scales, ids], "scales", axis=0)
+    column = here.add("Reshape", [own, here.constant(np.array([0, 0, groups, 1]), "column")], "scale_column")
+    product = here.add("Mul", [apart, column], "product")
+    here.replace(here.add("Reshape", [product, here.constant(np.array([0, 0, width]), "join")], "exact"))
+
+
+_EXACT: dict[str, Callable[[ir.Graph, ir.Node], None]] = {
+    "QuantizeLinear": _not_rounded,
+    "DequantizeLinear": _not_rounded,
+    "MatMulNBits": _block_product,
+    "MatMulIntegerToFloat": _integer_product,
+    "GatherBlockQuantized": _rows,
+}
+
+
+def _drop_unread(graph: ir.Graph) -> None:
+    """Nodes and initializers that nobody reads any more."""
+    outputs = set(graph.outputs)
+    for node in reversed(list(graph)):
+        if all(not value.uses() and value not in outputs for value in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses():
+            graph.initializers.pop(name)

@@ -1,0 +1,190 @@
+"""An artifact of ONNX Runtime's back end as a source: `exact` on dequantized weights, or with the kernels it ships.
+
+A prompt goes through the branch for prompts, forced tokens through the other one. What leaves the final norm is kept,
+of every position, and the head is applied when logits are compared. Nothing is rebuilt: apart.py says how the graph is
+taken apart. The whole graph as a user runs it, If and choice of the last token included, is `whole_logits`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from gemma_deploy.backends.ort.apart import every_position, exact, take_branch
+from gemma_deploy.backends.ort.decoder import LOGITS, NORMED
+from gemma_deploy.backends.ort.target import MODEL
+from gemma_deploy.errors import ArtifactError
+from gemma_deploy.machine import give_memory_back
+from gemma_deploy.parity.cases import Case
+from gemma_deploy.parity.cutting import Cutter
+from gemma_deploy.parity.sources import Features
+from gemma_deploy.runtime.session import VERIFY, load_file
+
+Branch = Literal["prefill", "decode"]
+STRICT, SHIPPED = "strict", "shipped"
+Caches = dict[str, np.ndarray]  # by the names of the graph's inputs
+
+
+class DynamicSource:
+    """The artifact's graph in ONNX Runtime, a row at a time.
+
+    Args:
+        path: the artifact's directory.
+        kernels: `strict` puts float32 products on dequantized weights in the place of kernels; `shipped` leaves them.
+        prompts: the branch that takes prompts; "decode" shows what the kernels for a few tokens do to whole windows.
+        watched: inner values to hand over, `MODULE.out`, for the search of a difference.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        kernels: Literal["strict", "shipped"] = STRICT,
+        prompts: Branch = "prefill",
+        watched: Sequence[str] = (),
+    ) -> None:
+        self.name, self.path, self.kernels, self.prompts = kernels, Path(path).resolve(), kernels, prompts
+        self.watched = watched
+        self.values: dict[str, list[np.ndarray]] = {}
+        self._head: Any = None
+
+    def run(self, cases: Sequence[Case]) -> Features:
+        """Hidden states after the final norm, [prompt + steps, H] of every row."""
+        prompts = [prompt for case in cases for prompt in case.prompts]
+        forced = [row for case in cases for row in case.forced]
+        session = self._open(self.prompts)
+        made = [session.run(prompt, {}) for prompt in prompts]
+        hidden, caches = [one for one, _ in made], [cache for _, cache in made]
+        del session, made
+        give_memory_back()
+        if any(forced):
+            session = self._open("decode")
+            for row, tokens in enumerate(forced):
+                # Exact kernels give the same for tokens together; those that round are run as they will be.
+                steps = [tokens] if self.kernels == STRICT else [(token,) for token in tokens]
+                for step in steps:
+                    new, caches[row] = session.run(step, caches[row])
+                    hidden[row] = np.concatenate([hidden[row], new])
+            del session
+            give_memory_back()
+        rows = iter(hidden)
+        return [[next(rows) for _ in case.prompts] for case in cases]
+
+    def head(self, features: np.ndarray, prompt_end: bool = False) -> np.ndarray:
+        """features: [n, H] -> [n, V]."""
+        rows = np.ascontiguousarray(features[None], np.float32)
+        if self._head is None:
+            model = self._graph("decode")
+            if self.kernels == STRICT:
+                cutter = Cutter(self.path, MODEL, model=model)
+                self._head = lambda given: cutter.in_blocks(NORMED, LOGITS, [given])[0]
+            else:
+                graph = ir.convenience.extract(model.graph, [NORMED], [LOGITS])
+                graph.inputs[0].shape = None
+                session = open_graph(ir.Model(graph, ir_version=model.ir_version), self.path, strict=False)
+                self._head = lambda given: session.run([LOGITS], {NORMED: given})[0]
+        logits: np.ndarray = self._head(rows)[0]
+        return logits
+
+    def _graph(self, branch: Branch) -> ir.Model:
+        model = load_file(self.path / f"{MODEL}.onnx")
+        take_branch(model, branch)
+        every_position(model)
+        if self.kernels == STRICT:
+            exact(model)
+        for value in (value for node in model.graph for value in node.outputs if value.name == NORMED):
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+        return model
+
+    def _open(self, branch: Branch) -> _Session:
+        model = self._graph(branch)
+        graph = model.graph
+        made = {value.name: value for node in graph for value in node.outputs}
+        prefix = f"{branch}/" if any(str(name).startswith(f"{branch}/") for name in made) else ""
+        names = {name: made.get(prefix + name) or made[name] for name in (NORMED, *self.watched)}
+        caches = [str(value.name) for value in graph.inputs if str(value.name).startswith("past_key_values.")]
+        sizes = {str(value.name): value.shape for value in graph.inputs}
+        outputs = [value for value in graph.outputs if value.name != LOGITS]
+        graph.outputs.clear()
+        graph.outputs.extend([*names.values(), *outputs])
+        for value in names.values():
+            value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
+        session = open_graph(model, self.path, strict=self.kernels == STRICT)
+        empty = {
+            name: np.zeros((1, _fixed(sizes[name], 1), 0, _fixed(sizes[name], 3)), np.float32) for name in caches
+        }
+        return _Session(session, [str(value.name) for value in names.values()], list(names), empty, self.values)
+
+
+class _Session:
+    """One branch with growing caches.
+
+    Args:
+        names: values to fetch, the final norm's first; known_as: what the caller calls them.
+        values: gets those after the first, a piece for each call.
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        names: Sequence[str],
+        known_as: Sequence[str],
+        empty: Caches,
+        values: dict[str, list[np.ndarray]],
+    ) -> None:
+        self.session, self.names, self.known_as, self.empty, self.values = session, list(names), known_as, empty, values
+
+    def run(self, tokens: Sequence[int], caches: Caches) -> tuple[np.ndarray, Caches]:
+        """New tokens behind what the caches hold -> [tokens, H] and the longer caches."""
+        caches = caches or self.empty
+        past = next(iter(caches.values())).shape[2]
+        feeds = {"input_ids": np.array([tokens], np.int64)}
+        feeds["attention_mask"] = np.ones((1, past + len(tokens)), np.int64)
+        present = [name.replace("past_key_values", "present") for name in caches]
+        results = self.session.run([*self.names, *present], feeds | caches)
+        kept = results[: len(self.names)]
+        for name, value in zip(self.known_as[1:], kept[1:], strict=True):
+            self.values.setdefault(name, []).append(value[0].reshape(len(tokens), -1))
+        return kept[0][0], dict(zip(caches, results[len(self.names) :], strict=True))
+
+
+def whole_logits(path: Path, tokens: Sequence[int]) -> np.ndarray:
+    """[V]: logits after a prompt, from the artifact's graph untouched and with caches that have room for one token."""
+    session = open_graph(load_file(Path(path) / f"{MODEL}.onnx"), Path(path).resolve(), strict=False)
+    feeds = {"input_ids": np.array([tokens], np.int64), "attention_mask": np.ones((1, len(tokens)), np.int64)}
+    for value in session.get_inputs():
+        if value.name.startswith("past_key_values."):
+            feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+    logits: np.ndarray = session.run([LOGITS], feeds)[0][0, 0]
+    return logits
+
+
+def open_graph(model: ir.Model, folder: Path, strict: bool) -> Any:
+    """A session on a graph whose weights lie in `folder`.
+
+    Raises:
+        ArtifactError: ONNX Runtime refuses it.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what ORT refuses is raised as well
+    if strict:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.enable_cpu_mem_arena = False
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    try:
+        return ort.InferenceSession(
+            ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # ORT's own have no common base
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"ONNX Runtime refuses it: {reason}", where=str(folder), next_step=VERIFY) from error
+
+
+def _fixed(shape: Any, axis: int) -> int:
+    return int(shape[axis])
