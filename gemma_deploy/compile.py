@@ -140,10 +140,8 @@ def compile_recipe(
             stage.bytes = table.file_bytes
         with stages.stage("graphs") as stage:
             kept = quantized.kept if quantized else None
-            stage.child_rss_bytes = export_into(
-                artifact.path, recipe, checkpoint, contract, table, rescaling, key, kept
-            )
-            stage.skipped = not stage.child_rss_bytes
+            peak = export_into(artifact.path, recipe, checkpoint, contract, table, rescaling, key, kept)
+            stage.child_rss_bytes, stage.skipped = peak or 0, peak is None
             stage.bytes = sum((artifact.path / file).stat().st_size for file in graph_files(recipe, checkpoint))
         with stages.stage("files"):
             copy_model_files(recipe, checkpoint, artifact.path)
@@ -257,17 +255,17 @@ def export_into(
     rescaling: Rescaling | None,
     key: str,
     kept: tuple[str, ...] | None = None,
-) -> int:
-    """Steps 5, 6 and 9: trace without weights, stamp, point into the parameter file.
+) -> int | None:
+    """Steps 5, 6 and 9: graphs without weights that point into the parameter file.
 
     Returns:
-        Peak RSS in bytes of the process that did it; 0 when it was done already.
+        Peak RSS in bytes of a process that did it, 0 when it was this one; None when it was done already.
     """
     done = out / "graphs.done"
     mark = f"{key} {table.digest}"
     files = graph_files(recipe, checkpoint)
     if done.exists() and done.read_text() == mark and all((out / file).exists() for file in files):
-        return 0
+        return None
     from gemma_deploy.graph.external import write_graph
 
     give_memory_back()  # of the parameters' row blocks

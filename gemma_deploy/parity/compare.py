@@ -1,6 +1,6 @@
-"""Compares sources over all cases and judges the result: the gate that `compile` runs and `parity` repeats.
+"""Compares sources over all cases and judges the result; what is compared with what is said in prove.py.
 
-hf = patched = artifact (strict), for prefill and every decode step; see gates.py for the limits.
+For prefill and every decode step; see gates.py for the limits.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import UsageError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case, make_cases, prompt_length
-from gemma_deploy.parity.gates import TWINS, Gate, Line, gates_of, headroom_line, judge, sqnr_line
+from gemma_deploy.parity.gates import Gate, Line, judge
 from gemma_deploy.parity.metrics import Comparison, Metrics
-from gemma_deploy.parity.sources import FastSource, Features, Source
-from gemma_deploy.schemes import QUANTIZERS, Storage
+from gemma_deploy.parity.sources import Features, Source
 
 log = logging.getLogger(__name__)
 # Positions of a prompt that are compared, the last ones: the window bites there. More of text, whose mean KL is judged.
@@ -182,75 +181,6 @@ def judged(gates: Sequence[Gate], found: Mapping[tuple[str, str], Pair]) -> list
         gate = gate if cases & set(gate.cases) else replace(gate, cases=tuple(cases))
         lines.append(judge(gate, pair.measured(), pair.pooled()))
     return lines
-
-
-def run_parity(
-    artifact: Path,
-    checkpoint: str | Path | Checkpoint,
-    *,
-    manifest: Mapping[str, Any],
-    text: str | Path | None = None,
-    prompt_tokens: int = 64,
-    decode_tokens: int = 32,
-    fast: bool = False,
-    report: Report = log.debug,
-) -> ParityResult:
-    """Prove an artifact against its checkpoint.
-
-    Args:
-        artifact: directory, finished or not; manifest: its manifest or what will become it.
-        text: file to take the prompt from; the bundled C4 sample by default.
-        prompt_tokens: at least this long; longer where the sliding window asks for it.
-        fast: compare the optimized session as well; it holds the whole model, and no gate is on it.
-        report: is told what runs.
-
-    Raises:
-        UsageError: the text file is missing or too short; DeployError: a source could not run.
-    """
-    from gemma_deploy.parity.reference import TorchSource
-    from gemma_deploy.parity.rounding import rounding_lines
-    from gemma_deploy.parity.segments import StrictSource
-    from gemma_deploy.parity.stored import StoredWeights
-
-    opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
-    result, scheme = ParityResult(), str(manifest["scheme"])
-    contract = manifest["contract"]
-    cases = cases_for(opened, contract, text, prompt_tokens, decode_tokens, result.notes)
-    scale = manifest["recipe"]["frontend"]["model_kwargs"]["embed_scale"]
-    strict = StrictSource(artifact, manifest)
-    hf = TorchSource(opened, "hf", "bf16" if scheme == "bf16" else "fp32", scale)
-    patched = TorchSource(opened, "patched", "bf16" if scheme == "bf16" else "fp32", scale)
-    sources: dict[str, Source] = {source.name: source for source in (hf, patched)}
-    twin = patched
-    if scheme == "w8a16" and manifest["storage"] == Storage().to_json():
-        twin = TorchSource(opened, "patched", "w8a16", scale)
-    elif scheme == "w8a16" or scheme in QUANTIZERS:
-        twin = TorchSource(StoredWeights(opened, artifact, manifest), "patched", "fp32", scale, name=TWINS[scheme])
-    sources[twin.name] = twin
-    sources[strict.name] = strict
-    gates = gates_of(scheme, bool(manifest.get("int8_cache")))
-    rounding = rounding_lines(artifact, manifest)
-    repeating = StrictSource(artifact, manifest, rounding=False) if rounding else strict
-    sources[repeating.name] = repeating
-    pairs = list(dict.fromkeys([gate.pair for gate in gates] + [(TWINS[scheme], repeating.name)]))
-    if fast:
-        sources["fast"] = FastSource(artifact)
-        pairs += [("strict", "fast"), (hf.name, "fast")]
-    found = compare_sources(sources, pairs, cases, opened.config.vocab_size, report)
-    result.lines = [*rounding, *judged(gates, found)]
-    if scheme == "fp16":
-        result.lines.append(headroom_line(hf.absmax, strict.rescaling))
-    if manifest["storage"] and Storage.from_json(manifest["storage"]).linears.bits == 8:
-        result.lines.append(sqnr_line(manifest["params"]))
-    result.measures = measures_of(found)
-    result.effect = effect_of(found[hf.name, "strict"] if (hf.name, "strict") in found else found[pairs[-1]], cases)
-    if not result.passed:
-        from gemma_deploy.parity.bisect import first_divergence
-
-        report("looking for the first layer that differs")
-        divergence = first_divergence(hf, patched, twin, repeating, cases, scheme)
-        result.divergence = divergence.to_json() if divergence else None
-    return result
 
 
 def cases_for(

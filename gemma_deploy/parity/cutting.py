@@ -181,7 +181,7 @@ def _take_rows(graph: ir.Graph, start: int, stop: int, count: int) -> None:
         if tensor is None or not tensor.shape or tensor.shape[0] != count:
             continue
         row_bytes = tensor.nbytes // count
-        shape = ir.Shape([stop - start, *list(tensor.shape)[1:]])
+        shape = ir.Shape([stop - start, *tensor.shape.numpy()[1:]])
         if not isinstance(tensor, ir.ExternalTensor):
             value.const_value, value.shape = ir.tensor(tensor.numpy()[start:stop], name=tensor.name), shape
             continue

@@ -15,8 +15,9 @@ import jinja2
 from gemma_deploy.artifact import Artifact, newest_artifact
 from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint
 from gemma_deploy.errors import UsageError
-from gemma_deploy.parity.compare import ParityResult, cases_for, compare_sources, judged, measures_of, run_parity
+from gemma_deploy.parity.compare import ParityResult, cases_for, compare_sources, judged, measures_of
 from gemma_deploy.parity.gates import Gate, relative
+from gemma_deploy.parity.prove import run_parity
 from gemma_deploy.parity.rounding import rounds
 
 # Two artifacts of the same scheme compute the same numbers, of different ones nearly the same distribution.

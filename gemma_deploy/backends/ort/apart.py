@@ -7,6 +7,7 @@ what the codes and scales stand for, in float32.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -65,8 +66,8 @@ class _Before:
     def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
         self.graph, self.node, self.name = graph, node, str(node.outputs[0].name)
 
-    def add(self, op_type: str, inputs: list[ir.Value], what: str, **attributes: object) -> ir.Value:
-        made = ir.node(op_type, inputs, attributes)  # type: ignore[arg-type]
+    def add(self, op_type: str, inputs: list[ir.Value], what: str, **attributes: Any) -> ir.Value:
+        made = ir.node(op_type, inputs, attributes)
         made.outputs[0].name = f"{self.name}.{what}"
         self.graph.insert_before(self.node, made)
         return made.outputs[0]
@@ -103,8 +104,8 @@ class _Before:
         scales = _repeated(scales)
         dtype = next(ir.DataType[name.upper()] for name, size in BITS.items() if size == bits)
         viewed = self.viewed(codes, dtype, shape)
-        per_row = scales.shape is not None and len(scales.shape) == 1
-        groups = (shape[0],) if per_row else tuple(scales.shape.numpy() if scales.shape is not None else ())
+        groups = _sizes(scales)
+        per_row = len(groups) == 1
         zero = np.full(groups, 1 << (bits - 1), np.uint8).astype(dtype.numpy())
         attributes = {"axis": 0} if per_row else {"axis": 1, "block_size": shape[1] // groups[1]}
         inputs = [viewed, scales, self.constant(zero, "zero_point")]
@@ -116,15 +117,29 @@ def _repeated(scales: ir.Value) -> ir.Value:
     node = scales.producer()
     if node is None or node.op_type != "Expand":
         return scales
-    column = node.inputs[0]
-    before = None if column is None else column.producer()
-    assert before is not None and before.inputs[0] is not None
-    return before.inputs[0]
+    return _input(_maker(_input(node, 0)), 0)
+
+
+def _input(node: ir.Node, index: int) -> ir.Value:
+    """An input that every node of its kind has."""
+    value = node.inputs[index]
+    assert value is not None, node.name
+    return value
+
+
+def _maker(value: ir.Value) -> ir.Node:
+    node = value.producer()
+    assert node is not None, value.name
+    return node
+
+
+def _sizes(value: ir.Value) -> tuple[int, ...]:
+    assert value.shape is not None, value.name
+    return tuple(int(size) for size in value.shape.numpy())
 
 
 def _block_product(graph: ir.Graph, node: ir.Node) -> None:
-    x, codes, scales = node.inputs
-    assert x is not None and codes is not None and scales is not None
+    x, codes, scales = (_input(node, index) for index in range(3))
     here, size = _Before(graph, node), node.attributes
     shape = (size["N"].as_int(), size["K"].as_int())
     matrix = here.dequantized(codes, scales, size["bits"].as_int(), shape)
@@ -133,31 +148,25 @@ def _block_product(graph: ir.Graph, node: ir.Node) -> None:
 
 def _integer_product(graph: ir.Graph, node: ir.Node) -> None:
     """Its first input is no code any more: `_not_rounded` went before it, and the step is gone with the rounding."""
-    x, turned, _, scales = node.inputs[:4]
-    assert x is not None and turned is not None and scales is not None
-    flipped = turned.producer().inputs[0].producer()  # type: ignore[union-attr]
-    codes = flipped.inputs[0]  # type: ignore[union-attr]
-    assert codes is not None and codes.shape is not None
-    rows, columns = codes.shape.numpy()
+    x, turned, scales = _input(node, 0), _input(node, 1), _input(node, 3)
+    codes = _input(_maker(_input(_maker(turned), 0)), 0)  # before the transposition and the change of sign
+    rows, columns = _sizes(codes)
     here = _Before(graph, node)
     here.replace(here.add("MatMul", [x, here.dequantized(codes, scales, 8, (rows, columns))], "exact"))
 
 
 def _not_rounded(graph: ir.Graph, node: ir.Node) -> None:
-    here, x = _Before(graph, node), node.inputs[0]
-    assert x is not None
-    here.replace(here.add("Identity", [x], "exact"))
+    here = _Before(graph, node)
+    here.replace(here.add("Identity", [_input(node, 0)], "exact"))
 
 
 def _rows(graph: ir.Graph, node: ir.Node) -> None:
     """Rows of the table: codes less 128, times the scales of their groups."""
-    table, ids, scales = node.inputs[:3]
-    assert table is not None and ids is not None and scales is not None and table.shape is not None
-    here, scales = _Before(graph, node), _repeated(scales)
+    table, ids = _input(node, 0), _input(node, 1)
+    here, scales = _Before(graph, node), _repeated(_input(node, 2))
     codes = here.add("Cast", [here.add("Gather", [table, ids], "rows", axis=0)], "wide", to=ir.DataType.FLOAT.value)
-    signed = here.add("Sub", [codes, here.constant(np.float32(128.0), "zero")], "signed")
-    groups = 1 if scales.shape is None or len(scales.shape) == 1 else int(scales.shape.numpy()[1])
-    width = int(table.shape.numpy()[1])
+    signed = here.add("Sub", [codes, here.constant(np.array(128.0, np.float32), "zero")], "signed")
+    groups, width = (*_sizes(scales), 1)[1], _sizes(table)[1]
     apart = here.add("Reshape", [signed, here.constant(np.array([0, 0, groups, width // groups]), "split")], "groups")
     own = here.add("Gather", [scales, ids], "scales", axis=0)
     column = here.add("Reshape", [own, here.constant(np.array([0, 0, groups, 1]), "column")], "scale_column")

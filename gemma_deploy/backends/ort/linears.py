@@ -23,6 +23,15 @@ SMALLEST = 1e-30  # magnitude of a token of zeros, so that nothing is divided by
 BITS = {"uint8": 8, "uint4": 4}
 
 
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def product_of(module: str) -> str:
+    """The product that computes a linear, alone or with others."""
+    path, _, name = module.rpartition(".")
+    return f"{path}." + next((fused for fused, parts in FUSED.items() if name in parts), name)
+
+
 class Linear:
     """One or more linears that read the same input, as one product.
 
