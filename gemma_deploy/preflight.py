@@ -47,6 +47,7 @@ PIECE_ELEMENTS = 1 << 23  # of a matrix that is solved at a time (quantization/s
 PIECE_ARRAYS = 8  # float32 arrays of that size that are alive together
 LAYER_PASSES = 3  # of a window through a layer: up to each of the four groups of linears, and to the end
 SENSITIVITY_TOKENS, HEAD_BYTES = 256, 64 * MIB  # parity/sensitivity.py
+SESSION_BYTES = 1.15  # of a packed int8 weight with its scales
 TORCH_RUNS = 3  # transformers' class, the patched class, the patched class with the artifact's weights
 
 
@@ -192,7 +193,7 @@ def make_plan(
         stages.append(_cache_stage(recipe, checkpoint.config, tensors, machine))
     stages += [
         _params_stage(recipe, tensors, elements, parameters, machine),
-        Stage("graphs", "iter0 and iter1, no weights", EXPORT_BYTES, GRAPH_BYTES, IMPORT_SECONDS + EXPORT_SECONDS),
+        _graphs_stage(recipe),
     ]
     if recipe.sensitivity:
         stages.append(_sensitivity_stage(checkpoint.config, tensors))
@@ -231,6 +232,13 @@ def _params_stage(
     return Stage(
         "parameters", f"{len(tensors)} tensors as {recipe.weights}, {workers} at a time", ram, parameters, seconds
     )
+
+
+def _graphs_stage(recipe: Recipe) -> Stage:
+    if recipe.onnxruntime:  # built, not traced
+        return Stage("graphs", "model.onnx, no weights", BASE_BYTES, GRAPH_BYTES, 1.0)
+    seconds = IMPORT_SECONDS + EXPORT_SECONDS
+    return Stage("graphs", "iter0 and iter1, no weights", EXPORT_BYTES, GRAPH_BYTES, seconds)
 
 
 def _ranges_stage(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, TensorFacts], elements: int) -> Stage:
@@ -300,6 +308,8 @@ def _parity_stage(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, Ten
     positions = max(recipe.batch * width, 2 * recipe.batch * (tokens + steps))
     activations = 4 * positions * (3 * config.intermediate_size + 2 * config.num_attention_heads * width)
     ram = BASE_BYTES + TOKENIZER_BYTES + LOGIT_BYTES + BLOCK_BYTES + activations
+    if recipe.onnxruntime:  # the session a user will open, its weights packed for one kernel or for two
+        ram += int(elements * (SESSION_BYTES if recipe.int8_weights else 4) * (2 if recipe.prefill == "fast" else 1))
     flops = 2.0 * sum(layers) * 2 * recipe.batch * (width + TORCH_RUNS * (tokens + steps))
     seconds = IMPORT_SECONDS + flops / FLOPS_PER_S + (TORCH_RUNS + 2) * 4 * elements / STREAM_BYTES_PER_S
     return Stage("parity", f"{tokens} + {steps} tokens, text and random", ram, 0, seconds)

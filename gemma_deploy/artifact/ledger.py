@@ -9,6 +9,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from gemma_deploy.backends import backend_of
+from gemma_deploy.backends.ort.options import INTEGER_FROM
 from gemma_deploy.quantization.rescaling import MLP, Rescaling
 from gemma_deploy.schemes import QUANTIZERS, Storage
 
@@ -38,21 +40,26 @@ def ledger_for(manifest: dict[str, Any]) -> list[dict[str, Any]]:
             "exact: as transformers computes in the run dtype; bf16: as the model was trained; so does the reference",
         )
     )
+    whole = backend_of(manifest) == "onnxruntime"
+    if whole:
+        entries += _kernels(manifest)
     if contract["context"] < model["max_position_embeddings"]:
         entries.append(
             LedgerEntry(
                 f"context limited to {contract['context']} of {model['max_position_embeddings']} positions",
-                "iter1: cache slots; rotary tables",
-                "static shape of the recipe; a longer text is refused by the runtime, never cut",
+                "rotary tables; genai_config.json" if whole else "iter1: cache slots; rotary tables",
+                "length of the recipe; a longer text is refused by the runtime, never cut",
             )
         )
     entries.append(
         LedgerEntry(
             "prefill returns the last position's logits only",
-            "iter0: strided slice before the LM head",
-            "config.insert_slice; decode needs no other position",
+            "GatherND behind the last attention" if whole else "iter0: strided slice before the LM head",
+            "decode needs no other position" if whole else "config.insert_slice; decode needs no other position",
         )
     )
+    if whole:
+        return [asdict(entry) for entry in entries]
     entries.append(
         LedgerEntry(
             "the new token's score and value are added after the cached ones",
@@ -63,6 +70,41 @@ def ledger_for(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     )
     entries += _division(manifest, effect if scheme == "fp32" else {})
     return [asdict(entry) for entry in entries]
+
+
+def _kernels(manifest: dict[str, Any]) -> list[LedgerEntry]:
+    """What ONNX Runtime's int8 kernels round besides the weights; the effect is against float32 products on them."""
+    kernels = manifest.get("kernels")
+    if not kernels:
+        return []
+    rows = (manifest.get("parity") or {}).get("measures", ())
+    found = {row["phase"]: row for row in rows if (row["reference"], row["test"]) == ("strict", "shipped")}
+    effects: dict[str, dict[str, Any]] = {
+        phase: {key: found[phase][key] for key in ("case", "positions", "kl_mean", "top1")} if phase in found else {}
+        for phase in ("prefill", "decode")
+    }
+    entries = [
+        LedgerEntry(
+            f"activations rounded to 8 bits, a scale for each token and {kernels['block']} input channels (or group of "
+            "grouped weights)",
+            "MatMulNBits of every linear and of the LM head"
+            + (f", where fewer than {INTEGER_FROM} tokens come at a time" if kernels["integer"] else ""),
+            "accuracy level 4, the only one that runs at the speed of the memory",
+            effects["decode"],
+        )
+    ]
+    if kernels["integer"]:
+        wide = kernels["wide"]
+        but = f"; to 16 bits before {len(wide)} linears ({', '.join(wide)})" if wide else ""
+        entries.append(
+            LedgerEntry(
+                f"activations rounded to 8 bits with a scale per token{but}",
+                f"MatMulIntegerToFloat of every linear, where {INTEGER_FROM} tokens or more come at a time",
+                "backend.compile.prefill fast: integer products of whole rows",
+                effects["prefill"],
+            )
+        )
+    return entries
 
 
 def _division(manifest: dict[str, Any], effect: dict[str, Any]) -> list[LedgerEntry]:
@@ -114,7 +156,9 @@ def _storage(manifest: dict[str, Any], scheme: str, effect: dict[str, Any]) -> L
         return LedgerEntry(
             f"linears {storage.linears}, {_table(storage)}, symmetric, to nearest; activations and norms float32",
             f"the seven linears of every layer, the token table ({len(rows)} tensors)",
-            "backend.dtype int8 (w8a16); a 16-bit target rounds activations as well, which this graph does not",
+            "backend.dtype int8 (w8a16); a 16-bit target rounds activations as well, which this graph does not"
+            if backend_of(manifest) == "tvm_vacc"
+            else "backend.dtype int8 (w8a16); what kernels do to activations is listed below",
             effect,
         )
     texts = {
@@ -161,6 +205,8 @@ def _quantized(manifest: dict[str, Any], scheme: str, effect: dict[str, Any]) ->
 def _inputs(manifest: dict[str, Any]) -> str:
     """What the linears read."""
     rounding = (manifest.get("quantization") or {}).get("activations")
+    if backend_of(manifest) == "onnxruntime":
+        return "what kernels do to activations is listed below; "
     if rounding is None:
         return "activations and "
     kept = rounding["kept"]

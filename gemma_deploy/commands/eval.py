@@ -15,6 +15,7 @@ EPILOG = """\b
 Examples:
   gemma-deploy eval workspace/NAME --task ppl --text wikitext2_valid.txt --windows 32
   gemma-deploy eval workspace/NAME --task ppl --against workspace/OTHER
+  gemma-deploy eval workspace/NAME --task ppl --kernels decode
   gemma-deploy eval /models/gemma-3-270m --task ppl --text book.txt --seqlen 1024
   gemma-deploy eval workspace/NAME --task ceval --path ceval-exam.zip --shots 5
   gemma-deploy eval workspace/NAME --task ceval --path ceval-exam.zip --shots 0 --against hf --limit 20
@@ -43,6 +44,12 @@ Examples:
 @click.option("--shots", type=click.IntRange(0, 5), help="ceval: solved examples before each  [default: 5]")
 @click.option("--subjects", metavar="NAME,NAME", help="ceval: only these  [default: all]")
 @click.option("--limit", type=click.IntRange(min=1), help="ceval: only the first questions of each subject.")
+@click.option(
+    "--kernels",
+    type=click.Choice(["shipped", "decode", "strict"]),
+    help="Of an ONNX Runtime artifact: those that windows meet, those of single tokens, or float32 products on its "
+    "weights  [default: shipped]",
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the result there.")
 @click.option("--record/--no-record", default=True, help="Keep it in the artifact and its report.  [default: record]")
 @click.pass_context
@@ -60,12 +67,14 @@ def command(
     shots: int | None,
     subjects: str | None,
     limit: int | None,
+    kernels: str | None,
     json_file: Path | None,
     record: bool,
 ) -> None:
     """Evaluate TARGET, an artifact, a checkpoint's directory, a .gguf file or `demo`, alone or beside another.
 
-    Artifacts run strict, as their graphs say to the letter. Judges nothing; `parity` does.
+    Static artifacts run strict, as their graphs say to the letter, those for ONNX Runtime with the kernels they ship.
+    Judges nothing; `parity` does.
     """
     from gemma_deploy.errors import DeployError, UsageError
     from gemma_deploy.evaluation import record as records
@@ -82,7 +91,7 @@ def command(
     if record:
         records.refuse_read_only(Path(target))
         records.finish_interrupted(Path(target))
-    pair = tasks.open_pair(target, against, checkpoint, task=task)
+    pair = tasks.open_pair(target, against, checkpoint, task=task, kernels=kernels)
     if task == "ppl":
         result = tasks.run_text(pair, tasks.TextRequest(text, windows, seqlen), _progress("windows"))
         _show_text(pair, result)

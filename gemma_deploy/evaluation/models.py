@@ -15,18 +15,23 @@ import numpy as np
 from gemma_deploy.artifact import Artifact
 from gemma_deploy.artifact.check import PARAMS, byte_problems, open_whole, refuse
 from gemma_deploy.artifact.manifest import MANIFEST
+from gemma_deploy.backends import backend_of
 from gemma_deploy.calibration.windows import load_tokenizer
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError, UsageError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
+from gemma_deploy.parity.dynamic import DynamicSource
 from gemma_deploy.parity.requests import checkpoint_of
+from gemma_deploy.parity.segments import StrictSource
 from gemma_deploy.parity.sources import Source
 from gemma_deploy.runtime import Tokenizer
 
 TOKENS_AT_ONCE = 2048  # positions that go through the layers together: a matrix is read once for all of them
 LOGITS_BYTES = 128 << 20  # logits of one model; a larger block means fewer passes over the table
 Tokens = tuple[int, ...]
+STRICT = "strict"
+KERNELS = ("shipped", "decode", STRICT)
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Model:
         longest: tokens of a prompt at most.
         embed_scale: rounding of the embedding scale, see gemma_facts.
         artifact, checkpoint: whichever it is.
+        kernels: of an artifact, what computes it.
     """
 
     path: Path
@@ -53,17 +59,18 @@ class Model:
     source: Source
     artifact: Artifact | None = None
     checkpoint: Checkpoint | None = None
+    kernels: str = STRICT
 
     @property
     def title(self) -> str:
         """How tables call it."""
-        how = "transformers, float32" if self.kind == "checkpoint" else f"{self.scheme}, strict"
+        how = "transformers, float32" if self.kind == "checkpoint" else f"{self.scheme}, {self.kernels}"
         return f"{self.path} ({how})"
 
     def to_json(self) -> dict[str, str]:
         """What identifies it."""
         if self.artifact is not None:
-            identity = {"key": str(self.artifact.manifest.get("key"))}
+            identity = {"key": str(self.artifact.manifest.get("key")), "kernels": self.kernels}
         else:
             assert self.checkpoint is not None
             identity = {"fingerprint": self.checkpoint.fingerprint(times=False)}
@@ -103,17 +110,18 @@ def is_artifact(path: Path) -> bool:
     return any((path / name).exists() for name in (MANIFEST, PARAMS))
 
 
-def open_model(spec: str, embed_scale: str = "exact") -> Model:
+def open_model(spec: str, embed_scale: str = "exact", kernels: str | None = None) -> Model:
     """Open an artifact, a checkpoint's directory, a .gguf file or `demo`.
 
     Args:
         embed_scale: of a checkpoint; an artifact has its own.
+        kernels: of an artifact, one of `KERNELS`; None for "shipped" where its graph names kernels, else "strict".
 
     Raises:
         ArtifactError, CheckpointError: it is not there, incomplete or damaged.
     """
     path = Path(spec).expanduser()
-    return _open_artifact(path) if is_artifact(path) else _of_checkpoint(Checkpoint.open(spec), embed_scale)
+    return _open_artifact(path, kernels) if is_artifact(path) else _of_checkpoint(Checkpoint.open(spec), embed_scale)
 
 
 def reference_of(model: Model, checkpoint: str | None) -> Model:
@@ -178,11 +186,17 @@ def _without(bos: int, ids: Sequence[int]) -> list[int]:
     return [token for token in ids if token != bos]
 
 
-def _open_artifact(path: Path) -> Model:
-    from gemma_deploy.parity.segments import StrictSource
-
+def _open_artifact(path: Path, kernels: str | None = None) -> Model:
     artifact = open_whole(path)
+    named = backend_of(artifact.manifest) == "onnxruntime"
+    if kernels not in (None, STRICT) and not named:
+        raise UsageError(
+            f"its graphs name no kernels, so there is no '{kernels}' to evaluate",
+            where=str(path),
+            expected="an artifact of backend.type onnxruntime, or --kernels strict",
+        )
     refuse(artifact, byte_problems(artifact))  # the figures of a damaged one would be believed
+    kernels = kernels or ("shipped" if named else STRICT)
     contract = artifact.manifest["contract"]
     dynamic = contract["dynamic"]
     return Model(
@@ -194,9 +208,17 @@ def _open_artifact(path: Path) -> Model:
         contract["prefill"],
         contract["vocab_size"],
         artifact.manifest["recipe"]["frontend"]["model_kwargs"]["embed_scale"],
-        StrictSource(path),
+        _source(path, kernels) if named else StrictSource(path),
         artifact=artifact,
+        kernels=kernels,
     )
+
+
+def _source(path: Path, kernels: str) -> Source:
+    """ONNX Runtime's graph: exact, with the kernels a prompt meets, or with those of single tokens."""
+    if kernels == STRICT:
+        return DynamicSource(path, "strict")
+    return DynamicSource(path, "shipped", prompts="decode" if kernels == "decode" else "prefill")
 
 
 def _of_checkpoint(checkpoint: Checkpoint, embed_scale: str) -> Model:

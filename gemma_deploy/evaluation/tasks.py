@@ -63,18 +63,21 @@ class ExamRequest:
     limit: int | None = None
 
 
-def open_pair(target: str, against: str | None, checkpoint: str | None, *, task: str) -> Pair:
+def open_pair(
+    target: str, against: str | None, checkpoint: str | None, *, task: str, kernels: str | None = None
+) -> Pair:
     """Open what is evaluated.
 
     Args:
         against: "hf", the artifact's checkpoint; "none"; an artifact or a checkpoint. By default an artifact's
             perplexity is compared with its checkpoint, and nothing else with anything.
         checkpoint: where an artifact's checkpoint is now.
+        kernels: of the target, see `open_model`.
 
     Raises:
         UsageError: the two do not go together; ArtifactError, CheckpointError: one of them is not there, or damaged.
     """
-    opened = open_model(target)
+    opened = open_model(target, kernels=kernels)
     against = against or (CHECKPOINT if task == "ppl" and opened.artifact is not None else NONE)
     if against == NONE:
         return Pair(opened)
