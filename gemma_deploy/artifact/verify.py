@@ -102,8 +102,13 @@ def _graph_problems(params: Sequence[ParamRow], file: Path, shown: str) -> list[
 
 
 def _shows_whole_rows(params: Sequence[ParamRow], span: tuple[str | None, int, int]) -> bool:
-    """Whether a span of the parameter file is one tensor in another form, or several that lie behind one another."""
+    """Whether a span of the parameter file is rows of one tensor, or several tensors that lie behind one another."""
     location, offset, length = span
+    for row in params:  # some rows of one matrix
+        inside = row.offset <= offset and offset + length <= row.offset + row.nbytes
+        row_bytes = row.nbytes // row.shape[0]
+        if location == PARAMS and length > 0 and inside and not (offset - row.offset) % row_bytes:
+            return length % row_bytes == 0
     ends = {row.offset: row.offset + row.nbytes for row in params}
     at = offset
     while at in ends and at < offset + length:

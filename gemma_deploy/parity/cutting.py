@@ -26,13 +26,10 @@ class Cutter:
     Args:
         folder: the artifact's directory; graph: `iter0` or `iter1`; stages: of a divided artifact, which is joined.
         rounding: round activations where the graph says so; without, linears read them as they are.
-        model: the graph, where it is open already.
     """
 
-    def __init__(
-        self, folder: Path, graph: str, stages: Stages = (), rounding: bool = True, model: ir.Model | None = None
-    ) -> None:
-        self.folder, self.model = folder, model or load_graph(folder / f"{graph}.onnx", stages)
+    def __init__(self, folder: Path, graph: str, stages: Stages = (), rounding: bool = True) -> None:
+        self.folder, self.model = folder, load_graph(folder / f"{graph}.onnx", stages)
         if not rounding:
             leave_unrounded(self.model, self.model.graph.opset_imports[""])
         self.where = str(folder / f"{graph}.onnx")
@@ -175,16 +172,13 @@ def _open(model: ir.Model, folder: Path) -> Any:
 
 
 def _take_rows(graph: ir.Graph, start: int, stop: int, count: int) -> None:
-    """Let every initializer with `count` rows begin and end at others. In place; of external ones nothing is read."""
+    """Let every external initializer with `count` rows begin and end at others. In place; nothing is read."""
     for value in graph.initializers.values():
         tensor = value.const_value
-        if tensor is None or not tensor.shape or tensor.shape[0] != count:
+        if not isinstance(tensor, ir.ExternalTensor) or not tensor.shape or tensor.shape[0] != count:
             continue
         row_bytes = tensor.nbytes // count
-        shape = ir.Shape([stop - start, *tensor.shape.numpy()[1:]])
-        if not isinstance(tensor, ir.ExternalTensor):
-            value.const_value, value.shape = ir.tensor(tensor.numpy()[start:stop], name=tensor.name), shape
-            continue
+        shape = ir.Shape([stop - start, *list(tensor.shape)[1:]])
         value.const_value = ir.ExternalTensor(
             tensor.location,
             (tensor.offset or 0) + start * row_bytes,

@@ -21,7 +21,6 @@ from gemma_deploy.backends.ort.target import MODEL
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
-from gemma_deploy.parity.cutting import Cutter
 from gemma_deploy.parity.gates import Line
 from gemma_deploy.parity.sources import Features
 from gemma_deploy.runtime.session import VERIFY, load_file
@@ -84,15 +83,11 @@ class DynamicSource:
         rows = np.ascontiguousarray(features[None], np.float32)
         if self._head is None:
             model = self._graph("decode")
-            if self.kernels == STRICT:
-                cutter = Cutter(self.path, MODEL, model=model)
-                self._head = lambda given: cutter.in_blocks(NORMED, LOGITS, [given])[0]
-            else:
-                graph = ir.convenience.extract(model.graph, [NORMED], [LOGITS])
-                graph.inputs[0].shape = None
-                session = open_graph(ir.Model(graph, ir_version=model.ir_version), self.path, strict=False)
-                self._head = lambda given: session.run([LOGITS], {NORMED: given})[0]
-        logits: np.ndarray = self._head(rows)[0]
+            graph = ir.convenience.extract(model.graph, [NORMED], [LOGITS])
+            graph.inputs[0].shape = None
+            whole = ir.Model(graph, ir_version=model.ir_version)
+            self._head = open_graph(whole, self.path, strict=self.kernels == STRICT)
+        logits: np.ndarray = self._head.run([LOGITS], {NORMED: rows})[0][0]
         return logits
 
     def _graph(self, branch: Branch) -> ir.Model:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from gemma_deploy.backends.ort.linears import BITS
+from gemma_deploy.backends.ort.nodes import MICROSOFT
 
 BRANCHES = {"prefill": "then_branch", "decode": "else_branch"}
 CHOSEN = ".chosen"  # ends the name of what GatherND picks
@@ -67,7 +68,7 @@ class _Before:
         self.graph, self.node, self.name = graph, node, str(node.outputs[0].name)
 
     def add(self, op_type: str, inputs: list[ir.Value], what: str, **attributes: Any) -> ir.Value:
-        made = ir.node(op_type, inputs, attributes)
+        made = ir.node(op_type, inputs, attributes, domain=MICROSOFT if op_type == "FusedMatMul" else "")
         made.outputs[0].name = f"{self.name}.{what}"
         self.graph.insert_before(self.node, made)
         return made.outputs[0]
@@ -100,7 +101,7 @@ class _Before:
         return value
 
     def dequantized(self, codes: ir.Value, scales: ir.Value, bits: int, shape: tuple[int, int]) -> ir.Value:
-        """Codes [out, in] times their scales [out] or [out, groups] -> [in, out]."""
+        """Codes [out, in] times their scales [out] or [out, groups]."""
         scales = _repeated(scales)
         dtype = next(ir.DataType[name.upper()] for name, size in BITS.items() if size == bits)
         viewed = self.viewed(codes, dtype, shape)
@@ -108,8 +109,12 @@ class _Before:
         per_row = len(groups) == 1
         zero = np.full(groups, 1 << (bits - 1), np.uint8).astype(dtype.numpy())
         attributes = {"axis": 0} if per_row else {"axis": 1, "block_size": shape[1] // groups[1]}
-        inputs = [viewed, scales, self.constant(zero, "zero_point")]
-        return self.add("Transpose", [self.add("DequantizeLinear", inputs, "w", **attributes)], "wt", perm=[1, 0])
+        return self.add("DequantizeLinear", [viewed, scales, self.constant(zero, "zero_point")], "w", **attributes)
+
+    def product(self, x: ir.Value, matrix: ir.Value) -> None:
+        """The node becomes a product with a matrix [out, in]."""
+        made = self.add("FusedMatMul", [x, matrix], "exact", transB=1)
+        self.replace(made)
 
 
 def _repeated(scales: ir.Value) -> ir.Value:
@@ -142,8 +147,7 @@ def _block_product(graph: ir.Graph, node: ir.Node) -> None:
     x, codes, scales = (_input(node, index) for index in range(3))
     here, size = _Before(graph, node), node.attributes
     shape = (size["N"].as_int(), size["K"].as_int())
-    matrix = here.dequantized(codes, scales, size["bits"].as_int(), shape)
-    here.replace(here.add("MatMul", [x, matrix], "exact"))
+    here.product(x, here.dequantized(codes, scales, size["bits"].as_int(), shape))
 
 
 def _integer_product(graph: ir.Graph, node: ir.Node) -> None:
@@ -152,7 +156,7 @@ def _integer_product(graph: ir.Graph, node: ir.Node) -> None:
     codes = _input(_maker(_input(_maker(turned), 0)), 0)  # before the transposition and the change of sign
     rows, columns = _sizes(codes)
     here = _Before(graph, node)
-    here.replace(here.add("MatMul", [x, here.dequantized(codes, scales, 8, (rows, columns))], "exact"))
+    here.product(x, here.dequantized(codes, scales, 8, (rows, columns)))
 
 
 def _not_rounded(graph: ir.Graph, node: ir.Node) -> None:

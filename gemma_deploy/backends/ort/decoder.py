@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
-from gemma_deploy.backends.ort.linears import Linear
+from gemma_deploy.backends.ort.linears import Matrix, Tokens, product_of, rounded_tokens
 from gemma_deploy.backends.ort.nodes import MICROSOFT, Nodes
 from gemma_deploy.backends.ort.options import INTEGER_FROM, Kernels
 from gemma_deploy.backends.ort.weights import Weights
@@ -28,6 +28,9 @@ from gemma_deploy.graph.external import Row
 
 OPSET, IR_VERSION = 23, 11
 EMBEDDED, NORMED, LOGITS = "model.embed_tokens.out", "model.norm.out", "logits"
+# Bytes of the LM head in one product. A session maps a matrix while it packs it, so that the largest one decides the
+# peak of loading; several cost 0.1 ms a token.
+HEAD_BYTES = 32 << 20
 CHOSEN = ("attention", "residual")  # what leaves the last layer's attention
 
 
@@ -136,17 +139,17 @@ class _Decoder:
 
     def _embed(self, ids: ir.Value) -> ir.Value:
         table, top = "model.embed_tokens", self.top
-        linear = Linear(self.weights, [table], table, self.kernels)
-        if linear.dense:
+        matrix = self._matrix(table)
+        if matrix.dense:
             rows = top.one("Gather", [self.weights.view([f"{table}.weight"], f"{table}.weight"), ids], f"{table}.rows")
             if self.weights.dtype(f"{table}.weight") != "float32":
                 rows = top.one("Cast", [rows], f"{table}.wide", to=ir.DataType.FLOAT.value)
         else:
             flat = self.weights.view([f"{table}.weight"], f"{table}.weight", dtype=ir.DataType.UINT8)
-            scales = self.weights.block_scales(linear.scales, table, linear.columns // linear.block)
+            scales = self.weights.block_scales(matrix.scales, table, matrix.columns // matrix.block)
             rows = top.one(
                 "GatherBlockQuantized", [flat, ids, scales], f"{table}.rows", domain=MICROSOFT,
-                bits=8, block_size=linear.block, gather_axis=0, quantize_axis=1,
+                bits=8, block_size=matrix.block, gather_axis=0, quantize_axis=1,
             )  # fmt: skip
         columns = f"{table}.column_scale"
         factor = self.weights.view([columns], columns) if self.weights.has(columns) else top.scalar(self.embed_scale)
@@ -158,14 +161,20 @@ class _Decoder:
         kind = config.layer_types[layer]
         normed = self._norm(nodes, hidden, f"{path}.input_layernorm")
         names = [f"{path}.self_attn.{part}_proj" for part in "qkv"]
-        made = Linear(self.weights, names, f"{path}.self_attn.qkv_proj", self.kernels)(nodes, normed, integer)
-        query: ir.Value | None = made
+        joined = f"{path}.self_attn.qkv_proj"
         key: ir.Value | None = None
         value: ir.Value | None = None
-        if self.weights.has(f"{path}.self_attn.q_norm.weight"):
-            widths = [self.weights.shape([f"{name}.weight"])[0] for name in names]
-            split = [f"{name}.out" for name in names]
-            query, key, value = nodes.many("Split", [made, nodes.numbers(*widths)], split, axis=-1)
+        widths = [self.weights.shape([f"{name}.weight"])[0] for name in names]
+        if integer and self._matrix(names[0]).integer:
+            tokens = self._tokens(nodes, normed, names[0])
+            query, key, value = (self._matrix(name).integer_product(nodes, tokens, f"{name}.out") for name in names)
+        else:
+            query = self._matrix(*names, name=joined).product(nodes, normed, f"{joined}.out")
+            if self.config.model_type == "gemma3_text":
+                split = [f"{name}.out" for name in names]
+                query, key, value = nodes.many("Split", [query, nodes.numbers(*widths)], split, axis=-1)
+        if self.config.model_type == "gemma3_text":
+            assert key is not None
             query = self._head_norm(nodes, query, f"{path}.self_attn.q_norm", widths[0])
             key = self._head_norm(nodes, key, f"{path}.self_attn.k_norm", widths[1])
         rotary = [self.weights.view([f"model.rotary_emb.{kind}.{t}"], f"rotary.{kind}.{t}") for t in ("cos", "sin")]
@@ -190,7 +199,12 @@ class _Decoder:
         """o_proj, MLP, and the norms and sums around them: [B,S,heads*D], [B,S,H] -> [B,S,H]."""
         path = f"model.layers.{layer}"
         second = "post_attention_layernorm" if self.config.model_type == "gemma" else "pre_feedforward_layernorm"
-        made = self._linear(nodes, f"{path}.self_attn.o_proj", attended, integer)
+        output = f"{path}.self_attn.o_proj"
+        if integer and self._matrix(output).integer:
+            tokens = self._tokens(nodes, attended, output)
+            made = self._matrix(output).integer_product(nodes, tokens, f"{output}.out")
+        else:
+            made = self._matrix(output).product(nodes, attended, f"{output}.out")
         if self.config.model_type != "gemma":
             made = self._norm(nodes, made, f"{path}.post_attention_layernorm")
         normed, _, _, hidden = nodes.many(
@@ -200,19 +214,38 @@ class _Decoder:
             domain=MICROSOFT,
             epsilon=self.config.rms_norm_eps,
         )
-        names = [f"{path}.mlp.{part}_proj" for part in ("gate", "up")]
-        both = Linear(self.weights, names, f"{path}.mlp.gate_up_proj", self.kernels)(nodes, normed, integer)
-        width = self.config.intermediate_size
-        gate, up = nodes.many("Split", [both, nodes.numbers(width, width)], [f"{name}.out" for name in names], axis=-1)
-        active = nodes.one("Gelu", [gate], f"{path}.mlp.act_fn.out", approximate="tanh")
-        product = nodes.one("Mul", [active, up], f"{path}.mlp.product")
-        made = self._linear(nodes, f"{path}.mlp.down_proj", product, integer)
+        made = self._mlp(nodes, f"{path}.mlp", normed, integer)
         if self.config.model_type != "gemma":
             made = self._norm(nodes, made, f"{path}.post_feedforward_layernorm")
         return nodes.one("Add", [hidden, made], f"{path}.out")
 
-    def _linear(self, nodes: Nodes, module: str, x: ir.Value, integer: bool) -> ir.Value:
-        return Linear(self.weights, [module], module, self.kernels)(nodes, x, integer)
+    def _mlp(self, nodes: Nodes, path: str, normed: ir.Value, integer: bool) -> ir.Value:
+        """down_proj(gelu(gate_proj x) * up_proj x)."""
+        gate_name, up_name, down_name = (f"{path}.{part}_proj" for part in ("gate", "up", "down"))
+        width, down = self.config.intermediate_size, self._matrix(down_name)
+        if not (integer and down.integer):
+            both = self._matrix(gate_name, up_name, name=f"{path}.gate_up_proj")
+            made = both.product(nodes, normed, f"{path}.gate_up_proj.out")
+            outs = [f"{gate_name}.out", f"{up_name}.out"]
+            gate, up = nodes.many("Split", [made, nodes.numbers(width, width)], outs, axis=-1)
+            return down.product(nodes, self._gated(nodes, path, gate, up), f"{down_name}.out")
+        tokens = self._tokens(nodes, normed, gate_name)
+        gate = self._matrix(gate_name).integer_product(nodes, tokens, f"{gate_name}.out")
+        up = self._matrix(up_name).integer_product(nodes, tokens, f"{up_name}.out", scaled=False)
+        inner = self._tokens(nodes, self._gated(nodes, path, gate, up), down_name)
+        scale = nodes.one("Mul", [inner.scale, tokens.scale], f"{path}.scale")  # that of up_proj, left out before
+        return down.integer_product(nodes, replace(inner, scale=scale), f"{down_name}.out")
+
+    def _gated(self, nodes: Nodes, path: str, gate: ir.Value, up: ir.Value) -> ir.Value:
+        active = nodes.one("Gelu", [gate], f"{path}.act_fn.out", approximate="tanh")
+        return nodes.one("Mul", [active, up], f"{path}.product")
+
+    def _matrix(self, *modules: str, name: str = "") -> Matrix:
+        return Matrix(self.weights, modules, name or modules[0], self.kernels.block)
+
+    def _tokens(self, nodes: Nodes, x: ir.Value, module: str) -> Tokens:
+        """What a linear reads, and all others that read the same, as codes."""
+        return rounded_tokens(nodes, x, product_of(module), module in self.kernels.wide)
 
     def _norm(self, nodes: Nodes, x: ir.Value, norm: str) -> ir.Value:
         return nodes.one(
@@ -240,7 +273,16 @@ class _Decoder:
         """Logits in float32, soft-capped where the model does."""
         tied, top, cap = self.config.tie_word_embeddings, self.top, self.config.final_logit_softcapping
         module = "model.embed_tokens" if tied else "lm_head"
-        logits = Linear(self.weights, [module], module, self.kernels, out="lm_head.out")(top, normed)
+        whole = self._matrix(module)
+        step = max(1, int(HEAD_BYTES / (whole.columns * (whole.bits / 8 or 4))))
+        parts = [(start, min(start + step, whole.rows)) for start in range(0, whole.rows, step)]
+        shares = [
+            Matrix(self.weights, [module], f"lm_head.{k}", whole.block if whole.bits else 0, part).product(
+                top, normed, f"lm_head.{k}.out"
+            )
+            for k, part in enumerate(parts)
+        ]
+        logits = top.one("Concat", shares, "lm_head.out", axis=-1) if len(shares) > 1 else shares[0]
         if cap is not None:
             bounded = top.one("Tanh", [top.one("Mul", [logits, top.scalar(1 / cap)], "logits.scaled")], "logits.tanh")
             logits = top.one("Mul", [bounded, top.scalar(cap)], "logits.capped")

@@ -9,92 +9,69 @@ that are no codes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from gemma_deploy.backends.ort.nodes import MICROSOFT, Nodes
-from gemma_deploy.backends.ort.options import Kernels
 from gemma_deploy.backends.ort.weights import Weights, blocks_of, largest_block
 
 INT8_ACTIVATIONS = 4  # accuracy_level
 LARGEST_CODE, LOW_STEPS = 127, 254  # of a code; the low half's steps in one of the high half's
 SMALLEST = 1e-30  # magnitude of a token of zeros, so that nothing is divided by zero
 BITS = {"uint8": 8, "uint4": 4}
-
-
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def product_of(module: str) -> str:
-    """The product that computes a linear, alone or with others."""
+    """What reads the same input as a linear, it among them: its own path, or that of several."""
     path, _, name = module.rpartition(".")
     return f"{path}." + next((fused for fused, parts in FUSED.items() if name in parts), name)
 
 
-class Linear:
-    """One or more linears that read the same input, as one product.
+class Matrix:
+    """The matrix of one linear, or of several that read the same input, or some rows of one.
 
     Args:
         weights: of the graph; modules: paths, in the order in which they lie in the file.
-        name: of what the file holds for them together; out: of the product.
+        name: of the initializers; block: input channels that share a scale of the activations, at most.
+        part: rows [start, stop) of the only module.
     """
 
     def __init__(
-        self, weights: Weights, modules: Sequence[str], name: str, kernels: Kernels, out: str | None = None
+        self, weights: Weights, modules: Sequence[str], name: str, block: int, part: tuple[int, int] | None = None
     ) -> None:
-        self.weights, self.modules, self.name, self.kernels = weights, tuple(modules), name, kernels
-        self.out = out or f"{name}.out"
+        self.weights, self.name, self.part = weights, name, part
         self.codes = [f"{module}.weight" for module in modules]
         self.scales = [f"{module}.scale" for module in modules]
-        self.rows, self.columns = weights.shape(self.codes)
+        self.rows, self.columns = weights.shape(self.codes, part)
         self.dense = weights.dtype(self.codes[0]) not in BITS
-
-    @property
-    def per_row(self) -> bool:
-        """Whether the codes have one scale per row, as an integer product wants it."""
-        return not self.dense and len(self.weights.shape(self.scales)) == 1
-
-    def __call__(self, nodes: Nodes, x: ir.Value, integer: bool = False) -> ir.Value:
-        """x: [..., in] -> [..., out].
-
-        Args:
-            integer: with a scale per token, where the codes allow it.
-        """
-        if self.dense:
-            return self._dense(nodes, x)
-        if integer and self.per_row and self.bits == 8:
-            return self._integer(nodes, x)
-        return self._block(nodes, x)
-
-    @property
-    def bits(self) -> int:
-        """Of a code."""
-        return BITS[self.weights.dtype(self.codes[0])]
-
-    @property
-    def block(self) -> int:
-        """Input channels in a block of MatMulNBits."""
+        self.bits = BITS.get(weights.dtype(self.codes[0]), 0)
+        self.per_row = not self.dense and len(weights.shape(self.scales)) == 1
         if self.per_row:
-            return largest_block(self.columns, self.kernels.block)
-        return self.columns // self.weights.shape(self.scales)[1]
+            self.block = largest_block(self.columns, block)
+        elif not self.dense:
+            self.block = self.columns // weights.shape(self.scales)[1]
 
-    def _dense(self, nodes: Nodes, x: ir.Value) -> ir.Value:
-        matrix = self.weights.view(self.codes, f"{self.name}.weight")
-        return nodes.one("FusedMatMul", [x, matrix], self.out, domain=MICROSOFT, transB=1)
+    @property
+    def integer(self) -> bool:
+        """Whether integer products can read it: codes of 8 bits with one scale per row."""
+        return self.per_row and self.bits == 8
 
-    def packed(self) -> ir.Value:
-        """Codes [out, blocks, bytes of a block]."""
+    def product(self, nodes: Nodes, x: ir.Value, out: str) -> ir.Value:
+        """x: [..., in] -> [..., out], by the block kernel; of floats, by a plain product."""
+        if self.dense:
+            matrix = self.weights.view(self.codes, f"{self.name}.weight", part=self.part)
+            return nodes.one("FusedMatMul", [x, matrix], out, domain=MICROSOFT, transB=1)
         blocks = blocks_of(self.columns, self.block)
         shape = (self.rows, blocks, self.block * self.bits // 8)
-        return self.weights.view(self.codes, f"{self.name}.blocks", shape, ir.DataType.UINT8)
-
-    def _block(self, nodes: Nodes, x: ir.Value) -> ir.Value:
-        scales = self.weights.block_scales(self.scales, self.name, blocks_of(self.columns, self.block))
+        codes = self.weights.view(self.codes, f"{self.name}.blocks", shape, ir.DataType.UINT8, part=self.part)
+        scales = self.weights.block_scales(self.scales, self.name, blocks, self.part)
         return nodes.one(
             "MatMulNBits",
-            [x, self.packed(), scales],
-            self.out,
+            [x, codes, scales],
+            out,
             domain=MICROSOFT,
             K=self.columns,
             N=self.rows,
@@ -103,25 +80,53 @@ class Linear:
             accuracy_level=INT8_ACTIVATIONS,
         )
 
-    def _integer(self, nodes: Nodes, x: ir.Value) -> ir.Value:
-        name, matrix = self.name, self.weights.transposed(self.codes, self.name)
-        scales = self.weights.view(self.scales, f"{self.name}.scale")
-        magnitude = nodes.one("Abs", [x], f"{name}.magnitude")
-        absmax = nodes.one("ReduceMax", [magnitude, nodes.numbers(-1)], f"{name}.absmax", keepdims=1)
-        token = nodes.one("Max", [absmax, nodes.scalar(SMALLEST)], f"{name}.token_scale")
-        even = nodes.one("Div", [x, token], f"{name}.even")
-        step, zero = nodes.scalar(1 / LARGEST_CODE), nodes.constant(np.uint8(128), "uint8.128")
+    def integer_product(self, nodes: Nodes, tokens: Tokens, out: str, scaled: bool = True) -> ir.Value:
+        """[..., out].
 
-        def product(codes: ir.Value, step: ir.Value, made: str) -> ir.Value:
-            inputs = [codes, matrix, step, scales, zero]
-            return nodes.one("MatMulIntegerToFloat", inputs, f"{name}.{made}", domain=MICROSOFT)
+        Args:
+            scaled: multiply by the tokens' scales; else the result is smaller by them.
+        """
+        matrix = self.weights.transposed(self.codes, self.name)
+        scales, zero = self.weights.view(self.scales, f"{self.name}.scale"), nodes.constant(np.uint8(128), "uint8.128")
 
-        high = nodes.one("QuantizeLinear", [even, step, zero], f"{name}.high")
-        total = product(high, step, "product")
-        if set(self.modules) & set(self.kernels.wide):
-            read = nodes.one("DequantizeLinear", [high, step, zero], f"{name}.read")
-            rest = nodes.one("Sub", [even, read], f"{name}.rest")
-            low_step = nodes.scalar(1 / (LARGEST_CODE * LOW_STEPS))
-            low = nodes.one("QuantizeLinear", [rest, low_step, zero], f"{name}.low")
-            total = nodes.one("Add", [total, product(low, low_step, "low_product")], f"{name}.sum")
-        return nodes.one("Mul", [total, token], self.out)
+        def product(codes: ir.Value, step: float, made: str) -> ir.Value:
+            inputs = [codes, matrix, nodes.scalar(step), scales, zero]
+            return nodes.one("MatMulIntegerToFloat", inputs, made, domain=MICROSOFT)
+
+        total = product(tokens.high, 1 / LARGEST_CODE, f"{self.name}.product")
+        if tokens.low is not None:
+            rest = product(tokens.low, 1 / (LARGEST_CODE * LOW_STEPS), f"{self.name}.low_product")
+            total = nodes.one("Add", [total, rest], f"{self.name}.sum")
+        return nodes.one("Mul", [total, tokens.scale], out) if scaled else total
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Activations as codes with zero point 128: x = scale * (high / 127 + low / (127 * 254)).
+
+    Attributes:
+        scale: [..., 1] largest magnitude of each token.
+    """
+
+    high: ir.Value
+    low: ir.Value | None
+    scale: ir.Value
+
+
+def rounded_tokens(nodes: Nodes, x: ir.Value, name: str, wide: bool) -> Tokens:
+    """Round half to even, with a scale for each token.
+
+    Args:
+        x: [..., channels] float32; wide: to 16 bits.
+    """
+    absmax = nodes.one("ReduceMax", [nodes.one("Abs", [x], f"{name}.magnitude"), nodes.numbers(-1)], f"{name}.absmax")
+    scale = nodes.one("Max", [absmax, nodes.scalar(SMALLEST)], f"{name}.token_scale")
+    even = nodes.one("Div", [x, scale], f"{name}.even")
+    step, zero = nodes.scalar(1 / LARGEST_CODE), nodes.constant(np.uint8(128), "uint8.128")
+    high = nodes.one("QuantizeLinear", [even, step, zero], f"{name}.high")
+    if not wide:
+        return Tokens(high, None, scale)
+    read = nodes.one("DequantizeLinear", [high, step, zero], f"{name}.read")
+    rest = nodes.one("Sub", [even, read], f"{name}.rest")
+    low = nodes.one("QuantizeLinear", [rest, nodes.scalar(1 / (LARGEST_CODE * LOW_STEPS)), zero], f"{name}.low")
+    return Tokens(high, low, scale)

@@ -17,6 +17,7 @@ from gemma_deploy.backends.ort.nodes import Nodes
 from gemma_deploy.errors import ExportError
 from gemma_deploy.graph.external import DTYPES, Row
 
+Part = tuple[int, int] | None
 HIGH_BIT = -128  # int8 0x80: turns codes with zero point 128 into signed ones
 
 
@@ -37,22 +38,29 @@ class Weights:
         """Whether the file holds it."""
         return name in self.rows
 
-    def shape(self, names: Sequence[str]) -> tuple[int, ...]:
-        """Of matrices or vectors of one width, one below the other."""
+    def shape(self, names: Sequence[str], part: Part = None) -> tuple[int, ...]:
+        """Of matrices or vectors of one width, one below the other; or of some rows [start, stop) of one."""
         shapes = [self._row(name).shape for name in names]
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        rows = sum(shape[0] for shape in shapes) if part is None else part[1] - part[0]
+        return (rows, *shapes[0][1:])
 
     def dtype(self, name: str) -> str:
         """As the file has it."""
         return self._row(name).dtype
 
     def view(
-        self, names: Sequence[str], name: str, shape: Sequence[int] | None = None, dtype: ir.DataType | None = None
+        self,
+        names: Sequence[str],
+        name: str,
+        shape: Sequence[int] | None = None,
+        dtype: ir.DataType | None = None,
+        part: Part = None,
     ) -> ir.Value:
         """Tensors that lie behind one another, as one initializer.
 
         Args:
             name: of the initializer; shape, dtype: in which the same bytes are read, as they are by default.
+            part: rows [start, stop) of a single tensor.
 
         Raises:
             ExportError: there is something between them.
@@ -68,9 +76,12 @@ class Weights:
                     next_step="this is a bug: report it",
                 )
         self.used.update(names)
-        read_as, dims = dtype or DTYPES[rows[0].dtype], ir.Shape(shape or self.shape(names))
-        nbytes = sum(row.nbytes for row in rows)
-        tensor = ir.ExternalTensor(self.location, rows[0].offset, nbytes, read_as, shape=dims, name=name)
+        read_as, dims = dtype or DTYPES[rows[0].dtype], ir.Shape(shape or self.shape(names, part))
+        offset, nbytes = rows[0].offset, sum(row.nbytes for row in rows)
+        if part is not None:
+            row_bytes = nbytes // rows[0].shape[0]
+            offset, nbytes = offset + part[0] * row_bytes, (part[1] - part[0]) * row_bytes
+        tensor = ir.ExternalTensor(self.location, offset, nbytes, read_as, shape=dims, name=name)
         return self.top.add(ir.Value(name=name, const_value=tensor))
 
     def gain(self, norm: str) -> ir.Value:
@@ -78,10 +89,10 @@ class Weights:
         weight = self.view([f"{norm}.weight"], f"{norm}.weight")
         return self._once(f"{norm}.gain", lambda name: self.top.one("Add", [weight, self.top.scalar(1.0)], name))
 
-    def block_scales(self, names: Sequence[str], name: str, blocks: int) -> ir.Value:
+    def block_scales(self, names: Sequence[str], name: str, blocks: int, part: Part = None) -> ir.Value:
         """Scales [rows, blocks] of matrices whose scales are [rows] or [rows, groups]."""
-        shape = self.shape(names)
-        scales = self.view(names, f"{name}.scale")
+        shape = self.shape(names, part)
+        scales = self.view(names, f"{name}.scale", part=part)
         if len(shape) == 2:
             assert shape[1] == blocks, (name, shape, blocks)
             return scales
