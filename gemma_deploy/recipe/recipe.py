@@ -35,6 +35,7 @@ _STAND_INS: dict[documents.Path, Any] = {
 }
 
 
+ORT_KEYS = ("backend.compile.block", "backend.compile.prefill")  # read where the target is ONNX Runtime
 W16KV8, KV8 = "w16kv8", "+kv8"
 
 
@@ -213,6 +214,8 @@ class Recipe(sections.Section):
     def vendor_keys(self) -> dict[str, Any]:
         """Dotted key -> value of what is carried into the manifest and has no effect here."""
         carried = _vendor(self, "")
+        if self.onnxruntime:
+            carried = {key: value for key, value in carried.items() if key not in ORT_KEYS}
         quantize = self.frontend.quantize
         looks_at_data = self.weights in QUANTIZERS or self.int8_cache  # rounding to nearest does not
         if quantize is not None and not looks_at_data:

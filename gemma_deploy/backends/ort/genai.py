@@ -12,11 +12,12 @@ CONFIG_FILE = "genai_config.json"
 EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
 
 
-def genai_config(config: ModelConfig, context_length: int) -> dict[str, Any]:
+def genai_config(config: ModelConfig, context_length: int, chunk_size: int | None = None) -> dict[str, Any]:
     """The file's content.
 
     Args:
         context_length: positions that the rotary tables cover.
+        chunk_size: tokens of a prompt that run together; None for all.
     """
     return {
         "model": {
@@ -59,5 +60,6 @@ def genai_config(config: ModelConfig, context_length: int) -> dict[str, Any]:
             "temperature": 1.0,
             "top_k": 50,
             "top_p": 1.0,
-        },
+        }
+        | ({} if chunk_size is None else {"chunk_size": chunk_size}),
     }

@@ -21,6 +21,6 @@ class Kernels:
         wide: linears (module paths) whose activations are rounded to 16 bits there, in two integer products.
     """
 
-    block: int = 32
+    block: int = 128
     integer: bool = False
     wide: Collection[str] = field(default_factory=frozenset)

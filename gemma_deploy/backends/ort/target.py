@@ -15,6 +15,8 @@ from gemma_deploy.graph.contract import BATCH, SEQUENCE, GraphContract, Port
 from gemma_deploy.recipe import Recipe
 
 MODEL = "model"
+# Tokens of a prompt that run together where memory counts: activations of a longer piece are all alive at once.
+LEAN_CHUNK = 256
 PAST, TOTAL = "past_sequence", "total_sequence"
 
 
@@ -69,7 +71,8 @@ class OnnxRuntime:
 
     def files(self, recipe: Recipe, config: ModelConfig) -> dict[str, dict[str, Any]]:
         """What onnxruntime-genai reads."""
-        return {CONFIG_FILE: genai_config(config, recipe.context_length)}
+        chunk = LEAN_CHUNK if recipe.prefill == "lean" else None
+        return {CONFIG_FILE: genai_config(config, recipe.context_length, chunk)}
 
     def kernels(self, recipe: Recipe, kept: Sequence[str] | None) -> dict[str, Any] | None:
         """As in `Kernels`."""
