@@ -26,6 +26,7 @@ COMMANDS = {
     "stage": "Make a directory that transformers loads as the patched model.",
     "split": "Cut a checkpoint into parts for several devices.",
     "run": "Generate text with an artifact.",
+    "chat": "Talk with an artifact.",
     "inspect": "Show what is in an artifact or a checkpoint.",
     "verify": "Check every hash, graph and table of an artifact.",
 }
