@@ -26,6 +26,7 @@ ORDER = (
     *("errors", "paths", "machine", "terminal", "schemes", "recipe", "checkpoint", "partition", "patched"),
     *("calibration", "quantization", "graph", "params", "split", "backends", "artifact", "runtime", "parity"),
     "evaluation",
+    "bench",
     *("preflight", "stages", "calibrated", "compile", "generation", "commands", "cli", "testing"),
 )
 TORCH_FREE = ("errors", "recipe", "checkpoint", "partition", "params", "artifact", "runtime", "preflight", "cli")
