@@ -26,6 +26,8 @@ COMMANDS = {
     "stage": "Make a directory that transformers loads as the patched model.",
     "split": "Cut a checkpoint into parts for several devices.",
     "run": "Generate text with an artifact.",
+    "chat": "Talk with an artifact.",
+    "bench": "Measure how fast an artifact is, and what it takes.",
     "inspect": "Show what is in an artifact or a checkpoint.",
     "verify": "Check every hash, graph and table of an artifact.",
 }

@@ -50,6 +50,21 @@ def artifacts(once):
 
 
 @pytest.fixture(scope="session")
+def genai_artifact(once):
+    """model type -> float32 artifact for onnxruntime-genai, its checkpoint two directories above; read only."""
+
+    def artifact(model_type):
+        def make(root):
+            from tests.runtime.make import compile_tiny
+
+            compile_tiny(root, model_type, {"type": "onnxruntime", "dtype": "fp32"})
+
+        return once(f"genai-{model_type}", make) / "workspace" / "tiny"
+
+    return artifact
+
+
+@pytest.fixture(scope="session")
 def demo_artifact(once):
     """The bundled demo in int8, compiled with its gate; read only."""
 

@@ -26,7 +26,8 @@ ORDER = (
     *("errors", "paths", "machine", "terminal", "schemes", "recipe", "checkpoint", "partition", "patched"),
     *("calibration", "quantization", "graph", "params", "split", "backends", "artifact", "runtime", "parity"),
     "evaluation",
-    *("preflight", "stages", "calibrated", "compile", "commands", "cli", "testing"),
+    "bench",
+    *("preflight", "stages", "calibrated", "compile", "generation", "commands", "cli", "testing"),
 )
 TORCH_FREE = ("errors", "recipe", "checkpoint", "partition", "params", "artifact", "runtime", "preflight", "cli")
 

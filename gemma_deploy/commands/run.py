@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-if TYPE_CHECKING:
-    from gemma_deploy.runtime.generate import GenerationStats
+from gemma_deploy.generation import INTERRUPTED, generation_options, runs_in_genai, summary
 
-INTERRUPTED = 130
-ENDED = {
-    "stop": "the model ended its text",
-    "length": "--max-new-tokens is reached",
-    "context": "the context is full",
-    None: "interrupted",
-}
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gemma_deploy.artifact import Artifact
+    from gemma_deploy.runtime import Sampling
+    from gemma_deploy.runtime.generate import GenerationStats, Prompt
+
 EPILOG = """\b
 Examples:
   gemma-deploy run workspace/gemma-demo-int8-128-256 -p "Return the"
@@ -25,7 +24,8 @@ Examples:
   gemma-deploy run workspace/NAME --chat -p "Why is the sky blue?" --stats
   echo "The list of" | gemma-deploy run workspace/NAME -p - --strict
 
-The text goes to standard output, everything else to standard error.
+Artifacts of `backend.type: onnxruntime` run in onnxruntime-genai. The text goes to standard output, everything else to
+standard error.
 """
 
 
@@ -33,13 +33,8 @@ The text goes to standard output, everything else to standard error.
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", required=True, metavar="TEXT", help="The text to continue; - reads standard input.")
 @click.option("--chat", is_flag=True, help="Send the text as a user's message through the chat template.")
-@click.option("-n", "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=int, default=0, show_default=True, help="Draw from the K most probable; 0 is all.")
-@click.option("--top-p", type=float, default=1.0, show_default=True, help="Draw from the most probable that make up P.")
-@click.option("--seed", type=int, help="Same seed, same text  [default: another text every time]")
-@click.option("--threads", type=click.IntRange(min=0), default=0, show_default=True, help="0 takes all cores.")
-@click.option("--strict", is_flag=True, help="Compute exactly what the graph says (slow).")
+@generation_options
+@click.option("--strict", is_flag=True, help="Compute exactly what the graph says (slow; static artifacts).")
 @click.option("--stats", is_flag=True, help="Say how many tokens and how fast, at the end.")
 def command(
     artifact: Path,
@@ -59,18 +54,16 @@ def command(
     Weights are not hashed at every start: `gemma-deploy verify` does that.
     """
     from gemma_deploy.artifact.check import open_whole
-    from gemma_deploy.runtime import Sampler, StaticRunner, Tokenizer
-    from gemma_deploy.runtime.generate import GenerationStats, stream
+    from gemma_deploy.runtime import Sampling
+    from gemma_deploy.runtime.generate import GenerationStats
 
-    sampler = Sampler(temperature, top_k, top_p, seed)
-    manifest = open_whole(artifact, hashes=True).manifest
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    opened = open_whole(artifact, hashes=True)
     if prompt == "-":
         prompt = sys.stdin.read().rstrip("\n")
-    tokenizer = Tokenizer(artifact)
-    runner = StaticRunner(artifact, "strict" if strict else "fast", threads, manifest=manifest, one_prompt=True)
     done = GenerationStats()
-    text = [{"role": "user", "content": prompt}] if chat else prompt
-    pieces = stream(runner, tokenizer, text, max_new_tokens=max_new_tokens, sampler=sampler, stats=done)
+    text: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
+    pieces = _pieces(opened, text, max_new_tokens, sampling, threads, strict, done)
     waiting, interrupted = "" if chat else prompt, False  # a prompt is shown when its continuation begins
     try:
         for piece in pieces:
@@ -80,13 +73,36 @@ def command(
         interrupted = True
     click.echo(waiting)
     if stats:
-        click.echo(_summary(done), err=True)
+        click.echo(summary(done), err=True)
     if interrupted:
         raise click.exceptions.Exit(INTERRUPTED)
 
 
-def _summary(done: GenerationStats) -> str:
-    return (
-        f"loading {done.load_seconds:.2f} s; {done.prompt_tokens} prompt tokens in {done.prefill_seconds:.2f} s; "
-        f"{len(done.tokens)} tokens at {done.tokens_per_second:.1f} tokens/s; {ENDED[done.finish]}"
+def _pieces(
+    artifact: Artifact,
+    text: Prompt,
+    max_new_tokens: int,
+    sampling: Sampling,
+    threads: int,
+    strict: bool,
+    done: GenerationStats,
+) -> Iterator[str]:
+    from gemma_deploy.errors import UsageError
+    from gemma_deploy.runtime import GenaiModel, StaticRunner, Tokenizer, genai, generate
+
+    if runs_in_genai(artifact.manifest):
+        if strict:
+            raise UsageError(
+                "--strict is for static artifacts: this one is computed by the operators that its graph names",
+                where=str(artifact.path),
+                next_step="leave --strict out",
+            )
+        model, tokenizer = GenaiModel(artifact.path, threads), Tokenizer(artifact.path)
+        return genai.stream(model, tokenizer, text, max_new_tokens=max_new_tokens, sampling=sampling, stats=done)
+    tokenizer = Tokenizer(artifact.path)
+    runner = StaticRunner(
+        artifact.path, "strict" if strict else "fast", threads, manifest=artifact.manifest, one_prompt=True
+    )
+    return generate.stream(
+        runner, tokenizer, text, max_new_tokens=max_new_tokens, sampler=sampling.sampler(), stats=done
     )

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_deploy.errors import ArtifactError
+from gemma_deploy.errors import ArtifactError, UsageError
 from gemma_deploy.partition.parts import FOLDER
 
 if TYPE_CHECKING:
@@ -171,6 +171,22 @@ def read_contract(path: Path, manifest: Mapping[str, Any] | None) -> StaticContr
 
 def _dimension(dim: Any) -> int | str:
     return dim if isinstance(dim, str) else int(dim)
+
+
+def check_tokens(ids: Sequence[int], vocab_size: int, where: str) -> None:
+    """Refuse ids that are no tokens of a model: run times read beside the table, or crash.
+
+    Raises:
+        UsageError: naming one of them.
+    """
+    low, high = min(ids), max(ids)
+    if low < 0 or high >= vocab_size:
+        raise UsageError(
+            f"token {low if low < 0 else high} is not in the vocabulary",
+            where=where,
+            expected=f"0 to {vocab_size - 1}",
+            next_step="use the tokenizer of this artifact",
+        )
 
 
 def check_session(session: ort.InferenceSession, contract: StaticContract, graph: str, where: Path) -> None:

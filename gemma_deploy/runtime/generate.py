@@ -17,6 +17,8 @@ from gemma_deploy.runtime.sampling import Sampler
 from gemma_deploy.runtime.tokenizer import TextStream, Tokenizer
 
 log = logging.getLogger(__name__)
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+CONTEXT_FULL = "the context of %d slots is full: the text ends here"
 
 
 @dataclass
@@ -46,7 +48,7 @@ class GenerationStats:
 def stream(
     runner: StaticRunner,
     tokenizer: Tokenizer,
-    prompt: str | Sequence[Mapping[str, str]],
+    prompt: Prompt,
     *,
     max_new_tokens: int = 128,
     sampler: Sampler | None = None,
@@ -58,7 +60,7 @@ def stream(
     Args:
         runner: of any batch; every row gets the same prompt and the first is read.
         tokenizer: of the same artifact.
-        prompt: a text to continue, or chat messages to answer.
+        prompt: a text to continue, chat messages to answer, or token ids as they are.
         max_new_tokens: at most so many.
         sampler: greedy by default.
         stop_ids: any of these ends it; `stop_token_ids` of the artifact by default.
@@ -67,9 +69,8 @@ def stream(
     Raises:
         UsageError: the prompt is longer than P, or max_new_tokens is below 1. Raised at once, before the first piece.
     """
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens is {max_new_tokens}", expected="1 or more")
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else tokenizer.encode_chat(prompt)
+    check_length(max_new_tokens)
+    ids = encoded(tokenizer, prompt)
     if len(ids) > runner.prefill_length:
         raise UsageError(
             f"the prompt has {len(ids)} tokens, this artifact takes {runner.prefill_length} at most",
@@ -80,6 +81,24 @@ def stream(
     stats = stats if stats is not None else GenerationStats()
     stats.prompt_tokens = len(ids)
     return _pieces(runner, TextStream(tokenizer), ids, max_new_tokens, sampler or Sampler(), stops, stats)
+
+
+def encoded(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt of any kind."""
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt)
+    ids = [token for token in prompt if isinstance(token, int)]
+    return ids or tokenizer.encode_chat([message for message in prompt if not isinstance(message, int)])
+
+
+def check_length(max_new_tokens: int) -> None:
+    """Refuse to generate nothing.
+
+    Raises:
+        UsageError: below 1.
+    """
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens is {max_new_tokens}", expected="1 or more")
 
 
 def stop_token_ids(manifest: Mapping[str, Any] | None) -> tuple[int, ...]:
@@ -115,7 +134,7 @@ def _pieces(
             break
         if runner.remaining == 0:
             stats.finish = "context"
-            log.warning("the context of %d slots is full: the text ends here", runner.context_length)
+            log.warning(CONTEXT_FULL, runner.context_length)
             break
         loaded, started = runner.load_seconds, time.perf_counter()
         logits = runner.step([token] * runner.batch)

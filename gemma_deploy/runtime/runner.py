@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from gemma_deploy.errors import UsageError
-from gemma_deploy.runtime.contract import check_session, read_contract, read_manifest, stages_of
+from gemma_deploy.runtime.contract import check_session, check_tokens, read_contract, read_manifest, stages_of
 from gemma_deploy.runtime.session import Mode, load_graph, open_session
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class StaticRunner:
             )
         if len(tokens) != self.batch:
             raise UsageError(f"{len(tokens)} tokens for a batch of {self.batch}", where=str(self.path))
-        self._check_ids(tokens, "tokens")
+        check_tokens(tokens, self.contract.vocab_size, "tokens")
         if self.position == self._sizes.context:
             self._grow()
         decoder = self._decoder or self._bind()
@@ -278,15 +278,4 @@ class StaticRunner:
                 next_step="shorten it, or compile with a longer first length in frontend.shape.input_ids",
             )
         for row, prompt in enumerate(prompts):
-            self._check_ids(prompt, f"prompt {row}")
-
-    def _check_ids(self, ids: Sequence[int], where: str) -> None:
-        low, high = min(ids), max(ids)
-        if low < 0 or high >= self.contract.vocab_size:
-            wrong = low if low < 0 else high
-            raise UsageError(
-                f"token {wrong} is not in the vocabulary",
-                where=where,
-                expected=f"0 to {self.contract.vocab_size - 1}",
-                next_step="use the tokenizer of this artifact",
-            )
+            check_tokens(prompt, self.contract.vocab_size, f"prompt {row}")

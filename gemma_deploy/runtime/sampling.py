@@ -5,13 +5,16 @@ Pure NumPy. A seed gives the same tokens on every machine that gives the same lo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from gemma_deploy.errors import DeployError, UsageError
 
 
-class Sampler:
-    """One random stream for a generation.
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen, whoever chooses them.
 
     Args:
         temperature: 0 is greedy; 1 leaves the distribution as it is.
@@ -23,18 +26,34 @@ class Sampler:
         UsageError: a value outside its range (all at once).
     """
 
-    def __init__(self, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None) -> None:
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
         problems = []
-        if not (np.isfinite(temperature) and temperature >= 0):
-            problems.append(f"temperature {temperature}: 0 (greedy) or more")
-        if top_k < 0:
-            problems.append(f"top_k {top_k}: 0 (all tokens) or more")
-        if not 0 < top_p <= 1:
-            problems.append(f"top_p {top_p}: above 0, up to 1 (all tokens)")
-        if seed is not None and seed < 0:
-            problems.append(f"seed {seed}: 0 or more")
+        if not (np.isfinite(self.temperature) and self.temperature >= 0):
+            problems.append(f"temperature {self.temperature}: 0 (greedy) or more")
+        if self.top_k < 0:
+            problems.append(f"top_k {self.top_k}: 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p {self.top_p}: above 0, up to 1 (all tokens)")
+        if self.seed is not None and self.seed < 0:
+            problems.append(f"seed {self.seed}: 0 or more")
         if problems:
             raise UsageError("sampling cannot be done like this", problems=problems)
+
+    def sampler(self) -> Sampler:
+        """One that chooses so."""
+        return Sampler(self.temperature, self.top_k, self.top_p, self.seed)
+
+
+class Sampler:
+    """One random stream for a generation; the arguments of `Sampling`."""
+
+    def __init__(self, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None) -> None:
+        Sampling(temperature, top_k, top_p, seed)  # checks them
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self._random = np.random.default_rng(seed)
 

@@ -46,13 +46,21 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text with exactly one BOS in front, whether or not the text spells one."""
-        ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        ids = self.encode_more(text)
         while ids and ids[0] == self.bos_id:
             del ids[0]
         return [self.bos_id, *ids]
 
+    def encode_more(self, text: str) -> list[int]:
+        """Tokens of a text that stands behind others: no BOS."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Tokens of a conversation that the model is to continue.
+        """Tokens of a conversation that the model is to continue; see `render_chat`."""
+        return self.encode(self.render_chat(messages))
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """A conversation as the text that the model is to continue.
 
         Args:
             messages: {"role": "user" | "assistant" | ..., "content": text}, oldest first.
@@ -72,10 +80,9 @@ class Tokenizer:
         names = {**special, "bos_token": self.bos}
         try:
             template = environment.from_string(self._chat_template())
-            text = template.render(messages=list(messages), add_generation_prompt=True, **names)
+            return template.render(messages=list(messages), add_generation_prompt=True, **names)
         except jinja2.TemplateError as error:
             raise UsageError(f"the chat template refuses the messages: {error}", where=str(self.path)) from error
-        return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of tokens, without the special ones."""

@@ -37,3 +37,21 @@ def write_tokenizer(directory: Path, *, template: str | None = TEMPLATE) -> Path
     if template:
         (directory / "chat_template.jinja").write_text(template)
     return directory
+
+
+def compile_tiny(root: Path, model_type: str, backend: dict, *, template: str | None = TEMPLATE, **changes) -> Path:
+    """A tiny checkpoint with a tokenizer, compiled without its gate: ROOT/checkpoint, ROOT/workspace/tiny."""
+    from gemma_deploy.compile import compile_recipe  # needs torch
+    from gemma_deploy.recipe import Recipe
+    from gemma_deploy.testing import write_tiny_checkpoint
+
+    checkpoint = write_tiny_checkpoint(root / "checkpoint", model_type, **changes)
+    write_tokenizer(checkpoint, template=template)
+    recipe = {
+        "name": "tiny",
+        "frontend": {"checkpoint": str(checkpoint), "shape": {"input_ids": [[64], [128]]}},
+        "backend": backend,
+        "workspace": {"path": str(root / "workspace")},
+    }
+    (root / "recipe.json").write_text(json.dumps(recipe))  # JSON is YAML
+    return compile_recipe(Recipe.load(root / "recipe.json"), parity=False).path

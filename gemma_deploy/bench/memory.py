@@ -1,0 +1,54 @@
+"""What a token has to read, and what this machine's memory can deliver.
+
+Decoding one sequence reads every weight once a token: bytes a token x tokens a second / bandwidth is the share that is
+used of it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from gemma_deploy.artifact import Artifact
+from gemma_deploy.errors import DeployError
+
+BANDWIDTH = """
+import sys, time, torch
+torch.set_num_threads(int(sys.argv[1]))
+x = torch.ones(1 << 28)
+def once():
+    started = time.perf_counter(); x.sum(); return x.numel() * 4 / (time.perf_counter() - started)
+print(max(once() for _ in range(12)))
+"""
+
+
+def bandwidth_bytes_s(threads: int) -> float:
+    """Bytes that `threads` threads read in a second: the best of 12 torch sums over 1 GiB, in a process of its own.
+
+    Raises:
+        DeployError: the process ended without an answer.
+    """
+    done = subprocess.run([sys.executable, "-c", BANDWIDTH, str(threads)], capture_output=True, text=True)
+    if done.returncode:
+        raise DeployError(
+            "the memory bandwidth could not be measured",
+            problems=done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"],
+            next_step="free 1.5 GiB of memory and try again",
+        )
+    return float(done.stdout)
+
+
+def weight_bytes(artifact: Artifact) -> int:
+    """Bytes of parameters that decoding a token has to read: codes and scales as the file has them.
+
+    Every tensor but the rotary tables, of which it reads a row; and the token table only as LM head, so not at all
+    where the head is a tensor of its own.
+    """
+    tied = artifact.manifest["model"]["tie_word_embeddings"]
+    skipped = ("model.rotary_emb.",) if tied else ("model.rotary_emb.", "model.embed_tokens.")
+    return sum(row.nbytes for row in artifact.params.rows if not row.name.startswith(skipped))
+
+
+def artifact_bytes(artifact: Artifact) -> int:
+    """Bytes of all its files."""
+    return sum(file.stat().st_size for file in artifact.path.rglob("*") if file.is_file())

@@ -1,0 +1,129 @@
+"""`gemma-deploy bench`: speed, first token, memory, and the share of the memory bandwidth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MIB = 1 << 20
+EPILOG = """\b
+Examples:
+  gemma-deploy bench workspace/NAME
+  gemma-deploy bench workspace/NAME --threads 8 --contexts 128,1024,4096 --json bench.json --plot bench.png
+  gemma-deploy bench workspace/NAME --prompt-tokens 64 --decode-tokens 16 --repeat 3 --contexts none
+
+Nothing else should run meanwhile. Load time, first token and peak memory are those of fresh processes, prefill and
+decode of warm ones, all of them medians. Static graphs take prompts of their own length only.
+"""
+
+
+def lengths(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+    """Numbers with commas between them, or `none`."""
+    if value == "none":
+        return ()
+    words = value.split(",")
+    if not all(word.strip().isdecimal() and int(word) for word in words):
+        raise click.BadParameter(f"{value!r}: expected numbers above 0 like 128,512, or none", ctx, param)
+    return tuple(int(word) for word in words)
+
+
+@click.command("bench", epilog=EPILOG)
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True)
+@click.option("--decode-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--repeat", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--contexts", callback=lengths, metavar="N,N", default="128,512,2048,8192", show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures there.")
+@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw speed over context length there.")
+def command(
+    artifact: Path,
+    prompt_tokens: int,
+    decode_tokens: int,
+    repeat: int,
+    threads: int,
+    contexts: tuple[int, ...],
+    json_file: Path | None,
+    plot_file: Path | None,
+) -> None:
+    """Measure ARTIFACT on this machine."""
+    from rich.console import Console
+
+    from gemma_deploy.artifact.check import open_whole
+    from gemma_deploy.bench import figures, picture
+
+    _check_places(json_file, plot_file, picture.KINDS)
+    opened = open_whole(artifact, hashes=True)
+    if plot_file is not None and not figures.lengths_that_fit(opened, contexts):
+        raise click.UsageError("--plot has nothing to draw: this artifact takes none of the lengths in --contexts")
+    measured = figures.measure(
+        opened,
+        prompt_tokens=prompt_tokens,
+        decode_tokens=decode_tokens,
+        repeat=repeat,
+        threads=threads,
+        contexts=contexts,
+        say=lambda line: click.echo(f"measuring  {line}", err=True),
+    )
+    if json_file is not None:
+        json_file.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    if plot_file is not None:
+        picture.draw(measured, plot_file)
+    console = Console()
+    console.print(_table(measured))
+    if measured["contexts"]:
+        console.print(_contexts(measured))
+    if measured["left_out"]:
+        lengths = ", ".join(map(str, measured["left_out"]))
+        click.echo(f"contexts left out: {lengths} (the artifact has {measured['context_length']} positions)")
+
+
+def _check_places(json_file: Path | None, plot_file: Path | None, kinds: tuple[str, ...]) -> None:
+    """Refuse what could not be written, before anything is measured."""
+    for file in (json_file, plot_file):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise click.UsageError(f"{file}: there is no such directory; make it first")
+    if plot_file is not None and plot_file.suffix.lower() not in kinds:
+        raise click.UsageError(f"--plot {plot_file}: expected a name that ends in {', '.join(kinds)}")
+
+
+def _table(measured: Mapping[str, Any]) -> Table:
+    from rich.table import Table
+
+    from gemma_deploy.machine import size
+
+    table = Table(
+        title=f"{measured['artifact']}, {measured['runtime']}, {measured['threads']} threads", show_header=False
+    )
+    share, decode = measured["share_of_bandwidth"], measured["decode_tok_s"]
+    rows = {
+        f"prefill of {measured['prompt_tokens']} tokens": f"{measured['prefill_tok_s']:.1f} tokens/s",
+        f"decode after {measured['decode_after_tokens']} tokens": f"{decode:.1f} tokens/s" if decode else "no room",
+        "first token, cold process": f"{measured['ttft_s']:.2f} s",
+        "of which loading model, tokenizer": f"{measured['load_s']:.2f} s, {measured['tokenizer_s']:.2f} s",
+        "peak RSS": f"{measured['peak_rss_bytes'] / MIB:.0f} MiB",
+        "artifact": size(measured["artifact_bytes"]),
+        "read for a token": size(measured["bytes_per_token"]),
+        "memory reads at": f"{measured['bandwidth_bytes_s'] / 1e9:.1f} GB/s",
+        "of which decode uses": f"{share:.1%}" if share else "no room",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _contexts(measured: Mapping[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table("context", "prefill tokens/s", "decode tokens/s")
+    for point in measured["contexts"]:
+        decode = f"{point['decode_tok_s']:.1f}" if point["decode_tok_s"] else "no room"
+        table.add_row(str(point["tokens"]), f"{point['prefill_tok_s']:.1f}", decode)
+    return table

@@ -1,0 +1,53 @@
+"""What `run` and `chat` share: options of sampling, who runs an artifact, and the line of statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from gemma_deploy.runtime.generate import GenerationStats
+
+INTERRUPTED = 130
+ENDED = {
+    "stop": "the model ended its text",
+    "length": "--max-new-tokens is reached",
+    "context": "the context is full",
+    None: "interrupted",
+}
+OPTIONS = (
+    click.option("-n", "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True),
+    click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."),
+    click.option("--top-k", type=int, default=0, show_default=True, help="Draw from the K most probable; 0 is all."),
+    click.option(
+        "--top-p", type=float, default=1.0, show_default=True, help="Draw from the most probable that make up P."
+    ),
+    click.option("--seed", type=int, help="Same seed, same text  [default: another text every time]"),
+    click.option("--threads", type=click.IntRange(min=0), default=0, show_default=True, help="0 takes all cores."),
+)
+
+
+def generation_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of `Sampling`, --max-new-tokens and --threads."""
+    for option in reversed(OPTIONS):
+        function = option(function)
+    return function
+
+
+def runs_in_genai(manifest: Mapping[str, Any]) -> bool:
+    """Whether onnxruntime-genai runs an artifact, and not our own runner."""
+    from gemma_deploy.backends import backend_of
+
+    return backend_of(manifest) == "onnxruntime"
+
+
+def summary(done: GenerationStats) -> str:
+    """One line: how many tokens, how fast, why it ended."""
+    return (
+        f"loading {done.load_seconds:.2f} s; {done.prompt_tokens} prompt tokens in {done.prefill_seconds:.2f} s; "
+        f"{len(done.tokens)} tokens at {done.tokens_per_second:.1f} tokens/s; {ENDED[done.finish]}"
+    )

@@ -1,0 +1,116 @@
+"""Conversations: which tokens a message adds to those the model has seen, and sessions that go on from turn to turn.
+
+What a model said stays as the tokens it chose, which are not always those its text would be given again.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from gemma_deploy.errors import UsageError
+from gemma_deploy.runtime.generate import GenerationStats, stream
+from gemma_deploy.runtime.runner import StaticRunner
+from gemma_deploy.runtime.sampling import Sampler
+from gemma_deploy.runtime.tokenizer import Tokenizer
+
+NO_SYSTEM = "leave --system out, and say it in the first message"
+
+
+class Session(Protocol):
+    """A sequence of tokens that a model goes on with; `GenaiSession` and `StaticSession`."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+
+    def reply(
+        self, ids: Sequence[int], *, max_new_tokens: int = 128, stats: GenerationStats | None = None
+    ) -> Iterator[str]:
+        """Add tokens, and yield what the model says to them.
+
+        Raises:
+            UsageError: there is no room for them; the sequence is as it was.
+        """
+
+
+class StaticSession:
+    """On our own runner: every reply reads all of the sequence again, for static graphs take prompts whole."""
+
+    def __init__(self, runner: StaticRunner, tokenizer: Tokenizer, sampler: Sampler | None = None) -> None:
+        self.runner, self.tokenizer, self.sampler = runner, tokenizer, sampler
+        self.ids: list[int] = []
+
+    def reset(self) -> None:
+        """See `Session`."""
+        self.ids = []
+
+    def reply(
+        self, ids: Sequence[int], *, max_new_tokens: int = 128, stats: GenerationStats | None = None
+    ) -> Iterator[str]:
+        """See `Session`."""
+        stats = stats if stats is not None else GenerationStats()
+        sequence = [*self.ids, *ids]
+        pieces = stream(
+            self.runner, self.tokenizer, sequence, max_new_tokens=max_new_tokens, sampler=self.sampler, stats=stats
+        )
+        return self._kept(pieces, sequence, stats)
+
+    def _kept(self, pieces: Iterator[str], sequence: list[int], stats: GenerationStats) -> Iterator[str]:
+        try:
+            yield from pieces
+        finally:  # also of a reply that was interrupted
+            self.ids = [*sequence, *stats.tokens]
+
+
+class Conversation:
+    """The turns so far, and the tokens of the next one.
+
+    Args:
+        system: what the model is told beforehand.
+
+    Raises:
+        UsageError: the model has no chat template, or its template has no place for `system`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, system: str | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._system = [{"role": "system", "content": system}] if system else []
+        self._turns: list[dict[str, str]] = []
+        mark = uuid.uuid4().hex
+        trial = [{"role": "system", "content": mark}] if system else []
+        try:
+            shown = tokenizer.render_chat([*trial, {"role": "user", "content": "-"}])
+        except UsageError as error:
+            if system:
+                error = UsageError(error.what, where=error.where, next_step=error.next_step or NO_SYSTEM)
+            raise error from None
+        if system and mark not in shown:
+            raise UsageError(
+                "the chat template leaves a system message out", where=str(tokenizer.path), next_step=NO_SYSTEM
+            )
+
+    def ask(self, text: str) -> list[int]:
+        """Tokens that a message adds, those that end the reply before it included. The conversation is as it was.
+
+        Raises:
+            UsageError: the chat template refuses the messages, or leaves replies out.
+        """
+        message = {"role": "user", "content": text}
+        if not self._turns:
+            return self._tokenizer.encode_chat([*self._system, message])
+        mark = uuid.uuid4().hex
+        reply = {"role": "assistant", "content": mark}
+        rendered = self._tokenizer.render_chat([*self._system, *self._turns[:-1], reply, message])
+        _, found, after = rendered.rpartition(mark)
+        if not found:
+            raise UsageError("the chat template leaves replies out", where=str(self._tokenizer.path))
+        return self._tokenizer.encode_more(after)
+
+    def answered(self, text: str, reply: str) -> None:
+        """Keep a turn."""
+        self._turns += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
+
+    def reset(self) -> None:
+        """Forget the turns; what the model is told beforehand stays."""
+        self._turns = []

@@ -1,0 +1,250 @@
+"""Artifacts of `backend.type: onnxruntime` in onnxruntime-genai, which has the model, the cache and the sampler.
+
+The tokenizer is the artifact's own (tokenizer.py): genai's puts no BOS in front of a text. genai holds Python's lock
+while it computes, so Ctrl-C is answered after a prompt, or between two tokens.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_deploy.errors import ArtifactError, DeployError, UsageError
+from gemma_deploy.runtime.contract import REBUILD, check_tokens
+from gemma_deploy.runtime.generate import CONTEXT_FULL, GenerationStats, Prompt, check_length, encoded
+from gemma_deploy.runtime.sampling import Sampling
+from gemma_deploy.runtime.tokenizer import TextStream, Tokenizer
+
+CONFIG_FILE, PARAMS = "genai_config.json", "params.safetensors"
+INSTALL = 'pip install "gemma-deploy[genai]"'
+LARGEST_SEED = 2**31 - 1  # genai's is an int
+log = logging.getLogger(__name__)
+
+
+class GenaiModel:
+    """A model that genai has opened; sessions on it share its weights.
+
+    Args:
+        artifact_dir: directory with genai_config.json, the graph it names and params.safetensors.
+        threads: of one operator; 0 for as many as there are cores.
+
+    Attributes:
+        context_length: positions there are, prompt and answer together.
+        stop_ids: tokens that end a text.
+        load_seconds: what opening it took.
+
+    Raises:
+        UsageError: onnxruntime-genai is not installed.
+        ArtifactError: a file is missing or damaged, or genai refuses the model.
+    """
+
+    def __init__(self, artifact_dir: str | Path, threads: int = 0) -> None:
+        self.path = Path(artifact_dir)
+        require_genai(str(self.path))
+        import onnxruntime_genai as og
+
+        self.context_length, self.vocab_size, self.stop_ids, graph = _read_config(self.path / CONFIG_FILE)
+        for name in (graph, PARAMS):
+            if not (self.path / name).is_file():
+                raise ArtifactError("is missing", where=str(self.path / name), next_step=REBUILD)
+        started = time.perf_counter()
+        try:
+            config = og.Config(str(self.path))
+            options = {"intra_op_num_threads": threads}
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+            self._model = og.Model(config)
+        except Exception as error:  # genai's own are RuntimeErrors, those of its JSON reader are not
+            reason = str(error).splitlines()[0]
+            raise ArtifactError(
+                f"onnxruntime-genai refuses it: {reason}",
+                where=str(self.path),
+                next_step="run `gemma-deploy verify` on the artifact, then compile it again",
+            ) from error
+        self.load_seconds = time.perf_counter() - started
+
+    def generator(self, sampling: Sampling, max_length: int, min_length: int = 0) -> Any:
+        """A generator of genai for one sequence of up to `max_length` tokens.
+
+        Args:
+            min_length: no stop token is chosen before.
+        """
+        import onnxruntime_genai as og
+
+        options: dict[str, Any] = {"max_length": max_length, "min_length": min_length, "do_sample": False}
+        if sampling.temperature > 0:
+            options["do_sample"] = True
+            options["temperature"], options["top_p"] = sampling.temperature, sampling.top_p
+            options["top_k"] = min(sampling.top_k, self.vocab_size)
+            if sampling.seed is not None:
+                options["random_seed"] = _small_seed(sampling.seed)
+        parameters = og.GeneratorParams(self._model)
+        parameters.set_search_options(**options)
+        return og.Generator(self._model, parameters)
+
+
+class GenaiSession:
+    """One sequence in genai's cache: every reply goes on where the last one ended.
+
+    Args:
+        sampling: greedy by default.
+        max_length: tokens there may be in all; the model's context by default. The cache is made for as many.
+        min_length: no stop token is chosen before.
+    """
+
+    def __init__(
+        self,
+        model: GenaiModel,
+        tokenizer: Tokenizer,
+        sampling: Sampling | None = None,
+        *,
+        max_length: int | None = None,
+        min_length: int = 0,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.sampling = sampling if sampling is not None else Sampling()
+        self.max_length = min(max_length or model.context_length, model.context_length)
+        self.min_length = min_length
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._generator = self.model.generator(self.sampling, self.max_length, self.min_length)
+
+    @property
+    def ids(self) -> list[int]:
+        """The sequence so far, stop tokens not among it."""
+        return [int(token) for token in self._generator.get_sequence(0)] if self._generator.token_count() else []
+
+    def reply(
+        self, ids: Sequence[int], *, max_new_tokens: int = 128, stats: GenerationStats | None = None
+    ) -> Iterator[str]:
+        """Add tokens to the sequence and yield what the model says to them; see `stream` in generate.py.
+
+        Raises:
+            UsageError: the context has no room for them and an answer, or they are no tokens of this model; the
+                sequence is as it was.
+        """
+        check_length(max_new_tokens)
+        before = self._generator.token_count()
+        if before + len(ids) >= self.model.context_length:
+            prompt = f"the prompt has {len(ids)} tokens" if not before else f"with {len(ids)} more tokens on {before}"
+            raise UsageError(
+                f"{prompt}, this artifact's context is {self.model.context_length} tokens, the answer included",
+                where=str(self.model.path),
+                next_step="shorten it, or compile with a longer second length in frontend.shape.input_ids",
+            )
+        check_tokens(ids, self.model.vocab_size, "prompt")
+        stats = stats if stats is not None else GenerationStats()
+        stats.prompt_tokens = len(ids)
+        return self._pieces(list(ids), max_new_tokens, stats)
+
+    def _pieces(self, ids: list[int], max_new_tokens: int, stats: GenerationStats) -> Iterator[str]:
+        generator, text = self._generator, TextStream(self.tokenizer)
+        started = time.perf_counter()
+        if sequence := self.ids:
+            # genai has chosen the last token but not read it: without this it never would, nor shift what follows.
+            generator.rewind_to(len(sequence) - 1)
+            ids = [sequence[-1], *ids]
+        generator.append_tokens(np.asarray(ids, np.int32))
+        _refuse_overflow(generator, self.model.path)
+        while True:
+            generator.generate_next_token()
+            seconds = time.perf_counter() - started
+            if stats.tokens:
+                stats.decode_seconds += seconds
+            else:
+                stats.prefill_seconds = seconds
+            token = int(generator.get_next_tokens()[0])
+            if token in self.model.stop_ids:
+                stats.finish = "stop"
+                break
+            stats.tokens.append(token)
+            if piece := text.push(token):
+                yield piece
+            if len(stats.tokens) == max_new_tokens:
+                stats.finish = "length"
+                break
+            if generator.is_done():
+                stats.finish = "context"
+                log.warning(CONTEXT_FULL, self.max_length)
+                break
+            started = time.perf_counter()
+        if piece := text.flush():
+            yield piece
+
+
+def stream(
+    model: GenaiModel,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    max_new_tokens: int = 128,
+    sampling: Sampling | None = None,
+    stats: GenerationStats | None = None,
+) -> Iterator[str]:
+    """As `stream` in generate.py, by genai.
+
+    Raises:
+        UsageError: the context has no room for prompt and answer. Raised at once, before the first piece.
+    """
+    check_length(max_new_tokens)
+    ids = encoded(tokenizer, prompt)
+    session = GenaiSession(model, tokenizer, sampling, max_length=len(ids) + max_new_tokens)
+    stats = stats if stats is not None else GenerationStats()
+    stats.load_seconds = model.load_seconds
+    return session.reply(ids, max_new_tokens=max_new_tokens, stats=stats)
+
+
+def require_genai(where: str) -> None:
+    """Refuse when the package is not there.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        raise UsageError("onnxruntime-genai is not installed here", where=where, next_step=INSTALL)
+
+
+def _read_config(file: Path) -> tuple[int, int, frozenset[int], str]:
+    """Context, vocabulary, stop tokens and graph file of genai_config.json."""
+    if not file.is_file():
+        raise ArtifactError("is missing", where=str(file), next_step=REBUILD)
+    try:
+        model: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))["model"]
+        stops = model["eos_token_id"]
+        stops = frozenset(stops if isinstance(stops, list) else [stops])
+        return int(model["context_length"]), int(model["vocab_size"]), stops, str(model["decoder"]["filename"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"is damaged ({type(error).__name__}: {error})", where=str(file), next_step=REBUILD
+        ) from error
+
+
+def _refuse_overflow(generator: Any, where: Path) -> None:
+    """See to it that NaN is not taken for an answer, as genai does.
+
+    Raises:
+        DeployError: the logits are NaN or infinite.
+    """
+    top = float(generator.get_logits().max())
+    if not np.isfinite(top):
+        raise DeployError(
+            f"the model gave {top} as its largest logit",
+            where=str(where),
+            next_step="run `gemma-deploy parity` on the artifact",
+        )
+
+
+def _small_seed(seed: int) -> int:
+    if seed > LARGEST_SEED:
+        raise UsageError(
+            f"seed {seed} is too large", expected=f"0 to {LARGEST_SEED} for artifacts of onnxruntime-genai"
+        )
+    return seed

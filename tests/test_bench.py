@@ -1,0 +1,164 @@
+"""`gemma-deploy bench`: every figure on both run times, the formulas, and what is refused before measuring."""
+
+import importlib.util
+import json
+
+import pytest
+
+from gemma_deploy.artifact import Artifact
+from gemma_deploy.bench import figures, memory, picture, process
+from gemma_deploy.cli import main
+from gemma_deploy.errors import DeployError, UsageError
+from gemma_deploy.runtime import GenaiSession
+
+KEYS = {
+    "load_s", "prefill_tok_s", "decode_tok_s", "ttft_s", "peak_rss_bytes", "artifact_bytes", "bytes_per_token",
+    "bandwidth_bytes_s", "share_of_bandwidth",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def artifact(genai_artifact):
+    return genai_artifact("gemma2")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Bandwidth as if it were measured, and jobs in this process; returns the jobs."""
+    jobs, speeds = [], iter([7e9, 8e9] * 9)
+
+    def here(job):
+        jobs.append(job)
+        return process.run(job, process.time.monotonic() - 5)
+
+    monkeypatch.setattr(figures, "_apart", here)
+    monkeypatch.setattr(figures, "bandwidth_bytes_s", lambda threads: next(speeds))
+    return jobs
+
+
+def test_the_command_measures_in_processes_of_their_own(artifact, capfd, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "bandwidth_bytes_s", lambda threads: 1e9)
+    arguments = ["--prompt-tokens", "40", "--decode-tokens", "4", "--repeat", "1", "--threads", "1"]
+    places = [tmp_path / "b.json", tmp_path / "b.png"]
+    arguments += ["--contexts", "16,9999", "--json", str(places[0]), "--plot", str(places[1])]
+    assert main(["bench", str(artifact), *arguments]) == 0
+    out, err = capfd.readouterr()
+    assert "prefill of 40 tokens" in out
+    assert "contexts left out: 9999 (the artifact has 128 positions)" in out
+    assert "measuring  context of 16 tokens" in err
+    written = json.loads(places[0].read_text())
+    assert written.keys() >= KEYS
+    assert all(written[key] > 0 for key in KEYS)
+    assert written["ttft_s"] > written["load_s"] + written["tokenizer_s"] + 0.05  # Python and its imports
+    assert places[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_figure_comes_from_its_own_measurement(artifact, quick):
+    opened = Artifact.open(artifact)
+    told = []
+    measured = figures.measure(
+        opened, prompt_tokens=40, decode_tokens=4, repeat=3, threads=1, contexts=(8, 126), say=told.append
+    )
+    kinds = [(job.kind, job.lengths, job.decode_tokens, job.repeat) for job in quick]
+    assert kinds == [
+        *[("cold", [40], 4, 1)] * 3,
+        ("warm", [40], 0, 3),
+        ("warm", [123], 4, 3),
+        ("warm", [8], 4, 3),
+        ("warm", [126], 1, 3),
+    ]
+    assert measured["bandwidth_bytes_s"] == 8e9  # the better of before and after
+    assert measured["ttft_s"] > 5
+    assert len(measured["samples"]["prefill_tok_s"]) == len(measured["samples"]["decode_tok_s"]) == 3
+    assert measured["prefill_tok_s"] == sorted(measured["samples"]["prefill_tok_s"])[1]
+    share = measured["bytes_per_token"] * measured["decode_tok_s"] / 8e9
+    assert measured["share_of_bandwidth"] == pytest.approx(share)
+    assert [point["tokens"] for point in measured["contexts"]] == [8, 126]
+    assert len(told) == 5
+
+
+def test_stop_tokens_end_no_measurement(artifact, monkeypatch):
+    job = process.Job("warm", str(artifact), True, 1, [8], 30)
+    engine = process._Genai(job)
+    first = engine.say([5] * 8, 31).tokens
+    engine.model.stop_ids = frozenset()
+    lengths = []
+    original = GenaiSession.__init__
+    monkeypatch.setattr(
+        GenaiSession, "__init__", lambda self, *a, **k: lengths.append(k["min_length"]) or original(self, *a, **k)
+    )
+    assert len(engine.say([5] * 8, 31).tokens) == len(first) == 31
+    assert lengths == [39]
+
+
+def test_static_artifacts_are_measured_at_their_own_length(demo_artifact, quick):
+    opened = Artifact.open(demo_artifact)
+    measured = figures.measure(opened, decode_tokens=3, repeat=1, threads=1, contexts=(64, 128))
+    assert (measured["prompt_tokens"], measured["decode_after_tokens"], measured["runtime"]) == (128, 128, "static")
+    assert (measured["contexts"], measured["left_out"]) == ([], [64, 128])
+    assert all(measured[key] > 0 for key in KEYS)
+    cache = figures.limits(opened).cache_bytes
+    assert measured["bytes_per_token"] == memory.weight_bytes(opened) + cache
+    assert cache == 2 * 256 * 4 * sum(shape_of(opened, "key"))
+
+
+def shape_of(opened, kind):
+    """Heads x channels of each cache of a kind."""
+    ports = opened.manifest["contract"]["graphs"]["iter1"]["inputs"]
+    return [port["shape"][1] * port["shape"][3] for port in ports if port["name"].endswith(f".{kind}")]
+
+
+def test_a_token_reads_every_weight_but_rotary_tables_and_an_untied_table(artifact):
+    opened = Artifact.open(artifact)
+    rows = {row.name: row.nbytes for row in opened.params.rows}
+    rotary = sum(size for name, size in rows.items() if "rotary" in name)
+    assert rotary > 0
+    assert memory.weight_bytes(opened) == sum(rows.values()) - rotary
+    opened.manifest["model"]["tie_word_embeddings"] = False
+    table = sum(size for name, size in rows.items() if name.startswith("model.embed_tokens."))
+    assert memory.weight_bytes(opened) == sum(rows.values()) - rotary - table
+
+
+def test_bandwidth_is_measured_and_its_failure_explained(monkeypatch):
+    monkeypatch.setattr(memory, "BANDWIDTH", memory.BANDWIDTH.replace("1 << 28", "1 << 20"))
+    assert 1e8 < memory.bandwidth_bytes_s(1) < 1e13
+    monkeypatch.setattr(memory, "BANDWIDTH", "raise MemoryError('no room')")
+    with pytest.raises(DeployError, match="MemoryError: no room"):
+        memory.bandwidth_bytes_s(1)
+
+
+def test_a_process_that_fails_is_explained(artifact, tmp_path):
+    with pytest.raises(DeployError, match=r"exit code 1\n  - error: .*genai_config.json: is missing"):
+        figures._apart(process.Job("cold", str(tmp_path), True, 1, [8], 1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt-tokens", "128"], "128 prompt tokens and 64 steps do not fit"),
+        (["--prompt-tokens", "64", "--decode-tokens", "64"], "64 prompt tokens and 64 steps do not fit"),
+        (["--contexts", "8,x"], "'8,x': expected numbers above 0"),
+        (["--contexts", "0"], "expected numbers above 0"),
+        (["--repeat", "0"], "Invalid value for '--repeat'"),
+        (["--plot", "a.txt"], "expected a name that ends in .png"),
+        (["--plot", "a.png", "--contexts", "none"], "--plot has nothing to draw"),
+        (["--plot", "a.png", "--contexts", "128,512"], "--plot has nothing to draw"),
+        (["--json", "no/such/b.json"], "there is no such directory"),
+    ],
+)
+def test_refused_before_anything_is_measured(artifact, capfd, monkeypatch, arguments, message):
+    monkeypatch.setattr(figures, "_apart", lambda job: pytest.fail("measured"))
+    monkeypatch.setattr(figures, "bandwidth_bytes_s", lambda threads: pytest.fail("measured"))
+    assert main(["bench", str(artifact), *arguments]) == 2
+    assert message in capfd.readouterr().err.replace("\n", " ").replace("  ", " ")
+
+
+def test_without_the_package_nothing_is_measured(artifact, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="onnxruntime-genai is not installed here"):
+        figures.measure(Artifact.open(artifact), prompt_tokens=8, decode_tokens=2)
+
+
+def test_nothing_to_draw_is_said(tmp_path):
+    with pytest.raises(DeployError, match="there is nothing to draw"):
+        picture.draw({"contexts": []}, tmp_path / "x.png")
