@@ -26,6 +26,11 @@ from gemma_deploy.parity.sources import Features
 from gemma_deploy.runtime.session import VERIFY, load_file
 
 Branch = Literal["prefill", "decode"]
+# Operators whose first output has the type of their first input.
+SAME_TYPE = (
+    "FusedMatMul", "RMSNormalization", "SkipSimplifiedLayerNormalization", "Reshape", "Gelu", "Mul", "Add", "GatherND",
+    "Gather", "Concat", "Tanh",
+)  # fmt: skip
 Kernels = Literal["strict", "shipped"]
 STRICT: Kernels = "strict"
 # One row of the head alone and among others: MatMulNBits adds in another order (real 270M: 5e-7).
@@ -184,6 +189,32 @@ def wide_line(path: Path, kernels: Mapping[str, Any]) -> Line:
     listed = {product_of(module) for module in kernels["wide"]} if kernels["integer"] else set()
     wrong = len(found ^ listed) + int(integer != kernels["integer"])
     return Line("linears of 16-bit activations = those listed", "others", wrong, 0, wrong == 0)
+
+
+def half_line(path: Path) -> Line:
+    """A bfloat16 graph: weights, caches and what its products read are that; ids, logits and tables are not."""
+    model = load_file(Path(path) / f"{MODEL}.onnx")
+    half, graph = ir.DataType.BFLOAT16, model.graph
+    inferred = {value.name: value.dtype for value in graph.initializers.values()}
+    inferred |= {value.name: value.dtype for value in (*graph.inputs, *graph.outputs)}
+    for node in graph:
+        if node.op_type == "Cast":
+            kind: ir.DataType | None = ir.DataType(node.attributes["to"].as_int())
+        elif node.op_type in ("Split", "GroupQueryAttention", *SAME_TYPE):
+            kind = inferred.get(node.inputs[0].name) if node.inputs[0] is not None else None
+        else:
+            kind = None
+        inferred |= {value.name: kind for value in node.outputs if value.name}
+    wrong = [
+        value.name
+        for node in graph
+        if node.op_type in ("FusedMatMul", "GroupQueryAttention", "RMSNormalization")
+        for value in node.inputs[:2]
+        if value is not None and inferred.get(value.name) != half
+    ]
+    wrong += [name for name, kind in inferred.items() if str(name).startswith("present.") and kind != half]
+    wrong += [] if inferred[LOGITS] == ir.DataType.FLOAT else [LOGITS]
+    return Line("products, norms and caches in bfloat16, logits in float32", "others", len(wrong), 0, not wrong)
 
 
 def open_graph(model: ir.Model, folder: Path, strict: bool) -> Any:

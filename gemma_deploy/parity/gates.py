@@ -144,6 +144,8 @@ def dynamic_gates(scheme: str) -> tuple[Gate, ...]:
     known = GATES["w8a16_gptq" if scheme == "w8a8" else scheme]  # unrounded activations: what the weights lose
     names = {TWINS["w8a16_gptq"]: TWINS[scheme]} if scheme == "w8a8" else {}
     gates = tuple(replace(gate, pair=(names.get(gate.pair[0], gate.pair[0]), gate.pair[1])) for gate in known)
+    if scheme == "bf16":
+        return gates
     if scheme not in SHIPPED_LIMITS:
         return (*gates, *relative(1e-5, ("hf", "shipped")))
     return (

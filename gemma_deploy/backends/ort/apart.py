@@ -55,10 +55,33 @@ def every_position(model: ir.Model) -> None:
 def exact(model: ir.Model) -> None:
     """Put float32 arithmetic on dequantized weights in the place of every kernel that rounds. In place."""
     graph = model.graph
+    widen(model)
     for node in list(graph):
         if node.op_type in _EXACT:
             _EXACT[node.op_type](graph, node)
     _drop_unread(graph)
+
+
+def widen(model: ir.Model) -> None:
+    """Compute a bfloat16 graph in float32, on the weights it has. In place; nothing where all is float32 already."""
+    graph, half, wide = model.graph, ir.DataType.BFLOAT16, ir.TensorType(ir.DataType.FLOAT)
+    for value in (*graph.inputs, *graph.outputs):
+        if value.dtype == half:
+            value.type = wide
+    for node in graph:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == half.value:
+            node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT.value)
+        for value in node.outputs:
+            if value.dtype == half:
+                value.type = wide
+    first = next(iter(graph))
+    for value in [value for value in graph.initializers.values() if value.dtype == half]:
+        cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT.value})
+        cast.outputs[0].name = f"{value.name}.float32"
+        users = [(node, index) for node, index in value.uses() if node is not cast]
+        graph.insert_before(first, cast)
+        for node, index in users:
+            node.replace_input_with(index, cast.outputs[0])
 
 
 class _Before:

@@ -5,6 +5,9 @@ present.{i}.key/value: the names and meanings that onnxruntime-genai expects. Gr
 writes into the cache where past and present are one buffer. Padding stands on the right of a prompt; logits are those
 of each row's last token, which is chosen as soon as the last layer has attended.
 
+A bfloat16 graph is for GPU providers: ONNX Runtime has no such kernels for a CPU. Embedding and soft cap are float32 in
+it, logits leave in float32, norms are computed in float32 (stash_type).
+
 With `Kernels.integer` all layers up to that point stand in an If twice: integer products for prompts, the block kernel
 for a few tokens at a time. Both read the same bytes of the file.
 """
@@ -27,6 +30,7 @@ from gemma_deploy.errors import ExportError
 from gemma_deploy.graph.external import Row
 
 OPSET, IR_VERSION = 23, 11
+TABLE = "model.embed_tokens"
 EMBEDDED, NORMED, LOGITS = "model.embed_tokens.out", "model.norm.out", "logits"
 # Bytes of the LM head in one product. A session maps a matrix while it packs it, so that the largest one decides the
 # peak of loading; several cost 0.1 ms a token.
@@ -67,6 +71,8 @@ class _Decoder:
         self.weights = Weights(self.top, rows, location)
         self.layers = config.num_hidden_layers
         self.last = self.layers - 1
+        half = self.weights.dtype(f"{TABLE}.weight") == "bfloat16"
+        self.dtype = self.weights.computed = ir.DataType.BFLOAT16 if half else ir.DataType.FLOAT
 
     def model(self) -> ir.Model:
         """Embedding, layers, the last layer's second half on one position, head."""
@@ -94,7 +100,7 @@ class _Decoder:
         logits.shape = ir.Shape(("batch", 1, config.vocab_size))
         for value, name in zip(present, self._cache_names("present"), strict=True):
             value.name, value.shape = name, self._cache_shape("total_sequence")
-            value.type = ir.TensorType(ir.DataType.FLOAT)
+            value.type = ir.TensorType(self.dtype)
         if left := self.weights.unused():
             raise ExportError(
                 "graph and parameter file disagree",
@@ -119,7 +125,7 @@ class _Decoder:
             nodes = Nodes(prefix, top)
             made = self._layers(nodes, hidden, shared, integer)
             for value in made:
-                value.type = ir.TensorType(ir.DataType.FLOAT)
+                value.type = ir.TensorType(self.dtype)
             outputs.append(ir.Graph([], made, nodes=nodes.nodes, name=prefix.rstrip("/")))
         many = top.one("GreaterOrEqual", [self._size(ids, 1, "tokens"), top.numbers(INTEGER_FROM)], "is_prompt")
         return top.many("If", [many], names, then_branch=outputs[0], else_branch=outputs[1])
@@ -138,7 +144,7 @@ class _Decoder:
         return [attended, hidden, *caches]
 
     def _embed(self, ids: ir.Value) -> ir.Value:
-        table, top = "model.embed_tokens", self.top
+        table, top = TABLE, self.top
         matrix = self._matrix(table)
         if matrix.dense:
             rows = top.one("Gather", [self.weights.view([f"{table}.weight"], f"{table}.weight"), ids], f"{table}.rows")
@@ -153,7 +159,9 @@ class _Decoder:
             )  # fmt: skip
         columns = f"{table}.column_scale"
         factor = self.weights.view([columns], columns) if self.weights.has(columns) else top.scalar(self.embed_scale)
-        return top.one("Mul", [rows, factor], EMBEDDED)
+        if self.dtype == ir.DataType.FLOAT:
+            return top.one("Mul", [rows, factor], EMBEDDED)
+        return top.one("Cast", [top.one("Mul", [rows, factor], f"{table}.scaled")], EMBEDDED, to=self.dtype.value)
 
     def _attention(self, nodes: Nodes, layer: int, hidden: ir.Value, shared: _Shared, integer: bool) -> list[ir.Value]:
         """Attention's output [B,S,heads*D] before o_proj, and the layer's two caches."""
@@ -177,7 +185,7 @@ class _Decoder:
             assert key is not None
             query = self._head_norm(nodes, query, f"{path}.self_attn.q_norm", widths[0])
             key = self._head_norm(nodes, key, f"{path}.self_attn.k_norm", widths[1])
-        rotary = [self.weights.view([f"model.rotary_emb.{kind}.{t}"], f"rotary.{kind}.{t}") for t in ("cos", "sin")]
+        rotary = [self.weights.rotary(kind, table) for table in ("cos", "sin")]
         past = [shared.caches[f"past_key_values.{layer}.{part}"] for part in ("key", "value")]
         window = config.sliding_window if kind == SLIDING else None
         return nodes.many(
@@ -272,7 +280,7 @@ class _Decoder:
     def _head(self, normed: ir.Value) -> ir.Value:
         """Logits in float32, soft-capped where the model does."""
         tied, top, cap = self.config.tie_word_embeddings, self.top, self.config.final_logit_softcapping
-        module = "model.embed_tokens" if tied else "lm_head"
+        module = TABLE if tied else "lm_head"
         whole = self._matrix(module)
         step = max(1, int(HEAD_BYTES / (whole.columns * (whole.bits / 8 or 4))))
         parts = [(start, min(start + step, whole.rows)) for start in range(0, whole.rows, step)]
@@ -283,6 +291,8 @@ class _Decoder:
             for k, part in enumerate(parts)
         ]
         logits = top.one("Concat", shares, "lm_head.out", axis=-1) if len(shares) > 1 else shares[0]
+        if self.dtype != ir.DataType.FLOAT:
+            logits = top.one("Cast", [logits], "logits.wide", to=ir.DataType.FLOAT.value)
         if cap is not None:
             bounded = top.one("Tanh", [top.one("Mul", [logits, top.scalar(1 / cap)], "logits.scaled")], "logits.tanh")
             logits = top.one("Mul", [bounded, top.scalar(cap)], "logits.capped")
@@ -300,7 +310,7 @@ class _Decoder:
         return ir.Shape(("batch", self.config.num_key_value_heads, length, self.config.head_dim))
 
     def _cache(self, name: str, length: str) -> ir.Value:
-        return ir.Value(name=name, shape=self._cache_shape(length), type=ir.TensorType(ir.DataType.FLOAT))
+        return ir.Value(name=name, shape=self._cache_shape(length), type=ir.TensorType(self.dtype))
 
 
 def _input(name: str, dtype: ir.DataType, shape: Sequence[str]) -> ir.Value:

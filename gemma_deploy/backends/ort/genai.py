@@ -12,19 +12,25 @@ CONFIG_FILE = "genai_config.json"
 EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
 
 
-def genai_config(config: ModelConfig, context_length: int, chunk_size: int | None = None) -> dict[str, Any]:
+def genai_config(
+    config: ModelConfig, context_length: int, chunk_size: int | None = None, gpu: bool = False
+) -> dict[str, Any]:
     """The file's content.
 
     Args:
         context_length: positions that the rotary tables cover.
-        chunk_size: tokens of a prompt that run together; None for all.
+        chunk_size: tokens of a prompt that run together; None for all. gpu: ask for the CUDA provider.
     """
     return {
         "model": {
             "bos_token_id": config.bos_token_id,
             "context_length": context_length,
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **EXACT_PRODUCTS},
+                "session_options": {
+                    "log_id": "onnxruntime-genai",
+                    "provider_options": [{"cuda": {}}] if gpu else [],
+                    **EXACT_PRODUCTS,
+                },
                 "filename": GRAPH,
                 "head_size": config.head_dim,
                 "hidden_size": config.hidden_size,

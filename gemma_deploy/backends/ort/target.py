@@ -55,7 +55,7 @@ class OnnxRuntime:
             kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             vocab_size=config.vocab_size,
-            cache_dtype="float32",
+            cache_dtype="bfloat16" if recipe.weights == "bf16" else "float32",
             dynamic=True,
             hidden_size=config.hidden_size,
         )
@@ -72,7 +72,7 @@ class OnnxRuntime:
     def files(self, recipe: Recipe, config: ModelConfig) -> dict[str, dict[str, Any]]:
         """What onnxruntime-genai reads."""
         chunk = LEAN_CHUNK if recipe.prefill == "lean" else None
-        return {CONFIG_FILE: genai_config(config, recipe.context_length, chunk)}
+        return {CONFIG_FILE: genai_config(config, recipe.context_length, chunk, gpu=recipe.weights == "bf16")}
 
     def kernels(self, recipe: Recipe, kept: Sequence[str] | None) -> dict[str, Any] | None:
         """As in `Kernels`."""

@@ -26,12 +26,16 @@ class Weights:
 
     Args:
         top: the graph that gets them; rows: of the file; location: its name beside the graph.
+
+    Attributes:
+        computed: in which gains and rotary tables are wanted; the file has them in float32.
     """
 
     def __init__(self, top: Nodes, rows: Iterable[Row], location: str) -> None:
         self.top, self.location = top, location
         self.rows = {row.name: row for row in rows}
         self.used: set[str] = set()
+        self.computed = ir.DataType.FLOAT
         self._made: dict[str, ir.Value] = {}
 
     def has(self, name: str) -> bool:
@@ -87,7 +91,21 @@ class Weights:
     def gain(self, norm: str) -> ir.Value:
         """1 + weight of a norm."""
         weight = self.view([f"{norm}.weight"], f"{norm}.weight")
-        return self._once(f"{norm}.gain", lambda name: self.top.one("Add", [weight, self.top.scalar(1.0)], name))
+
+        def added(name: str) -> ir.Value:
+            exact = self.computed == ir.DataType.FLOAT
+            gain = self.top.one("Add", [weight, self.top.scalar(1.0)], name if exact else f"{name}.wide")
+            return gain if exact else self.top.one("Cast", [gain], name, to=self.computed.value)
+
+        return self._once(f"{norm}.gain", added)
+
+    def rotary(self, kind: str, table: str) -> ir.Value:
+        """[positions, head_dim / 2] "cos" or "sin" of a kind of layer."""
+        name = f"rotary.{kind}.{table}"
+        stored = self.view([f"model.rotary_emb.{kind}.{table}"], name)
+        if self.computed == ir.DataType.FLOAT:
+            return stored
+        return self._once(f"{name}.half", lambda made: self.top.one("Cast", [stored], made, to=self.computed.value))
 
     def block_scales(self, names: Sequence[str], name: str, blocks: int, part: Part = None) -> ir.Value:
         """Scales [rows, blocks] of matrices whose scales are [rows] or [rows, groups]."""
