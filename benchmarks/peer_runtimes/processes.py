@@ -21,7 +21,10 @@ class PeerError(Exception):
 
 @dataclass(frozen=True)
 class Ran:
-    """A command that succeeded: wall seconds and, as `/usr/bin/time -v` has it, the largest process's peak."""
+    """A command that succeeded: wall seconds and, as `/usr/bin/time -v` has it, the largest process's peak.
+
+    A peak is never below what this process itself holds when it starts the command, which is why it imports so little.
+    """
 
     seconds: float
     peak_rss_bytes: int

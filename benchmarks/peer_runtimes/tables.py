@@ -64,11 +64,11 @@ def cells(row: dict[str, Any]) -> list[str]:
             shown(ran, "peak_rss_bytes", 0, 1 << 20),
         ]
     else:
-        found += [row["problem"] or "", "", "", "", ""]
+        found += ["", "", "", "", ""]
     found.append(", ".join(f"{row['ours_over_it'][key]:.2f}" for key in RATIOS) if row["ours_over_it"] else "")
     exact = f" ({good['perplexity_reference']:.3f})" if "perplexity_reference" in good else ""
     found += [shown(good, "perplexity", 3) + exact, shown(good, "mean_kl", 5), shown(good, "top1", 2, 0.01)]
-    for problem, at in ((made.get("problem"), 0), (good.get("problem"), len(found) - 3)):
+    for problem, at in ((made.get("problem"), 0), (row["problem"], 3), (good.get("problem"), len(found) - 3)):
         if problem:
             found[at] = problem.replace("|", "/")
     return found
