@@ -131,23 +131,20 @@ def convert(bench: Bench, name: str) -> Record:
 
 
 def rounds(bench: Bench, names: list[str], count: int, repeats: int, results: Results) -> None:
-    """Run every variant once a round, ours before each; a variant that failed is not run again."""
+    """Run every variant once a round, ours before each, the lock held for the round; what failed is not run again."""
     results.values["runs"], failed = [], set()
     beside = [NAME] if bench.ours else []
     for number in range(count):
-        for name in names:
-            if name in failed:
-                continue
-            pair = [one for one in (*beside, name) if one not in failed]
-            with exclusive(bench.lock):
-                record = {"round": number, "beside": name, "results": {}}
-                for one in pair:
+        with exclusive(bench.lock):
+            for name in [one for one in names if one not in failed]:
+                record: Record = {"round": number, "beside": name, "results": {}}
+                for one in [one for one in (*beside, name) if one not in failed]:
                     found = guarded(one, f"round {number}", lambda n=one: speed(bench, n, repeats))
                     record["results"][one] = found
                     if "problem" in found:
                         failed.add(one)
-            results.values["runs"].append(record)
-            results.save()
+                results.values["runs"].append(record)
+                results.save()
 
 
 def speed(bench: Bench, name: str, repeats: int) -> Record:
