@@ -107,7 +107,8 @@ def convert(bench: Bench, name: str) -> Record:
     else:
         variant = VARIANTS[name]
         python_of(variant.environment, bench.out)
-        shutil.rmtree(out, ignore_errors=True)
+        if out.exists():
+            shutil.rmtree(out)
         source = source_of(variant.environment, bench.out)
         place = Place(folder(variant.environment, bench.out) / "bin", source, bench.checkpoint, scratch, out)
         commands, prepare = variant.convert(place), variant.prepare(place)
