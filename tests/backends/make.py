@@ -180,20 +180,21 @@ def expected_logits(model: Any, tokens: Sequence[int]) -> np.ndarray:
 
 
 def open_session(
-    model: ir.Model, folder: Path, optimize: bool = True, saved: Path | None = None
+    model: ir.Model, folder: Path, optimize: bool = True, saved: Path | None = None, precise: bool = True
 ) -> ort.InferenceSession:
     """With the options of genai_config.json.
 
     Args:
         optimize: as a user's session does; without, nodes run as they are written.
         saved: gets the optimized graph.
+        precise: integer products as genai_config.json asks for them.
     """
     options = ort.SessionOptions()
     if saved is not None:
         options.optimized_model_filepath = str(saved)
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.add_session_config_entry("session.x64quantprecision", str(int(precise)))
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
