@@ -6,9 +6,8 @@ import pytest
 
 from gemma_deploy.backends.ort.apart import exact
 from gemma_deploy.backends.ort.decoder import IR_VERSION, OPSET
-from gemma_deploy.backends.ort.linears import Linear, product_of
+from gemma_deploy.backends.ort.linears import Matrix, product_of, rounded_tokens
 from gemma_deploy.backends.ort.nodes import MICROSOFT, Nodes
-from gemma_deploy.backends.ort.options import Kernels
 from gemma_deploy.backends.ort.weights import Weights
 from tests.backends.make import FILE, ParamFile, off, open_session
 
@@ -34,16 +33,30 @@ def files(tmp_path_factory):
     return get
 
 
-def graph_of(rows, names=NAMES, integer=True, **kernels):
-    nodes = Nodes()
-    x = ir.Value(name="x", shape=ir.Shape(("b", "s", "k")), type=ir.TensorType(ir.DataType.FLOAT))
-    fused = "a.qkv_proj" if len(names) > 1 else names[0]
+def graph_of(rows, names=NAMES, integer=True, wide=False, block=32, scaled=True):
+    """x -> out: integer products side by side where the codes allow it, else one product for all."""
+    nodes, x = Nodes(), given()
     weights = Weights(nodes, rows, FILE)
-    made = Linear(weights, names, fused, Kernels(**kernels))(nodes, x, integer)
-    made.type = ir.TensorType(ir.DataType.FLOAT)
-    graph = ir.Graph([x], [made], nodes=nodes.nodes, initializers=list(nodes.initializers.values()),
+    if integer and Matrix(weights, names[:1], names[0], block).integer:
+        tokens = rounded_tokens(nodes, x, "a.qkv_proj", wide)
+        matrices = [Matrix(weights, [name], name, block) for name in names]
+        outs = [one.integer_product(nodes, tokens, f"{one.name}.out", scaled) for one in matrices]
+        made = nodes.one("Concat", outs, "out", axis=-1)
+    else:
+        made = Matrix(weights, names, "a.qkv_proj", block).product(nodes, x, "out")
+    return model_of(nodes, x, made)
+
+
+def model_of(nodes, x, *made):
+    for value in made:
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph([x], made, nodes=nodes.nodes, initializers=list(nodes.initializers.values()),
                      opset_imports={"": OPSET, MICROSOFT: 1}, name="linear")  # fmt: skip
     return ir.Model(graph, ir_version=IR_VERSION)
+
+
+def given():
+    return ir.Value(name="x", shape=ir.Shape(("b", "s", "k")), type=ir.TensorType(ir.DataType.FLOAT))
 
 
 def fetched(file, model, x, *names, optimize=False):
@@ -118,25 +131,23 @@ def test_wide_is_16_bits(files, x):
     expected = x.astype(np.float64) @ matrix_of(file).astype(np.float64).T
     token = np.abs(x).max(-1, keepdims=True)
 
-    def errors(**kernels):
-        return (fetched(file, graph_of(rows, **kernels), x) - expected) / token
+    def errors(**options):
+        return (fetched(file, graph_of(rows, **options), x) - expected) / token
 
-    plain, wide = errors(), errors(wide={"a.k_proj"})
-    ratio = np.sqrt((plain**2).mean() / (wide**2).mean())
+    ratio = np.sqrt((errors() ** 2).mean() / (errors(wide=True) ** 2).mean())
     assert 200 < ratio < 300
-    np.testing.assert_array_equal(plain, errors(wide={"a.o_proj"}))
 
 
 def test_the_low_half_is_what_the_high_half_left(files, x):
     file, rows = files()
-    high, low = fetched(file, graph_of(rows, wide={"a.q_proj"}), x, "a.qkv_proj.high", "a.qkv_proj.low")
+    high, low = fetched(file, graph_of(rows, wide=True), x, "a.qkv_proj.high", "a.qkv_proj.low")
     even = x.astype(np.float64) / np.abs(x).max(-1, keepdims=True)
     read = ((high.astype(int) - 128) + (low.astype(int) - 128) / 254) / 127
     assert np.abs(read - even).max() < 1.1 * 0.5 / (127 * 254)
     assert np.abs(low.astype(int) - 128).max() == 127
 
 
-@pytest.mark.parametrize("wide", [(), NAMES])
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("size", [0.0, 1e-38])
 def test_a_token_of_zeros_stays_finite_and_leaves_the_others_alone(files, x, wide, size):
     file, rows = files()
@@ -146,6 +157,13 @@ def test_a_token_of_zeros_stays_finite_and_leaves_the_others_alone(files, x, wid
     assert np.isfinite(got).all()
     assert np.abs(got[:, 3]).max() < 1e-30
     np.testing.assert_array_equal(np.delete(got, 3, 1), np.delete(full, 3, 1))
+
+
+def test_a_product_without_the_tokens_scales_is_smaller_by_them(files, x):
+    file, rows = files()
+    scaled, bare = (fetched(file, graph_of(rows, scaled=one), x) for one in (True, False))
+    np.testing.assert_array_equal(scaled, bare * np.abs(x).max(-1, keepdims=True))
+    assert np.abs(bare).max() < 100
 
 
 def test_one_large_token_does_not_coarsen_its_neighbours(files, x):
@@ -174,6 +192,20 @@ def test_the_kernel_follows_the_form_of_the_codes(files, x, bits, group, op):
     right = graph_of(rows)
     exact(right)
     assert np.abs((fetched(file, right, x) - expected) / size).max() < 1e-5
+
+
+def test_rows_of_a_matrix_are_a_matrix(files, x):
+    """The LM head in parts."""
+    for bits, group in ((8, None), (8, 32), (4, 32), (0, None)):
+        file, rows = files(bits, group)
+        name, nodes, read = NAMES[0], Nodes(), given()
+        weights = Weights(nodes, rows, FILE)
+        made = [Matrix(weights, [name], f"part.{i}", 32, part).product(nodes, read, f"out.{i}")
+                for i, part in enumerate(((0, 16), (16, 19), (19, 48)))]  # fmt: skip
+        parts = open_session(model_of(nodes, read, *made), file.folder).run(None, {"x": x})
+        assert [part.shape[-1] for part in parts] == [16, 3, 29]
+        whole = fetched(file, graph_of(rows, (name,), integer=False), x, optimize=True)
+        np.testing.assert_allclose(np.concatenate(parts, -1), whole, rtol=0, atol=1e-6 * np.abs(whole).max())
 
 
 @pytest.mark.parametrize("bits", [8, 4])
