@@ -1,0 +1,248 @@
+"""One linear at a time against NumPy: the rounding of activations, the integer product, what 16 bits add."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from gemma_deploy.backends.ort.apart import exact
+from gemma_deploy.backends.ort.decoder import IR_VERSION, OPSET
+from gemma_deploy.backends.ort.linears import Matrix, product_of, rounded_tokens
+from gemma_deploy.backends.ort.nodes import MICROSOFT, Nodes
+from gemma_deploy.backends.ort.weights import Weights
+from tests.backends.make import FILE, ParamFile, off, open_session
+
+NAMES = ("a.q_proj", "a.k_proj", "a.v_proj")
+ROWS, COLUMNS = (48, 16, 16), 96
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """(bits, group) -> a file with three matrices that read one input; no bits: float32."""
+    known = {}
+
+    def get(bits=8, group=None, columns=COLUMNS):
+        key = bits, group, columns
+        if key not in known:
+            rng, file = np.random.default_rng(5), ParamFile(tmp_path_factory.mktemp("linear"))
+            for name, rows in zip(NAMES, ROWS, strict=True):
+                matrix = rng.standard_normal((rows, columns)).astype(np.float32)
+                file.add(f"{name}.weight", matrix, (bits, group) if bits else None)
+            known[key] = file, file.write()
+        return known[key]
+
+    return get
+
+
+def graph_of(rows, names=NAMES, integer=True, wide=False, block=32, scaled=True):
+    """x -> out: integer products side by side where the codes allow it, else one product for all."""
+    nodes, x = Nodes(), given()
+    weights = Weights(nodes, rows, FILE)
+    if integer and Matrix(weights, names[:1], names[0], block).integer:
+        tokens = rounded_tokens(nodes, x, "a.qkv_proj", wide)
+        matrices = [Matrix(weights, [name], name, block) for name in names]
+        outs = [one.integer_product(nodes, tokens, f"{one.name}.out", scaled) for one in matrices]
+        made = nodes.one("Concat", outs, "out", axis=-1)
+    else:
+        made = Matrix(weights, names, "a.qkv_proj", block).product(nodes, x, "out")
+    return model_of(nodes, x, made)
+
+
+def model_of(nodes, x, *made):
+    for value in made:
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph([x], made, nodes=nodes.nodes, initializers=list(nodes.initializers.values()),
+                     opset_imports={"": OPSET, MICROSOFT: 1}, name="linear")  # fmt: skip
+    return ir.Model(graph, ir_version=IR_VERSION)
+
+
+def given():
+    return ir.Value(name="x", shape=ir.Shape(("b", "s", "k")), type=ir.TensorType(ir.DataType.FLOAT))
+
+
+def fetched(file, model, x, *names, optimize=False):
+    """The product, or the named inner values."""
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name in names:
+                model.graph.outputs.append(value)
+    session = open_session(model, file.folder, optimize)
+    found = dict(zip([value.name for value in session.get_outputs()], session.run(None, {"x": x}), strict=True))
+    return [found[name] for name in names] if names else next(iter(found.values()))
+
+
+def matrix_of(file, names=NAMES):
+    return np.concatenate([file.weights[f"{name}.weight"] for name in names])
+
+
+def together(values, names=NAMES):
+    return np.concatenate([values[name] for name in names])
+
+
+@pytest.fixture(scope="module")
+def x():
+    """Two rows of 20 tokens, of very different sizes."""
+    rng = np.random.default_rng(6)
+    return (rng.standard_normal((2, 20, COLUMNS)) * 10.0 ** rng.uniform(-4, 4, (2, 20, 1))).astype(np.float32)
+
+
+def test_codes_of_a_token_are_rounded_to_its_own_127_steps(files, x):
+    file, rows = files()
+    (high,) = fetched(file, graph_of(rows), x, "a.qkv_proj.high")
+    assert high.dtype == np.uint8
+    even = x / np.abs(x).max(-1, keepdims=True)
+    # By the same float32 division, so that ties fall the same way: to even, as np.rint.
+    expected = np.rint(even / np.float32(1 / 127)).astype(int) + 128
+    np.testing.assert_array_equal(high.astype(int), expected)
+    assert set(np.abs(high.astype(int) - 128).max(-1).ravel()) == {127}
+
+
+def integer_product(file, x):
+    """Codes times codes in integers, then both scales: float64."""
+    token = np.abs(x).max(-1, keepdims=True)
+    codes = np.rint(x / token / np.float32(1 / 127)).astype(np.int64)
+    total = codes @ together(file.signed).astype(np.int64).T
+    return total, total * (token.astype(np.float64) / 127) * together(file.scales).astype(np.float64)
+
+
+@pytest.mark.parametrize("optimize", [False, True])
+def test_the_integer_product_is_exact(files, x, optimize):
+    """Every sum of products is the integer it must be: the 16-bit pairs of some processors do not saturate."""
+    file, rows = files()
+    got = fetched(file, graph_of(rows), x, optimize=optimize)
+    total, expected = integer_product(file, x)
+    np.testing.assert_allclose(got, expected, rtol=2e-6, atol=0)
+    token = np.abs(x).max(-1, keepdims=True).astype(np.float64)
+    back = got / (token / 127) / together(file.scales)
+    np.testing.assert_array_equal(np.rint(back), total)
+
+
+def test_the_largest_codes_do_not_saturate(tmp_path):
+    """255 times 127 in every place is what overflows pairs of 16 bits where products are u8 by s8."""
+    file = ParamFile(tmp_path)
+    file.add("a.q_proj.weight", np.ones((16, 512), np.float32), (8, None))
+    ones = np.ones((1, 16, 512), np.float32)
+    got = fetched(file, graph_of(file.write(), NAMES[:1]), ones, optimize=True)
+    np.testing.assert_allclose(got, 512, rtol=1e-6)
+
+
+def test_wide_is_16_bits(files, x):
+    """The high and the low half together come 254 times nearer to float32 than the high half alone."""
+    file, rows = files()
+    expected = x.astype(np.float64) @ matrix_of(file).astype(np.float64).T
+    token = np.abs(x).max(-1, keepdims=True)
+
+    def errors(**options):
+        return (fetched(file, graph_of(rows, **options), x) - expected) / token
+
+    ratio = np.sqrt((errors() ** 2).mean() / (errors(wide=True) ** 2).mean())
+    assert 200 < ratio < 300
+
+
+def test_the_low_half_is_what_the_high_half_left(files, x):
+    file, rows = files()
+    high, low = fetched(file, graph_of(rows, wide=True), x, "a.qkv_proj.high", "a.qkv_proj.low")
+    even = x.astype(np.float64) / np.abs(x).max(-1, keepdims=True)
+    read = ((high.astype(int) - 128) + (low.astype(int) - 128) / 254) / 127
+    assert np.abs(read - even).max() < 1.1 * 0.5 / (127 * 254)
+    assert np.abs(low.astype(int) - 128).max() == 127
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("size", [0.0, 1e-38])
+def test_a_token_of_zeros_stays_finite_and_leaves_the_others_alone(files, x, wide, size):
+    file, rows = files()
+    silent = x.copy()
+    silent[:, 3] *= size
+    got, full = (fetched(file, graph_of(rows, wide=wide), one) for one in (silent, x))
+    assert np.isfinite(got).all()
+    assert np.abs(got[:, 3]).max() < 1e-30
+    np.testing.assert_array_equal(np.delete(got, 3, 1), np.delete(full, 3, 1))
+
+
+def test_a_product_without_the_tokens_scales_is_smaller_by_them(files, x):
+    file, rows = files()
+    scaled, bare = (fetched(file, graph_of(rows, scaled=one), x) for one in (True, False))
+    np.testing.assert_array_equal(scaled, bare * np.abs(x).max(-1, keepdims=True))
+    assert np.abs(bare).max() < 100
+
+
+def test_one_large_token_does_not_coarsen_its_neighbours(files, x):
+    """With one scale for all tokens, which DynamicQuantizeLinear has, the smaller ones would be lost."""
+    file, rows = files()
+    got = fetched(file, graph_of(rows), x)
+    expected = x.astype(np.float64) @ matrix_of(file).astype(np.float64).T
+    worst = (np.abs(got - expected).max(-1) / np.abs(expected).max(-1)).max()
+    assert worst < 0.02
+
+
+@pytest.mark.parametrize(("bits", "group", "op"), [
+    (8, None, "MatMulIntegerToFloat"), (8, 32, "MatMulNBits"), (4, 32, "MatMulNBits"), (4, None, "MatMulNBits"),
+    (0, None, "FusedMatMul"),
+])  # fmt: skip
+def test_the_kernel_follows_the_form_of_the_codes(files, x, bits, group, op):
+    """What must not be multiplied as integers with one scale per row is not, whatever was asked for."""
+    file, rows = files(bits, group)
+    model = graph_of(rows)
+    ops = [node.op_type for node in model.graph]
+    assert op in ops
+    assert ("QuantizeLinear" in ops) == (op == "MatMulIntegerToFloat")
+    expected = x @ matrix_of(file).T
+    size = np.abs(expected).max(-1, keepdims=True)
+    assert np.abs((fetched(file, model, x, optimize=True) - expected) / size).max() < (0.03 if bits else 1e-5)
+    right = graph_of(rows)
+    exact(right)
+    assert np.abs((fetched(file, right, x) - expected) / size).max() < 1e-5
+
+
+def test_rows_of_a_matrix_are_a_matrix(files, x):
+    """The LM head in parts."""
+    for bits, group in ((8, None), (8, 32), (4, 32), (0, None)):
+        file, rows = files(bits, group)
+        name, nodes, read = NAMES[0], Nodes(), given()
+        weights = Weights(nodes, rows, FILE)
+        made = [Matrix(weights, [name], f"part.{i}", 32, part).product(nodes, read, f"out.{i}")
+                for i, part in enumerate(((0, 16), (16, 19), (19, 48)))]  # fmt: skip
+        parts = open_session(model_of(nodes, read, *made), file.folder).run(None, {"x": x})
+        assert [part.shape[-1] for part in parts] == [16, 3, 29]
+        whole = fetched(file, graph_of(rows, (name,), integer=False), x, optimize=True)
+        np.testing.assert_allclose(np.concatenate(parts, -1), whole, rtol=0, atol=1e-6 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_three_matrices_in_one_product_are_the_three_alone(files, x, bits):
+    file, rows = files(bits, None if bits == 8 else 32)
+    for integer in (False, True):
+        whole = fetched(file, graph_of(rows, integer=integer), x, optimize=True)
+        apart = [fetched(file, graph_of(rows, (name,), integer), x, optimize=True) for name in NAMES]
+        assert np.abs(whole).max() > 0
+        np.testing.assert_allclose(whole, np.concatenate(apart, -1), rtol=0, atol=1e-5 * np.abs(whole).max())
+
+
+def rounded_in_blocks(x, block):
+    """Activations as MatMulNBits of accuracy level 4 sees them."""
+    grouped = x.reshape(-1, x.shape[-1] // block, block)
+    scale = np.abs(grouped).max(-1, keepdims=True) / np.float32(127)
+    scale[scale == 0] = 1
+    return (np.rint(grouped / scale) * scale).reshape(x.shape)
+
+
+@pytest.mark.parametrize(("columns", "asked", "used"), [(128, 32, 32), (128, 64, 64), (96, 128, 32), (48, 32, 16)])
+def test_the_block_kernel_rounds_activations_in_blocks_of_the_asked_size(files, columns, asked, used):
+    file, rows = files(8, None, columns)
+    rng = np.random.default_rng(7)
+    x = (rng.standard_normal((1, 4, columns)) * 10 ** rng.uniform(-1, 1, columns)).astype(np.float32)
+    model = graph_of(rows, integer=False, block=asked)
+    (node,) = (node for node in model.graph if node.op_type == "MatMulNBits")
+    assert node.attributes["block_size"].value == used
+    matrix = matrix_of(file).astype(np.float64)
+    errors = {block: off(fetched(file, model.clone(), x, optimize=True), rounded_in_blocks(x, block) @ matrix.T)
+              for block in (16, 32, 64) if columns % block == 0}  # fmt: skip
+    assert errors[used] < 1e-5
+    assert all(error > 1e-4 for block, error in errors.items() if block != used), errors
+
+
+def test_the_product_of_a_linear():
+    assert product_of("model.layers.3.self_attn.v_proj") == "model.layers.3.self_attn.qkv_proj"
+    assert product_of("model.layers.3.mlp.up_proj") == "model.layers.3.mlp.gate_up_proj"
+    assert product_of("model.layers.3.self_attn.o_proj") == "model.layers.3.self_attn.o_proj"
+    assert product_of("model.layers.3.mlp.down_proj") == "model.layers.3.mlp.down_proj"
