@@ -39,7 +39,7 @@ from gemma_deploy.partition.ranks import input_channels
 from gemma_deploy.preflight import Plan, make_plan, preflight
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.recipe import Recipe, check_against_model, check_built
-from gemma_deploy.schemes import QUANTIZERS, group_problems, stored_scheme
+from gemma_deploy.schemes import QUANTIZERS, block_problems, group_problems, stored_scheme
 from gemma_deploy.stages import Stage, Stages
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ def open_inputs(recipe: Recipe) -> Checkpoint:
     also = division_problems(config, recipe.split_points, recipe.ranks, align)
     if recipe.int8_weights:
         storage = recipe.storage_for(config.hidden_size)
+        if recipe.onnxruntime:
+            also += block_problems(input_channels(config, 1))
         also += group_problems(storage, input_channels(config, recipe.ranks), config.hidden_size)
     check_against_model(recipe, config, also)
     for note in dict.fromkeys((*checkpoint.notes, *checkpoint.config.warnings)):

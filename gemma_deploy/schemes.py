@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Bits = Literal[4, 8]
+SMALLEST_BLOCK = 16  # of MatMulNBits
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,22 @@ def storage_of(scheme: str, hidden_size: int, groupsize: int | None = None, tabl
 def dividing_table(hidden_size: int) -> str:
     """Of `TABLES`, the form with the largest groups that divide the table's columns."""
     return next((f"int8_g{size}" for size in (128, 64, 32) if hidden_size % size == 0), "int8")
+
+
+def block_problems(linears: Mapping[str, int]) -> list[str]:
+    """Matrices that ONNX Runtime's block kernel would have to pad, as sentences about the model.
+
+    Args:
+        linears: input channels of each kind of linear.
+    """
+    wrong = [f"{name} ({columns})" for name, columns in linears.items() if columns % SMALLEST_BLOCK]
+    if not wrong:
+        return []
+    return [
+        f"backend.type: onnxruntime wants multiples of {SMALLEST_BLOCK} input channels in int8, got "
+        + ", ".join(wrong)
+        + ": set backend.dtype: fp32"
+    ]
 
 
 def group_problems(storage: Storage, linears: Mapping[str, int], hidden_size: int) -> list[str]:

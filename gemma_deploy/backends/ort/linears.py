@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from gemma_deploy.backends.ort.nodes import MICROSOFT, Nodes
-from gemma_deploy.backends.ort.weights import Weights, blocks_of, largest_block
+from gemma_deploy.backends.ort.weights import Weights, largest_block
 
 INT8_ACTIVATIONS = 4  # accuracy_level
 LARGEST_CODE, LOW_STEPS = 127, 254  # of a code; the low half's steps in one of the high half's
@@ -64,7 +64,7 @@ class Matrix:
         if self.dense:
             matrix = self.weights.view(self.codes, f"{self.name}.weight", part=self.part)
             return nodes.one("FusedMatMul", [x, matrix], out, domain=MICROSOFT, transB=1)
-        blocks = blocks_of(self.columns, self.block)
+        blocks = self.columns // self.block
         shape = (self.rows, blocks, self.block * self.bits // 8)
         codes = self.weights.view(self.codes, f"{self.name}.blocks", shape, ir.DataType.UINT8, part=self.part)
         scales = self.weights.block_scales(self.scales, self.name, blocks, self.part)

@@ -6,7 +6,6 @@ here (q, k and v; gate and up), so that one kernel reads them and nothing is sto
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
@@ -149,16 +148,8 @@ class Weights:
 
 
 def largest_block(columns: int, most: int) -> int:
-    """The largest power of two up to `most`, 16 at least, of which `columns` is a multiple; else `most` itself.
-
-    MatMulNBits pads the last block of a row.
-    """
+    """The largest power of two up to `most` of which `columns` is a multiple; `schemes.block_problems` went before."""
     block = most
-    while block > 16 and columns % block:
+    while columns % block:
         block //= 2
-    return block if columns % block == 0 else most
-
-
-def blocks_of(columns: int, block: int) -> int:
-    """How many blocks a row has."""
-    return math.ceil(columns / block)
+    return block
