@@ -66,7 +66,7 @@ def finish(graphs, checkpoint_dir, scheme, dynamic, out):
         table = stream_params(recipe, opened, directory.path, None, None)
         for graph in ("iter0.onnx", "iter1.onnx"):
             shutil.copy(graphs / graph, directory.path)
-        copy_model_files(opened, directory.path)
+        copy_model_files(recipe, opened, directory.path)
         directory.commit(describe(recipe, opened, contract, table, None, directory.path, "test"))
 
 

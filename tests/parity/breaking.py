@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-DTYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8, "BF16": np.uint16}
+DTYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8, "U8": np.uint8, "BF16": np.uint16}
 
 
 def change_tensor(artifact, name, change):

@@ -45,7 +45,7 @@ def finish(graphs, checkpoint_dir, scheme, out):
         table = stream_params(recipe, checkpoint, directory.path, None, None)
         for graph in ("iter0.onnx", "iter1.onnx"):
             shutil.copy(graphs / graph, directory.path)
-        copy_model_files(checkpoint, directory.path)
+        copy_model_files(recipe, checkpoint, directory.path)
         directory.commit(describe(recipe, checkpoint, contract, table, None, directory.path, "test"))
     return out
 
