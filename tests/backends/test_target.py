@@ -1,0 +1,298 @@
+"""`backend.type: onnxruntime` as a user compiles it: what lies in the artifact, what a kill leaves, what genai reads."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from gemma_deploy import compile as compiler
+from gemma_deploy.artifact.verify import verify
+from gemma_deploy.backends import BACKENDS
+from gemma_deploy.backends.ort.genai import genai_config
+from gemma_deploy.backends.ort.options import Kernels
+from gemma_deploy.backends.ort.target import OnnxRuntime, chosen_kernels
+from gemma_deploy.checkpoint import ModelConfig
+from gemma_deploy.cli import main
+from gemma_deploy.recipe import Recipe
+from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
+from tests.calibration.make import write_tokenizer
+
+LAYERS = {
+    "gemma": {"num_hidden_layers": 2},
+    "gemma2": {"num_hidden_layers": 2},
+    "gemma3_text": {"num_hidden_layers": 3, "sliding_window_pattern": 3},
+}
+BLOCK = Kernels().block
+FILES = {
+    "manifest.json", "model.onnx", "params.safetensors", "config.json", "generation_config.json", "genai_config.json",
+    "report.html", "tokenizer.json", "tokenizer_config.json",
+}  # fmt: skip
+
+
+def write_recipe(folder, checkpoint, dtype="int8", quantize=None, compile_keys=None):
+    frontend = {"checkpoint": str(checkpoint), "shape": {"input_ids": [[32], [64]]}}
+    content = {
+        "name": "x",
+        "frontend": frontend | ({"quantize": quantize} if quantize else {}),
+        "backend": {"type": "onnxruntime", "dtype": dtype, "compile": compile_keys or {}},
+        "dataset": {"name": "c4:4", "seqlen": 64},
+        "parity": {"prompt_tokens": 32, "decode_tokens": 12},
+        "workspace": {"path": str(folder / "workspace")},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="session")
+def compiled(once):
+    """(generation, scheme) -> folder with checkpoint, recipe and proven artifact; read only."""
+
+    def get(kind, scheme):
+        def make(folder):
+            checkpoint = write_tiny_checkpoint(folder / "checkpoint", kind, **LAYERS[kind])
+            write_tokenizer(checkpoint)
+            arguments = {"sensitivity": False} | ({"keep_a16": 0.4} if scheme == "w8a8" else {})
+            calibrated = {"type": scheme, "calib_args": arguments} if scheme.startswith("w") else None
+            recipe = write_recipe(folder, checkpoint, "int8" if calibrated else scheme, calibrated)
+            assert main(["compile", str(recipe)]) == 0
+
+        return once(f"onnxruntime-target-{kind}-{scheme}", make)
+
+    return get
+
+
+def manifest_of(folder):
+    return json.loads((folder / "workspace/x/manifest.json").read_text())
+
+
+SCHEMES = [("gemma3_text", "w8a8"), ("gemma2", "w4a16"), ("gemma", "fp32")]
+RARER = [pytest.param("gemma2", "w8a16_gptq", marks=pytest.mark.slow),
+         pytest.param("gemma3_text", "w4a16_gptq", marks=pytest.mark.slow)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "scheme"), [*SCHEMES, *RARER])
+def test_an_artifact_is_proven_whole_and_says_what_it_is(compiled, kind, scheme):
+    folder = compiled(kind, scheme)
+    manifest = manifest_of(folder)
+    assert {file.name for file in (folder / "workspace/x").iterdir()} == FILES
+    assert manifest["parity"]["passed"] is True
+    compared = {line["comparison"] for line in manifest["parity"]["lines"]}
+    twin = "patched" if scheme == "fp32" else f"patched {scheme}"
+    assert {f"{twin} = strict", "hf = shipped", "shipped = its parts after a prompt"} <= compared
+    assert list(manifest["contract"]["graphs"]) == ["model"]
+    checked = verify(folder / "workspace/x")
+    assert sum("model.onnx: full check" in line for line in checked) == 1
+    dtypes = {row["dtype"] for row in manifest["params"]}
+    expected = {"w8a8": {"uint8"}, "w8a16_gptq": {"uint8"}, "fp32": set()}.get(scheme, {"uint4", "uint8"})
+    assert dtypes == {"float32"} | expected
+
+
+def test_the_kernels_are_listed_in_the_manifest_and_the_ledger(compiled):
+    """Activations of 8 bits are an entry with what they cost, and a line more where prompts have integer products."""
+    fast, lean, floats = (compiled(*which) for which in SCHEMES)
+    kernels = manifest_of(fast)["kernels"]
+    kept = manifest_of(fast)["quantization"]["activations"]["kept"]
+    assert kept
+    assert kernels == {"block": BLOCK, "integer": True, "wide": sorted(kept)}
+    assert manifest_of(lean)["kernels"] == {"block": BLOCK, "integer": False, "wide": []}
+    assert manifest_of(floats)["kernels"] is None
+    for folder, count in ((fast, 2), (lean, 1), (floats, 0)):
+        entries = [one for one in manifest_of(folder)["ledger"] if one["what"].startswith("activations rounded to 8")]
+        assert len(entries) == count
+        for entry in entries:
+            assert entry["effect"]["case"] == "text"
+            assert 0 < entry["effect"]["kl_mean"] < 0.02
+            assert entry["effect"]["top1"] > 0.8
+    where = [one["where"] for one in manifest_of(fast)["ledger"] if one["what"].startswith("activations rounded")]
+    assert [name.split(" ")[0] for name in where] == ["MatMulNBits", "MatMulIntegerToFloat"]
+    said = "".join(one["what"] for one in manifest_of(fast)["ledger"])
+    assert f"16 bits before {len(kept)} linears" in said
+    assert not any("iter" in str(entry) for entry in manifest_of(fast)["ledger"])
+
+
+def test_inspect_shows_the_one_graph(compiled, capsys):
+    artifact = compiled("gemma3_text", "w8a8") / "workspace/x"
+    assert main(["inspect", str(artifact), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["artifact"]["scheme"] == "w8a8"
+    assert facts["artifact"]["parity"].startswith("passed")
+    assert {port["graph"] for port in facts["graphs"]} == {"model"}
+    assert main(["inspect", str(artifact)]) == 0
+    said = capsys.readouterr().out
+    for word in ("past_key_values.0.key", "total_sequence", "GatherBlockQuantized", "uint8"):
+        assert word in said, word
+
+
+@pytest.mark.parametrize("damage", ["code", "graph", "missing"])
+def test_verify_names_what_is_damaged(compiled, tmp_path, capsys, damage):
+    artifact = shutil.copytree(compiled("gemma2", "w4a16") / "workspace/x", tmp_path / "x")
+    name = "model.layers.1.mlp.down_proj.weight"
+    row = next(row for row in json.loads((artifact / "manifest.json").read_text())["params"] if row["name"] == name)
+    if damage == "missing":
+        (artifact / "genai_config.json").unlink()
+    else:
+        file = artifact / ("params.safetensors" if damage == "code" else "model.onnx")
+        data = bytearray(file.read_bytes())
+        data[row["offset"] + 7 if damage == "code" else len(data) // 2] ^= 0x10
+        file.write_bytes(data)
+    assert main(["verify", str(artifact)]) == 1
+    expected = {"code": f"{name}: sha256", "graph": "model.onnx: sha256", "missing": "genai_config.json is missing"}
+    assert expected[damage] in capsys.readouterr().err
+
+
+def test_a_second_run_writes_nothing_and_other_kernels_are_another_artifact(compiled, tmp_path, capsys):
+    folder = compiled("gemma", "fp32")
+    shutil.copytree(folder / "workspace", tmp_path / "workspace")
+    recipe = write_recipe(tmp_path, folder / "checkpoint", "fp32")
+    before = (tmp_path / "workspace/x/manifest.json").stat().st_mtime_ns
+    assert main(["compile", str(recipe)]) == 0
+    assert "nothing has changed" in capsys.readouterr().out
+    assert (tmp_path / "workspace/x/manifest.json").stat().st_mtime_ns == before
+    recipe = write_recipe(tmp_path, folder / "checkpoint", "fp32", compile_keys={"block": 64})
+    assert main(["compile", str(recipe)]) == 1
+    assert "artifact of other inputs" in capsys.readouterr().err
+
+
+# Forks a child for every moment, which dies when a function is called for the n-th time, before it has done anything.
+DRIVER = """
+import importlib, json, os, signal, sys
+import torch
+from gemma_deploy import compile as compiler
+from gemma_deploy.cli import main
+compiler.code_version = lambda: "this"
+for (module, name, count), recipe in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        left, owner = [count], importlib.import_module(module)
+        *path, last = name.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        call = getattr(owner, last)
+        def dying(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+        setattr(owner, last, dying)
+        os._exit(main(["compile", recipe, "--no-parity"]))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+MOMENTS = {  # and whether the graph is made again
+    ("os", "pwrite", 20): True,
+    ("gemma_deploy.graph.external", "write_graph", 1): True,
+    ("gemma_deploy.compile", "copy_model_files", 1): False,
+    ("gemma_deploy.artifact.commit", "ArtifactDir._publish", 1): False,
+}
+
+
+def contents(artifact):
+    """Bytes of every file, times and paths left out."""
+    found = {file.name: file.read_bytes() for file in artifact.iterdir() if file.name != "report.html"}
+    manifest = json.loads(found.pop("manifest.json"))
+    for key in ("stages", "ledger", "parity"):
+        manifest.pop(key)
+    manifest["files"].pop("report.html")
+    manifest["recipe"].pop("workspace")
+    return found, manifest
+
+
+def test_kill_9_at_any_moment_and_run_again(tmp_path, monkeypatch):
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma2", num_hidden_layers=2)
+    monkeypatch.setattr(compiler, "code_version", lambda: "this")
+    recipes = []
+    for number in range(len(MOMENTS) + 1):
+        (tmp_path / str(number)).mkdir()
+        recipes.append(str(write_recipe(tmp_path / str(number), checkpoint)))
+    plan = json.dumps(list(zip(MOMENTS, recipes, strict=False)))
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, plan], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert [line for line in done.stdout.split("\n") if line == str(-signal.SIGKILL)] == [str(-signal.SIGKILL)] * 4
+    assert main(["compile", recipes[-1], "--no-parity"]) == 0
+    whole = contents(tmp_path / str(len(MOMENTS)) / "workspace/x")
+    exported, export = [], OnnxRuntime.export
+    monkeypatch.setattr(OnnxRuntime, "export", lambda self, job: exported.append(1) or export(self, job))
+    for (moment, again), recipe in zip(MOMENTS.items(), recipes, strict=False):
+        workspace = (tmp_path / recipe).parent / "workspace"
+        assert [entry.name for entry in workspace.iterdir() if not entry.name.startswith(".")] == ["x.partial"]
+        exported.clear()
+        assert main(["compile", recipe, "--no-parity"]) == 0
+        assert contents(workspace / "x") == whole, moment
+        assert bool(exported) == again, moment
+
+
+# Recipe -> kernels
+
+
+def loaded(*overrides):
+    text = "name: x\nfrontend: {checkpoint: demo, shape: {input_ids: [[64], [128]]}}\nbackend: {dtype: int8}\n"
+    return Recipe.from_text(text, ["backend.type=onnxruntime", *overrides], {})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kernels"),
+    [
+        ([], Kernels(BLOCK, False)),
+        (["backend.compile.block=128"], Kernels(128, False)),
+        (["frontend.quantize.type=w4a16"], Kernels(BLOCK, False)),
+        (["frontend.quantize.type=w8a8"], Kernels(BLOCK, True, frozenset({"a", "b"}))),
+        (["frontend.quantize.type=w8a8", "backend.compile.prefill=lean"], Kernels(BLOCK, False)),
+        (["frontend.quantize.type=w8a8", "backend.compile={prefill: fast, block: 64}"],
+         Kernels(64, True, frozenset({"a", "b"}))),
+    ],
+)  # fmt: skip
+def test_kernels_follow_the_recipe(overrides, kernels):
+    recipe = loaded(*overrides)
+    chosen = chosen_kernels(recipe, ["b", "a"] if recipe.weights == "w8a8" else None)
+    assert (chosen.block, chosen.integer) == (kernels.block, kernels.integer)
+    listed = BACKENDS["onnxruntime"].kernels(recipe, ["b", "a"])
+    assert listed == {"block": kernels.block, "integer": kernels.integer, "wide": ["a", "b"]}
+    if kernels.integer:
+        assert chosen == kernels
+    assert recipe.vendor_keys() == {}
+
+
+def test_what_genai_reads():
+    raw = {**TINY_CONFIGS["gemma3_text"], "eos_token_id": [1, 106], "pad_token_id": None}
+    found = genai_config(ModelConfig.from_dict(raw, "config.json"), 4096)
+    model, decoder = found["model"], found["model"]["decoder"]
+    expected = {"bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0, "context_length": 4096,
+                "vocab_size": 512, "type": "gemma3_text"}  # fmt: skip
+    assert {key: model[key] for key in expected} == expected
+    sizes = {"hidden_size": 64, "head_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "num_hidden_layers": 7, "filename": "model.onnx"}  # fmt: skip
+    assert {key: decoder[key] for key in sizes} == sizes
+    assert decoder["session_options"]["session.x64quantprecision"] == "1"
+    assert (found["search"]["max_length"], found["search"]["past_present_share_buffer"]) == (4096, True)
+
+
+@pytest.mark.parametrize(("kind", "scheme", "agree"), [("gemma", "fp32", 12), ("gemma3_text", "w8a8", 1)])
+def test_genai_runs_the_artifact_as_it_is(compiled, kind, scheme, agree):
+    """Its own cache, sampler and session; prompts past the window. On float32 every greedy token is the model's."""
+    og = pytest.importorskip("onnxruntime_genai")
+    folder = compiled(kind, scheme)
+    prompt = [2, *map(int, np.random.default_rng(9).integers(3, 500, 29))]
+    model = og.Model(str(folder / "workspace/x"))
+    options = og.GeneratorParams(model)
+    options.set_search_options(max_length=len(prompt) + 12, do_sample=False, min_length=len(prompt) + 12)
+    generator = og.Generator(model, options)
+    generator.append_tokens(np.array([prompt], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    found = list(map(int, generator.get_sequence(0)))[len(prompt) :]
+    stock = AutoModelForCausalLM.from_pretrained(
+        folder / "checkpoint", attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    given = torch.tensor([prompt])
+    expected = stock.generate(given, max_new_tokens=12, min_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
+    assert found[:agree] == expected[:agree]
+    assert len(found) == 12
