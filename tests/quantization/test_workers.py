@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from gemma_deploy.calibration import address, shards
 from gemma_deploy.calibration.executors import Here, open_executor
 from gemma_deploy.calibration.ranges import run_layers
+from gemma_deploy.calibration.segments import ENTERED
 from gemma_deploy.calibration.shards import Frame, LayerPass, Model, Shard, shards_of
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import Checkpoint
@@ -227,7 +228,7 @@ def test_a_full_disk_in_a_worker_is_explained(checkpoint, tmp_path):
     weights = load_file(checkpoint.path / "model.safetensors")
     named = {name: weights[f"model.layers.0.{name}"].float() for name in layer.module.state_dict()}
     layer.module.load_state_dict(named, assign=True)
-    task = observing._Observation(Shard(range(1), states), ("mlp.down_proj",), None, Path("/dev/full"))
+    task = observing._Observation(Shard(range(1), states), ("mlp.down_proj",), None, ENTERED, False, None, Path("/dev/full"))
     with layer.hooked(), pytest.raises(CalibrationError, match="No space left on device") as caught:
         observing._moments(layer, task)
     assert "workspace.workers: 1" in caught.value.next_step
