@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from gemma_deploy.calibration.executors import Executor
-from gemma_deploy.calibration.observers import MOMENT_BLOCK, MomentObserver, TokenObserver, moment_block
+from gemma_deploy.calibration.observers import MOMENT_BLOCK, MomentObserver, TokenObserver, moment_block, quick_products
 from gemma_deploy.calibration.segments import ENTERED, Route
 from gemma_deploy.calibration.shards import (
     Carried,
@@ -218,7 +218,7 @@ def _observe_here(
             for point, observers in found.items()
             for start in observers.moments.starts()
         )
-        with closing(executor.map(_add, layer, additions)) as done:
+        with quick_products(), closing(executor.map(_add, layer, additions)) as done:
             for _ in done:
                 pass
         for task, x in zip(batch, seen, strict=True):
@@ -264,9 +264,10 @@ def _moments(layer: LayerPass, task: _Observation) -> tuple[Path | list[np.ndarr
                 yield task.kept(layer, x).numpy()
 
     if task.file is None:
-        return list(blocks()), carried
+        with quick_products():
+            return list(blocks()), carried
     try:
-        with open(task.file, "wb") as file:
+        with open(task.file, "wb") as file, quick_products():
             for block in blocks():
                 np.save(file, block)
     except OSError as error:
