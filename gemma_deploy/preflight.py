@@ -45,7 +45,7 @@ TOKENIZER_BYTES = 256 * MIB  # a vocabulary of 262,144 read by `tokenizers`
 LOGIT_BYTES = 5 * 32 * MIB  # a block of logits of every source, see parity/compare.py
 PIECE_ELEMENTS = 1 << 23  # of a matrix that is solved at a time (quantization/solver.py)
 PIECE_ARRAYS = 8  # float32 arrays of that size that are alive together
-LAYER_PASSES = 3  # of a window through a layer: up to each of the four groups of linears, and to the end
+LAYER_PASSES = 1.2  # of a window through a layer: once, waiting at each of the groups of linears; norms and files
 SENSITIVITY_TOKENS, HEAD_BYTES = 256, 64 * MIB  # parity/sensitivity.py
 SESSION_BYTES = 1.15  # of a packed int8 weight with its scales
 TORCH_RUNS = 3  # transformers' class, the patched class, the patched class with the artifact's weights
@@ -264,7 +264,7 @@ def _quantize_stage(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, T
     quantizer = QUANTIZERS[recipe.weights]
     if quantizer.activations:  # tokens, their magnitudes and what these are divided into, and their rounding errors
         held += 4 * 4 * min(TOKENS, nsamples * seqlen) * widest
-    hidden = 2 * 4 * nsamples * seqlen * config.hidden_size
+    hidden = 4 * nsamples * seqlen * (3 * config.hidden_size + widest)  # before and after the layer, and inside it
     tokens, inputs = nsamples * seqlen, {shape[1]: shape for shape in shapes}
     passes = 2.0 * LAYER_PASSES * elements * tokens
     moments = 2.0 * tokens * sum(columns**2 for columns in inputs)

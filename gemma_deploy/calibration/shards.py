@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from gemma_deploy.calibration.driver import refuse_nonfinite, template_stack
-from gemma_deploy.calibration.points import CACHE_PARTS, LAYER_INPUTS, SHARD_TOKENS
+from gemma_deploy.calibration.points import CACHE_PARTS, LAYER_INPUTS, LAYER_OUTPUT, SHARD_TOKENS
+from gemma_deploy.calibration.segments import ENTERED, Route, state_columns, walk
 from gemma_deploy.checkpoint import ModelConfig
 
 
@@ -37,8 +38,8 @@ class Windows(Protocol):
     def read(self, window: int) -> np.ndarray:
         """[seqlen, hidden]."""
 
-    def write(self, window: int, value: np.ndarray) -> None:
-        """value: [seqlen, hidden]."""
+    def write(self, window: int, *parts: np.ndarray) -> None:
+        """parts: [seqlen, columns] each, side by side."""
 
 
 class Carried:
@@ -60,9 +61,9 @@ class Carried:
         """[seqlen, hidden], a copy."""
         return self.values[window - self.windows.start].copy()
 
-    def write(self, window: int, value: np.ndarray) -> None:
-        """value: [seqlen, hidden]."""
-        self.values[window - self.windows.start] = value
+    def write(self, window: int, *parts: np.ndarray) -> None:
+        """parts: [seqlen, columns] each, side by side."""
+        np.concatenate(parts, axis=1, out=self.values[window - self.windows.start])
 
     def into(self, target: Windows) -> None:
         """Write them."""
@@ -164,17 +165,35 @@ class LayerPass:
         self._watching.seen = seen
         try:
             output: torch.Tensor
-            output, _, present = self.module(
-                torch.from_numpy(hidden)[None],
-                position_embeddings=self.frame.rotary[self.kind],
-                attention_mask=self.frame.masks[self.kind],
-            )
+            output, _, present = self.module(torch.from_numpy(hidden)[None], *self.attention_inputs())
         finally:
             self._watching.seen = None
         if cached is not None:
             for part, value in zip(CACHE_PARTS, present, strict=True):
                 cached(part, value)
         return output
+
+    def attention_inputs(self) -> tuple[Any, Any]:
+        """Rotary embedding and mask, as the layer and its attention take them."""
+        return self.frame.rotary[self.kind], self.frame.masks[self.kind]
+
+    def read_at(self, point: str, module: nn.Module, *args: Any) -> torch.Tensor:
+        """What a linear inside `module` reads when that is called; it gets no further."""
+        found: list[torch.Tensor] = []
+
+        def seen(name: str, x: torch.Tensor) -> None:
+            if name == point:
+                found.append(x)
+                raise _SeenError
+
+        self._watching.seen = seen
+        try:
+            module(*args)
+        except _SeenError as reached:
+            traceback.clear_frames(reached.__traceback__)  # they hold activations in cycles: gigabytes in wide layers
+        finally:
+            self._watching.seen = None
+        return found.pop()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The weights by name within the layer, for `restored`."""
@@ -188,8 +207,15 @@ class LayerPass:
 
 
 @torch.inference_mode()
-def inputs(layer: LayerPass, shard: Shard, points: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Inputs of some linears over a shard: [tokens, channels] each. The pass ends where the last of them is read."""
+def inputs(
+    layer: LayerPass, shard: Shard, points: Sequence[str], route: Route = ENTERED, target: Windows | None = None
+) -> dict[str, torch.Tensor]:
+    """Inputs of some linears over a shard: [tokens, channels] each.
+
+    Args:
+        points: in the order in which they are reached; the pass ends at the last one.
+        route: where the windows are; target: gets what they are at the last point, see segments.py.
+    """
     seqlen, found = layer.frame.model.seqlen, {}
     for at, window in enumerate(shard.windows):
 
@@ -198,25 +224,22 @@ def inputs(layer: LayerPass, shard: Shard, points: Sequence[str]) -> dict[str, t
                 if point not in found:
                     found[point] = torch.empty(len(shard.windows) * seqlen, x.shape[-1])
                 found[point][at * seqlen : (at + 1) * seqlen] = x[0]
-            if point == points[-1]:
-                raise _SeenError
 
-        try:
-            layer.run(shard.states.read(window), seen)
-        except _SeenError as seen_all:
-            traceback.clear_frames(seen_all.__traceback__)  # they hold activations in cycles: gigabytes in wide layers
-            continue
+        parts = walk(layer, shard.states.read(window), route, points[-1], seen)
+        if target is not None:
+            target.write(window, *(part[0].numpy() for part in parts))
     return found
 
 
 @torch.inference_mode()
 def advance(
-    layer: LayerPass, shard: Shard, target: Windows | None, maxima: dict[str, torch.Tensor] | None = None
-) -> Carried | None:
-    """Write what the layer gives for a shard into `target`, or return it where there is none.
+    layer: LayerPass, shard: Shard, target: Windows, route: Route, maxima: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write what the layer gives for a shard into `target`.
 
     Args:
-        maxima: gets the largest magnitudes [Hk, D] of what the cache would hold, by part.
+        route: where the windows are.
+        maxima: gets the largest magnitudes [Hk, D] of what the cache would hold, by part; from the layer's input only.
 
     Raises:
         CalibrationError: NaN or infinity.
@@ -227,15 +250,21 @@ def advance(
         largest = value[0].abs().amax(1)
         maxima[part] = torch.maximum(maxima[part], largest) if part in maxima else largest
 
-    rows = []
     for window in shard.windows:
-        hidden = layer.run(shard.states.read(window), cached=None if maxima is None else cached)
-        refuse_nonfinite(hidden, layer, layer.name, window)
-        if target is None:
-            rows.append(hidden[0].numpy())
+        state = shard.states.read(window)
+        if maxima is not None:
+            assert route == ENTERED
+            hidden = layer.run(state, cached=cached)
         else:
-            target.write(window, hidden[0].numpy())
-    return Carried(shard.windows, np.stack(rows)) if target is None else None
+            (hidden,) = walk(layer, state, route, None, lambda point, x: None)
+        refuse_nonfinite(hidden, layer, layer.name, window)
+        target.write(window, hidden[0].numpy())
+
+
+def empty_carried(layer: LayerPass, windows: range, point: str = LAYER_OUTPUT) -> Carried:
+    """Room for the windows of a shard at a point, or as the layer gives them."""
+    model = layer.frame.model
+    return Carried(windows, np.empty((len(windows), model.seqlen, state_columns(model.config, point)), np.float32))
 
 
 def description(layer: LayerPass) -> tuple[Model, int]:

@@ -16,7 +16,7 @@ class HiddenStates:
     """[nsamples, seqlen, hidden] float32, read and overwritten window by window.
 
     Args:
-        shape: nsamples, seqlen, hidden.
+        shape: nsamples, seqlen, hidden (or what a token is inside a layer, see segments.py).
         file: made when the array is larger than `in_memory_bytes`, and deleted by `close`.
         there: the file holds the states already.
 
@@ -45,9 +45,9 @@ class HiddenStates:
         """[seqlen, hidden], a copy."""
         return self._view(window).copy()
 
-    def write(self, window: int, value: np.ndarray) -> None:
-        """value: [seqlen, hidden]."""
-        self._view(window)[:] = value
+    def write(self, window: int, *parts: np.ndarray) -> None:
+        """parts: [seqlen, columns] each, side by side."""
+        np.concatenate(parts, axis=1, out=self._view(window))
 
     def sync(self) -> None:
         """Wait until what was written is on the disk."""

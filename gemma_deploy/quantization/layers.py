@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,8 @@ from gemma_deploy.quantization.cache import cache_factors
 from gemma_deploy.quantization.durable import RECORD, durable, durable_tensors
 from gemma_deploy.quantization.folding import InputGroup, input_groups
 from gemma_deploy.quantization.moments import NotPositiveError
-from gemma_deploy.quantization.observing import Observers, observe, scratch_of, step
+from gemma_deploy.quantization.observing import scratch_of
+from gemma_deploy.quantization.passage import Passage
 from gemma_deploy.quantization.solver import QuantizedWeight, Settings, Solved, solve
 
 KEY_FILE = "key.json"
@@ -102,9 +102,9 @@ def quantize_layers(
             with loaded(layer.module, checkpoint, layer.name):
                 ticked = _Ticks(progress, index * passes * nsamples, count * passes * nsamples)
                 keep = TOKENS if settings.activations else 0
-                observed = partial(observe, executor, layer, states=states, ticked=ticked, tokens=keep)
+                inside = Passage(executor, layer, states, ticked, tokens=keep, stops=true_sequential)
                 try:
-                    tensors, record = _quantize_layer(layer.module, groups, config, observed, settings, true_sequential)
+                    tensors, record = _quantize_layer(layer.module, groups, config, inside, settings, true_sequential)
                 except NotPositiveError as error:
                     raise CalibrationError(
                         "what its linears read has no usable second moments, whatever the damping",
@@ -113,7 +113,7 @@ def quantize_layers(
                         next_step=f"its weights in {checkpoint.path} are damaged: copy or download them again",
                     ) from error
                 following = HiddenStates(shape, _states_file(folder, index + 1), 0)
-                tensors |= cache_factors(step(executor, layer, states, following, ticked, int8_cache))
+                tensors |= cache_factors(inside.leave(following, int8_cache))
             following.sync()
             named = {f"{layer.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
             durable_tensors(layer_file(folder, index), named, {"layer": layer.name, **record})
@@ -121,6 +121,7 @@ def quantize_layers(
             states = following
             del tensors, named
             give_memory_back()
+        shutil.rmtree(scratch_of(folder), ignore_errors=True)
     return [read_record(layer_file(folder, layer)) for layer in range(count)]
 
 
@@ -154,7 +155,7 @@ def _quantize_layer(
     layer: nn.Module,
     groups: Sequence[InputGroup],
     config: ModelConfig,
-    observed: Callable[[Sequence[str]], dict[str, Observers]],
+    inside: Passage,
     settings: Settings,
     true_sequential: bool,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -167,7 +168,7 @@ def _quantize_layer(
     norms: dict[str, torch.Tensor] = {}
     record: dict[str, Any] = {"groups": {}, "tensors": {}}
     for batch in [[group] for group in groups] if true_sequential else [list(groups)]:
-        observers = observed([group.observed for group in batch])
+        observers = inside.observe([group.observed for group in batch])
         for group in batch:
             modules = [layer.get_submodule(reader) for reader in group.readers]
             weights = [module.weight.data for module in modules]
@@ -178,6 +179,8 @@ def _quantize_layer(
                 solved[reader] = weight
                 module.weight.data = weight.dequantized()
             _fold(layer, group, config, found, solved, norms)
+            if group.maker:
+                inside.divided(group.observed, found.factors)
             record["groups"][group.observed] = _describe(found)
             del weights, found, seen, tokens
         give_memory_back()  # before the next moments: up to a gigabyte of freed blocks in a layer of gemma-2b

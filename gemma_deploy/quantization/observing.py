@@ -15,8 +15,18 @@ import numpy as np
 import torch
 
 from gemma_deploy.calibration.executors import Executor
-from gemma_deploy.calibration.observers import MOMENT_BLOCK, MomentObserver, TokenObserver, moment_block
-from gemma_deploy.calibration.shards import Carried, LayerPass, Shard, Windows, advance, inputs, shards_of
+from gemma_deploy.calibration.observers import MOMENT_BLOCK, MomentObserver, TokenObserver, moment_block, quick_products
+from gemma_deploy.calibration.segments import ENTERED, Route
+from gemma_deploy.calibration.shards import (
+    Carried,
+    LayerPass,
+    Shard,
+    Windows,
+    advance,
+    empty_carried,
+    inputs,
+    shards_of,
+)
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.errors import CalibrationError
 
@@ -33,11 +43,20 @@ class Observers:
 
 @dataclass(frozen=True)
 class _Observation:
-    """A shard's task: linears whose inputs to observe, who picks tokens, and the file for the result or None."""
+    """A shard's task.
+
+    Args:
+        points: linears whose inputs to observe; tokens: who picks some of them; route: where the windows are.
+        keep: whether what they are at the last point is wanted; target: where that goes, None to return it.
+        file: for the moments, None to return them.
+    """
 
     shard: Shard
     points: tuple[str, ...]
     tokens: TokenObserver | None
+    route: Route
+    keep: bool
+    target: Windows | None
     file: Path | None
 
     def kept(self, layer: LayerPass, x: torch.Tensor) -> torch.Tensor:
@@ -48,9 +67,10 @@ class _Observation:
 
 @dataclass(frozen=True)
 class _Step:
-    """A shard's task: where the next states go, None to return them; whether to look at what a cache would hold."""
+    """A shard's task: where it is, where the next states go, None to return them; whether a cache is looked at."""
 
     shard: Shard
+    route: Route
     target: Windows | None
     cache: bool
 
@@ -72,13 +92,17 @@ def observe(
     states: HiddenStates,
     ticked: Callable[[], None],
     tokens: int = 0,
+    route: Route = ENTERED,
+    following: HiddenStates | None = None,
 ) -> dict[str, Observers]:
     """What some linears read, over all windows.
 
     Args:
         points: linears of the layer, in the order in which they run; the pass ends where the last one is read.
+        states: at `route.start`.
         ticked: called once per window.
         tokens: that are kept of each input, at most.
+        following: gets the states at the last point.
 
     Raises:
         CalibrationError: a worker ended, or the disk is full.
@@ -99,6 +123,9 @@ def observe(
             Shard(shard, _source(executor, states, shard)),
             tuple(points),
             TokenObserver(seen, tokens) if tokens else None,
+            route,
+            following is not None,
+            None if executor.shares == "nothing" else following,
             folder / f"moments-{shard.start}.f32" if executor.shares == "disk" else None,
         )
         for shard in shards
@@ -107,7 +134,9 @@ def observe(
         _observe_here(executor, layer, tasks, found, ticked)
         return found
     with closing(executor.map(_moments, layer, tasks)) as results:
-        for shard, result in zip(shards, results, strict=True):
+        for shard, (result, carried) in zip(shards, results, strict=True):
+            if carried is not None and following is not None:
+                carried.into(following)
             blocks = _read(result) if isinstance(result, Path) else iter(result)
             for observers in found.values():
                 moments = observers.moments
@@ -118,7 +147,7 @@ def observe(
                     observers.tokens.add(torch.from_numpy(np.array(next(blocks))))
             if isinstance(result, Path):
                 result.unlink()
-            del result, blocks
+            del result, blocks, carried
             _tick(shard, ticked)
     return found
 
@@ -130,11 +159,13 @@ def step(
     following: HiddenStates,
     ticked: Callable[[], None],
     cache: bool = False,
+    route: Route = ENTERED,
 ) -> dict[str, torch.Tensor]:
     """Write what the layer gives for `states` into `following`.
 
     Args:
-        cache: look at what a cache would hold.
+        states: at `route.start`.
+        cache: look at what a cache would hold, on the way from the layer's input.
 
     Returns:
         The largest magnitude of each channel [Hk, D] of "key" and "value"; nothing unless asked for.
@@ -144,7 +175,7 @@ def step(
     """
     shards = shards_of(*states.shape[:2])
     target = None if executor.shares == "nothing" else following
-    tasks = (_Step(Shard(shard, _source(executor, states, shard)), target, cache) for shard in shards)
+    tasks = (_Step(Shard(shard, _source(executor, states, shard)), route, target, cache) for shard in shards)
     maxima: dict[str, torch.Tensor] = {}
     with closing(executor.map(_advance, layer, tasks)) as results:
         for shard, (carried, found) in zip(shards, results, strict=True):
@@ -187,7 +218,7 @@ def _observe_here(
             for point, observers in found.items()
             for start in observers.moments.starts()
         )
-        with closing(executor.map(_add, layer, additions)) as done:
+        with quick_products(), closing(executor.map(_add, layer, additions)) as done:
             for _ in done:
                 pass
         for task, x in zip(batch, seen, strict=True):
@@ -199,7 +230,7 @@ def _observe_here(
 
 
 def _inputs(layer: LayerPass, task: _Observation) -> dict[str, torch.Tensor]:
-    return inputs(layer, task.shard, task.points)
+    return inputs(layer, task.shard, task.points, task.route, task.target)
 
 
 @torch.inference_mode()
@@ -210,14 +241,20 @@ def _add(layer: LayerPass, task: _Addition) -> None:
 
 def _advance(layer: LayerPass, task: _Step) -> tuple[Carried | None, dict[str, np.ndarray]]:
     maxima: dict[str, torch.Tensor] = {}
-    carried = advance(layer, task.shard, task.target, maxima if task.cache else None)
+    carried = empty_carried(layer, task.shard.windows) if task.target is None else None
+    advance(layer, task.shard, task.target or carried, task.route, maxima if task.cache else None)
     return carried, {part: largest.numpy() for part, largest in maxima.items()}
 
 
 @torch.inference_mode()
-def _moments(layer: LayerPass, task: _Observation) -> Path | list[np.ndarray]:
-    """Sums of a shard as blocks, then the tokens that are kept, of one point after another: in a file, or returned."""
-    seen = inputs(layer, task.shard, task.points)
+def _moments(layer: LayerPass, task: _Observation) -> tuple[Path | list[np.ndarray], Carried | None]:
+    """Sums of a shard as blocks, then the tokens that are kept, of one point after another: in a file, or returned.
+
+    Beside them the states at the last point, where these are returned as well.
+    """
+    back = task.keep and task.target is None
+    carried = empty_carried(layer, task.shard.windows, task.points[-1]) if back else None
+    seen = inputs(layer, task.shard, task.points, task.route, carried if back else task.target)
 
     def blocks() -> Iterator[np.ndarray]:
         for point in task.points:
@@ -227,9 +264,10 @@ def _moments(layer: LayerPass, task: _Observation) -> Path | list[np.ndarray]:
                 yield task.kept(layer, x).numpy()
 
     if task.file is None:
-        return list(blocks())
+        with quick_products():
+            return list(blocks()), carried
     try:
-        with open(task.file, "wb") as file:
+        with open(task.file, "wb") as file, quick_products():
             for block in blocks():
                 np.save(file, block)
     except OSError as error:
@@ -239,7 +277,7 @@ def _moments(layer: LayerPass, task: _Observation) -> Path | list[np.ndarray]:
             expected=f"{sum(2 * x.shape[1] ** 2 for x in seen.values()) / 1e6:.0f} MB free for each process",
             next_step="make room there, or set workspace.workers: 1, which needs none (the results are the same)",
         ) from error
-    return task.file
+    return task.file, carried
 
 
 def _read(file: Path) -> Iterator[np.ndarray]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemma_deploy.calibration.observers import MomentObserver
+from gemma_deploy.calibration.observers import MomentObserver, moment_block, quick_products
 from gemma_deploy.quantization import moments as module
 from gemma_deploy.quantization.moments import BLOCK, MOST_ATTEMPTS, NotPositiveError, factorize
 
@@ -153,3 +153,19 @@ def test_dead_channels_get_a_small_diagonal(alive):
     error = torch.ones(20, 1)
     error[:alive] = 0
     assert float(factor.energy(error)) == 0
+
+
+def test_quick_products_keep_correlations_and_end_with_their_block():
+    """Channels of very different size; NumPy's float64 is the reference, and nothing is quick outside the block."""
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((4096, 96)) @ rng.standard_normal((96, 512)) * np.exp(rng.normal(0, 2, 512))
+    x = x.astype(np.float32)
+    exact = x.T.astype(np.float64) @ x
+    size = np.sqrt(exact.diagonal())
+    with quick_products():
+        quick = moment_block(torch.from_numpy(x), 0)
+    after = moment_block(torch.from_numpy(x), 0)
+    assert np.abs((quick.numpy() - exact) / size / size[:, None]).max() < 5e-4  # of a correlation; measured 1e-4
+    assert np.abs((after.numpy() - exact) / size / size[:, None]).max() < 2e-6
+    if torch.cpu.get_capabilities().get("amx_bf16"):
+        assert not torch.equal(quick, after)
