@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma_deploy.backends import backend_of
 from gemma_deploy.checkpoint import Checkpoint
@@ -20,9 +20,11 @@ from gemma_deploy.parity.compare import (
     measures_of,
 )
 from gemma_deploy.parity.gates import TWINS, dynamic_gates, gates_of, headroom_line, sqnr_line
-from gemma_deploy.parity.reference import TorchSource
 from gemma_deploy.parity.sources import FastSource, Source
 from gemma_deploy.schemes import QUANTIZERS, Storage
+
+if TYPE_CHECKING:
+    from gemma_deploy.parity.reference import TorchSource
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +150,7 @@ def torch_sources(
     opened: Checkpoint, artifact: Path, manifest: Mapping[str, Any]
 ) -> tuple[TorchSource, TorchSource, TorchSource]:
     """hf, patched, and the twin: the patched model with the artifact's own weights, where those are codes."""
+    from gemma_deploy.parity.reference import TorchSource
     from gemma_deploy.parity.stored import StoredWeights
 
     scheme, scale = str(manifest["scheme"]), manifest["recipe"]["frontend"]["model_kwargs"]["embed_scale"]

@@ -45,9 +45,7 @@ class Passage:
             folder.mkdir(exist_ok=True)
             columns = state_columns(self.layer.frame.model.config, last)
             following = HiddenStates((*self.first.shape[:2], columns), folder / f"{last}.f32", 0)
-        found = observe(
-            self.executor, self.layer, points, self.states, self.ticked, self.tokens, self.route, following
-        )
+        found = observe(self.executor, self.layer, points, self.states, self.ticked, self.tokens, self.route, following)
         if following is not None:
             self._close()
             self.states, self.route = following, Route(last)

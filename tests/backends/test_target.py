@@ -1,4 +1,4 @@
-"""`backend.type: onnxruntime` as a user compiles it: what lies in the artifact, what a kill leaves, what genai reads."""
+"""`backend.type: onnxruntime` as a user compiles it: what is in the artifact, what a kill leaves, what genai reads."""
 
 import json
 import os
