@@ -57,7 +57,7 @@ def test_every_figure_comes_from_its_own_measurement(artifact, quick):
     opened = Artifact.open(artifact)
     told = []
     measured = figures.measure(
-        opened, prompt_tokens=40, decode_tokens=4, repeat=3, threads=1, contexts=(8, 126), say=told.append
+        opened, prompt_tokens=40, decode_tokens=4, repeat=3, threads=1, contexts=(8, 126, 128, 129), say=told.append
     )
     kinds = [(job.kind, job.lengths, job.decode_tokens, job.repeat) for job in quick]
     assert kinds == [
@@ -66,6 +66,7 @@ def test_every_figure_comes_from_its_own_measurement(artifact, quick):
         ("warm", [123], 4, 3),
         ("warm", [8], 4, 3),
         ("warm", [126], 1, 3),
+        ("warm", [127], 0, 3),
     ]
     assert measured["bandwidth_bytes_s"] == 8e9  # the better of before and after
     assert measured["ttft_s"] > 5
@@ -73,8 +74,9 @@ def test_every_figure_comes_from_its_own_measurement(artifact, quick):
     assert measured["prefill_tok_s"] == sorted(measured["samples"]["prefill_tok_s"])[1]
     share = measured["bytes_per_token"] * measured["decode_tok_s"] / 8e9
     assert measured["share_of_bandwidth"] == pytest.approx(share)
-    assert [point["tokens"] for point in measured["contexts"]] == [8, 126]
-    assert len(told) == 5
+    assert [point["tokens"] for point in measured["contexts"]] == [8, 126, 127]
+    assert (measured["contexts"][2]["decode_tok_s"], measured["left_out"]) == (None, [129])
+    assert len(told) == 6
 
 
 def test_stop_tokens_end_no_measurement(artifact, monkeypatch):
@@ -142,7 +144,7 @@ def test_a_process_that_fails_is_explained(artifact, tmp_path):
         (["--repeat", "0"], "Invalid value for '--repeat'"),
         (["--plot", "a.txt"], "expected a name that ends in .png"),
         (["--plot", "a.png", "--contexts", "none"], "--plot has nothing to draw"),
-        (["--plot", "a.png", "--contexts", "128,512"], "--plot has nothing to draw"),
+        (["--plot", "a.png", "--contexts", "129,512"], "--plot has nothing to draw"),
         (["--json", "no/such/b.json"], "there is no such directory"),
     ],
 )

@@ -82,7 +82,10 @@ def command(
         console.print(_contexts(measured))
     if measured["left_out"]:
         lengths = ", ".join(map(str, measured["left_out"]))
-        click.echo(f"contexts left out: {lengths} (the artifact has {measured['context_length']} positions)")
+        reason = f"the artifact has {measured['context_length']} positions"
+        if measured["runtime"] == "static":
+            reason = f"it takes prompts of {measured['prompt_limit']} tokens"
+        click.echo(f"contexts left out: {lengths} ({reason})")
 
 
 def _check_places(json_file: Path | None, plot_file: Path | None, kinds: tuple[str, ...]) -> None:
