@@ -38,12 +38,14 @@ def quick(monkeypatch):
 
 def test_the_command_measures_in_processes_of_their_own(artifact, capfd, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "bandwidth_bytes_s", lambda threads: 1e9)
+    monkeypatch.setattr(figures.os, "getloadavg", lambda: (3.21, 0.0, 0.0))
     arguments = ["--prompt-tokens", "40", "--decode-tokens", "4", "--repeat", "1", "--threads", "1"]
     places = [tmp_path / "b.json", tmp_path / "b.png"]
     arguments += ["--contexts", "16,9999", "--json", str(places[0]), "--plot", str(places[1])]
     assert main(["bench", str(artifact), *arguments]) == 0
     out, err = capfd.readouterr()
     assert "prefill of 40 tokens" in out
+    assert "the load average was 3.2 at the start" in out
     assert "contexts left out: 9999 (the artifact has 128 positions)" in out
     assert "measuring  context of 16 tokens" in err
     written = json.loads(places[0].read_text())

@@ -100,9 +100,9 @@ def measure(
     def job(kind: str, lengths: Sequence[int], steps: int, times: int = 1) -> dict[str, Any]:
         return _apart(Job(kind, str(artifact.path), genai, threads, list(lengths), steps, times))
 
+    load_average = os.getloadavg()[0]
     say("memory bandwidth")
     bandwidth = bandwidth_bytes_s(threads)
-    load_average = os.getloadavg()[0]
     say(f"load and first token of a cold process, {repeat} times")
     cold = [job("cold", [prompt_tokens], decode_tokens) for _ in range(repeat)]
     say(f"prefill of {prompt_tokens} tokens, and {decode_tokens} steps after {after}")

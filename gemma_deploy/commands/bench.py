@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MIB = 1 << 20
+BUSY = 0.5  # load average from which on others use what is measured
 EPILOG = """\b
 Examples:
   gemma-deploy bench workspace/NAME
@@ -80,6 +81,8 @@ def command(
     console.print(_table(measured))
     if measured["contexts"]:
         console.print(_contexts(measured))
+    if (load := measured["machine"]["load_average_before"]) > BUSY:
+        click.echo(f"the load average was {load:.1f} at the start: other programs ran, and these figures are too low")
     if measured["left_out"]:
         lengths = ", ".join(map(str, measured["left_out"]))
         reason = f"the artifact has {measured['context_length']} positions"
