@@ -38,12 +38,14 @@ def quick(monkeypatch):
 
 def test_the_command_measures_in_processes_of_their_own(artifact, capfd, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "bandwidth_bytes_s", lambda threads: 1e9)
+    monkeypatch.setattr(figures.os, "getloadavg", lambda: (3.21, 0.0, 0.0))
     arguments = ["--prompt-tokens", "40", "--decode-tokens", "4", "--repeat", "1", "--threads", "1"]
     places = [tmp_path / "b.json", tmp_path / "b.png"]
     arguments += ["--contexts", "16,9999", "--json", str(places[0]), "--plot", str(places[1])]
     assert main(["bench", str(artifact), *arguments]) == 0
     out, err = capfd.readouterr()
     assert "prefill of 40 tokens" in out
+    assert "the load average was 3.2 at the start" in out
     assert "contexts left out: 9999 (the artifact has 128 positions)" in out
     assert "measuring  context of 16 tokens" in err
     written = json.loads(places[0].read_text())
@@ -57,7 +59,7 @@ def test_every_figure_comes_from_its_own_measurement(artifact, quick):
     opened = Artifact.open(artifact)
     told = []
     measured = figures.measure(
-        opened, prompt_tokens=40, decode_tokens=4, repeat=3, threads=1, contexts=(8, 126), say=told.append
+        opened, prompt_tokens=40, decode_tokens=4, repeat=3, threads=1, contexts=(8, 126, 128, 129), say=told.append
     )
     kinds = [(job.kind, job.lengths, job.decode_tokens, job.repeat) for job in quick]
     assert kinds == [
@@ -66,6 +68,7 @@ def test_every_figure_comes_from_its_own_measurement(artifact, quick):
         ("warm", [123], 4, 3),
         ("warm", [8], 4, 3),
         ("warm", [126], 1, 3),
+        ("warm", [127], 0, 3),
     ]
     assert measured["bandwidth_bytes_s"] == 8e9  # the better of before and after
     assert measured["ttft_s"] > 5
@@ -73,8 +76,9 @@ def test_every_figure_comes_from_its_own_measurement(artifact, quick):
     assert measured["prefill_tok_s"] == sorted(measured["samples"]["prefill_tok_s"])[1]
     share = measured["bytes_per_token"] * measured["decode_tok_s"] / 8e9
     assert measured["share_of_bandwidth"] == pytest.approx(share)
-    assert [point["tokens"] for point in measured["contexts"]] == [8, 126]
-    assert len(told) == 5
+    assert [point["tokens"] for point in measured["contexts"]] == [8, 126, 127]
+    assert (measured["contexts"][2]["decode_tok_s"], measured["left_out"]) == (None, [129])
+    assert len(told) == 6
 
 
 def test_stop_tokens_end_no_measurement(artifact, monkeypatch):
@@ -142,7 +146,7 @@ def test_a_process_that_fails_is_explained(artifact, tmp_path):
         (["--repeat", "0"], "Invalid value for '--repeat'"),
         (["--plot", "a.txt"], "expected a name that ends in .png"),
         (["--plot", "a.png", "--contexts", "none"], "--plot has nothing to draw"),
-        (["--plot", "a.png", "--contexts", "128,512"], "--plot has nothing to draw"),
+        (["--plot", "a.png", "--contexts", "129,512"], "--plot has nothing to draw"),
         (["--json", "no/such/b.json"], "there is no such directory"),
     ],
 )

@@ -53,9 +53,13 @@ def limits(artifact: Artifact) -> Limits:
 
 
 def lengths_that_fit(artifact: Artifact, lengths: Sequence[int]) -> list[int]:
-    """Prompts that an artifact takes, of these lengths; static graphs take one, which is measured anyway."""
+    """Prompts that an artifact takes, of these lengths; static graphs take one, which is measured anyway.
+
+    A prompt as long as the whole context leaves out its last token: the answer needs a place.
+    """
     room = limits(artifact)
-    return [] if room.fixed else sorted({length for length in lengths if length <= room.prompt})
+    most = room.context if room.prompt == room.context - 1 else room.prompt
+    return [] if room.fixed else sorted({min(length, room.prompt) for length in lengths if length <= most})
 
 
 def measure(
@@ -96,9 +100,9 @@ def measure(
     def job(kind: str, lengths: Sequence[int], steps: int, times: int = 1) -> dict[str, Any]:
         return _apart(Job(kind, str(artifact.path), genai, threads, list(lengths), steps, times))
 
+    load_average = os.getloadavg()[0]
     say("memory bandwidth")
     bandwidth = bandwidth_bytes_s(threads)
-    load_average = os.getloadavg()[0]
     say(f"load and first token of a cold process, {repeat} times")
     cold = [job("cold", [prompt_tokens], decode_tokens) for _ in range(repeat)]
     say(f"prefill of {prompt_tokens} tokens, and {decode_tokens} steps after {after}")
@@ -131,8 +135,9 @@ def measure(
         "bandwidth_bytes_s": bandwidth,
         "share_of_bandwidth": None if speed is None else read * speed / _rows(artifact) / bandwidth,
         "contexts": points,
-        "left_out": sorted(set(contexts) - set(wanted)),
+        "left_out": sorted({length for length in contexts if not lengths_that_fit(artifact, [length])}),
         "context_length": room.context,
+        "prompt_limit": room.prompt,
         "samples": {"prefill_tok_s": prefill, "decode_tok_s": decode, "cold": cold},
         "machine": {"processor": _processor(), "cpus": os.cpu_count(), "load_average_before": load_average},
         "versions": {name: _version(name) for name in LIBRARIES},

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MIB = 1 << 20
+BUSY = 0.5  # load average from which on others use what is measured
 EPILOG = """\b
 Examples:
   gemma-deploy bench workspace/NAME
@@ -80,9 +81,14 @@ def command(
     console.print(_table(measured))
     if measured["contexts"]:
         console.print(_contexts(measured))
+    if (load := measured["machine"]["load_average_before"]) > BUSY:
+        click.echo(f"the load average was {load:.1f} at the start: other programs ran, and these figures are too low")
     if measured["left_out"]:
         lengths = ", ".join(map(str, measured["left_out"]))
-        click.echo(f"contexts left out: {lengths} (the artifact has {measured['context_length']} positions)")
+        reason = f"the artifact has {measured['context_length']} positions"
+        if measured["runtime"] == "static":
+            reason = f"it takes prompts of {measured['prompt_limit']} tokens"
+        click.echo(f"contexts left out: {lengths} ({reason})")
 
 
 def _check_places(json_file: Path | None, plot_file: Path | None, kinds: tuple[str, ...]) -> None:

@@ -132,6 +132,8 @@ class GenaiSession:
                 sequence is as it was.
         """
         check_length(max_new_tokens)
+        if not ids:
+            raise UsageError("the prompt is empty: it needs at least the BOS token", where=str(self.model.path))
         before = self._generator.token_count()
         if before + len(ids) >= self.model.context_length:
             prompt = f"the prompt has {len(ids)} tokens" if not before else f"with {len(ids)} more tokens on {before}"

@@ -87,8 +87,8 @@ def encoded(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of a prompt of any kind."""
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
-    ids = [token for token in prompt if isinstance(token, int)]
-    return ids or tokenizer.encode_chat([message for message in prompt if not isinstance(message, int)])
+    messages = [one for one in prompt if isinstance(one, Mapping)]
+    return tokenizer.encode_chat(messages) if messages else [int(one) for one in prompt if not isinstance(one, Mapping)]
 
 
 def check_length(max_new_tokens: int) -> None:

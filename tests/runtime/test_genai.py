@@ -134,7 +134,7 @@ def test_text_begins_with_one_bos_and_messages_go_through_the_template(model, to
     read = []
     monkeypatch.setattr(GenaiSession, "reply", lambda self, ids, **_: read.append(ids))
     messages = [{"role": "user", "content": "a"}]
-    for prompt in ("the list", "<bos>the list", messages, [5, 6]):
+    for prompt in ("the list", "<bos>the list", messages, np.array([5, 6])):
         genai.stream(model, tokenizer, prompt)
     assert read[0] == read[1] == [tokenizer.bos_id, *tokenizer.encode_more("the list")]
     assert read[2:] == [tokenizer.encode_chat(messages), [5, 6]]
@@ -152,6 +152,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(model, tokenizer):
         genai.stream(model, tokenizer, [5] * CONTEXT)
     with pytest.raises(UsageError, match="max_new_tokens is 0"):
         genai.stream(model, tokenizer, "x", max_new_tokens=0)
+    with pytest.raises(UsageError, match="the prompt is empty"):
+        genai.stream(model, tokenizer, [])
     session = GenaiSession(model, tokenizer)
     said(session, [5] * 100, 1)
     with pytest.raises(UsageError, match=r"with 27 more tokens on 101, this artifact's context"):
