@@ -78,7 +78,8 @@ def _kernels(manifest: dict[str, Any]) -> list[LedgerEntry]:
     if not kernels:
         return []
     rows = (manifest.get("parity") or {}).get("measures", ())
-    found = {row["phase"]: row for row in rows if (row["reference"], row["test"]) == ("strict", "shipped")}
+    pairs = [row for row in rows if (row["reference"], row["test"]) == ("strict", "shipped")]
+    found = {row["phase"]: row for row in reversed(pairs)}  # of text, which comes first, where there is any
     effects: dict[str, dict[str, Any]] = {
         phase: {key: found[phase][key] for key in ("case", "positions", "kl_mean", "top1")} if phase in found else {}
         for phase in ("prefill", "decode")

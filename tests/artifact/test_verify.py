@@ -2,12 +2,17 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import onnx
 import pytest
 
 from gemma_deploy.artifact import Artifact, verify
+from gemma_deploy.artifact.verify import _shows_whole_rows
+from gemma_deploy.backends.ort import decoder
+from gemma_deploy.cli import main
 from gemma_deploy.errors import ArtifactError
+from gemma_deploy.testing import write_tiny_checkpoint
 
 FILES = {
     "manifest.json",
@@ -44,16 +49,16 @@ def change_manifest(path, change):
     file.write_text(json.dumps(manifest))
 
 
-def change_graph(path, change):
-    """Change iter1.onnx and let the manifest agree with the new bytes, as a faulty compiler would have written it."""
-    file = path / "iter1.onnx"
+def change_graph(path, change, name="iter1.onnx"):
+    """Change a graph and let the manifest agree with the new bytes, as a faulty compiler would have written it."""
+    file = path / name
     model = onnx.load(str(file), load_external_data=False)
     change(model)
     file.write_bytes(model.SerializeToString())
     from gemma_deploy.artifact.commit import _sha256
 
     facts = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-    change_manifest(path, lambda manifest: manifest["files"].update({"iter1.onnx": facts}))
+    change_manifest(path, lambda manifest: manifest["files"].update({name: facts}))
 
 
 def test_a_whole_artifact_passes_and_has_exactly_the_files_of_the_contract(demo_artifact):
@@ -220,3 +225,87 @@ def test_the_tied_table_twice(demo_copy):
     change_manifest(demo_copy, double)
     expected = "params.safetensors: token tables stored: model.embed_tokens.weight, lm_head.weight; expected 1"
     assert expected in problems(demo_copy, deep=False)
+
+
+# Views: graphs for ONNX Runtime show several tensors as one, or some rows of one.
+
+
+@pytest.fixture(scope="module")
+def viewed(once):
+    """An artifact whose graph has views, codes of 8 bits and tables with a scale for groups; read only."""
+
+    def make(folder):
+        checkpoint = write_tiny_checkpoint(folder / "checkpoint", "gemma2", num_hidden_layers=2)
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(
+            f"name: x\nfrontend: {{checkpoint: '{checkpoint}', shape: {{input_ids: [[32], [64]]}}}}\n"
+            f"backend: {{type: onnxruntime, dtype: int8}}\nworkspace: {{path: '{folder}'}}\n"
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decoder, "HEAD_BYTES", 10000)
+            assert main(["compile", str(recipe), "--no-parity"]) == 0
+
+    return once("verify-onnxruntime", make) / "x"
+
+
+@pytest.fixture
+def viewed_copy(viewed, tmp_path):
+    return shutil.copytree(viewed, tmp_path / "x")
+
+
+def shown_as(path, name, start, length):
+    """Let a view show other bytes of the parameter file."""
+
+    def change(model):
+        values = {"offset": str(start), "length": str(length)}
+        for entry in external(model, name).external_data:
+            entry.value = values.get(entry.key, entry.value)
+
+    change_graph(path, change, "model.onnx")
+
+
+def row_of(path, name):
+    return Artifact.open(path).params[name]
+
+
+QKV = "model.layers.0.self_attn.qkv_proj.blocks"
+
+
+def test_views_of_several_tensors_and_of_some_rows_pass(viewed):
+    verify(viewed)
+    model = onnx.load(str(viewed / "model.onnx"), load_external_data=False)
+    assert {QKV, "lm_head.0.blocks", "lm_head.3.blocks"} <= {tensor.name for tensor in model.graph.initializer}
+
+
+@pytest.mark.parametrize(
+    ("start", "length"),
+    [
+        (32, 64),  # from the middle of a row on
+        (0, 96),  # to the middle of one
+        (64, 64 * 64 + 32),  # from a row of one matrix to the middle of a row of the next
+        (-32, 64),  # over the border of two tensors
+    ],
+)
+def test_a_view_that_cuts_a_row(viewed_copy, start, length):
+    row = row_of(viewed_copy, "model.layers.0.self_attn.k_proj.weight")
+    shown_as(viewed_copy, QKV, row.offset + start, length)
+    assert problems(viewed_copy) == (f"model.onnx: {QKV} has no row in the manifest",)
+
+
+def test_a_view_behind_the_file_or_of_nothing(viewed_copy):
+    last = max(Artifact.open(viewed_copy).params.rows, key=lambda row: row.offset)
+    shown_as(viewed_copy, QKV, last.offset, last.nbytes + 64)
+    assert any(problem.startswith("model.onnx: ") for problem in problems(viewed_copy))
+    shown_as(viewed_copy, QKV, last.offset, 0)
+    assert any(problem.startswith("model.onnx: ") for problem in problems(viewed_copy))
+
+
+def test_a_view_over_a_gap(viewed_copy):
+    """Rows that do not lie behind one another, as another writer might leave them."""
+    one, two = (row_of(viewed_copy, f"model.layers.0.self_attn.{name}_proj.weight") for name in "qk")
+    rows = (one, replace(two, offset=two.offset + 64))
+    whole = "params.safetensors", one.offset, one.nbytes + two.nbytes
+    assert _shows_whole_rows((one, two), whole)
+    assert not _shows_whole_rows(rows, whole)
+    assert not _shows_whole_rows(rows, ("params.safetensors", one.offset, whole[2] + 64))
+    assert not _shows_whole_rows((one, two), ("config.json", *whole[1:]))

@@ -14,6 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from gemma_deploy import compile as compiler
+from gemma_deploy.artifact.ledger import ledger_for
 from gemma_deploy.artifact.verify import verify
 from gemma_deploy.backends import BACKENDS
 from gemma_deploy.backends.ort.genai import genai_config
@@ -59,8 +60,7 @@ def compiled(once):
         def make(folder):
             checkpoint = write_tiny_checkpoint(folder / "checkpoint", kind, **LAYERS[kind])
             write_tokenizer(checkpoint)
-            arguments = {"sensitivity": False} | ({"keep_a16": 0.4} if scheme == "w8a8" else {})
-            calibrated = {"type": scheme, "calib_args": arguments} if scheme.startswith("w") else None
+            calibrated = {"type": scheme, "calib_args": {"sensitivity": False}} if scheme.startswith("w") else None
             recipe = write_recipe(folder, checkpoint, "int8" if calibrated else scheme, calibrated)
             assert main(["compile", str(recipe)]) == 0
 
@@ -99,9 +99,7 @@ def test_the_kernels_are_listed_in_the_manifest_and_the_ledger(compiled):
     """Activations of 8 bits are an entry with what they cost, and a line more where prompts have integer products."""
     fast, lean, floats = (compiled(*which) for which in SCHEMES)
     kernels = manifest_of(fast)["kernels"]
-    kept = manifest_of(fast)["quantization"]["activations"]["kept"]
-    assert kept
-    assert kernels == {"block": BLOCK, "integer": True, "wide": sorted(kept)}
+    assert kernels == {"block": BLOCK, "integer": True, "wide": []}
     assert manifest_of(lean)["kernels"] == {"block": BLOCK, "integer": False, "wide": []}
     assert manifest_of(floats)["kernels"] is None
     for folder, count in ((fast, 2), (lean, 1), (floats, 0)):
@@ -113,8 +111,9 @@ def test_the_kernels_are_listed_in_the_manifest_and_the_ledger(compiled):
             assert entry["effect"]["top1"] > 0.8
     where = [one["where"] for one in manifest_of(fast)["ledger"] if one["what"].startswith("activations rounded")]
     assert [name.split(" ")[0] for name in where] == ["MatMulNBits", "MatMulIntegerToFloat"]
-    said = "".join(one["what"] for one in manifest_of(fast)["ledger"])
-    assert f"16 bits before {len(kept)} linears" in said
+    wide = {"kernels": kernels | {"wide": ["model.layers.0.mlp.down_proj"]}}
+    said = "".join(one["what"] for one in ledger_for(manifest_of(fast) | wide))
+    assert "a scale per token; to 16 bits before 1 linears (model.layers.0.mlp.down_proj)" in said
     assert not any("iter" in str(entry) for entry in manifest_of(fast)["ledger"])
 
 
@@ -204,6 +203,30 @@ def contents(artifact):
     return found, manifest
 
 
+@pytest.mark.parametrize(("moment", "again"), [("export_into", True), ("copy_model_files", False)])
+def test_an_interrupted_run_is_continued(tmp_path, monkeypatch, capsys, moment, again):
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma2", num_hidden_layers=2)
+    recipe = str(write_recipe(tmp_path, checkpoint))
+    assert main(["compile", recipe, "--no-parity", "--out", str(tmp_path / "whole")]) == 0
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, moment, stop)
+        assert main(["compile", recipe, "--no-parity"]) == 130
+    workspace = tmp_path / "workspace"
+    assert [entry.name for entry in workspace.iterdir() if not entry.name.startswith(".")] == ["x.partial"]
+    written = (workspace / "x.partial/params.safetensors").stat().st_mtime_ns
+    exported, export = [], OnnxRuntime.export
+    monkeypatch.setattr(OnnxRuntime, "export", lambda self, job: exported.append(1) or export(self, job))
+    assert main(["compile", recipe, "--no-parity"]) == 0
+    assert contents(workspace / "x") == contents(tmp_path / "whole")
+    assert bool(exported) == again
+    assert (workspace / "x/params.safetensors").stat().st_mtime_ns == written
+
+
+@pytest.mark.slow
 def test_kill_9_at_any_moment_and_run_again(tmp_path, monkeypatch):
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma2", num_hidden_layers=2)
     monkeypatch.setattr(compiler, "code_version", lambda: "this")

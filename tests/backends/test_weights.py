@@ -112,6 +112,5 @@ def test_what_no_view_shows_is_told(weights):
     ("columns", "most", "block"),
     [(640, 128, 128), (640, 256, 128), (2048, 32, 32), (1152, 256, 128), (6912, 256, 256), (48, 128, 16)],
 )
-def test_blocks(columns, most, block):
+def test_the_largest_block_that_divides_a_row(columns, most, block):
     assert largest_block(columns, most) == block
-    assert columns % block == 0

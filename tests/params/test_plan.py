@@ -5,6 +5,7 @@ from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.params import build_plan
 from gemma_deploy.params.constants import rotary_rows
 from gemma_deploy.params.layout import lay_out
+from gemma_deploy.schemes import Codes, Storage
 from gemma_deploy.testing import TINY_CONFIGS
 
 
@@ -119,3 +120,20 @@ def test_layout_is_page_aligned_without_holes_and_wide_types_first():
     assert end == layout.file_bytes
     widths = [{"float32": 4, "int8": 1}[spec.dtype] for spec in specs]
     assert widths == sorted(widths, reverse=True)
+
+
+def test_unsigned_codes_are_the_same_plan_in_other_dtypes():
+    """With the same bytes in the same places; what is no code stays as it is."""
+    for storage in (Storage(), Storage(Codes(4, 32), Codes(8, 32))):
+        signed, unsigned = (
+            build_plan(config("gemma3_text"), "w8a16", 32, storage=storage, unsigned=flag) for flag in (False, True)
+        )
+        renamed = {"int8": "uint8", "int4": "uint4"}
+        assert [(one.name, renamed.get(one.dtype, one.dtype)) for one in signed] == [
+            (one.name, one.dtype) for one in unsigned
+        ]
+        assert {one.dtype for one in unsigned} >= {f"uint{storage.linears.bits}"}
+        assert lay_out(signed).offsets == lay_out(unsigned).offsets
+        assert [one.nbytes for one in signed] == [one.nbytes for one in unsigned]
+    floats = [build_plan(config(), "fp32", 32, unsigned=flag) for flag in (False, True)]
+    assert floats[0] == floats[1]

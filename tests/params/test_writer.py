@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from gemma_deploy.checkpoint import TensorInfo
 from gemma_deploy.errors import ParamsError
 from gemma_deploy.params import ParamTable, build_plan, damaged_rows, finished_table, write_params
+from gemma_deploy.params.overlay import Stored
+from gemma_deploy.parity.stored import StoredWeights
+from gemma_deploy.schemes import Codes, Storage
 from tests.params.make import patch_value, read_raw, tiny, to_bf16_bits, widen
 from tests.quantization.test_rtn import numpy_rtn
 
@@ -255,3 +259,93 @@ def test_torch_keeps_its_threads(tmp_path):
 def test_importing_brings_no_torch():
     code = "import sys, gemma_deploy.params, gemma_deploy.quantization; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def written(checkpoint, path, **options):
+    """Bytes of a file, its table and its plan."""
+    plan = build_plan(checkpoint.config, "w8a16", 48, **options)
+    table = write_params(checkpoint, plan, path, journal=path.with_suffix(".journal"), block_bytes=3000)
+    return path.read_bytes(), table, plan
+
+
+class FourBits:
+    """A checkpoint whose linears are quantized already: codes of 4 bits, one to a byte, as quantizers leave them."""
+
+    def __init__(self, checkpoint):
+        self.checkpoint, self.path, self.config = checkpoint, checkpoint.path, checkpoint.config
+        self.codes, self.tensors, self.stored = {}, dict(checkpoint.tensors), {}
+        rng = np.random.default_rng(4)
+        for name, info in checkpoint.tensors.items():
+            if ".layers." in name and len(info.shape) == 2:
+                scales = (info.shape[0], info.shape[1] // 32)
+                self._add(name, rng.integers(-7, 8, info.shape, np.int8), "int8")
+                self._add(name.replace(".weight", ".scale"), rng.uniform(0.01, 1, scales).astype(np.float32), "float32")
+                self.stored[name] = Stored(30.0, 1.0)
+
+    def _add(self, name, values, dtype):
+        self.codes[name] = values
+        self.tensors[name] = TensorInfo(name, values.shape, dtype, self.path, values.nbytes)
+
+    def raw_rows(self, name, start, stop):
+        return self.codes[name][start:stop] if name in self.codes else self.checkpoint.raw_rows(name, start, stop)
+
+    def __getattr__(self, name):
+        return getattr(self.checkpoint, name)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_unsigned_codes_are_the_signed_ones_with_their_high_bit_turned(tmp_path, bits):
+    """Zero points of 128 and, in each half of a byte, of 8; scales and norms are untouched."""
+    checkpoint = tiny(tmp_path / "c", "gemma3_text")
+    source, options = checkpoint, {}
+    if bits == 4:
+        source = FourBits(checkpoint)
+        options = {"storage": Storage(Codes(4, 32), Codes(8, 32)), "quantized": source.stored}
+    signed, table, _ = written(source, tmp_path / "signed.safetensors", **options)
+    unsigned, other, _ = written(source, tmp_path / "unsigned.safetensors", unsigned=True, **options)
+    turned = {"int8": 0x80, "int4": 0x88, "float32": 0}
+    for row, new in zip(table.rows, other.rows, strict=True):
+        span = slice(row.offset, row.offset + row.nbytes)
+        assert (new.name, new.offset, new.nbytes, new.shape) == (row.name, row.offset, row.nbytes, row.shape)
+        expected = np.frombuffer(signed[span], np.uint8) ^ turned[row.dtype]
+        np.testing.assert_array_equal(np.frombuffer(unsigned[span], np.uint8), expected, err_msg=row.name)
+    name = "model.layers.0.mlp.up_proj.weight"
+    row, found = other[name], np.frombuffer(unsigned, np.uint8)
+    codes = found[row.offset : row.offset + row.nbytes].astype(int)
+    halves = codes - 128 if bits == 8 else np.stack([codes & 15, codes >> 4], -1).ravel() - 8
+    assert np.abs(halves).max() == (127 if bits == 8 else 7)
+    if bits == 4:
+        np.testing.assert_array_equal(halves.reshape(row.shape), source.codes[name])
+    assert not damaged_rows(tmp_path / "unsigned.safetensors", other)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_stored_weights_read_codes_of_either_kind_back(tmp_path, bits, unsigned):
+    checkpoint = tiny(tmp_path / "c", "gemma2")
+    source, storage = checkpoint, Storage(Codes(), Codes(8, 32))
+    if bits == 4:
+        source, storage = FourBits(checkpoint), Storage(Codes(4, 32), Codes(8, 32))
+    path = tmp_path / "params.safetensors"
+    options = {"quantized": source.stored} if bits == 4 else {}
+    _, table, _ = written(source, path, storage=storage, unsigned=unsigned, **options)
+    manifest = {
+        "recipe": {"frontend": {"model_kwargs": {"tp": 1}}},
+        "contract": {"context": 48},
+        "scheme": "w8a16",
+        "storage": storage.to_json(),
+        "params": table.moved("params.safetensors").to_json(),
+    }
+    stored = StoredWeights(checkpoint, tmp_path, manifest)
+    name = "model.layers.1.mlp.up_proj.weight"
+    found = stored.rows(name, 3, 21)
+    if bits == 4:
+        scales = np.repeat(source.codes[name.replace(".weight", ".scale")], 32, 1)
+        np.testing.assert_array_equal(found, (source.codes[name] * scales)[3:21])
+    else:
+        raw = widen(*read_raw(tmp_path / "c" / "model.safetensors")[name])
+        codes, scale = numpy_rtn(raw)
+        np.testing.assert_array_equal(found, (codes * scale[:, None])[3:21])
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        raw = widen(*read_raw(tmp_path / "c" / "model.safetensors")[name])
+        assert np.abs(stored.rows(name, 0, len(raw)) - raw).max() <= np.abs(raw).max() / 250

@@ -152,7 +152,6 @@ def test_check_built_refuses_each_unbuilt_key_of_a_vendor_recipe_in_one_sentence
     ("override", "start"),
     [
         ("frontend.adapter=./lora", "frontend.adapter: merging a LoRA adapter is not built yet"),
-        ("backend.type=onnxruntime", "backend.type: onnxruntime is not built yet"),
         ("backend.merge_params=false", "backend.merge_params: separate parameter files are not built yet"),
     ],
 )
@@ -161,6 +160,83 @@ def test_check_built_refuses(override, start):
         check_built(load(MINIMAL, override))
     (problem,) = caught.value.problems
     assert problem.startswith(start)
+
+
+INT8 = ("backend.type=onnxruntime", "backend.dtype=int8")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start"),
+    [
+        (["backend.type=onnxruntime"], "backend.dtype: fp16 for ONNX Runtime is not built yet"),
+        (
+            [*INT8, "frontend.quantize.type=w8a8+kv8"],
+            "frontend.quantize.type: an int8 cache for ONNX Runtime is not built yet",
+        ),
+        (
+            [*INT8, "frontend.quantize.type=w16kv8"],
+            "frontend.quantize.type: an int8 cache for ONNX Runtime is not built yet",
+        ),
+        (
+            [*INT8, "frontend.model_kwargs.tp=2"],
+            "split.points and model_kwargs.tp: ONNX Runtime's graph is not divided",
+        ),
+        ([*INT8, "split.points=[2]"], "split.points and model_kwargs.tp: ONNX Runtime's graph is not divided"),
+    ],
+)
+def test_check_built_refuses_for_onnxruntime_in_one_sentence(overrides, start):
+    with pytest.raises(NotBuiltError) as caught:
+        check_built(load(MINIMAL, *overrides))
+    (problem,) = caught.value.problems
+    assert problem.startswith(start)
+    assert "tvm_vacc" in problem
+    check_built(load(MINIMAL, *INT8))
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("backend.compile.prefill=quick", "backend.compile.prefill: got 'quick', expected fast or lean"),
+        ("backend.compile.block=48", "backend.compile.block: got 48, expected one of 16, 32, 64, 128, 256"),
+        ("backend.compile.block=big", "backend.compile.block: got big, expected one of 16, 32, 64, 128, 256"),
+        (
+            "backend.compile.prefill=fast",
+            "backend.compile.prefill: fast means integer products with a scale per token, which need "
+            "frontend.quantize.type: w8a8 (its calibration makes activations fit for them), not w8a16: set that, or "
+            "prefill: lean",
+        ),
+    ],
+)
+def test_kernels_of_onnxruntime_that_cannot_be(override, problem):
+    assert problems(MINIMAL, *INT8, override) == [f"-s {override}: {problem}"]
+    load(MINIMAL, "backend.dtype=int8", override)  # of the vendor's compiler nothing is known here
+
+
+def test_onnxruntime_chooses_its_kernels_by_the_scheme():
+    def asked(*overrides):
+        recipe = load(MINIMAL, *INT8, *overrides)
+        assert recipe.onnxruntime
+        return recipe.prefill
+
+    assert asked() == "lean"
+    assert asked("frontend.quantize.type=w8a8") == "fast"
+    assert asked("frontend.quantize.type=w8a8", "backend.compile.prefill=lean") == "lean"
+    assert asked("frontend.quantize.type=w8a8", "backend.compile={prefill: fast, block: 256}") == "fast"
+    assert asked("frontend.quantize.type=w4a16") == "lean"
+    recipe = load(MINIMAL, *INT8, "backend.compile={block: 64, data_type: 0}")
+    assert recipe.vendor_keys() == {"backend.compile.data_type": 0}
+    vendor = load(MINIMAL, "backend.dtype=int8", "backend.compile={block: 64}")
+    assert vendor.vendor_keys() == {"backend.compile.block": 64}
+    assert not vendor.onnxruntime
+
+
+@pytest.mark.parametrize(("hidden", "group"), [(640, 128), (2304, 128), (64, 64), (96, 32), (48, None)])
+def test_the_table_of_onnxruntime_has_the_largest_groups_that_divide_it(hidden, group):
+    assert load(MINIMAL, *INT8).storage_for(hidden).table.groupsize == group
+    assert (
+        load(MINIMAL, *INT8, "frontend.quantize={type: w8a16, table: int8}").storage_for(hidden).table.groupsize is None
+    )
+    assert load(MINIMAL, "backend.dtype=int8").storage_for(hidden).table.groupsize is None
 
 
 def test_every_other_public_vendor_key_is_accepted_carried_and_listed():
