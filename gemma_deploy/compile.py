@@ -352,6 +352,12 @@ def advice(recipe: Recipe, result: ParityResult) -> str:
     """What to do about a failed gate."""
     if any(line.name.startswith("headroom") and not line.passed for line in result.lines):
         return "this model's activations do not fit float16: use backend.dtype int8, bf16 or fp32"
+    exact = [line for line in result.lines if line.name == "relative error"]
+    if recipe.weights in QUANTIZERS and exact and all(line.passed for line in exact):
+        return (
+            "the graphs are right, but rounding loses too much: calibrate on text like the one it will see (dataset), "
+            "or ask for less (w8a16_gptq, a table in smaller groups, backend.dtype fp32)"
+        )
     if recipe.weights == "w8a16" and all(line.passed for line in result.lines if line.comparison != "weights"):
         return "a matrix loses too much in int8: use backend.dtype bf16, fp16 or fp32"
     return "the graphs do not compute what the checkpoint says: a bug in gemma-deploy, please report it with that page"

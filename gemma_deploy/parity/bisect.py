@@ -21,8 +21,8 @@ from gemma_deploy.schemes import stored_scheme
 
 # Largest local error of a sound layer, relative to its largest output. Measured on the real 270M: fp32 and int8 2e-6,
 # float16 (rounded after every operator) 2e-3.
-# Of a value that all layers before it had a part in (real 270M, float32: 6e-6).
-ACCUMULATED = 5e-5
+# Of a value that all layers before it had a part in (real 270M, 700 tokens: 1e-4 behind a norm of layer 7).
+ACCUMULATED = 1e-3
 TOLERANCES = {"fp32": 1e-5, "bf16": 1e-5, "w8a16": 1e-5, "w8a16_folded": 1e-5, "fp16": 1e-2}
 # Modules of a layer in the order they run; a trailing `.in` is what reaches a linear from operators without a name.
 ORDER = (
