@@ -150,7 +150,9 @@ def compile_recipe(
         result = None
         manifest = describe(recipe, checkpoint, contract, table, rescaling, artifact.path, key)
         manifest |= {"calibration": dataset, "quantization": quantized.to_json() if quantized else None}
-        manifest["kernels"] = backend_for(recipe).kernels(recipe, quantized.kept if quantized else None)
+        manifest["kernels"] = backend_for(recipe).kernels(
+            recipe, checkpoint.config, quantized.kept if quantized else None
+        )
         if quantized and recipe.sensitivity:
             with stages.stage("sensitivity") as stage:
                 manifest["sensitivity"], stage.skipped = layer_sensitivity(

@@ -95,11 +95,12 @@ def _kernels(manifest: dict[str, Any]) -> list[LedgerEntry]:
         )
     ]
     if kernels["integer"]:
-        wide = kernels["wide"]
+        wide, linears = kernels["wide"], 7 * manifest["model"]["num_hidden_layers"]
         but = f"; to 16 bits before {len(wide)} linears ({', '.join(wide)})" if wide else ""
+        how = "16 bits with a scale per token" if len(wide) == linears else f"8 bits with a scale per token{but}"
         entries.append(
             LedgerEntry(
-                f"activations rounded to 8 bits with a scale per token{but}",
+                f"activations rounded to {how}",
                 f"MatMulIntegerToFloat of every linear, where {INTEGER_FROM} tokens or more come at a time",
                 "backend.compile.prefill fast: integer products of whole rows",
                 effects["prefill"],

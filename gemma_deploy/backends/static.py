@@ -48,6 +48,6 @@ class StaticPair:
         """None."""
         return {}
 
-    def kernels(self, recipe: Recipe, kept: Sequence[str] | None) -> dict[str, Any] | None:
+    def kernels(self, recipe: Recipe, config: ModelConfig, kept: Sequence[str] | None) -> dict[str, Any] | None:
         """The vendor's compiler picks them."""
         return None

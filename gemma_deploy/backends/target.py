@@ -61,7 +61,7 @@ class Backend(Protocol):
     def files(self, recipe: Recipe, config: ModelConfig) -> dict[str, dict[str, Any]]:
         """JSON files beside the graphs, by name."""
 
-    def kernels(self, recipe: Recipe, kept: Sequence[str] | None) -> dict[str, Any] | None:
+    def kernels(self, recipe: Recipe, config: ModelConfig, kept: Sequence[str] | None) -> dict[str, Any] | None:
         """For the manifest: which kernels a graph names, where it names any."""
 
 

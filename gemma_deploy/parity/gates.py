@@ -131,7 +131,7 @@ def gates_of(scheme: str, int8_cache: bool) -> tuple[Gate, ...]:
 
 
 # What the kernels of ONNX Runtime's graph may lose in all, weights and activations: see README for the real 270M.
-SHIPPED_LIMITS = {"w8a16": 0.02, "w8a16_gptq": 0.015, "w8a8": 0.016, "w4a16": 0.6, "w4a16_gptq": 0.35}
+SHIPPED_LIMITS = {"w8a16": 0.02, "w8a16_gptq": 0.015, "w8a8": 0.02, "w4a16": 0.6, "w4a16_gptq": 0.35}
 
 
 def dynamic_gates(scheme: str) -> tuple[Gate, ...]:
@@ -141,9 +141,7 @@ def dynamic_gates(scheme: str) -> tuple[Gate, ...]:
     kernels it ships, whose 8-bit activations move codes (see `gates_of`), by how near it comes to the model. Prompts
     and single tokens have kernels of their own, so the worse of the two decides.
     """
-    known = GATES["w8a16_gptq" if scheme == "w8a8" else scheme]  # unrounded activations: what the weights lose
-    names = {TWINS["w8a16_gptq"]: TWINS[scheme]} if scheme == "w8a8" else {}
-    gates = tuple(replace(gate, pair=(names.get(gate.pair[0], gate.pair[0]), gate.pair[1])) for gate in known)
+    gates = GATES[scheme]
     if scheme == "bf16":
         return gates
     if scheme not in SHIPPED_LIMITS:

@@ -197,14 +197,20 @@ def onnxruntime_kernels_are_known(recipe: Recipe) -> Found:
     prefill, block = given.get("prefill"), given.get("block")
     if prefill not in (None, "fast", "lean"):
         yield (*here, "prefill"), f"got '{prefill}', expected fast or lean"
-    elif prefill == "fast" and recipe.weights != "w8a8":
+    elif prefill == "fast" and not _int8_rows(recipe):
         yield (
             (*here, "prefill"),
-            "fast means integer products with a scale per token, which need frontend.quantize.type: w8a8 "
-            f"(its calibration makes activations fit for them), not {recipe.scheme}: set that, or prefill: lean",
+            "fast means integer products, which need int8 weights with one scale per row (frontend.quantize.type w8a8, "
+            f"w8a16_gptq or w8a16, groupsize -1), not {recipe.scheme} as it is here: set one of them, or prefill: lean",
         )
     if block is not None and block not in BLOCKS:
         yield (*here, "block"), f"got {block}, expected one of {', '.join(map(str, BLOCKS))}"
+
+
+def _int8_rows(recipe: Recipe) -> bool:
+    section = recipe.frontend.quantize
+    groupsize = None if section is None else section.calib_args.groupsize
+    return recipe.weights == "w8a8" or (recipe.weights in ("w8a16", "w8a16_gptq") and groupsize in (None, -1))
 
 
 @rule("workspace.cluster")

@@ -10,7 +10,7 @@ from gemma_deploy.backends.ort.decoder import build_decoder, embedding_scale
 from gemma_deploy.backends.ort.genai import CONFIG_FILE, genai_config
 from gemma_deploy.backends.ort.options import Kernels
 from gemma_deploy.backends.target import PARAMS, Job
-from gemma_deploy.checkpoint import ModelConfig
+from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.graph.contract import BATCH, SEQUENCE, GraphContract, Port
 from gemma_deploy.recipe import Recipe
 
@@ -66,7 +66,7 @@ class OnnxRuntime:
 
         recipe, config = job.recipe, job.config
         scale = embedding_scale(config.hidden_size, recipe.frontend.model_kwargs.embed_scale)
-        model = build_decoder(config, chosen_kernels(recipe, job.kept), job.table.rows, PARAMS, scale)
+        model = build_decoder(config, chosen_kernels(recipe, config, job.kept), job.table.rows, PARAMS, scale)
         return {f"{MODEL}.onnx": serialized(model)}, 0
 
     def files(self, recipe: Recipe, config: ModelConfig) -> dict[str, dict[str, Any]]:
@@ -74,17 +74,23 @@ class OnnxRuntime:
         chunk = LEAN_CHUNK if recipe.prefill == "lean" else None
         return {CONFIG_FILE: genai_config(config, recipe.context_length, chunk, gpu=recipe.weights == "bf16")}
 
-    def kernels(self, recipe: Recipe, kept: Sequence[str] | None) -> dict[str, Any] | None:
+    def kernels(self, recipe: Recipe, config: ModelConfig, kept: Sequence[str] | None) -> dict[str, Any] | None:
         """As in `Kernels`."""
         if not recipe.int8_weights:
             return None
-        chosen = chosen_kernels(recipe, kept)
+        chosen = chosen_kernels(recipe, config, kept)
         return {"block": chosen.block, "integer": chosen.integer, "wide": sorted(chosen.wide)}
 
 
-def chosen_kernels(recipe: Recipe, kept: Sequence[str] | None) -> Kernels:
-    """What the recipe asks for; linears that calibration found too noisy for 8 bits get 16 in integer products."""
+def chosen_kernels(recipe: Recipe, config: ModelConfig, kept: Sequence[str] | None) -> Kernels:
+    """What the recipe asks for.
+
+    Integer products take activations of 8 bits where calibration made them fit for that (w8a8), but for those it found
+    too noisy; of any other scheme, 16 bits everywhere.
+    """
     defaults = Kernels()
-    asked = recipe.backend.compile
-    kernels = replace(defaults, block=asked.get("block", defaults.block))
-    return replace(kernels, integer=recipe.prefill == "fast", wide=frozenset(kept or ()))
+    kernels = replace(defaults, block=recipe.backend.compile.get("block", defaults.block))
+    if recipe.prefill != "fast":
+        return kernels
+    every = (name.removesuffix(".weight") for name in expected_tensors(config) if name.endswith("_proj.weight"))
+    return replace(kernels, integer=True, wide=frozenset(every if kept is None else kept))
