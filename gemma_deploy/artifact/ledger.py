@@ -95,7 +95,7 @@ def _kernels(manifest: dict[str, Any]) -> list[LedgerEntry]:
         )
     ]
     if kernels["integer"]:
-        wide, linears = kernels["wide"], 7 * manifest["model"]["num_hidden_layers"]
+        wide, linears = kernels["wide"], 7 * manifest["model"]["num_hidden_layers"] - 4  # see integer_linears
         but = f"; to 16 bits before {len(wide)} linears ({', '.join(wide)})" if wide else ""
         how = "16 bits with a scale per token" if len(wide) == linears else f"8 bits with a scale per token{but}"
         entries.append(

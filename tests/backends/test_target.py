@@ -17,6 +17,7 @@ from gemma_deploy import compile as compiler
 from gemma_deploy.artifact.ledger import ledger_for
 from gemma_deploy.artifact.verify import verify
 from gemma_deploy.backends import BACKENDS
+from gemma_deploy.backends.ort.decoder import integer_linears
 from gemma_deploy.backends.ort.genai import genai_config
 from gemma_deploy.backends.ort.options import Kernels
 from gemma_deploy.backends.ort.target import OnnxRuntime, chosen_kernels
@@ -99,7 +100,9 @@ def test_the_kernels_are_listed_in_the_manifest_and_the_ledger(compiled):
     """Activations of 8 bits are an entry with what they cost, and a line more where prompts have integer products."""
     fast, lean, floats = (compiled(*which) for which in SCHEMES)
     kernels = manifest_of(fast)["kernels"]
-    assert kernels == {"block": BLOCK, "integer": True, "wide": []}
+    assert (kernels["block"], kernels["integer"]) == (BLOCK, True)
+    assert kernels["wide"], "a quarter of the linears gets 16 bits"
+    assert set(kernels["wide"]) < integer_linears(ModelConfig.from_dict(TINY_CONFIGS["gemma3_text"], "config.json"))
     assert manifest_of(lean)["kernels"] == {"block": BLOCK, "integer": False, "wide": []}
     assert manifest_of(floats)["kernels"] is None
     for folder, count in ((fast, 2), (lean, 1), (floats, 0)):
@@ -111,7 +114,7 @@ def test_the_kernels_are_listed_in_the_manifest_and_the_ledger(compiled):
             assert entry["effect"]["top1"] > 0.8
     where = [one["where"] for one in manifest_of(fast)["ledger"] if one["what"].startswith("activations rounded")]
     assert [name.split(" ")[0] for name in where] == ["MatMulNBits", "MatMulIntegerToFloat"]
-    wide = {"kernels": kernels | {"wide": ["model.layers.0.mlp.down_proj"]}}
+    wide: dict = {"kernels": kernels | {"wide": ["model.layers.0.mlp.down_proj"]}}
     said = "".join(one["what"] for one in ledger_for(manifest_of(fast) | wide))
     assert "a scale per token; to 16 bits before 1 linears (model.layers.0.mlp.down_proj)" in said
     assert not any("iter" in str(entry) for entry in manifest_of(fast)["ledger"])
@@ -255,6 +258,10 @@ def test_kill_9_at_any_moment_and_run_again(tmp_path, monkeypatch):
 
 # Recipe -> kernels
 
+CONFIG = ModelConfig.from_dict(TINY_CONFIGS["gemma3_text"], "config.json")
+EVERY = integer_linears(CONFIG)
+KEPT = frozenset({"model.layers.0.mlp.down_proj", "model.layers.6.self_attn.q_proj"})
+
 
 def loaded(*overrides):
     text = "name: x\nfrontend: {checkpoint: demo, shape: {input_ids: [[64], [128]]}}\nbackend: {dtype: int8}\n"
@@ -267,21 +274,29 @@ def loaded(*overrides):
         ([], Kernels(BLOCK, False)),
         (["backend.compile.block=128"], Kernels(128, False)),
         (["frontend.quantize.type=w4a16"], Kernels(BLOCK, False)),
-        (["frontend.quantize.type=w8a8"], Kernels(BLOCK, True, frozenset({"a", "b"}))),
+        (["frontend.quantize.type=w8a8"], Kernels(BLOCK, True, KEPT)),
+        (["backend.compile.prefill=fast"], Kernels(BLOCK, True, EVERY)),
+        (["frontend.quantize.type=w8a16_gptq", "backend.compile.prefill=fast"], Kernels(BLOCK, True, EVERY)),
         (["frontend.quantize.type=w8a8", "backend.compile.prefill=lean"], Kernels(BLOCK, False)),
         (["frontend.quantize.type=w8a8", "backend.compile={prefill: fast, block: 64}"],
-         Kernels(64, True, frozenset({"a", "b"}))),
+         Kernels(64, True, KEPT)),
     ],
 )  # fmt: skip
 def test_kernels_follow_the_recipe(overrides, kernels):
+    """What is behind the last layer's attention sees one token and has no integer product, kept or not."""
     recipe = loaded(*overrides)
-    chosen = chosen_kernels(recipe, ["b", "a"] if recipe.weights == "w8a8" else None)
-    assert (chosen.block, chosen.integer) == (kernels.block, kernels.integer)
-    listed = BACKENDS["onnxruntime"].kernels(recipe, ["b", "a"])
-    assert listed == {"block": kernels.block, "integer": kernels.integer, "wide": ["a", "b"]}
-    if kernels.integer:
-        assert chosen == kernels
+    kept = [*KEPT, "model.layers.6.mlp.down_proj"] if recipe.weights == "w8a8" else None
+    assert chosen_kernels(recipe, CONFIG, kept) == kernels
+    listed = BACKENDS["onnxruntime"].kernels(recipe, CONFIG, kept)
+    assert listed == {"block": kernels.block, "integer": kernels.integer, "wide": sorted(kernels.wide)}
     assert recipe.vendor_keys() == {}
+
+
+def test_linears_of_the_branches():
+    names = {f"model.layers.{i}.self_attn.{part}_proj" for i in range(7) for part in "qkvo"}
+    names |= {f"model.layers.{i}.mlp.{part}_proj" for i in range(7) for part in ("gate", "up", "down")}
+    last = {f"model.layers.6.{name}_proj" for name in ("self_attn.o", "mlp.gate", "mlp.up", "mlp.down")}
+    assert integer_linears(CONFIG) == names - last
 
 
 def test_what_genai_reads():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -199,17 +200,22 @@ def test_check_built_refuses_for_onnxruntime_in_one_sentence(overrides, start):
         ("backend.compile.prefill=quick", "backend.compile.prefill: got 'quick', expected fast or lean"),
         ("backend.compile.block=48", "backend.compile.block: got 48, expected one of 16, 32, 64, 128, 256"),
         ("backend.compile.block=big", "backend.compile.block: got big, expected one of 16, 32, 64, 128, 256"),
-        (
-            "backend.compile.prefill=fast",
-            "backend.compile.prefill: fast means integer products with a scale per token, which need "
-            "frontend.quantize.type: w8a8 (its calibration makes activations fit for them), not w8a16: set that, or "
-            "prefill: lean",
-        ),
     ],
 )
 def test_kernels_of_onnxruntime_that_cannot_be(override, problem):
     assert problems(MINIMAL, *INT8, override) == [f"-s {override}: {problem}"]
     load(MINIMAL, "backend.dtype=int8", override)  # of the vendor's compiler nothing is known here
+
+
+@pytest.mark.parametrize("calibrated", [{"type": "w4a16"}, {"type": "w8a16_gptq", "calib_args": {"groupsize": 128}}])
+def test_integer_products_need_a_scale_per_row(calibrated):
+    asked = f"frontend.quantize={json.dumps(calibrated)}"
+    (problem,) = problems(MINIMAL, *INT8, asked, "backend.compile.prefill=fast")
+    assert problem == (
+        "-s backend.compile.prefill=fast: backend.compile.prefill: fast means integer products, which need int8 "
+        "weights with one scale per row (frontend.quantize.type w8a8, w8a16_gptq or w8a16, groupsize -1), not "
+        f"{calibrated['type']} as it is here: set one of them, or prefill: lean"
+    )
 
 
 def test_onnxruntime_chooses_its_kernels_by_the_scheme():

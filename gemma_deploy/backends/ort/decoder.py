@@ -26,6 +26,7 @@ from gemma_deploy.backends.ort.nodes import MICROSOFT, Nodes
 from gemma_deploy.backends.ort.options import INTEGER_FROM, Kernels
 from gemma_deploy.backends.ort.weights import Weights
 from gemma_deploy.checkpoint.config import SLIDING, ModelConfig
+from gemma_deploy.checkpoint.expected import expected_tensors
 from gemma_deploy.errors import ExportError
 from gemma_deploy.graph.external import Row
 
@@ -51,6 +52,14 @@ def build_decoder(
         ExportError: graph and file disagree.
     """
     return _Decoder(config, kernels, rows, location, embed_scale).model()
+
+
+def integer_linears(config: ModelConfig) -> frozenset[str]:
+    """Linears that stand in the branches: all but those behind the last layer's attention, which see one token."""
+    last = f"model.layers.{config.num_hidden_layers - 1}."
+    behind = (f"{last}self_attn.o_proj", f"{last}mlp.")
+    names = (name.removesuffix(".weight") for name in expected_tensors(config) if name.endswith("_proj.weight"))
+    return frozenset(name for name in names if not name.startswith(behind))
 
 
 @dataclass(frozen=True)

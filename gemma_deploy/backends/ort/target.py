@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gemma_deploy.backends.ort.decoder import build_decoder, embedding_scale
+from gemma_deploy.backends.ort.decoder import build_decoder, embedding_scale, integer_linears
 from gemma_deploy.backends.ort.genai import CONFIG_FILE, genai_config
 from gemma_deploy.backends.ort.options import Kernels
 from gemma_deploy.backends.target import PARAMS, Job
-from gemma_deploy.checkpoint import ModelConfig, expected_tensors
+from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.graph.contract import BATCH, SEQUENCE, GraphContract, Port
 from gemma_deploy.recipe import Recipe
 
@@ -92,5 +92,5 @@ def chosen_kernels(recipe: Recipe, config: ModelConfig, kept: Sequence[str] | No
     kernels = replace(defaults, block=recipe.backend.compile.get("block", defaults.block))
     if recipe.prefill != "fast":
         return kernels
-    every = (name.removesuffix(".weight") for name in expected_tensors(config) if name.endswith("_proj.weight"))
-    return replace(kernels, integer=True, wide=frozenset(every if kept is None else kept))
+    every = integer_linears(config)
+    return replace(kernels, integer=True, wide=frozenset(every if kept is None else set(kept) & every))
