@@ -156,6 +156,8 @@ def test_a_token_of_zeros_stays_finite_and_leaves_the_others_alone(files, x, wid
     got, full = (fetched(file, graph_of(rows, wide=wide), one) for one in (silent, x))
     assert np.isfinite(got).all()
     assert np.abs(got[:, 3]).max() < 1e-30
+    (codes,) = fetched(file, graph_of(rows, wide=wide), silent, "a.qkv_proj.high")
+    assert (codes[:, 3] == 128).all()  # and not what a division by zero leaves
     np.testing.assert_array_equal(np.delete(got, 3, 1), np.delete(full, 3, 1))
 
 
