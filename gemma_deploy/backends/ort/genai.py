@@ -8,8 +8,6 @@ from gemma_deploy.backends.ort.options import GRAPH
 from gemma_deploy.checkpoint.config import ModelConfig
 
 CONFIG_FILE = "genai_config.json"
-# On x86 without VNNI, u8 x s8 products add pairs in 16 bits and may saturate; this makes them exact there.
-EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
 
 
 def genai_config(
@@ -29,7 +27,6 @@ def genai_config(
                 "session_options": {
                     "log_id": "onnxruntime-genai",
                     "provider_options": [{"cuda": {}}] if gpu else [],
-                    **EXACT_PRODUCTS,
                 },
                 "filename": GRAPH,
                 "head_size": config.head_dim,
