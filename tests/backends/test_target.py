@@ -309,7 +309,11 @@ def test_what_genai_reads():
     sizes = {"hidden_size": 64, "head_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
              "num_hidden_layers": 7, "filename": "model.onnx"}  # fmt: skip
     assert {key: decoder[key] for key in sizes} == sizes
-    assert decoder["session_options"] == {"log_id": "onnxruntime-genai", "provider_options": []}
+    assert decoder["session_options"] == {
+        "log_id": "onnxruntime-genai",
+        "provider_options": [],
+        "intra_op_num_threads": 0,
+    }
     assert (found["search"]["max_length"], found["search"]["past_present_share_buffer"]) == (4096, True)
 
 

@@ -26,6 +26,7 @@ def genai_config(
             "decoder": {
                 "session_options": {
                     "log_id": "onnxruntime-genai",
+                    "intra_op_num_threads": 0,  # one per core; without it genai 0.18 took one of two
                     "provider_options": [{"cuda": {}}] if gpu else [],
                 },
                 "filename": GRAPH,
