@@ -32,9 +32,13 @@ def tool_versions() -> dict[str, str]:
 
 
 def op_census(path: Path) -> dict[str, int]:
-    """Number of nodes per operator of an .onnx file, custom ones with their domain."""
-    model = onnx.load(str(path), load_external_data=False)
-    counts = Counter(f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.node)
+    """Number of nodes per operator of an .onnx file, those of branches too, custom ones with their domain."""
+    counts: Counter[str] = Counter()
+    graphs = [onnx.load(str(path), load_external_data=False).graph]
+    while graphs:
+        for node in graphs.pop().node:
+            counts[f"{node.domain}::{node.op_type}" if node.domain else node.op_type] += 1
+            graphs += [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
     return dict(sorted(counts.items()))
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from gemma_deploy.backends.ort.apart import every_position, exact, take_branch
+from gemma_deploy.backends.ort.apart import drop_unread, every_position, exact, take_branch
 from gemma_deploy.backends.ort.decoder import LOGITS, NORMED
 from gemma_deploy.backends.ort.linears import product_of
 from gemma_deploy.backends.ort.target import MODEL
@@ -117,6 +117,7 @@ class DynamicSource:
         outputs = [value for value in graph.outputs if value.name != LOGITS]
         graph.outputs.clear()
         graph.outputs.extend([*names.values(), *outputs])
+        drop_unread(graph)  # ONNX Runtime would compute the head of every position, and nobody reads it
         for value in names.values():
             value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
         session = open_graph(model, self.path, strict=self.kernels == STRICT)

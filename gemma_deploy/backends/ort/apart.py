@@ -59,7 +59,7 @@ def exact(model: ir.Model) -> None:
     for node in list(graph):
         if node.op_type in _EXACT:
             _EXACT[node.op_type](graph, node)
-    _drop_unread(graph)
+    drop_unread(graph)
 
 
 def widen(model: ir.Model) -> None:
@@ -210,7 +210,7 @@ _EXACT: dict[str, Callable[[ir.Graph, ir.Node], None]] = {
 }
 
 
-def _drop_unread(graph: ir.Graph) -> None:
+def drop_unread(graph: ir.Graph) -> None:
     """Nodes and initializers that nobody reads any more."""
     outputs = set(graph.outputs)
     for node in reversed(list(graph)):
