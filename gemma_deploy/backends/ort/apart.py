@@ -28,6 +28,10 @@ def take_branch(model: ir.Model, branch: str) -> None:
     graph = model.graph
     for node in [node for node in graph if node.op_type == "If"]:
         inner = node.attributes[BRANCHES[branch]].as_graph()
+        for other in (node.attributes[name].as_graph() for taken, name in BRANCHES.items() if taken != branch):
+            for one in other:  # what only the other branch reads is read by nobody then
+                for index in range(len(one.inputs)):
+                    one.replace_input_with(index, None)
         made, nodes = list(inner.outputs), list(inner)
         inner.outputs.clear()
         inner.remove(nodes)
@@ -37,6 +41,7 @@ def take_branch(model: ir.Model, branch: str) -> None:
             new.name, new.type, new.shape = old.name, old.type, old.shape
         ir.convenience.replace_all_uses_with(list(node.outputs), made, replace_graph_outputs=True)
         graph.remove(node, safe=True)
+    drop_unread(graph)
 
 
 def every_position(model: ir.Model) -> None:
@@ -123,8 +128,14 @@ class _Before:
         self.graph.register_initializer(value)
         return value
 
-    def dequantized(self, codes: ir.Value, scales: ir.Value, bits: int, shape: tuple[int, int]) -> ir.Value:
-        """Codes [out, in] times their scales [out] or [out, groups]."""
+    def dequantized(
+        self, codes: ir.Value, scales: ir.Value, bits: int, shape: tuple[int, int], after: ir.Value
+    ) -> ir.Value:
+        """Codes [out, in] times their scales [out] or [out, groups].
+
+        The scales get a zero added that is made from the shape of `after`: nothing else says that a matrix is not
+        wanted before what it multiplies.
+        """
         scales = _repeated(scales)
         dtype = next(ir.DataType[name.upper()] for name, size in BITS.items() if size == bits)
         viewed = self.viewed(codes, dtype, shape)
@@ -132,7 +143,10 @@ class _Before:
         per_row = len(groups) == 1
         zero = np.full(groups, 1 << (bits - 1), np.uint8).astype(dtype.numpy())
         attributes = {"axis": 0} if per_row else {"axis": 1, "block_size": shape[1] // groups[1]}
-        return self.add("DequantizeLinear", [viewed, scales, self.constant(zero, "zero_point")], "w", **attributes)
+        size = self.add("Shape", [after], "size", start=0, end=1)
+        nothing = self.add("Cast", [self.add("Sub", [size, size], "nothing")], "zero", to=ir.DataType.FLOAT.value)
+        waiting = self.add("Add", [scales, nothing], "waiting")
+        return self.add("DequantizeLinear", [viewed, waiting, self.constant(zero, "zero_point")], "w", **attributes)
 
     def product(self, x: ir.Value, matrix: ir.Value) -> None:
         """The node becomes a product with a matrix [out, in]."""
@@ -170,7 +184,7 @@ def _block_product(graph: ir.Graph, node: ir.Node) -> None:
     x, codes, scales = (_input(node, index) for index in range(3))
     here, size = _Before(graph, node), node.attributes
     shape = (size["N"].as_int(), size["K"].as_int())
-    here.product(x, here.dequantized(codes, scales, size["bits"].as_int(), shape))
+    here.product(x, here.dequantized(codes, scales, size["bits"].as_int(), shape, x))
 
 
 def _integer_product(graph: ir.Graph, node: ir.Node) -> None:
@@ -179,7 +193,7 @@ def _integer_product(graph: ir.Graph, node: ir.Node) -> None:
     codes = _input(_maker(_input(_maker(turned), 0)), 0)  # before the transposition and the change of sign
     rows, columns = _sizes(codes)
     here = _Before(graph, node)
-    here.product(x, here.dequantized(codes, scales, 8, (rows, columns)))
+    here.product(x, here.dequantized(codes, scales, 8, (rows, columns), x))
 
 
 def _not_rounded(graph: ir.Graph, node: ir.Node) -> None:
