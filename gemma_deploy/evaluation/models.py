@@ -193,7 +193,8 @@ def _open_artifact(path: Path, kernels: str | None = None) -> Model:
         raise UsageError(
             f"its graphs name no kernels, so there is no '{kernels}' to evaluate",
             where=str(path),
-            expected="an artifact of backend.type onnxruntime, or --kernels strict",
+            expected="an artifact of backend.type onnxruntime",
+            next_step="leave --kernels out, or say strict",
         )
     refuse(artifact, byte_problems(artifact))  # the figures of a damaged one would be believed
     kernels = kernels or ("shipped" if named else STRICT)
