@@ -65,7 +65,10 @@ class GenaiModel:
             raise ArtifactError(
                 f"onnxruntime-genai refuses it: {reason}",
                 where=str(self.path),
-                next_step="run `gemma-deploy verify` on the artifact, then compile it again",
+                next_step="install the genai package of a GPU it has (onnxruntime-genai-cuda), or compile for a CPU "
+                "(backend.dtype int8 or fp32)"
+                if "interface not available" in reason
+                else "run `gemma-deploy verify` on the artifact, then compile it again",
             ) from error
         self.load_seconds = time.perf_counter() - started
 

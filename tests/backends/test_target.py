@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import yaml
@@ -23,7 +24,10 @@ from gemma_deploy.backends.ort.options import Kernels
 from gemma_deploy.backends.ort.target import OnnxRuntime, chosen_kernels
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.cli import main
+from gemma_deploy.errors import ArtifactError
+from gemma_deploy.parity.dynamic import half_line
 from gemma_deploy.recipe import Recipe
+from gemma_deploy.runtime.genai import GenaiModel
 from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
 from tests.calibration.make import write_tokenizer
 
@@ -94,6 +98,30 @@ def test_an_artifact_is_proven_whole_and_says_what_it_is(compiled, kind, scheme)
     dtypes = {row["dtype"] for row in manifest["params"]}
     expected = {"w8a8": {"uint8"}, "w8a16_gptq": {"uint8"}, "fp32": set()}.get(scheme, {"uint4", "uint8"})
     assert dtypes == {"float32"} | expected
+
+
+def test_a_bfloat16_graph_is_proven_widened_and_by_its_types(compiled, tmp_path):
+    """A CPU cannot run it: its arithmetic is proven in float32, and a gain that stayed float32 is found."""
+    artifact = compiled("gemma2", "bf16") / "workspace/x"
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    assert {line["comparison"] for line in manifest["parity"]["lines"]} == {
+        "hf bf16 = patched bf16", "patched bf16 = strict", "hf bf16 = strict",
+        "products, norms and caches in bfloat16, logits in float32",
+    }  # fmt: skip
+    assert any("no such kernels for a CPU" in note for note in manifest["parity"]["notes"])
+    assert {row["dtype"] for row in manifest["params"]} == {"float32", "bfloat16"}
+    ports = {port["name"]: port["dtype"] for port in manifest["contract"]["graphs"]["model"]["outputs"]}
+    assert (ports["logits"], ports["present.0.key"]) == ("float32", "bfloat16")
+    assert half_line(artifact).passed
+    copy = shutil.copytree(artifact, tmp_path / "x")
+    model = onnx.load(copy / "model.onnx", load_external_data=False)
+    cast = next(node for node in model.graph.node if node.output[0] == "model.layers.1.input_layernorm.gain")
+    cast.attribute[0].i = onnx.TensorProto.FLOAT
+    onnx.save(model, copy / "model.onnx")
+    assert (half_line(copy).value, half_line(copy).passed) == (1, False)
+    with pytest.raises(ArtifactError) as refused:
+        GenaiModel(artifact)
+    assert "onnxruntime-genai-cuda" in str(refused.value)
 
 
 def test_the_kernels_are_listed_in_the_manifest_and_the_ledger(compiled):
