@@ -331,6 +331,14 @@ def test_linears_of_the_branches():
     assert integer_linears(CONFIG) == names - last
 
 
+def test_widths_that_the_block_kernel_would_pad_are_refused(tmp_path, capsys):
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma", hidden_size=40, num_hidden_layers=1)
+    assert main(["compile", str(write_recipe(tmp_path, checkpoint))]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "wants multiples of 16 input channels in int8, got q_proj, k_proj, v_proj, gate_proj, up_proj (40)" in said
+    assert not (tmp_path / "workspace").exists()
+
+
 def test_what_genai_reads():
     raw = {**TINY_CONFIGS["gemma3_text"], "eos_token_id": [1, 106], "pad_token_id": None}
     found = genai_config(ModelConfig.from_dict(raw, "config.json"), 4096)
