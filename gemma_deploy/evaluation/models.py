@@ -21,7 +21,7 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError, UsageError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
-from gemma_deploy.parity.dynamic import DynamicSource
+from gemma_deploy.parity.dynamic import STRICT, DynamicSource
 from gemma_deploy.parity.requests import checkpoint_of
 from gemma_deploy.parity.segments import StrictSource
 from gemma_deploy.parity.sources import Source
@@ -30,7 +30,6 @@ from gemma_deploy.runtime import Tokenizer
 TOKENS_AT_ONCE = 2048  # positions that go through the layers together: a matrix is read once for all of them
 LOGITS_BYTES = 128 << 20  # logits of one model; a larger block means fewer passes over the table
 Tokens = tuple[int, ...]
-STRICT = "strict"
 KERNELS = ("shipped", "decode", STRICT)
 
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from gemma_deploy.backends.ort.apart import drop_unread, every_position, exact, take_branch
 from gemma_deploy.backends.ort.decoder import LOGITS, NORMED
 from gemma_deploy.backends.ort.linears import product_of
-from gemma_deploy.backends.ort.target import MODEL
+from gemma_deploy.backends.ort.options import GRAPH
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
@@ -96,7 +96,7 @@ class DynamicSource:
         return logits
 
     def _graph(self, branch: Branch) -> ir.Model:
-        model = load_file(self.path / f"{MODEL}.onnx")
+        model = load_file(self.path / GRAPH)
         take_branch(model, branch)
         every_position(model)
         if self.kernels == STRICT:
@@ -159,7 +159,7 @@ class _Session:
 
 def whole_logits(path: Path, tokens: Sequence[int]) -> np.ndarray:
     """[V]: logits after a prompt, from the artifact's graph untouched and with caches that have room for one token."""
-    session = open_graph(load_file(Path(path) / f"{MODEL}.onnx"), Path(path).resolve(), strict=False)
+    session = open_graph(load_file(Path(path) / GRAPH), Path(path).resolve(), strict=False)
     feeds = {"input_ids": np.array([tokens], np.int64), "attention_mask": np.ones((1, len(tokens)), np.int64)}
     for value in session.get_inputs():
         if value.name.startswith("past_key_values."):
@@ -179,7 +179,7 @@ def whole_graph_line(path: Path, shipped: DynamicSource, case: Case) -> Line:
 
 def wide_line(path: Path, kernels: Mapping[str, Any]) -> Line:
     """Which linears of integer products have 16-bit activations, by the graph and by the manifest."""
-    model = load_file(Path(path) / f"{MODEL}.onnx")
+    model = load_file(Path(path) / GRAPH)
     branches = [
         model.graph,
         *(node.attributes["then_branch"].as_graph() for node in model.graph if node.op_type == "If"),
@@ -194,7 +194,7 @@ def wide_line(path: Path, kernels: Mapping[str, Any]) -> Line:
 
 def half_line(path: Path) -> Line:
     """A bfloat16 graph: weights, caches and what its products read are that; ids, logits and tables are not."""
-    model = load_file(Path(path) / f"{MODEL}.onnx")
+    model = load_file(Path(path) / GRAPH)
     half, graph = ir.DataType.BFLOAT16, model.graph
     inferred = {value.name: value.dtype for value in graph.initializers.values()}
     inferred |= {value.name: value.dtype for value in (*graph.inputs, *graph.outputs)}

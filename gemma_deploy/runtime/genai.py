@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from gemma_deploy.backends.ort.genai import CONFIG_FILE
 from gemma_deploy.errors import ArtifactError, DeployError, UsageError
 from gemma_deploy.runtime.contract import REBUILD, check_tokens
 from gemma_deploy.runtime.generate import CONTEXT_FULL, GenerationStats, Prompt, check_length, encoded
 from gemma_deploy.runtime.sampling import Sampling
+from gemma_deploy.runtime.session import PARAMS
 from gemma_deploy.runtime.tokenizer import TextStream, Tokenizer
 
-CONFIG_FILE, PARAMS = "genai_config.json", "params.safetensors"
 INSTALL = 'pip install "gemma-deploy[genai]"'
 LARGEST_SEED = 2**31 - 1  # genai's is an int
 log = logging.getLogger(__name__)

@@ -133,8 +133,8 @@ class _Before:
     ) -> ir.Value:
         """Codes [out, in] times their scales [out] or [out, groups].
 
-        The scales get a zero added that is made from the shape of `after`: nothing else says that a matrix is not
-        wanted before what it multiplies.
+        The scales get a zero added that is made from the shape of `after`: without it ONNX Runtime dequantizes all
+        matrices first and holds them (real 270M, decode: 645 MiB at the peak, 291 with it).
         """
         scales = _repeated(scales)
         dtype = next(ir.DataType[name.upper()] for name, size in BITS.items() if size == bits)

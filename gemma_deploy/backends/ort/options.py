@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-GRAPH = "model.onnx"
+MODEL = "model"
+GRAPH = f"{MODEL}.onnx"
 # Tokens from which on a prompt goes through integer products: below it the block kernel reads the weights once anyway.
 INTEGER_FROM = 16
 

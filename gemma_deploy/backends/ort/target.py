@@ -8,13 +8,12 @@ from typing import Any
 
 from gemma_deploy.backends.ort.decoder import build_decoder, embedding_scale, integer_linears
 from gemma_deploy.backends.ort.genai import CONFIG_FILE, genai_config
-from gemma_deploy.backends.ort.options import Kernels
+from gemma_deploy.backends.ort.options import GRAPH, MODEL, Kernels
 from gemma_deploy.backends.target import PARAMS, Job
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.graph.contract import BATCH, SEQUENCE, GraphContract, Port
 from gemma_deploy.recipe import Recipe
 
-MODEL = "model"
 # Tokens of a prompt that run together where memory counts: activations of a longer piece are all alive at once.
 LEAN_CHUNK = 256
 PAST, TOTAL = "past_sequence", "total_sequence"
@@ -67,7 +66,7 @@ class OnnxRuntime:
         recipe, config = job.recipe, job.config
         scale = embedding_scale(config.hidden_size, recipe.frontend.model_kwargs.embed_scale)
         model = build_decoder(config, chosen_kernels(recipe, config, job.kept), job.table.rows, PARAMS, scale)
-        return {f"{MODEL}.onnx": serialized(model)}, 0
+        return {GRAPH: serialized(model)}, 0
 
     def files(self, recipe: Recipe, config: ModelConfig) -> dict[str, dict[str, Any]]:
         """What onnxruntime-genai reads."""
