@@ -116,8 +116,8 @@ def moment_block(rows: torch.Tensor, start: int) -> torch.Tensor:
 def quick_products() -> Iterator[None]:
     """Let this process round the factors of float32 products to bfloat16 where its CPU has tiles for them (AMX).
 
-    Sums stay float32. For moments alone: over thousands of tokens the roundings average out (correlations change by
-    1e-4), and a damping of half the diagonal is added to them. All threads see the switch.
+    Sums stay float32. For what a quantizer sees alone: over thousands of tokens the roundings average out (correlations
+    change by 1e-4), and a damping of half the diagonal is added to them. All threads see the switch.
     """
     if not torch.cpu.get_capabilities().get("amx_bf16"):
         yield

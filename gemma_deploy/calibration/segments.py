@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from gemma_deploy.calibration.points import LAYER_INPUTS
+from gemma_deploy.calibration.states import parts_of
 from gemma_deploy.checkpoint import ModelConfig
 
 if TYPE_CHECKING:
@@ -49,17 +50,16 @@ def walk(layer: LayerPass, state: np.ndarray, route: Route, stop: str | None, se
     """Take a window from one point to another.
 
     Args:
-        state: [seqlen, `state_columns`] at `route.start`; stop: a point not before that, None for the layer's output.
+        state: [seqlen, `state_columns`] at `route.start`, as `joined` lays it out.
+        stop: a point not before that, None for the layer's output.
         seen: called with (point, what is read there [1, seqlen, channels]) on the way.
 
     Returns:
-        The state at `stop` in parts [1, seqlen, columns] that lie side by side.
+        The state at `stop` in parts [1, seqlen, columns].
     """
     module, config, at = layer.module, layer.frame.model.config, route.start
     four_norms = config.model_type != "gemma"
-    whole = torch.from_numpy(state)[None]
-    hidden = whole[..., : config.hidden_size].contiguous()
-    made = whole[..., config.hidden_size :].contiguous()
+    hidden, made = (torch.from_numpy(part)[None] for part in parts_of(state, config.hidden_size))
     if route.divisor is not None:
         made = made / route.divisor
     if at == ATTENTION:

@@ -23,6 +23,7 @@ from torch import nn
 from gemma_deploy.calibration.driver import refuse_nonfinite, template_stack
 from gemma_deploy.calibration.points import CACHE_PARTS, LAYER_INPUTS, LAYER_OUTPUT, SHARD_TOKENS
 from gemma_deploy.calibration.segments import ENTERED, Route, state_columns, walk
+from gemma_deploy.calibration.states import joined
 from gemma_deploy.checkpoint import ModelConfig
 
 
@@ -39,7 +40,7 @@ class Windows(Protocol):
         """[seqlen, hidden]."""
 
     def write(self, window: int, *parts: np.ndarray) -> None:
-        """parts: [seqlen, columns] each, side by side."""
+        """parts: [seqlen, columns] each, one behind the other."""
 
 
 class Carried:
@@ -62,8 +63,8 @@ class Carried:
         return self.values[window - self.windows.start].copy()
 
     def write(self, window: int, *parts: np.ndarray) -> None:
-        """parts: [seqlen, columns] each, side by side."""
-        np.concatenate(parts, axis=1, out=self.values[window - self.windows.start])
+        """See `HiddenStates.write`."""
+        self.values[window - self.windows.start] = joined(parts)
 
     def into(self, target: Windows) -> None:
         """Write them."""

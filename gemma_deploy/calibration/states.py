@@ -1,8 +1,9 @@
-"""Hidden states of all windows between two layers: in memory when small, else in a file mapped one window at a time."""
+"""Hidden states of all windows between two layers: in memory when small, else in a file, read one window at a time."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,12 +43,30 @@ class HiddenStates:
         return self._array is None
 
     def read(self, window: int) -> np.ndarray:
-        """[seqlen, hidden], a copy."""
-        return self._view(window).copy()
+        """[seqlen, hidden], a copy; of states in parts see `parts_of`."""
+        if self._array is not None:
+            return self._array[window].copy()
+        values = np.empty(self.shape[1:], np.float32)
+        with open(self.file, "rb") as file:  # not mapped: a fault for each page costs more than the copy
+            file.seek(window * self.window_bytes)
+            if file.readinto(memoryview(values).cast("B")) != self.window_bytes:
+                raise CalibrationError(
+                    f"ends before window {window}",
+                    where=str(self.file),
+                    expected=f"{self.nbytes} bytes, which this run wrote",
+                    next_step="leave the workspace alone while a run is using it, and start the run again",
+                )
+        return values
 
     def write(self, window: int, *parts: np.ndarray) -> None:
-        """parts: [seqlen, columns] each, side by side."""
-        np.concatenate(parts, axis=1, out=self._view(window))
+        """parts: [seqlen, columns] each; laid out as by `joined`."""
+        if self._array is not None:
+            self._array[window] = joined(parts)
+            return
+        with open(self.file, "r+b") as file:
+            file.seek(window * self.window_bytes)
+            for part in parts:
+                file.write(memoryview(np.ascontiguousarray(part)).cast("B"))
 
     def sync(self) -> None:
         """Wait until what was written is on the disk."""
@@ -59,15 +78,8 @@ class HiddenStates:
         self._array = None
         self.file.unlink(missing_ok=True)
 
-    def _view(self, window: int) -> np.ndarray:
-        if self._array is not None:
-            return self._array[window]
-        # Mapped anew for every window: pages that stayed mapped would count as this process's memory.
-        view: np.ndarray = np.memmap(self.file, np.float32, "r+", window * self.window_bytes, self.shape[1:])
-        return view
-
     def _reserve(self) -> None:
-        """Take the blocks now: a full disk under a mapped file would end the process with SIGBUS."""
+        """Take the blocks now, so that a full disk is known before any work."""
         try:
             with open(self.file, "wb") as file:
                 if hasattr(os, "posix_fallocate"):
@@ -83,3 +95,14 @@ class HiddenStates:
                 expected=f"{self.nbytes / 1e6:.0f} MB free, for the time of the run",
                 next_step="make room there, or use another --workspace, or fewer or shorter windows",
             ) from error
+
+
+def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """[seqlen, columns] each -> [seqlen, all columns], in whose memory they lie one behind the other."""
+    return np.concatenate([part.ravel() for part in parts]).reshape(len(parts[0]), -1)
+
+
+def parts_of(state: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """What `joined` gave, taken apart: the first part [seqlen, columns] and the second; views."""
+    values, seqlen = state.reshape(-1), len(state)
+    return values[: seqlen * columns].reshape(seqlen, columns), values[seqlen * columns :].reshape(seqlen, -1)

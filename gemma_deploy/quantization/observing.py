@@ -6,7 +6,7 @@ Shards are added in their order, whoever computed them (calibration/shards.py sa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -165,7 +165,7 @@ def step(
 
     Args:
         states: at `route.start`.
-        cache: look at what a cache would hold, on the way from the layer's input.
+        cache: look at what a cache would hold, on the way from the layer's input, in float32 throughout.
 
     Returns:
         The largest magnitude of each channel [Hk, D] of "key" and "value"; nothing unless asked for.
@@ -177,7 +177,7 @@ def step(
     target = None if executor.shares == "nothing" else following
     tasks = (_Step(Shard(shard, _source(executor, states, shard)), route, target, cache) for shard in shards)
     maxima: dict[str, torch.Tensor] = {}
-    with closing(executor.map(_advance, layer, tasks)) as results:
+    with _products(cache), closing(executor.map(_advance, layer, tasks)) as results:
         for shard, (carried, found) in zip(shards, results, strict=True):
             if carried is not None:
                 carried.into(following)
@@ -202,6 +202,7 @@ def _tick(shard: range, ticked: Callable[[], None]) -> None:
         ticked()
 
 
+@quick_products()
 def _observe_here(
     executor: Executor,
     layer: LayerPass,
@@ -218,7 +219,7 @@ def _observe_here(
             for point, observers in found.items()
             for start in observers.moments.starts()
         )
-        with quick_products(), closing(executor.map(_add, layer, additions)) as done:
+        with closing(executor.map(_add, layer, additions)) as done:
             for _ in done:
                 pass
         for task, x in zip(batch, seen, strict=True):
@@ -239,14 +240,20 @@ def _add(layer: LayerPass, task: _Addition) -> None:
         task.observer.add(task.start, moment_block(x, task.start))
 
 
+def _products(exact: bool) -> AbstractContextManager[None]:
+    return nullcontext() if exact else quick_products()
+
+
 def _advance(layer: LayerPass, task: _Step) -> tuple[Carried | None, dict[str, np.ndarray]]:
     maxima: dict[str, torch.Tensor] = {}
     carried = empty_carried(layer, task.shard.windows) if task.target is None else None
-    advance(layer, task.shard, task.target or carried, task.route, maxima if task.cache else None)
+    with _products(task.cache):
+        advance(layer, task.shard, task.target or carried, task.route, maxima if task.cache else None)
     return carried, {part: largest.numpy() for part, largest in maxima.items()}
 
 
 @torch.inference_mode()
+@quick_products()
 def _moments(layer: LayerPass, task: _Observation) -> tuple[Path | list[np.ndarray], Carried | None]:
     """Sums of a shard as blocks, then the tokens that are kept, of one point after another: in a file, or returned.
 
@@ -264,10 +271,9 @@ def _moments(layer: LayerPass, task: _Observation) -> tuple[Path | list[np.ndarr
                 yield task.kept(layer, x).numpy()
 
     if task.file is None:
-        with quick_products():
-            return list(blocks()), carried
+        return list(blocks()), carried
     try:
-        with open(task.file, "wb") as file, quick_products():
+        with open(task.file, "wb") as file:
             for block in blocks():
                 np.save(file, block)
     except OSError as error:

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from gemma_deploy.calibration.points import LAYER_INPUTS
 from gemma_deploy.calibration.segments import ATTENTION, Route, state_columns, walk
 from gemma_deploy.calibration.shards import Frame, LayerPass, Model
+from gemma_deploy.calibration.states import joined
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.testing import write_tiny_checkpoint
 
@@ -48,7 +49,7 @@ def test_segments_give_what_the_stock_layer_gives(tmp_path, model_type):
     with layer.hooked():
         for stop in (*LAYER_INPUTS, None):
             parts = walk(layer, state, Route(at), stop, seen.__setitem__)
-            state, at = np.concatenate([part[0].numpy() for part in parts], axis=1), stop
+            state, at = joined([part[0].numpy() for part in parts]), stop
             if stop is not None:
                 assert state.shape == (SEQLEN, state_columns(checkpoint.config, stop))
         (whole,) = walk(layer, states, Route(), None, lambda point, x: None)
@@ -69,6 +70,6 @@ def test_what_waits_is_divided_as_the_weights_were(tmp_path, point):
         expected = layer.run(states)
         parts = walk(layer, states, Route(), point, lambda point, x: None)
         linear.weight.data = linear.weight * factors
-        waiting = np.concatenate([part[0].numpy() for part in parts], axis=1)
+        waiting = joined([part[0].numpy() for part in parts])
         (found,) = walk(layer, waiting, Route(point, factors), None, lambda point, x: None)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))

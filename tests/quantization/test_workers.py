@@ -216,8 +216,9 @@ def test_moments_are_those_of_all_windows(checkpoint, tmp_path, seqlen):
     for point in points:
         x = torch.cat(seen[point])
         expected = x.T @ x / len(x)
-        # Of the largest element: rounding of float32 sums 2e-7, of factors to bfloat16 where products are quick 2e-4.
-        limit = 2e-3 if torch.cpu.get_capabilities().get("amx_bf16") else 2e-6
+        # Of the largest element: rounding of float32 sums 2e-7; of factors to bfloat16 where products are quick, those
+        # of the pass before too, 2.2e-3.
+        limit = 6e-3 if torch.cpu.get_capabilities().get("amx_bf16") else 2e-6
         torch.testing.assert_close(
             found[point].moments.take().double(), expected, rtol=0, atol=limit * float(expected.abs().max())
         )
