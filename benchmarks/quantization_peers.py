@@ -35,7 +35,8 @@ from gemma_deploy.evaluation.texts import read_text
 from gemma_deploy.parity.stored import StoredWeights
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = {"gptqmodel": ["gptqmodel"], "llmcompressor": ["llmcompressor"]}  # what pip installs
+# What pip installs.
+PEERS = {"gptqmodel": ["gptqmodel"], "llmcompressor": ["llmcompressor"], "autoround": ["auto-round"]}
 WINDOWS, SEQLEN, BLOCK = 16, 512, 128
 Weights = Callable[[str], torch.Tensor | None]
 

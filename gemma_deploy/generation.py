@@ -47,7 +47,8 @@ def runs_in_genai(manifest: Mapping[str, Any]) -> bool:
 
 def summary(done: GenerationStats) -> str:
     """One line: how many tokens, how fast, why it ended."""
+    ahead = f" ({(len(done.tokens) - 1) / done.steps:.2f} a step)" if done.steps else ""
     return (
         f"loading {done.load_seconds:.2f} s; {done.prompt_tokens} prompt tokens in {done.prefill_seconds:.2f} s; "
-        f"{len(done.tokens)} tokens at {done.tokens_per_second:.1f} tokens/s; {ENDED[done.finish]}"
+        f"{len(done.tokens)} tokens at {done.tokens_per_second:.1f} tokens/s{ahead}; {ENDED[done.finish]}"
     )

@@ -51,15 +51,15 @@ def artifacts(once):
 
 @pytest.fixture(scope="session")
 def genai_artifact(once):
-    """model type -> float32 artifact for onnxruntime-genai, its checkpoint two directories above; read only."""
+    """model type -> artifact for onnxruntime-genai, its checkpoint two directories above; read only."""
 
-    def artifact(model_type):
+    def artifact(model_type, dtype="fp32"):
         def make(root):
             from tests.runtime.make import compile_tiny
 
-            compile_tiny(root, model_type, {"type": "onnxruntime", "dtype": "fp32"})
+            compile_tiny(root, model_type, {"type": "onnxruntime", "dtype": dtype})
 
-        return once(f"genai-{model_type}", make) / "workspace" / "tiny"
+        return once(f"genai-{model_type}-{dtype}", make) / "workspace" / "tiny"
 
     return artifact
 

@@ -49,7 +49,7 @@ class HiddenStates:
         values = np.empty(self.shape[1:], np.float32)
         with open(self.file, "rb") as file:  # not mapped: a fault for each page costs more than the copy
             file.seek(window * self.window_bytes)
-            if file.readinto(memoryview(values).cast("B")) != self.window_bytes:
+            if file.readinto(values.data.cast("B")) != self.window_bytes:
                 raise CalibrationError(
                     f"ends before window {window}",
                     where=str(self.file),
@@ -66,7 +66,7 @@ class HiddenStates:
         with open(self.file, "r+b") as file:
             file.seek(window * self.window_bytes)
             for part in parts:
-                file.write(memoryview(np.ascontiguousarray(part)).cast("B"))
+                file.write(np.ascontiguousarray(part).data.cast("B"))
 
     def sync(self) -> None:
         """Wait until what was written is on the disk."""

@@ -22,6 +22,7 @@ Examples:
   gemma-deploy run workspace/gemma-demo-int8-128-256 -p "Return the"
   gemma-deploy run workspace/NAME -p "Once upon a time" -n 100 --temperature 0.8 --top-p 0.95 --seed 1
   gemma-deploy run workspace/NAME --chat -p "Why is the sky blue?" --stats
+  gemma-deploy run workspace/NAME --chat -p - --lookup --stats < text_to_correct.txt
   echo "The list of" | gemma-deploy run workspace/NAME -p - --strict
 
 Artifacts of `backend.type: onnxruntime` run in onnxruntime-genai. The text goes to standard output, everything else to
@@ -35,6 +36,7 @@ standard error.
 @click.option("--chat", is_flag=True, help="Send the text as a user's message through the chat template.")
 @generation_options
 @click.option("--strict", is_flag=True, help="Compute exactly what the graph says (slow; static artifacts).")
+@click.option("--lookup", is_flag=True, help="Guess ahead where text repeats itself (greedy; ONNX Runtime artifacts).")
 @click.option("--stats", is_flag=True, help="Say how many tokens and how fast, at the end.")
 def command(
     artifact: Path,
@@ -47,6 +49,7 @@ def command(
     seed: int | None,
     threads: int,
     strict: bool,
+    lookup: bool,
     stats: bool,
 ) -> None:
     """Continue a text with ARTIFACT and print it as it comes.
@@ -63,7 +66,10 @@ def command(
         prompt = sys.stdin.read().rstrip("\n")
     done = GenerationStats()
     text: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
-    pieces = _pieces(opened, text, max_new_tokens, sampling, threads, strict, done)
+    if lookup:
+        pieces = _looked_up(opened, text, max_new_tokens, sampling, threads, strict, done)
+    else:
+        pieces = _pieces(opened, text, max_new_tokens, sampling, threads, strict, done)
     waiting, interrupted = "" if chat else prompt, False  # a prompt is shown when its continuation begins
     try:
         for piece in pieces:
@@ -106,3 +112,34 @@ def _pieces(
     return generate.stream(
         runner, tokenizer, text, max_new_tokens=max_new_tokens, sampler=sampling.sampler(), stats=done
     )
+
+
+def _looked_up(
+    artifact: Artifact,
+    text: Prompt,
+    max_new_tokens: int,
+    sampling: Sampling,
+    threads: int,
+    strict: bool,
+    done: GenerationStats,
+) -> Iterator[str]:
+    from gemma_deploy.errors import UsageError
+    from gemma_deploy.runtime import Tokenizer, lookup
+
+    problems = []
+    if not runs_in_genai(artifact.manifest):
+        problems.append("this artifact is static: its decode graph takes one token")
+    if sampling.temperature > 0:
+        problems.append(f"--temperature {sampling.temperature:g}: what is drawn at random cannot be looked up")
+    if strict:
+        problems.append("--strict is for static artifacts")
+    if problems:
+        raise UsageError(
+            "--lookup is not possible here",
+            where=str(artifact.path),
+            problems=problems,
+            expected="greedy decoding of an artifact of backend.type onnxruntime",
+            next_step="leave --lookup out",
+        )
+    model, tokenizer = lookup.LookupModel(artifact.path, artifact.manifest, threads), Tokenizer(artifact.path)
+    return lookup.stream(model, tokenizer, text, max_new_tokens=max_new_tokens, stats=done)

@@ -18,12 +18,11 @@ from gemma_deploy.backends.ort.apart import drop_unread, every_position, exact, 
 from gemma_deploy.backends.ort.decoder import LOGITS, NORMED
 from gemma_deploy.backends.ort.linears import product_of
 from gemma_deploy.backends.ort.options import GRAPH
-from gemma_deploy.errors import ArtifactError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.gates import Line
 from gemma_deploy.parity.sources import Features
-from gemma_deploy.runtime.session import VERIFY, load_file
+from gemma_deploy.runtime.session import load_file, open_graph
 
 Branch = Literal["prefill", "decode"]
 # Operators whose first output has the type of their first input.
@@ -216,28 +215,6 @@ def half_line(path: Path) -> Line:
     wrong += [name for name, kind in inferred.items() if str(name).startswith("present.") and kind != half]
     wrong += [] if inferred[LOGITS] == ir.DataType.FLOAT else [LOGITS]
     return Line("products, norms and caches in bfloat16, logits in float32", "others", len(wrong), 0, not wrong)
-
-
-def open_graph(model: ir.Model, folder: Path, strict: bool) -> Any:
-    """A session on a graph whose weights lie in `folder`.
-
-    Raises:
-        ArtifactError: ONNX Runtime refuses it.
-    """
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # what ORT refuses is raised as well
-    if strict:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.enable_cpu_mem_arena = False
-        options.add_session_config_entry("session.disable_prepacking", "1")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    try:
-        return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ORT's own have no common base
-        reason = str(error).splitlines()[0]
-        raise ArtifactError(f"ONNX Runtime refuses it: {reason}", where=str(folder), next_step=VERIFY) from error
 
 
 def _fixed(shape: Any, axis: int) -> int:

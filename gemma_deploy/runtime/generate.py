@@ -30,6 +30,7 @@ class GenerationStats:
         finish: "stop": the model ended; "length": max_new_tokens; "context": the cache is full; None: interrupted.
         load_seconds: opening the sessions; counted in neither of the others.
         prefill_seconds: until the first token's logits; decode_seconds: all steps after it.
+        steps: of the graph after the first token where one may give several (lookup.py); 0 where each gives one.
     """
 
     prompt_tokens: int = 0
@@ -38,6 +39,7 @@ class GenerationStats:
     load_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    steps: int = 0
 
     @property
     def tokens_per_second(self) -> float:

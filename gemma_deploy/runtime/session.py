@@ -145,3 +145,30 @@ def _expose(model: ir.Model, outputs: Sequence[str], path: Path) -> None:
         raise ArtifactError("the graph makes no such value", where=str(path), problems=missing)
     own = {value.name for value in model.graph.outputs}
     model.graph.outputs.extend(made[name] for name in dict.fromkeys(outputs) if name not in own)
+
+
+def open_graph(model: ir.Model, folder: Path, *, strict: bool = False, threads: int = 0) -> ort.InferenceSession:
+    """A session on a graph of ONNX Runtime's back end, as it is or changed; its weights lie in `folder`.
+
+    Args:
+        strict: compute operator by operator, with weights where they lie; threads: 0 for as many as there are cores.
+
+    Raises:
+        ArtifactError: ONNX Runtime refuses it.
+    """
+    import onnx_ir as ir
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # what ORT refuses is raised as well
+    if strict:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.enable_cpu_mem_arena = False
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    try:
+        return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ORT's own have no common base
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"ONNX Runtime refuses it: {reason}", where=str(folder), next_step=VERIFY) from error

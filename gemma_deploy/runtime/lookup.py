@@ -1,0 +1,249 @@
+"""Greedy text several tokens a step where it repeats what was there before: `run --lookup`.
+
+Prompt lookup (Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding): what followed the last few tokens when they
+occurred before is fed together with the newest token; logits of all of them say how far it was right. Decoding reads
+every weight once a step whatever the number of tokens, so that a right guess costs little more than nothing.
+
+Kernels add in another order for several tokens than for one, and rounding to int8 makes that visible (`NEAR_TIE`).
+Where the two largest logits lie closer together, the token is computed again on its own, as decoding without lookup
+does. The session is ONNX Runtime's, on the artifact's graph with another choice of positions (backends/ort/several.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_deploy.backends.ort.options import GRAPH
+from gemma_deploy.errors import ArtifactError, DeployError, UsageError
+from gemma_deploy.runtime.contract import check_tokens
+from gemma_deploy.runtime.generate import CONTEXT_FULL, GenerationStats, Prompt, check_length, encoded, stop_token_ids
+from gemma_deploy.runtime.session import VERIFY, load_file, open_graph
+from gemma_deploy.runtime.tokenizer import TextStream, Tokenizer
+
+log = logging.getLogger(__name__)
+MOST_TOKENS = 8  # in a step, the newest one and those guessed; below INTEGER_FROM, so that decoding's kernels run
+LONGEST, SHORTEST = 3, 2  # tokens that must have occurred before
+# Logits; the difference between tokens alone and together, see tests/runtime/test_lookup.py.
+NEAR_TIE = {"fp32": 1e-3, "int8": 0.25}
+
+
+class History:
+    """The tokens so far, and what followed the last few of them before."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.ids: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}  # place behind the latest occurrence that something follows
+        for token in ids:
+            self.append(token)
+
+    def append(self, token: int) -> None:
+        """A token more."""
+        for length in range(SHORTEST, LONGEST + 1):
+            if len(self.ids) >= length:
+                self._after[tuple(self.ids[-length:])] = len(self.ids)
+        self.ids.append(token)
+
+    def guess(self, most: int) -> list[int]:
+        """What may come next: at most so many tokens, none where the last ones are new."""
+        for length in range(LONGEST, SHORTEST - 1, -1):
+            place = self._after.get(tuple(self.ids[-length:])) if len(self.ids) >= length else None
+            if place is not None:
+                return self.ids[place : place + most]
+        return []
+
+
+class LookupModel:
+    """An artifact's graph in ONNX Runtime, with a cache that is written in place.
+
+    Args:
+        artifact_dir: directory with model.onnx and params.safetensors; manifest: of the artifact.
+        threads: of one operator; 0 for as many as there are cores.
+
+    Attributes:
+        context_length: positions there are; load_seconds: what opening took.
+        near_tie: largest logits closer than this are not told apart by several tokens in one step.
+
+    Raises:
+        UsageError: an artifact for a GPU. ArtifactError: a file is missing or damaged, or refused by ONNX Runtime.
+    """
+
+    def __init__(self, artifact_dir: str | Path, manifest: dict[str, Any], threads: int = 0) -> None:
+        from gemma_deploy.backends.ort.several import last_positions
+
+        self.path = Path(artifact_dir).resolve()
+        dtype = manifest["recipe"]["backend"]["dtype"]
+        if dtype not in NEAR_TIE:
+            raise UsageError(
+                f"--lookup is for CPUs, and this artifact's dtype is {dtype}",
+                where=str(self.path),
+                expected="backend.dtype fp32 or int8",
+                next_step="leave --lookup out",
+            )
+        self.near_tie, self.stop_ids = NEAR_TIE[dtype], frozenset(stop_token_ids(manifest))
+        self.context_length = int(manifest["contract"]["context"])
+        started = time.perf_counter()
+        model = load_file(self.path / GRAPH)
+        last_positions(model, MOST_TOKENS)
+        self.session = open_graph(model, self.path, threads=threads)
+        self.load_seconds = time.perf_counter() - started
+        caches = [value for value in self.session.get_inputs() if value.name.startswith("past_key_values.")]
+        if not caches:
+            raise ArtifactError("its graph has no cache", where=str(self.path / GRAPH), next_step=VERIFY)
+        self.cache_shapes = {value.name: (1, value.shape[1], value.shape[3]) for value in caches}
+        self.vocab_size = int(next(v for v in self.session.get_outputs() if v.name == "logits").shape[2])
+
+
+class LookupSequence:
+    """One sequence in a cache of fixed size.
+
+    Args:
+        room: tokens there may be, at most.
+    """
+
+    def __init__(self, model: LookupModel, room: int) -> None:
+        from onnxruntime import OrtValue
+
+        self.model, self.length = model, 0
+        self._caches = {
+            name: OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, room, width), np.float32))
+            for name, (batch, heads, width) in model.cache_shapes.items()
+        }
+
+    def feed(self, tokens: Sequence[int]) -> np.ndarray:
+        """Read tokens behind the `length` that count; logits [min(tokens, MOST_TOKENS), V] of the last of them."""
+        binding = self.model.session.io_binding()
+        total = self.length + len(tokens)
+        binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
+        binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
+        binding.bind_output("logits", "cpu")
+        for name, cache in self._caches.items():
+            binding.bind_ortvalue_input(name, cache)
+            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), cache)
+        self.model.session.run_with_iobinding(binding)
+        self.length = total
+        logits: np.ndarray = binding.get_outputs()[0].numpy()[0]  # in the order in which they were bound
+        return logits
+
+
+class Greedy:
+    """Greedy decoding that looks ahead.
+
+    Args:
+        ids: the prompt; room: tokens there may be in all.
+
+    Attributes:
+        steps: of the graph after the prompt; guessed, right: tokens that were fed ahead, and that were.
+    """
+
+    def __init__(self, model: LookupModel, ids: Sequence[int], room: int) -> None:
+        self.model, self.history, self.room = model, History(ids), room
+        self.sequence = LookupSequence(model, room)
+        self.steps = self.guessed = self.right = 0
+        self._ahead = MOST_TOKENS // 2  # tokens to guess next time
+
+    def first(self) -> int:
+        """Read the prompt and choose a token."""
+        return self._take(_best(self.sequence.feed(self.history.ids)[-1], self.model.path)[0])
+
+    def next(self) -> list[int]:
+        """Tokens of one step, one at least."""
+        start, newest = self.sequence.length, self.history.ids[-1]
+        guess = self.history.guess(max(0, min(self._ahead, self.room - start - 2)))
+        rows, taken = self.sequence.feed([newest, *guess]), []
+        self.steps += 1
+        for place, row in enumerate(rows):
+            token, lead = _best(row, self.model.path)
+            if guess and lead < self.model.near_tie:
+                self.sequence.length = start + place
+                token, _ = _best(self.sequence.feed([[newest, *guess][place]])[-1], self.model.path)
+                self.steps += 1
+            taken.append(self._take(token))
+            if place == len(guess) or guess[place] != token or token in self.model.stop_ids:
+                break
+        self.sequence.length = start + len(taken)
+        if guess:
+            right = len(taken) - 1
+            self.guessed, self.right = self.guessed + len(guess), self.right + right
+            self._ahead = min(MOST_TOKENS - 1, 2 * right + 1) if right < len(guess) else MOST_TOKENS - 1
+        return taken
+
+    def _take(self, token: int) -> int:
+        self.history.append(token)
+        return token
+
+
+def stream(
+    model: LookupModel,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    max_new_tokens: int = 128,
+    stats: GenerationStats | None = None,
+) -> Iterator[str]:
+    """As `stream` in generate.py, greedy.
+
+    Raises:
+        UsageError: the context has no room for prompt and answer. Raised at once, before the first piece.
+    """
+    check_length(max_new_tokens)
+    ids = encoded(tokenizer, prompt)
+    if len(ids) >= model.context_length:
+        raise UsageError(
+            f"the prompt has {len(ids)} tokens, this artifact's context is {model.context_length} tokens, the answer "
+            "included",
+            where=str(model.path),
+            next_step="shorten it, or compile with a longer second length in frontend.shape.input_ids",
+        )
+    check_tokens(ids, model.vocab_size, "prompt")
+    stats = stats if stats is not None else GenerationStats()
+    stats.prompt_tokens, stats.load_seconds = len(ids), model.load_seconds
+    room = min(len(ids) + max_new_tokens, model.context_length)
+    return _pieces(Greedy(model, ids, room), TextStream(tokenizer), max_new_tokens, stats)
+
+
+def _pieces(greedy: Greedy, text: TextStream, max_new_tokens: int, stats: GenerationStats) -> Iterator[str]:
+    started = time.perf_counter()
+    taken = [greedy.first()]
+    stats.prefill_seconds = time.perf_counter() - started
+    while stats.finish is None:
+        for token in taken:
+            if token in greedy.model.stop_ids:
+                stats.finish = "stop"
+                break
+            stats.tokens.append(token)
+            if piece := text.push(token):
+                yield piece
+            if len(stats.tokens) == max_new_tokens:
+                stats.finish = "length"
+                break
+        else:
+            if len(greedy.history.ids) == greedy.room:
+                stats.finish = "context"
+                log.warning(CONTEXT_FULL, greedy.room)
+                break
+            started = time.perf_counter()
+            taken = greedy.next()
+            stats.decode_seconds += time.perf_counter() - started
+            stats.steps = greedy.steps
+    if piece := text.flush():
+        yield piece
+
+
+def _best(logits: np.ndarray, where: Path) -> tuple[int, float]:
+    """The token of the largest of logits [V], and by how much it is ahead of the second. Changes the logits."""
+    token = int(logits.argmax())
+    largest = float(logits[token])
+    if not np.isfinite(largest):
+        raise DeployError(
+            f"the model gave {largest} as its largest logit",
+            where=str(where),
+            next_step="run `gemma-deploy parity` on the artifact",
+        )
+    logits[token] = -np.inf
+    return token, largest - float(logits.max())
