@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,14 +18,13 @@ import numpy as np
 from gemma_deploy.backends.ort.genai import CONFIG_FILE
 from gemma_deploy.errors import ArtifactError, DeployError, UsageError
 from gemma_deploy.runtime.contract import REBUILD, check_tokens
-from gemma_deploy.runtime.generate import CONTEXT_FULL, GenerationStats, Prompt, check_length, encoded
+from gemma_deploy.runtime.generate import GenerationStats, Prompt, check_length, encoded, speak
 from gemma_deploy.runtime.sampling import Sampling
 from gemma_deploy.runtime.session import PARAMS
 from gemma_deploy.runtime.tokenizer import TextStream, Tokenizer
 
 INSTALL = 'pip install "gemma-deploy[genai]"'
 LARGEST_SEED = 2**31 - 1  # genai's is an int
-log = logging.getLogger(__name__)
 
 
 class GenaiModel:
@@ -149,11 +147,17 @@ class GenaiSession:
         check_tokens(ids, self.model.vocab_size, "prompt")
         stats = stats if stats is not None else GenerationStats()
         stats.prompt_tokens = len(ids)
-        return self._pieces(list(ids), max_new_tokens, stats)
+        return speak(
+            self._steps(list(ids)),
+            TextStream(self.tokenizer),
+            stats,
+            max_new_tokens=max_new_tokens,
+            stops=self.model.stop_ids,
+            full=lambda: self.max_length if self._generator.is_done() else None,
+        )
 
-    def _pieces(self, ids: list[int], max_new_tokens: int, stats: GenerationStats) -> Iterator[str]:
-        generator, text = self._generator, TextStream(self.tokenizer)
-        started = time.perf_counter()
+    def _steps(self, ids: list[int]) -> Iterator[Sequence[int]]:
+        generator = self._generator
         if sequence := self.ids:
             # genai has chosen the last token but not read it: without this it never would, nor shift what follows.
             generator.rewind_to(len(sequence) - 1)
@@ -162,28 +166,7 @@ class GenaiSession:
         _refuse_overflow(generator, self.model.path)
         while True:
             generator.generate_next_token()
-            seconds = time.perf_counter() - started
-            if stats.tokens:
-                stats.decode_seconds += seconds
-            else:
-                stats.prefill_seconds = seconds
-            token = int(generator.get_next_tokens()[0])
-            if token in self.model.stop_ids:
-                stats.finish = "stop"
-                break
-            stats.tokens.append(token)
-            if piece := text.push(token):
-                yield piece
-            if len(stats.tokens) == max_new_tokens:
-                stats.finish = "length"
-                break
-            if generator.is_done():
-                stats.finish = "context"
-                log.warning(CONTEXT_FULL, self.max_length)
-                break
-            started = time.perf_counter()
-        if piece := text.flush():
-            yield piece
+            yield [int(generator.get_next_tokens()[0])]
 
 
 def stream(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,7 +18,6 @@ from gemma_deploy.runtime.tokenizer import TextStream, Tokenizer
 
 log = logging.getLogger(__name__)
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
-CONTEXT_FULL = "the context of %d slots is full: the text ends here"
 
 
 @dataclass
@@ -82,7 +81,14 @@ def stream(
     stops = frozenset(stop_ids if stop_ids is not None else stop_token_ids(runner.manifest))
     stats = stats if stats is not None else GenerationStats()
     stats.prompt_tokens = len(ids)
-    return _pieces(runner, TextStream(tokenizer), ids, max_new_tokens, sampler or Sampler(), stops, stats)
+    return speak(
+        _steps(runner, ids, sampler or Sampler(), stats),
+        TextStream(tokenizer),
+        stats,
+        max_new_tokens=max_new_tokens,
+        stops=stops,
+        full=lambda: None if runner.remaining else runner.context_length,
+    )
 
 
 def encoded(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
@@ -109,39 +115,54 @@ def stop_token_ids(manifest: Mapping[str, Any] | None) -> tuple[int, ...]:
     return (int(ids),) if isinstance(ids, int) else tuple(int(token) for token in ids)
 
 
-def _pieces(
-    runner: StaticRunner,
+def speak(
+    steps: Iterator[Sequence[int]],
     text: TextStream,
-    ids: list[int],
-    max_new_tokens: int,
-    sampler: Sampler,
-    stops: frozenset[int],
     stats: GenerationStats,
+    *,
+    max_new_tokens: int,
+    stops: Container[int],
+    full: Callable[[], int | None],
 ) -> Iterator[str]:
-    loaded, started = runner.load_seconds, time.perf_counter()
-    runner.reset()
-    logits = runner.prefill([ids] * runner.batch)
-    stats.load_seconds = runner.load_seconds - loaded
-    stats.prefill_seconds = time.perf_counter() - started - stats.load_seconds
-    while True:
-        token = sampler(logits[:1])[0]
-        if token in stops:
-            stats.finish = "stop"
-            break
-        stats.tokens.append(token)
-        if piece := text.push(token):
-            yield piece
-        if len(stats.tokens) == max_new_tokens:
-            stats.finish = "length"
-            break
-        if runner.remaining == 0:
-            stats.finish = "context"
-            log.warning(CONTEXT_FULL, runner.context_length)
-            break
-        loaded, started = runner.load_seconds, time.perf_counter()
-        logits = runner.step([token] * runner.batch)
-        loading = runner.load_seconds - loaded
-        stats.load_seconds += loading
-        stats.decode_seconds += time.perf_counter() - started - loading
+    """Take tokens until the text ends, and yield it in pieces.
+
+    Args:
+        steps: tokens of one step after another; what it adds to `stats.load_seconds` meanwhile is not its speed.
+        stops: tokens that end the text, and are not of it.
+        full: asked after every step: how many slots the context has, None while there is room.
+    """
+    while stats.finish is None:
+        loaded, started = stats.load_seconds, time.perf_counter()
+        taken = next(steps)
+        seconds = time.perf_counter() - started - (stats.load_seconds - loaded)
+        if stats.tokens:
+            stats.decode_seconds += seconds
+        else:
+            stats.prefill_seconds = seconds
+        for token in taken:
+            if token in stops:
+                stats.finish = "stop"
+                break
+            stats.tokens.append(token)
+            if piece := text.push(token):
+                yield piece
+            if len(stats.tokens) == max_new_tokens:
+                stats.finish = "length"
+                break
+        else:
+            if slots := full():
+                stats.finish = "context"
+                log.warning("the context of %d slots is full: the text ends here", slots)
     if piece := text.flush():
         yield piece
+
+
+def _steps(runner: StaticRunner, ids: list[int], sampler: Sampler, stats: GenerationStats) -> Iterator[Sequence[int]]:
+    loaded = runner.load_seconds
+    runner.reset()
+    logits = runner.prefill([ids] * runner.batch)
+    while True:
+        stats.load_seconds, loaded = stats.load_seconds + runner.load_seconds - loaded, runner.load_seconds
+        token = sampler(logits[:1])[0]
+        yield [token]
+        logits = runner.step([token] * runner.batch)

@@ -11,7 +11,6 @@ does. The session is ONNX Runtime's, on the artifact's graph with another choice
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,11 +21,10 @@ import numpy as np
 from gemma_deploy.backends.ort.options import GRAPH
 from gemma_deploy.errors import ArtifactError, DeployError, UsageError
 from gemma_deploy.runtime.contract import check_tokens
-from gemma_deploy.runtime.generate import CONTEXT_FULL, GenerationStats, Prompt, check_length, encoded, stop_token_ids
+from gemma_deploy.runtime.generate import GenerationStats, Prompt, check_length, encoded, speak, stop_token_ids
 from gemma_deploy.runtime.session import VERIFY, load_file, open_graph
 from gemma_deploy.runtime.tokenizer import TextStream, Tokenizer
 
-log = logging.getLogger(__name__)
 MOST_TOKENS = 8  # in a step, the newest one and those guessed; below INTEGER_FROM, so that decoding's kernels run
 LONGEST, SHORTEST = 3, 2  # tokens that must have occurred before
 # Logits; the difference between tokens alone and together, see tests/runtime/test_lookup.py.
@@ -204,35 +202,23 @@ def stream(
     stats = stats if stats is not None else GenerationStats()
     stats.prompt_tokens, stats.load_seconds = len(ids), model.load_seconds
     room = min(len(ids) + max_new_tokens, model.context_length)
-    return _pieces(Greedy(model, ids, room), TextStream(tokenizer), max_new_tokens, stats)
+    greedy = Greedy(model, ids, room)
+    return speak(
+        _steps(greedy, stats),
+        TextStream(tokenizer),
+        stats,
+        max_new_tokens=max_new_tokens,
+        stops=model.stop_ids,
+        full=lambda: room if len(greedy.history.ids) == room else None,
+    )
 
 
-def _pieces(greedy: Greedy, text: TextStream, max_new_tokens: int, stats: GenerationStats) -> Iterator[str]:
-    started = time.perf_counter()
-    taken = [greedy.first()]
-    stats.prefill_seconds = time.perf_counter() - started
-    while stats.finish is None:
-        for token in taken:
-            if token in greedy.model.stop_ids:
-                stats.finish = "stop"
-                break
-            stats.tokens.append(token)
-            if piece := text.push(token):
-                yield piece
-            if len(stats.tokens) == max_new_tokens:
-                stats.finish = "length"
-                break
-        else:
-            if len(greedy.history.ids) == greedy.room:
-                stats.finish = "context"
-                log.warning(CONTEXT_FULL, greedy.room)
-                break
-            started = time.perf_counter()
-            taken = greedy.next()
-            stats.decode_seconds += time.perf_counter() - started
-            stats.steps = greedy.steps
-    if piece := text.flush():
-        yield piece
+def _steps(greedy: Greedy, stats: GenerationStats) -> Iterator[Sequence[int]]:
+    yield [greedy.first()]
+    while True:
+        taken = greedy.next()
+        stats.steps = greedy.steps
+        yield taken
 
 
 def _best(logits: np.ndarray, where: Path) -> tuple[int, float]:

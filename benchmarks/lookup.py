@@ -1,0 +1,111 @@
+"""Decoding that looks ahead beside decoding a token a step, in one process, in turns.
+
+    python benchmarks/lookup.py ARTIFACT [FILE ...] --tokens 128 --json result.json
+
+Each FILE is a prompt; without any, three are made of this repository's own files: prose that goes on, code that goes
+on, and a text to be repeated. Both ways run on one ONNX Runtime session; a difference of tokens is listed with how far
+the two largest logits lay apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_deploy import paths
+from gemma_deploy.artifact import Artifact
+from gemma_deploy.runtime import Tokenizer
+from gemma_deploy.runtime.lookup import Greedy, LookupModel, LookupSequence
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def own_prompts() -> dict[str, str]:
+    """Name -> text."""
+    prose = (paths.demo_checkpoint_dir() / "heldout.txt").read_text(encoding="utf-8")
+    code = (ROOT / "gemma_deploy" / "runtime" / "runner.py").read_text(encoding="utf-8")
+    return {
+        "prose": prose[5000:6200],
+        "code": code[3000:4500],
+        "repeat": f"{prose[:800]}\n\nThe same text again:\n{prose[:100]}",
+    }
+
+
+def plain(model: LookupModel, prompt: list[int], count: int) -> tuple[list[int], list[float], float]:
+    """A token a step: tokens, by how much each was ahead of the next best, seconds after the first."""
+    sequence, tokens, leads = LookupSequence(model, len(prompt) + count), [], []
+    rows, started = sequence.feed(prompt), 0.0
+    while True:
+        row = rows[-1]
+        tokens.append(int(row.argmax()))
+        largest, row[tokens[-1]] = float(row[tokens[-1]]), -np.inf
+        leads.append(largest - float(row.max()))
+        if len(tokens) == 1:
+            started = time.perf_counter()
+        if len(tokens) == count:
+            return tokens, leads, time.perf_counter() - started
+        rows = sequence.feed(tokens[-1:])
+
+
+def ahead(model: LookupModel, prompt: list[int], count: int) -> tuple[list[int], Greedy, float]:
+    """Looking ahead: tokens, what the search did, seconds after the first."""
+    greedy = Greedy(model, prompt, len(prompt) + count)
+    tokens = [greedy.first()]
+    started = time.perf_counter()
+    while len(tokens) < count:
+        tokens += greedy.next()
+    return tokens, greedy, time.perf_counter() - started
+
+
+def measure(model: LookupModel, prompt: list[int], count: int, repeat: int) -> dict[str, Any]:
+    """Both ways, in turns: medians."""
+    runs = [(plain(model, prompt, count), ahead(model, prompt, count)) for _ in range(repeat)]
+    (tokens, leads, _), (found, greedy, _) = runs[0]
+    first = next((at for at, (a, b) in enumerate(zip(tokens, found, strict=False)) if a != b), None)
+    one, several = (statistics.median(run[way][2] for run in runs) for way in (0, 1))
+    return {
+        "prompt_tokens": len(prompt),
+        "tokens": count,
+        "tok_s": (count - 1) / one,
+        "lookup_tok_s": (len(found) - 1) / several,
+        "ratio": (len(found) - 1) / (count - 1) * one / several,
+        "tokens_a_step": (len(found) - 1) / greedy.steps,
+        "guessed": greedy.guessed,
+        "right": greedy.right,
+        "first_difference": None if first is None else {"at": first, "lead": leads[first]},
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("prompts", type=Path, nargs="*")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    texts = {file.name: file.read_text(encoding="utf-8") for file in arguments.prompts} or own_prompts()
+    model = LookupModel(arguments.artifact, dict(Artifact.open(arguments.artifact).manifest), arguments.threads)
+    tokenizer, results = Tokenizer(arguments.artifact), {}
+    for name, text in texts.items():
+        results[name] = one = measure(model, tokenizer.encode(text), arguments.tokens, arguments.repeat)
+        print(
+            f"{name}: {one['tok_s']:.1f} -> {one['lookup_tok_s']:.1f} tokens/s ({one['ratio']:.2f} x, "
+            f"{one['tokens_a_step']:.2f} a step, {one['right']} of {one['guessed']} guesses right), "
+            f"first difference: {one['first_difference'] or 'none'}",
+            flush=True,
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
