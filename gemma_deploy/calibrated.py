@@ -107,7 +107,7 @@ def quantize_weights(
 ) -> Quantized:
     """Step 7: every decoder layer quantized on what the layers before it give; resumable per layer."""
     from gemma_deploy.calibration.executors import open_executor
-    from gemma_deploy.quantization.keeping import KEEP, KEEP_WIDE, LEAST_NOISE, linears_to_keep
+    from gemma_deploy.quantization.keeping import HEAVY_TAILED, KEEP, KEEP_WIDE, LEAST_NOISE, linears_to_keep
     from gemma_deploy.quantization.layers import layer_file, quantize_layers
     from gemma_deploy.quantization.observing import scratch_of
     from gemma_deploy.quantization.solver import Settings
@@ -149,9 +149,9 @@ def quantize_weights(
     files = [layer_file(folder, layer) for layer in range(checkpoint.config.num_hidden_layers)]
     kept = None
     if quantizer.activations:
-        share, least = (KEEP_WIDE, 0.0) if recipe.onnxruntime else (KEEP, LEAST_NOISE)
+        share, least, first = (KEEP_WIDE, 0.0, HEAVY_TAILED) if recipe.onnxruntime else (KEEP, LEAST_NOISE, None)
         share = share if given.keep_a16 is None else given.keep_a16
-        kept = linears_to_keep(records, checkpoint.config, share, least)
+        kept = linears_to_keep(records, checkpoint.config, share, least, first)
     used = asdict(settings) | {"true_sequential": given.true_sequential}
     give_memory_back()
     source = Overlay(checkpoint, [*files, table_file(folder)], records)

@@ -80,9 +80,9 @@ def _kernels(manifest: dict[str, Any]) -> list[LedgerEntry]:
     rows = (manifest.get("parity") or {}).get("measures", ())
     pairs = [row for row in rows if (row["reference"], row["test"]) == ("strict", "shipped")]
     found = {row["phase"]: row for row in reversed(pairs)}  # of text, which comes first, where there is any
+    measures = ("case", "positions", "kl_mean", "top1", "overturned")
     effects: dict[str, dict[str, Any]] = {
-        phase: {key: found[phase][key] for key in ("case", "positions", "kl_mean", "top1")} if phase in found else {}
-        for phase in ("prefill", "decode")
+        phase: {key: found[phase][key] for key in measures} if phase in found else {} for phase in ("prefill", "decode")
     }
     entries = [
         LedgerEntry(

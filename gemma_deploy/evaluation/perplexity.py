@@ -77,6 +77,7 @@ class Measured:
                 "kl_max": found.kl_max,
                 "top1": found.top1,
                 "near_ties": found.near_ties,
+                "overturned": found.overturned,
             }
         return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 

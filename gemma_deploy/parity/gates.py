@@ -133,6 +133,11 @@ def gates_of(scheme: str, int8_cache: bool) -> tuple[Gate, ...]:
 # What the kernels of ONNX Runtime's graph may lose in all, weights and activations: see README for the real 270M.
 SHIPPED_LIMITS = {"w8a16": 0.02, "w8a16_gptq": 0.015, "w8a8": 0.02, "w4a16": 0.6, "w4a16_gptq": 0.35}
 
+# Logits by which a token may lead in float32 products and yet lose to the kernels: microsoft/onnxruntime#29849 saw the
+# wrong token where activations are massive. Real 270M, 1,024 positions of WikiText-2: 27 tokens differ, and no lead is
+# above 0.34; 2,048 with w8a8's integer products: 0.64, and 2.05 before all of down_proj had 16 bits.
+MOST_OVERTURNED = 2.0
+
 
 def dynamic_gates(scheme: str) -> tuple[Gate, ...]:
     """The gates of an artifact for ONNX Runtime.
@@ -150,6 +155,7 @@ def dynamic_gates(scheme: str) -> tuple[Gate, ...]:
         *gates,
         Gate(("hf", "shipped"), "bad_test", 0),
         Gate(("hf", "shipped"), "kl_mean", SHIPPED_LIMITS[scheme], ("text",)),
+        Gate(("strict", "shipped"), "overturned", MOST_OVERTURNED, ("text",)),
     )
 
 
@@ -173,7 +179,7 @@ def judge(gate: Gate, measured: Mapping[tuple[str, str], Metrics], pooled: Mappi
         else [metrics for (case, _), metrics in measured.items() if case in gate.cases]
     )
     name = {"kl_mean": "mean KL", "ppl_delta": "perplexity change less 2 standard errors", "relative": "relative error",
-            "bad_test": "inf or NaN logits"}[gate.measure]  # fmt: skip
+            "bad_test": "inf or NaN logits", "overturned": "largest lead overturned"}[gate.measure]  # fmt: skip
     values = [_value(metrics, gate.measure) for metrics in chosen]
     bad = not values or any(not math.isfinite(value) for value in values)
     bad = bad or any(metrics.bad_test or metrics.bad_reference for metrics in chosen)

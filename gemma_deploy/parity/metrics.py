@@ -29,6 +29,7 @@ class Metrics:
         top1: share of positions whose arg max agrees.
         near_ties: disagreements whose reference margin (best logit minus second best) is below max_abs.
         disagreements: all positions whose arg max differs, near ties included.
+        overturned: the largest reference margin among them; 0 where there are none.
         greedy_prefix: leading positions of every row that agree, the smallest over rows.
         scored: positions with a target token.
         ppl_reference: perplexity of the targets under the reference.
@@ -50,6 +51,7 @@ class Metrics:
     top1: float
     near_ties: int
     disagreements: int
+    overturned: float
     greedy_prefix: int
     scored: int
     ppl_reference: float
@@ -176,6 +178,7 @@ class Comparison:
             top1=1.0 - len(self._margins) / good if good else nan,
             near_ties=sum(margin < max_abs for margin in self._margins),
             disagreements=len(self._margins),
+            overturned=max(self._margins, default=0.0),
             greedy_prefix=min(self._prefix.values(), default=0),
             scored=len(nll),
             ppl_reference=ppl_ref,

@@ -6,7 +6,9 @@ every weight once a step whatever the number of tokens, so that a right guess co
 
 Kernels add in another order for several tokens than for one, and rounding to int8 makes that visible (`NEAR_TIE`).
 Where the two largest logits lie closer together, the token is computed again on its own, as decoding without lookup
-does. The session is ONNX Runtime's, on the artifact's graph with another choice of positions (backends/ort/several.py).
+does. What int8 kernels leave in the cache still depends on the company a token had, so that a near tie can end in
+another way; in fp32 the tokens are the same. The session is ONNX Runtime's, on the artifact's graph with another choice
+of positions (backends/ort/several.py).
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ from gemma_deploy.runtime.tokenizer import TextStream, Tokenizer
 
 MOST_TOKENS = 8  # in a step, the newest one and those guessed; below INTEGER_FROM, so that decoding's kernels run
 LONGEST, SHORTEST = 3, 2  # tokens that must have occurred before
-# Logits; the difference between tokens alone and together, see tests/runtime/test_lookup.py.
-NEAR_TIE = {"fp32": 1e-3, "int8": 0.25}
+# Logits. Alone and among others the lead of a token differs by 2e-5 in fp32; with int8 kernels, real 270M, 440 tokens
+# of WikiText-2, by 0.06 (median), 0.3 to 0.4 (99 %), 0.7 (most).
+NEAR_TIE = {"fp32": 1e-3, "int8": 0.5}
 
 
 class History:

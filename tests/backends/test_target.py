@@ -140,6 +140,9 @@ def test_the_kernels_are_listed_in_the_manifest_and_the_ledger(compiled):
             assert entry["effect"]["case"] == "text"
             assert 0 < entry["effect"]["kl_mean"] < 0.02
             assert entry["effect"]["top1"] > 0.8
+            assert 0 <= entry["effect"]["overturned"] < 1
+        lines = [one for one in manifest_of(folder)["parity"]["lines"] if "lead overturned" in str(one)]
+        assert [line["comparison"] for line in lines] == ["strict = shipped"] * (count > 0)
     where = [one["where"] for one in manifest_of(fast)["ledger"] if one["what"].startswith("activations rounded")]
     assert [name.split(" ")[0] for name in where] == ["MatMulNBits", "MatMulIntegerToFloat"]
     wide: dict = {"kernels": kernels | {"wide": ["model.layers.0.mlp.down_proj"]}}

@@ -27,7 +27,7 @@ def line(gate, **measures):
     return judge(gate, measured, {"text": changed, "random": GOOD})
 
 
-@pytest.mark.parametrize("measure", ["relative", "kl_mean", "bad_test", "ppl_delta"])
+@pytest.mark.parametrize("measure", ["relative", "kl_mean", "bad_test", "ppl_delta", "overturned"])
 @pytest.mark.parametrize("pooled", [False, True])
 def test_at_the_limit_passes_and_above_fails(measure, pooled):
     gate = Gate(PAIR, measure, 1.0, pooled=pooled)

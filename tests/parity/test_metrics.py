@@ -49,6 +49,7 @@ def test_every_measure_equals_its_formula(logits):
         "ppl_test": math.exp(nll_q.mean()),
         "ppl_delta": math.exp(nll_q.mean() - nll_p.mean()) - 1,
         "ppl_error": (nll_q - nll_p).std(ddof=1) / math.sqrt(N),
+        "overturned": margins.max(),
     }
     # sums over 96 float32 logits: a few times 2**-24
     assert {key: getattr(got, key) for key in expected} == pytest.approx(expected, rel=2e-6)
@@ -68,7 +69,7 @@ def test_equal_logits_differ_in_nothing(logits):
     reference, _, targets = logits
     got = compare_logits(reference, reference.copy(), targets)
     assert (got.max_abs, got.relative, got.kl_mean, got.kl_max, got.ppl_delta, got.ppl_error) == (0,) * 6
-    assert (got.top1, got.greedy_prefix, got.disagreements) == (1, N, 0)
+    assert (got.top1, got.greedy_prefix, got.disagreements, got.overturned) == (1, N, 0, 0)
     assert got.cosine == pytest.approx(1, abs=1e-6)
 
 
@@ -111,8 +112,10 @@ def test_a_near_tie_is_told_from_a_wrong_answer():
     assert (tie.disagreements, tie.near_ties) == (1, 0)  # the margin 0.001 is not below the largest difference 0.001
     tie = compare_logits(np.array([[1.0, 0.9995, -4]]), np.array([[0.999, 1.0, -4]]))
     assert (tie.disagreements, tie.near_ties) == (1, 1)
+    assert tie.overturned == pytest.approx(0.0005)
     wrong = compare_logits(np.array([[3.0, 1.0]] * 2), np.array([[3.0, 1.0], [2.0, 2.1]]))
     assert (wrong.disagreements, wrong.near_ties, wrong.top1, wrong.greedy_prefix) == (1, 0, 0.5, 1)
+    assert wrong.overturned == 2
 
 
 def test_the_greedy_prefix_is_the_shortest_of_the_rows_and_ends_at_the_first_miss():

@@ -1,6 +1,7 @@
 """w8a8: rounding per token, factors that serve it, the linears that are spared, and the artifact that says so."""
 
 import json
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -145,6 +146,13 @@ def test_the_noisiest_are_kept_within_the_share(checkpoint):
     down = np.prod(shapes["model.layers.1.mlp.down_proj.weight"]) / sum(np.prod(shape) for shape in shapes.values())
     assert linears_to_keep(found, config, 1.01 * down) == ("model.layers.1.mlp.down_proj",)
     assert linears_to_keep(found, config, 0.99 * down) == ()
+    # those named come first whatever the noise of others, by their own
+    kept = partial(linears_to_keep, found, config, least=0.0, first="mlp.down_proj")
+    every = tuple(f"model.layers.{layer}.mlp.down_proj" for layer in range(3))
+    assert kept(3.01 * down) == every
+    assert kept(2.01 * down) == every[1:]
+    room = sum(np.prod(shapes[f"{name}.weight"]) for name in attention) / sum(map(np.prod, shapes.values()))
+    assert set(kept(3.001 * down + room)) == {*every, *attention}
 
 
 @pytest.fixture(scope="module")
