@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,8 @@ def _graph_problems(params: Sequence[ParamRow], file: Path, shown: str, views: b
         if row is None or ONNX_DTYPES.get(tensor.data_type) != row.dtype:
             if not (views and _shows_whole_rows(params, got)):
                 problems.append(f"{shown}: {tensor.name} has no row in the manifest")
+            elif got[2] != (needed := _nbytes(tensor)):
+                problems.append(f"{shown}: {tensor.name} shows {got[2]} bytes, its shape and dtype say {needed}")
             continue
         says = (PARAMS, row.offset, row.nbytes)
         if got != says:
@@ -100,6 +103,13 @@ def _graph_problems(params: Sequence[ParamRow], file: Path, shown: str, views: b
         if (ONNX_DTYPES.get(tensor.data_type), tuple(tensor.dims)) != (row.dtype, row.shape):
             problems.append(f"{shown}: {tensor.name} has another dtype or shape than its row")
     return problems
+
+
+def _nbytes(tensor: onnx.TensorProto) -> int:
+    """Of the values, two of 4 bits to a byte."""
+    kind = ONNX_DTYPES.get(tensor.data_type, "")
+    half_bytes = 1 if kind.endswith("int4") else 2 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return -(-math.prod(tensor.dims) * half_bytes // 2)
 
 
 def _shows_whole_rows(params: Sequence[ParamRow], span: tuple[str | None, int, int]) -> bool:

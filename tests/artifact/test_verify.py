@@ -300,6 +300,16 @@ def test_a_view_behind_the_file_or_of_nothing(viewed_copy):
     assert any(problem.startswith("model.onnx: ") for problem in problems(viewed_copy))
 
 
+def test_a_view_of_another_size_than_its_shape(viewed_copy):
+    """Whole rows, but a row less than the kernel will read."""
+    row = row_of(viewed_copy, "model.layers.0.self_attn.k_proj.weight")
+    q, v = (row_of(viewed_copy, f"model.layers.0.self_attn.{name}_proj.weight") for name in "qv")
+    whole = q.nbytes + row.nbytes + v.nbytes
+    shown_as(viewed_copy, QKV, q.offset, q.nbytes + row.nbytes)
+    expected = f"model.onnx: {QKV} shows {q.nbytes + row.nbytes} bytes, its shape and dtype say {whole}"
+    assert expected in problems(viewed_copy)
+
+
 def test_a_view_over_a_gap(viewed_copy):
     """Rows that do not lie behind one another, as another writer might leave them."""
     one, two = (row_of(viewed_copy, f"model.layers.0.self_attn.{name}_proj.weight") for name in "qk")
