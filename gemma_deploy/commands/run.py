@@ -67,9 +67,8 @@ def command(
     done = GenerationStats()
     text: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
     if lookup:
-        pieces = _looked_up(opened, text, max_new_tokens, sampling, threads, strict, done)
-    else:
-        pieces = _pieces(opened, text, max_new_tokens, sampling, threads, strict, done)
+        _refuse_lookup(opened, sampling, strict)
+    pieces = _pieces(opened, text, max_new_tokens, sampling, threads, strict, lookup, done)
     waiting, interrupted = "" if chat else prompt, False  # a prompt is shown when its continuation begins
     try:
         for piece in pieces:
@@ -91,11 +90,16 @@ def _pieces(
     sampling: Sampling,
     threads: int,
     strict: bool,
+    lookup: bool,
     done: GenerationStats,
 ) -> Iterator[str]:
     from gemma_deploy.errors import UsageError
     from gemma_deploy.runtime import GenaiModel, StaticRunner, Tokenizer, genai, generate
+    from gemma_deploy.runtime import lookup as ahead
 
+    if lookup:
+        searched, tokenizer = ahead.LookupModel(artifact.path, artifact.manifest, threads), Tokenizer(artifact.path)
+        return ahead.stream(searched, tokenizer, text, max_new_tokens=max_new_tokens, stats=done)
     if runs_in_genai(artifact.manifest):
         if strict:
             raise UsageError(
@@ -114,17 +118,8 @@ def _pieces(
     )
 
 
-def _looked_up(
-    artifact: Artifact,
-    text: Prompt,
-    max_new_tokens: int,
-    sampling: Sampling,
-    threads: int,
-    strict: bool,
-    done: GenerationStats,
-) -> Iterator[str]:
+def _refuse_lookup(artifact: Artifact, sampling: Sampling, strict: bool) -> None:
     from gemma_deploy.errors import UsageError
-    from gemma_deploy.runtime import Tokenizer, lookup
 
     problems = []
     if not runs_in_genai(artifact.manifest):
@@ -141,5 +136,3 @@ def _looked_up(
             expected="greedy decoding of an artifact of backend.type onnxruntime",
             next_step="leave --lookup out",
         )
-    model, tokenizer = lookup.LookupModel(artifact.path, artifact.manifest, threads), Tokenizer(artifact.path)
-    return lookup.stream(model, tokenizer, text, max_new_tokens=max_new_tokens, stats=done)
