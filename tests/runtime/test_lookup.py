@@ -126,7 +126,7 @@ def test_tokens_together_differ_from_tokens_alone_by_less_than_a_near_tie(genai_
     found = together.feed(more)
     assert found.shape == (len(more), model.vocab_size)
     difference = float(np.abs(found - expected).max())
-    assert difference <= {"fp32": 2e-5, "int8": 2e-2}[dtype] < model.near_tie
+    assert difference <= {"fp32": 2e-5, "int8": 5e-2}[dtype] < model.near_tie  # other processors, other kernels
     assert float(np.abs(found[1:] - expected[:-1]).max()) > 0.1  # rows belong to their tokens
 
 
