@@ -16,12 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gemma_deploy import paths
 from gemma_deploy.artifact import Artifact
 from gemma_deploy.runtime import Tokenizer
-from gemma_deploy.runtime.lookup import Greedy, LookupModel, LookupSequence
+from gemma_deploy.runtime.lookup import Greedy, LookupModel, LookupSequence, best_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,10 +40,9 @@ def plain(model: LookupModel, prompt: list[int], count: int) -> tuple[list[int],
     sequence, tokens, leads = LookupSequence(model, len(prompt) + count), [], []
     rows, started = sequence.feed(prompt), 0.0
     while True:
-        row = rows[-1]
-        tokens.append(int(row.argmax()))
-        largest, row[tokens[-1]] = float(row[tokens[-1]]), -np.inf
-        leads.append(largest - float(row.max()))
+        token, lead = best_of(rows[-1], model.path)
+        tokens.append(token)
+        leads.append(lead)
         if len(tokens) == 1:
             started = time.perf_counter()
         if len(tokens) == count:

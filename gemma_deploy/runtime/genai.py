@@ -18,7 +18,7 @@ import numpy as np
 from gemma_deploy.backends.ort.genai import CONFIG_FILE
 from gemma_deploy.errors import ArtifactError, DeployError, UsageError
 from gemma_deploy.runtime.contract import REBUILD, check_tokens
-from gemma_deploy.runtime.generate import GenerationStats, Prompt, check_length, encoded, speak
+from gemma_deploy.runtime.generate import GenerationStats, Prompt, check_context, check_length, encoded, speak
 from gemma_deploy.runtime.sampling import Sampling
 from gemma_deploy.runtime.session import PARAMS
 from gemma_deploy.runtime.tokenizer import TextStream, Tokenizer
@@ -136,14 +136,7 @@ class GenaiSession:
         check_length(max_new_tokens)
         if not ids:
             raise UsageError("the prompt is empty: it needs at least the BOS token", where=str(self.model.path))
-        before = self._generator.token_count()
-        if before + len(ids) >= self.model.context_length:
-            prompt = f"the prompt has {len(ids)} tokens" if not before else f"with {len(ids)} more tokens on {before}"
-            raise UsageError(
-                f"{prompt}, this artifact's context is {self.model.context_length} tokens, the answer included",
-                where=str(self.model.path),
-                next_step="shorten it, or compile with a longer second length in frontend.shape.input_ids",
-            )
+        check_context(len(ids), self.model.context_length, str(self.model.path), self._generator.token_count())
         check_tokens(ids, self.model.vocab_size, "prompt")
         stats = stats if stats is not None else GenerationStats()
         stats.prompt_tokens = len(ids)

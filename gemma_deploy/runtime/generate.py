@@ -109,6 +109,24 @@ def check_length(max_new_tokens: int) -> None:
         raise UsageError(f"max_new_tokens is {max_new_tokens}", expected="1 or more")
 
 
+def check_context(tokens: int, context_length: int, where: str, before: int = 0) -> None:
+    """Refuse a prompt that leaves no room for an answer.
+
+    Args:
+        tokens: of the prompt; before: there are already.
+
+    Raises:
+        UsageError: the context is too short for them.
+    """
+    if before + tokens >= context_length:
+        prompt = f"the prompt has {tokens} tokens" if not before else f"with {tokens} more tokens on {before}"
+        raise UsageError(
+            f"{prompt}, this artifact's context is {context_length} tokens, the answer included",
+            where=where,
+            next_step="shorten it, or compile with a longer second length in frontend.shape.input_ids",
+        )
+
+
 def stop_token_ids(manifest: Mapping[str, Any] | None) -> tuple[int, ...]:
     """Every token that ends a text, from the manifest's `model.eos_token_ids`; empty without a manifest."""
     ids = ((manifest or {}).get("model") or {}).get("eos_token_ids") or ()

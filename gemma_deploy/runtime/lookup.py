@@ -23,7 +23,15 @@ import numpy as np
 from gemma_deploy.backends.ort.options import GRAPH
 from gemma_deploy.errors import ArtifactError, DeployError, UsageError
 from gemma_deploy.runtime.contract import check_tokens
-from gemma_deploy.runtime.generate import GenerationStats, Prompt, check_length, encoded, speak, stop_token_ids
+from gemma_deploy.runtime.generate import (
+    GenerationStats,
+    Prompt,
+    check_context,
+    check_length,
+    encoded,
+    speak,
+    stop_token_ids,
+)
 from gemma_deploy.runtime.session import VERIFY, load_file, open_graph
 from gemma_deploy.runtime.tokenizer import TextStream, Tokenizer
 
@@ -150,7 +158,7 @@ class Greedy:
 
     def first(self) -> int:
         """Read the prompt and choose a token."""
-        return self._take(_best(self.sequence.feed(self.history.ids)[-1], self.model.path)[0])
+        return self._take(best_of(self.sequence.feed(self.history.ids)[-1], self.model.path)[0])
 
     def next(self) -> list[int]:
         """Tokens of one step, one at least."""
@@ -159,10 +167,10 @@ class Greedy:
         rows, taken = self.sequence.feed([newest, *guess]), []
         self.steps += 1
         for place, row in enumerate(rows):
-            token, lead = _best(row, self.model.path)
+            token, lead = best_of(row, self.model.path)
             if guess and lead < self.model.near_tie:
                 self.sequence.length = start + place
-                token, _ = _best(self.sequence.feed([[newest, *guess][place]])[-1], self.model.path)
+                token, _ = best_of(self.sequence.feed([[newest, *guess][place]])[-1], self.model.path)
                 self.steps += 1
             taken.append(self._take(token))
             if place == len(guess) or guess[place] != token or token in self.model.stop_ids:
@@ -194,13 +202,7 @@ def stream(
     """
     check_length(max_new_tokens)
     ids = encoded(tokenizer, prompt)
-    if len(ids) >= model.context_length:
-        raise UsageError(
-            f"the prompt has {len(ids)} tokens, this artifact's context is {model.context_length} tokens, the answer "
-            "included",
-            where=str(model.path),
-            next_step="shorten it, or compile with a longer second length in frontend.shape.input_ids",
-        )
+    check_context(len(ids), model.context_length, str(model.path))
     check_tokens(ids, model.vocab_size, "prompt")
     stats = stats if stats is not None else GenerationStats()
     stats.prompt_tokens, stats.load_seconds = len(ids), model.load_seconds
@@ -224,7 +226,7 @@ def _steps(greedy: Greedy, stats: GenerationStats) -> Iterator[Sequence[int]]:
         yield taken
 
 
-def _best(logits: np.ndarray, where: Path) -> tuple[int, float]:
+def best_of(logits: np.ndarray, where: Path) -> tuple[int, float]:
     """The token of the largest of logits [V], and by how much it is ahead of the second. Changes the logits."""
     token = int(logits.argmax())
     largest = float(logits[token])

@@ -55,25 +55,15 @@ def open_session(
     """
     import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # what ORT refuses is raised as well
-    if mode == "strict":
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry("session.disable_prepacking", "1")
+    options = _options(path.parent, threads, mode == "strict")
     if dump is not None:
         options.optimized_model_filepath = str(dump)
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     arrays = arrays if arrays is not None else {}
     model, names = changed_graph(path, mode, outputs, arrays, stages)
     given = [ort.OrtValue.ortvalue_from_numpy(arrays[name]) for name in names]
     if given:
         options.add_external_initializers(names, given)
-    try:
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ORT's own have no common base
-        reason = str(error).splitlines()[0]
-        raise ArtifactError(f"ONNX Runtime refuses it: {reason}", where=str(path), next_step=VERIFY) from error
+    session = _opened(model, options, path)
     session.given = given  # ORT reads them where they lie, on processors for which it does not pack weights
     return session
 
@@ -157,6 +147,14 @@ def open_graph(model: ir.Model, folder: Path, *, strict: bool = False, threads: 
         ArtifactError: ONNX Runtime refuses it.
     """
     import onnx_ir as ir
+
+    options = _options(folder, threads, strict)
+    if strict:
+        options.enable_cpu_mem_arena = False
+    return _opened(ir.to_proto(model).SerializeToString(), options, folder)
+
+
+def _options(folder: Path, threads: int, strict: bool) -> ort.SessionOptions:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -164,11 +162,16 @@ def open_graph(model: ir.Model, folder: Path, *, strict: bool = False, threads: 
     options.log_severity_level = 4  # what ORT refuses is raised as well
     if strict:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.enable_cpu_mem_arena = False
         options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return options
+
+
+def _opened(model: str | bytes, options: ort.SessionOptions, where: Path) -> ort.InferenceSession:
+    import onnxruntime as ort
+
     try:
-        return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ORT's own have no common base
         reason = str(error).splitlines()[0]
-        raise ArtifactError(f"ONNX Runtime refuses it: {reason}", where=str(folder), next_step=VERIFY) from error
+        raise ArtifactError(f"ONNX Runtime refuses it: {reason}", where=str(where), next_step=VERIFY) from error

@@ -187,7 +187,7 @@ def test_what_does_not_fit_is_refused(genai_artifact):
     with pytest.raises(UsageError, match="--lookup is for CPUs"):
         LookupModel(artifact, {"recipe": {"backend": {"dtype": "bf16"}}})
     with pytest.raises(DeployError, match="nan"):
-        lookup._best(np.array([1.0, np.nan]), artifact)
+        lookup.best_of(np.array([1.0, np.nan]), artifact)
 
 
 def test_run_looks_up(genai_artifact, capfd):

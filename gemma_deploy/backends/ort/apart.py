@@ -89,19 +89,21 @@ def widen(model: ir.Model) -> None:
             node.replace_input_with(index, cast.outputs[0])
 
 
-class _Before:
+class Before:
     """Adds nodes in front of one and lets its readers read the last of them."""
 
     def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
         self.graph, self.node, self.name = graph, node, str(node.outputs[0].name)
 
     def add(self, op_type: str, inputs: list[ir.Value], what: str, **attributes: Any) -> ir.Value:
+        """The first output of a new node, named after the old one's and `what`."""
         made = ir.node(op_type, inputs, attributes, domain=MICROSOFT if op_type == "FusedMatMul" else "")
         made.outputs[0].name = f"{self.name}.{what}"
         self.graph.insert_before(self.node, made)
         return made.outputs[0]
 
     def constant(self, array: np.ndarray, what: str) -> ir.Value:
+        """An initializer, named likewise."""
         name = f"{self.name}.{what}"
         tensor = ir.tensor(array, name=name)
         value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
@@ -109,6 +111,7 @@ class _Before:
         return value
 
     def replace(self, value: ir.Value) -> None:
+        """Let the readers of the old node read a float32 value; the node goes."""
         old = self.node.outputs[0]
         value.name, value.shape, value.type = old.name, old.shape, ir.TensorType(ir.DataType.FLOAT)
         old.name = None
@@ -182,7 +185,7 @@ def _sizes(value: ir.Value) -> tuple[int, ...]:
 
 def _block_product(graph: ir.Graph, node: ir.Node) -> None:
     x, codes, scales = (_input(node, index) for index in range(3))
-    here, size = _Before(graph, node), node.attributes
+    here, size = Before(graph, node), node.attributes
     shape = (size["N"].as_int(), size["K"].as_int())
     here.product(x, here.dequantized(codes, scales, size["bits"].as_int(), shape, x))
 
@@ -192,19 +195,19 @@ def _integer_product(graph: ir.Graph, node: ir.Node) -> None:
     x, turned, scales = _input(node, 0), _input(node, 1), _input(node, 3)
     codes = _input(_maker(_input(_maker(turned), 0)), 0)  # before the transposition and the change of sign
     rows, columns = _sizes(codes)
-    here = _Before(graph, node)
+    here = Before(graph, node)
     here.product(x, here.dequantized(codes, scales, 8, (rows, columns), x))
 
 
 def _not_rounded(graph: ir.Graph, node: ir.Node) -> None:
-    here = _Before(graph, node)
+    here = Before(graph, node)
     here.replace(here.add("Identity", [_input(node, 0)], "exact"))
 
 
 def _rows(graph: ir.Graph, node: ir.Node) -> None:
     """Rows of the table: codes less 128, times the scales of their groups."""
     table, ids = _input(node, 0), _input(node, 1)
-    here, scales = _Before(graph, node), _repeated(_input(node, 2))
+    here, scales = Before(graph, node), _repeated(_input(node, 2))
     codes = here.add("Cast", [here.add("Gather", [table, ids], "rows", axis=0)], "wide", to=ir.DataType.FLOAT.value)
     signed = here.add("Sub", [codes, here.constant(np.array(128.0, np.float32), "zero")], "signed")
     groups, width = (*_sizes(scales), 1)[1], _sizes(table)[1]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import onnx_ir as ir
 
-from gemma_deploy.backends.ort.apart import CHOSEN, drop_unread
+from gemma_deploy.backends.ort.apart import CHOSEN, Before, drop_unread
 
 
 def last_positions(model: ir.Model, most: int) -> None:
@@ -17,28 +15,17 @@ def last_positions(model: ir.Model, most: int) -> None:
     """
     graph = model.graph
     chosen = [node for node in graph if str(node.outputs[0].name).endswith(CHOSEN)]
-    made: list[ir.Node] = []
+    here = Before(graph, chosen[0])
 
-    def add(op_type: str, inputs: list[ir.Value], name: str, **attributes: Any) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes)
-        node.outputs[0].name = f"last_positions.{name}"
-        made.append(node)
-        return node.outputs[0]
-
-    def constant(number: int | list[int], name: str) -> ir.Value:
-        array = np.asarray(number, np.int64)
-        tensor = ir.tensor(array, name=f"last_positions.{name}")
-        shape = ir.Shape(array.shape)
-        value = ir.Value(name=tensor.name, const_value=tensor, shape=shape, type=ir.TensorType(tensor.dtype))
-        graph.register_initializer(value)
-        return value
+    def constant(number: int | list[int], what: str) -> ir.Value:
+        return here.constant(np.asarray(number, np.int64), what)
 
     ids = next(value for value in graph.inputs if value.name == "input_ids")
-    count = add("Squeeze", [add("Shape", [ids], "size", start=1, end=2)], "count")
-    first = add("Max", [add("Sub", [count, constant(most, "most")], "before"), constant(0, "zero")], "first")
-    rows = add("Range", [first, count, constant(1, "one")], "rows")
-    index = add("Unsqueeze", [rows, constant([0, 2], "axes")], "index")
-    graph.insert_before(chosen[0], made)
+    count = here.add("Squeeze", [here.add("Shape", [ids], "size", start=1, end=2)], "count")
+    before = here.add("Sub", [count, constant(most, "most")], "before")
+    first = here.add("Max", [before, constant(0, "zero")], "first")
+    rows = here.add("Range", [first, count, constant(1, "one")], "rows")
+    index = here.add("Unsqueeze", [rows, constant([0, 2], "axes")], "index")
     for node in chosen:
         node.replace_input_with(1, index)
     drop_unread(graph)
