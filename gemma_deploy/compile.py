@@ -224,9 +224,9 @@ def stream_params(
     parts = parts_of(source.config.num_hidden_layers, recipe.split_points, recipe.ranks)
     stored = source.stored if isinstance(source, Overlay) else None
     storage = recipe.storage_for(source.config.hidden_size)
-    lengths, cache, unsigned = recipe.context_length, recipe.int8_cache, backend_for(recipe).unsigned
+    lengths, cache, form = recipe.context_length, recipe.int8_cache, backend_for(recipe).codes(recipe)
     plans = [
-        build_plan(source.config, scheme_of(recipe), lengths, rescaling, part, stored, storage, cache, unsigned)
+        build_plan(source.config, scheme_of(recipe), lengths, rescaling, part, stored, storage, cache, form)
         for part in parts
     ]
     total = sum(spec.nbytes for plan in plans for spec in plan)

@@ -308,8 +308,8 @@ def _parity_stage(recipe: Recipe, config: ModelConfig, tensors: Mapping[str, Ten
     positions = max(recipe.batch * width, 2 * recipe.batch * (tokens + steps))
     activations = 4 * positions * (3 * config.intermediate_size + 2 * config.num_attention_heads * width)
     ram = BASE_BYTES + TOKENIZER_BYTES + LOGIT_BYTES + BLOCK_BYTES + activations
-    if recipe.onnxruntime:  # the session a user will open, its weights packed for one kernel or for two
-        ram += int(elements * (SESSION_BYTES if recipe.int8_weights else 4) * (2 if recipe.prefill == "fast" else 1))
+    if recipe.onnxruntime:  # the session a user will open, its weights packed
+        ram += int(elements * (SESSION_BYTES if recipe.int8_weights else 4))
     flops = 2.0 * sum(layers) * 2 * recipe.batch * (width + TORCH_RUNS * (tokens + steps))
     seconds = IMPORT_SECONDS + flops / FLOPS_PER_S + (TORCH_RUNS + 2) * 4 * elements / STREAM_BYTES_PER_S
     return Stage("parity", f"{tokens} + {steps} tokens, text and random", ram, 0, seconds)

@@ -55,6 +55,19 @@ class Storage:
         return cls(Codes(**values["linears"]), None if values["table"] is None else Codes(**values["table"]))
 
 
+@dataclass(frozen=True)
+class CodeForm:
+    """How codes lie in the parameter file.
+
+    Args:
+        unsigned: with a zero point in the middle of their range, as ONNX Runtime's kernels want them.
+        turned: those of linears [in, out] instead of [out, in], and signed: the right operand of an integer product.
+    """
+
+    unsigned: bool = False
+    turned: bool = False
+
+
 # Names in recipes (`frontend.quantize.table`).
 TABLES: Mapping[str, Codes | None] = {
     "int8": Codes(),

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gemma_deploy.backends import backend_of
-from gemma_deploy.backends.ort.options import INTEGER_FROM
 from gemma_deploy.quantization.rescaling import MLP, Rescaling
 from gemma_deploy.schemes import QUANTIZERS, Storage
 
@@ -73,7 +72,7 @@ def ledger_for(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _kernels(manifest: dict[str, Any]) -> list[LedgerEntry]:
-    """What ONNX Runtime's int8 kernels round besides the weights; the effect is against float32 products on them."""
+    """What ONNX Runtime's int8 kernels round besides the weights; the effect, of all of them, is against float32."""
     kernels = manifest.get("kernels")
     if not kernels:
         return []
@@ -88,20 +87,19 @@ def _kernels(manifest: dict[str, Any]) -> list[LedgerEntry]:
         LedgerEntry(
             f"activations rounded to 8 bits, a scale for each token and {kernels['block']} input channels (or group of "
             "grouped weights)",
-            "MatMulNBits of every linear and of the LM head"
-            + (f", where fewer than {INTEGER_FROM} tokens come at a time" if kernels["integer"] else ""),
+            "MatMulNBits of the LM head" if kernels["integer"] else "MatMulNBits of every linear and of the LM head",
             "accuracy level 4, the only one that runs at the speed of the memory",
             effects["decode"],
         )
     ]
     if kernels["integer"]:
-        wide, linears = kernels["wide"], 7 * manifest["model"]["num_hidden_layers"] - 4  # see integer_linears
-        but = f"; to 16 bits before {len(wide)} linears ({', '.join(wide)})" if wide else ""
-        how = "16 bits with a scale per token" if len(wide) == linears else f"8 bits with a scale per token{but}"
+        wide, linears = kernels["wide"], 7 * manifest["model"]["num_hidden_layers"]
+        but = f"; to 14 bits before {len(wide)} linears ({', '.join(wide)})" if wide else ""
+        how = "14 bits with a scale per token" if len(wide) == linears else f"8 bits with a scale per token{but}"
         entries.append(
             LedgerEntry(
                 f"activations rounded to {how}",
-                f"MatMulIntegerToFloat of every linear, where {INTEGER_FROM} tokens or more come at a time",
+                "MatMulIntegerToFloat of every linear",
                 "backend.compile.prefill fast: integer products of whole rows",
                 effects["prefill"],
             )

@@ -9,14 +9,17 @@ from gemma_deploy.backends.target import PARAMS, Job
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.graph.contract import GRAPHS, GraphContract, Scheme
 from gemma_deploy.recipe import Recipe
-from gemma_deploy.schemes import stored_scheme
+from gemma_deploy.schemes import CodeForm, stored_scheme
 
 
 class StaticPair:
     """See target.py."""
 
     graphs: Sequence[str] = GRAPHS
-    unsigned = False
+
+    def codes(self, recipe: Recipe) -> CodeForm:
+        """Signed."""
+        return CodeForm()
 
     def contract(self, recipe: Recipe, config: ModelConfig) -> GraphContract:
         """Of `ranks` ranks joined, with all their KV heads."""

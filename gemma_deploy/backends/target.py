@@ -15,6 +15,7 @@ from gemma_deploy.params import ParamTable
 from gemma_deploy.partition import Part
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.recipe import Recipe
+from gemma_deploy.schemes import CodeForm
 
 PARAMS = "params.safetensors"
 
@@ -44,9 +45,8 @@ class Backend(Protocol):
     def graphs(self) -> Sequence[str]:
         """Names of the graphs of a part, without `.onnx`."""
 
-    @property
-    def unsigned(self) -> bool:
-        """Whether codes are stored with a zero point (`params.build_plan`)."""
+    def codes(self, recipe: Recipe) -> CodeForm:
+        """How codes are stored."""
 
     def contract(self, recipe: Recipe, config: ModelConfig) -> GraphContract:
         """Names, dtypes and shapes of the whole model's inputs and outputs."""

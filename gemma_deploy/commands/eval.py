@@ -15,7 +15,7 @@ EPILOG = """\b
 Examples:
   gemma-deploy eval workspace/NAME --task ppl --text wikitext2_valid.txt --windows 32
   gemma-deploy eval workspace/NAME --task ppl --against workspace/OTHER
-  gemma-deploy eval workspace/NAME --task ppl --kernels decode
+  gemma-deploy eval workspace/NAME --task ppl --kernels strict
   gemma-deploy eval /models/gemma-3-270m --task ppl --text book.txt --seqlen 1024
   gemma-deploy eval workspace/NAME --task ceval --path ceval-exam.zip --shots 5
   gemma-deploy eval workspace/NAME --task ceval --path ceval-exam.zip --shots 0 --against hf --limit 20
@@ -46,9 +46,8 @@ Examples:
 @click.option("--limit", type=click.IntRange(min=1), help="ceval: only the first questions of each subject.")
 @click.option(
     "--kernels",
-    type=click.Choice(["shipped", "decode", "strict"]),
-    help="Of an ONNX Runtime artifact: those that windows meet, those of single tokens, or float32 products on its "
-    "weights  [default: shipped]",
+    type=click.Choice(["shipped", "strict"]),
+    help="Of an ONNX Runtime artifact: those it ships, or float32 products on its weights  [default: shipped]",
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the result there.")
 @click.option("--record/--no-record", default=True, help="Keep it in the artifact and its report.  [default: record]")

@@ -30,7 +30,7 @@ from gemma_deploy.runtime import Tokenizer
 TOKENS_AT_ONCE = 2048  # positions that go through the layers together: a matrix is read once for all of them
 LOGITS_BYTES = 128 << 20  # logits of one model; a larger block means fewer passes over the table
 Tokens = tuple[int, ...]
-KERNELS = ("shipped", "decode", STRICT)
+KERNELS = ("shipped", STRICT)
 
 
 @dataclass(frozen=True)
@@ -215,10 +215,8 @@ def _open_artifact(path: Path, kernels: str | None = None) -> Model:
 
 
 def _source(path: Path, kernels: str) -> Source:
-    """ONNX Runtime's graph: exact, with the kernels a prompt meets, or with those of single tokens."""
-    if kernels == STRICT:
-        return DynamicSource(path, "strict")
-    return DynamicSource(path, "shipped", prompts="decode" if kernels == "decode" else "prefill")
+    """ONNX Runtime's graph: exact, or with the kernels it ships."""
+    return DynamicSource(path, "strict" if kernels == STRICT else "shipped")
 
 
 def _of_checkpoint(checkpoint: Checkpoint, embed_scale: str) -> Model:

@@ -17,7 +17,7 @@ from gemma_deploy.params.overlay import TABLE, Stored
 from gemma_deploy.partition import Part, whole
 from gemma_deploy.partition.ranks import Blocks, row_blocks, sharding
 from gemma_deploy.quantization.rescaling import Rescaling
-from gemma_deploy.schemes import Storage
+from gemma_deploy.schemes import CodeForm, Storage
 
 Scheme = Literal["fp32", "fp16", "bf16", "w8a16", "w8a16_folded"]
 Dtype = Literal["float32", "float16", "bfloat16", "int8", "int4", "uint8", "uint4"]
@@ -49,6 +49,7 @@ class ParamSpec:
         gain_exponent: of a norm, whose gain (1 + weight) is divided by 2**gain_exponent.
         rows: blocks [start, stop) of the source's rows that are taken, in order; () for all of them.
         columns: [start, stop) of the source's columns. Scales are those of whole rows.
+        turned: the file has columns where the source has rows; `shape` is the file's.
         stored: of a matrix that a calibrated quantizer made.
     """
 
@@ -63,6 +64,7 @@ class ParamSpec:
     gain_exponent: int = 0
     rows: Blocks = ()
     columns: tuple[int, int] | None = None
+    turned: bool = False
     stored: Stored | None = None
 
     @property
@@ -80,7 +82,7 @@ def build_plan(
     quantized: Mapping[str, Stored] | None = None,
     storage: Storage | None = None,
     int8_cache: bool = False,
-    unsigned: bool = False,
+    form: CodeForm | None = None,
 ) -> tuple[ParamSpec, ...]:
     """Every parameter of the model in model order, then the rotary tables.
 
@@ -96,9 +98,9 @@ def build_plan(
         quantized: matrices whose codes and scales the source holds already (`Overlay.stored`).
         storage: bits and groups of the int8 schemes' codes; int8 per row by default.
         int8_cache: factors of the channels of keys and values, which the source holds as well.
-        unsigned: store codes with a zero point in the middle of their range, as ONNX Runtime's kernels want them.
+        form: how codes lie in the file; signed by default.
     """
-    storage = storage or Storage()
+    storage, form = storage or Storage(), form or CodeForm()
     rescaling, part = rescaling or Rescaling(), part or Part(whole(config.num_hidden_layers))
     span = part.span
     specs: list[ParamSpec] = []
@@ -116,7 +118,9 @@ def build_plan(
             made = quantized.get(name) if quantized else None
             kinds: tuple[Kind, Kind] = ("stored", "stored") if made else ("int8_per_channel", "scale")
             scales = f"{module}.scale"
-            specs.append(ParamSpec(name, shape, CODE_DTYPES[codes.bits, unsigned], kinds[0], name, stored=made))
+            turned = form.turned and ".layers." in name
+            dtype, lies = CODE_DTYPES[codes.bits, form.unsigned and not turned], shape[::-1] if turned else shape
+            specs.append(ParamSpec(name, lies, dtype, kinds[0], name, turned=turned, stored=made))
             source = scales if made else name
             specs.append(ParamSpec(scales, codes.scale_shape(shape), "float32", kinds[1], source))
             folded = scheme == "w8a16_folded" and codes.groupsize is None

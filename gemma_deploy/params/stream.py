@@ -77,12 +77,24 @@ class Buffers:
 
 
 class Sink:
-    """Writes one tensor front to back at its offset, hashing on the way."""
+    """Writes one tensor front to back at its offset, hashing on the way; a turned one when all of it is there."""
 
     def __init__(self, fd: int, spec: ParamSpec, offset: int, wrote: Callable[[int], None]) -> None:
         """Begin at `offset` of the open file `fd`."""
         self.fd, self.spec, self.offset, self.wrote = fd, spec, offset, wrote
-        self.digest, self.done = hashlib.sha256(), 0
+        self.digest, self.done, self.turned = hashlib.sha256(), 0, 0
+
+    def write_rows(self, block: torch.Tensor, buffers: Buffers) -> None:
+        """Append rows of the source [rows, columns]; of a turned tensor they are columns."""
+        spec = self.spec
+        if not spec.turned:
+            return self.write(block)
+        whole = buffers.take("turned", spec.shape, block.dtype)
+        start, self.turned = self.turned, self.turned + len(block)
+        whole[:, start : self.turned] = block.T
+        if self.turned == spec.shape[1]:
+            self.write(whole)
+        return None
 
     def write(self, block: torch.Tensor) -> None:
         """Append a contiguous block."""
@@ -147,7 +159,7 @@ def _write_stored(sink: Sink, source: Source, buffers: Buffers, block_bytes: int
     for start, stop in _row_spans(spec.rows or ((0, info.shape[0]),), row_bytes, block_bytes):
         block = torch.from_numpy(source.raw_rows(info.name, start, stop))
         block = _columns(block, spec, buffers)
-        sink.write(as_stored(block, spec))
+        sink.write_rows(as_stored(block, spec), buffers)
     stored = spec.stored
     return sink.row(stored.sqnr_db, float(f"{stored.energy:.7g}")) if stored else sink.row()
 
@@ -204,7 +216,7 @@ def _write_int8(
 
     weight, scales = sinks
     groups = math.prod(scales.spec.shape[1:])  # of a row; each is quantized like a row of its own
-    count = weight.spec.shape[0] * groups
+    count = math.prod(scales.spec.shape)
     all_scales, signal, error = torch.empty(count), torch.empty(count).double(), torch.empty(count).double()
     start = 0
     for block, absmax in blocks:
@@ -216,7 +228,7 @@ def _write_int8(
         scratch = buffers.take("scratch", grouped, torch.float32)
         all_scales[part] = row_scales(absmax.float() if groups == 1 else wide.view(grouped).abs().amax(1))
         signal[part], error[part] = quantize_rows_(wide.view(grouped), all_scales[part], q.view(grouped), scratch)
-        weight.write(as_stored(_columns(q, weight.spec, buffers), weight.spec))
+        weight.write_rows(as_stored(_columns(q, weight.spec, buffers), weight.spec), buffers)
     scales.write(all_scales)
     energy = float(signal.numpy().sum())
     sqnr = sqnr_db(energy, float(error.numpy().sum()))

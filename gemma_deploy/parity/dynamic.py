@@ -1,8 +1,8 @@
 """An artifact of ONNX Runtime's back end as a source: `exact` on dequantized weights, or with the kernels it ships.
 
-A prompt goes through the branch for prompts, forced tokens through the other one. What leaves the final norm is kept,
-of every position, and the head is applied when logits are compared. Nothing is rebuilt: apart.py says how the graph is
-taken apart. The whole graph as a user runs it, If and choice of the last token included, is `whole_logits`.
+What leaves the final norm is kept, of every position, and the head is applied when logits are compared. Nothing is
+rebuilt: apart.py says how the graph is taken apart. The whole graph as a user runs it, choice of the last token
+included, is `whole_logits`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from gemma_deploy.backends.ort.apart import drop_unread, every_position, exact, take_branch
+from gemma_deploy.backends.ort.apart import drop_unread, every_position, exact
 from gemma_deploy.backends.ort.decoder import LOGITS, NORMED
 from gemma_deploy.backends.ort.linears import product_of
 from gemma_deploy.backends.ort.options import GRAPH
@@ -24,7 +24,6 @@ from gemma_deploy.parity.gates import Line
 from gemma_deploy.parity.sources import Features
 from gemma_deploy.runtime.session import load_file, open_graph
 
-Branch = Literal["prefill", "decode"]
 # Operators whose first output has the type of their first input.
 SAME_TYPE = (
     "FusedMatMul", "RMSNormalization", "SkipSimplifiedLayerNormalization", "Reshape", "Gelu", "Mul", "Add", "GatherND",
@@ -43,7 +42,6 @@ class DynamicSource:
     Args:
         path: the artifact's directory.
         kernels: `strict` puts float32 products on dequantized weights in the place of kernels; `shipped` leaves them.
-        prompts: the branch that takes prompts; "decode" shows what the kernels for a few tokens do to whole windows.
         watched: inner values to hand over, `MODULE.out`, for the search of a difference.
     """
 
@@ -51,11 +49,10 @@ class DynamicSource:
         self,
         path: Path,
         kernels: Kernels = STRICT,
-        prompts: Branch = "prefill",
         watched: Sequence[str] = (),
     ) -> None:
         self.name: str = kernels
-        self.path, self.kernels, self.prompts = Path(path).resolve(), kernels, prompts
+        self.path, self.kernels = Path(path).resolve(), kernels
         self.watched = watched
         self.values: dict[str, list[np.ndarray]] = {}
         self._head: Any = None
@@ -64,21 +61,16 @@ class DynamicSource:
         """Hidden states after the final norm, [prompt + steps, H] of every row."""
         prompts = [prompt for case in cases for prompt in case.prompts]
         forced = [row for case in cases for row in case.forced]
-        session = self._open(self.prompts)
+        session = self._open()
         made = [session.run(prompt, {}) for prompt in prompts]
         hidden, caches = [one for one, _ in made], [cache for _, cache in made]
+        for row, tokens in enumerate(forced):
+            # Exact kernels give the same for tokens together; those that round are run as they will be.
+            for step in ([tokens] if self.kernels == STRICT else [(token,) for token in tokens]) if tokens else []:
+                new, caches[row] = session.run(step, caches[row])
+                hidden[row] = np.concatenate([hidden[row], new])
         del session, made
         give_memory_back()
-        if any(forced):
-            session = self._open("decode")
-            for row, tokens in enumerate(forced):
-                # Exact kernels give the same for tokens together; those that round are run as they will be.
-                steps = [tokens] if self.kernels == STRICT else [(token,) for token in tokens]
-                for step in steps:
-                    new, caches[row] = session.run(step, caches[row])
-                    hidden[row] = np.concatenate([hidden[row], new])
-            del session
-            give_memory_back()
         rows = iter(hidden)
         return [[next(rows) for _ in case.prompts] for case in cases]
 
@@ -86,7 +78,7 @@ class DynamicSource:
         """features: [n, H] -> [n, V]."""
         rows = np.ascontiguousarray(features[None], np.float32)
         if self._head is None:
-            model = self._graph("decode")
+            model = self._graph()
             graph = ir.convenience.extract(model.graph, [NORMED], [LOGITS])
             graph.inputs[0].shape = None
             whole = ir.Model(graph, ir_version=model.ir_version)
@@ -94,9 +86,8 @@ class DynamicSource:
         logits: np.ndarray = self._head.run([LOGITS], {NORMED: rows})[0][0]
         return logits
 
-    def _graph(self, branch: Branch) -> ir.Model:
+    def _graph(self) -> ir.Model:
         model = load_file(self.path / GRAPH)
-        take_branch(model, branch)
         every_position(model)
         if self.kernels == STRICT:
             exact(model)
@@ -104,13 +95,11 @@ class DynamicSource:
             value.type = ir.TensorType(ir.DataType.FLOAT)
         return model
 
-    def _open(self, branch: Branch) -> _Session:
-        model = self._graph(branch)
+    def _open(self) -> _Session:
+        model = self._graph()
         graph = model.graph
         made = {value.name: value for node in graph for value in node.outputs}
-        prefix = f"{branch}/" if any(str(name).startswith(f"{branch}/") for name in made) else ""
-        wanted = {name: made.get(prefix + name) or made.get(name) for name in (NORMED, *self.watched)}
-        names = {name: value for name, value in wanted.items() if value is not None}
+        names = {name: made[name] for name in (NORMED, *self.watched) if name in made}
         caches = [str(value.name) for value in graph.inputs if str(value.name).startswith("past_key_values.")]
         sizes = {str(value.name): value.shape for value in graph.inputs}
         outputs = [value for value in graph.outputs if value.name != LOGITS]
@@ -125,7 +114,7 @@ class DynamicSource:
 
 
 class _Session:
-    """One branch with growing caches.
+    """A session with growing caches.
 
     Args:
         names: values to fetch, the final norm's first; known_as: what the caller calls them.
@@ -168,7 +157,7 @@ def whole_logits(path: Path, tokens: Sequence[int]) -> np.ndarray:
 
 
 def whole_graph_line(path: Path, shipped: DynamicSource, case: Case) -> Line:
-    """The graph untouched gives what its parts give: the If picks the branch, and the last token is the one chosen."""
+    """The graph untouched gives what its parts give: the last token is the one chosen."""
     prompt = case.prompts[0]
     parts = shipped.run([Case(case.name, (prompt,), ((),))])[0][0]
     expected, found = shipped.head(parts[-1:])[0], whole_logits(path, prompt)
@@ -177,18 +166,13 @@ def whole_graph_line(path: Path, shipped: DynamicSource, case: Case) -> Line:
 
 
 def wide_line(path: Path, kernels: Mapping[str, Any]) -> Line:
-    """Which linears of integer products have 16-bit activations, by the graph and by the manifest."""
-    model = load_file(Path(path) / GRAPH)
-    branches = [
-        model.graph,
-        *(node.attributes["then_branch"].as_graph() for node in model.graph if node.op_type == "If"),
-    ]
-    made = {str(value.name) for graph in branches for node in graph for value in node.outputs}
+    """Which linears of integer products have 14-bit activations, by the graph and by the manifest."""
+    made = {str(value.name) for node in load_file(Path(path) / GRAPH).graph for value in node.outputs}
     integer = any(name.endswith(".high") for name in made)
-    found = {name.removeprefix("prefill/").removesuffix(".low") for name in made if name.endswith(".low")}
+    found = {name.removesuffix(".low") for name in made if name.endswith(".low")}
     listed = {product_of(module) for module in kernels["wide"]} if kernels["integer"] else set()
     wrong = len(found ^ listed) + int(integer != kernels["integer"])
-    return Line("linears of 16-bit activations = those listed", "others", wrong, 0, wrong == 0)
+    return Line("linears of 14-bit activations = those listed", "others", wrong, 0, wrong == 0)
 
 
 def half_line(path: Path) -> Line:

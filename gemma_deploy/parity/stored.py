@@ -16,7 +16,7 @@ from gemma_deploy.checkpoint import Checkpoint, TensorInfo
 from gemma_deploy.params.plan import COLUMN_SCALE, ParamSpec, Scheme, build_plan
 from gemma_deploy.params.table import ParamRow, row_from_json
 from gemma_deploy.partition import parts_of
-from gemma_deploy.schemes import Storage, stored_scheme
+from gemma_deploy.schemes import CodeForm, Storage, stored_scheme
 
 
 class StoredWeights:
@@ -34,11 +34,12 @@ class StoredWeights:
         points = tuple(recipe.get("split", {}).get("points", ()))
         parts = parts_of(self.config.num_hidden_layers, points, recipe["frontend"]["model_kwargs"]["tp"])
         scheme, storage = cast(Scheme, stored_scheme(manifest["scheme"])), Storage.from_json(manifest["storage"])
+        form = CodeForm(turned=bool((manifest.get("kernels") or {}).get("integer")))
         self._scales: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[str, list[tuple[Path, ParamRow, ParamSpec]]] = {}
         for part in parts:
             file = part.file("params.safetensors")
-            for spec in build_plan(self.config, scheme, context, part=part, storage=storage):
+            for spec in build_plan(self.config, scheme, context, part=part, storage=storage, form=form):
                 if spec.source is not None:
                     row = rows[file, spec.name]
                     self._pieces.setdefault(spec.name, []).append((artifact / file, row, spec))
@@ -74,15 +75,18 @@ class StoredWeights:
             for first, last in spec.rows or ((0, shape[0]),):
                 low, high = max(first, start), min(last, stop)
                 if low < high:
-                    part = _read(file, row, at + low - first, at + high - first)
+                    part = _read(file, row, at + low - first, at + high - first, spec.turned)
                     columns = slice(*spec.columns) if spec.columns else slice(None)
                     found[(slice(low - start, high - start), *((columns,) if len(shape) > 1 else ()))] = part
                 at += last - first
         return found
 
 
-def _read(file: Path, row: ParamRow, start: int, stop: int) -> np.ndarray:
-    """Rows of one stored tensor."""
+def _read(file: Path, row: ParamRow, start: int, stop: int, turned: bool) -> np.ndarray:
+    """Rows of one stored tensor, which are columns of a turned one."""
+    if turned:
+        whole = np.memmap(file, row.dtype, "r", row.offset, row.shape)
+        return np.asarray(whole[:, start:stop]).T
     width = int(np.prod(row.shape[1:]))
     if row.dtype.endswith("int4"):
         pairs = np.fromfile(file, np.uint8, (stop - start) * width // 2, offset=row.offset + start * width // 2)

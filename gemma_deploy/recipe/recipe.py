@@ -185,8 +185,15 @@ class Recipe(sections.Section):
 
     @property
     def prefill(self) -> str:
-        """`backend.compile.prefill` for ONNX Runtime: "fast" holds the layers a second time, for integer products."""
-        return str(self.backend.compile.get("prefill", "fast" if self.weights == "w8a8" else "lean"))
+        """`backend.compile.prefill` for ONNX Runtime: "fast" are integer products of whole rows, "lean" blocks."""
+        return str(self.backend.compile.get("prefill", "fast" if self.onnxruntime and self.int8_rows else "lean"))
+
+    @property
+    def int8_rows(self) -> bool:
+        """Whether the codes of linears have 8 bits and one scale per row."""
+        section = self.frontend.quantize
+        groupsize = None if section is None else section.calib_args.groupsize
+        return self.weights == "w8a8" or (self.weights in ("w8a16", "w8a16_gptq") and groupsize in (None, -1))
 
     @property
     def int8_weights(self) -> bool:

@@ -197,7 +197,7 @@ def onnxruntime_kernels_are_known(recipe: Recipe) -> Found:
     prefill, block = given.get("prefill"), given.get("block")
     if prefill not in (None, "fast", "lean"):
         yield (*here, "prefill"), f"got '{prefill}', expected fast or lean"
-    elif prefill == "fast" and not _int8_rows(recipe):
+    elif prefill == "fast" and not recipe.int8_rows:
         yield (
             (*here, "prefill"),
             "fast means integer products, which need int8 weights with one scale per row (frontend.quantize.type w8a8, "
@@ -205,12 +205,6 @@ def onnxruntime_kernels_are_known(recipe: Recipe) -> Found:
         )
     if block is not None and block not in BLOCKS:
         yield (*here, "block"), f"got {block}, expected one of {', '.join(map(str, BLOCKS))}"
-
-
-def _int8_rows(recipe: Recipe) -> bool:
-    section = recipe.frontend.quantize
-    groupsize = None if section is None else section.calib_args.groupsize
-    return recipe.weights == "w8a8" or (recipe.weights in ("w8a16", "w8a16_gptq") and groupsize in (None, -1))
 
 
 @rule("workspace.cluster")

@@ -1,4 +1,4 @@
-"""An artifact's own graph, taken apart for proof: one branch without the If, every position, exact arithmetic.
+"""An artifact's own graph, taken apart for proof: every position, exact arithmetic.
 
 The nodes are the graph's own, and the weights stay where they lie; what `exact` puts in the place of a kernel computes
 what the codes and scales stand for, in float32.
@@ -15,33 +15,7 @@ import onnx_ir as ir
 from gemma_deploy.backends.ort.linears import BITS
 from gemma_deploy.backends.ort.nodes import MICROSOFT
 
-BRANCHES = {"prefill": "then_branch", "decode": "else_branch"}
 CHOSEN = ".chosen"  # ends the name of what GatherND picks
-
-
-def take_branch(model: ir.Model, branch: str) -> None:
-    """Put the nodes of one branch of the If in its place. In place; nothing where the graph has no If.
-
-    Args:
-        branch: "prefill" or "decode".
-    """
-    graph = model.graph
-    for node in [node for node in graph if node.op_type == "If"]:
-        inner = node.attributes[BRANCHES[branch]].as_graph()
-        for other in (node.attributes[name].as_graph() for taken, name in BRANCHES.items() if taken != branch):
-            for one in other:  # what only the other branch reads is read by nobody then
-                for index in range(len(one.inputs)):
-                    one.replace_input_with(index, None)
-        made, nodes = list(inner.outputs), list(inner)
-        inner.outputs.clear()
-        inner.remove(nodes)
-        for one in nodes:
-            graph.insert_before(node, one)
-        for old, new in zip(node.outputs, made, strict=True):
-            new.name, new.type, new.shape = old.name, old.type, old.shape
-        ir.convenience.replace_all_uses_with(list(node.outputs), made, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
-    drop_unread(graph)
 
 
 def every_position(model: ir.Model) -> None:
@@ -134,11 +108,7 @@ class Before:
     def dequantized(
         self, codes: ir.Value, scales: ir.Value, bits: int, shape: tuple[int, int], after: ir.Value
     ) -> ir.Value:
-        """Codes [out, in] times their scales [out] or [out, groups].
-
-        The scales get a zero added that is made from the shape of `after`: without it ONNX Runtime dequantizes all
-        matrices first and holds them (real 270M, decode: 645 MiB at the peak, 291 with it).
-        """
+        """Codes [out, in] times their scales [out] or [out, groups]."""
         scales = _repeated(scales)
         dtype = next(ir.DataType[name.upper()] for name, size in BITS.items() if size == bits)
         viewed = self.viewed(codes, dtype, shape)
@@ -146,14 +116,26 @@ class Before:
         per_row = len(groups) == 1
         zero = np.full(groups, 1 << (bits - 1), np.uint8).astype(dtype.numpy())
         attributes = {"axis": 0} if per_row else {"axis": 1, "block_size": shape[1] // groups[1]}
+        inputs = [viewed, self.waiting(scales, after), self.constant(zero, "zero_point")]
+        return self.add("DequantizeLinear", inputs, "w", **attributes)
+
+    def turned(self, codes: ir.Value, scales: ir.Value, after: ir.Value) -> ir.Value:
+        """Signed codes [in, out] times their scales [out]."""
+        return self.add("DequantizeLinear", [codes, self.waiting(scales, after)], "w", axis=1)
+
+    def waiting(self, scales: ir.Value, after: ir.Value) -> ir.Value:
+        """The scales and a zero that is made from the shape of `after`.
+
+        Without it ONNX Runtime dequantizes all matrices first and holds them (real 270M, decode: 645 MiB at the peak,
+        291 with it).
+        """
         size = self.add("Shape", [after], "size", start=0, end=1)
         nothing = self.add("Cast", [self.add("Sub", [size, size], "nothing")], "zero", to=ir.DataType.FLOAT.value)
-        waiting = self.add("Add", [scales, nothing], "waiting")
-        return self.add("DequantizeLinear", [viewed, waiting, self.constant(zero, "zero_point")], "w", **attributes)
+        return self.add("Add", [scales, nothing], "waiting")
 
-    def product(self, x: ir.Value, matrix: ir.Value) -> None:
-        """The node becomes a product with a matrix [out, in]."""
-        made = self.add("FusedMatMul", [x, matrix], "exact", transB=1)
+    def product(self, x: ir.Value, matrix: ir.Value, turned: bool = False) -> None:
+        """The node becomes a product with a matrix [out, in], or `turned`, [in, out]."""
+        made = self.add("FusedMatMul", [x, matrix], "exact", transB=int(not turned))
         self.replace(made)
 
 
@@ -192,11 +174,9 @@ def _block_product(graph: ir.Graph, node: ir.Node) -> None:
 
 def _integer_product(graph: ir.Graph, node: ir.Node) -> None:
     """Its first input is no code any more: `_not_rounded` went before it, and the step is gone with the rounding."""
-    x, turned, scales = _input(node, 0), _input(node, 1), _input(node, 3)
-    codes = _input(_maker(_input(_maker(turned), 0)), 0)  # before the transposition and the change of sign
-    rows, columns = _sizes(codes)
+    x, codes, scales = _input(node, 0), _input(node, 1), _input(node, 3)
     here = Before(graph, node)
-    here.product(x, here.dequantized(codes, scales, 8, (rows, columns), x))
+    here.product(x, here.turned(codes, scales, x), turned=True)
 
 
 def _not_rounded(graph: ir.Graph, node: ir.Node) -> None:

@@ -8,22 +8,22 @@ of each row's last token, which is chosen as soon as the last layer has attended
 A bfloat16 graph is for GPU providers: ONNX Runtime has no such kernels for a CPU. Embedding and soft cap are float32 in
 it, logits leave in float32, norms are computed in float32 (stash_type).
 
-With `Kernels.integer` all layers up to that point stand in an If twice: integer products for prompts, the block kernel
-for a few tokens at a time. Both read the same bytes of the file.
+Where the file has signed codes [in, out], linears are integer products of whole rows, for prompts and single tokens
+alike: what a token gives does not depend on its company. The head and all other codes have the block kernel.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from gemma_deploy.backends.ort.linears import Matrix, Tokens, product_of, rounded_tokens
+from gemma_deploy.backends.ort.linears import Matrix, product_of, rounded_tokens
 from gemma_deploy.backends.ort.nodes import MICROSOFT, Nodes
-from gemma_deploy.backends.ort.options import INTEGER_FROM, Kernels
+from gemma_deploy.backends.ort.options import Kernels
 from gemma_deploy.backends.ort.weights import Weights
 from gemma_deploy.checkpoint.config import SLIDING, ModelConfig
 from gemma_deploy.checkpoint.expected import expected_tensors
@@ -54,17 +54,15 @@ def build_decoder(
     return _Decoder(config, kernels, rows, location, embed_scale).model()
 
 
-def integer_linears(config: ModelConfig) -> frozenset[str]:
-    """Linears that stand in the branches: all but those behind the last layer's attention, which see one token."""
-    last = f"model.layers.{config.num_hidden_layers - 1}."
-    behind = (f"{last}self_attn.o_proj", f"{last}mlp.")
-    names = (name.removesuffix(".weight") for name in expected_tensors(config) if name.endswith("_proj.weight"))
-    return frozenset(name for name in names if not name.startswith(behind))
+def linears_of(config: ModelConfig) -> frozenset[str]:
+    """Module paths of the seven linears of every layer."""
+    names = (name.removesuffix(".weight") for name in expected_tensors(config))
+    return frozenset(name for name in names if name.endswith("_proj"))
 
 
 @dataclass(frozen=True)
 class _Shared:
-    """Values that every layer reads, computed once outside the branches."""
+    """Values that every layer reads, computed once."""
 
     seqlens: ir.Value  # [B] int32: real tokens of each row, less one
     total: ir.Value  # int32: columns of the mask
@@ -76,8 +74,8 @@ class _Decoder:
         self, config: ModelConfig, kernels: Kernels, rows: Iterable[Row], location: str, embed_scale: float
     ) -> None:
         self.config, self.kernels, self.embed_scale = config, kernels, embed_scale
-        self.top = Nodes()
-        self.weights = Weights(self.top, rows, location)
+        self.nodes = Nodes()
+        self.weights = Weights(self.nodes, rows, location)
         self.layers = config.num_hidden_layers
         self.last = self.layers - 1
         half = self.weights.dtype(f"{TABLE}.weight") == "bfloat16"
@@ -85,26 +83,23 @@ class _Decoder:
 
     def model(self) -> ir.Model:
         """Embedding, layers, the last layer's second half on one position, head."""
-        config, top = self.config, self.top
+        config, nodes = self.config, self.nodes
         ids = _input("input_ids", ir.DataType.INT64, ("batch", "sequence"))
         mask = _input("attention_mask", ir.DataType.INT64, ("batch", "total_sequence"))
         past = {name: self._cache(name, "past_sequence") for name in self._cache_names("past_key_values")}
         hidden = self._embed(ids)
-        lengths = top.one("ReduceSum", [mask, top.numbers(1)], "lengths", keepdims=0)
-        seqlens = top.one("Cast", [top.one("Sub", [lengths, top.numbers(1)], "last")], "seqlens_k", to=6)
-        total = top.one("Cast", [self._size(mask, 1, "total_length")], "total_sequence_length", to=6)
+        lengths = nodes.one("ReduceSum", [mask, nodes.numbers(1)], "lengths", keepdims=0)
+        seqlens = nodes.one("Cast", [nodes.one("Sub", [lengths, nodes.numbers(1)], "last")], "seqlens_k", to=6)
+        total = nodes.one("Cast", [self._size(mask, 1, "total_length")], "total_sequence_length", to=6)
         shared = _Shared(seqlens, total, past)
-        if self.kernels.integer:
-            attended, residual, *present = self._branches(hidden, ids, shared)
-        else:
-            attended, residual, *present = self._layers(top, hidden, shared, integer=False)
+        attended, residual, *present = self._layers(hidden, shared)
         index = self._last_index(ids, lengths)
         attended, residual = (
-            top.one("GatherND", [value, index], f"{name}.chosen", batch_dims=1)
+            nodes.one("GatherND", [value, index], f"{name}.chosen", batch_dims=1)
             for name, value in zip(CHOSEN, (attended, residual), strict=True)
         )
-        hidden = self._after_attention(top, self.last, attended, residual, integer=False)
-        logits = self._head(self._norm(top, hidden, "model.norm"))
+        hidden = self._after_attention(self.last, attended, residual)
+        logits = self._head(self._norm(hidden, "model.norm"))
         logits.type = ir.TensorType(ir.DataType.FLOAT)
         logits.shape = ir.Shape(("batch", 1, config.vocab_size))
         for value, name in zip(present, self._cache_names("present"), strict=True):
@@ -119,81 +114,58 @@ class _Decoder:
         graph = ir.Graph(
             [ids, mask, *past.values()],
             [logits, *present],
-            nodes=top.nodes,
-            initializers=list(top.initializers.values()),
+            nodes=nodes.nodes,
+            initializers=list(nodes.initializers.values()),
             opset_imports={"": OPSET, MICROSOFT: 1},
             name="decoder",
         )
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="gemma-deploy")
 
-    def _branches(self, hidden: ir.Value, ids: ir.Value, shared: _Shared) -> list[ir.Value]:
-        """The layers twice; a prompt takes the first."""
-        top, outputs = self.top, []
-        names = [*(f"layers.{name}" for name in CHOSEN), *self._cache_names("present")]
-        for prefix, integer in (("prefill/", True), ("decode/", False)):
-            nodes = Nodes(prefix, top)
-            made = self._layers(nodes, hidden, shared, integer)
-            for value in made:
-                value.type = ir.TensorType(self.dtype)
-            outputs.append(ir.Graph([], made, nodes=nodes.nodes, name=prefix.rstrip("/")))
-        many = top.one("GreaterOrEqual", [self._size(ids, 1, "tokens"), top.numbers(INTEGER_FROM)], "is_prompt")
-        return top.many("If", [many], names, then_branch=outputs[0], else_branch=outputs[1])
-
-    def _layers(self, nodes: Nodes, hidden: ir.Value, shared: _Shared, integer: bool) -> list[ir.Value]:
+    def _layers(self, hidden: ir.Value, shared: _Shared) -> list[ir.Value]:
         """[B,S,H] -> what the last layer's attention gives and the residual beside it, then all caches."""
         caches: list[ir.Value] = []
         attended = hidden
         for layer in range(self.layers):
-            attended, *present = self._attention(nodes, layer, hidden, shared, integer)
+            attended, *present = self._attention(layer, hidden, shared)
             caches += present
             if layer < self.last:
-                hidden = self._after_attention(nodes, layer, attended, hidden, integer)
-        if nodes.top is not None and self.layers == 1:  # a branch cannot return what is made outside of it
-            hidden = nodes.one("Identity", [hidden], "residual")
+                hidden = self._after_attention(layer, attended, hidden)
         return [attended, hidden, *caches]
 
     def _embed(self, ids: ir.Value) -> ir.Value:
-        table, top = TABLE, self.top
+        table, nodes = TABLE, self.nodes
         matrix = self._matrix(table)
         if matrix.dense:
-            rows = top.one("Gather", [self.weights.view([f"{table}.weight"], f"{table}.weight"), ids], f"{table}.rows")
+            rows = nodes.one(
+                "Gather", [self.weights.view([f"{table}.weight"], f"{table}.weight"), ids], f"{table}.rows"
+            )
             if self.weights.dtype(f"{table}.weight") != "float32":
-                rows = top.one("Cast", [rows], f"{table}.wide", to=ir.DataType.FLOAT.value)
+                rows = nodes.one("Cast", [rows], f"{table}.wide", to=ir.DataType.FLOAT.value)
         else:
             flat = self.weights.view([f"{table}.weight"], f"{table}.weight", dtype=ir.DataType.UINT8)
             scales = self.weights.block_scales(matrix.scales, table, matrix.columns // matrix.block)
-            rows = top.one(
+            rows = nodes.one(
                 "GatherBlockQuantized", [flat, ids, scales], f"{table}.rows", domain=MICROSOFT,
                 bits=8, block_size=matrix.block, gather_axis=0, quantize_axis=1,
             )  # fmt: skip
         columns = f"{table}.column_scale"
-        factor = self.weights.view([columns], columns) if self.weights.has(columns) else top.scalar(self.embed_scale)
+        factor = self.weights.view([columns], columns) if self.weights.has(columns) else nodes.scalar(self.embed_scale)
         if self.dtype == ir.DataType.FLOAT:
-            return top.one("Mul", [rows, factor], EMBEDDED)
-        return top.one("Cast", [top.one("Mul", [rows, factor], f"{table}.scaled")], EMBEDDED, to=self.dtype.value)
+            return nodes.one("Mul", [rows, factor], EMBEDDED)
+        return nodes.one("Cast", [nodes.one("Mul", [rows, factor], f"{table}.scaled")], EMBEDDED, to=self.dtype.value)
 
-    def _attention(self, nodes: Nodes, layer: int, hidden: ir.Value, shared: _Shared, integer: bool) -> list[ir.Value]:
+    def _attention(self, layer: int, hidden: ir.Value, shared: _Shared) -> list[ir.Value]:
         """Attention's output [B,S,heads*D] before o_proj, and the layer's two caches."""
-        config, path = self.config, f"model.layers.{layer}"
+        config, path, nodes = self.config, f"model.layers.{layer}", self.nodes
         kind = config.layer_types[layer]
-        normed = self._norm(nodes, hidden, f"{path}.input_layernorm")
         names = [f"{path}.self_attn.{part}_proj" for part in "qkv"]
-        joined = f"{path}.self_attn.qkv_proj"
-        key: ir.Value | None = None
-        value: ir.Value | None = None
-        widths = [self.weights.shape([f"{name}.weight"])[0] for name in names]
-        if integer and self._matrix(names[0]).integer:
-            tokens = self._tokens(nodes, normed, names[0])
-            query, key, value = (self._matrix(name).integer_product(nodes, tokens, f"{name}.out") for name in names)
-        else:
-            query = self._matrix(*names, name=joined).product(nodes, normed, f"{joined}.out")
-            if self.config.model_type == "gemma3_text":
-                split = [f"{name}.out" for name in names]
-                query, key, value = nodes.many("Split", [query, nodes.numbers(*widths)], split, axis=-1)
-        if self.config.model_type == "gemma3_text":
+        widths = [config.num_attention_heads * config.head_dim, *2 * [config.num_key_value_heads * config.head_dim]]
+        apart = config.model_type == "gemma3_text"  # attention reads all three from one value as well
+        query, key, value = self._products(self._norm(hidden, f"{path}.input_layernorm"), names, widths, apart)
+        if apart:
             assert key is not None
-            query = self._head_norm(nodes, query, f"{path}.self_attn.q_norm", widths[0])
-            key = self._head_norm(nodes, key, f"{path}.self_attn.k_norm", widths[1])
+            query = self._head_norm(query, f"{path}.self_attn.q_norm", widths[0])
+            key = self._head_norm(key, f"{path}.self_attn.k_norm", widths[1])
         rotary = [self.weights.rotary(kind, table) for table in ("cos", "sin")]
         past = [shared.caches[f"past_key_values.{layer}.{part}"] for part in ("key", "value")]
         window = config.sliding_window if kind == SLIDING else None
@@ -210,20 +182,13 @@ class _Decoder:
             do_rotary=1,
         )
 
-    def _after_attention(
-        self, nodes: Nodes, layer: int, attended: ir.Value, residual: ir.Value, integer: bool
-    ) -> ir.Value:
+    def _after_attention(self, layer: int, attended: ir.Value, residual: ir.Value) -> ir.Value:
         """o_proj, MLP, and the norms and sums around them: [B,S,heads*D], [B,S,H] -> [B,S,H]."""
-        path = f"model.layers.{layer}"
+        path, nodes = f"model.layers.{layer}", self.nodes
         second = "post_attention_layernorm" if self.config.model_type == "gemma" else "pre_feedforward_layernorm"
-        output = f"{path}.self_attn.o_proj"
-        if integer and self._matrix(output).integer:
-            tokens = self._tokens(nodes, attended, output)
-            made = self._matrix(output).integer_product(nodes, tokens, f"{output}.out")
-        else:
-            made = self._matrix(output).product(nodes, attended, f"{output}.out")
+        made = self._product(attended, f"{path}.self_attn.o_proj")
         if self.config.model_type != "gemma":
-            made = self._norm(nodes, made, f"{path}.post_attention_layernorm")
+            made = self._norm(made, f"{path}.post_attention_layernorm")
         normed, _, _, hidden = nodes.many(
             "SkipSimplifiedLayerNormalization",
             [made, residual, self.weights.gain(f"{path}.{second}")],
@@ -231,86 +196,92 @@ class _Decoder:
             domain=MICROSOFT,
             epsilon=self.config.rms_norm_eps,
         )
-        made = self._mlp(nodes, f"{path}.mlp", normed, integer)
+        made = self._mlp(f"{path}.mlp", normed)
         if self.config.model_type != "gemma":
-            made = self._norm(nodes, made, f"{path}.post_feedforward_layernorm")
+            made = self._norm(made, f"{path}.post_feedforward_layernorm")
         return nodes.one("Add", [hidden, made], f"{path}.out")
 
-    def _mlp(self, nodes: Nodes, path: str, normed: ir.Value, integer: bool) -> ir.Value:
+    def _mlp(self, path: str, normed: ir.Value) -> ir.Value:
         """down_proj(gelu(gate_proj x) * up_proj x)."""
-        gate_name, up_name, down_name = (f"{path}.{part}_proj" for part in ("gate", "up", "down"))
-        width, down = self.config.intermediate_size, self._matrix(down_name)
-        if not (integer and down.integer):
-            both = self._matrix(gate_name, up_name, name=f"{path}.gate_up_proj")
-            made = both.product(nodes, normed, f"{path}.gate_up_proj.out")
-            outs = [f"{gate_name}.out", f"{up_name}.out"]
-            gate, up = nodes.many("Split", [made, nodes.numbers(width, width)], outs, axis=-1)
-            return down.product(nodes, self._gated(nodes, path, gate, up), f"{down_name}.out")
-        tokens = self._tokens(nodes, normed, gate_name)
-        gate = self._matrix(gate_name).integer_product(nodes, tokens, f"{gate_name}.out")
-        up = self._matrix(up_name).integer_product(nodes, tokens, f"{up_name}.out", scaled=False)
-        inner = self._tokens(nodes, self._gated(nodes, path, gate, up), down_name)
-        scale = nodes.one("Mul", [inner.scale, tokens.scale], f"{path}.scale")  # that of up_proj, left out before
-        return down.integer_product(nodes, replace(inner, scale=scale), f"{down_name}.out")
-
-    def _gated(self, nodes: Nodes, path: str, gate: ir.Value, up: ir.Value) -> ir.Value:
+        width, nodes = self.config.intermediate_size, self.nodes
+        gate, up, _ = self._products(normed, [f"{path}.gate_proj", f"{path}.up_proj"], [width, width], apart=True)
+        assert up is not None
         active = nodes.one("Gelu", [gate], f"{path}.act_fn.out", approximate="tanh")
-        return nodes.one("Mul", [active, up], f"{path}.product")
+        return self._product(nodes.one("Mul", [active, up], f"{path}.product"), f"{path}.down_proj")
+
+    def _product(self, x: ir.Value, module: str) -> ir.Value:
+        return self._products(x, [module], [], apart=False)[0]
+
+    def _products(
+        self, x: ir.Value, modules: Sequence[str], widths: Sequence[int], apart: bool
+    ) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
+        """What linears make of one input: integer products apart, all others in one, which is split where asked."""
+        nodes, joined = self.nodes, product_of(modules[0])
+        outs = [f"{module}.out" for module in modules]
+        if self._matrix(modules[0]).integer:
+            tokens = rounded_tokens(nodes, x, joined, modules[0] in self.kernels.wide)
+            made = [self._matrix(module).integer_product(nodes, tokens, f"{module}.out") for module in modules]
+        else:
+            made = [self._matrix(*modules, name=joined).product(nodes, x, f"{joined}.out")]
+            if apart:
+                made = nodes.many("Split", [made[0], nodes.numbers(*widths)], outs, axis=-1)
+        first, second, third = [*made, None, None][:3]
+        assert first is not None
+        return first, second, third
 
     def _matrix(self, *modules: str, name: str = "") -> Matrix:
         return Matrix(self.weights, modules, name or modules[0], self.kernels.block)
 
-    def _tokens(self, nodes: Nodes, x: ir.Value, module: str) -> Tokens:
-        """What a linear reads, and all others that read the same, as codes."""
-        return rounded_tokens(nodes, x, product_of(module), module in self.kernels.wide)
-
-    def _norm(self, nodes: Nodes, x: ir.Value, norm: str) -> ir.Value:
-        return nodes.one(
+    def _norm(self, x: ir.Value, norm: str) -> ir.Value:
+        return self.nodes.one(
             "RMSNormalization", [x, self.weights.gain(norm)], f"{norm}.out",
             axis=-1, epsilon=self.config.rms_norm_eps, stash_type=1,
         )  # fmt: skip
 
-    def _head_norm(self, nodes: Nodes, x: ir.Value, norm: str, width: int) -> ir.Value:
+    def _head_norm(self, x: ir.Value, norm: str, width: int) -> ir.Value:
         """The norm of every head on its own."""
+        nodes = self.nodes
         apart = nodes.one("Reshape", [x, nodes.numbers(0, -1, self.config.head_dim)], f"{norm}.heads")
-        return nodes.one("Reshape", [self._norm(nodes, apart, norm), nodes.numbers(0, -1, width)], f"{norm}.joined")
+        return nodes.one("Reshape", [self._norm(apart, norm), nodes.numbers(0, -1, width)], f"{norm}.joined")
 
     def _last_index(self, ids: ir.Value, lengths: ir.Value) -> ir.Value:
         """[B,1,1]: place of each row's last token among the new ones, padding on the right left out."""
-        top = self.top
-        longest = top.one("ReduceMax", [lengths, top.numbers(0)], "longest", keepdims=1)
+        nodes = self.nodes
+        longest = nodes.one("ReduceMax", [lengths, nodes.numbers(0)], "longest", keepdims=1)
         new = self._size(ids, 1, "new_tokens")
-        before = top.one("Sub", [longest, new], "cached")
-        place = top.one("Sub", [top.one("Sub", [lengths, before], "own"), top.numbers(1)], "place")
-        most = top.one("Sub", [new, top.numbers(1)], "most")
-        inside = top.one("Max", [top.one("Min", [place, most], "at_most"), top.numbers(0)], "inside")
-        return top.one("Unsqueeze", [inside, top.numbers(1, 2)], "last_index")
+        before = nodes.one("Sub", [longest, new], "cached")
+        place = nodes.one("Sub", [nodes.one("Sub", [lengths, before], "own"), nodes.numbers(1)], "place")
+        most = nodes.one("Sub", [new, nodes.numbers(1)], "most")
+        inside = nodes.one("Max", [nodes.one("Min", [place, most], "at_most"), nodes.numbers(0)], "inside")
+        return nodes.one("Unsqueeze", [inside, nodes.numbers(1, 2)], "last_index")
 
     def _head(self, normed: ir.Value) -> ir.Value:
         """Logits in float32, soft-capped where the model does."""
-        tied, top, cap = self.config.tie_word_embeddings, self.top, self.config.final_logit_softcapping
+        tied, nodes, cap = self.config.tie_word_embeddings, self.nodes, self.config.final_logit_softcapping
         module = TABLE if tied else "lm_head"
         whole = self._matrix(module)
         step = max(1, int(HEAD_BYTES / (whole.columns * (whole.bits / 8 or 4))))
         parts = [(start, min(start + step, whole.rows)) for start in range(0, whole.rows, step)]
         shares = [
             Matrix(self.weights, [module], f"lm_head.{k}", whole.block if whole.bits else 0, part).product(
-                top, normed, f"lm_head.{k}.out"
+                nodes, normed, f"lm_head.{k}.out"
             )
             for k, part in enumerate(parts)
         ]
-        logits = top.one("Concat", shares, "lm_head.out", axis=-1) if len(shares) > 1 else shares[0]
+        logits = nodes.one("Concat", shares, "lm_head.out", axis=-1) if len(shares) > 1 else shares[0]
         if self.dtype != ir.DataType.FLOAT:
-            logits = top.one("Cast", [logits], "logits.wide", to=ir.DataType.FLOAT.value)
+            logits = nodes.one("Cast", [logits], "logits.wide", to=ir.DataType.FLOAT.value)
         if cap is not None:
-            bounded = top.one("Tanh", [top.one("Mul", [logits, top.scalar(1 / cap)], "logits.scaled")], "logits.tanh")
-            logits = top.one("Mul", [bounded, top.scalar(cap)], "logits.capped")
+            bounded = nodes.one(
+                "Tanh", [nodes.one("Mul", [logits, nodes.scalar(1 / cap)], "logits.scaled")], "logits.tanh"
+            )
+            logits = nodes.one("Mul", [bounded, nodes.scalar(cap)], "logits.capped")
         logits.name = LOGITS
         return logits
 
     def _size(self, value: ir.Value, axis: int, name: str) -> ir.Value:
         """[1] int64: a dimension."""
-        return self.top.one("Shape", [value], name, start=axis, end=axis + 1)
+        return self.nodes.one("Shape", [value], name, start=axis, end=axis + 1)
 
     def _cache_names(self, prefix: str) -> list[str]:
         return [f"{prefix}.{layer}.{part}" for layer in range(self.layers) for part in ("key", "value")]

@@ -1,9 +1,10 @@
 """The kernels of linears.
 
+integer: activations as 8-bit codes with one scale per token, times the codes of the weights, which lie [in, out] in the
+file; `wide` ones are codes of 14 bits in two halves, rows of one product, x = s (high + low / 126) / 63. Each half is
+so small that u8 times s8 does not saturate where a processor without VNNI adds pairs in 16 bits (2 * 127 * 127).
 block: MatMulNBits, which rounds activations to 8 bits in blocks of input channels (accuracy level 4; the others are a
-hundred times slower on a CPU). integer: activations as 8-bit codes with one scale per token, then one integer product;
-`wide` ones are codes of 16 bits, the high and the low half multiplied apart, x = s (high + low / 254). dense: matrices
-that are no codes.
+hundred times slower on a CPU). dense: matrices that are no codes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from gemma_deploy.backends.ort.nodes import MICROSOFT, Nodes
 from gemma_deploy.backends.ort.weights import Weights, largest_block
 
 INT8_ACTIVATIONS = 4  # accuracy_level
-LARGEST_CODE, LOW_STEPS = 127, 254  # of a code; the low half's steps in one of the high half's
+STEPS, HALF_STEPS = 127, 63  # largest code of an activation, and of either half of a wide one
 SMALLEST = 1e-30  # magnitude of a token of zeros, so that nothing is divided by zero
 BITS = {"uint8": 8, "uint4": 4}
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -45,19 +46,16 @@ class Matrix:
         self.weights, self.name, self.part = weights, name, part
         self.codes = [f"{module}.weight" for module in modules]
         self.scales = [f"{module}.scale" for module in modules]
-        self.rows, self.columns = weights.shape(self.codes, part)
-        self.dense = weights.dtype(self.codes[0]) not in BITS
-        self.bits = BITS.get(weights.dtype(self.codes[0]), 0)
+        dtype = weights.dtype(self.codes[0])
+        self.integer = dtype == "int8"  # signed codes are those of integer products
+        self.rows, self.columns = weights.shape(self.codes, part)[:: -1 if self.integer else 1]
+        self.dense = dtype not in BITS and not self.integer
+        self.bits = BITS.get(dtype, 8 if self.integer else 0)
         self.per_row = not self.dense and len(weights.shape(self.scales)) == 1
         if self.per_row:
             self.block = largest_block(self.columns, block)
         elif not self.dense:
             self.block = self.columns // weights.shape(self.scales)[1]
-
-    @property
-    def integer(self) -> bool:
-        """Whether integer products can read it: codes of 8 bits with one scale per row."""
-        return self.per_row and self.bits == 8
 
     def product(self, nodes: Nodes, x: ir.Value, out: str) -> ir.Value:
         """x: [..., in] -> [..., out], by the block kernel; of floats, by a plain product."""
@@ -80,53 +78,53 @@ class Matrix:
             accuracy_level=INT8_ACTIVATIONS,
         )
 
-    def integer_product(self, nodes: Nodes, tokens: Tokens, out: str, scaled: bool = True) -> ir.Value:
-        """[..., out].
-
-        Args:
-            scaled: multiply by the tokens' scales; else the result is smaller by them.
-        """
-        matrix = self.weights.transposed(self.codes, self.name)
-        scales, zero = self.weights.view(self.scales, f"{self.name}.scale"), nodes.constant(np.uint8(128), "uint8.128")
-
-        def product(codes: ir.Value, step: float, made: str) -> ir.Value:
-            inputs = [codes, matrix, nodes.scalar(step), scales, zero]
-            return nodes.one("MatMulIntegerToFloat", inputs, made, domain=MICROSOFT)
-
-        total = product(tokens.high, 1 / LARGEST_CODE, f"{self.name}.product")
-        if tokens.low is not None:
-            rest = product(tokens.low, 1 / (LARGEST_CODE * LOW_STEPS), f"{self.name}.low_product")
-            total = nodes.one("Add", [total, rest], f"{self.name}.sum")
-        return nodes.one("Mul", [total, tokens.scale], out) if scaled else total
+    def integer_product(self, nodes: Nodes, tokens: Tokens, out: str) -> ir.Value:
+        """[B, S, out]."""
+        codes, scales = self.weights.view(self.codes, self.codes[0]), self.weights.view(self.scales, self.scales[0])
+        inputs = [tokens.codes, codes, nodes.scalar(1 / tokens.steps), scales, tokens.zero_point]
+        total = nodes.one("MatMulIntegerToFloat", inputs, f"{self.name}.product", domain=MICROSOFT)
+        if not tokens.wide:
+            return nodes.one("Mul", [total, tokens.scale], out)
+        both = nodes.one("MatMul", [tokens.scale, total], f"{self.name}.both")
+        return nodes.one("Squeeze", [both, nodes.numbers(2)], out)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Activations as codes with zero point 128: x = scale * (high / 127 + low / (127 * 254)).
+    """Activations as codes: x = scale * (codes - zero_point) / steps, the sum of both halves where they are wide.
 
     Attributes:
-        scale: [..., 1] largest magnitude of each token.
+        codes: uint8 [B, S, channels], or wide [B, S, 2, channels], high and low half; zero_point: uint8 scalar.
+        scale: [B, S, 1] largest magnitude of each token, or wide [B, S, 1, 2].
+        steps: codes on either side of the zero point.
     """
 
-    high: ir.Value
-    low: ir.Value | None
+    codes: ir.Value
+    zero_point: ir.Value
     scale: ir.Value
+    steps: int
+    wide: bool
 
 
 def rounded_tokens(nodes: Nodes, x: ir.Value, name: str, wide: bool) -> Tokens:
     """Round half to even, with a scale for each token.
 
     Args:
-        x: [..., channels] float32; wide: to 16 bits.
+        x: [B, S, channels] float32; name: of what reads it; wide: to 14 bits.
     """
+    steps = HALF_STEPS if wide else STEPS
     absmax = nodes.one("ReduceMax", [nodes.one("Abs", [x], f"{name}.magnitude"), nodes.numbers(-1)], f"{name}.absmax")
     scale = nodes.one("Max", [absmax, nodes.scalar(SMALLEST)], f"{name}.token_scale")
     even = nodes.one("Div", [x, scale], f"{name}.even")
-    step, zero = nodes.scalar(1 / LARGEST_CODE), nodes.constant(np.uint8(128), "uint8.128")
-    high = nodes.one("QuantizeLinear", [even, step, zero], f"{name}.high")
+    step, zero = nodes.scalar(1 / steps), nodes.constant(np.uint8(steps + 1), f"uint8.{steps + 1}")
     if not wide:
-        return Tokens(high, None, scale)
+        return Tokens(nodes.one("QuantizeLinear", [even, step, zero], f"{name}.high"), zero, scale, steps, wide)
+    even = nodes.one("Unsqueeze", [even, nodes.numbers(2)], f"{name}.row")
+    high = nodes.one("QuantizeLinear", [even, step, zero], f"{name}.high")
     read = nodes.one("DequantizeLinear", [high, step, zero], f"{name}.read")
     rest = nodes.one("Sub", [even, read], f"{name}.rest")
-    low = nodes.one("QuantizeLinear", [rest, nodes.scalar(1 / (LARGEST_CODE * LOW_STEPS)), zero], f"{name}.low")
-    return Tokens(high, low, scale)
+    low = nodes.one("QuantizeLinear", [rest, nodes.scalar(1 / (2 * steps * steps)), zero], f"{name}.low")
+    codes = nodes.one("Concat", [high, low], f"{name}.codes", axis=2)
+    halves = nodes.constant(np.array([1, 1 / (2 * steps)], np.float32), "float32.halves")
+    scale = nodes.one("Unsqueeze", [scale, nodes.numbers(2)], f"{name}.scale_row")
+    return Tokens(codes, zero, nodes.one("Mul", [scale, halves], f"{name}.half_scales"), steps, wide)

@@ -1,4 +1,4 @@
-"""A graph under construction: nodes in order, names that are unique over the graph and its branches."""
+"""A graph under construction: nodes in order, small initializers made once."""
 
 from __future__ import annotations
 
@@ -12,15 +12,9 @@ MICROSOFT = "com.microsoft"
 
 
 class Nodes:
-    """Nodes of a graph, or of one branch of it.
+    """Nodes and initializers of a graph."""
 
-    Args:
-        prefix: of every name that is made here.
-        top: the graph around a branch; initializers are its own.
-    """
-
-    def __init__(self, prefix: str = "", top: Nodes | None = None) -> None:
-        self.prefix, self.top = prefix, top
+    def __init__(self) -> None:
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
 
@@ -37,7 +31,7 @@ class Nodes:
         given = {key: value for key, value in attributes.items() if value is not None}
         node = ir.node(op_type, inputs, given, domain=domain, num_outputs=len(names))
         for value, name in zip(node.outputs, names, strict=True):
-            value.name = self.prefix + name if name else ""
+            value.name = name
         node.name = node.outputs[0].name
         self.nodes.append(node)
         return list(node.outputs)
@@ -50,10 +44,9 @@ class Nodes:
 
     def constant(self, value: np.ndarray | np.generic, name: str) -> ir.Value:
         """A small initializer, made once however often it is asked for."""
-        around = self.top or self
-        if name not in around.initializers:
-            around.add(ir.Value(name=name, const_value=ir.tensor(np.asarray(value), name=name)))
-        return around.initializers[name]
+        if name not in self.initializers:
+            self.add(ir.Value(name=name, const_value=ir.tensor(np.asarray(value), name=name)))
+        return self.initializers[name]
 
     def add(self, value: ir.Value) -> ir.Value:
         """Register an initializer that has its tensor."""

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 MODEL = "model"
 GRAPH = f"{MODEL}.onnx"
-# Tokens from which on a prompt goes through integer products: below it the block kernel reads the weights once anyway.
-INTEGER_FROM = 16
 
 
 @dataclass(frozen=True)
@@ -18,8 +16,8 @@ class Kernels:
     Args:
         block: input channels that share a scale of the activations in MatMulNBits, where the weights have one scale per
             row; grouped weights have their groups.
-        integer: prompts go through MatMulInteger with a scale per token. Such a graph has a branch for each.
-        wide: linears (module paths) whose activations are rounded to 16 bits there, in two integer products.
+        integer: linears are integer products, with a scale for each token and one for each row of the weights.
+        wide: linears (module paths) whose activations are rounded to 14 bits there, in two halves.
     """
 
     block: int = 128

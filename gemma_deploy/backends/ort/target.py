@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gemma_deploy.backends.ort.decoder import build_decoder, embedding_scale, integer_linears
+from gemma_deploy.backends.ort.decoder import build_decoder, embedding_scale, linears_of
 from gemma_deploy.backends.ort.genai import CONFIG_FILE, genai_config
 from gemma_deploy.backends.ort.options import GRAPH, MODEL, Kernels
 from gemma_deploy.backends.target import PARAMS, Job
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.graph.contract import BATCH, SEQUENCE, GraphContract, Port
 from gemma_deploy.recipe import Recipe
+from gemma_deploy.schemes import CodeForm
 
 # Tokens of a prompt that run together where memory counts: activations of a longer piece are all alive at once.
 LEAN_CHUNK = 256
@@ -42,7 +43,10 @@ class OnnxRuntime:
     """See backends/target.py."""
 
     graphs: Sequence[str] = (MODEL,)
-    unsigned = True
+
+    def codes(self, recipe: Recipe) -> CodeForm:
+        """Unsigned, as the block kernel and the embedding want them; of integer products signed and turned."""
+        return CodeForm(unsigned=True, turned=recipe.prefill == "fast")
 
     def contract(self, recipe: Recipe, config: ModelConfig) -> OrtContract:
         """Batch and lengths are free; P is the longest prompt that is compared, C the positions there are."""
@@ -85,11 +89,10 @@ def chosen_kernels(recipe: Recipe, config: ModelConfig, kept: Sequence[str] | No
     """What the recipe asks for.
 
     Integer products take activations of 8 bits where calibration made them fit for that (w8a8), but for those it found
-    too noisy; of any other scheme, 16 bits everywhere.
+    too noisy; of any other scheme, 14 bits everywhere.
     """
     defaults = Kernels()
     kernels = replace(defaults, block=recipe.backend.compile.get("block", defaults.block))
     if recipe.prefill != "fast":
         return kernels
-    every = integer_linears(config)
-    return replace(kernels, integer=True, wide=frozenset(every if kept is None else set(kept) & every))
+    return replace(kernels, integer=True, wide=frozenset(linears_of(config) if kept is None else kept))

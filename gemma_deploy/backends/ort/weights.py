@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
-import numpy as np
 import onnx_ir as ir
 
 from gemma_deploy.backends.ort.nodes import Nodes
@@ -17,7 +16,6 @@ from gemma_deploy.errors import ExportError
 from gemma_deploy.graph.external import DTYPES, Row
 
 Part = tuple[int, int] | None
-HIGH_BIT = -128  # int8 0x80: turns codes with zero point 128 into signed ones
 
 
 class Weights:
@@ -119,18 +117,6 @@ class Weights:
             return self.top.one("Expand", [column, self.top.numbers(shape[0], blocks)], made)
 
         return self._once(f"{name}.block_scale", repeated)
-
-    def transposed(self, names: Sequence[str], name: str) -> ir.Value:
-        """Codes as int8 [in, out], which MatMulInteger wants, of uint8 ones [out, in] with zero point 128."""
-        shape = self.shape(names)
-        codes = self.view(names, f"{name}.signed", shape, ir.DataType.INT8)
-        flip = self.top.constant(np.array([HIGH_BIT], np.int8), "int8.high_bit")
-
-        def turned(made: str) -> ir.Value:
-            signed = self.top.one("BitwiseXor", [codes, flip], f"{made}.codes")
-            return self.top.one("Transpose", [signed], made, perm=[1, 0])
-
-        return self._once(f"{name}.transposed", turned)
 
     def unused(self) -> list[str]:
         """Tensors of the file that no initializer shows."""
