@@ -87,6 +87,19 @@ def test_parity_asks_for_one_matrix_and_not_for_the_model():
     assert wide.stages[-1].ram_bytes > small.stages[-1].ram_bytes
 
 
+def test_parity_for_onnx_runtime_asks_for_all_weights_once_whichever_kernels_pack_them():
+    def stage(backend):
+        job = Recipe.from_text(
+            "name: g\nfrontend: {checkpoint: demo, shape: {input_ids: [[1024], [2048]]}}\n"
+            f"backend: {{dtype: int8, {backend}}}\n"
+        )
+        return make_plan(job, checkpoint(), machine=BIG).stages[-1]
+
+    fast, lean = (stage(f"type: onnxruntime, compile: {{prefill: {name}}}") for name in ("fast", "lean"))
+    assert fast == lean == stage("type: onnxruntime")
+    assert ELEMENTS < fast.ram_bytes - stage("type: tvm_vacc").ram_bytes < 1.5 * ELEMENTS
+
+
 def test_quantizing_asks_for_a_layer_and_its_moments():
     def stage(layers, windows=16):
         extra = f"dataset: {{nsamples: {windows}, seqlen: 512}}\n"

@@ -92,6 +92,16 @@ def _kernels(manifest: dict[str, Any]) -> list[LedgerEntry]:
             effects["decode"],
         )
     ]
+    if candidates := kernels.get("candidates"):
+        entries.append(
+            LedgerEntry(
+                f"logits of all but the {candidates} likeliest tokens are those of the high half of every code",
+                "the LM head",
+                "backend.compile.head screened: half as much is read; the likeliest are computed from whole codes in "
+                "float32, so that greedy tokens are those of the whole table",
+                effects["decode"],
+            )
+        )
     if kernels["integer"]:
         wide, linears = kernels["wide"], 7 * manifest["model"]["num_hidden_layers"]
         but = f"; to 14 bits before {len(wide)} linears ({', '.join(wide)})" if wide else ""

@@ -35,7 +35,8 @@ _STAND_INS: dict[documents.Path, Any] = {
 }
 
 
-ORT_KEYS = ("backend.compile.block", "backend.compile.prefill")  # read where the target is ONNX Runtime
+# Read where the target is ONNX Runtime.
+ORT_KEYS = ("backend.compile.block", "backend.compile.prefill", "backend.compile.head")
 W16KV8, KV8 = "w16kv8", "+kv8"
 
 
@@ -187,6 +188,11 @@ class Recipe(sections.Section):
     def prefill(self) -> str:
         """`backend.compile.prefill` for ONNX Runtime: "fast" are integer products of whole rows, "lean" blocks."""
         return str(self.backend.compile.get("prefill", "fast" if self.onnxruntime and self.int8_rows else "lean"))
+
+    @property
+    def head(self) -> str:
+        """`backend.compile.head` for ONNX Runtime: "whole" rows of the table, or "screened" by half of every code."""
+        return str(self.backend.compile.get("head", "whole"))
 
     @property
     def int8_rows(self) -> bool:

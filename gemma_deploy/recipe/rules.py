@@ -190,11 +190,11 @@ def dataset_is_understood(recipe: Recipe) -> Found:
 
 @rule("backend", _QUANTIZE)
 def onnxruntime_kernels_are_known(recipe: Recipe) -> Found:
-    """`backend.compile.prefill` and `.block`, which this tool reads where the target is ONNX Runtime."""
+    """`backend.compile.prefill`, `.block` and `.head`, which this tool reads where the target is ONNX Runtime."""
     given, here = recipe.backend.compile, ("backend", "compile")
     if not recipe.onnxruntime:
         return
-    prefill, block = given.get("prefill"), given.get("block")
+    prefill, block, head = (given.get(key) for key in ("prefill", "block", "head"))
     if prefill not in (None, "fast", "lean"):
         yield (*here, "prefill"), f"got '{prefill}', expected fast or lean"
     elif prefill == "fast" and not recipe.int8_rows:
@@ -202,6 +202,13 @@ def onnxruntime_kernels_are_known(recipe: Recipe) -> Found:
             (*here, "prefill"),
             "fast means integer products, which need int8 weights with one scale per row (frontend.quantize.type w8a8, "
             f"w8a16_gptq or w8a16, groupsize -1), not {recipe.scheme} as it is here: set one of them, or prefill: lean",
+        )
+    if head not in (None, "whole", "screened"):
+        yield (*here, "head"), f"got '{head}', expected whole or screened"
+    elif head == "screened" and not (recipe.int8_weights and recipe.storage_for(0).table):
+        yield (
+            (*here, "head"),
+            "screened needs a token table of 8-bit codes (frontend.quantize.table int8)",
         )
     if block is not None and block not in BLOCKS:
         yield (*here, "block"), f"got {block}, expected one of {', '.join(map(str, BLOCKS))}"

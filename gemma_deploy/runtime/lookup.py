@@ -6,9 +6,9 @@ every weight once a step whatever the number of tokens, so that a right guess co
 
 Kernels add in another order for several tokens than for one, and rounding to int8 makes that visible (`NEAR_TIE`).
 Where the two largest logits lie closer together, the token is computed again on its own, as decoding without lookup
-does. What int8 kernels leave in the cache still depends on the company a token had, so that a near tie can end in
-another way; in fp32 the tokens are the same. The session is ONNX Runtime's, on the artifact's graph with another choice
-of positions (backends/ort/several.py).
+does. What MatMulNBits leaves in the cache still depends on the company a token had, so that a near tie can end in
+another way; in fp32, and where the linears are integer products, the tokens are the same. The session is ONNX
+Runtime's, on the artifact's graph with another choice of positions (backends/ort/several.py).
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ from gemma_deploy.runtime.generate import (
 from gemma_deploy.runtime.session import VERIFY, load_file, open_graph
 from gemma_deploy.runtime.tokenizer import TextStream, Tokenizer
 
-MOST_TOKENS = 8  # in a step, the newest one and those guessed; below INTEGER_FROM, so that decoding's kernels run
+MOST_TOKENS = 8  # in a step, the newest one and those guessed
 LONGEST, SHORTEST = 3, 2  # tokens that must have occurred before
 # Logits. Alone and among others the lead of a token differs by 2e-5 in fp32; with int8 kernels, real 270M, 440 tokens
-# of WikiText-2, by 0.06 (median), 0.3 to 0.4 (99 %), 0.7 (most).
-NEAR_TIE = {"fp32": 1e-3, "int8": 0.5}
+# of WikiText-2, by 0.06 (median), 0.3 to 0.4 (99 %), 0.7 (most); where the head alone is such a kernel, and linears are
+# integer products, by 0.015, 0.08, 0.11.
+NEAR_TIE = {"fp32": 1e-3, "int8": 0.5, "integer": 0.25}
 
 
 class History:
@@ -94,7 +95,8 @@ class LookupModel:
                 expected="backend.dtype fp32 or int8",
                 next_step="leave --lookup out",
             )
-        self.near_tie, self.stop_ids = NEAR_TIE[dtype], frozenset(stop_token_ids(manifest))
+        integer = (manifest.get("kernels") or {}).get("integer")
+        self.near_tie, self.stop_ids = NEAR_TIE["integer" if integer else dtype], frozenset(stop_token_ids(manifest))
         self.context_length = int(manifest["contract"]["context"])
         started = time.perf_counter()
         model = load_file(self.path / GRAPH)

@@ -239,7 +239,8 @@ def viewed(once):
         recipe = folder / "recipe.yaml"
         recipe.write_text(
             f"name: x\nfrontend: {{checkpoint: '{checkpoint}', shape: {{input_ids: [[32], [64]]}}}}\n"
-            f"backend: {{type: onnxruntime, dtype: int8}}\nworkspace: {{path: '{folder}'}}\n"
+            "backend: {type: onnxruntime, dtype: int8, compile: {prefill: lean}}\n"
+            f"workspace: {{path: '{folder}'}}\n"
         )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(decoder, "HEAD_BYTES", 10000)

@@ -1,7 +1,7 @@
 """Parameter files and references for these tests, by NumPy and transformers alone: nothing of the compiler's is used.
 
 A file here has what the compiler would write: float32 first, then codes with a zero point of 128 (8 bits) or 8 (4 bits,
-the first of a pair in the low half).
+the first of a pair in the low half), or turned ones, signed and [in, out].
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ FORMS: dict[str, tuple[tuple[int, int | None], tuple[int, int | None]] | None] =
     "w8group": ((8, 32), (8, 64)),
     "w4": ((4, 32), (8, 64)),
 }
+TURNED = {"w8t": "w8", "w8rowt": "w8row"}  # the same with the linears turned: their graphs have integer products
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,14 @@ class ParamFile:
 
     folder: Path
     wide: list[tuple[str, np.ndarray]] = field(default_factory=list)
-    codes: list[tuple[str, np.ndarray, int]] = field(default_factory=list)
+    codes: list[tuple[str, np.ndarray, str]] = field(default_factory=list)
     weights: dict[str, np.ndarray] = field(default_factory=dict)  # what the file stands for, float32
     signed: dict[str, np.ndarray] = field(default_factory=dict)  # codes without their zero point
     scales: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def add(self, name: str, weight: np.ndarray, form: tuple[int, int | None] | None = None) -> None:
+    def add(
+        self, name: str, weight: np.ndarray, form: tuple[int, int | None] | None = None, turned: bool = False
+    ) -> None:
         """Round a matrix to nearest, or keep it."""
         if form is None:
             self.wide.append((name, weight))
@@ -80,14 +83,15 @@ class ParamFile:
         self.signed[module] = codes.reshape(weight.shape)
         self.scales[module] = scales if group else scales[:, 0]
         self.wide.append((f"{module}.scale", self.scales[module]))
-        self.codes.append((name, self.signed[module], bits))
+        lying = self.signed[module].T if turned else self.signed[module]
+        self.codes.append((name, lying, "int8" if turned else f"uint{bits}"))
 
     def write(self, gap_before: str | None = None) -> list[Row]:
         """The rows of the file, which begins with a page of other things."""
         data, rows = bytearray(4096), []
         stored = [(name, "float32", array.shape, array.astype("<f4").tobytes()) for name, array in self.wide]
-        stored += [(name, f"uint{bits}", c.shape, packed(c, bits)) for bits in (8, 4) for name, c, b in self.codes
-                   if b == bits]  # fmt: skip
+        stored += [(name, dtype, c.shape, packed(c, dtype)) for bits in ("8", "4") for name, c, dtype in self.codes
+                   if dtype.endswith(bits)]  # fmt: skip
         for name, dtype, shape, raw in stored:
             data += bytes(64) if name == gap_before else b""
             rows.append(Row(name, dtype, tuple(shape), len(data), len(raw)))
@@ -97,10 +101,12 @@ class ParamFile:
         return rows
 
 
-def packed(codes: np.ndarray, bits: int) -> bytes:
-    """Unsigned codes as they lie in the file."""
-    unsigned = (codes.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
-    return (unsigned if bits == 8 else unsigned[:, 0::2] | unsigned[:, 1::2] << 4).tobytes()
+def packed(codes: np.ndarray, dtype: str) -> bytes:
+    """Codes as they lie in the file."""
+    if dtype == "int8":
+        return codes.tobytes()
+    unsigned = (codes.astype(np.int16) + (128 if dtype == "uint8" else 8)).astype(np.uint8)
+    return (unsigned if dtype == "uint8" else unsigned[:, 0::2] | unsigned[:, 1::2] << 4).tobytes()
 
 
 @dataclass
@@ -127,14 +133,15 @@ class Made:
 
 
 def make(folder: Path, kind: str, form: str, seed: int = 0, **changes: Any) -> Made:
-    """Random weights, wide enough that window, caps and norms matter, in one of `FORMS`."""
+    """Random weights, wide enough that window, caps and norms matter, in one of `FORMS` or of `TURNED`."""
     raw = {**TINY_CONFIGS[kind], **CHANGES[kind], **changes}
     config = ModelConfig.from_dict(raw, "config.json")
+    turned, form = form in TURNED, TURNED.get(form, form)
     rng, file, forms = np.random.default_rng(seed), ParamFile(folder), FORMS[form]
     for name, shape in expected_tensors(config).items():
         weight = (rng.standard_normal(shape) * (0.3 if "norm" in name else 0.12)).astype(np.float32)
-        coded = forms is not None and len(shape) == 2
-        file.add(name, weight, forms[0 if ".layers." in name else 1] if coded and forms else None)
+        linear = ".layers." in name
+        file.add(name, weight, forms[not linear] if forms and len(shape) == 2 else None, turned and linear)
     columns = None
     if form == "w8row":  # as calibrated schemes have it: sqrt(hidden) included
         columns = (np.sqrt(config.hidden_size) * rng.uniform(0.5, 2, config.hidden_size)).astype(np.float32)
@@ -179,22 +186,11 @@ def expected_logits(model: Any, tokens: Sequence[int]) -> np.ndarray:
         return np.asarray(model(torch.tensor([list(tokens)])).logits[0])
 
 
-def open_session(
-    model: ir.Model, folder: Path, optimize: bool = True, saved: Path | None = None, precise: bool = True
-) -> ort.InferenceSession:
-    """With the options of genai_config.json.
-
-    Args:
-        optimize: as a user's session does; without, nodes run as they are written.
-        saved: gets the optimized graph.
-        precise: integer products as genai_config.json asks for them.
-    """
+def open_session(model: ir.Model, folder: Path, optimize: bool = True, threads: int = 1) -> ort.InferenceSession:
+    """As a user's session, which optimizes the graph; without, nodes run as they are written."""
     options = ort.SessionOptions()
-    if saved is not None:
-        options.optimized_model_filepath = str(saved)
     options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    options.add_session_config_entry("session.x64quantprecision", str(int(precise)))
+    options.intra_op_num_threads = threads
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -204,13 +200,13 @@ def open_session(
 Caches = dict[str, np.ndarray]
 
 
-def step(
+def run(
     session: ort.InferenceSession,
     tokens: Sequence[Sequence[int]],
     caches: Caches | None = None,
     mask: Sequence[Sequence[int]] | None = None,
-) -> tuple[np.ndarray, Caches]:
-    """New tokens [B,S] after what the caches hold -> logits and the longer caches, by the names of the inputs."""
+) -> dict[str, np.ndarray]:
+    """All outputs, of new tokens [B,S] after what the caches hold."""
     ids = np.array(tokens, np.int64)
     past_inputs = {value.name: value for value in session.get_inputs() if value.name.startswith("past")}
     if caches is None:
@@ -220,27 +216,27 @@ def step(
     feeds = {"input_ids": ids, "attention_mask": np.ones((len(ids), past + ids.shape[1]), np.int64)}
     if mask is not None:
         feeds["attention_mask"] = np.array(mask, np.int64)
-    present = [name.replace("past_key_values", "present") for name in caches]
-    logits, *made = session.run(["logits", *present], feeds | dict(caches))
-    return logits, dict(zip(caches, made, strict=True))
+    found = session.run(None, feeds | dict(caches))
+    return dict(zip([value.name for value in session.get_outputs()], found, strict=True))
+
+
+def grown(found: Mapping[str, np.ndarray]) -> Caches:
+    """The caches among the outputs, by the names of the inputs."""
+    return {name.replace("present", "past_key_values"): value
+            for name, value in found.items() if name.startswith("present")}  # fmt: skip
+
+
+def step(
+    session: ort.InferenceSession,
+    tokens: Sequence[Sequence[int]],
+    caches: Caches | None = None,
+    mask: Sequence[Sequence[int]] | None = None,
+) -> tuple[np.ndarray, Caches]:
+    """Logits and the longer caches."""
+    found = run(session, tokens, caches, mask)
+    return found["logits"], grown(found)
 
 
 def off(got: np.ndarray, expected: np.ndarray) -> float:
     """Largest difference, relative to the largest expected value."""
     return float(np.abs(got - expected).max() / np.abs(expected).max())
-
-
-def nodes_of(model: ir.Model) -> list[ir.Node]:
-    """Of the graph and of its branches."""
-    found = []
-    for node in model.graph:
-        found.append(node)
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH:
-                found += list(attribute.as_graph())
-    return found
-
-
-def inputs_by_name(model: ir.Model, op_type: str) -> Mapping[str, ir.Node]:
-    """Nodes of a kind by the name of their first output."""
-    return {str(node.outputs[0].name): node for node in nodes_of(model) if node.op_type == op_type}

@@ -18,7 +18,7 @@ from gemma_deploy import compile as compiler
 from gemma_deploy.artifact.ledger import ledger_for
 from gemma_deploy.artifact.verify import verify
 from gemma_deploy.backends import BACKENDS
-from gemma_deploy.backends.ort.decoder import integer_linears
+from gemma_deploy.backends.ort.decoder import linears_of
 from gemma_deploy.backends.ort.genai import genai_config
 from gemma_deploy.backends.ort.options import Kernels
 from gemma_deploy.backends.ort.target import OnnxRuntime, chosen_kernels
@@ -28,6 +28,7 @@ from gemma_deploy.errors import ArtifactError
 from gemma_deploy.parity.dynamic import half_line
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.runtime.genai import GenaiModel
+from gemma_deploy.schemes import CodeForm
 from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
 from tests.calibration.make import write_tokenizer
 
@@ -96,8 +97,8 @@ def test_an_artifact_is_proven_whole_and_says_what_it_is(compiled, kind, scheme)
     checked = verify(folder / "workspace/x")
     assert sum("model.onnx: full check" in line for line in checked) == 1
     dtypes = {row["dtype"] for row in manifest["params"]}
-    expected = {"w8a8": {"uint8"}, "w8a16_gptq": {"uint8"}, "fp32": set()}.get(scheme, {"uint4", "uint8"})
-    assert dtypes == {"float32"} | expected
+    linears = {"fp32": set(), "w4a16": {"uint4"}, "w4a16_gptq": {"uint4"}}.get(scheme, {"int8"})
+    assert dtypes == {"float32"} | linears | ({"uint8"} if linears else set())
 
 
 def test_a_bfloat16_graph_is_proven_widened_and_by_its_types(compiled, tmp_path):
@@ -125,12 +126,12 @@ def test_a_bfloat16_graph_is_proven_widened_and_by_its_types(compiled, tmp_path)
 
 
 def test_the_kernels_are_listed_in_the_manifest_and_the_ledger(compiled):
-    """Activations of 8 bits are an entry with what they cost, and a line more where prompts have integer products."""
+    """Activations of 8 bits are an entry with what they cost, and a line more where linears are integer products."""
     fast, lean, floats = (compiled(*which) for which in SCHEMES)
     kernels = manifest_of(fast)["kernels"]
     assert (kernels["block"], kernels["integer"]) == (BLOCK, True)
-    assert kernels["wide"], "a quarter of the linears gets 16 bits"
-    assert set(kernels["wide"]) < integer_linears(ModelConfig.from_dict(TINY_CONFIGS["gemma3_text"], "config.json"))
+    assert kernels["wide"], "a quarter of the linears gets 14 bits"
+    assert set(kernels["wide"]) < linears_of(ModelConfig.from_dict(TINY_CONFIGS["gemma3_text"], "config.json"))
     assert manifest_of(lean)["kernels"] == {"block": BLOCK, "integer": False, "wide": []}
     assert manifest_of(floats)["kernels"] is None
     for folder, count in ((fast, 2), (lean, 1), (floats, 0)):
@@ -143,11 +144,18 @@ def test_the_kernels_are_listed_in_the_manifest_and_the_ledger(compiled):
             assert 0 <= entry["effect"]["overturned"] < 1
         lines = [one for one in manifest_of(folder)["parity"]["lines"] if "lead overturned" in str(one)]
         assert [line["comparison"] for line in lines] == ["strict = shipped"] * (count > 0)
-    where = [one["where"] for one in manifest_of(fast)["ledger"] if one["what"].startswith("activations rounded")]
-    assert [name.split(" ")[0] for name in where] == ["MatMulNBits", "MatMulIntegerToFloat"]
+
+    def where(folder):
+        return [one["where"] for one in manifest_of(folder)["ledger"] if one["what"].startswith("activations rounded")]
+
+    assert where(fast) == ["MatMulNBits of the LM head", "MatMulIntegerToFloat of every linear"]
+    assert where(lean) == ["MatMulNBits of every linear and of the LM head"]
     wide: dict = {"kernels": kernels | {"wide": ["model.layers.0.mlp.down_proj"]}}
     said = "".join(one["what"] for one in ledger_for(manifest_of(fast) | wide))
-    assert "a scale per token; to 16 bits before 1 linears (model.layers.0.mlp.down_proj)" in said
+    assert "8 bits with a scale per token; to 14 bits before 1 linears (model.layers.0.mlp.down_proj)" in said
+    every = sorted(linears_of(ModelConfig.from_dict(manifest_of(fast)["model"], "config.json")))
+    said = [one["what"] for one in ledger_for(manifest_of(fast) | {"kernels": kernels | {"wide": every}})]
+    assert "activations rounded to 14 bits with a scale per token" in said
     assert not any("iter" in str(entry) for entry in manifest_of(fast)["ledger"])
 
 
@@ -155,8 +163,9 @@ def test_inspect_shows_the_one_graph(compiled, capsys):
     artifact = compiled("gemma3_text", "w8a8") / "workspace/x"
     manifest = json.loads((artifact / "manifest.json").read_text())
     census, layers = manifest["op_census"]["model"], manifest["model"]["num_hidden_layers"]
-    assert census["If"] == 1
-    assert census["com.microsoft::GroupQueryAttention"] == 2 * layers, "one for each layer, in either branch"
+    assert "If" not in census
+    assert census["com.microsoft::GroupQueryAttention"] == layers
+    assert census["com.microsoft::MatMulIntegerToFloat"] == 7 * layers
     assert main(["inspect", str(artifact), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["artifact"]["scheme"] == "w8a8"
@@ -294,8 +303,8 @@ def test_kill_9_at_any_moment_and_run_again(tmp_path, monkeypatch):
 # Recipe -> kernels
 
 CONFIG = ModelConfig.from_dict(TINY_CONFIGS["gemma3_text"], "config.json")
-EVERY = integer_linears(CONFIG)
-KEPT = frozenset({"model.layers.0.mlp.down_proj", "model.layers.6.self_attn.q_proj"})
+EVERY = linears_of(CONFIG)
+KEPT = frozenset({"model.layers.0.mlp.down_proj", "model.layers.6.mlp.down_proj"})
 
 
 def loaded(*overrides):
@@ -306,32 +315,35 @@ def loaded(*overrides):
 @pytest.mark.parametrize(
     ("overrides", "kernels"),
     [
-        ([], Kernels(BLOCK, False)),
-        (["backend.compile.block=128"], Kernels(128, False)),
+        ([], Kernels(BLOCK, True, EVERY)),
+        (["backend.compile.prefill=fast"], Kernels(BLOCK, True, EVERY)),
+        (["backend.compile={prefill: lean, block: 32}"], Kernels(32, False)),
         (["frontend.quantize.type=w4a16"], Kernels(BLOCK, False)),
         (["frontend.quantize.type=w8a8"], Kernels(BLOCK, True, KEPT)),
-        (["backend.compile.prefill=fast"], Kernels(BLOCK, True, EVERY)),
-        (["frontend.quantize.type=w8a16_gptq", "backend.compile.prefill=fast"], Kernels(BLOCK, True, EVERY)),
+        (["frontend.quantize.type=w8a16_gptq"], Kernels(BLOCK, True, EVERY)),
+        (["frontend.quantize={type: w8a16_gptq, calib_args: {groupsize: 32}}"], Kernels(BLOCK, False)),
         (["frontend.quantize.type=w8a8", "backend.compile.prefill=lean"], Kernels(BLOCK, False)),
         (["frontend.quantize.type=w8a8", "backend.compile={prefill: fast, block: 64}"],
          Kernels(64, True, KEPT)),
     ],
 )  # fmt: skip
 def test_kernels_follow_the_recipe(overrides, kernels):
-    """What is behind the last layer's attention sees one token and has no integer product, kept or not."""
+    """Wide are those that calibration kept out of 8 bits, or all; and the file has codes as the kernels want them."""
     recipe = loaded(*overrides)
-    kept = [*KEPT, "model.layers.6.mlp.down_proj"] if recipe.weights == "w8a8" else None
+    kept = list(KEPT) if recipe.weights == "w8a8" else None
     assert chosen_kernels(recipe, CONFIG, kept) == kernels
+    assert BACKENDS["onnxruntime"].codes(recipe) == CodeForm(unsigned=True, turned=kernels.integer)
     listed = BACKENDS["onnxruntime"].kernels(recipe, CONFIG, kept)
     assert listed == {"block": kernels.block, "integer": kernels.integer, "wide": sorted(kernels.wide)}
+    search = BACKENDS["onnxruntime"].files(recipe, CONFIG)["genai_config.json"]["search"]
+    assert search.get("chunk_size") == (None if kernels.integer else 256)
     assert recipe.vendor_keys() == {}
 
 
-def test_linears_of_the_branches():
+def test_linears_are_all_seven_of_every_layer():
     names = {f"model.layers.{i}.self_attn.{part}_proj" for i in range(7) for part in "qkvo"}
     names |= {f"model.layers.{i}.mlp.{part}_proj" for i in range(7) for part in ("gate", "up", "down")}
-    last = {f"model.layers.6.{name}_proj" for name in ("self_attn.o", "mlp.gate", "mlp.up", "mlp.down")}
-    assert integer_linears(CONFIG) == names - last
+    assert names == EVERY
 
 
 def test_widths_that_the_block_kernel_would_pad_are_refused(tmp_path, capsys):

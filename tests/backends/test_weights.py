@@ -22,6 +22,7 @@ def file(tmp_path):
         made.add(name, rng.standard_normal((rows, COLUMNS)).astype(np.float32), (8, None))
     made.add("a.norm.weight", rng.standard_normal(COLUMNS).astype(np.float32))
     made.add("b.o_proj.weight", rng.standard_normal((4, COLUMNS)).astype(np.float32), (8, 16))
+    made.add("b.down_proj.weight", rng.standard_normal((5, COLUMNS)).astype(np.float32), (8, None), turned=True)
     return made
 
 
@@ -95,17 +96,19 @@ def test_scales_of_groups_are_those_of_the_file(file, weights):
         weights.block_scales(["b.o_proj.scale"], "o", 4)
 
 
-def test_codes_turned_for_an_integer_product_are_signed_and_transposed(file, weights):
-    turned = weights.transposed(CODES, "both")
-    assert weights.transposed(CODES, "both") is turned
-    found = value(weights, file, turned, ir.DataType.INT8)
+def test_turned_codes_are_read_as_they_lie(file, weights):
+    view = weights.view(["b.down_proj.weight"], "b.down_proj.weight")
+    assert isinstance(view.const_value, ir.ExternalTensor)
+    found = value(weights, file, view, ir.DataType.INT8)
     assert found.dtype == np.int8
-    np.testing.assert_array_equal(found, signed(file).T)
+    np.testing.assert_array_equal(found, file.signed["b.down_proj"].T)
 
 
 def test_what_no_view_shows_is_told(weights):
     weights.view(CODES, "both")
-    assert weights.unused() == [*SCALES, "a.norm.weight", "b.o_proj.scale", "b.o_proj.weight"]
+    assert weights.unused() == [
+        *SCALES, "a.norm.weight", "b.o_proj.scale", "b.down_proj.scale", "b.o_proj.weight", "b.down_proj.weight",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from gemma_deploy.artifact import ArtifactDir
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.compile import copy_model_files, describe, stream_params
+from gemma_deploy.compile import compile_recipe, copy_model_files, describe, stream_params
 from gemma_deploy.graph.contract import GraphContract
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.testing import write_tiny_checkpoint
@@ -23,7 +23,8 @@ from tests.test_divided import make_divided
 SEQLEN = 24  # three sliding windows of 8
 BOS = 2
 DTYPES = {"w8a16": "int8", "fp32": "fp32"}
-FORMS = {"int8": ("w8a16", False), "dynamic": ("fp32", True)}  # and "divided", fp32 in two stages of two ranks
+# And "divided", fp32 in two stages of two ranks, and "kernels", int8 for ONNX Runtime.
+FORMS = {"int8": ("w8a16", False), "dynamic": ("fp32", True)}
 
 
 @pytest.fixture(scope="session")
@@ -44,11 +45,22 @@ def compiled(once, artifacts, checkpoint):
     def get(form):
         if form == "divided":
             return once("evaluated-divided", lambda out: adopt(once("divided", make_divided), checkpoint, out))
+        if form == "kernels":
+            return once("evaluated-kernels", lambda out: compile_whole(checkpoint, out)) / "artifact"
         scheme, dynamic = FORMS[form]
         graphs = artifacts("gemma3_text", scheme, dynamic=dynamic)
         return once(f"evaluated-{form}", lambda out: finish(graphs, checkpoint, scheme, dynamic, out))
 
     return get
+
+
+def compile_whole(checkpoint_dir, out):
+    """An artifact for ONNX Runtime."""
+    recipe = Recipe.from_text(
+        f"name: x\nfrontend: {{checkpoint: {checkpoint_dir}, shape: {{input_ids: [[32], [64]]}}}}\n"
+        "backend: {type: onnxruntime, dtype: int8}\n"
+    )
+    compile_recipe(recipe, out=out / "artifact", parity=False)
 
 
 def finish(graphs, checkpoint_dir, scheme, dynamic, out):

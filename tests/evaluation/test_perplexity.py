@@ -74,6 +74,22 @@ def test_an_artifact_against_its_checkpoint(compiled, checkpoint, text_file, cap
     assert f"{found['perplexity']:.3f} ± {found['perplexity_error']:.3f}" in out
 
 
+def test_kernels_come_near_and_exact_arithmetic_is_what_the_codes_stand_for(
+    compiled, checkpoint, text_file, capfd, tmp_path
+):
+    """Integer products by default, float32 products on the same weights on demand."""
+    words = compiled("kernels"), "--text", text_file, "--no-record", *SMALL
+    exact, _ = evaluated(capfd, tmp_path, *words, "--kernels", "strict")
+    expected = exact_figures(
+        stock_model(checkpoint), stock_model(checkpoint, rounded), windows_of(checkpoint, text_file)
+    )
+    assert exact["perplexity"] == pytest.approx(expected["perplexity"], rel=4e-6)
+    assert exact["kl_mean"] == pytest.approx(expected["kl_mean"], rel=1e-4)
+    shipped, _ = evaluated(capfd, tmp_path, *words)
+    assert shipped == evaluated(capfd, tmp_path, *words, "--kernels", "shipped")[0]
+    assert 1e-6 < abs(shipped["perplexity"] / exact["perplexity"] - 1) < 4e-3  # 4e-4 measured
+
+
 def test_these_windows_would_show_a_wrong_sliding_window(checkpoint, text_file, tmp_path):
     other = write_tiny_checkpoint(tmp_path / "other", "gemma3_text", sliding_window=9)
     windows = windows_of(checkpoint, text_file)
@@ -233,6 +249,8 @@ def test_logits_that_are_not_finite_end_with_1(tmp_path, text_file, capfd):
         (["{checkpoint}", "--task", "ppl", "--text", "{tmp}/latin.txt"], 2, "cannot be read"),
         (["{checkpoint}", "--task", "ppl", "--seqlen", "513"], 2, "longer than the 512"),
         (["{int8}", "--task", "ppl", "--seqlen", "33", "--no-record"], 2, "expected: 2 to 32"),
+        (["{int8}", "--task", "ppl", "--kernels", "shipped"], 2, "its graphs name no kernels"),
+        (["{checkpoint}", "--task", "ppl", "--kernels", "decode"], 2, "'decode' is not one of 'shipped', 'strict'"),
         (
             ["{checkpoint}", "--task", "ppl", "--against", "hf"],
             2,

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -5,7 +7,7 @@ from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.params import build_plan
 from gemma_deploy.params.constants import rotary_rows
 from gemma_deploy.params.layout import lay_out
-from gemma_deploy.schemes import Codes, Storage
+from gemma_deploy.schemes import CodeForm, Codes, Storage
 from gemma_deploy.testing import TINY_CONFIGS
 
 
@@ -124,10 +126,12 @@ def test_layout_is_page_aligned_without_holes_and_wide_types_first():
 
 def test_unsigned_codes_are_the_same_plan_in_other_dtypes():
     """With the same bytes in the same places; what is no code stays as it is."""
+    forms = CodeForm(), CodeForm(unsigned=True)
     for storage in (Storage(), Storage(Codes(4, 32), Codes(8, 32))):
         signed, unsigned = (
-            build_plan(config("gemma3_text"), "w8a16", 32, storage=storage, unsigned=flag) for flag in (False, True)
+            build_plan(config("gemma3_text"), "w8a16", 32, storage=storage, form=form) for form in forms
         )
+        assert signed == build_plan(config("gemma3_text"), "w8a16", 32, storage=storage)
         renamed = {"int8": "uint8", "int4": "uint4"}
         assert [(one.name, renamed.get(one.dtype, one.dtype)) for one in signed] == [
             (one.name, one.dtype) for one in unsigned
@@ -135,5 +139,27 @@ def test_unsigned_codes_are_the_same_plan_in_other_dtypes():
         assert {one.dtype for one in unsigned} >= {f"uint{storage.linears.bits}"}
         assert lay_out(signed).offsets == lay_out(unsigned).offsets
         assert [one.nbytes for one in signed] == [one.nbytes for one in unsigned]
-    floats = [build_plan(config(), "fp32", 32, unsigned=flag) for flag in (False, True)]
-    assert floats[0] == floats[1]
+    floats = [build_plan(config(), "fp32", 32, form=form) for form in (*forms, CodeForm(True, True))]
+    assert floats[0] == floats[1] == floats[2]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_turned_codes_are_those_of_linears_signed_with_columns_for_rows(tied):
+    """Tables, scales, norms and the places of all bytes are those of the unsigned form."""
+    cfg = config("gemma3_text", tie_word_embeddings=tied)
+    shapes, storage = expected_tensors(cfg), Storage(Codes(), Codes(8, 32))
+    unsigned, turned = (
+        build_plan(cfg, "w8a16", 32, storage=storage, form=CodeForm(unsigned=True, turned=flag))
+        for flag in (False, True)
+    )
+    assert lay_out(turned).offsets == lay_out(unsigned).offsets
+    linears = set()
+    for before, spec in zip(unsigned, turned, strict=True):
+        if spec.turned:
+            linears.add(spec.name)
+            assert (spec.dtype, spec.shape, spec.source) == ("int8", shapes[spec.name][::-1], spec.name)
+            assert before == replace(spec, dtype="uint8", shape=shapes[spec.name], turned=False)
+        else:
+            assert spec == before
+    assert linears == {name for name in shapes if name.endswith("_proj.weight")}
+    assert {spec.dtype for spec in turned if spec.name in ("model.embed_tokens.weight", "lm_head.weight")} == {"uint8"}

@@ -12,7 +12,7 @@ import pytest
 from gemma_deploy.errors import ParamsError
 from gemma_deploy.params.journal import Journal
 from tests.params.make import tiny
-from tests.params.test_writer import write
+from tests.params.test_writer import TURNED, write
 
 # Forks a child per line of stdin: "COUNT HALF" kills it -9 at its COUNT-th write, sync or rename, after half of the
 # bytes when HALF is 1. Prints how the child ended. Importing torch once keeps this fast.
@@ -73,18 +73,27 @@ class Killer:
 
 
 @pytest.fixture
-def whole(tmp_path):
+def scheme():
+    return "w8a16"
+
+
+@pytest.fixture
+def whole(tmp_path, scheme):
     checkpoint = tiny(tmp_path / "c", "gemma3_text")
-    path, table = write(checkpoint, tmp_path / "whole", "w8a16", block_bytes=20000)
+    path, table = write(checkpoint, tmp_path / "whole", scheme, block_bytes=20000)
     return checkpoint, path.read_bytes(), table
 
 
-def test_killed_at_many_moments_the_bytes_are_the_same(tmp_path, whole):
+either = pytest.mark.parametrize("scheme", ["w8a16", TURNED])
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", pytest.param(TURNED, marks=pytest.mark.slow)])
+def test_killed_at_many_moments_the_bytes_are_the_same(tmp_path, whole, scheme):
     import random
 
     checkpoint, expected, table = whole
     out, rng = tmp_path / "out", random.Random(7)
-    killer = Killer(checkpoint, out, "w8a16")
+    killer = Killer(checkpoint, out, scheme)
     try:
         kills = 0
         for round_number in range(4):
@@ -102,7 +111,7 @@ def test_killed_at_many_moments_the_bytes_are_the_same(tmp_path, whole):
             assert (out / "p.safetensors").read_bytes() == expected, round_number
             assert not (out / "p.safetensors.partial").exists()
         assert kills >= 8
-        assert write(checkpoint, out, "w8a16")[1] == table
+        assert write(checkpoint, out, scheme)[1] == table
     finally:
         killer.close()
 
@@ -137,28 +146,30 @@ def count_jobs(monkeypatch):
     return ran
 
 
-def test_ctrl_c_leaves_a_partial_that_is_continued(tmp_path, whole, monkeypatch):
+@either
+def test_ctrl_c_leaves_a_partial_that_is_continued(tmp_path, whole, scheme, monkeypatch):
     checkpoint, expected, table = whole
-    done = interrupted(tmp_path, checkpoint, monkeypatch)
+    done = interrupted(tmp_path, checkpoint, monkeypatch, scheme)
     assert done
     assert not (tmp_path / "p.safetensors").exists()
     ran = count_jobs(monkeypatch)
-    path, again = write(checkpoint, tmp_path, "w8a16")
+    path, again = write(checkpoint, tmp_path, scheme)
     assert path.read_bytes() == expected
     assert again == table
     assert not set(ran) & set(done)
 
 
-def test_finished_tensors_are_hashed_again(tmp_path, whole, monkeypatch, caplog):
+@either
+def test_finished_tensors_are_hashed_again(tmp_path, whole, scheme, monkeypatch, caplog):
     checkpoint, expected, table = whole
-    done = interrupted(tmp_path, checkpoint, monkeypatch)
+    done = interrupted(tmp_path, checkpoint, monkeypatch, scheme)
     partial = tmp_path / "p.safetensors.partial"
     data = bytearray(partial.read_bytes())
     row = next(row for row in table.rows if row.name == done[0])
     data[row.offset] ^= 1
     partial.write_bytes(data)
     ran = count_jobs(monkeypatch)
-    path, _ = write(checkpoint, tmp_path, "w8a16")
+    path, _ = write(checkpoint, tmp_path, scheme)
     assert path.read_bytes() == expected
     assert done[0] in ran
     assert done[0] in caplog.text
@@ -219,16 +230,17 @@ def failing_pwrite(pwrite, after, code=errno.ENOSPC):
     return wrapped
 
 
+@either
 @pytest.mark.parametrize("after", [0, 1, 2, 9, 25])
-def test_a_full_disk_says_so_and_can_be_continued(tmp_path, whole, monkeypatch, after):
+def test_a_full_disk_says_so_and_can_be_continued(tmp_path, whole, scheme, monkeypatch, after):
     checkpoint, expected, _ = whole
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", failing_pwrite(os.pwrite, after))
         with pytest.raises(ParamsError, match="no space left") as caught:
-            write(checkpoint, tmp_path, "w8a16", block_bytes=20000)
+            write(checkpoint, tmp_path, scheme, block_bytes=20000)
     assert "free space" in str(caught.value)
     assert not (tmp_path / "p.safetensors").exists()
-    path, _ = write(checkpoint, tmp_path, "w8a16")
+    path, _ = write(checkpoint, tmp_path, scheme)
     assert path.read_bytes() == expected
 
 

@@ -11,15 +11,21 @@ from gemma_deploy.errors import ParamsError
 from gemma_deploy.params import ParamTable, build_plan, damaged_rows, finished_table, write_params
 from gemma_deploy.params.overlay import Stored
 from gemma_deploy.parity.stored import StoredWeights
-from gemma_deploy.schemes import Codes, Storage
+from gemma_deploy.schemes import CodeForm, Codes, Storage
 from tests.params.make import patch_value, read_raw, tiny, to_bf16_bits, widen
 from tests.quantization.test_rtn import numpy_rtn
 
-SCHEMES = ("fp32", "fp16", "bf16", "w8a16")
+TURNED = "w8a16 turned"
+SCHEMES = ("fp32", "fp16", "bf16", "w8a16", TURNED)
+
+
+def planned(checkpoint, scheme, context=48):
+    scheme, _, turned = scheme.partition(" ")
+    return build_plan(checkpoint.config, scheme, context, form=CodeForm(turned=bool(turned)))
 
 
 def write(checkpoint, directory, scheme, *, context=48, **options):
-    plan = build_plan(checkpoint.config, scheme, context)
+    plan = planned(checkpoint, scheme, context)
     table = write_params(checkpoint, plan, directory / "p.safetensors", journal=directory / "p.journal", **options)
     return directory / "p.safetensors", table
 
@@ -36,7 +42,8 @@ def expected_values(source, scheme):
         elif scheme == "bf16":
             out[name] = to_bf16_bits(w)
         else:
-            out[name], out[name.replace(".weight", ".scale")] = numpy_rtn(w)
+            codes, out[name.replace(".weight", ".scale")] = numpy_rtn(w)
+            out[name] = codes.T if scheme == TURNED and ".layers." in name else codes
     return out
 
 
@@ -94,7 +101,7 @@ def test_the_safetensors_library_reads_it(tmp_path, scheme):
 
 def test_bytes_do_not_depend_on_workers_or_blocks(tmp_path):
     checkpoint = tiny(tmp_path / "c", "gemma3_text")
-    for scheme in ("w8a16", "fp16"):
+    for scheme in ("w8a16", TURNED, "fp16"):
         results = []
         for number, options in enumerate(
             ({"workers": 1}, {"workers": 2, "block_bytes": 1}, {"workers": 5, "block_bytes": 3001})
@@ -131,7 +138,7 @@ def test_a_second_run_writes_nothing(tmp_path, monkeypatch):
     _, again = write(checkpoint, tmp_path, "w8a16")
     assert again == table
     assert path.stat().st_mtime_ns == before.st_mtime_ns
-    plan = build_plan(checkpoint.config, "w8a16", 48)
+    plan = planned(checkpoint, "w8a16")
     assert finished_table(checkpoint, plan, path, tmp_path / "p.journal") == table
 
 
@@ -140,12 +147,12 @@ def test_a_finished_file_may_move_with_its_directory(tmp_path):
     path, table = write(checkpoint, tmp_path / "a.partial", "fp16")
     (tmp_path / "a.partial").rename(tmp_path / "a")
     moved = tmp_path / "a" / path.name
-    plan = build_plan(checkpoint.config, "fp16", 48)
+    plan = planned(checkpoint, "fp16")
     assert finished_table(checkpoint, plan, moved, tmp_path / "a" / "p.journal") == table
     assert finished_table(checkpoint, plan, moved, tmp_path / "nowhere") is None
 
 
-@pytest.mark.parametrize("change", ["checkpoint", "scheme", "context", "code", "file"])
+@pytest.mark.parametrize("change", ["checkpoint", "scheme", "form", "context", "code", "file"])
 def test_what_changed_is_written_anew(tmp_path, monkeypatch, change):
     checkpoint = tiny(tmp_path / "c")
     path, table = write(checkpoint, tmp_path, "w8a16")
@@ -155,13 +162,15 @@ def test_what_changed_is_written_anew(tmp_path, monkeypatch, change):
         patch_value(tmp_path / "c", "model.layers.1.mlp.up_proj.weight", (3, 3), 2.0)
     elif change == "scheme":
         options["scheme"] = "bf16"
+    elif change == "form":
+        options["scheme"] = TURNED
     elif change == "context":
         options["context"] = 64
     elif change == "code":
         monkeypatch.setattr("gemma_deploy.params.writer.version", lambda name: "another")
     else:
         path.write_bytes(before[:-1] + b"\x55")
-    plan = build_plan(checkpoint.config, options["scheme"], options["context"])
+    plan = planned(checkpoint, **options)
     assert finished_table(checkpoint, plan, path, tmp_path / "p.journal") is None
     _, again = write(checkpoint, tmp_path, **options)
     assert not damaged_rows(path, again)
@@ -261,24 +270,24 @@ def test_importing_brings_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def written(checkpoint, path, **options):
+def written(checkpoint, path, block_bytes=3000, **options):
     """Bytes of a file, its table and its plan."""
     plan = build_plan(checkpoint.config, "w8a16", 48, **options)
-    table = write_params(checkpoint, plan, path, journal=path.with_suffix(".journal"), block_bytes=3000)
+    table = write_params(checkpoint, plan, path, journal=path.with_suffix(".journal"), block_bytes=block_bytes)
     return path.read_bytes(), table, plan
 
 
-class FourBits:
-    """A checkpoint whose linears are quantized already: codes of 4 bits, one to a byte, as quantizers leave them."""
+class Quantized:
+    """A checkpoint whose linears are quantized already: codes one to a byte, as quantizers leave them."""
 
-    def __init__(self, checkpoint):
+    def __init__(self, checkpoint, bits, group=None):
         self.checkpoint, self.path, self.config = checkpoint, checkpoint.path, checkpoint.config
         self.codes, self.tensors, self.stored = {}, dict(checkpoint.tensors), {}
-        rng = np.random.default_rng(4)
+        rng, most = np.random.default_rng(4), 2 ** (bits - 1) - 1
         for name, info in checkpoint.tensors.items():
             if ".layers." in name and len(info.shape) == 2:
-                scales = (info.shape[0], info.shape[1] // 32)
-                self._add(name, rng.integers(-7, 8, info.shape, np.int8), "int8")
+                scales = Codes(bits, group).scale_shape(info.shape)
+                self._add(name, rng.integers(-most, most + 1, info.shape, np.int8), "int8")
                 self._add(name.replace(".weight", ".scale"), rng.uniform(0.01, 1, scales).astype(np.float32), "float32")
                 self.stored[name] = Stored(30.0, 1.0)
 
@@ -293,16 +302,19 @@ class FourBits:
         return getattr(self.checkpoint, name)
 
 
+UNSIGNED, TURNED_FORM = CodeForm(unsigned=True), CodeForm(unsigned=True, turned=True)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_unsigned_codes_are_the_signed_ones_with_their_high_bit_turned(tmp_path, bits):
     """Zero points of 128 and, in each half of a byte, of 8; scales and norms are untouched."""
     checkpoint = tiny(tmp_path / "c", "gemma3_text")
     source, options = checkpoint, {}
     if bits == 4:
-        source = FourBits(checkpoint)
+        source = Quantized(checkpoint, 4, 32)
         options = {"storage": Storage(Codes(4, 32), Codes(8, 32)), "quantized": source.stored}
     signed, table, _ = written(source, tmp_path / "signed.safetensors", **options)
-    unsigned, other, _ = written(source, tmp_path / "unsigned.safetensors", unsigned=True, **options)
+    unsigned, other, _ = written(source, tmp_path / "unsigned.safetensors", form=UNSIGNED, **options)
     turned = {"int8": 0x80, "int4": 0x88, "float32": 0}
     for row, new in zip(table.rows, other.rows, strict=True):
         span = slice(row.offset, row.offset + row.nbytes)
@@ -319,33 +331,64 @@ def test_unsigned_codes_are_the_signed_ones_with_their_high_bit_turned(tmp_path,
     assert not damaged_rows(tmp_path / "unsigned.safetensors", other)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("unsigned", [False, True])
-def test_stored_weights_read_codes_of_either_kind_back(tmp_path, bits, unsigned):
+@pytest.mark.parametrize("made", ["rounded", "stored"])
+@pytest.mark.parametrize("block_bytes", [700, 1 << 20])
+def test_turned_codes_are_the_signed_ones_transposed(tmp_path, made, block_bytes):
+    """Of linears, rounded here or by a quantizer; the table is unsigned and lies as it did, scales too."""
+    checkpoint = tiny(tmp_path / "c", "gemma3_text")
+    source = Quantized(checkpoint, 8) if made == "stored" else checkpoint
+    options = {"quantized": getattr(source, "stored", None), "block_bytes": block_bytes}
+    signed, table, _ = written(source, tmp_path / "signed.safetensors", **options)
+    turned, other, _ = written(source, tmp_path / "turned.safetensors", form=TURNED_FORM, **options)
+    seen = set()
+    for row, new in zip(table.rows, other.rows, strict=True):
+        span = slice(row.offset, row.offset + row.nbytes)
+        assert (new.name, new.offset, new.nbytes, new.sqnr_db) == (row.name, row.offset, row.nbytes, row.sqnr_db)
+        if row.name.endswith("_proj.weight"):
+            codes = np.frombuffer(signed[span], np.int8).reshape(row.shape)
+            if made == "stored":
+                np.testing.assert_array_equal(codes, source.codes[row.name])
+            assert (new.dtype, new.shape) == ("int8", row.shape[::-1])
+            assert turned[span] == codes.T.tobytes(), row.name
+            seen.add(row.shape[0] == row.shape[1])
+        else:
+            assert new.shape == row.shape
+            assert turned[span] == bytes(np.frombuffer(signed[span], np.uint8) ^ (0x80 * (row.dtype == "int8")))
+    assert seen == {True, False}  # k_proj and v_proj are square
+    assert not damaged_rows(tmp_path / "turned.safetensors", other)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "quantized", "form"),
+    [(8, None, made, form) for made in (False, True) for form in (CodeForm(), UNSIGNED, TURNED_FORM)]
+    + [(4, 32, True, form) for form in (CodeForm(), UNSIGNED)],
+)
+def test_stored_weights_read_codes_of_every_kind_back(tmp_path, bits, group, quantized, form):
     checkpoint = tiny(tmp_path / "c", "gemma2")
-    source, storage = checkpoint, Storage(Codes(), Codes(8, 32))
-    if bits == 4:
-        source, storage = FourBits(checkpoint), Storage(Codes(4, 32), Codes(8, 32))
-    path = tmp_path / "params.safetensors"
-    options = {"quantized": source.stored} if bits == 4 else {}
-    _, table, _ = written(source, path, storage=storage, unsigned=unsigned, **options)
+    storage = Storage(Codes(bits, group), Codes(8, 32))
+    source = Quantized(checkpoint, bits, group) if quantized else checkpoint
+    options = {"quantized": source.stored} if quantized else {}
+    _, table, _ = written(source, tmp_path / "params.safetensors", storage=storage, form=form, **options)
     manifest = {
         "recipe": {"frontend": {"model_kwargs": {"tp": 1}}},
         "contract": {"context": 48},
         "scheme": "w8a16",
         "storage": storage.to_json(),
+        "kernels": {"integer": form.turned} if form.unsigned else None,
         "params": table.moved("params.safetensors").to_json(),
     }
     stored = StoredWeights(checkpoint, tmp_path, manifest)
-    name = "model.layers.1.mlp.up_proj.weight"
-    found = stored.rows(name, 3, 21)
-    if bits == 4:
-        scales = np.repeat(source.codes[name.replace(".weight", ".scale")], 32, 1)
-        np.testing.assert_array_equal(found, (source.codes[name] * scales)[3:21])
-    else:
-        raw = widen(*read_raw(tmp_path / "c" / "model.safetensors")[name])
-        codes, scale = numpy_rtn(raw)
-        np.testing.assert_array_equal(found, (codes * scale[:, None])[3:21])
+    raw = read_raw(tmp_path / "c" / "model.safetensors")
+    names = [f"model.layers.1.{name}_proj.weight" for name in ("mlp.up", "mlp.down", "self_attn.k", "self_attn.v")]
+    assert raw[names[2]][1].shape == (64, 64)
+    for name in names:
+        if quantized:
+            codes, scale = source.codes[name], source.codes[name.replace(".weight", ".scale")]
+        else:
+            codes, scale = numpy_rtn(widen(*raw[name]))
+        expected = codes * (np.repeat(scale, group, 1) if group else scale[:, None])
+        np.testing.assert_array_equal(stored.rows(name, 3, 21), expected[3:21], err_msg=name)
+        np.testing.assert_array_equal(stored.rows(name, 0, len(codes)), expected, err_msg=name)
     for name in ("model.embed_tokens.weight", "model.norm.weight"):
-        raw = widen(*read_raw(tmp_path / "c" / "model.safetensors")[name])
-        assert np.abs(stored.rows(name, 0, len(raw)) - raw).max() <= np.abs(raw).max() / 250
+        whole = widen(*raw[name])
+        assert np.abs(stored.rows(name, 0, len(whole)) - whole).max() <= np.abs(whole).max() / 250

@@ -209,6 +209,9 @@ def test_kernels_of_onnxruntime_that_cannot_be(override, problem):
 
 @pytest.mark.parametrize("calibrated", [{"type": "w4a16"}, {"type": "w8a16_gptq", "calib_args": {"groupsize": 128}}])
 def test_integer_products_need_a_scale_per_row(calibrated):
+    fast = "backend.compile.prefill=fast"
+    (problem,) = problems(MINIMAL, "backend.type=onnxruntime", "backend.dtype=fp32", fast)
+    assert problem.endswith("not fp32 as it is here: set one of them, or prefill: lean")
     asked = f"frontend.quantize={json.dumps(calibrated)}"
     (problem,) = problems(MINIMAL, *INT8, asked, "backend.compile.prefill=fast")
     assert problem == (
@@ -224,11 +227,15 @@ def test_onnxruntime_chooses_its_kernels_by_the_scheme():
         assert recipe.onnxruntime
         return recipe.prefill
 
-    assert asked() == "lean"
-    assert asked("frontend.quantize.type=w8a8") == "fast"
-    assert asked("frontend.quantize.type=w8a8", "backend.compile.prefill=lean") == "lean"
-    assert asked("frontend.quantize.type=w8a8", "backend.compile={prefill: fast, block: 256}") == "fast"
-    assert asked("frontend.quantize.type=w4a16") == "lean"
+    rows = "{type: w8a16}", "{type: w8a16_gptq}", "{type: w8a16_gptq, calib_args: {groupsize: -1}}", "{type: w8a8}"
+    for scheme in ([], *([f"frontend.quantize={section}"] for section in rows)):
+        assert asked(*scheme) == asked(*scheme, "backend.compile={prefill: fast, block: 256}") == "fast", scheme
+        assert asked(*scheme, "backend.compile.prefill=lean") == "lean", scheme
+    for section in ("{type: w4a16}", "{type: w4a16_gptq}", "{type: w8a16_gptq, calib_args: {groupsize: 128}}"):
+        assert asked(f"frontend.quantize={section}") == "lean", section
+    for dtype in ("fp32", "bf16"):
+        assert asked(f"backend.dtype={dtype}") == "lean", dtype
+    assert load(MINIMAL, "backend.dtype=int8").prefill == "lean"  # the static pair of graphs
     recipe = load(MINIMAL, *INT8, "backend.compile={block: 64, data_type: 0}")
     assert recipe.vendor_keys() == {"backend.compile.data_type": 0}
     vendor = load(MINIMAL, "backend.dtype=int8", "backend.compile={block: 64}")

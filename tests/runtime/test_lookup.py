@@ -10,7 +10,7 @@ from gemma_deploy.cli import main
 from gemma_deploy.errors import DeployError, UsageError
 from gemma_deploy.runtime import Tokenizer, lookup
 from gemma_deploy.runtime.generate import GenerationStats
-from gemma_deploy.runtime.lookup import MOST_TOKENS, Greedy, History, LookupModel, LookupSequence
+from gemma_deploy.runtime.lookup import Greedy, History, LookupModel, LookupSequence
 
 COUNT = 40  # with the prompt nine windows of 8
 
@@ -115,7 +115,7 @@ def test_guesses_change_the_steps_and_no_token(genai_artifact, prompts, monkeypa
 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
 def test_tokens_together_differ_from_tokens_alone_by_less_than_a_near_tie(genai_artifact, prompts, dtype):
-    """Tiny models: 2e-6 in fp32, 4e-3 in int8. lookup.py has the figures of the real 270M."""
+    """Tiny models: 2e-6 in fp32, 0.015 in int8, where the head rounds. lookup.py has the figures of the real 270M."""
     model = opened(genai_artifact("gemma3_text", dtype))
     alone, together = LookupSequence(model, 64), LookupSequence(model, 64)
     prompt = prompts[0][:20]
@@ -208,9 +208,3 @@ def test_run_says_all_that_speaks_against_it(genai_artifact, demo_artifact, capf
     assert "--strict is for static artifacts" in said
     assert main(["run", str(demo_artifact), "-p", "x", "--lookup"]) == 2
     assert "this artifact is static" in capfd.readouterr().err
-
-
-def test_no_more_tokens_go_through_the_graph_than_its_decode_kernels_take():
-    from gemma_deploy.backends.ort.options import INTEGER_FROM
-
-    assert 1 < MOST_TOKENS < INTEGER_FROM

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from gemma_deploy.backends.ort.head import parts_of
 from gemma_deploy.backends.ort.linears import BITS
 from gemma_deploy.backends.ort.nodes import MICROSOFT
 
@@ -35,8 +36,12 @@ def exact(model: ir.Model) -> None:
     """Put float32 arithmetic on dequantized weights in the place of every kernel that rounds. In place."""
     graph = model.graph
     widen(model)
-    for node in list(graph):
-        if node.op_type in _EXACT:
+    rounding = [node for node in graph if node.op_type in _EXACT]
+    for node in [node for node in graph if node.op_type == "ScatterElements"]:
+        _whole_head(graph, node)
+    drop_unread(graph)  # what screened the head
+    for node in rounding:
+        if node.graph is graph:
             _EXACT[node.op_type](graph, node)
     drop_unread(graph)
 
@@ -92,12 +97,16 @@ class Before:
         ir.convenience.replace_all_uses_with([old], [value], replace_graph_outputs=True)
         self.graph.remove(self.node, safe=True)
 
-    def viewed(self, codes: ir.Value, dtype: ir.DataType, shape: tuple[int, int]) -> ir.Value:
-        """The bytes of an initializer read in another form."""
+    def viewed(
+        self, codes: ir.Value, dtype: ir.DataType, shape: tuple[int, ...], part: tuple[int, int] | None = None
+    ) -> ir.Value:
+        """The bytes of an initializer read in another form, or those of rows [start, stop)."""
         stored = codes.const_value
         assert isinstance(stored, ir.ExternalTensor), codes.name
-        name, dims = f"{self.name}.codes", ir.Shape(shape)
-        offset, length = stored.offset or 0, stored.length or 0
+        first, last = part or (0, _sizes(codes)[0])
+        name, dims = f"{self.name}.{codes.name}.{first}", ir.Shape(shape)
+        row = (stored.length or 0) // _sizes(codes)[0]
+        offset, length = (stored.offset or 0) + first * row, (last - first) * row
         tensor = ir.ExternalTensor(
             stored.location, offset, length, dtype, shape=dims, name=name, base_dir=stored.base_dir
         )
@@ -106,32 +115,42 @@ class Before:
         return value
 
     def dequantized(
-        self, codes: ir.Value, scales: ir.Value, bits: int, shape: tuple[int, int], after: ir.Value
+        self,
+        codes: ir.Value,
+        scales: ir.Value,
+        bits: int,
+        shape: tuple[int, int],
+        after: ir.Value,
+        part: tuple[int, int] | None = None,
     ) -> ir.Value:
-        """Codes [out, in] times their scales [out] or [out, groups]."""
+        """Codes [out, in] times their scales [out] or [out, groups]; `part`, those of some rows."""
         scales = _repeated(scales)
         dtype = next(ir.DataType[name.upper()] for name, size in BITS.items() if size == bits)
-        viewed = self.viewed(codes, dtype, shape)
+        viewed = self.viewed(codes, dtype, shape, part)
+        if part is not None:
+            scales = self.viewed(scales, ir.DataType.FLOAT, (shape[0], *_sizes(scales)[1:]), part)
         groups = _sizes(scales)
         per_row = len(groups) == 1
         zero = np.full(groups, 1 << (bits - 1), np.uint8).astype(dtype.numpy())
         attributes = {"axis": 0} if per_row else {"axis": 1, "block_size": shape[1] // groups[1]}
-        inputs = [viewed, self.waiting(scales, after), self.constant(zero, "zero_point")]
-        return self.add("DequantizeLinear", inputs, "w", **attributes)
+        at = "" if part is None else f".{part[0]}"
+        inputs = [viewed, self.waiting(scales, after, at), self.constant(zero, f"zero_point{at}")]
+        return self.add("DequantizeLinear", inputs, f"w{at}", **attributes)
 
     def turned(self, codes: ir.Value, scales: ir.Value, after: ir.Value) -> ir.Value:
         """Signed codes [in, out] times their scales [out]."""
         return self.add("DequantizeLinear", [codes, self.waiting(scales, after)], "w", axis=1)
 
-    def waiting(self, scales: ir.Value, after: ir.Value) -> ir.Value:
+    def waiting(self, scales: ir.Value, after: ir.Value, at: str = "") -> ir.Value:
         """The scales and a zero that is made from the shape of `after`.
 
         Without it ONNX Runtime dequantizes all matrices first and holds them (real 270M, decode: 645 MiB at the peak,
         291 with it).
         """
-        size = self.add("Shape", [after], "size", start=0, end=1)
-        nothing = self.add("Cast", [self.add("Sub", [size, size], "nothing")], "zero", to=ir.DataType.FLOAT.value)
-        return self.add("Add", [scales, nothing], "waiting")
+        size = self.add("Shape", [after], f"size{at}", start=0, end=1)
+        nothing = self.add("Sub", [size, size], f"nothing{at}")
+        zero = self.add("Cast", [nothing], f"zero{at}", to=ir.DataType.FLOAT.value)
+        return self.add("Add", [scales, zero], f"waiting{at}")
 
     def product(self, x: ir.Value, matrix: ir.Value, turned: bool = False) -> None:
         """The node becomes a product with a matrix [out, in], or `turned`, [in, out]."""
@@ -182,6 +201,20 @@ def _integer_product(graph: ir.Graph, node: ir.Node) -> None:
 def _not_rounded(graph: ir.Graph, node: ir.Node) -> None:
     here = Before(graph, node)
     here.replace(here.add("Identity", [_input(node, 0)], "exact"))
+
+
+def _whole_head(graph: ir.Graph, node: ir.Node) -> None:
+    """All rows of the table by float32 products, in the parts in which the graph has them."""
+    rows, column = _maker(_input(_maker(_input(node, 2)), 0)).inputs
+    assert rows is not None
+    assert column is not None
+    gathered, x = _maker(rows), _input(_maker(column), 0)
+    codes, scales = _input(gathered, 0), _repeated(_input(gathered, 2))
+    columns, here, shares = _sizes(codes)[1], Before(graph, node), []
+    for part in parts_of(_sizes(codes)[0], columns):
+        weights = here.dequantized(codes, scales, 8, (part[1] - part[0], columns), x, part)
+        shares.append(here.add("FusedMatMul", [x, weights], f"exact.{part[0]}", transB=1))
+    here.replace(here.add("Concat", shares, "exact", axis=-1))
 
 
 def _rows(graph: ir.Graph, node: ir.Node) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from gemma_deploy.backends.ort.head import screened_head, whole_head
 from gemma_deploy.backends.ort.linears import Matrix, product_of, rounded_tokens
 from gemma_deploy.backends.ort.nodes import MICROSOFT, Nodes
 from gemma_deploy.backends.ort.options import Kernels
@@ -33,9 +34,6 @@ from gemma_deploy.graph.external import Row
 OPSET, IR_VERSION = 23, 11
 TABLE = "model.embed_tokens"
 EMBEDDED, NORMED, LOGITS = "model.embed_tokens.out", "model.norm.out", "logits"
-# Bytes of the LM head in one product. A session maps a matrix while it packs it, so that the largest one decides the
-# peak of loading; several cost 0.1 ms a token.
-HEAD_BYTES = 32 << 20
 CHOSEN = ("attention", "residual")  # what leaves the last layer's attention
 
 
@@ -259,16 +257,11 @@ class _Decoder:
         """Logits in float32, soft-capped where the model does."""
         tied, nodes, cap = self.config.tie_word_embeddings, self.nodes, self.config.final_logit_softcapping
         module = TABLE if tied else "lm_head"
-        whole = self._matrix(module)
-        step = max(1, int(HEAD_BYTES / (whole.columns * (whole.bits / 8 or 4))))
-        parts = [(start, min(start + step, whole.rows)) for start in range(0, whole.rows, step)]
-        shares = [
-            Matrix(self.weights, [module], f"lm_head.{k}", whole.block if whole.bits else 0, part).product(
-                nodes, normed, f"lm_head.{k}.out"
-            )
-            for k, part in enumerate(parts)
-        ]
-        logits = nodes.one("Concat", shares, "lm_head.out", axis=-1) if len(shares) > 1 else shares[0]
+        block, candidates = self.kernels.block, self.kernels.candidates
+        if candidates:
+            logits = screened_head(nodes, self.weights, module, block, normed, candidates)
+        else:
+            logits = whole_head(nodes, self.weights, module, block, normed)
         if self.dtype != ir.DataType.FLOAT:
             logits = nodes.one("Cast", [logits], "logits.wide", to=ir.DataType.FLOAT.value)
         if cap is not None:

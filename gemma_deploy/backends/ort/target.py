@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gemma_deploy.backends.ort.decoder import build_decoder, embedding_scale, linears_of
 from gemma_deploy.backends.ort.genai import CONFIG_FILE, genai_config
-from gemma_deploy.backends.ort.options import GRAPH, MODEL, Kernels
+from gemma_deploy.backends.ort.options import CANDIDATES, GRAPH, MODEL, Kernels
 from gemma_deploy.backends.target import PARAMS, Job
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.graph.contract import BATCH, SEQUENCE, GraphContract, Port
@@ -82,7 +82,7 @@ class OnnxRuntime:
         if not recipe.int8_weights:
             return None
         chosen = chosen_kernels(recipe, config, kept)
-        return {"block": chosen.block, "integer": chosen.integer, "wide": sorted(chosen.wide)}
+        return asdict(chosen) | {"wide": sorted(chosen.wide)}
 
 
 def chosen_kernels(recipe: Recipe, config: ModelConfig, kept: Sequence[str] | None) -> Kernels:
@@ -92,7 +92,8 @@ def chosen_kernels(recipe: Recipe, config: ModelConfig, kept: Sequence[str] | No
     too noisy; of any other scheme, 14 bits everywhere.
     """
     defaults = Kernels()
-    kernels = replace(defaults, block=recipe.backend.compile.get("block", defaults.block))
+    block, candidates = recipe.backend.compile.get("block", defaults.block), CANDIDATES * (recipe.head == "screened")
+    kernels = replace(defaults, block=block, candidates=candidates)
     if recipe.prefill != "fast":
         return kernels
     return replace(kernels, integer=True, wide=frozenset(linears_of(config) if kept is None else kept))

@@ -1,0 +1,121 @@
+"""The LM head: the table's rows times what leaves the last norm.
+
+whole: every row by the block kernel. screened: the high four bits of every code first, which is half of what must be
+read; then the rows of the likeliest tokens once more, exactly, with the codes that the embedding reads. All other
+tokens keep what the high bits gave, so that a distribution is rougher where it is small, and its largest logits are
+those of float32 products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from gemma_deploy.backends.ort.linears import INT8_ACTIVATIONS, Matrix
+from gemma_deploy.backends.ort.nodes import MICROSOFT, Nodes
+
+if TYPE_CHECKING:
+    from gemma_deploy.backends.ort.weights import Weights
+
+# Bytes of the table in one product. A session maps a matrix while it packs it, so that the largest one decides the
+# peak of loading; several cost 0.1 ms a token.
+HEAD_BYTES = 32 << 20
+HEAD = "lm_head"
+LOW_BITS, HIGH_HALF = 4, 0xF0
+MEAN_REST = 7.5  # of the low half of a code, 0 to 15
+
+
+def whole_head(nodes: Nodes, weights: Weights, module: str, block: int, normed: ir.Value) -> ir.Value:
+    """[B,S,H] -> logits [B,S,V] of all rows of a table."""
+    whole = Matrix(weights, [module], module, block)
+    shares = [
+        Matrix(weights, [module], f"{HEAD}.{k}", whole.block if whole.bits else 0, part).product(
+            nodes, normed, f"{HEAD}.{k}.out"
+        )
+        for k, part in enumerate(parts_of(whole.rows, int(whole.columns * (whole.bits / 8 or 4))))
+    ]
+    return nodes.one("Concat", shares, f"{HEAD}.out", axis=-1) if len(shares) > 1 else shares[0]
+
+
+def screened_head(
+    nodes: Nodes, weights: Weights, module: str, block: int, normed: ir.Value, candidates: int
+) -> ir.Value:
+    """The same, of the high halves of 8-bit codes, but for the likeliest tokens.
+
+    Args:
+        candidates: tokens whose rows are multiplied whole.
+    """
+    whole = Matrix(weights, [module], module, block)
+    rough = _rough(nodes, weights, module, whole, normed)
+    count = min(candidates, whole.rows)
+    _, likeliest = nodes.many(
+        "TopK", [rough, nodes.numbers(count)], [f"{HEAD}.top", f"{HEAD}.likeliest"], axis=-1, sorted=0
+    )
+    codes = weights.view([f"{module}.weight"], f"{module}.weight", dtype=ir.DataType.UINT8)
+    scales = weights.block_scales(whole.scales, module, whole.columns // whole.block)
+    rows = nodes.one(
+        "GatherBlockQuantized", [codes, likeliest, scales], f"{HEAD}.rows", domain=MICROSOFT,
+        bits=8, block_size=whole.block, gather_axis=0, quantize_axis=1,
+    )  # fmt: skip
+    column = nodes.one("Unsqueeze", [normed, nodes.numbers(3)], f"{HEAD}.column")
+    fine = nodes.one(
+        "Squeeze", [nodes.one("MatMul", [rows, column], f"{HEAD}.products"), nodes.numbers(3)], f"{HEAD}.fine"
+    )
+    return nodes.one("ScatterElements", [rough, likeliest, fine], f"{HEAD}.out", axis=2)
+
+
+def _rough(nodes: Nodes, weights: Weights, module: str, whole: Matrix, normed: ir.Value) -> ir.Value:
+    """Logits [B,S,V] of codes whose low half is taken for its mean."""
+    blocks, shares = whole.columns // whole.block, []
+    for k, part in enumerate(parts_of(whole.rows, whole.columns // 2)):
+        name, rows = f"{HEAD}.{k}", part[1] - part[0]
+        codes = weights.view([f"{module}.weight"], f"{name}.codes", (rows, whole.columns), ir.DataType.UINT8, part)
+        scales = weights.block_scales(whole.scales, name, blocks, part)
+        shares.append(
+            nodes.one(
+                "MatMulNBits",
+                [normed, _high_halves(nodes, codes, name, (rows, blocks, whole.block // 2)),
+                 nodes.one("Mul", [scales, nodes.scalar(1 << LOW_BITS)], f"{name}.high_scale")],
+                f"{name}.out", domain=MICROSOFT, K=whole.columns, N=rows, bits=4, block_size=whole.block,
+                accuracy_level=INT8_ACTIVATIONS,
+            )
+        )  # fmt: skip
+    high = nodes.one("Concat", shares, f"{HEAD}.high", axis=-1) if len(shares) > 1 else shares[0]
+    scales = weights.view(whole.scales, f"{module}.scale")
+    groups = (*weights.shape(whole.scales), 1)[1]
+    apart = nodes.one("Reshape", [normed, nodes.numbers(0, 0, groups, -1)], f"{HEAD}.groups")
+    sums = nodes.one("ReduceSum", [apart, nodes.numbers(3)], f"{HEAD}.sums", keepdims=0)
+    rest = nodes.one("Mul", [sums, nodes.scalar(MEAN_REST)], f"{HEAD}.mean_rest")
+    if len(weights.shape(whole.scales)) == 1:
+        shift = nodes.one("Mul", [rest, scales], f"{HEAD}.shift")
+    else:
+        shift = nodes.one("FusedMatMul", [rest, scales], f"{HEAD}.shift", domain=MICROSOFT, transB=1)
+    return nodes.one("Add", [high, shift], f"{HEAD}.rough")
+
+
+def _high_halves(nodes: Nodes, codes: ir.Value, name: str, shape: tuple[int, int, int]) -> ir.Value:
+    """Codes uint8 [rows, columns] -> their high halves, two in a byte, the first in the low half.
+
+    Made when a session is opened, so that the file has every code once.
+    """
+    axes, step, most = nodes.numbers(1), nodes.numbers(2), nodes.numbers(np.iinfo(np.int64).max)
+    even, odd = (
+        nodes.one("Slice", [codes, nodes.numbers(first), most, axes, step], f"{name}.{which}")
+        for first, which in enumerate(("even", "odd"))
+    )
+    shift = nodes.constant(np.uint8(LOW_BITS), f"uint8.{LOW_BITS}")
+    mask = nodes.constant(np.uint8(HIGH_HALF), f"uint8.{HIGH_HALF}")
+    first = nodes.one("BitShift", [even, shift], f"{name}.first", direction="RIGHT")
+    second = nodes.one("BitwiseAnd", [odd, mask], f"{name}.second")
+    pairs = nodes.one("BitwiseOr", [first, second], f"{name}.pairs")
+    return nodes.one("Reshape", [pairs, nodes.numbers(*shape)], f"{name}.high_halves")
+
+
+def parts_of(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of the rows that are multiplied together."""
+    step = max(1, HEAD_BYTES // row_bytes)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
