@@ -197,9 +197,7 @@ class Recipe(sections.Section):
     @property
     def int8_rows(self) -> bool:
         """Whether the codes of linears have 8 bits and one scale per row."""
-        section = self.frontend.quantize
-        groupsize = None if section is None else section.calib_args.groupsize
-        return self.weights == "w8a8" or (self.weights in ("w8a16", "w8a16_gptq") and groupsize in (None, -1))
+        return self.weights in ("w8a8", "w8a16", "w8a16_gptq") and self.storage_for(0).linears.groupsize is None
 
     @property
     def int8_weights(self) -> bool:

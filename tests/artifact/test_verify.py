@@ -9,7 +9,7 @@ import pytest
 
 from gemma_deploy.artifact import Artifact, verify
 from gemma_deploy.artifact.verify import _shows_whole_rows
-from gemma_deploy.backends.ort import decoder
+from gemma_deploy.backends.ort import head
 from gemma_deploy.cli import main
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.testing import write_tiny_checkpoint
@@ -243,7 +243,7 @@ def viewed(once):
             f"workspace: {{path: '{folder}'}}\n"
         )
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decoder, "HEAD_BYTES", 10000)
+            patch.setattr(head, "HEAD_BYTES", 10000)
             assert main(["compile", str(recipe), "--no-parity"]) == 0
 
     return once("verify-onnxruntime", make) / "x"

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from gemma_deploy.backends.ort import decoder
+from gemma_deploy.backends.ort import head
 from gemma_deploy.backends.ort.apart import exact
 from gemma_deploy.backends.ort.decoder import embedding_scale
 from gemma_deploy.errors import ExportError
@@ -185,7 +185,7 @@ def test_one_table_for_embedding_and_head(made, form, tied):
 def test_a_large_head_in_parts_is_the_head(made, tokens, monkeypatch, kind, form):
     one = made(kind, form)
     whole, _ = step(one.session(), [tokens[:20]])
-    monkeypatch.setattr(decoder, "HEAD_BYTES", 10000)
+    monkeypatch.setattr(head, "HEAD_BYTES", 10000)
     graph = one.graph()
     heads = [node for node in graph.graph if str(node.outputs[0].name).startswith("lm_head.") and node.op_type != "Mul"]
     products = [node for node in heads if node.op_type in ("FusedMatMul", "MatMulNBits")]

@@ -198,6 +198,7 @@ def test_check_built_refuses_for_onnxruntime_in_one_sentence(overrides, start):
     ("override", "problem"),
     [
         ("backend.compile.prefill=quick", "backend.compile.prefill: got 'quick', expected fast or lean"),
+        ("backend.compile.head=half", "backend.compile.head: got 'half', expected whole or screened"),
         ("backend.compile.block=48", "backend.compile.block: got 48, expected one of 16, 32, 64, 128, 256"),
         ("backend.compile.block=big", "backend.compile.block: got big, expected one of 16, 32, 64, 128, 256"),
     ],
@@ -219,6 +220,20 @@ def test_integer_products_need_a_scale_per_row(calibrated):
         "weights with one scale per row (frontend.quantize.type w8a8, w8a16_gptq or w8a16, groupsize -1), not "
         f"{calibrated['type']} as it is here: set one of them, or prefill: lean"
     )
+
+
+def test_a_screened_head_needs_codes():
+    said = "screened needs a token table of 8-bit codes (frontend.quantize.table int8)"
+    screened = "backend.compile.head=screened"
+    for others in (
+        ["backend.type=onnxruntime", "backend.dtype=fp32"],
+        [*INT8, "frontend.quantize={type: w8a16, table: fp16}"],
+    ):
+        (problem,) = problems(MINIMAL, *others, screened)
+        assert problem == f"-s {screened}: backend.compile.head: {said}"
+    for others in (INT8, [*INT8, "frontend.quantize={type: w4a16}"]):
+        assert load(MINIMAL, *others, screened).head == "screened"
+        assert load(MINIMAL, *others).head == "whole"
 
 
 def test_onnxruntime_chooses_its_kernels_by_the_scheme():
