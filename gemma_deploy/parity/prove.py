@@ -119,7 +119,7 @@ def _prove_dynamic(
     strict, shipped = DynamicSource(artifact, "strict"), DynamicSource(artifact, "shipped")
     hf, patched, twin = torch_sources(opened, artifact, manifest)
     sources: dict[str, Source] = {source.name: source for source in (hf, patched, twin, strict)}
-    gates = dynamic_gates(scheme)
+    gates = dynamic_gates(scheme, bool((manifest.get("kernels") or {}).get("candidates")))
     pairs = list(dict.fromkeys([gate.pair for gate in gates] + [(hf.name, "strict")]))
     if on_cpu:
         sources[shipped.name] = shipped
