@@ -340,7 +340,7 @@ def test_kernels_follow_the_recipe(overrides, kernels):
     assert listed == {"block": kernels.block, "integer": kernels.integer, "wide": sorted(kernels.wide),
                       "candidates": kernels.candidates}  # fmt: skip
     search = BACKENDS["onnxruntime"].files(recipe, CONFIG)["genai_config.json"]["search"]
-    assert search.get("chunk_size") == (None if kernels.integer else 256)
+    assert search.get("chunk_size") == (512 if kernels.integer else 256)
     assert recipe.vendor_keys() == {}
 
 
