@@ -86,15 +86,14 @@ class Sink:
 
     def write_rows(self, block: torch.Tensor, buffers: Buffers) -> None:
         """Append rows of the source [rows, columns]; of a turned tensor they are columns."""
-        spec = self.spec
-        if not spec.turned:
-            return self.write(block)
-        whole = buffers.take("turned", spec.shape, block.dtype)
-        start, self.turned = self.turned, self.turned + len(block)
-        whole[:, start : self.turned] = block.T
-        if self.turned == spec.shape[1]:
-            self.write(whole)
-        return None
+        if self.spec.turned:
+            whole = buffers.take("turned", self.spec.shape, block.dtype)
+            start, self.turned = self.turned, self.turned + len(block)
+            whole[:, start : self.turned] = block.T
+            if self.turned == self.spec.shape[1]:
+                self.write(whole)
+        else:
+            self.write(block)
 
     def write(self, block: torch.Tensor) -> None:
         """Append a contiguous block."""

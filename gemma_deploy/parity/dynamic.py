@@ -66,8 +66,9 @@ class DynamicSource:
         hidden, caches = [one for one, _ in made], [cache for _, cache in made]
         for row, tokens in enumerate(forced):
             # Exact kernels give the same for tokens together; those that round are run as they will be.
-            for step in ([tokens] if self.kernels == STRICT else [(token,) for token in tokens]) if tokens else []:
-                new, caches[row] = session.run(step, caches[row])
+            together = max(1, len(tokens)) if self.kernels == STRICT else 1
+            for at in range(0, len(tokens), together):
+                new, caches[row] = session.run(tokens[at : at + together], caches[row])
                 hidden[row] = np.concatenate([hidden[row], new])
         del session, made
         give_memory_back()

@@ -9,8 +9,14 @@ import pytest
 from gemma_deploy.backends.ort import head
 from gemma_deploy.backends.ort.apart import every_position, exact
 from gemma_deploy.backends.ort.decoder import LOGITS, NORMED
+from gemma_deploy.backends.ort.options import CANDIDATES as SHIPPED
+from gemma_deploy.cli import main
+from gemma_deploy.parity.gates import SCREEN_LIMIT, dynamic_gates
+from gemma_deploy.testing import write_tiny_checkpoint
 from tests.backends.make import off, open_session, step
 from tests.backends.test_decoder import CLOSE
+from tests.backends.test_target import LAYERS, manifest_of, write_recipe
+from tests.calibration.make import write_tokenizer
 
 VOCAB, HIDDEN, CANDIDATES = 512, 64, 24
 # Activations of the high halves' product are rounded to 8 bits: 0.004 of the largest logit was the most.
@@ -108,3 +114,20 @@ def test_greedy_tokens_are_those_of_the_whole_table(made, tokens):
     clear = leads > 0.02 * np.abs(logits[0]).max()  # the whole head rounds activations to 8 bits as well
     assert clear.sum() > 15
     np.testing.assert_array_equal(logits[0].argmax(-1)[clear], logits[1].argmax(-1)[clear])
+
+
+def test_a_screened_head_passes_a_gate_of_its_own_and_is_in_the_ledger(tmp_path):
+    """The largest logits are those of whole codes; what the others lose has a limit, and the graph without it none."""
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma2", **LAYERS["gemma2"])
+    write_tokenizer(checkpoint)
+    recipe = write_recipe(tmp_path, checkpoint, compile_keys={"head": "screened"})
+    assert main(["compile", str(recipe)]) == 0
+    manifest = manifest_of(tmp_path)
+    assert manifest["kernels"]["candidates"] == SHIPPED
+    assert manifest["parity"]["passed"] is True
+    (entry,) = (one for one in manifest["ledger"] if one["what"].startswith("logits of all but the 256 likeliest"))
+    assert entry["where"] == "the LM head"
+    assert entry["effect"]["case"] == "text"
+    gates = [gate for flag in (False, True) for gate in dynamic_gates("w8a16", flag) if gate.measure == "kl_mean"]
+    whole, screened = (gate.limit for gate in gates if gate.pair[1] == "shipped")
+    assert screened == pytest.approx(whole + SCREEN_LIMIT)

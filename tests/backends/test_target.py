@@ -26,7 +26,6 @@ from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.cli import main
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.parity.dynamic import half_line
-from gemma_deploy.parity.gates import SCREEN_LIMIT, dynamic_gates
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.runtime.genai import GenaiModel
 from gemma_deploy.schemes import CodeForm
@@ -397,20 +396,3 @@ def test_genai_runs_the_artifact_as_it_is(compiled, kind, scheme, agree):
     expected = stock.generate(given, max_new_tokens=12, min_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
     assert found[:agree] == expected[:agree]
     assert len(found) == 12
-
-
-def test_a_screened_head_passes_a_gate_of_its_own_and_is_in_the_ledger(tmp_path):
-    """The largest logits are those of whole codes; what the others lose has a limit, and the graph without it none."""
-    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma2", **LAYERS["gemma2"])
-    write_tokenizer(checkpoint)
-    recipe = write_recipe(tmp_path, checkpoint, compile_keys={"head": "screened"})
-    assert main(["compile", str(recipe)]) == 0
-    manifest = manifest_of(tmp_path)
-    assert manifest["kernels"]["candidates"] == CANDIDATES
-    assert manifest["parity"]["passed"] is True
-    (entry,) = (one for one in manifest["ledger"] if one["what"].startswith("logits of all but the 256 likeliest"))
-    assert entry["where"] == "the LM head"
-    assert entry["effect"]["case"] == "text"
-    gates = [gate for flag in (False, True) for gate in dynamic_gates("w8a16", flag) if gate.measure == "kl_mean"]
-    whole, screened = (gate.limit for gate in gates if gate.pair[1] == "shipped")
-    assert screened == pytest.approx(whole + SCREEN_LIMIT)

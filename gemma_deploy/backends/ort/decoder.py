@@ -140,12 +140,7 @@ class _Decoder:
             if self.weights.dtype(f"{table}.weight") != "float32":
                 rows = nodes.one("Cast", [rows], f"{table}.wide", to=ir.DataType.FLOAT.value)
         else:
-            flat = self.weights.view([f"{table}.weight"], f"{table}.weight", dtype=ir.DataType.UINT8)
-            scales = self.weights.block_scales(matrix.scales, table, matrix.columns // matrix.block)
-            rows = nodes.one(
-                "GatherBlockQuantized", [flat, ids, scales], f"{table}.rows", domain=MICROSOFT,
-                bits=8, block_size=matrix.block, gather_axis=0, quantize_axis=1,
-            )  # fmt: skip
+            rows = matrix.chosen_rows(nodes, ids, f"{table}.rows")
         columns = f"{table}.column_scale"
         factor = self.weights.view([columns], columns) if self.weights.has(columns) else nodes.scalar(self.embed_scale)
         if self.dtype == ir.DataType.FLOAT:
@@ -159,17 +154,17 @@ class _Decoder:
         names = [f"{path}.self_attn.{part}_proj" for part in "qkv"]
         widths = [config.num_attention_heads * config.head_dim, *2 * [config.num_key_value_heads * config.head_dim]]
         apart = config.model_type == "gemma3_text"  # attention reads all three from one value as well
-        query, key, value = self._products(self._norm(hidden, f"{path}.input_layernorm"), names, widths, apart)
+        made = self._products(self._norm(hidden, f"{path}.input_layernorm"), names, widths if apart else ())
         if apart:
-            assert key is not None
+            query, key, value = made
             query = self._head_norm(query, f"{path}.self_attn.q_norm", widths[0])
-            key = self._head_norm(key, f"{path}.self_attn.k_norm", widths[1])
+            made = [query, self._head_norm(key, f"{path}.self_attn.k_norm", widths[1]), value]
         rotary = [self.weights.rotary(kind, table) for table in ("cos", "sin")]
         past = [shared.caches[f"past_key_values.{layer}.{part}"] for part in ("key", "value")]
         window = config.sliding_window if kind == SLIDING else None
         return nodes.many(
             "GroupQueryAttention",
-            [query, key, value, *past, shared.seqlens, shared.total, *rotary],
+            [*made, *[None] * (3 - len(made)), *past, shared.seqlens, shared.total, *rotary],
             [f"{path}.self_attn.out", f"{path}.present.key", f"{path}.present.value"],
             domain=MICROSOFT,
             num_heads=config.num_attention_heads,
@@ -202,30 +197,23 @@ class _Decoder:
     def _mlp(self, path: str, normed: ir.Value) -> ir.Value:
         """down_proj(gelu(gate_proj x) * up_proj x)."""
         width, nodes = self.config.intermediate_size, self.nodes
-        gate, up, _ = self._products(normed, [f"{path}.gate_proj", f"{path}.up_proj"], [width, width], apart=True)
-        assert up is not None
+        gate, up = self._products(normed, [f"{path}.gate_proj", f"{path}.up_proj"], [width, width])
         active = nodes.one("Gelu", [gate], f"{path}.act_fn.out", approximate="tanh")
         return self._product(nodes.one("Mul", [active, up], f"{path}.product"), f"{path}.down_proj")
 
     def _product(self, x: ir.Value, module: str) -> ir.Value:
-        return self._products(x, [module], [], apart=False)[0]
+        return self._products(x, [module])[0]
 
-    def _products(
-        self, x: ir.Value, modules: Sequence[str], widths: Sequence[int], apart: bool
-    ) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
-        """What linears make of one input: integer products apart, all others in one, which is split where asked."""
+    def _products(self, x: ir.Value, modules: Sequence[str], widths: Sequence[int] = ()) -> list[ir.Value]:
+        """What linears make of one input: integer products apart, all others in one, split where widths are given."""
         nodes, joined = self.nodes, product_of(modules[0])
-        outs = [f"{module}.out" for module in modules]
         if self._matrix(modules[0]).integer:
             tokens = rounded_tokens(nodes, x, joined, modules[0] in self.kernels.wide)
-            made = [self._matrix(module).integer_product(nodes, tokens, f"{module}.out") for module in modules]
-        else:
-            made = [self._matrix(*modules, name=joined).product(nodes, x, f"{joined}.out")]
-            if apart:
-                made = nodes.many("Split", [made[0], nodes.numbers(*widths)], outs, axis=-1)
-        first, second, third = [*made, None, None][:3]
-        assert first is not None
-        return first, second, third
+            return [self._matrix(module).integer_product(nodes, tokens, f"{module}.out") for module in modules]
+        made = self._matrix(*modules, name=joined).product(nodes, x, f"{joined}.out")
+        if not widths:
+            return [made]
+        return nodes.many("Split", [made, nodes.numbers(*widths)], [f"{module}.out" for module in modules], axis=-1)
 
     def _matrix(self, *modules: str, name: str = "") -> Matrix:
         return Matrix(self.weights, modules, name or modules[0], self.kernels.block)

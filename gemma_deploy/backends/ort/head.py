@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from gemma_deploy.backends.ort.linears import INT8_ACTIVATIONS, Matrix
+from gemma_deploy.backends.ort.linears import Matrix
 from gemma_deploy.backends.ort.nodes import MICROSOFT, Nodes
 
 if TYPE_CHECKING:
@@ -32,12 +32,10 @@ def whole_head(nodes: Nodes, weights: Weights, module: str, block: int, normed: 
     """[B,S,H] -> logits [B,S,V] of all rows of a table."""
     whole = Matrix(weights, [module], module, block)
     shares = [
-        Matrix(weights, [module], f"{HEAD}.{k}", whole.block if whole.bits else 0, part).product(
-            nodes, normed, f"{HEAD}.{k}.out"
-        )
+        Matrix(weights, [module], f"{HEAD}.{k}", block, part).product(nodes, normed, f"{HEAD}.{k}.out")
         for k, part in enumerate(parts_of(whole.rows, int(whole.columns * (whole.bits / 8 or 4))))
     ]
-    return nodes.one("Concat", shares, f"{HEAD}.out", axis=-1) if len(shares) > 1 else shares[0]
+    return _joined(nodes, shares, f"{HEAD}.out")
 
 
 def screened_head(
@@ -49,51 +47,41 @@ def screened_head(
         candidates: tokens whose rows are multiplied whole.
     """
     whole = Matrix(weights, [module], module, block)
-    rough = _rough(nodes, weights, module, whole, normed)
-    count = min(candidates, whole.rows)
-    _, likeliest = nodes.many(
-        "TopK", [rough, nodes.numbers(count)], [f"{HEAD}.top", f"{HEAD}.likeliest"], axis=-1, sorted=0
-    )
-    codes = weights.view([f"{module}.weight"], f"{module}.weight", dtype=ir.DataType.UINT8)
-    scales = weights.block_scales(whole.scales, module, whole.columns // whole.block)
-    rows = nodes.one(
-        "GatherBlockQuantized", [codes, likeliest, scales], f"{HEAD}.rows", domain=MICROSOFT,
-        bits=8, block_size=whole.block, gather_axis=0, quantize_axis=1,
-    )  # fmt: skip
+    rough = _rough(nodes, weights, whole, normed)
+    count = nodes.numbers(min(candidates, whole.rows))
+    _, likeliest = nodes.many("TopK", [rough, count], [f"{HEAD}.top", f"{HEAD}.likeliest"], axis=-1, sorted=0)
+    rows = whole.chosen_rows(nodes, likeliest, f"{HEAD}.rows")
     column = nodes.one("Unsqueeze", [normed, nodes.numbers(3)], f"{HEAD}.column")
-    fine = nodes.one(
-        "Squeeze", [nodes.one("MatMul", [rows, column], f"{HEAD}.products"), nodes.numbers(3)], f"{HEAD}.fine"
-    )
+    products = nodes.one("MatMul", [rows, column], f"{HEAD}.products")
+    fine = nodes.one("Squeeze", [products, nodes.numbers(3)], f"{HEAD}.fine")
     return nodes.one("ScatterElements", [rough, likeliest, fine], f"{HEAD}.out", axis=2)
 
 
-def _rough(nodes: Nodes, weights: Weights, module: str, whole: Matrix, normed: ir.Value) -> ir.Value:
+def _rough(nodes: Nodes, weights: Weights, whole: Matrix, normed: ir.Value) -> ir.Value:
     """Logits [B,S,V] of codes whose low half is taken for its mean."""
-    blocks, shares = whole.columns // whole.block, []
+    blocks, module, shares = whole.columns // whole.block, whole.name, []
     for k, part in enumerate(parts_of(whole.rows, whole.columns // 2)):
-        name, rows = f"{HEAD}.{k}", part[1] - part[0]
-        codes = weights.view([f"{module}.weight"], f"{name}.codes", (rows, whole.columns), ir.DataType.UINT8, part)
+        name = f"{HEAD}.{k}"
+        share = Matrix(weights, [module], name, whole.block, part)
+        codes = weights.view(whole.codes, f"{name}.codes", (share.rows, share.columns), ir.DataType.UINT8, part)
         scales = weights.block_scales(whole.scales, name, blocks, part)
-        shares.append(
-            nodes.one(
-                "MatMulNBits",
-                [normed, _high_halves(nodes, codes, name, (rows, blocks, whole.block // 2)),
-                 nodes.one("Mul", [scales, nodes.scalar(1 << LOW_BITS)], f"{name}.high_scale")],
-                f"{name}.out", domain=MICROSOFT, K=whole.columns, N=rows, bits=4, block_size=whole.block,
-                accuracy_level=INT8_ACTIVATIONS,
-            )
-        )  # fmt: skip
-    high = nodes.one("Concat", shares, f"{HEAD}.high", axis=-1) if len(shares) > 1 else shares[0]
-    scales = weights.view(whole.scales, f"{module}.scale")
-    groups = (*weights.shape(whole.scales), 1)[1]
+        halves = _high_halves(nodes, codes, name, (share.rows, blocks, whole.block // 2))
+        steps = nodes.one("Mul", [scales, nodes.scalar(1 << LOW_BITS)], f"{name}.high_scale")
+        shares.append(share.block_product(nodes, normed, halves, steps, LOW_BITS, f"{name}.out"))
+    high = _joined(nodes, shares, f"{HEAD}.high")
+    scales, groups = weights.view(whole.scales, f"{module}.scale"), 1 if whole.per_row else blocks
     apart = nodes.one("Reshape", [normed, nodes.numbers(0, 0, groups, -1)], f"{HEAD}.groups")
     sums = nodes.one("ReduceSum", [apart, nodes.numbers(3)], f"{HEAD}.sums", keepdims=0)
     rest = nodes.one("Mul", [sums, nodes.scalar(MEAN_REST)], f"{HEAD}.mean_rest")
-    if len(weights.shape(whole.scales)) == 1:
+    if whole.per_row:
         shift = nodes.one("Mul", [rest, scales], f"{HEAD}.shift")
     else:
         shift = nodes.one("FusedMatMul", [rest, scales], f"{HEAD}.shift", domain=MICROSOFT, transB=1)
     return nodes.one("Add", [high, shift], f"{HEAD}.rough")
+
+
+def _joined(nodes: Nodes, shares: list[ir.Value], name: str) -> ir.Value:
+    return nodes.one("Concat", shares, name, axis=-1) if len(shares) > 1 else shares[0]
 
 
 def _high_halves(nodes: Nodes, codes: ir.Value, name: str, shape: tuple[int, int, int]) -> ir.Value:

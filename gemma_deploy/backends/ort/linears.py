@@ -49,8 +49,8 @@ class Matrix:
         dtype = weights.dtype(self.codes[0])
         self.integer = dtype == "int8"  # signed codes are those of integer products
         self.rows, self.columns = weights.shape(self.codes, part)[:: -1 if self.integer else 1]
-        self.dense = dtype not in BITS and not self.integer
-        self.bits = BITS.get(dtype, 8 if self.integer else 0)
+        self.bits = 8 if self.integer else BITS.get(dtype, 0)
+        self.dense = not self.bits
         self.per_row = not self.dense and len(weights.shape(self.scales)) == 1
         if self.per_row:
             self.block = largest_block(self.columns, block)
@@ -66,6 +66,12 @@ class Matrix:
         shape = (self.rows, blocks, self.block * self.bits // 8)
         codes = self.weights.view(self.codes, f"{self.name}.blocks", shape, ir.DataType.UINT8, part=self.part)
         scales = self.weights.block_scales(self.scales, self.name, blocks, self.part)
+        return self.block_product(nodes, x, codes, scales, self.bits, out)
+
+    def block_product(
+        self, nodes: Nodes, x: ir.Value, codes: ir.Value, scales: ir.Value, bits: int, out: str
+    ) -> ir.Value:
+        """[..., in] -> [..., out] of codes uint8 [out, blocks, bytes] and scales [out, blocks]."""
         return nodes.one(
             "MatMulNBits",
             [x, codes, scales],
@@ -73,10 +79,19 @@ class Matrix:
             domain=MICROSOFT,
             K=self.columns,
             N=self.rows,
-            bits=self.bits,
+            bits=bits,
             block_size=self.block,
             accuracy_level=INT8_ACTIVATIONS,
         )
+
+    def chosen_rows(self, nodes: Nodes, ids: ir.Value, out: str) -> ir.Value:
+        """ids: [...] -> rows [..., in] of a table of 8-bit codes, in float32."""
+        codes = self.weights.view(self.codes, self.codes[0], dtype=ir.DataType.UINT8)
+        scales = self.weights.block_scales(self.scales, self.name, self.columns // self.block)
+        return nodes.one(
+            "GatherBlockQuantized", [codes, ids, scales], out, domain=MICROSOFT,
+            bits=8, block_size=self.block, gather_axis=0, quantize_axis=1,
+        )  # fmt: skip
 
     def integer_product(self, nodes: Nodes, tokens: Tokens, out: str) -> ir.Value:
         """[B, S, out]."""

@@ -6,8 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 MODEL = "model"
-CANDIDATES = 256
 GRAPH = f"{MODEL}.onnx"
+CANDIDATES = 256  # of a screened head, unless its table has fewer rows
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Kernels:
         block: input channels that share a scale of the activations in MatMulNBits, where the weights have one scale per
             row; grouped weights have their groups.
         integer: linears are integer products, with a scale for each token and one for each row of the weights.
-        candidates: of a screened head (head.py), tokens whose rows are multiplied whole; 0 for a head of whole rows.
         wide: linears (module paths) whose activations are rounded to 14 bits there, in two halves.
+        candidates: of a screened head (head.py), tokens whose rows are multiplied whole; 0 for a head of whole rows.
     """
 
     block: int = 128

@@ -93,9 +93,8 @@ def chosen_kernels(recipe: Recipe, config: ModelConfig, kept: Sequence[str] | No
     Integer products take activations of 8 bits where calibration made them fit for that (w8a8), but for those it found
     too noisy; of any other scheme, 14 bits everywhere.
     """
-    defaults = Kernels()
-    block, candidates = recipe.backend.compile.get("block", defaults.block), CANDIDATES * (recipe.head == "screened")
-    kernels = replace(defaults, block=block, candidates=candidates)
+    block = recipe.backend.compile.get("block", Kernels.block)
+    kernels = Kernels(block=block, candidates=CANDIDATES if recipe.head == "screened" else 0)
     if recipe.prefill != "fast":
         return kernels
     return replace(kernels, integer=True, wide=frozenset(linears_of(config) if kept is None else kept))
