@@ -187,12 +187,12 @@ class Recipe(sections.Section):
     @property
     def prefill(self) -> str:
         """`backend.compile.prefill` for ONNX Runtime: "fast" are integer products of whole rows, "lean" blocks."""
-        return str(self.backend.compile.get("prefill", "fast" if self.onnxruntime and self.int8_rows else "lean"))
+        return str(self.backend.compile.get("prefill") or ("fast" if self.onnxruntime and self.int8_rows else "lean"))
 
     @property
     def head(self) -> str:
         """`backend.compile.head` for ONNX Runtime: "whole" rows of the table, or "screened" by half of every code."""
-        return str(self.backend.compile.get("head", "whole"))
+        return str(self.backend.compile.get("head") or "whole")
 
     @property
     def int8_rows(self) -> bool:

@@ -317,6 +317,7 @@ def loaded(*overrides):
     [
         ([], Kernels(BLOCK, True, EVERY)),
         (["backend.compile.prefill=fast"], Kernels(BLOCK, True, EVERY)),
+        (["backend.compile={prefill: null, head: null, block: null}"], Kernels(BLOCK, True, EVERY)),
         (["backend.compile={prefill: lean, block: 32}"], Kernels(32, False)),
         (["backend.compile.head=screened"], Kernels(BLOCK, True, EVERY, CANDIDATES)),
         (["backend.compile={prefill: lean, head: whole}"], Kernels(BLOCK, False)),

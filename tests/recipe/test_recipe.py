@@ -222,6 +222,14 @@ def test_integer_products_need_a_scale_per_row(calibrated):
     )
 
 
+def test_kernels_that_are_null_are_those_of_the_scheme():
+    nothing = "backend.compile={prefill: null, head: null, block: null}"
+    four, dense = "frontend.quantize={type: w4a16}", "backend.dtype=fp32"
+    for other, prefill in (("name=x", "fast"), (four, "lean"), (dense, "lean")):
+        recipe = load(MINIMAL, *INT8, other, nothing)
+        assert (recipe.prefill, recipe.head) == (prefill, "whole")
+
+
 def test_a_screened_head_needs_codes():
     said = "screened needs a token table of 8-bit codes (frontend.quantize.table int8)"
     screened = "backend.compile.head=screened"

@@ -93,7 +93,7 @@ def chosen_kernels(recipe: Recipe, config: ModelConfig, kept: Sequence[str] | No
     Integer products take activations of 8 bits where calibration made them fit for that (w8a8), but for those it found
     too noisy; of any other scheme, 14 bits everywhere.
     """
-    block = recipe.backend.compile.get("block", Kernels.block)
+    block = recipe.backend.compile.get("block") or Kernels.block
     kernels = Kernels(block=block, candidates=CANDIDATES if recipe.head == "screened" else 0)
     if recipe.prefill != "fast":
         return kernels
