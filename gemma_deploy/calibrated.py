@@ -126,6 +126,7 @@ def quantize_weights(
         blocksize=given.blocksize,
         compensate=quantizer.compensate,
         activations=quantizer.activations,
+        kept_w8=storage.kept_w8,
     )
     folder, workspace = out / QUANTIZED, recipe.workspace
     if workspace.cluster is not None:

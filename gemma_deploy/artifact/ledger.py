@@ -164,7 +164,7 @@ def _storage(manifest: dict[str, Any], scheme: str, effect: dict[str, Any]) -> L
         if worst:
             effect = {**effect, "lowest_sqnr_db": worst["sqnr_db"], "lowest_sqnr_tensor": worst["name"]}
         return LedgerEntry(
-            f"linears {storage.linears}, {_table(storage)}, symmetric, to nearest; activations and norms float32",
+            f"{storage.linears_text}, {_table(storage)}, symmetric, to nearest; activations and norms float32",
             f"the seven linears of every layer, the token table ({len(rows)} tensors)",
             "backend.dtype int8 (w8a16); a 16-bit target rounds activations as well, which this graph does not"
             if backend_of(manifest) == "tvm_vacc"
@@ -204,7 +204,7 @@ def _quantized(manifest: dict[str, Any], scheme: str, effect: dict[str, Any]) ->
     storage = Storage.from_json(manifest["storage"])
     how = "rounded with error compensation on" if quantizer.compensate else "rounded to nearest, scaled for"
     return LedgerEntry(
-        f"linears {storage.linears}, symmetric, {how} calibration text; columns rescaled, their factors folded into "
+        f"{storage.linears_text}, symmetric, {how} calibration text; columns rescaled, their factors folded into "
         f"norm gains, value rows and up rows; {_table(storage)}, rounded to nearest",
         f"the seven linears and two norms of every layer ({len(tensors)} matrices), the token table",
         f"frontend.quantize.type {scheme}; {_inputs(manifest)}norms are float32",

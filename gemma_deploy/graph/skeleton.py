@@ -123,7 +123,7 @@ def _store(
             if not isinstance(child, nn.Linear) or (child is model.lm_head and config.tie_word_embeddings):
                 continue
             shape = _share(name, (child.out_features, child.in_features), config, ranks)
-            codes = storage.table if child is model.lm_head else storage.linears
+            codes = storage.table if child is model.lm_head else storage.linear(name)
             if scheme in INT8 and codes:
                 new = quantization.quantized_linear(*_codes(shape, codes))
             elif scheme in INT8:

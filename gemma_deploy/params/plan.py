@@ -114,7 +114,7 @@ def build_plan(
             if scheme == "fp16":
                 eps = config.rms_norm_eps * 4.0 ** -rescaling.of(f"{module}.in")
                 specs.append(ParamSpec(f"{module}.eps", (1,), "float32", "constant", value=eps))
-        elif MATRIX_DTYPE[scheme] == "int8" and (codes := storage.linears if ".layers." in name else storage.table):
+        elif MATRIX_DTYPE[scheme] == "int8" and (codes := storage.of(module)):
             made = quantized.get(name) if quantized else None
             kinds: tuple[Kind, Kind] = ("stored", "stored") if made else ("int8_per_channel", "scale")
             scales = f"{module}.scale"

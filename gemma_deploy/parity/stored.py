@@ -44,10 +44,10 @@ class StoredWeights:
                     row = rows[file, spec.name]
                     self._pieces.setdefault(spec.name, []).append((artifact / file, row, spec))
                     if spec.name.endswith(".scale"):
-                        codes = storage.linears if ".layers." in spec.name else storage.table
+                        module = spec.name.removesuffix(".scale")
+                        codes = storage.of(module)
                         assert codes is not None  # float16 has no scales
-                        weight = spec.name.removesuffix(".scale") + ".weight"
-                        self._scales[spec.name] = codes.scale_shape(self.tensors[weight].shape)
+                        self._scales[spec.name] = codes.scale_shape(self.tensors[f"{module}.weight"].shape)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) as float32, codes times their scale."""

@@ -174,7 +174,8 @@ def _quantize_layer(
             weights = [module.weight.data for module in modules]
             seen = observers.pop(group.observed)
             tokens = seen.tokens.take() if seen.tokens else None
-            found = solve(weights, seen.moments.take(), settings, group.shared(config), tokens)
+            own = [settings.linear(reader) for reader in group.readers]
+            found = solve(weights, seen.moments.take(), settings, group.shared(config), tokens, own)
             for reader, module, weight in zip(group.readers, modules, found.weights, strict=True):
                 solved[reader] = weight
                 module.weight.data = weight.dequantized()

@@ -33,6 +33,7 @@ class Settings:
         equalize: choose column factors; else they are 1.
         compensate: move errors onto later columns (GPTQ); else round to nearest.
         activations: inputs are rounded to 8 bits as well, with a scale for each token.
+        kept_w8: kinds of linears that have 8 bits whatever the others have.
     """
 
     bits: int = 8
@@ -43,6 +44,11 @@ class Settings:
     equalize: bool = True
     compensate: bool = True
     activations: bool = False
+    kept_w8: tuple[str, ...] = ()
+
+    def linear(self, reader: str) -> Settings:
+        """Those of one linear, by its name within the layer."""
+        return replace(self, bits=8) if reader.rpartition(".")[2] in self.kept_w8 else self
 
     @property
     def qmax(self) -> int:
@@ -104,6 +110,7 @@ def solve(
     settings: Settings,
     shared: torch.Tensor | None = None,
     tokens: torch.Tensor | None = None,
+    own: Sequence[Settings] = (),
 ) -> Solved:
     """Quantize matrices that read the same input.
 
@@ -112,6 +119,7 @@ def solve(
         moments: [columns, columns] float32, mean of x x^T over the calibration tokens; destroyed.
         shared: see `column_factors`.
         tokens: [tokens, columns] some of the inputs, where these are rounded as well.
+        own: settings of each matrix, where their bits differ; those of all by default.
 
     Raises:
         NotPositiveError: the moments cannot be factored.
@@ -130,7 +138,8 @@ def solve(
             weighted = (tokens.square() * token_gains(weights, tokens)[:, None]).mean(0)
             power *= weighted / _in_place(factor.diagonal, order).clamp_min(1e-30)
         factors = column_factors(weights, power, shared, groupsize=settings.groupsize, tokens=tokens)
-    solved = [_matrix(weight, factor, order, factors, settings) for weight in weights]
+    each = own or [settings] * len(weights)
+    solved = [_matrix(weight, factor, order, factors, one) for weight, one in zip(weights, each, strict=True)]
     equalized = settings.equalize
     if tokens is not None:  # factors may cost the weights more than they gain there: activations decide
         rounded = tokens / factors
@@ -138,7 +147,7 @@ def solve(
         solved = [replace(one, activation_noise=_relative(one, tokens / factors, rounded)) for one in solved]
     elif equalized and sum(one.loss for one in solved) > sum(one.rtn_loss for one in solved):
         factors, equalized = ones, False
-        solved = [_matrix(weight, factor, order, factors, settings) for weight in weights]
+        solved = [_matrix(weight, factor, order, factors, one) for weight, one in zip(weights, each, strict=True)]
     return Solved(tuple(solved), factors, factor.damping, factor.attempts, dead, equalized)
 
 

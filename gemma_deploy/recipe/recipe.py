@@ -212,11 +212,12 @@ class Recipe(sections.Section):
     def storage_for(self, hidden_size: int) -> Storage:
         """What the matrices of an int8 artifact of a model of this width are stored as."""
         section = self.frontend.quantize
-        groupsize = None if section is None else section.calib_args.groupsize
+        given = None if section is None else section.calib_args
+        groupsize, kept = (None, None) if given is None else (given.groupsize, given.keep_w8)
         table: str | None = None if section is None else section.table
         if table is None and self.onnxruntime:  # its kernels have scales per group in any case
             table = dividing_table(hidden_size)
-        return storage_of(self.weights, hidden_size, groupsize, table) if self.int8_weights else Storage()
+        return storage_of(self.weights, hidden_size, groupsize, table, kept) if self.int8_weights else Storage()
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with all defaults, as plain data; `from_text` of its YAML gives an equal recipe."""

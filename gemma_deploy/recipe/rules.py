@@ -119,7 +119,7 @@ def wbits_agrees_with_type(recipe: Recipe) -> Found:
 
 @rule(_QUANTIZE)
 def activation_settings_agree_with_type(recipe: Recipe) -> Found:
-    """`keep_a16` speaks of w8a8, whose integer products have one scale per row of the weights."""
+    """`keep_a16` speaks of w8a8, whose integer products have one scale per row of the weights; `keep_w8` of w4a16."""
     quantize = recipe.frontend.quantize
     if quantize is None:
         return
@@ -127,6 +127,8 @@ def activation_settings_agree_with_type(recipe: Recipe) -> Found:
     rounds = quantize.type.startswith("w8a8")
     if given.keep_a16 is not None and not rounds:
         yield (*here, "keep_a16"), f"{quantize.type} rounds no activations: remove it, or set type: w8a8"
+    if given.keep_w8 is not None and not quantize.type.startswith("w4"):
+        yield (*here, "keep_w8"), f"{quantize.type} has no linears of 4 bits: remove it, or set type: w4a16_gptq"
     if rounds and given.groupsize not in (None, -1):
         yield (
             (*here, "groupsize"),

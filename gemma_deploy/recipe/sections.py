@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from gemma_deploy.schemes import Linear
+
 WEIGHT_TYPES = ("w8a16", "w8a16_gptq", "w8a8", "w4a16", "w4a16_gptq")
 QUANTIZE_TYPES = (*WEIGHT_TYPES, "w16kv8", *(f"{weight}+kv8" for weight in WEIGHT_TYPES))
 QuantizeType = Literal[
@@ -67,7 +69,8 @@ class CalibArgs(Section):
 
     What is not given is chosen by the quantizer (quantization/solver.py). `groupsize` input channels share a scale; -1:
     one scale per row. `keep_a16` is the largest share of the linears, by multiplications, whose inputs w8a8 does not
-    round. `sensitivity` measures what each layer alone costs, for the report; null: where weights are calibrated.
+    round. `keep_w8` are the kinds of linears that stay in 8 bits where w4a16 gives the others 4; null: k_proj and
+    v_proj. `sensitivity` measures what each layer alone costs, for the report; null: where weights are calibrated.
     """
 
     true_sequential: bool = True
@@ -78,6 +81,7 @@ class CalibArgs(Section):
     groupsize: Literal[-1, 32, 64, 128] | None = None
     sensitivity: bool | None = None
     keep_a16: Annotated[float, Field(ge=0, le=1)] | None = None
+    keep_w8: list[Linear] | None = None
     onegroup: VendorOnly = None
     model_file_base_name: VendorOnly = None
     model_file_kv_name: VendorOnly = None

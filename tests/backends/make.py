@@ -39,6 +39,8 @@ FORMS: dict[str, tuple[tuple[int, int | None], tuple[int, int | None]] | None] =
     "w8group": ((8, 32), (8, 64)),
     "w4": ((4, 32), (8, 64)),
 }
+# Forms with some kinds of linears in 8 bits: the form of all others, and those kinds
+MIXED = {"w4kv": ("w4", ("k_proj", "v_proj")), "w4vdown": ("w4", ("v_proj", "down_proj", "gate_proj"))}
 TURNED = {"w8t": "w8", "w8rowt": "w8row"}  # the same with the linears turned: their graphs have integer products
 
 
@@ -137,11 +139,15 @@ def make(folder: Path, kind: str, form: str, seed: int = 0, **changes: Any) -> M
     raw = {**TINY_CONFIGS[kind], **CHANGES[kind], **changes}
     config = ModelConfig.from_dict(raw, "config.json")
     turned, form = form in TURNED, TURNED.get(form, form)
+    form, kept = MIXED.get(form, (form, ()))
     rng, file, forms = np.random.default_rng(seed), ParamFile(folder), FORMS[form]
     for name, shape in expected_tensors(config).items():
         weight = (rng.standard_normal(shape) * (0.3 if "norm" in name else 0.12)).astype(np.float32)
         linear = ".layers." in name
-        file.add(name, weight, forms[not linear] if forms and len(shape) == 2 else None, turned and linear)
+        own = forms[not linear] if forms and len(shape) == 2 else None
+        if own and name.split(".")[-2] in kept:
+            own = (8, own[1])
+        file.add(name, weight, own, turned and linear)
     columns = None
     if form == "w8row":  # as calibrated schemes have it: sqrt(hidden) included
         columns = (np.sqrt(config.hidden_size) * rng.uniform(0.5, 2, config.hidden_size)).astype(np.float32)

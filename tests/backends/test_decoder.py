@@ -162,6 +162,32 @@ def test_qkv_and_gate_up_are_one_product_each_of_codes_that_lie_together(made, f
         assert tuple(codes.shape) == (size["N"], 2, 32 * bits // 8)
 
 
+@pytest.mark.parametrize(
+    ("kind", "form", "products"),
+    [
+        ("gemma2", "w4kv", {"q_proj": (4, "q"), "k_proj_v_proj": (8, "kv")}),
+        ("gemma", "w4vdown", {"q_proj_k_proj": (4, "qk"), "v_proj": (8, "v")}),
+        ("gemma3_text", "w4vdown", {"q_proj_k_proj": (4, "qk"), "v_proj": (8, "v")}),
+    ],
+)
+def test_linears_of_other_bits_have_products_of_their_own(made, kind, form, products):
+    """One for each run of linears with the same bits, and attention reads what is split from them."""
+    one = made(kind, form)
+    graph, rows = one.graph(), {row.name: row for row in one.rows}
+    layer = "model.layers.1"
+    nodes = {node.outputs[0].name: node for node in graph.graph if node.op_type == "MatMulNBits"}
+    for name, (bits, parts) in products.items():
+        node = nodes[f"{layer}.self_attn.{name}.out"]
+        height = sum(rows[f"{layer}.self_attn.{part}_proj.weight"].shape[0] for part in parts)
+        assert (node.attributes["bits"].value, node.attributes["N"].value) == (bits, height)
+    mlp = {name: node.attributes["bits"].value for name, node in nodes.items() if f"{layer}.mlp" in name}
+    together = {f"{layer}.mlp.gate_up_proj.out": 4, f"{layer}.mlp.down_proj.out": 4}
+    apart = {f"{layer}.mlp.{name}_proj.out": bits for name, bits in (("gate", 8), ("up", 4), ("down", 8))}
+    assert mlp == (together if form == "w4kv" else apart)
+    (attention,) = [n for n in graph.graph if n.name == f"{layer}.self_attn.out"]
+    assert all(value is not None for value in attention.inputs[:3])
+
+
 @pytest.mark.parametrize("form", ["fp32", "w8", "w8row", "w4"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_one_table_for_embedding_and_head(made, form, tied):
@@ -231,6 +257,7 @@ def test_float32_is_the_model_in_chunks_and_steps(made, logits_of, tokens, kind,
 
 
 CODED = [("gemma", "w8"), ("gemma2", "w8row"), ("gemma2", "w4"), ("gemma3_text", "w8group"), ("gemma3_text", "w4"),
+         ("gemma", "w4vdown"), ("gemma2", "w4kv"), ("gemma3_text", "w4vdown"),
          *((kind, "w8t") for kind in KINDS)]  # fmt: skip
 OTHERS = [("gemma", "w4"), ("gemma2", "w8"), ("gemma", "w8row"), ("gemma3_text", "w8"), ("gemma3_text", "w8row"),
           ("gemma2", "w8rowt")]  # fmt: skip

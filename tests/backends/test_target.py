@@ -97,7 +97,7 @@ def test_an_artifact_is_proven_whole_and_says_what_it_is(compiled, kind, scheme)
     checked = verify(folder / "workspace/x")
     assert sum("model.onnx: full check" in line for line in checked) == 1
     dtypes = {row["dtype"] for row in manifest["params"]}
-    linears = {"fp32": set(), "w4a16": {"uint4"}, "w4a16_gptq": {"uint4"}}.get(scheme, {"int8"})
+    linears = {"fp32": set(), "w4a16": {"uint4", "uint8"}, "w4a16_gptq": {"uint4", "uint8"}}.get(scheme, {"int8"})
     assert dtypes == {"float32"} | linears | ({"uint8"} if linears else set())
 
 

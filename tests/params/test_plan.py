@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,7 @@ from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.params import build_plan
 from gemma_deploy.params.constants import rotary_rows
 from gemma_deploy.params.layout import lay_out
-from gemma_deploy.schemes import CodeForm, Codes, Storage
+from gemma_deploy.schemes import CodeForm, Codes, Storage, storage_of
 from gemma_deploy.testing import TINY_CONFIGS
 
 
@@ -141,6 +142,39 @@ def test_unsigned_codes_are_the_same_plan_in_other_dtypes():
         assert [one.nbytes for one in signed] == [one.nbytes for one in unsigned]
     floats = [build_plan(config(), "fp32", 32, form=form) for form in (*forms, CodeForm(True, True))]
     assert floats[0] == floats[1] == floats[2]
+
+
+def test_linears_kept_in_8_bits_are_those_named():
+    """With the groups of the others; scales, tables and all else stay as they are."""
+    cfg = config("gemma3_text")
+    four = by_name(build_plan(cfg, "w8a16", 32, storage=Storage(Codes(4, 32), Codes(8, 32))))
+    mixed = by_name(build_plan(cfg, "w8a16", 32, storage=Storage(Codes(4, 32), Codes(8, 32), ("k_proj", "down_proj"))))
+    changed = {name for name in four if four[name] != mixed[name]}
+    assert changed == {name for name in four if name.endswith(("k_proj.weight", "down_proj.weight"))}
+    for name in changed:
+        assert mixed[name] == replace(four[name], dtype="int8")
+        assert mixed[name].nbytes == 2 * four[name].nbytes
+
+
+def test_what_stays_in_8_bits():
+    """k_proj and v_proj of int4, unless the recipe says others or none; of int8 there is nothing to keep."""
+    kept = ("k_proj", "v_proj")
+    for scheme, given, expected in (
+        ("w4a16_gptq", None, kept), ("w4a16", None, kept), ("w4a16", ("o_proj",), ("o_proj",)), ("w4a16", (), ()),
+        ("w8a16_gptq", None, ()), ("w8a8", None, ()), ("w8a16", None, ()),
+    ):  # fmt: skip
+        storage = storage_of(scheme, 64, kept_w8=given)
+        assert storage.kept_w8 == expected, (scheme, given)
+        assert Storage.from_json(json.loads(json.dumps(storage.to_json()))) == storage
+    mixed = storage_of("w4a16", 64)
+    assert [mixed.linear(f"model.layers.0.self_attn.{kind}_proj") for kind in "qkv"] == [
+        Codes(4, 32), Codes(8, 32), Codes(8, 32),
+    ]  # fmt: skip
+    assert mixed.linears_text == (
+        "linears int4 per row and group of 32, k_proj and v_proj int8 per row and group of 32"
+    )
+    older = {"linears": {"bits": 4, "groupsize": 32}, "table": None}  # before there was any
+    assert Storage.from_json(older) == Storage(Codes(4, 32), None)
 
 
 @pytest.mark.parametrize("tied", [True, False])

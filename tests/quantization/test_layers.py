@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -46,7 +47,9 @@ def with_results(checkpoint, folder):
             scale = found.get(name.replace(".weight", ".scale"))
             if name.endswith(".weight"):
                 with torch.no_grad():
-                    state[name].copy_(value if scale is None else value * scale.view(len(value), -1))
+                    if scale is not None:
+                        value = (value.view(*scale.shape, -1) * scale[..., None]).view(value.shape)
+                    state[name].copy_(value)
     return model.eval()
 
 
@@ -69,6 +72,29 @@ def test_factors_are_undone_by_what_they_were_folded_into(tmp_path, model_type, 
     before, after = logits(reference), logits(with_results(checkpoint, tmp_path / "q"))
     # Measured: 8e-5 to 2.4e-4, and 0.016 to 0.039 with the norms as they were.
     assert (before.exp() * (before - after)).sum(-1).mean() < 5e-4
+
+
+def test_linears_kept_in_8_bits_have_their_own_codes(tmp_path, checkpoint):
+    """Among those that read the same input as well; the others keep to 4 bits, and see what 8 bits give."""
+    settings = Settings(bits=4, groupsize=32, kept_w8=("v_proj", "gate_proj"))
+    quantize_layers(checkpoint, IDS, settings, tmp_path / "mixed", key="k")
+    quantize_layers(checkpoint, IDS, replace(settings, kept_w8=()), tmp_path / "four", key="k")
+    for layer in range(checkpoint.config.num_hidden_layers):
+        found = load_file(layer_file(tmp_path / "mixed", layer))
+        codes = {name.split(".")[-2]: value for name, value in found.items() if value.dtype == torch.int8}
+        most = {kind: int(value.abs().max()) for kind, value in codes.items()}
+        assert {kind for kind, code in most.items() if code > 7} == {"v_proj", "gate_proj"}
+        assert max(most["v_proj"], most["gate_proj"]) == 127
+        assert len(most) == 7
+    plain = AutoModelForCausalLM.from_pretrained(
+        checkpoint.path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    true = logits(plain)
+    mixed, four = (
+        float((true.exp() * (true - logits(with_results(checkpoint, tmp_path / name)))).sum(-1).mean())
+        for name in ("mixed", "four")
+    )
+    assert mixed < 0.9 * four
 
 
 def test_a_stopped_run_continues_where_it_stopped_with_the_same_bytes(tmp_path, checkpoint, monkeypatch):

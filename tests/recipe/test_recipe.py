@@ -136,6 +136,18 @@ def test_settings_that_contradict_rounded_activations(calib_args, said):
         load(VENDOR, "frontend.quantize.type=w8a16_gptq", "frontend.quantize.calib_args={keep_a16: 0.1}")
 
 
+def test_linears_kept_in_8_bits_are_a_matter_of_int4():
+    four = "frontend.quantize.type=w4a16_gptq", "backend.dtype=int8"
+    assert load(VENDOR, *four).storage_for(2048).kept_w8 == ("k_proj", "v_proj")
+    chosen = load(VENDOR, *four, "frontend.quantize.calib_args={keep_w8: [down_proj]}")
+    assert chosen.storage_for(2048).kept_w8 == ("down_proj",)
+    assert load(VENDOR, *four, "frontend.quantize.calib_args={keep_w8: []}").storage_for(2048).kept_w8 == ()
+    with pytest.raises(RecipeError, match="keep_w8: w8a16_gptq has no linears of 4 bits"):
+        load(VENDOR, "frontend.quantize.type=w8a16_gptq", "frontend.quantize.calib_args={keep_w8: [v_proj]}")
+    with pytest.raises(RecipeError, match="keep_w8"):
+        load(VENDOR, *four, "frontend.quantize.calib_args={keep_w8: [lm_head]}")
+
+
 def test_check_built_refuses_each_unbuilt_key_of_a_vendor_recipe_in_one_sentence():
     with pytest.raises(NotBuiltError) as caught:
         check_built(load(VENDOR, "frontend.shape.batch=2", "frontend.adapter=lora"))

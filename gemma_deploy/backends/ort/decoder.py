@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from gemma_deploy.backends.ort.head import screened_head, whole_head
-from gemma_deploy.backends.ort.linears import Matrix, product_of, rounded_tokens
+from gemma_deploy.backends.ort.linears import FUSED, Matrix, product_of, rounded_tokens
 from gemma_deploy.backends.ort.nodes import MICROSOFT, Nodes
 from gemma_deploy.backends.ort.options import Kernels
 from gemma_deploy.backends.ort.weights import Weights
@@ -153,9 +153,9 @@ class _Decoder:
         kind = config.layer_types[layer]
         names = [f"{path}.self_attn.{part}_proj" for part in "qkv"]
         widths = [config.num_attention_heads * config.head_dim, *2 * [config.num_key_value_heads * config.head_dim]]
-        apart = config.model_type == "gemma3_text"  # attention reads all three from one value as well
-        made = self._products(self._norm(hidden, f"{path}.input_layernorm"), names, widths if apart else ())
-        if apart:
+        normed = config.model_type == "gemma3_text"  # attention reads all three from one value as well
+        made = self._products(self._norm(hidden, f"{path}.input_layernorm"), names, widths, apart=normed)
+        if normed:
             query, key, value = made
             query = self._head_norm(query, f"{path}.self_attn.q_norm", widths[0])
             made = [query, self._head_norm(key, f"{path}.self_attn.k_norm", widths[1]), value]
@@ -202,18 +202,33 @@ class _Decoder:
         return self._product(nodes.one("Mul", [active, up], f"{path}.product"), f"{path}.down_proj")
 
     def _product(self, x: ir.Value, module: str) -> ir.Value:
-        return self._products(x, [module])[0]
+        return self._products(x, [module], [0])[0]
 
-    def _products(self, x: ir.Value, modules: Sequence[str], widths: Sequence[int] = ()) -> list[ir.Value]:
-        """What linears make of one input: integer products apart, all others in one, split where widths are given."""
+    def _products(
+        self, x: ir.Value, modules: Sequence[str], widths: Sequence[int], apart: bool = True
+    ) -> list[ir.Value]:
+        """What linears make of one input: integer products apart, all others that are stored alike in one.
+
+        Args:
+            widths: of each; apart: split what one product makes, unless that is what all of them make.
+        """
         nodes, joined = self.nodes, product_of(modules[0])
         if self._matrix(modules[0]).integer:
             tokens = rounded_tokens(nodes, x, joined, modules[0] in self.kernels.wide)
             return [self._matrix(module).integer_product(nodes, tokens, f"{module}.out") for module in modules]
+        if not self._alike(modules):
+            first = next(count for count in range(1, len(modules)) if not self._alike(modules[: count + 1]))
+            shares = ((modules[:first], widths[:first]), (modules[first:], widths[first:]))
+            return [made for some, theirs in shares for made in self._products(x, some, theirs)]
+        if len(modules) < len(FUSED.get(joined.rpartition(".")[2], modules)):
+            joined = "_".join([modules[0], *(module.rpartition(".")[2] for module in modules[1:])])
         made = self._matrix(*modules, name=joined).product(nodes, x, f"{joined}.out")
-        if not widths:
+        if len(modules) == 1 or not apart:
             return [made]
         return nodes.many("Split", [made, nodes.numbers(*widths)], [f"{module}.out" for module in modules], axis=-1)
+
+    def _alike(self, modules: Sequence[str]) -> bool:
+        return len({self.weights.dtype(f"{module}.weight") for module in modules}) == 1
 
     def _matrix(self, *modules: str, name: str = "") -> Matrix:
         return Matrix(self.weights, modules, name or modules[0], self.kernels.block)
