@@ -20,6 +20,7 @@ from gemma_deploy.artifact import ArtifactDir, op_census, write_report
 from gemma_deploy.artifact.ledger import ledger_for
 from gemma_deploy.artifact.manifest import FORMAT_VERSION, tool_versions
 from gemma_deploy.backends import BACKENDS, PARAMS, Backend, Job
+from gemma_deploy.backends.ort.window import WINDOW, window_problems
 from gemma_deploy.calibrated import (
     calibrate_cache,
     choose_rescaling,
@@ -80,6 +81,8 @@ def open_inputs(recipe: Recipe) -> Checkpoint:
         if recipe.onnxruntime:
             also += block_problems(input_channels(config, 1))
         also += group_problems(storage, input_channels(config, recipe.ranks), config.hidden_size)
+    if recipe.onnxruntime and recipe.cache == WINDOW:
+        also += window_problems(config, recipe.context_length)
     check_against_model(recipe, config, also)
     for note in dict.fromkeys((*checkpoint.notes, *checkpoint.config.warnings)):
         log.warning("%s", note)

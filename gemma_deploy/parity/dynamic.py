@@ -8,6 +8,7 @@ included, is `whole_logits`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from gemma_deploy.backends.ort.apart import drop_unread, every_position, exact
 from gemma_deploy.backends.ort.decoder import LOGITS, NORMED
 from gemma_deploy.backends.ort.linears import product_of
 from gemma_deploy.backends.ort.options import GRAPH
+from gemma_deploy.backends.ort.window import SLACK, windows_of
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.gates import Line
@@ -34,6 +36,14 @@ STRICT: Kernels = "strict"
 # One row of the head alone and among others: MatMulNBits adds in another order (real 270M: 5e-7).
 WHOLE_LIMIT = 1e-5
 Caches = dict[str, np.ndarray]  # by the names of the graph's inputs
+
+
+@dataclass(frozen=True)
+class _State:
+    """Caches, and the tokens that were read into them, which a cache of a window alone does not say."""
+
+    length: int
+    caches: Caches
 
 
 class DynamicSource:
@@ -62,13 +72,13 @@ class DynamicSource:
         prompts = [prompt for case in cases for prompt in case.prompts]
         forced = [row for case in cases for row in case.forced]
         session = self._open()
-        made = [session.run(prompt, {}) for prompt in prompts]
-        hidden, caches = [one for one, _ in made], [cache for _, cache in made]
+        made = [session.run(prompt) for prompt in prompts]
+        hidden, states = [one for one, _ in made], [state for _, state in made]
         for row, tokens in enumerate(forced):
             # Exact kernels give the same for tokens together; those that round are run as they will be.
             together = max(1, len(tokens)) if self.kernels == STRICT else 1
             for at in range(0, len(tokens), together):
-                new, caches[row] = session.run(tokens[at : at + together], caches[row])
+                new, states[row] = session.run(tokens[at : at + together], states[row])
                 hidden[row] = np.concatenate([hidden[row], new])
         del session, made
         give_memory_back()
@@ -110,12 +120,12 @@ class DynamicSource:
         for value in names.values():
             value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
         session = open_graph(model, self.path, strict=self.kernels == STRICT)
-        empty = {name: np.zeros((1, _fixed(sizes[name], 1), 0, _fixed(sizes[name], 3)), np.float32) for name in caches}
+        empty = empty_caches({name: sizes[name] for name in caches}, windows_of(graph))
         return _Session(session, [str(value.name) for value in names.values()], list(names), empty, self.values)
 
 
 class _Session:
-    """A session with growing caches.
+    """A session and its caches before the first token.
 
     Args:
         names: values to fetch, the final norm's first; known_as: what the caller calls them.
@@ -132,27 +142,34 @@ class _Session:
     ) -> None:
         self.session, self.names, self.known_as, self.empty, self.values = session, list(names), known_as, empty, values
 
-    def run(self, tokens: Sequence[int], caches: Caches) -> tuple[np.ndarray, Caches]:
-        """New tokens behind what the caches hold -> [tokens, H] and the longer caches."""
-        caches = caches or self.empty
-        past = next(iter(caches.values())).shape[2]
-        feeds = {"input_ids": np.array([tokens], np.int64)}
-        feeds["attention_mask"] = np.ones((1, past + len(tokens)), np.int64)
-        present = [name.replace("past_key_values", "present") for name in caches]
-        results = self.session.run([*self.names, *present], feeds | caches)
+    def run(self, tokens: Sequence[int], before: _State | None = None) -> tuple[np.ndarray, _State]:
+        """New tokens behind what was read before -> [tokens, H] and the caches after them."""
+        before = before or _State(0, self.empty)
+        total = before.length + len(tokens)
+        feeds = {"input_ids": np.array([tokens], np.int64), "attention_mask": np.ones((1, total), np.int64)}
+        present = [name.replace("past_key_values", "present") for name in before.caches]
+        results = self.session.run([*self.names, *present], feeds | before.caches)
         kept = results[: len(self.names)]
         for name, value in zip(self.known_as[1:], kept[1:], strict=True):
             self.values.setdefault(name, []).append(value[0].reshape(len(tokens), -1))
-        return kept[0][0], dict(zip(caches, results[len(self.names) :], strict=True))
+        return kept[0][0], _State(total, dict(zip(before.caches, results[len(self.names) :], strict=True)))
+
+
+def empty_caches(shapes: Mapping[str, Any], windows: Mapping[str, int]) -> Caches:
+    """Caches before the first token, by input: without positions, or with room for the window that they hold."""
+    sizes = {name: windows[name] + SLACK if name in windows else 0 for name in shapes}
+    return {
+        name: np.zeros((1, int(shape[1]), sizes[name], int(shape[3])), np.float32) for name, shape in shapes.items()
+    }
 
 
 def whole_logits(path: Path, tokens: Sequence[int]) -> np.ndarray:
     """[V]: logits after a prompt, from the artifact's graph untouched and with caches that have room for one token."""
-    session = open_graph(load_file(Path(path) / GRAPH), Path(path).resolve(), strict=False)
+    model = load_file(Path(path) / GRAPH)
+    windows, session = windows_of(model.graph), open_graph(model, Path(path).resolve(), strict=False)
     feeds = {"input_ids": np.array([tokens], np.int64), "attention_mask": np.ones((1, len(tokens)), np.int64)}
-    for value in session.get_inputs():
-        if value.name.startswith("past_key_values."):
-            feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+    caches = {value.name: value.shape for value in session.get_inputs() if value.name.startswith("past_key_values.")}
+    feeds |= empty_caches(caches, windows)
     logits: np.ndarray = session.run([LOGITS], feeds)[0][0, 0]
     return logits
 
@@ -201,6 +218,3 @@ def half_line(path: Path) -> Line:
     wrong += [] if inferred[LOGITS] == ir.DataType.FLOAT else [LOGITS]
     return Line("products, norms and caches in bfloat16, logits in float32", "others", len(wrong), 0, not wrong)
 
-
-def _fixed(shape: Any, axis: int) -> int:
-    return int(shape[axis])

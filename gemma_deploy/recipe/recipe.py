@@ -36,7 +36,7 @@ _STAND_INS: dict[documents.Path, Any] = {
 
 
 # Read where the target is ONNX Runtime.
-ORT_KEYS = ("backend.compile.block", "backend.compile.prefill", "backend.compile.head")
+ORT_KEYS = tuple(f"backend.compile.{key}" for key in ("block", "prefill", "head", "cache"))
 W16KV8, KV8 = "w16kv8", "+kv8"
 
 
@@ -193,6 +193,11 @@ class Recipe(sections.Section):
     def head(self) -> str:
         """`backend.compile.head` for ONNX Runtime: "whole" rows of the table, or "screened" by half of every code."""
         return str(self.backend.compile.get("head") or "whole")
+
+    @property
+    def cache(self) -> str:
+        """`backend.compile.cache` for ONNX Runtime: "full", or "window" where sliding layers keep the window alone."""
+        return str(self.backend.compile.get("cache") or "full")
 
     @property
     def int8_rows(self) -> bool:

@@ -192,7 +192,7 @@ def dataset_is_understood(recipe: Recipe) -> Found:
 
 @rule("backend", _QUANTIZE)
 def onnxruntime_kernels_are_known(recipe: Recipe) -> Found:
-    """`backend.compile.prefill`, `.block` and `.head`, which this tool reads where the target is ONNX Runtime."""
+    """`backend.compile.prefill`, `.block`, `.head` and `.cache`: read where the target is ONNX Runtime."""
     given, here = recipe.backend.compile, ("backend", "compile")
     if not recipe.onnxruntime:
         return
@@ -212,6 +212,8 @@ def onnxruntime_kernels_are_known(recipe: Recipe) -> Found:
             (*here, "head"),
             "screened needs a token table of 8-bit codes (frontend.quantize.table int8)",
         )
+    if given.get("cache") not in (None, "full", "window"):
+        yield (*here, "cache"), f"got '{given['cache']}', expected full or window"
     if block is not None and block not in BLOCKS:
         yield (*here, "block"), f"got {block}, expected one of {', '.join(map(str, BLOCKS))}"
 

@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,7 @@ class GenaiModel:
 
     Attributes:
         context_length: positions there are, prompt and answer together.
+        window: positions that some caches must have, however few tokens there will be; 0 where none holds a window.
         stop_ids: tokens that end a text.
         load_seconds: what opening it took.
 
@@ -49,8 +50,10 @@ class GenaiModel:
         require_genai(str(self.path))
         import onnxruntime_genai as og
 
-        self.context_length, self.vocab_size, self.stop_ids, graph = _read_config(self.path / CONFIG_FILE)
-        for name in (graph, PARAMS):
+        model = _read_config(self.path / CONFIG_FILE)
+        self.context_length, self.vocab_size, self.window = model.context_length, model.vocab_size, model.window
+        self.stop_ids = model.stop_ids
+        for name in (model.graph, PARAMS):
             if not (self.path / name).is_file():
                 raise ArtifactError("is missing", where=str(self.path / name), next_step=REBUILD)
         started = time.perf_counter()
@@ -96,7 +99,8 @@ class GenaiSession:
 
     Args:
         sampling: greedy by default.
-        max_length: tokens there may be in all; the model's context by default. The cache is made for as many.
+        max_length: tokens there may be in all; the model's context by default. The cache is made for as many, and for
+            a window of the model where its caches hold that alone.
         min_length: no stop token is chosen before.
     """
 
@@ -111,7 +115,7 @@ class GenaiSession:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.sampling = sampling if sampling is not None else Sampling()
-        self.max_length = min(max_length or model.context_length, model.context_length)
+        self.max_length = min(max(max_length or model.context_length, model.window), model.context_length)
         self.min_length = min_length
         self.reset()
 
@@ -194,16 +198,27 @@ def require_genai(where: str) -> None:
         raise UsageError("onnxruntime-genai is not installed here", where=where, next_step=INSTALL)
 
 
-def _read_config(file: Path) -> tuple[int, int, frozenset[int], str]:
-    """Context, vocabulary, stop tokens and graph file of genai_config.json."""
+class _Config(NamedTuple):
+    """What is read of genai_config.json."""
+
+    context_length: int
+    vocab_size: int
+    window: int
+    stop_ids: frozenset[int]
+    graph: str
+
+
+def _read_config(file: Path) -> _Config:
     if not file.is_file():
         raise ArtifactError("is missing", where=str(file), next_step=REBUILD)
     try:
         model: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))["model"]
         stops = model["eos_token_id"]
         stops = frozenset(stops if isinstance(stops, list) else [stops])
-        return int(model["context_length"]), int(model["vocab_size"]), stops, str(model["decoder"]["filename"])
-    except (KeyError, TypeError, ValueError) as error:
+        decoder = model["decoder"]
+        window = int(decoder.get("sliding_window", {}).get("window_size", 0))
+        return _Config(int(model["context_length"]), int(model["vocab_size"]), window, stops, str(decoder["filename"]))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"is damaged ({type(error).__name__}: {error})", where=str(file), next_step=REBUILD
         ) from error

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from gemma_deploy.backends.ort.options import GRAPH
+from gemma_deploy.backends.ort.window import SLACK, most_ahead
 from gemma_deploy.errors import ArtifactError, DeployError, UsageError
 from gemma_deploy.runtime.contract import check_tokens
 from gemma_deploy.runtime.generate import (
@@ -77,6 +78,7 @@ class LookupModel:
 
     Attributes:
         context_length: positions there are; load_seconds: what opening took.
+        windows: caches that hold a window alone, and how many positions that is.
         near_tie: largest logits closer than this are not told apart by several tokens in one step.
 
     Raises:
@@ -85,6 +87,7 @@ class LookupModel:
 
     def __init__(self, artifact_dir: str | Path, manifest: dict[str, Any], threads: int = 0) -> None:
         from gemma_deploy.backends.ort.several import last_positions
+        from gemma_deploy.backends.ort.window import windows_of
 
         self.path = Path(artifact_dir).resolve()
         dtype = manifest["recipe"]["backend"]["dtype"]
@@ -101,6 +104,7 @@ class LookupModel:
         started = time.perf_counter()
         model = load_file(self.path / GRAPH)
         last_positions(model, MOST_TOKENS)
+        self.windows = windows_of(model.graph)
         self.session = open_graph(model, self.path, threads=threads)
         self.load_seconds = time.perf_counter() - started
         caches = [value for value in self.session.get_inputs() if value.name.startswith("past_key_values.")]
@@ -115,16 +119,25 @@ class LookupSequence:
 
     Args:
         room: tokens there may be, at most.
+
+    Attributes:
+        length: tokens that count; it may be set back by as many as `ahead` gave, if these were more than one.
     """
 
     def __init__(self, model: LookupModel, room: int) -> None:
         from onnxruntime import OrtValue
 
         self.model, self.length = model, 0
+        rooms = dict.fromkeys(model.cache_shapes, room) | {k: w + SLACK for k, w in model.windows.items()}
         self._caches = {
-            name: OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, room, width), np.float32))
+            name: OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, rooms[name], width), np.float32))
             for name, (batch, heads, width) in model.cache_shapes.items()
         }
+
+    def ahead(self, wanted: int) -> int:
+        """Of so many tokens to read next, as many as can be taken back; one that cannot where there is none."""
+        windows = set(self.model.windows.values())
+        return min((most_ahead(self.length, window, window + SLACK, wanted) for window in windows), default=wanted)
 
     def feed(self, tokens: Sequence[int]) -> np.ndarray:
         """Read tokens behind the `length` that count; logits [min(tokens, MOST_TOKENS), V] of the last of them."""
@@ -165,7 +178,8 @@ class Greedy:
     def next(self) -> list[int]:
         """Tokens of one step, one at least."""
         start, newest = self.sequence.length, self.history.ids[-1]
-        guess = self.history.guess(max(0, min(self._ahead, self.room - start - 2)))
+        most = self.sequence.ahead(1 + max(0, min(self._ahead, self.room - start - 2))) - 1
+        guess = self.history.guess(most)
         rows, taken = self.sequence.feed([newest, *guess]), []
         self.steps += 1
         for place, row in enumerate(rows):

@@ -26,6 +26,7 @@ from gemma_deploy.backends.ort.linears import FUSED, Matrix, product_of, rounded
 from gemma_deploy.backends.ort.nodes import MICROSOFT, Nodes
 from gemma_deploy.backends.ort.options import Kernels
 from gemma_deploy.backends.ort.weights import Weights
+from gemma_deploy.backends.ort.window import WINDOW_CACHE
 from gemma_deploy.checkpoint.config import SLIDING, ModelConfig
 from gemma_deploy.checkpoint.expected import expected_tensors
 from gemma_deploy.errors import ExportError
@@ -84,7 +85,7 @@ class _Decoder:
         config, nodes = self.config, self.nodes
         ids = _input("input_ids", ir.DataType.INT64, ("batch", "sequence"))
         mask = _input("attention_mask", ir.DataType.INT64, ("batch", "total_sequence"))
-        past = {name: self._cache(name, "past_sequence") for name in self._cache_names("past_key_values")}
+        past = {name: self._cache(name) for name in self._cache_names("past_key_values")}
         hidden = self._embed(ids)
         lengths = nodes.one("ReduceSum", [mask, nodes.numbers(1)], "lengths", keepdims=0)
         seqlens = nodes.one("Cast", [nodes.one("Sub", [lengths, nodes.numbers(1)], "last")], "seqlens_k", to=6)
@@ -101,7 +102,7 @@ class _Decoder:
         logits.type = ir.TensorType(ir.DataType.FLOAT)
         logits.shape = ir.Shape(("batch", 1, config.vocab_size))
         for value, name in zip(present, self._cache_names("present"), strict=True):
-            value.name, value.shape = name, self._cache_shape("total_sequence")
+            value.name, value.shape = name, self._cache_shape(name, "total_sequence")
             value.type = ir.TensorType(self.dtype)
         if left := self.weights.unused():
             raise ExportError(
@@ -162,6 +163,7 @@ class _Decoder:
         rotary = [self.weights.rotary(kind, table) for table in ("cos", "sin")]
         past = [shared.caches[f"past_key_values.{layer}.{part}"] for part in ("key", "value")]
         window = config.sliding_window if kind == SLIDING else None
+        alone = 1 if window is not None and self.kernels.windowed else None
         return nodes.many(
             "GroupQueryAttention",
             [*made, *[None] * (3 - len(made)), *past, shared.seqlens, shared.total, *rotary],
@@ -172,6 +174,7 @@ class _Decoder:
             scale=float(config.query_pre_attn_scalar**-0.5),
             softcap=config.attn_logit_softcapping,
             local_window_size=window,
+            sliding_window_cache=alone,
             do_rotary=1,
         )
 
@@ -282,11 +285,15 @@ class _Decoder:
     def _cache_names(self, prefix: str) -> list[str]:
         return [f"{prefix}.{layer}.{part}" for layer in range(self.layers) for part in ("key", "value")]
 
-    def _cache_shape(self, length: str) -> ir.Shape:
+    def _cache_shape(self, name: str, length: str) -> ir.Shape:
+        layer = int(name.split(".")[1])
+        if self.kernels.windowed and self.config.layer_types[layer] == SLIDING:
+            length = WINDOW_CACHE
         return ir.Shape(("batch", self.config.num_key_value_heads, length, self.config.head_dim))
 
-    def _cache(self, name: str, length: str) -> ir.Value:
-        return ir.Value(name=name, shape=self._cache_shape(length), type=ir.TensorType(self.dtype))
+    def _cache(self, name: str) -> ir.Value:
+        shape = self._cache_shape(name, "past_sequence")
+        return ir.Value(name=name, shape=shape, type=ir.TensorType(self.dtype))
 
 
 def _input(name: str, dtype: ir.DataType, shape: Sequence[str]) -> ir.Value:

@@ -5,20 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 from gemma_deploy.backends.ort.options import GRAPH
+from gemma_deploy.backends.ort.window import windowed_layers
 from gemma_deploy.checkpoint.config import ModelConfig
 
 CONFIG_FILE = "genai_config.json"
 
 
 def genai_config(
-    config: ModelConfig, context_length: int, chunk_size: int | None = None, gpu: bool = False
+    config: ModelConfig,
+    context_length: int,
+    chunk_size: int | None = None,
+    gpu: bool = False,
+    windowed: bool = False,
 ) -> dict[str, Any]:
     """The file's content.
 
     Args:
         context_length: positions that the rotary tables cover.
         chunk_size: tokens of a prompt that run together; None for all. gpu: ask for the CUDA provider.
+        windowed: caches of layers with a sliding window hold that alone; the operator moves what is in them.
     """
+    window = {
+        "window_size": config.sliding_window,
+        "slide_key_value_cache": False,
+        "slide_inputs": False,
+        "layers": list(windowed_layers(config)),
+    }
     return {
         "model": {
             "bos_token_id": config.bos_token_id,
@@ -46,7 +58,8 @@ def genai_config(
                 "num_attention_heads": config.num_attention_heads,
                 "num_hidden_layers": config.num_hidden_layers,
                 "num_key_value_heads": config.num_key_value_heads,
-            },
+            }
+            | ({"sliding_window": window} if windowed else {}),
             "eos_token_id": list(config.eos_token_ids),
             "pad_token_id": 0 if config.pad_token_id is None else config.pad_token_id,
             "type": config.model_type,

@@ -19,6 +19,7 @@ class Kernels:
             row; grouped weights have their groups.
         integer: linears are integer products, with a scale for each token and one for each row of the weights.
         wide: linears (module paths) whose activations are rounded to 14 bits there, in two halves.
+        windowed: layers with a sliding window keep the window alone (window.py).
         candidates: of a screened head (head.py), tokens whose rows are multiplied whole; 0 for a head of whole rows.
     """
 
@@ -26,3 +27,4 @@ class Kernels:
     integer: bool = False
     wide: Collection[str] = field(default_factory=frozenset)
     candidates: int = 0
+    windowed: bool = False

@@ -9,6 +9,7 @@ from typing import Any
 from gemma_deploy.backends.ort.decoder import build_decoder, embedding_scale, linears_of
 from gemma_deploy.backends.ort.genai import CONFIG_FILE, genai_config
 from gemma_deploy.backends.ort.options import CANDIDATES, GRAPH, MODEL, Kernels
+from gemma_deploy.backends.ort.window import WINDOW, WINDOW_CACHE, windowed_layers
 from gemma_deploy.backends.target import PARAMS, Job
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.graph.contract import BATCH, SEQUENCE, GraphContract, Port
@@ -24,7 +25,13 @@ PAST, TOTAL = "past_sequence", "total_sequence"
 
 @dataclass(frozen=True)
 class OrtContract(GraphContract):
-    """One graph: new tokens and the cache before them -> logits of each row's last token, and the cache after them."""
+    """One graph: new tokens and the cache before them -> logits of each row's last token, and the cache after them.
+
+    Args:
+        windowed: layers whose caches hold a window alone.
+    """
+
+    windowed: tuple[int, ...] = ()
 
     @property
     def graph_names(self) -> tuple[str, ...]:
@@ -39,6 +46,14 @@ class OrtContract(GraphContract):
     def outputs(self, graph: str) -> tuple[Port, ...]:
         """Of the graph."""
         return (Port("logits", "float32", (BATCH, 1, self.vocab_size)), *self._cache("present", TOTAL))
+
+    def _cache(self, prefix: str, length: int | str) -> list[Port]:
+        return [
+            replace(port, shape=(*port.shape[:2], WINDOW_CACHE, port.shape[3]))
+            if int(port.name.split(".")[1]) in self.windowed
+            else port
+            for port in super()._cache(prefix, length)
+        ]
 
 
 class OnnxRuntime:
@@ -63,6 +78,7 @@ class OnnxRuntime:
             cache_dtype="bfloat16" if recipe.weights == "bf16" else "float32",
             dynamic=True,
             hidden_size=config.hidden_size,
+            windowed=windowed_layers(config) if recipe.cache == WINDOW else (),
         )
 
     def export(self, job: Job) -> tuple[dict[str, bytes], int]:
@@ -77,7 +93,8 @@ class OnnxRuntime:
     def files(self, recipe: Recipe, config: ModelConfig) -> dict[str, dict[str, Any]]:
         """What onnxruntime-genai reads."""
         chunk, gpu = CHUNKS[recipe.prefill], recipe.weights == "bf16"
-        return {CONFIG_FILE: genai_config(config, recipe.context_length, chunk, gpu=gpu)}
+        windowed = recipe.cache == WINDOW
+        return {CONFIG_FILE: genai_config(config, recipe.context_length, chunk, gpu=gpu, windowed=windowed)}
 
     def kernels(self, recipe: Recipe, config: ModelConfig, kept: Sequence[str] | None) -> dict[str, Any] | None:
         """As in `Kernels`."""
@@ -94,7 +111,8 @@ def chosen_kernels(recipe: Recipe, config: ModelConfig, kept: Sequence[str] | No
     too noisy; of any other scheme, 14 bits everywhere.
     """
     block = recipe.backend.compile.get("block") or Kernels.block
-    kernels = Kernels(block=block, candidates=CANDIDATES if recipe.head == "screened" else 0)
+    candidates = CANDIDATES if recipe.head == "screened" else 0
+    kernels = Kernels(block=block, candidates=candidates, windowed=recipe.cache == WINDOW)
     if recipe.prefill != "fast":
         return kernels
     return replace(kernels, integer=True, wide=frozenset(linears_of(config) if kept is None else kept))

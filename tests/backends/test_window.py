@@ -1,0 +1,243 @@
+"""Caches that hold a window alone: transformers' numbers and tokens with every size of buffer, and what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from gemma_deploy.artifact import Artifact, verify
+from gemma_deploy.backends.ort.apart import exact
+from gemma_deploy.backends.ort.window import most_ahead, resident, window_problems, windowed_layers, windows_of
+from gemma_deploy.checkpoint import ModelConfig
+from gemma_deploy.cli import main
+from gemma_deploy.errors import RecipeError
+from gemma_deploy.parity import dynamic
+from gemma_deploy.recipe import Recipe
+from gemma_deploy.runtime import Tokenizer, lookup
+from gemma_deploy.runtime.genai import GenaiModel, GenaiSession
+from gemma_deploy.runtime.generate import GenerationStats
+from gemma_deploy.runtime.lookup import Greedy, History, LookupModel
+from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
+from tests.backends.make import off, open_session
+from tests.backends.test_decoder import CLOSE, KERNELS
+from tests.backends.test_target import LAYERS, write_recipe
+from tests.calibration.make import write_tokenizer
+
+WINDOW = 8  # of the tiny models
+LOCAL = {"gemma2": [0, 2], "gemma3_text": [0, 1, 3]}  # layers that have one
+
+
+def held(tokens, capacity, window=WINDOW):
+    """Positions in a buffer by counting: when it is full the oldest go, all that the next window does not need."""
+    positions = []
+    for position in range(tokens):
+        if len(positions) == capacity:
+            positions = positions[len(positions) - window + 1 :] if window > 1 else []
+        positions.append(position)
+    return positions
+
+
+@pytest.mark.parametrize("capacity", [8, 9, 13, 24])
+def test_what_a_buffer_holds(capacity):
+    for tokens in range(1, 120):
+        positions = held(tokens, capacity)
+        assert resident(tokens, WINDOW, capacity) == len(positions)
+        assert positions[-1] == tokens - 1
+        assert min(tokens, WINDOW) <= len(positions) <= min(tokens, capacity)
+
+
+@pytest.mark.parametrize("capacity", [8, 9, 13, 24])
+def test_a_step_that_can_be_taken_back_moves_nothing(capacity):
+    for length in range(1, 120):
+        firsts = [held(length + more, capacity)[0] for more in range(7)]
+        still = [more for more in range(7) if firsts[more] == firsts[0]]
+        assert most_ahead(length, WINDOW, capacity, 6) == max(1, len(still) - 1)
+
+
+def in_buffers(one, graph, tokens, pieces, capacity, optimize=True):
+    """Logits after each piece, by position, with buffers of `capacity` positions for windows."""
+    windows = windows_of(graph.graph)
+    session, found, at = open_session(graph, one.folder, optimize=optimize), {}, 0
+    inputs = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
+    caches = {
+        value.name: np.zeros((1, value.shape[1], capacity * (value.name in windows), value.shape[3]), np.float32)
+        for value in inputs
+    }
+    for size in pieces:
+        feeds = {"input_ids": np.array([tokens[at : at + size]]), "attention_mask": np.ones((1, at + size), np.int64)}
+        logits, *present = session.run(None, feeds | caches)
+        caches = dict(zip(caches, present, strict=True))
+        at += size
+        found[at - 1] = logits[0, 0]
+    return found, caches
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("form", ["fp32", "w8t"])
+@pytest.mark.parametrize("capacity", [8, 11, 40])
+@pytest.mark.parametrize("pieces", [(20, 6, *[1] * 18), tuple([1] * 44)])
+def test_logits_are_the_models_however_small_the_buffer(made, logits_of, tokens, kind, form, capacity, pieces):
+    """Exactly with float32 products; buffers keep their size, and other layers' caches grow."""
+    one, expected = made(kind, form), logits_of(kind, form, tokens)
+    graph = one.graph(windowed=True)
+    exact(graph)
+    found, caches = in_buffers(one, graph, tokens, pieces, capacity, optimize=form == "fp32")
+    assert len(found) == len(pieces)
+    for position, logits in found.items():
+        assert off(logits, expected[position]) < CLOSE, position
+    lengths = [capacity if layer in LOCAL[kind] else 44 for layer in range(one.raw["num_hidden_layers"])]
+    assert [cache.shape[2] for cache in caches.values()] == [length for length in lengths for _ in range(2)]
+    if form != "fp32" and capacity == 11:
+        shipped, _ = in_buffers(one, one.graph(windowed=True), tokens, pieces, capacity)
+        assert max(off(logits, expected[position]) for position, logits in shipped.items()) < KERNELS
+
+
+def test_only_layers_with_a_window_change(made):
+    one = made("gemma3_text", "fp32")
+    graph, before = one.graph(windowed=True), one.graph()
+    attributes = [
+        node.attributes.get("sliding_window_cache") for node in graph.graph if node.op_type == "GroupQueryAttention"
+    ]
+    assert [layer for layer, found in enumerate(attributes) if found is not None] == LOCAL["gemma3_text"]
+    assert {name: window for name, window in windows_of(graph.graph).items() if name.endswith("key")} == {
+        f"past_key_values.{layer}.key": WINDOW for layer in LOCAL["gemma3_text"]
+    }
+    assert windows_of(before.graph) == {}
+    shapes = {value.name: value.shape for value in (*graph.graph.inputs, *graph.graph.outputs)}
+    for layer in range(4):
+        ends = [str(shapes[f"{prefix}.{layer}.key"][2]) for prefix in ("past_key_values", "present")]
+        plain = ["past_sequence", "total_sequence"]
+        assert ends == (["window_cache"] * 2 if layer in LOCAL["gemma3_text"] else plain)
+    assert isinstance(graph, ir.Model)
+
+
+@pytest.fixture(scope="module")
+def compiled(once):
+    """(generation, dtype) -> a proven artifact with such caches, 128 positions; read only."""
+
+    def get(kind, dtype):
+        def make(folder):
+            checkpoint = write_tiny_checkpoint(folder / "checkpoint", kind, **LAYERS[kind])
+            write_tokenizer(checkpoint)
+            recipe = write_recipe(folder, checkpoint, dtype, compile_keys={"cache": "window"})
+            recipe.write_text(recipe.read_text().replace("- - 64", "- - 128"))
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(dynamic, "SLACK", 4)  # so that buffers are full within the gate's few tokens
+                assert main(["compile", str(recipe)]) == 0
+
+        return once(f"onnxruntime-window-{kind}-{dtype}", make) / "workspace/x"
+
+    return get
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("gemma2", "fp32"), ("gemma3_text", "int8")])
+def test_an_artifact_is_proven_and_says_which_layers(compiled, kind, dtype):
+    artifact = compiled(kind, dtype)
+    manifest = Artifact.open(artifact).manifest
+    assert manifest["parity"]["passed"] is True
+    assert manifest["carried_for_the_vendor"] == []
+    verify(artifact)  # raises where something is wrong
+    config = ModelConfig.from_dict({**TINY_CONFIGS[kind], **LAYERS[kind]}, "config.json")
+    layers = list(windowed_layers(config))
+    assert layers
+    ports = {port["name"]: port["shape"][2] for port in manifest["contract"]["graphs"]["model"]["inputs"][2:]}
+    assert [name for name, size in ports.items() if size == "window_cache"] == [
+        f"past_key_values.{layer}.{part}" for layer in layers for part in ("key", "value")
+    ]
+    written = json.loads((artifact / "genai_config.json").read_text())["model"]["decoder"]["sliding_window"]
+    assert written == {
+        "window_size": WINDOW, "slide_key_value_cache": False, "slide_inputs": False, "layers": layers,
+    }  # fmt: skip
+
+
+def test_a_gate_that_looks_past_the_window_sees_a_wrong_one(compiled, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dynamic, "SLACK", 4)
+    copy = shutil.copytree(compiled("gemma2", "fp32"), tmp_path / "x")
+    model = ir.load(copy / "model.onnx")
+    for node in model.graph:
+        if "sliding_window_cache" in node.attributes:
+            node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", WINDOW - 2)
+    ir.save(model, copy / "model.onnx")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    assert main(["parity", str(copy), "--checkpoint", manifest["recipe"]["frontend"]["checkpoint"]]) == 1
+    assert capsys.readouterr().err
+
+
+def greedy_of_transformers(artifact, prompt, count):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    stock = AutoModelForCausalLM.from_pretrained(
+        artifact.parent.parent / "checkpoint", attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    made = stock.generate(torch.tensor([prompt]), max_new_tokens=count, min_new_tokens=count, do_sample=False)
+    return made[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    return [2, *map(int, np.random.default_rng(9).integers(3, 500, 39))]
+
+
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_genai_runs_it_and_a_session_goes_on(compiled, prompt, tmp_path, chunk):
+    """Pieces of 4 tokens give buffers of 24 positions, which the prompt alone fills."""
+    pytest.importorskip("onnxruntime_genai")
+    artifact = compiled("gemma2", "fp32")
+    copy = shutil.copytree(artifact, tmp_path / "x")
+    config = json.loads((copy / "genai_config.json").read_text())
+    config["search"]["chunk_size"] = chunk
+    (copy / "genai_config.json").write_text(json.dumps(config))
+    model, tokenizer = GenaiModel(copy, 1), Tokenizer(copy)
+    assert model.window == WINDOW
+    session, sequence = GenaiSession(model, tokenizer), []
+    for more in (prompt, prompt[1:12], prompt[5:9]):
+        stats = GenerationStats()
+        list(session.reply(more, max_new_tokens=9, stats=stats))
+        sequence += more
+        assert stats.tokens == greedy_of_transformers(artifact, sequence, 9)
+        sequence += stats.tokens
+        assert session.ids == sequence
+    short = GenaiSession(model, tokenizer, max_length=4)  # genai has no buffers shorter than a window
+    stats = GenerationStats()
+    list(short.reply(prompt[:2], max_new_tokens=2, stats=stats))
+    assert stats.tokens == greedy_of_transformers(artifact, prompt[:2], 2)
+
+
+@pytest.mark.parametrize("guess", ["own", "right", "wrong"])
+@pytest.mark.parametrize("slack", [1, 5])
+def test_lookup_takes_back_only_what_is_still_there(compiled, prompt, monkeypatch, guess, slack):
+    monkeypatch.setattr(lookup, "SLACK", slack)
+    artifact = compiled("gemma2", "fp32")
+    expected = greedy_of_transformers(artifact, prompt, 40)
+    whole = [*prompt, *expected]
+    if guess != "own":
+        wrong = guess == "wrong"
+        monkeypatch.setattr(
+            History, "guess", lambda self, most: [t + wrong for t in whole[len(self.ids) : len(self.ids) + most]]
+        )
+    model = LookupModel(artifact, Artifact.open(artifact).manifest, 1)
+    model.near_tie = 1.0 if guess == "right" else model.near_tie  # many tokens are computed again on their own
+    greedy = Greedy(model, prompt, len(whole))
+    tokens = [greedy.first()]
+    while len(tokens) < 40:
+        tokens += greedy.next()
+    assert tokens[:40] == expected
+    assert (greedy.guessed > 0) == (slack == 5) or guess == "own"  # buffers of 9 move at every other token
+
+
+def test_what_has_no_window_or_no_room_for_one_is_refused(tmp_path, capsys):
+    text = "name: x\nfrontend: {checkpoint: demo, shape: {input_ids: [[64], [128]]}}\nbackend: {dtype: int8}\n"
+    with pytest.raises(RecipeError, match="cache: got 'short', expected full or window"):
+        Recipe.from_text(text, ["backend.type=onnxruntime", "backend.compile.cache=short"], {})
+    gemma, gemma2 = (ModelConfig.from_dict(TINY_CONFIGS[kind], "config.json") for kind in ("gemma", "gemma2"))
+    assert "this model has none: write full" in window_problems(gemma, 128)[0]
+    assert "holds 8 positions, more than the context length 7" in window_problems(gemma2, 7)[0]
+    assert window_problems(gemma2, 8) == []
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma", num_hidden_layers=1)
+    assert main(["compile", str(write_recipe(tmp_path, checkpoint, compile_keys={"cache": "window"}))]) == 2
+    assert "backend.compile.cache: window is for layers with a sliding window" in " ".join(
+        capsys.readouterr().err.split()
+    )
