@@ -18,7 +18,7 @@ from gemma_deploy.recipe import Recipe
 from gemma_deploy.runtime import Tokenizer, lookup
 from gemma_deploy.runtime.genai import GenaiModel, GenaiSession
 from gemma_deploy.runtime.generate import GenerationStats
-from gemma_deploy.runtime.lookup import Greedy, History, LookupModel
+from gemma_deploy.runtime.lookup import Greedy, History, LookupModel, LookupSequence
 from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
 from tests.backends.make import off, open_session
 from tests.backends.test_decoder import CLOSE, KERNELS
@@ -226,6 +226,26 @@ def test_lookup_takes_back_only_what_is_still_there(compiled, prompt, monkeypatc
         tokens += greedy.next()
     assert tokens[:40] == expected
     assert (greedy.guessed > 0) == (slack == 5) or guess == "own"  # buffers of 9 move at every other token
+
+
+@pytest.mark.parametrize("slack", [1, 5, 40])
+def test_a_sequence_goes_back_as_if_nothing_had_been_read(compiled, prompt, monkeypatch, slack):
+    monkeypatch.setattr(lookup, "SLACK", slack)
+    artifact = compiled("gemma2", "fp32")
+    model = LookupModel(artifact, Artifact.open(artifact).manifest, 1)
+    straight, back = LookupSequence(model, 100), LookupSequence(model, 100)
+    straight.feed(prompt)
+    back.feed(prompt)
+    counts = set()
+    for token in (*prompt[1:], *prompt[1:15]):
+        count = back.ahead(3)
+        counts.add(count)
+        found = back.feed([token, 7, 9][:count])[0]
+        back.length -= count - 1
+        expected = straight.feed([token])[-1]
+        assert off(found, expected) < CLOSE
+    assert counts == ({1} if slack == 1 else {1, 2, 3})
+    assert back.length == straight.length == 2 * len(prompt) + 13
 
 
 def test_what_has_no_window_or_no_room_for_one_is_refused(tmp_path, capsys):
