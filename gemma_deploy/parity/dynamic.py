@@ -185,8 +185,9 @@ def whole_graph_line(path: Path, shipped: DynamicSource, case: Case) -> Line:
 
 def wide_line(path: Path, kernels: Mapping[str, Any]) -> Line:
     """Which linears of integer products have 14-bit activations, by the graph and by the manifest."""
-    made = {str(value.name) for node in load_file(Path(path) / GRAPH).graph for value in node.outputs}
-    integer = any(name.endswith(".high") for name in made)
+    nodes = list(load_file(Path(path) / GRAPH).graph)
+    integer = any(node.op_type == "MatMulIntegerToFloat" for node in nodes)
+    made = {str(value.name) for node in nodes for value in node.outputs}
     found = {name.removesuffix(".low") for name in made if name.endswith(".low")}
     listed = {product_of(module) for module in kernels["wide"]} if kernels["integer"] else set()
     wrong = len(found ^ listed) + int(integer != kernels["integer"])

@@ -116,11 +116,13 @@ def test_greedy_tokens_are_those_of_the_whole_table(made, tokens):
     np.testing.assert_array_equal(logits[0].argmax(-1)[clear], logits[1].argmax(-1)[clear])
 
 
-def test_a_screened_head_passes_a_gate_of_its_own_and_is_in_the_ledger(tmp_path):
+@pytest.mark.parametrize("prefill", ["fast", "lean"])
+def test_a_screened_head_passes_a_gate_of_its_own_and_is_in_the_ledger(tmp_path, monkeypatch, prefill):
     """The largest logits are those of whole codes; what the others lose has a limit, and the graph without it none."""
+    monkeypatch.setattr(head, "HEAD_BYTES", 4096)  # a table in parts, as large ones are
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma2", **LAYERS["gemma2"])
     write_tokenizer(checkpoint)
-    recipe = write_recipe(tmp_path, checkpoint, compile_keys={"head": "screened"})
+    recipe = write_recipe(tmp_path, checkpoint, compile_keys={"head": "screened", "prefill": prefill})
     assert main(["compile", str(recipe)]) == 0
     manifest = manifest_of(tmp_path)
     assert manifest["kernels"]["candidates"] == SHIPPED
