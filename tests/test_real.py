@@ -14,6 +14,8 @@ from gemma_deploy.parity.requests import Request, patched_stage, two_artifacts
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.runtime import Tokenizer
+from gemma_deploy.runtime.genai import GenaiModel, GenaiSession
+from gemma_deploy.runtime.generate import GenerationStats
 from gemma_deploy.runtime.lookup import Greedy, LookupModel, LookupSequence, best_of
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +143,36 @@ def test_calibrated_int8_for_onnx_runtime_passes_its_gate_and_looks_ahead(tmp_pa
     assert ahead.steps < 32
     different = next((at for at, (a, b) in enumerate(zip(alone, tokens, strict=False)) if a != b), None)
     assert different is None or leads[different] < model.near_tie
+
+
+@real
+def test_caches_of_a_window_give_the_tokens_of_whole_ones(tmp_path):
+    """Past three windows, in onnxruntime-genai and looking ahead; the gate looks past the first."""
+    pytest.importorskip("onnxruntime_genai")
+    found = {}
+    for cache in ("full", "window"):
+        recipe = Recipe.load(
+            ROOT / "build_in/ort_gemma_int8.yaml",
+            [
+                f"workspace.path={tmp_path}", f"name={cache}", "frontend.shape.input_ids=[[1024],[2560]]",
+                "parity.prompt_tokens=700", "parity.decode_tokens=32", f"backend.compile.cache={cache}",
+            ],
+            checkpoint=os.environ["GEMMA_270M"],
+        )  # fmt: skip
+        artifact = Artifact.open(compile_recipe(recipe, parity=cache == "window").path)
+        tokenizer, stats = Tokenizer(artifact.path), GenerationStats()
+        text = "".join(f"{n} apples and {n + 7} pears make {2 * n + 7} pieces of fruit.\n" for n in range(11, 112))
+        prompt = tokenizer.encode(text)
+        assert 1600 < len(prompt) < 2400
+        list(GenaiSession(GenaiModel(artifact.path, 2), tokenizer).reply(prompt, max_new_tokens=60, stats=stats))
+        ahead = Greedy(LookupModel(artifact.path, artifact.manifest, 2), prompt, len(prompt) + 60)
+        tokens = [ahead.first()]
+        while len(tokens) < 60:
+            tokens += ahead.next()
+        found[cache] = stats.tokens, tokens[:60]
+        assert ahead.steps < 50
+    assert artifact.manifest["parity"]["passed"]
+    assert found["full"] == found["window"]
 
 
 @real
