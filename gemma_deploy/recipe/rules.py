@@ -214,6 +214,8 @@ def onnxruntime_kernels_are_known(recipe: Recipe) -> Found:
         )
     if given.get("cache") not in (None, "full", "window"):
         yield (*here, "cache"), f"got '{given['cache']}', expected full or window"
+    elif recipe.cache == "window" and recipe.weights == "bf16":
+        yield (*here, "cache"), "window is for CPUs, and a bf16 graph for GPUs: write full, or backend.dtype fp32"
     if block is not None and block not in BLOCKS:
         yield (*here, "block"), f"got {block}, expected one of {', '.join(map(str, BLOCKS))}"
 

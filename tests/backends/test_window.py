@@ -252,6 +252,10 @@ def test_what_has_no_window_or_no_room_for_one_is_refused(tmp_path, capsys):
     text = "name: x\nfrontend: {checkpoint: demo, shape: {input_ids: [[64], [128]]}}\nbackend: {dtype: int8}\n"
     with pytest.raises(RecipeError, match="cache: got 'short', expected full or window"):
         Recipe.from_text(text, ["backend.type=onnxruntime", "backend.compile.cache=short"], {})
+    with pytest.raises(RecipeError, match="cache: window is for CPUs, and a bf16 graph for GPUs"):
+        Recipe.from_text(
+            text, ["backend.type=onnxruntime", "backend.dtype=bf16", "backend.compile.cache=window"], {}
+        )
     gemma, gemma2 = (ModelConfig.from_dict(TINY_CONFIGS[kind], "config.json") for kind in ("gemma", "gemma2"))
     assert "this model has none: write full" in window_problems(gemma, 128)[0]
     assert "holds 8 positions, more than the context length 7" in window_problems(gemma2, 7)[0]

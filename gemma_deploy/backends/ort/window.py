@@ -19,7 +19,7 @@ from gemma_deploy.checkpoint.config import SLIDING, ModelConfig
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-FULL, WINDOW = "full", "window"  # backend.compile.cache
+WINDOW = "window"  # backend.compile.cache
 WINDOW_CACHE = "window_cache"  # the free dimension of such a cache, which is as long before a step as after it
 SLACK = 64  # positions behind the window in buffers of our own; a step may look ahead within them
 
