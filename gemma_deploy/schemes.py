@@ -69,7 +69,7 @@ class Storage:
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
-        return asdict(self)
+        return asdict(self) | {"kept_w8": list(self.kept_w8)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Storage:

@@ -157,7 +157,7 @@ def torch_sources(
     hf = TorchSource(opened, "hf", "bf16" if scheme == "bf16" else "fp32", scale)
     patched = TorchSource(opened, "patched", "bf16" if scheme == "bf16" else "fp32", scale)
     twin = patched
-    if scheme == "w8a16" and manifest["storage"] == Storage().to_json():
+    if scheme == "w8a16" and Storage.from_json(manifest["storage"]) == Storage():
         twin = TorchSource(opened, "patched", "w8a16", scale)
     elif scheme == "w8a16" or scheme in QUANTIZERS:
         twin = TorchSource(StoredWeights(opened, artifact, manifest), "patched", "fp32", scale, name=TWINS[scheme])
