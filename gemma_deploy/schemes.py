@@ -5,7 +5,7 @@ A new quantizer is a solver in a file of its own and a row here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -16,6 +16,11 @@ SMALLEST_BLOCK = 16  # of MatMulNBits
 # groups of 32 to nearest, 8 windows of WikiText-2: perplexity +57.5 %; without v_proj +33.8 %, without k_proj +53.5 %,
 # each 2.9 % of the linears; without down_proj, 23.5 % of them, +37.5 %.
 KEPT_W8: tuple[Linear, ...] = ("k_proj", "v_proj")
+
+
+def is_kept(module: str, kinds: Collection[str]) -> bool:
+    """Whether a linear, by its path or kind, is of those kinds."""
+    return module.rpartition(".")[2] in kinds
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Storage:
 
     def linear(self, module: str) -> Codes:
         """Codes of one linear, by its path or kind."""
-        return replace(self.linears, bits=8) if module.rpartition(".")[2] in self.kept_w8 else self.linears
+        return replace(self.linears, bits=8) if is_kept(module, self.kept_w8) else self.linears
 
     def of(self, module: str) -> Codes | None:
         """Codes of a linear, the table or the LM head, by its path; None for float16."""

@@ -153,14 +153,18 @@ class GraphContract:
         return (self.batch, self.prefill, self.prefill) if graph == PREFILL else (self.batch, 1, self.context + 1)
 
     def _cache(self, prefix: str, length: int | str) -> list[Port]:
-        shape = (BATCH if self.dynamic else self.batch, self.kv_heads, length, self.head_dim)
-        ports = []
+        batch, ports = BATCH if self.dynamic else self.batch, []
         for i in range(self.first_layer, self.first_layer + self.layers):
+            shape = (batch, self.kv_heads, self._positions(i, length), self.head_dim)
             for part in ("key", "value"):
                 ports.append(Port(f"{prefix}.{i}.{part}", self.cache_dtype, shape))
                 if self.cache_dtype == "int8":
                     ports.append(Port(f"{prefix}.{i}.{part}_scale", "float16", (*shape[:3], 1)))
         return ports
+
+    def _positions(self, layer: int, length: int | str) -> int | str:
+        """Of a layer's cache, where most have `length`."""
+        return length
 
     @property
     def computed(self) -> GraphContract:

@@ -19,7 +19,7 @@ from gemma_deploy.backends.ort.apart import drop_unread, every_position, exact
 from gemma_deploy.backends.ort.decoder import LOGITS, NORMED
 from gemma_deploy.backends.ort.linears import product_of
 from gemma_deploy.backends.ort.options import GRAPH
-from gemma_deploy.backends.ort.window import SLACK, windows_of
+from gemma_deploy.backends.ort.window import empty_caches, windows_of
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.gates import Line
@@ -111,8 +111,6 @@ class DynamicSource:
         graph = model.graph
         made = {value.name: value for node in graph for value in node.outputs}
         names = {name: made[name] for name in (NORMED, *self.watched) if name in made}
-        caches = [str(value.name) for value in graph.inputs if str(value.name).startswith("past_key_values.")]
-        sizes = {str(value.name): value.shape for value in graph.inputs}
         outputs = [value for value in graph.outputs if value.name != LOGITS]
         graph.outputs.clear()
         graph.outputs.extend([*names.values(), *outputs])
@@ -120,7 +118,7 @@ class DynamicSource:
         for value in names.values():
             value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
         session = open_graph(model, self.path, strict=self.kernels == STRICT)
-        empty = empty_caches({name: sizes[name] for name in caches}, windows_of(graph))
+        empty = empty_caches(session, windows_of(graph))
         return _Session(session, [str(value.name) for value in names.values()], list(names), empty, self.values)
 
 
@@ -155,21 +153,12 @@ class _Session:
         return kept[0][0], _State(total, dict(zip(before.caches, results[len(self.names) :], strict=True)))
 
 
-def empty_caches(shapes: Mapping[str, Any], windows: Mapping[str, int]) -> Caches:
-    """Caches before the first token, by input: without positions, or with room for the window that they hold."""
-    sizes = {name: windows[name] + SLACK if name in windows else 0 for name in shapes}
-    return {
-        name: np.zeros((1, int(shape[1]), sizes[name], int(shape[3])), np.float32) for name, shape in shapes.items()
-    }
-
-
 def whole_logits(path: Path, tokens: Sequence[int]) -> np.ndarray:
     """[V]: logits after a prompt, from the artifact's graph untouched and with caches that have room for one token."""
     model = load_file(Path(path) / GRAPH)
     windows, session = windows_of(model.graph), open_graph(model, Path(path).resolve(), strict=False)
     feeds = {"input_ids": np.array([tokens], np.int64), "attention_mask": np.ones((1, len(tokens)), np.int64)}
-    caches = {value.name: value.shape for value in session.get_inputs() if value.name.startswith("past_key_values.")}
-    feeds |= empty_caches(caches, windows)
+    feeds |= empty_caches(session, windows)
     logits: np.ndarray = session.run([LOGITS], feeds)[0][0, 0]
     return logits
 
@@ -218,4 +207,3 @@ def half_line(path: Path) -> Line:
     wrong += [name for name, kind in inferred.items() if str(name).startswith("present.") and kind != half]
     wrong += [] if inferred[LOGITS] == ir.DataType.FLOAT else [LOGITS]
     return Line("products, norms and caches in bfloat16, logits in float32", "others", len(wrong), 0, not wrong)
-

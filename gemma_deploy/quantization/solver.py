@@ -15,6 +15,7 @@ from gemma_deploy.quantization.equalize import column_factors, token_gains
 from gemma_deploy.quantization.gptq import gptq
 from gemma_deploy.quantization.moments import BLOCK, Factor, factorize
 from gemma_deploy.quantization.scales import choose_scales
+from gemma_deploy.schemes import is_kept
 
 PIECE_ROWS = 1024  # of a matrix that tokens are multiplied with
 PIECE_ELEMENTS = 1 << 23  # of a matrix at a time; a handful of float32 arrays of this size are alive
@@ -48,7 +49,7 @@ class Settings:
 
     def linear(self, reader: str) -> Settings:
         """Those of one linear, by its name within the layer."""
-        return replace(self, bits=8) if reader.rpartition(".")[2] in self.kept_w8 else self
+        return replace(self, bits=8) if is_kept(reader, self.kept_w8) else self
 
     @property
     def qmax(self) -> int:

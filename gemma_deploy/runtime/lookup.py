@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from gemma_deploy.backends.ort.options import GRAPH
-from gemma_deploy.backends.ort.window import SLACK, most_ahead
+from gemma_deploy.backends.ort.window import CACHES, capacity_of, empty_caches, most_ahead
 from gemma_deploy.errors import ArtifactError, DeployError, UsageError
 from gemma_deploy.runtime.contract import check_tokens
 from gemma_deploy.runtime.generate import (
@@ -107,10 +107,8 @@ class LookupModel:
         self.windows = windows_of(model.graph)
         self.session = open_graph(model, self.path, threads=threads)
         self.load_seconds = time.perf_counter() - started
-        caches = [value for value in self.session.get_inputs() if value.name.startswith("past_key_values.")]
-        if not caches:
+        if not any(value.name.startswith(CACHES) for value in self.session.get_inputs()):
             raise ArtifactError("its graph has no cache", where=str(self.path / GRAPH), next_step=VERIFY)
-        self.cache_shapes = {value.name: (1, value.shape[1], value.shape[3]) for value in caches}
         self.vocab_size = int(next(v for v in self.session.get_outputs() if v.name == "logits").shape[2])
 
 
@@ -128,16 +126,14 @@ class LookupSequence:
         from onnxruntime import OrtValue
 
         self.model, self.length = model, 0
-        rooms = dict.fromkeys(model.cache_shapes, room) | {k: w + SLACK for k, w in model.windows.items()}
-        self._caches = {
-            name: OrtValue.ortvalue_from_numpy(np.zeros((batch, heads, rooms[name], width), np.float32))
-            for name, (batch, heads, width) in model.cache_shapes.items()
-        }
+        empty = empty_caches(model.session, model.windows, room)
+        self._caches = {name: OrtValue.ortvalue_from_numpy(array) for name, array in empty.items()}
+        self._windows = set(model.windows.values())
 
     def ahead(self, wanted: int) -> int:
         """Of so many tokens to read next, as many as can be taken back; one that cannot where there is none."""
-        windows = set(self.model.windows.values())
-        return min((most_ahead(self.length, window, window + SLACK, wanted) for window in windows), default=wanted)
+        counts = (most_ahead(self.length, window, capacity_of(window), wanted) for window in self._windows)
+        return min(counts, default=wanted)
 
     def feed(self, tokens: Sequence[int]) -> np.ndarray:
         """Read tokens behind the `length` that count; logits [min(tokens, MOST_TOKENS), V] of the last of them."""

@@ -10,13 +10,10 @@ from gemma_deploy.backends.ort import head
 from gemma_deploy.backends.ort.apart import every_position, exact
 from gemma_deploy.backends.ort.decoder import LOGITS, NORMED
 from gemma_deploy.backends.ort.options import CANDIDATES as SHIPPED
-from gemma_deploy.cli import main
 from gemma_deploy.parity.gates import SCREEN_LIMIT, dynamic_gates
-from gemma_deploy.testing import write_tiny_checkpoint
 from tests.backends.make import off, open_session, step
 from tests.backends.test_decoder import CLOSE
-from tests.backends.test_target import LAYERS, manifest_of, write_recipe
-from tests.calibration.make import write_tokenizer
+from tests.backends.test_target import compile_tiny, manifest_of
 
 VOCAB, HIDDEN, CANDIDATES = 512, 64, 24
 # Activations of the high halves' product are rounded to 8 bits: 0.004 of the largest logit was the most.
@@ -120,10 +117,7 @@ def test_greedy_tokens_are_those_of_the_whole_table(made, tokens):
 def test_a_screened_head_passes_a_gate_of_its_own_and_is_in_the_ledger(tmp_path, monkeypatch, prefill):
     """The largest logits are those of whole codes; what the others lose has a limit, and the graph without it none."""
     monkeypatch.setattr(head, "HEAD_BYTES", 4096)  # a table in parts, as large ones are
-    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma2", **LAYERS["gemma2"])
-    write_tokenizer(checkpoint)
-    recipe = write_recipe(tmp_path, checkpoint, compile_keys={"head": "screened", "prefill": prefill})
-    assert main(["compile", str(recipe)]) == 0
+    compile_tiny(tmp_path, "gemma2", compile_keys={"head": "screened", "prefill": prefill})
     manifest = manifest_of(tmp_path)
     assert manifest["kernels"]["candidates"] == SHIPPED
     assert manifest["parity"]["passed"] is True

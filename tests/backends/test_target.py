@@ -44,8 +44,8 @@ FILES = {
 }  # fmt: skip
 
 
-def write_recipe(folder, checkpoint, dtype="int8", quantize=None, compile_keys=None):
-    frontend = {"checkpoint": str(checkpoint), "shape": {"input_ids": [[32], [64]]}}
+def write_recipe(folder, checkpoint, dtype="int8", quantize=None, compile_keys=None, context=64):
+    frontend = {"checkpoint": str(checkpoint), "shape": {"input_ids": [[32], [context]]}}
     content = {
         "name": "x",
         "frontend": frontend | ({"quantize": quantize} if quantize else {}),
@@ -58,17 +58,21 @@ def write_recipe(folder, checkpoint, dtype="int8", quantize=None, compile_keys=N
     return folder / "recipe.yaml"
 
 
+def compile_tiny(folder, kind, dtype="int8", **options):
+    """A checkpoint, its recipe (`write_recipe`) and proven artifact."""
+    checkpoint = write_tiny_checkpoint(folder / "checkpoint", kind, **LAYERS[kind])
+    write_tokenizer(checkpoint)
+    assert main(["compile", str(write_recipe(folder, checkpoint, dtype, **options))]) == 0
+
+
 @pytest.fixture(scope="session")
 def compiled(once):
     """(generation, scheme) -> folder with checkpoint, recipe and proven artifact; read only."""
 
     def get(kind, scheme):
         def make(folder):
-            checkpoint = write_tiny_checkpoint(folder / "checkpoint", kind, **LAYERS[kind])
-            write_tokenizer(checkpoint)
             calibrated = {"type": scheme, "calib_args": {"sensitivity": False}} if scheme.startswith("w") else None
-            recipe = write_recipe(folder, checkpoint, "int8" if calibrated else scheme, calibrated)
-            assert main(["compile", str(recipe)]) == 0
+            compile_tiny(folder, kind, "int8" if calibrated else scheme, quantize=calibrated)
 
         return once(f"onnxruntime-target-{kind}-{scheme}", make)
 

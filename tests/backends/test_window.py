@@ -8,33 +8,34 @@ import onnx_ir as ir
 import pytest
 
 from gemma_deploy.artifact import Artifact, verify
+from gemma_deploy.backends.ort import window
 from gemma_deploy.backends.ort.apart import exact
 from gemma_deploy.backends.ort.window import most_ahead, resident, window_problems, windowed_layers, windows_of
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.cli import main
 from gemma_deploy.errors import RecipeError
-from gemma_deploy.parity import dynamic
 from gemma_deploy.recipe import Recipe
-from gemma_deploy.runtime import Tokenizer, lookup
+from gemma_deploy.runtime import Tokenizer
 from gemma_deploy.runtime.genai import GenaiModel, GenaiSession
 from gemma_deploy.runtime.generate import GenerationStats
 from gemma_deploy.runtime.lookup import Greedy, History, LookupModel, LookupSequence
 from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
 from tests.backends.make import off, open_session
 from tests.backends.test_decoder import CLOSE, KERNELS
-from tests.backends.test_target import LAYERS, write_recipe
-from tests.calibration.make import write_tokenizer
+from tests.backends.test_target import LAYERS, compile_tiny, write_recipe
+from tests.parity.test_dynamic import failed, gate
+from tests.runtime.test_lookup import greedy_of_transformers
 
 WINDOW = 8  # of the tiny models
 LOCAL = {"gemma2": [0, 2], "gemma3_text": [0, 1, 3]}  # layers that have one
 
 
-def held(tokens, capacity, window=WINDOW):
+def held(tokens, capacity):
     """Positions in a buffer by counting: when it is full the oldest go, all that the next window does not need."""
     positions = []
     for position in range(tokens):
         if len(positions) == capacity:
-            positions = positions[len(positions) - window + 1 :] if window > 1 else []
+            positions = positions[len(positions) - WINDOW + 1 :]
         positions.append(position)
     return positions
 
@@ -119,13 +120,9 @@ def compiled(once):
 
     def get(kind, dtype):
         def make(folder):
-            checkpoint = write_tiny_checkpoint(folder / "checkpoint", kind, **LAYERS[kind])
-            write_tokenizer(checkpoint)
-            recipe = write_recipe(folder, checkpoint, dtype, compile_keys={"cache": "window"})
-            recipe.write_text(recipe.read_text().replace("- - 64", "- - 128"))
             with pytest.MonkeyPatch.context() as patched:
-                patched.setattr(dynamic, "SLACK", 4)  # so that buffers are full within the gate's few tokens
-                assert main(["compile", str(recipe)]) == 0
+                patched.setattr(window, "SLACK", 4)  # so that buffers are full within the gate's few tokens
+                compile_tiny(folder, kind, dtype, compile_keys={"cache": "window"}, context=128)
 
         return once(f"onnxruntime-window-{kind}-{dtype}", make) / "workspace/x"
 
@@ -152,28 +149,16 @@ def test_an_artifact_is_proven_and_says_which_layers(compiled, kind, dtype):
     }  # fmt: skip
 
 
-def test_a_gate_that_looks_past_the_window_sees_a_wrong_one(compiled, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(dynamic, "SLACK", 4)
+def test_a_gate_that_looks_past_the_window_sees_a_wrong_one(compiled, tmp_path, monkeypatch):
+    monkeypatch.setattr(window, "SLACK", 4)
     copy = shutil.copytree(compiled("gemma2", "fp32"), tmp_path / "x")
     model = ir.load(copy / "model.onnx")
     for node in model.graph:
         if "sliding_window_cache" in node.attributes:
             node.attributes["local_window_size"] = ir.AttrInt64("local_window_size", WINDOW - 2)
     ir.save(model, copy / "model.onnx")
-    manifest = json.loads((copy / "manifest.json").read_text())
-    assert main(["parity", str(copy), "--checkpoint", manifest["recipe"]["frontend"]["checkpoint"]]) == 1
-    assert capsys.readouterr().err
-
-
-def greedy_of_transformers(artifact, prompt, count):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    stock = AutoModelForCausalLM.from_pretrained(
-        artifact.parent.parent / "checkpoint", attn_implementation="eager", dtype=torch.float32
-    ).eval()
-    made = stock.generate(torch.tensor([prompt]), max_new_tokens=count, min_new_tokens=count, do_sample=False)
-    return made[0, len(prompt) :].tolist()
+    result = gate(copy)
+    assert failed(result) == {"patched = strict", "hf = strict", "hf = shipped"}
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +194,7 @@ def test_genai_runs_it_and_a_session_goes_on(compiled, prompt, tmp_path, chunk):
 @pytest.mark.parametrize("guess", ["own", "right", "wrong"])
 @pytest.mark.parametrize("slack", [1, 5])
 def test_lookup_takes_back_only_what_is_still_there(compiled, prompt, monkeypatch, guess, slack):
-    monkeypatch.setattr(lookup, "SLACK", slack)
+    monkeypatch.setattr(window, "SLACK", slack)
     artifact = compiled("gemma2", "fp32")
     expected = greedy_of_transformers(artifact, prompt, 40)
     whole = [*prompt, *expected]
@@ -230,7 +215,7 @@ def test_lookup_takes_back_only_what_is_still_there(compiled, prompt, monkeypatc
 
 @pytest.mark.parametrize("slack", [1, 5, 40])
 def test_a_sequence_goes_back_as_if_nothing_had_been_read(compiled, prompt, monkeypatch, slack):
-    monkeypatch.setattr(lookup, "SLACK", slack)
+    monkeypatch.setattr(window, "SLACK", slack)
     artifact = compiled("gemma2", "fp32")
     model = LookupModel(artifact, Artifact.open(artifact).manifest, 1)
     straight, back = LookupSequence(model, 100), LookupSequence(model, 100)

@@ -17,16 +17,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import onnx_ir as ir
 
 from gemma_deploy.backends.ort.head import screened_head, whole_head
-from gemma_deploy.backends.ort.linears import FUSED, Matrix, product_of, rounded_tokens
+from gemma_deploy.backends.ort.linears import Matrix, product_of, rounded_tokens
 from gemma_deploy.backends.ort.nodes import MICROSOFT, Nodes
 from gemma_deploy.backends.ort.options import Kernels
 from gemma_deploy.backends.ort.weights import Weights
-from gemma_deploy.backends.ort.window import WINDOW_CACHE
+from gemma_deploy.backends.ort.window import WINDOW_CACHE, windowed_layers
 from gemma_deploy.checkpoint.config import SLIDING, ModelConfig
 from gemma_deploy.checkpoint.expected import expected_tensors
 from gemma_deploy.errors import ExportError
@@ -77,6 +78,7 @@ class _Decoder:
         self.weights = Weights(self.nodes, rows, location)
         self.layers = config.num_hidden_layers
         self.last = self.layers - 1
+        self.windowed = windowed_layers(config) if kernels.windowed else ()
         half = self.weights.dtype(f"{TABLE}.weight") == "bfloat16"
         self.dtype = self.weights.computed = ir.DataType.BFLOAT16 if half else ir.DataType.FLOAT
 
@@ -85,7 +87,8 @@ class _Decoder:
         config, nodes = self.config, self.nodes
         ids = _input("input_ids", ir.DataType.INT64, ("batch", "sequence"))
         mask = _input("attention_mask", ir.DataType.INT64, ("batch", "total_sequence"))
-        past = {name: self._cache(name) for name in self._cache_names("past_key_values")}
+        caches = self._caches("past_key_values", "past_sequence").items()
+        past = {name: ir.Value(name=name, shape=shape, type=ir.TensorType(self.dtype)) for name, shape in caches}
         hidden = self._embed(ids)
         lengths = nodes.one("ReduceSum", [mask, nodes.numbers(1)], "lengths", keepdims=0)
         seqlens = nodes.one("Cast", [nodes.one("Sub", [lengths, nodes.numbers(1)], "last")], "seqlens_k", to=6)
@@ -101,9 +104,9 @@ class _Decoder:
         logits = self._head(self._norm(hidden, "model.norm"))
         logits.type = ir.TensorType(ir.DataType.FLOAT)
         logits.shape = ir.Shape(("batch", 1, config.vocab_size))
-        for value, name in zip(present, self._cache_names("present"), strict=True):
-            value.name, value.shape = name, self._cache_shape(name, "total_sequence")
-            value.type = ir.TensorType(self.dtype)
+        caches = self._caches("present", "total_sequence").items()
+        for value, (name, shape) in zip(present, caches, strict=True):
+            value.name, value.shape, value.type = name, shape, ir.TensorType(self.dtype)
         if left := self.weights.unused():
             raise ExportError(
                 "graph and parameter file disagree",
@@ -153,17 +156,15 @@ class _Decoder:
         config, path, nodes = self.config, f"model.layers.{layer}", self.nodes
         kind = config.layer_types[layer]
         names = [f"{path}.self_attn.{part}_proj" for part in "qkv"]
-        widths = [config.num_attention_heads * config.head_dim, *2 * [config.num_key_value_heads * config.head_dim]]
         normed = config.model_type == "gemma3_text"  # attention reads all three from one value as well
-        made = self._products(self._norm(hidden, f"{path}.input_layernorm"), names, widths, apart=normed)
+        made = self._products(self._norm(hidden, f"{path}.input_layernorm"), names, apart=normed)
         if normed:
             query, key, value = made
-            query = self._head_norm(query, f"{path}.self_attn.q_norm", widths[0])
-            made = [query, self._head_norm(key, f"{path}.self_attn.k_norm", widths[1]), value]
+            query = self._head_norm(query, f"{path}.self_attn.q_norm", config.num_attention_heads)
+            made = [query, self._head_norm(key, f"{path}.self_attn.k_norm", config.num_key_value_heads), value]
         rotary = [self.weights.rotary(kind, table) for table in ("cos", "sin")]
         past = [shared.caches[f"past_key_values.{layer}.{part}"] for part in ("key", "value")]
         window = config.sliding_window if kind == SLIDING else None
-        alone = 1 if window is not None and self.kernels.windowed else None
         return nodes.many(
             "GroupQueryAttention",
             [*made, *[None] * (3 - len(made)), *past, shared.seqlens, shared.total, *rotary],
@@ -174,7 +175,7 @@ class _Decoder:
             scale=float(config.query_pre_attn_scalar**-0.5),
             softcap=config.attn_logit_softcapping,
             local_window_size=window,
-            sliding_window_cache=alone,
+            sliding_window_cache=1 if layer in self.windowed else None,
             do_rotary=1,
         )
 
@@ -199,39 +200,35 @@ class _Decoder:
 
     def _mlp(self, path: str, normed: ir.Value) -> ir.Value:
         """down_proj(gelu(gate_proj x) * up_proj x)."""
-        width, nodes = self.config.intermediate_size, self.nodes
-        gate, up = self._products(normed, [f"{path}.gate_proj", f"{path}.up_proj"], [width, width])
+        nodes = self.nodes
+        gate, up = self._products(normed, [f"{path}.gate_proj", f"{path}.up_proj"])
         active = nodes.one("Gelu", [gate], f"{path}.act_fn.out", approximate="tanh")
         return self._product(nodes.one("Mul", [active, up], f"{path}.product"), f"{path}.down_proj")
 
     def _product(self, x: ir.Value, module: str) -> ir.Value:
-        return self._products(x, [module], [0])[0]
+        return self._products(x, [module])[0]
 
-    def _products(
-        self, x: ir.Value, modules: Sequence[str], widths: Sequence[int], apart: bool = True
-    ) -> list[ir.Value]:
+    def _products(self, x: ir.Value, modules: Sequence[str], apart: bool = True) -> list[ir.Value]:
         """What linears make of one input: integer products apart, all others that are stored alike in one.
 
         Args:
-            widths: of each; apart: split what one product makes, unless that is what all of them make.
+            apart: split what one product makes, unless that is what all of them make.
         """
         nodes, joined = self.nodes, product_of(modules[0])
         if self._matrix(modules[0]).integer:
             tokens = rounded_tokens(nodes, x, joined, modules[0] in self.kernels.wide)
             return [self._matrix(module).integer_product(nodes, tokens, f"{module}.out") for module in modules]
-        if not self._alike(modules):
-            first = next(count for count in range(1, len(modules)) if not self._alike(modules[: count + 1]))
-            shares = ((modules[:first], widths[:first]), (modules[first:], widths[first:]))
-            return [made for some, theirs in shares for made in self._products(x, some, theirs)]
-        if len(modules) < len(FUSED.get(joined.rpartition(".")[2], modules)):
-            joined = "_".join([modules[0], *(module.rpartition(".")[2] for module in modules[1:])])
-        made = self._matrix(*modules, name=joined).product(nodes, x, f"{joined}.out")
-        if len(modules) == 1 or not apart:
-            return [made]
-        return nodes.many("Split", [made, nodes.numbers(*widths)], [f"{module}.out" for module in modules], axis=-1)
-
-    def _alike(self, modules: Sequence[str]) -> bool:
-        return len({self.weights.dtype(f"{module}.weight") for module in modules}) == 1
+        alike = [list(run) for _, run in groupby(modules, lambda module: self.weights.dtype(f"{module}.weight"))]
+        made: list[ir.Value] = []
+        for run in alike:
+            name = joined if len(alike) == 1 else "_".join([run[0], *(one.rpartition(".")[2] for one in run[1:])])
+            product = self._matrix(*run, name=name).product(nodes, x, f"{name}.out")
+            if len(run) == 1 or (len(alike) == 1 and not apart):
+                made.append(product)
+            else:
+                heights = nodes.numbers(*(self._matrix(module).rows for module in run))
+                made += nodes.many("Split", [product, heights], [f"{module}.out" for module in run], axis=-1)
+        return made
 
     def _matrix(self, *modules: str, name: str = "") -> Matrix:
         return Matrix(self.weights, modules, name or modules[0], self.kernels.block)
@@ -242,11 +239,11 @@ class _Decoder:
             axis=-1, epsilon=self.config.rms_norm_eps, stash_type=1,
         )  # fmt: skip
 
-    def _head_norm(self, x: ir.Value, norm: str, width: int) -> ir.Value:
+    def _head_norm(self, x: ir.Value, norm: str, heads: int) -> ir.Value:
         """The norm of every head on its own."""
-        nodes = self.nodes
-        apart = nodes.one("Reshape", [x, nodes.numbers(0, -1, self.config.head_dim)], f"{norm}.heads")
-        return nodes.one("Reshape", [self._norm(apart, norm), nodes.numbers(0, -1, width)], f"{norm}.joined")
+        nodes, dim = self.nodes, self.config.head_dim
+        apart = nodes.one("Reshape", [x, nodes.numbers(0, -1, dim)], f"{norm}.heads")
+        return nodes.one("Reshape", [self._norm(apart, norm), nodes.numbers(0, -1, heads * dim)], f"{norm}.joined")
 
     def _last_index(self, ids: ir.Value, lengths: ir.Value) -> ir.Value:
         """[B,1,1]: place of each row's last token among the new ones, padding on the right left out."""
@@ -282,18 +279,15 @@ class _Decoder:
         """[1] int64: a dimension."""
         return self.nodes.one("Shape", [value], name, start=axis, end=axis + 1)
 
-    def _cache_names(self, prefix: str) -> list[str]:
-        return [f"{prefix}.{layer}.{part}" for layer in range(self.layers) for part in ("key", "value")]
-
-    def _cache_shape(self, name: str, length: str) -> ir.Shape:
-        layer = int(name.split(".")[1])
-        if self.kernels.windowed and self.config.layer_types[layer] == SLIDING:
-            length = WINDOW_CACHE
-        return ir.Shape(("batch", self.config.num_key_value_heads, length, self.config.head_dim))
-
-    def _cache(self, name: str) -> ir.Value:
-        shape = self._cache_shape(name, "past_sequence")
-        return ir.Value(name=name, shape=shape, type=ir.TensorType(self.dtype))
+    def _caches(self, prefix: str, length: str) -> dict[str, ir.Shape]:
+        """[B,Hk,*,D] of every layer's keys and values, by name."""
+        shapes = {}
+        for layer in range(self.layers):
+            positions = WINDOW_CACHE if layer in self.windowed else length
+            for part in ("key", "value"):
+                sizes = ("batch", self.config.num_key_value_heads, positions, self.config.head_dim)
+                shapes[f"{prefix}.{layer}.{part}"] = ir.Shape(sizes)
+        return shapes
 
 
 def _input(name: str, dtype: ir.DataType, shape: Sequence[str]) -> ir.Value:

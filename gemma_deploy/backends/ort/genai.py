@@ -31,6 +31,7 @@ def genai_config(
         "slide_inputs": False,
         "layers": list(windowed_layers(config)),
     }
+    sliding = {"sliding_window": window} if windowed else {}
     return {
         "model": {
             "bos_token_id": config.bos_token_id,
@@ -59,7 +60,7 @@ def genai_config(
                 "num_hidden_layers": config.num_hidden_layers,
                 "num_key_value_heads": config.num_key_value_heads,
             }
-            | ({"sliding_window": window} if windowed else {}),
+            | sliding,
             "eos_token_id": list(config.eos_token_ids),
             "pad_token_id": 0 if config.pad_token_id is None else config.pad_token_id,
             "type": config.model_type,

@@ -47,13 +47,8 @@ class OrtContract(GraphContract):
         """Of the graph."""
         return (Port("logits", "float32", (BATCH, 1, self.vocab_size)), *self._cache("present", TOTAL))
 
-    def _cache(self, prefix: str, length: int | str) -> list[Port]:
-        return [
-            replace(port, shape=(*port.shape[:2], WINDOW_CACHE, port.shape[3]))
-            if int(port.name.split(".")[1]) in self.windowed
-            else port
-            for port in super()._cache(prefix, length)
-        ]
+    def _positions(self, layer: int, length: int | str) -> int | str:
+        return WINDOW_CACHE if layer in self.windowed else length
 
 
 class OnnxRuntime:

@@ -11,8 +11,10 @@ positions: one that grows from nothing, or a shorter one, is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from gemma_deploy.checkpoint.config import SLIDING, ModelConfig
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 WINDOW = "window"  # backend.compile.cache
 WINDOW_CACHE = "window_cache"  # the free dimension of such a cache, which is as long before a step as after it
+CACHES = "past_key_values."  # begins the names of what holds them
 SLACK = 64  # positions behind the window in buffers of our own; a step may look ahead within them
 
 
@@ -51,6 +54,27 @@ def windows_of(nodes: Iterable[ir.Node]) -> dict[str, int]:
                 if value is not None and value.name:
                     found[value.name] = node.attributes["local_window_size"].as_int()
     return found
+
+
+def capacity_of(window: int) -> int:
+    """Positions in a buffer of our own."""
+    return window + SLACK
+
+
+def empty_caches(session: Any, windows: Mapping[str, int], room: int = 0) -> dict[str, np.ndarray]:
+    """What a session's caches are before the first token, by input: room for a window where they hold that alone.
+
+    Args:
+        windows: as `windows_of` gives them; room: positions of all others.
+    """
+    return {
+        value.name: np.zeros(
+            (1, value.shape[1], capacity_of(windows[value.name]) if value.name in windows else room, value.shape[3]),
+            np.float32,
+        )
+        for value in session.get_inputs()
+        if value.name.startswith(CACHES)
+    }
 
 
 def resident(tokens: int, window: int, capacity: int) -> int:
