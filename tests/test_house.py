@@ -23,13 +23,13 @@ RECIPES = sorted((ROOT / "build_in").rglob("*.yaml"))
 LONGEST_MODULE_LINES = 400
 # A part imports only parts to its left.
 ORDER = (
-    *("errors", "paths", "machine", "terminal", "schemes", "recipe", "checkpoint", "partition", "patched"),
+    *("errors", "reading", "paths", "machine", "terminal", "schemes", "recipe", "checkpoint", "partition", "patched"),
     *("calibration", "quantization", "graph", "params", "split", "backends", "artifact", "runtime", "parity"),
     "evaluation",
     "bench",
     *("preflight", "stages", "calibrated", "compile", "generation", "commands", "cli", "testing"),
 )
-TORCH_FREE = ("errors", "recipe", "checkpoint", "partition", "params", "artifact", "runtime", "preflight", "cli")
+TORCH_FREE = ("errors", "reading", "recipe", "checkpoint", "partition", "params", "artifact", "runtime", "preflight", "cli")
 
 
 def imported_modules(tree: ast.Module) -> list[tuple[str, int]]:
