@@ -29,7 +29,9 @@ ORDER = (
     "bench",
     *("preflight", "stages", "calibrated", "compile", "generation", "commands", "cli", "testing"),
 )
-TORCH_FREE = ("errors", "reading", "recipe", "checkpoint", "partition", "params", "artifact", "runtime", "preflight", "cli")
+TORCH_FREE = (
+    *("errors", "reading", "recipe", "checkpoint", "partition", "params", "artifact", "runtime", "preflight", "cli"),
+)
 
 
 def imported_modules(tree: ast.Module) -> list[tuple[str, int]]:
