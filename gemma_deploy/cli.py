@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import logging
 import os
+import re
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -36,17 +38,39 @@ COMMANDS = {
 # What the machine refuses a program that has no bug, with what to do about it; `main` explains what no stage has.
 FULL = "free space there and run the same command again"
 DENIED = "allow it, or name another place"
+NAME = "name another place"
+SILENT = "the disk does not answer; look at the system's log"
 REFUSALS = {
     errno.ENOSPC: FULL,
     errno.EDQUOT: FULL,
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or name a place on a disk that takes larger files",
+    errno.ENAMETOOLONG: "name another place: a part of a path has at most 255 bytes, a path 4096",
+    errno.ELOOP: "name another place: the links of this path lead in a circle",
+    errno.EMLINK: NAME,
+    errno.EBUSY: "wait until the other program has done with it, and run the same command again",
+    errno.ETXTBSY: "wait until the other program has done with it, and run the same command again",
+    errno.ENXIO: "name a file: this is a device or a socket",
+    errno.ENODEV: "name a file: this is a device or a socket",
     errno.EROFS: DENIED,
     errno.EACCES: DENIED,
     errno.EPERM: DENIED,
     errno.EISDIR: "name a file",
     errno.ENOTDIR: "name another place: a part of this path is a file",
-    errno.EIO: "the disk does not answer; look at the system's log",
+    errno.EIO: SILENT,
+    errno.ESTALE: SILENT,
+    errno.ETIMEDOUT: SILENT,
+    errno.ENOTCONN: SILENT,
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs: the system has no more open files to give",
+    errno.EAGAIN: "raise the limit of processes (ulimit -u)",
 }
+VANISHED = "see that nothing removes files while the program works, and run the same command again"
+# How libraries say that the system gave them no memory, in errors of no kind of their own.
+NO_MEMORY = re.compile(
+    r"can.t allocate memory|cannot allocate memory|bad_alloc|failed to allocate memory|can't start new thread"
+    r"|failed to map segment",
+    re.IGNORECASE,
+)
 log = logging.getLogger("gemma_deploy.cli")  # __name__ is __main__ under python -m
 
 
@@ -91,6 +115,26 @@ def cli(verbose: bool) -> None:
 
 def main(argv: list[str] | None = None) -> Any:
     """Entry point: run, and end with a message and an exit code instead of a traceback."""
+    _prepare_streams()
+    try:
+        code = _run(argv)
+        _flush(sys.stdout)
+    except BrokenPipeError:
+        _discard(sys.stdout)
+        return 0
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+        refusal = _refusal(error)
+        if refusal is None:
+            raise  # a bug, and to be seen as one
+        log.debug("where it happened", exc_info=True)
+        click.echo(f"error: {refusal}", err=True)
+        _discard(sys.stdout)
+        return DeployError.exit_code
+    return code
+
+
+def _run(argv: list[str] | None) -> Any:
+    """Run a command; its messages and exit codes."""
     try:
         return cli.main(args=argv, standalone_mode=False) or 0
     except click.exceptions.Exit as stop:
@@ -104,16 +148,59 @@ def main(argv: list[str] | None = None) -> Any:
     except DeployError as error:
         click.echo(f"error: {error}", err=True)
         return error.exit_code
-    except BrokenPipeError:
-        return 0
-    except OSError as error:
-        if error.errno not in REFUSALS:
-            raise  # a bug, and to be seen as one
-        log.debug("where it happened", exc_info=True)
-        step = f"{REFUSALS[error.errno]}; -v shows where it happened"
-        place = str(error.filename) if error.filename else None
-        click.echo(f"error: {DeployError(os.strerror(error.errno), where=place, next_step=step)}", err=True)
-        return DeployError.exit_code
+
+
+def _refusal(error: Exception) -> DeployError | None:
+    """What the machine refused, or None for an error that may be a bug."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or NO_MEMORY.search(str(error)):
+        said = " ".join(str(error).split())[:200]
+        return DeployError(
+            "the system gives no more memory" + (f": {said}" if said else ""),
+            next_step="close other programs or raise the limit (ulimit -v), and run the same command again; "
+            "-v shows where it happened",
+        )
+    if not isinstance(error, OSError) or number is None:
+        return None
+    step = VANISHED if number == errno.ENOENT and error.filename else REFUSALS.get(number)
+    if step is None:
+        return None
+    place = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | os.PathLike) else None
+    return DeployError(os.strerror(number), where=place, next_step=f"{step}; -v shows where it happened")
+
+
+def _prepare_streams() -> None:
+    """Closed ones lead to the null device, and letters that an encoding lacks are escaped.
+
+    A file that is opened while descriptor 1 or 2 is free would get that number, and what libraries print as well.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            try:
+                os.fstat(descriptor)
+            except OSError:
+                opened = os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+                os.set_inheritable(opened, True)
+                setattr(sys, name, os.fdopen(opened, "w" if descriptor else "r", encoding="utf-8"))
+        elif descriptor and isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flush(stream: TextIO | None) -> None:
+    """Write what is still waiting: at the end of the process it is too late to say that it cannot be."""
+    if stream is not None and not stream.closed:
+        stream.flush()
+
+
+def _discard(stream: TextIO | None) -> None:
+    """Let what cannot be written go to the null device, or the interpreter complains again when it ends."""
+    try:
+        _flush(stream)
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.close(null)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class FileKind:
         error: the class of its errors.
         expected: what it should be.
         next_step: what to do about one that is damaged.
-        missing: what to do about one that is not there; `next_step` where this is empty.
+        missing: what to do about one that is not there; where this is empty, it cannot be read like any other.
         unreadable: what to do about one that may not be read; `next_step` where this is empty.
         limit_bytes: the size up to which it is read.
         unique_keys: whether a JSON key that occurs twice is refused; the last one counts otherwise.
@@ -82,7 +82,7 @@ class FileKind:
 
     def unread(self, error: OSError, path: str | Path) -> DeployError:
         """The error for what the system said when the file was read."""
-        if error.errno == errno.ENOENT:
+        if error.errno == errno.ENOENT and self.missing:
             return self.wrong("is missing", path, self.missing)
         return self.wrong(f"cannot be read: {error.strerror or error}", path, self.unreadable)
 

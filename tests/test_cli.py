@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import io
 import os
 import re
 import subprocess
@@ -137,10 +138,87 @@ def test_verbose_shows_where_a_refusal_happened(monkeypatch, caplog, options, sh
     assert [record.exc_info[0] for record in traces] == [PermissionError] * shown
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "none", "f"), OSError("no number"), KeyError("k")])
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "none"), OSError("no number"), KeyError("k")])
 def test_what_may_be_a_bug_keeps_its_traceback(monkeypatch, error):
     with pytest.raises(type(error)):
         fail_with(monkeypatch, error)
+
+
+NO_MEMORY = [
+    MemoryError(),
+    MemoryError("Unable to allocate 2.00 GiB for an array with shape (536870912,) and data type float32"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+    RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Exception during initialization: std::bad_alloc"),
+    RuntimeError("can't start new thread"),
+    ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+    ImportError("libgomp.so.1: cannot allocate memory in static TLS block"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: f"{type(error).__name__} {str(error)[:20]}")
+def test_too_little_memory_is_the_machines_refusal(monkeypatch, capsys, error):
+    assert fail_with(monkeypatch, error) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: the system gives no more memory")
+    assert "next: close other programs or raise the limit" in said
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ImportError("No module named 'torch'")])
+def test_other_errors_of_those_kinds_are_none_of_memory(monkeypatch, error):
+    with pytest.raises(type(error)):
+        fail_with(monkeypatch, error)
+
+
+def shell(line, **environment):
+    """A line in sh in which $G runs the program."""
+    program = f"{sys.executable} -m gemma_deploy.cli"
+    return subprocess.run(
+        ["sh", "-c", line.replace("$G", program)], capture_output=True, env={**os.environ, **environment}, timeout=120
+    )
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_change_nothing(closed):
+    done = shell(f"$G --version {closed}; echo code $? >&2")
+    assert done.stderr.decode() == "code 0\n"
+    assert bool(done.stdout) == (">&-" not in closed.split())
+
+
+def test_no_file_is_opened_in_the_place_of_a_closed_stream():
+    """Or what libraries print would be written into it."""
+    program = (
+        "import os, sys; [os.close(fd) for fd in (0, 1, 2)]; sys.stdin = sys.stdout = sys.stderr = None\n"
+        "from gemma_deploy.cli import main; code = main(['--help'])\n"
+        "sys.exit(code or os.open(os.devnull, os.O_RDONLY))"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode >= 3
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_a_full_disk_under_stdout_is_said_once():
+    done = shell("$G --help > /dev/full")
+    said = done.stderr.decode()
+    assert done.returncode == 1
+    assert said.startswith("error: No space left on device")
+    assert "Exception ignored" not in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+@pytest.mark.parametrize("name", [b"gr\xf6\xdfe", "größe".encode()])
+def test_letters_that_the_terminal_lacks_are_shown_some_other_way(tmp_path, monkeypatch, name, encoding):
+    """Bytes of a path that are no UTF-8, or letters that the encoding has not."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/" + name)
+    shown = {}
+    for stream in ("stdout", "stderr"):
+        shown[stream] = io.BytesIO()
+        monkeypatch.setattr(sys, stream, io.TextIOWrapper(shown[stream], encoding=encoding, write_through=True))
+    assert main(["inspect", path]) == 1
+    os.symlink(PACKAGE / "demo", path)
+    assert [main(["inspect", path, *options]) for options in ([], ["--params"], ["--json"])] == [0, 0, 0]
+    assert shown["stderr"].getvalue().startswith(f"error: {tmp_path}/gr".encode())
+    assert shown["stdout"].getvalue().count(f"{tmp_path}/gr".encode()) == 3
 
 
 def errors_without(tree, argument):

@@ -115,6 +115,8 @@ def test_names_that_no_file_has(name):
 def test_a_missing_file_has_its_own_next_step(tmp_path):
     error = refusal(reading.read_json, tmp_path / "config.json")
     assert (error.what, error.next_step) == ("is missing", "download it")
+    error = refusal(reading.read_json, tmp_path / "config.json", small(10))
+    assert (error.what, error.next_step) == ("cannot be read: No such file or directory", "copy it")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

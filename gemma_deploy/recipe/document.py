@@ -17,7 +17,7 @@ import yaml
 
 Path = tuple[str | int, ...]
 
-_MAX_CHARS = 1 << 18
+MAX_CHARS = 1 << 18
 _MAX_NODES = 20_000
 _MAX_DEPTH = 32
 
@@ -30,7 +30,7 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes only: every plain scalar stays text, `_plain` gives it a type after `${VAR}` is expanded."""
+    """Composes nodes only: every plain scalar stays text, `_plain` gives it a type."""
 
     yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 (PyYAML's own class attribute)
 
@@ -66,11 +66,13 @@ class Document:
         values: nested dicts, lists and scalars, `${VAR}` expanded, overrides applied.
         places: path of a key -> `line 7` or `-s a.b=c`.
         problems: (path, sentence) for everything refused so far.
+        expanded: path of an unquoted value with `${VAR}` in it -> its text, which is the value where text is wanted.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[Path, str] = field(default_factory=dict)
     problems: list[tuple[Path, str]] = field(default_factory=list)
+    expanded: dict[Path, str] = field(default_factory=dict)
 
     def place(self, path: Path) -> str:
         """Where `path`, or the nearest key above it, was written."""
@@ -148,8 +150,13 @@ class _Builder:
             self.open.discard(id(node))
 
     def scalar(self, node: yaml.ScalarNode, path: Path, kind: str) -> Any:
-        text = self.expand(node.value, path)
-        return text if node.style and kind == "str" else _plain(text)
+        text, from_outside = self.expand(node.value, path)
+        if node.style and kind == "str":
+            return text
+        value = _plain(text)
+        if text != node.value and (from_outside or value is not None) and text:
+            self.document.expanded[path] = text
+        return value
 
     def mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -172,23 +179,30 @@ class _Builder:
             values[key] = self.build(value_node, child)
         return values
 
-    def expand(self, text: str, path: Path) -> str:
-        """`${VAR}` and `${VAR:-default}` (default when unset or empty, as in a shell)."""
+    def expand(self, text: str, path: Path) -> tuple[str, bool]:
+        """`${VAR}` and `${VAR:-default}` (default when unset or empty, as in a shell).
+
+        Returns:
+            The text, and whether some of it comes from the environment.
+        """
+        found: list[str] = []
 
         def replace(match: re.Match[str]) -> str:
             name, default = match.group(1), match.group(2)
             value = self.env.get(name)
-            if default is not None:
-                return value or default
+            if default is not None and not value:
+                return default
             if value is None:
                 self.refuse(path, f"the environment variable {name} is not set; set it or write ${{{name}:-default}}")
                 return name
+            found.append(value)
             return value
 
         if "${" in _VARIABLE.sub("", text):
             self.refuse(path, f"`{text}` is not understood: write ${{NAME}} or ${{NAME:-default}}, not nested")
-            return text
-        return _VARIABLE.sub(replace, text)
+            return text, False
+        text = _VARIABLE.sub(replace, text)
+        return text, any(found)
 
 
 class _TooLargeError(Exception):
@@ -200,8 +214,8 @@ _ALLOWED_TAGS = {"map", "seq", "str", "int", "float", "bool", "null"}
 
 def _compose(text: str, document: Document, env: Mapping[str, str], place: str | None, path: Path) -> Any:
     """One YAML document as values; problems go into `document`."""
-    if len(text) > _MAX_CHARS:
-        document.problems.append((path, f"{len(text)} characters are too many for a recipe (limit {_MAX_CHARS})"))
+    if len(text) > MAX_CHARS:
+        document.problems.append((path, f"{len(text)} characters are too many for a recipe (limit {MAX_CHARS})"))
         return None
     try:
         node = yaml.compose(text, Loader=_Loader)
@@ -259,6 +273,8 @@ def set_value(document: Document, path: tuple[str, ...], value: Any, place: str)
     node[path[-1]] = value
     for old in [known for known in document.places if known[: len(path)] == path]:
         del document.places[old]
+    for old in [known for known in document.expanded if known[: len(path)] == path]:
+        del document.expanded[old]
     document.problems[:] = [item for item in document.problems if item[0][: len(path)] != path]
     document.places[path] = place
 
@@ -276,3 +292,4 @@ def _override(document: Document, override: str, env: Mapping[str, str]) -> None
     set_value(document, path, value, place)
     document.problems.extend(fresh.problems)
     document.places.update(fresh.places)
+    document.expanded.update(fresh.expanded)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, get_args
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
@@ -51,6 +51,16 @@ def _class_in(annotation: Any) -> type[BaseModel] | None:
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
     return None
+
+
+def wants_text(root: type[BaseModel], path: Path) -> bool:
+    """Whether the key at `path` takes any text: `str` or `str | None`, bounds included."""
+    section = section_at(root, path[:-1])
+    field = section.model_fields.get(str(path[-1])) if section and path else None
+    if field is None:
+        return False
+    kinds = (field.annotation, *get_args(field.annotation))
+    return any((get_args(kind)[0] if get_origin(kind) is Annotated else kind) is str for kind in kinds)
 
 
 def all_keys(root: type[BaseModel], path: Path = ()) -> dict[str, list[Path]]:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from gemma_deploy.reading import expand
+
 DATASETS = ("c4", "ceval", "alpaca")
 EXAMPLE = "c4:64,ceval:32,alpaca:32"
 NAME, PATH, NSAMPLES = "name", "path", "nsamples"  # what a problem is about: the keys of a recipe's dataset section
@@ -170,7 +172,7 @@ def _split_path(path: str, names: Sequence[str]) -> Iterator[tuple[str | None, s
 
 def _read_place(place: str) -> Path | HubPlace | None:
     if place != "hub" and not place.startswith(("hub:", "hub@")):
-        return Path(place).expanduser()
+        return expand(place)
     match = _HUB.fullmatch(place)
     return None if match is None else HubPlace(match["repo"], match["config"], match["revision"])
 

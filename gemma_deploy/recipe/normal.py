@@ -20,6 +20,7 @@ _SPELLINGS = (
 def normalise(cls: type[BaseModel], document: Document) -> None:
     """Empty sections, second spellings, and defaults that depend on other keys."""
     _drop_empty_sections(cls, document.values)
+    _keep_expanded_text(cls, document)
     for path, name in _SPELLINGS:
         section, target = document.get(path[:-1]), (*path[:-1], name)
         if not isinstance(section, dict) or path[-1] not in section:
@@ -48,6 +49,14 @@ def _drop_empty_sections(cls: type[BaseModel], values: dict[str, Any]) -> None:
             del values[name]
         elif inner is not None and isinstance(values[name], dict):
             _drop_empty_sections(inner, values[name])
+
+
+def _keep_expanded_text(cls: type[BaseModel], document: Document) -> None:
+    """A value of the environment is text where the schema wants text, also where it looks like a number or null."""
+    for path, text in document.expanded.items():
+        section = document.get(path[:-1])
+        if isinstance(section, dict) and path[-1] in section and explain.wants_text(cls, path):
+            section[path[-1]] = text
 
 
 def _fit_parity_defaults(document: Document) -> None:

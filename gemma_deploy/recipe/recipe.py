@@ -13,6 +13,7 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
+from gemma_deploy import reading
 from gemma_deploy.errors import RecipeError
 from gemma_deploy.paths import build_in_dir
 from gemma_deploy.recipe import document as documents
@@ -28,8 +29,12 @@ _STAND_INS: dict[documents.Path, Any] = {
     ("frontend", "shape", "input_ids"): [[16], [16]],
     ("backend", "dtype"): "fp32",
 }
-
-
+RECIPE_FILE = reading.FileKind(
+    error=RecipeError,
+    expected="a YAML recipe in UTF-8",
+    next_step="give the path of a recipe; build_in/ holds some to start from",
+    limit_bytes=4 * documents.MAX_CHARS,
+)
 # Read where the target is ONNX Runtime.
 ORT_KEYS = tuple(f"backend.compile.{key}" for key in ("block", "prefill", "head", "cache"))
 W16KV8, KV8 = "w16kv8", "+kv8"
@@ -77,22 +82,7 @@ class Recipe(sections.Section):
             RecipeError: the file cannot be read, or lists everything wrong in it.
         """
         path = _shipped(Path(path))
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise RecipeError(
-                f"not a text file (byte {error.start} is not UTF-8)",
-                where=str(path),
-                expected="a YAML recipe",
-                next_step="save it as UTF-8, or give the path of a recipe; build_in/ holds some to start from",
-            ) from error
-        except OSError as error:
-            raise RecipeError(
-                f"cannot be read: {error.strerror}",
-                where=str(path),
-                expected="a YAML recipe",
-                next_step="give the path of a recipe; build_in/ holds some to start from",
-            ) from error
+        text = reading.read_text(path, RECIPE_FILE, pipes=True)
         return cls.from_text(text, overrides, env, checkpoint=checkpoint, where=str(path))
 
     @classmethod
@@ -339,7 +329,7 @@ def _put(values: dict[str, Any], path: documents.Path, value: Any) -> None:
 
 def _shipped(path: Path) -> Path:
     """A name that starts with build_in means the shipped recipe, wherever one is, unless the file is there."""
-    if path.exists() or path.is_absolute() or path.parts[:1] != ("build_in",):
+    if reading.exists(path) or path.is_absolute() or path.parts[:1] != ("build_in",):
         return path
     shipped = build_in_dir().joinpath(*path.parts[1:])
-    return shipped if shipped.is_file() else path
+    return shipped if reading.is_file(shipped) else path

@@ -63,8 +63,8 @@ def name_is_a_directory_name(recipe: Recipe) -> Found:
         name != name.strip()
         or name.startswith((".", "-"))
         or name.endswith(".partial")
-        or len(name.encode()) > 200
-        or any(letter in "/\\" or ord(letter) < 32 for letter in name)
+        or len(name.encode(errors="replace")) > 200
+        or any(letter in "/\\" or ord(letter) < 32 or "\ud800" <= letter <= "\udfff" for letter in name)
     ):
         yield (
             ("name",),

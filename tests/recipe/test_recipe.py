@@ -565,7 +565,7 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(RecipeError, match=r"none\.yaml: cannot be read: No such file or directory"):
         Recipe.load(tmp_path / "none.yaml")
     (tmp_path / "image.yaml").write_bytes(b"\xff\xd8")
-    with pytest.raises(RecipeError, match=r"image\.yaml: not a text file \(byte 0 is not UTF-8\)"):
+    with pytest.raises(RecipeError, match=r"image\.yaml: is not UTF-8 text \(byte 0\)"):
         Recipe.load(tmp_path / "image.yaml")
 
 
