@@ -16,7 +16,6 @@ from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.graph.skeleton import new_model
 from gemma_deploy.partition import Span
 from gemma_deploy.partition.spans import BOTTOM, TOP, TRUNK
-from gemma_deploy.split.registry import register
 
 
 class Part(nn.Module):
@@ -81,9 +80,6 @@ class Part(nn.Module):
         )
 
 
-@register("gemma", BOTTOM)
-@register("gemma2", BOTTOM)
-@register("gemma3_text", BOTTOM)
 class Bottom(Part):
     """Embedding and layers [0, a): token ids -> hidden states."""
 
@@ -109,9 +105,6 @@ class Bottom(Part):
         )
 
 
-@register("gemma", TRUNK)
-@register("gemma2", TRUNK)
-@register("gemma3_text", TRUNK)
 class Trunk(Part):
     """Layers [a, b): hidden states -> hidden states."""
 
@@ -122,9 +115,6 @@ class Trunk(Part):
         del self.model.embed_tokens
 
 
-@register("gemma", TOP)
-@register("gemma2", TOP)
-@register("gemma3_text", TOP)
 class Top(Part):
     """Layers [b, n), final norm and LM head: hidden states -> normed hidden states, and logits from those."""
 

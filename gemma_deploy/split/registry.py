@@ -1,17 +1,18 @@
-"""(model_type, part) -> class. A new family adds its classes with the decorator and nothing else."""
+"""(model_type, part) -> class. Every Gemma has the same three; a new family adds its own with `@register`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from gemma_deploy.errors import NotBuiltError
+from gemma_deploy.patched import MODELS
+from gemma_deploy.split.parts import Bottom, Part, Top, Trunk
 
-if TYPE_CHECKING:
-    from gemma_deploy.split.parts import Part
-
-Class = TypeVar("Class", bound="type[Part]")
-REGISTRY: dict[tuple[str, str], type[Part]] = {}
+Class = TypeVar("Class", bound=type[Part])
+REGISTRY: dict[tuple[str, str], type[Part]] = {
+    (model_type, cls.kind): cls for model_type in MODELS for cls in (Bottom, Trunk, Top)
+}
 
 
 def register(model_type: str, part: str) -> Callable[[Class], Class]:
@@ -31,10 +32,10 @@ def register(model_type: str, part: str) -> Callable[[Class], Class]:
 
 
 def part_class(model_type: str, part: str) -> type[Part]:
-    """The registered class.
+    """The class of a part of a model.
 
     Raises:
-        NotBuiltError: none is.
+        NotBuiltError: none is registered.
     """
     if (model_type, part) not in REGISTRY:
         known = sorted({known for known, _ in REGISTRY})
