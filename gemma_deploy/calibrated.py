@@ -13,7 +13,7 @@ from typing import Any
 
 from gemma_deploy.artifact.manifest import write_json
 from gemma_deploy.calibration.address import require_cluster
-from gemma_deploy.calibration.pipeline import Request, make_windows
+from gemma_deploy.calibration.pipeline import Request, fit_to_sample, make_windows
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.machine import give_memory_back
@@ -65,7 +65,10 @@ def windows_of(recipe: Recipe, checkpoint: Checkpoint) -> Request | None:
             next_step="copy tokenizer.json there, or set frontend.quantize.type: w8a16, which looks at no data",
         )
     if recipe.weights in QUANTIZERS or (recipe.int8_cache and recipe.weights != "fp16"):
-        return Request(dataset.name, dataset.path, dataset.nsamples, dataset.seqlen, embed_scale=scale)
+        given, longest = dataset.model_fields_set, checkpoint.config.max_position_embeddings
+        seqlen = dataset.seqlen if "seqlen" in given else min(dataset.seqlen, longest)
+        request = Request(dataset.name, dataset.path, dataset.nsamples, seqlen, embed_scale=scale)
+        return request if "nsamples" in given else fit_to_sample(checkpoint, request)
     if recipe.weights == "fp16":
         from gemma_deploy.parity.maxima import windows_request
 

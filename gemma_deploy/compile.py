@@ -36,7 +36,7 @@ from gemma_deploy.machine import give_memory_back
 from gemma_deploy.params import ParamRow, ParamTable, build_plan, write_params
 from gemma_deploy.params.overlay import Overlay
 from gemma_deploy.partition import Part, division_problems, parts_of
-from gemma_deploy.partition.ranks import input_channels
+from gemma_deploy.partition.ranks import input_channels, repeated_heads
 from gemma_deploy.preflight import Plan, make_plan, preflight
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.recipe import Recipe, check_against_model, check_built
@@ -86,6 +86,8 @@ def open_inputs(recipe: Recipe) -> Checkpoint:
     check_against_model(recipe, config, also)
     for note in dict.fromkeys((*checkpoint.notes, *checkpoint.config.warnings)):
         log.warning("%s", note)
+    if repeated := repeated_heads(config, recipe.ranks):
+        log.info("%s", repeated)
     return checkpoint
 
 

@@ -25,6 +25,7 @@ from gemma_deploy.runtime import StaticRunner
 from gemma_deploy.runtime.contract import stages_of
 from gemma_deploy.runtime.session import load_graph
 from gemma_deploy.testing import write_tiny_checkpoint
+from tests.calibration.make import write_tokenizer
 from tests.exporting import export_in_this_process
 
 RECIPE = """
@@ -32,7 +33,7 @@ name: divided
 frontend:
   checkpoint: {checkpoint}
   shape: {{input_ids: [[32], [80]], batch: 2}}
-  model_kwargs: {{tp: {tp}, align_qkv: true}}
+  model_kwargs: {{tp: {tp}}}
 split: {{points: {points}}}
 backend: {{dtype: {dtype}}}
 parity: {{prompt_tokens: 32, decode_tokens: 20}}
@@ -166,7 +167,11 @@ def feeds_of(manifest, graph, seed=0):
     feeds = {}
     for port in manifest["contract"]["graphs"][graph]["inputs"]:
         shape = port["shape"]
-        if port["name"].startswith("past"):
+        if port["dtype"] == "int8":
+            feeds[port["name"]] = rng.integers(-127, 128, size=shape).astype(np.int8)
+        elif port["dtype"] == "float16":  # a scale of the codes
+            feeds[port["name"]] = rng.uniform(0.01, 0.03, size=shape).astype(np.float16)
+        elif port["name"].startswith("past"):
             feeds[port["name"]] = rng.standard_normal(shape)
         else:
             feeds[port["name"]] = rng.integers(3, 500, size=shape)
@@ -278,7 +283,7 @@ def test_a_division_that_does_not_fit_is_refused_before_any_work(divided, tmp_pa
     with pytest.raises(RecipeError) as caught:
         compile_recipe(recipe(divided.parent / "checkpoint", points=[9], tp=3), out=tmp_path / "out")
     keys = [problem.partition(":")[0] for problem in caught.value.problems]
-    assert keys == ["frontend.model_kwargs.tp"] * 3 + ["split.points"]
+    assert keys == ["frontend.model_kwargs.tp"] * 4 + ["split.points"]
     assert not list(tmp_path.iterdir())
 
 
@@ -332,25 +337,51 @@ def test_every_division_of_every_generation_is_the_whole(model_type, once, tmp_p
     assert error <= (0 if tp == 1 else 3e-3 if dtype == "fp16" else 2e-6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tp", [2, 4])
-def test_in_float64_ranks_of_every_generation_are_the_whole(model_type, tmp_path, tp, monkeypatch):
-    monkeypatch.setattr(worker, "export_apart", export_in_this_process)
-    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", model_type)
-    whole, made = (
-        compile_recipe(recipe(checkpoint, tp=ranks), out=tmp_path / str(ranks), parity=False).path for ranks in (1, tp)
-    )
+def assert_ranks_are_the_whole(whole, made):
+    """Outputs of both graphs in float64; a head that is kept more than once is the same each time."""
     manifests = [json.loads((path / "manifest.json").read_text()) for path in (whole, made)]
     copies = manifests[1]["contract"]["kv_heads"] // manifests[0]["contract"]["kv_heads"]
+    assert copies * manifests[0]["contract"]["kv_heads"] % manifests[1]["parts"][0]["ranks"] == 0
     for graph in ("iter0", "iter1"):
         feeds = feeds_of(manifests[0], graph)
         expected = in_float64(whole / f"{graph}.onnx", (), feeds)
         repeated = {k: v.repeat(copies, axis=1) if k.startswith("past") else v for k, v in feeds.items()}
         got = in_float64(made / f"{graph}.onnx", stages_of(manifests[1]), repeated)
+        assert got.keys() == expected.keys()
         for name, value in expected.items():
             if name.startswith("present"):
                 value = value.repeat(copies, axis=1)
-            np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-11 * np.abs(value).max(), err_msg=name)
+            if value.dtype == np.float64:
+                np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-11 * np.abs(value).max(), err_msg=name)
+            else:  # codes and scales of an int8 cache
+                np.testing.assert_array_equal(got[name], value, err_msg=name)
+
+
+FLOAT = ("fp32",)
+INT8_CACHE = ("bf16", "frontend.quantize.type=w16kv8", "dataset.name=c4:4", "dataset.seqlen=64")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tp", "kind"),
+    [
+        pytest.param(model_type, tp, kind, marks=() if (model_type, tp) in fast else pytest.mark.slow)
+        for kind, fast in ((FLOAT, [("gemma", 4)]), (INT8_CACHE, [("gemma2", 4)]))
+        for model_type in ("gemma", "gemma2", "gemma3_text")
+        for tp in (2, 4)
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else None,
+)
+def test_in_float64_ranks_of_every_generation_are_the_whole(tmp_path, monkeypatch, model_type, tp, kind):
+    """Gemma 1 has one KV head here and the others two: heads of their own, repeated twice, and four times."""
+    monkeypatch.setattr(worker, "export_apart", export_in_this_process)
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", model_type)
+    write_tokenizer(checkpoint)
+    dtype, *overrides = kind
+    whole, made = (
+        compile_recipe(recipe(checkpoint, dtype, (), ranks, *overrides), out=tmp_path / f"{ranks}", parity=False).path
+        for ranks in (1, tp)
+    )
+    assert_ranks_are_the_whole(whole, made)
 
 
 @pytest.mark.slow

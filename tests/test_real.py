@@ -84,7 +84,7 @@ def test_stages_and_ranks_are_the_whole(tmp_path):
     whole = compiled(tmp_path, "fp32", "name=whole").path
     divided = {
         0.0: ("name=staged", "split.points=[4,12]"),
-        4e-6: ("name=ranks", "frontend.model_kwargs={tp: 4, align_qkv: true}"),
+        4e-6: ("name=ranks", "frontend.model_kwargs={tp: 4}"),
     }
     for limit, overrides in divided.items():
         made = compiled(tmp_path, "fp32", *overrides)

@@ -137,7 +137,7 @@ def _division(manifest: dict[str, Any], effect: dict[str, Any]) -> list[LedgerEn
                 LedgerEntry(
                     f"{model['num_key_value_heads']} key/value heads are stored as {total}",
                     "k_proj, v_proj and the cache of every layer",
-                    "model_kwargs.align_qkv; a head that several ranks read is repeated, its values do not change",
+                    "model_kwargs.tp; a head that several ranks read is repeated in each, its values do not change",
                 )
             )
     stages = list(dict.fromkeys(part["stage"] for part in parts))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from gemma_deploy.recipe import mix as mixes
 from gemma_deploy.recipe.mix import EXAMPLE, NAME, NSAMPLES, PATH, Mix, read_mix, turn_order
 
 OPTIONS = {NAME: "--dataset", PATH: "--path", NSAMPLES: "--nsamples"}
+log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 
 
@@ -229,11 +231,9 @@ def make_windows(checkpoint: Checkpoint, request: Request, found: Sequence[Locat
     bos_id: int = config.bos_token_id
 
     def cut(one: Located) -> Cut:
-        render, joint = one.source.text, JOINT
-        if chat is not None and (turns := one.source.turns) is not None:
-            render, joint = partial(_in_turns, chat, turns), chat.joint
+        texts, joint = _texts(one, chat)
         return cut_windows(
-            shuffled(lambda: map(render, one.rows()), request.seed),
+            shuffled(texts, request.seed),
             tokenizer,
             one,
             bos_id=bos_id,
@@ -246,6 +246,44 @@ def make_windows(checkpoint: Checkpoint, request: Request, found: Sequence[Locat
     rows = [iter(one.ids) for one in cuts]
     ids = np.stack([next(rows[part]) for part in turn_order([one.windows for one in found])])
     return Windows(ids, {one.name: made.texts_used for one, made in zip(found, cuts, strict=True)})
+
+
+def fit_to_sample(checkpoint: Checkpoint, request: Request) -> Request:
+    """For a request whose number of windows is a default: no more of them than the bundled sample holds.
+
+    Args:
+        request: of one data set; one that is read from a file or the hub is returned as it is.
+
+    Raises:
+        UsageError: the request makes no sense; CalibrationError: the sample is damaged.
+        CheckpointError: no usable tokenizer.
+    """
+    check(checkpoint, request)
+    (part,) = request.mix.parts
+    if part.place is not None:
+        return request
+    (sample,) = locate(request.mix.parts, request.nsamples)
+    tokenizer, chat = load_tokenizer_and_chat(checkpoint, chat=sample.source.turns is not None)
+    texts, joint = _texts(sample, chat)
+    encoded = tokenizer.encode_batch([text + joint for text in texts()], add_special_tokens=False)
+    bos = checkpoint.config.bos_token_id
+    holds = sum(token != bos for one in encoded for token in one.ids) // (request.seqlen - 1)
+    if not 0 < holds < request.nsamples:  # none at all: cutting them says what to do
+        return request
+    log.info(
+        "calibrating on %d windows of %d tokens, all that the bundled %s sample holds; dataset.path names real text",
+        holds,
+        request.seqlen,
+        part.name,
+    )
+    return replace(request, nsamples=holds)
+
+
+def _texts(one: Located, chat: Chat | None) -> tuple[Callable[[], Iterator[str]], str]:
+    """A data set's texts, in turns where there is a chat template for them, and what stands behind each."""
+    if chat is not None and (turns := one.source.turns) is not None:
+        return (lambda: map(partial(_in_turns, chat, turns), one.rows())), chat.joint
+    return (lambda: map(one.source.text, one.rows())), JOINT
 
 
 def _in_turns(chat: Chat, turns: Callable[[Row], Turns], row: Row) -> str:

@@ -32,7 +32,7 @@ def sharding(name: str, dimensions: int = 1) -> Axis | None:
 
 
 def kv_heads_of(config: ModelConfig, ranks: int) -> int:
-    """KV heads of one rank; more in all than the model has where `ranks` does not divide them (align_qkv)."""
+    """KV heads of one rank; more in all than the model has where `ranks` does not divide them."""
     return math.lcm(config.num_key_value_heads, ranks) // ranks
 
 
@@ -68,16 +68,28 @@ def input_channels(config: ModelConfig, ranks: int) -> dict[str, int]:
     }
 
 
+def repeated_heads(config: ModelConfig, ranks: int) -> str | None:
+    """How KV heads are repeated, as a sentence; None where every rank has heads of its own."""
+    kv, total = config.num_key_value_heads, kv_heads_of(config, ranks) * ranks
+    if total == kv:
+        return None
+    heads = f"{kv} key/value head{'s' if kv > 1 else ''}"
+    return (
+        f"tp {ranks}: the model's {heads} {'are' if kv > 1 else 'is'} repeated to {total}, {total // ranks} in each "
+        f"rank: k_proj, v_proj and the KV cache take {total // kv} times the memory over all ranks"
+    )
+
+
 def obstacles(config: ModelConfig, ranks: int, align_qkv: bool) -> list[str]:
     """Why a model cannot be divided among `ranks`; empty when it can."""
     kv, heads = config.num_key_value_heads, config.num_attention_heads
     problems = []
     if heads % ranks:
         problems.append(f"{ranks} ranks do not divide the {heads} attention heads")
-    if kv % ranks and not align_qkv:
+    if kv % ranks and ranks % kv and not align_qkv:
         problems.append(
-            f"{ranks} ranks do not divide the {kv} key/value heads; "
-            "set frontend.model_kwargs.align_qkv: true to repeat them"
+            f"{ranks} ranks neither divide the {kv} key/value heads nor are a multiple of them; "
+            "set frontend.model_kwargs.align_qkv: true to repeat some of them"
         )
     for what, count in (("intermediate_size", config.intermediate_size), ("vocab_size", config.vocab_size)):
         if count % ranks:

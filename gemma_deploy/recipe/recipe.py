@@ -220,9 +220,10 @@ class Recipe(sections.Section):
             carried = {key: value for key, value in carried.items() if key not in ORT_KEYS}
         quantize = self.frontend.quantize
         looks_at_data = self.weights in QUANTIZERS or self.int8_cache  # rounding to nearest does not
-        if quantize is not None and not looks_at_data:
+        if quantize is not None:
             for key in ("device", "calib_args"):
-                if key in quantize.model_fields_set:
+                used = looks_at_data and (key == "calib_args" or quantize.device == "cpu")  # calibration runs there
+                if key in quantize.model_fields_set and not used:
                     value = getattr(quantize, key)
                     carried[f"frontend.quantize.{key}"] = _dump(value) if isinstance(value, BaseModel) else value
         return dict(sorted(carried.items()))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gemma_deploy.calibration import windows
-from gemma_deploy.calibration.pipeline import Request, make_windows
+from gemma_deploy.calibration.pipeline import Request, fit_to_sample, make_windows
 from gemma_deploy.calibration.sources import SOURCES
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CalibrationError, CheckpointError
@@ -139,3 +139,21 @@ def test_a_tokenizer_that_cannot_be_used_is_named(checkpoint_path, c4_file, file
         cut(Checkpoint.open(checkpoint_path), c4_file)
     assert caught.value.where.endswith("tokenizer.json")
     assert caught.value.next_step
+
+
+@pytest.mark.parametrize("dataset", ["c4", "alpaca", "ceval"])
+def test_a_default_number_of_windows_is_what_the_bundled_sample_holds(checkpoint, dataset, caplog):
+    asked = Request(dataset, None, 100_000, 64)
+    with pytest.raises(CalibrationError, match="too short") as caught:
+        make_windows(checkpoint, asked)
+    with caplog.at_level("INFO", logger="gemma_deploy"):
+        fitted = fit_to_sample(checkpoint, asked)
+    assert f"(--nsamples {fitted.nsamples})" in caught.value.next_step
+    assert f"on {fitted.nsamples} windows of 64 tokens, all that the bundled {dataset} sample holds" in caplog.text
+    assert make_windows(checkpoint, fitted).ids.shape == (fitted.nsamples, 64)
+    assert fit_to_sample(checkpoint, fitted) == fitted
+
+
+def test_a_file_of_the_users_own_must_hold_all_windows(checkpoint, c4_file):
+    asked = Request("c4", c4_file, 100_000, 64)
+    assert fit_to_sample(checkpoint, asked) == asked

@@ -4,7 +4,14 @@ import pytest
 
 from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.partition import Part, division_problems, parts_of, spans_of
-from gemma_deploy.partition.ranks import kv_head_blocks, kv_heads_of, obstacles, row_blocks, sharding
+from gemma_deploy.partition.ranks import (
+    kv_head_blocks,
+    kv_heads_of,
+    obstacles,
+    repeated_heads,
+    row_blocks,
+    sharding,
+)
 from gemma_deploy.testing import TINY_CONFIGS
 
 
@@ -60,15 +67,34 @@ def test_the_scale_of_a_matrix_divided_by_columns_is_repeated():
 def test_what_cannot_be_divided_is_said_all_at_once():
     assert division_problems(config(8, 1), (), 1, False) == []
     assert division_problems(config(8, 1), (1, 2), 4, True) == []
-    assert division_problems(config(8, 1, vocab_size=511), (3,), 3, False) == [
+    assert division_problems(config(8, 2, vocab_size=511), (3,), 3, False) == [
         "frontend.model_kwargs.tp: 3 ranks do not divide the 8 attention heads",
-        "frontend.model_kwargs.tp: 3 ranks do not divide the 1 key/value heads; "
-        "set frontend.model_kwargs.align_qkv: true to repeat them",
+        "frontend.model_kwargs.tp: 3 ranks neither divide the 2 key/value heads nor are a multiple of them; "
+        "set frontend.model_kwargs.align_qkv: true to repeat some of them",
         "frontend.model_kwargs.tp: 3 ranks do not divide the intermediate_size 160",
         "frontend.model_kwargs.tp: 3 ranks do not divide the vocab_size 511",
         "split.points: split points [3] do not cut 3 layers into stages of at least one layer each; "
         "expected increasing numbers between 1 and 2: layer numbers that begin a new stage",
     ]
+
+
+@pytest.mark.parametrize(("heads", "kv"), [(8, 1), (16, 16), (8, 4), (16, 8), (32, 16), (4, 1), (12, 4), (12, 6)])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8])
+def test_heads_are_repeated_without_being_asked_where_a_rank_has_whole_copies(heads, kv, ranks):
+    about_kv = [problem for problem in obstacles(config(heads, kv), ranks, align_qkv=False) if "key/value" in problem]
+    assert bool(about_kv) == (kv % ranks != 0 and ranks % kv != 0)
+
+
+def test_repeated_heads_are_told_in_a_sentence():
+    assert [repeated_heads(config(8, kv), 4) for kv in (8, 4)] == [None, None]
+    assert repeated_heads(config(8, 1), 4) == (
+        "tp 4: the model's 1 key/value head is repeated to 4, 1 in each rank: "
+        "k_proj, v_proj and the KV cache take 4 times the memory over all ranks"
+    )
+    assert repeated_heads(config(12, 4), 6) == (
+        "tp 6: the model's 4 key/value heads are repeated to 12, 2 in each rank: "
+        "k_proj, v_proj and the KV cache take 3 times the memory over all ranks"
+    )
 
 
 def test_folders():

@@ -317,6 +317,13 @@ def test_round_to_nearest_says_that_calibration_settings_have_no_effect():
     assert recipe.vendor_keys()["frontend.quantize.calib_args"]["percdamp"] == 0.02
 
 
+@pytest.mark.parametrize(("device", "carried"), [("cpu", False), ("cuda:5", True)])
+def test_a_device_other_than_the_one_that_calibrates_is_said_to_have_no_effect(device, carried):
+    recipe = load(VENDOR, f"frontend.quantize={{type: w8a16_gptq, device: '{device}', calib_args: {{percdamp: 0.02}}}}")
+    assert ("frontend.quantize.device" in recipe.vendor_keys()) == carried
+    assert "frontend.quantize.calib_args" not in recipe.vendor_keys()
+
+
 @pytest.mark.parametrize("path", sorted(BUILD_IN.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes_load_and_resolve_to_themselves(path):
     recipe = Recipe.load(path, env={"GEMMA_CHECKPOINT": "/models/gemma"})
