@@ -23,13 +23,16 @@ RECIPES = sorted((ROOT / "build_in").rglob("*.yaml"))
 LONGEST_MODULE_LINES = 400
 # A part imports only parts to its left.
 ORDER = (
-    *("errors", "reading", "paths", "machine", "terminal", "schemes", "recipe", "checkpoint", "partition", "patched"),
+    *("errors", "reading", "paths"),
+    "child",
+    *("machine", "terminal", "schemes", "recipe", "checkpoint", "partition", "patched"),
     *("calibration", "quantization", "graph", "params", "split", "backends", "artifact", "runtime", "parity"),
     "evaluation",
     "bench",
     *("preflight", "stages", "calibrated", "compile", "generation", "commands", "cli", "testing"),
 )
 TORCH_FREE = (
+    "child",
     *("errors", "reading", "recipe", "checkpoint", "partition", "params", "artifact", "runtime", "preflight", "cli"),
 )
 

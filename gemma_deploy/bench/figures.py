@@ -6,17 +6,17 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from gemma_deploy import child
 from gemma_deploy.artifact import Artifact
 from gemma_deploy.backends import backend_of
 from gemma_deploy.bench.memory import artifact_bytes, bandwidth_bytes_s, weight_bytes
-from gemma_deploy.bench.process import Job, command_line
+from gemma_deploy.bench.process import Job, arguments
 from gemma_deploy.errors import DeployError, UsageError
 from gemma_deploy.runtime.contract import StaticContract, read_contract
 from gemma_deploy.runtime.genai import require_genai
@@ -156,7 +156,7 @@ def _refuse_too_long(artifact: Artifact, room: Limits, prompt_tokens: int, decod
 
 def _apart(job: Job) -> dict[str, Any]:
     """Do a job in a process of its own."""
-    done = subprocess.run(command_line(job), capture_output=True, text=True)
+    done = child.run(*arguments(job), capture_output=True, text=True)
     if done.returncode:
         raise DeployError(
             f"a measuring process ended with exit code {done.returncode}",

@@ -6,9 +6,7 @@ used of it.
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
+from gemma_deploy import child
 from gemma_deploy.artifact import Artifact
 from gemma_deploy.errors import DeployError
 
@@ -28,7 +26,7 @@ def bandwidth_bytes_s(threads: int) -> float:
     Raises:
         DeployError: the process ended without an answer.
     """
-    done = subprocess.run([sys.executable, "-c", BANDWIDTH, str(threads)], capture_output=True, text=True)
+    done = child.run("-c", BANDWIDTH, str(threads), capture_output=True, text=True)
     if done.returncode:
         raise DeployError(
             "the memory bandwidth could not be measured",

@@ -9,7 +9,6 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,10 +115,9 @@ def run(job: Job, started: float) -> dict[str, Any]:
     return {"points": points}
 
 
-def command_line(job: Job) -> list[str]:
-    """How a process of its own is started for it."""
-    code = Path(__file__).stem
-    return [sys.executable, "-m", f"gemma_deploy.bench.{code}", json.dumps(asdict(job)), repr(time.monotonic())]
+def arguments(job: Job) -> list[str]:
+    """What `gemma_deploy.child` starts a process of its own with."""
+    return ["-m", "gemma_deploy.bench.process", json.dumps(asdict(job)), repr(time.monotonic())]
 
 
 if __name__ == "__main__":

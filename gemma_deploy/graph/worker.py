@@ -7,15 +7,13 @@ it when either process is killed.
 from __future__ import annotations
 
 import gc
-import os
 import pickle
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gemma_deploy import child
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.errors import DeployError, ExportError
 from gemma_deploy.graph.contract import GraphContract, Scheme
@@ -76,14 +74,7 @@ def export_apart(task: Task) -> tuple[dict[str, bytes], int]:
     Raises:
         ExportError: it failed there, or the process died.
     """
-    paths = os.pathsep.join(entry for entry in sys.path if entry)
-    run = subprocess.run(
-        [sys.executable, "-m", "gemma_deploy.graph.worker"],
-        input=pickle.dumps(task),
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": paths},
-        check=False,
-    )
+    run = child.run("-m", "gemma_deploy.graph.worker", input=pickle.dumps(task), stdout=child.PIPE)
     if run.returncode:
         cause = f"signal {-run.returncode}" if run.returncode < 0 else f"exit code {run.returncode}"
         raise ExportError(
@@ -101,9 +92,7 @@ def main() -> None:
     """The child: read a task, answer with graphs or with the error that stands for them."""
     from gemma_deploy.machine import peak_rss_bytes
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent ends this one
-    with os.fdopen(os.dup(1), "wb") as out:
-        os.dup2(2, 1)  # what libraries print is no answer
+    with child.answering() as out:
         answer: dict[str, bytes] | DeployError
         try:
             answer = export_here(pickle.load(sys.stdin.buffer))

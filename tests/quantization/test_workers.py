@@ -3,7 +3,6 @@
 A shard is three windows here, and the last one has a single window; windows are five times the sliding window long.
 """
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -68,7 +67,7 @@ def alone(checkpoint, tmp_path_factory):
 
 
 def children():
-    return {child.pid for child in multiprocessing.active_children()}
+    return {child.pid for child in psutil.Process().children()}
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -139,9 +138,10 @@ def test_a_killed_worker_is_said_and_another_number_of_workers_continues(checkpo
 
 
 KILLED = """
-import multiprocessing, os, signal, sys
+import os, signal, sys
 from pathlib import Path
 import numpy as np
+import psutil
 from gemma_deploy.calibration import shards
 from gemma_deploy.calibration.executors import open_executor
 from gemma_deploy.checkpoint import Checkpoint
@@ -150,7 +150,7 @@ from gemma_deploy.quantization.solver import Settings
 
 def progress(done, total):
     if done == 43:
-        print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+        print(*[child.pid for child in psutil.Process().children()], flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":

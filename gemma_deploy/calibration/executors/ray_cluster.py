@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import logging
 import socket
+import tempfile
 from collections.abc import Generator, Iterable
 from functools import cache
 from types import TracebackType
@@ -48,7 +49,14 @@ class RayCluster:
         import ray
 
         try:
-            ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
+            with tempfile.TemporaryDirectory() as empty:
+                ray.init(
+                    address=self.address,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    # Without it workers look for modules in the directory where this program was started, first of all.
+                    runtime_env={"working_dir": empty},
+                )
         except (ConnectionError, RuntimeError, ValueError, TimeoutError, ImportError) as error:
             raise unreachable(self.address, str(error).splitlines()[0]) from error
         self.ray = ray
