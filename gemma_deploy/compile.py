@@ -29,7 +29,7 @@ from gemma_deploy.calibrated import (
     windows_of,
 )
 from gemma_deploy.calibration.pipeline import dataset_record
-from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint, write_tokenizer
+from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint
 from gemma_deploy.errors import CheckpointError, GateError
 from gemma_deploy.graph.contract import GraphContract, Scheme
 from gemma_deploy.machine import give_memory_back
@@ -42,6 +42,7 @@ from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.recipe import Recipe, check_against_model, check_built
 from gemma_deploy.schemes import QUANTIZERS, block_problems, group_problems, stored_scheme
 from gemma_deploy.stages import Stage, Stages
+from gemma_deploy.staging import write_tokenizer
 
 if TYPE_CHECKING:
     from gemma_deploy.parity import ParityResult

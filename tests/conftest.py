@@ -95,6 +95,6 @@ def checkpoint_dir(model_type, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def staged_dir(checkpoint_dir, tmp_path_factory):
-    from gemma_deploy.checkpoint import stage_checkpoint
+    from gemma_deploy.staging import stage_checkpoint
 
     return stage_checkpoint(checkpoint_dir, tmp_path_factory.mktemp("staged") / "model")

@@ -342,7 +342,7 @@ FULL_DISKS = {
         ("bad.partial/params.safetensors: no space left for the parameters", "expected: ", "next: free space or"),
     ),
     "stage": (
-        "gemma_deploy.checkpoint.staging._write_json", make.full,
+        "gemma_deploy.staging._write_json", make.full,
         lambda world: ("stage", world.checkpoint, world.workspace / "staged"),
         ("workspace/staged.partial: cannot be written: No space left on device", "next: make room there"),
     ),
@@ -416,7 +416,7 @@ def test_a_file_where_the_workspace_should_be(world, name):
 INTERRUPTIONS = {
     "compile": ("gemma_deploy.compile.stream_params", lambda world: ("compile", world.recipe, "--no-parity")),
     "stage": (
-        "gemma_deploy.checkpoint.staging.write_tokenizer",
+        "gemma_deploy.staging.write_tokenizer",
         lambda world: ("stage", world.checkpoint, world.workspace / "staged"),
     ),
     "calibrate": (

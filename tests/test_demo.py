@@ -101,7 +101,7 @@ def test_generation_config_stops_at_the_end_of_a_turn():
 def test_pipeline_gives_the_same_text_with_the_patched_model(tmp_path):
     from transformers import pipeline
 
-    from gemma_deploy.checkpoint import stage_checkpoint
+    from gemma_deploy.staging import stage_checkpoint
 
     staged = stage_checkpoint(DEMO, tmp_path / "staged")
     prompts = ["Return the", "The list of all"]

@@ -25,7 +25,7 @@ LONGEST_MODULE_LINES = 400
 ORDER = (
     *("errors", "reading", "paths"),
     "child",
-    *("machine", "terminal", "schemes", "recipe", "checkpoint", "partition", "patched"),
+    *("machine", "terminal", "schemes", "recipe", "checkpoint", "staging", "partition", "patched"),
     *("calibration", "quantization", "graph", "params", "split", "backends", "artifact", "runtime", "parity"),
     "evaluation",
     "bench",

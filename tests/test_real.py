@@ -45,7 +45,7 @@ def test_bf16_logits_of_the_staged_model_are_the_stock_class_s(tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from gemma_deploy.checkpoint import stage_checkpoint
+    from gemma_deploy.staging import stage_checkpoint
 
     staged = stage_checkpoint(os.environ["GEMMA_270M"], tmp_path / "staged")
     ids = torch.randint(4, 262144, (1, 700), generator=torch.Generator().manual_seed(0))

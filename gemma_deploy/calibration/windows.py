@@ -16,8 +16,9 @@ import numpy as np
 
 from gemma_deploy.calibration.chat import Chat
 from gemma_deploy.calibration.located import Located
-from gemma_deploy.checkpoint import Checkpoint, write_tokenizer
+from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CalibrationError, CheckpointError
+from gemma_deploy.staging import write_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

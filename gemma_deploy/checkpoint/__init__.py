@@ -1,9 +1,8 @@
-"""Checkpoints: config, lazy tensors, staging. Imports no torch."""
+"""Checkpoints: config and lazy tensors. Imports no torch."""
 
 from gemma_deploy.checkpoint.checkpoint import Checkpoint, TensorInfo, resolve_checkpoint
 from gemma_deploy.checkpoint.config import ModelConfig, Rope
 from gemma_deploy.checkpoint.expected import expected_tensors
-from gemma_deploy.checkpoint.staging import stage_checkpoint, write_tokenizer
 
 __all__ = [
     "Checkpoint",
@@ -12,6 +11,4 @@ __all__ = [
     "TensorInfo",
     "expected_tensors",
     "resolve_checkpoint",
-    "stage_checkpoint",
-    "write_tokenizer",
 ]

@@ -20,7 +20,8 @@ Examples:
 @click.option("--force", is_flag=True, help="Replace a directory staged before.")
 def command(checkpoint: str, out: Path, force: bool) -> None:
     """Link the weights of CHECKPOINT (a directory, a .gguf file, or `demo`) into OUT beside the patched files."""
-    from gemma_deploy.checkpoint import resolve_checkpoint, stage_checkpoint
+    from gemma_deploy.checkpoint import resolve_checkpoint
+    from gemma_deploy.staging import stage_checkpoint
 
     staged = stage_checkpoint(resolve_checkpoint(checkpoint), out, force=force)
     click.echo(f"staged {staged}")

@@ -15,10 +15,11 @@ import numpy as np
 
 from gemma_deploy import paths
 from gemma_deploy.calibration.sources import SOURCES
-from gemma_deploy.checkpoint import Checkpoint, stage_checkpoint
+from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.compare import compare_sources, judged, measures_of
 from gemma_deploy.parity.gates import Line, relative
+from gemma_deploy.staging import stage_checkpoint
 
 if TYPE_CHECKING:
     from gemma_deploy.parity.reference import TorchSource

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_deploy.checkpoint import Checkpoint, write_tokenizer
+from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import UsageError
 from gemma_deploy.params.plan import ITEM_BITS, ParamSpec
 from gemma_deploy.params.writer import write_params
 from gemma_deploy.partition import Span
 from gemma_deploy.partition.mapper import ParameterMapper
 from gemma_deploy.split.factory import INDEX, WEIGHTS, part_config
+from gemma_deploy.staging import write_tokenizer
 
 Progress = Callable[[int, int], None]
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, pipeline
 
-from gemma_deploy.checkpoint import Checkpoint, stage_checkpoint
+from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.compile import copy_model_files
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.runtime import Tokenizer
 from gemma_deploy.runtime.generate import stop_token_ids
+from gemma_deploy.staging import stage_checkpoint
 from gemma_deploy.testing import write_tiny_checkpoint
 from tests.runtime.make import SPECIAL, write_tokenizer
 

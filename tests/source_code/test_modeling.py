@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from gemma_deploy.checkpoint import stage_checkpoint
+from gemma_deploy.staging import stage_checkpoint
 from gemma_deploy.testing import write_tiny_checkpoint
 
 

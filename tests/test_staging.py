@@ -7,8 +7,10 @@ import os
 import numpy as np
 import pytest
 
-from gemma_deploy.checkpoint import Checkpoint, stage_checkpoint, staging
+from gemma_deploy import staging
+from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError, DeployError, NotBuiltError, UsageError
+from gemma_deploy.staging import stage_checkpoint
 from tests.checkpoint.make import config, weights, write_checkpoint
 from tests.checkpoint.test_gguf import raw_config, write_gguf
 
