@@ -18,8 +18,8 @@ from typing import Any
 
 from gemma_deploy import paths
 from gemma_deploy.artifact import Artifact
+from gemma_deploy.backends.onnxruntime.lookup import Greedy, LookupModel, LookupSequence, best_of
 from gemma_deploy.runtime import Tokenizer
-from gemma_deploy.runtime.lookup import Greedy, LookupModel, LookupSequence, best_of
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,17 +10,17 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from gemma_deploy import paths
 from gemma_deploy.artifact import ArtifactDir, op_census, write_report
-from gemma_deploy.artifact.ledger import ledger_for
 from gemma_deploy.artifact.manifest import FORMAT_VERSION, tool_versions
-from gemma_deploy.backends import BACKENDS, PARAMS, Backend, Job
-from gemma_deploy.backends.ort.window import WINDOW, window_problems
+from gemma_deploy.backends import backend
+from gemma_deploy.backends.base import PARAMS, Backend, ExportJob
+from gemma_deploy.backends.onnxruntime.window import WINDOW, window_problems
 from gemma_deploy.calibrated import (
     calibrate_cache,
     choose_rescaling,
@@ -168,7 +168,7 @@ def compile_recipe(
             with stages.stage("parity"):
                 result = run_gate(recipe, checkpoint, artifact.path, manifest)
             manifest |= {"parity": result.to_json()}
-            manifest["ledger"] = ledger_for(manifest)
+            manifest["ledger"] = [asdict(entry) for entry in backend_for(recipe).ledger(manifest)]
         manifest["stages"] = stages.to_json()
         write_report(artifact.path, manifest)
         if result is not None and not result.passed and recipe.parity.gate:
@@ -183,7 +183,7 @@ def compile_recipe(
 
 def backend_for(recipe: Recipe) -> Backend:
     """Who writes the graphs."""
-    return BACKENDS[recipe.backend.type]
+    return backend(recipe.backend.type)
 
 
 def parts_in(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Part, ...]:
@@ -279,7 +279,7 @@ def export_into(
     from gemma_deploy.graph.external import write_graph
 
     give_memory_back()  # of the parameters' row blocks
-    job = Job(recipe, checkpoint.config, contract, parts_in(recipe, checkpoint), table, rescaling, kept)
+    job = ExportJob(recipe, checkpoint.config, contract, parts_in(recipe, checkpoint), table, rescaling, kept)
     graphs, peak = backend_for(recipe).export(job)
     for file, graph in graphs.items():
         write_graph(graph, out / file)
@@ -340,7 +340,7 @@ def describe(
         "parity": None,
         "stages": [],
     }
-    return manifest | {"ledger": ledger_for(manifest)}
+    return manifest | {"ledger": [asdict(entry) for entry in backend_for(recipe).ledger(manifest)]}
 
 
 def describe_part(part: Part, contract: GraphContract) -> dict[str, Any]:
@@ -373,7 +373,7 @@ def advice(recipe: Recipe, result: ParityResult) -> str:
 
 def run_gate(recipe: Recipe, checkpoint: Checkpoint, out: Path, manifest: dict[str, Any]) -> ParityResult:
     """Step 11: hf = patched = artifact on real text and random tokens, prefill and every decode step."""
-    from gemma_deploy.parity import run_parity
+    from gemma_deploy.proving import run_parity
 
     return run_parity(
         out,

@@ -42,7 +42,7 @@ def runs_in_genai(manifest: Mapping[str, Any]) -> bool:
     """Whether onnxruntime-genai runs an artifact, and not our own runner."""
     from gemma_deploy.backends import backend_of
 
-    return backend_of(manifest) == "onnxruntime"
+    return backend_of(manifest).runs_in_genai
 
 
 def summary(done: GenerationStats) -> str:

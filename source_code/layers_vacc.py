@@ -332,9 +332,7 @@ class Attention(nn.Module):
                 v = torch.cat((past_key_values[1], v), dim=2)
                 present = (k, v)
             dropout = self.config.attention_dropout if self.training else 0.0
-            out, probs = eager_attention(
-                q, k, v, attention_mask, self.scaling, self.softcap, dropout, self.wide_scores
-            )
+            out, probs = eager_attention(q, k, v, attention_mask, self.scaling, self.softcap, dropout, self.wide_scores)
         return self.o_proj(out.reshape(batch, seq, -1)), probs, present
 
 

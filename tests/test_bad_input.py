@@ -366,7 +366,7 @@ def test_a_full_disk_under_a_file_of_measures(world, demo_artifact, monkeypatch)
     def full(file, text):
         raise OSError(errno.ENOSPC, "No space left on device", str(file))
 
-    monkeypatch.setattr("gemma_deploy.parity.requests.write_text", full)
+    monkeypatch.setattr("gemma_deploy.proving.requests.write_text", full)
     before, file = world.files(), world.root / "out.json"
     parts = (f"error: {file}: No space left on device", "next: free space there")
     is_explained(world.run(*SMALL_PARITY, demo_artifact, "--json", file), FAILED, parts)
@@ -516,8 +516,8 @@ def test_a_bad_artifact(world, demo_copy, name):
 def test_a_gate_that_passes_does_not_excuse_a_flipped_bit(world, demo_copy, monkeypatch):
     """The prompts need not bring a damaged weight out: a bit of layer 2's up_proj passed every gate of the demo."""
     passed = ParityResult([Line("hf = strict", "relative error", 0.0, 1.0, True)])
-    monkeypatch.setattr("gemma_deploy.parity.requests.artifact_stage", lambda *request: passed)
-    monkeypatch.setattr("gemma_deploy.parity.requests.two_artifacts", lambda *request: passed)
+    monkeypatch.setattr("gemma_deploy.proving.requests.artifact_stage", lambda *request: passed)
+    monkeypatch.setattr("gemma_deploy.proving.requests.two_artifacts", lambda *request: passed)
     other = shutil.copytree(demo_copy, world.root / "other")
     assert world.run("parity", demo_copy, "--against", other)[0] == DONE
     make.flip_weight("model.layers.2.mlp.up_proj.weight")(other)

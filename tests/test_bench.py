@@ -6,10 +6,10 @@ import json
 import pytest
 
 from gemma_deploy.artifact import Artifact
+from gemma_deploy.backends.onnxruntime.genai import GenaiSession
 from gemma_deploy.bench import figures, memory, picture, process
 from gemma_deploy.cli import main
 from gemma_deploy.errors import DeployError, UsageError
-from gemma_deploy.runtime import GenaiSession
 
 KEYS = {
     "load_s", "prefill_tok_s", "decode_tok_s", "ttft_s", "peak_rss_bytes", "artifact_bytes", "bytes_per_token",

@@ -4,10 +4,12 @@ import io
 
 import pytest
 
+from gemma_deploy.backends.onnxruntime.genai import GenaiModel, GenaiSession
+from gemma_deploy.backends.tvm_vacc.generate import StaticSession
 from gemma_deploy.cli import main
 from gemma_deploy.errors import UsageError
-from gemma_deploy.runtime import GenaiModel, GenaiSession, Tokenizer
-from gemma_deploy.runtime.chat import Conversation, StaticSession
+from gemma_deploy.runtime import Tokenizer
+from gemma_deploy.runtime.chat import Conversation
 from gemma_deploy.runtime.generate import GenerationStats
 from tests.runtime.make import TEMPLATE, compile_tiny, write_tokenizer
 

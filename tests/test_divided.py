@@ -12,7 +12,9 @@ from click.testing import CliRunner
 from onnx_ir.passes.common import InlinePass
 from safetensors.numpy import load_file
 
-from gemma_deploy.artifact.verify import verify
+from gemma_deploy.backends.tvm_vacc.contract import stages_of
+from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
+from gemma_deploy.backends.tvm_vacc.sessions import load_graph
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import cli
 from gemma_deploy.compile import compile_recipe
@@ -21,10 +23,8 @@ from gemma_deploy.graph import worker
 from gemma_deploy.params import build_plan, write_params
 from gemma_deploy.partition import parts_of
 from gemma_deploy.recipe import Recipe
-from gemma_deploy.runtime import StaticRunner
-from gemma_deploy.runtime.contract import stages_of
-from gemma_deploy.runtime.session import load_graph
 from gemma_deploy.testing import write_tiny_checkpoint
+from gemma_deploy.verifying import verify
 from tests.calibration.make import write_tokenizer
 from tests.exporting import export_in_this_process
 
@@ -198,9 +198,9 @@ def test_in_float64_the_parts_are_the_whole(divided, artifacts, graph):
 
 
 def test_every_share_of_a_linear_is_read_in_blocks_of_its_own(divided, monkeypatch):
-    from gemma_deploy.parity import cutting
+    from gemma_deploy.backends.tvm_vacc import cutting
+    from gemma_deploy.backends.tvm_vacc.segments import StrictSource
     from gemma_deploy.parity.cases import Case
-    from gemma_deploy.parity.segments import StrictSource
 
     source = StrictSource(divided)
     cutter = source.graphs["iter1"]
@@ -232,7 +232,7 @@ def test_a_wrong_share_fails_parity(copy, divided, file, tensor):
         opened.write((values * np.float32(1.01)).tobytes())
     with pytest.raises(ArtifactError, match="sha256"):
         verify(copy)
-    from gemma_deploy.parity import run_parity
+    from gemma_deploy.proving import run_parity
 
     result = run_parity(copy, divided.parent / "checkpoint", manifest=manifest, prompt_tokens=32, decode_tokens=4)
     assert not result.passed

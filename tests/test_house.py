@@ -23,12 +23,10 @@ RECIPES = sorted((ROOT / "build_in").rglob("*.yaml"))
 LONGEST_MODULE_LINES = 400
 # A part imports only parts to its left.
 ORDER = (
-    *("errors", "reading", "paths"),
-    "child",
+    *("errors", "reading", "paths", "child"),
     *("machine", "terminal", "schemes", "recipe", "checkpoint", "staging", "partition", "patched"),
-    *("calibration", "quantization", "graph", "params", "split", "backends", "artifact", "runtime", "parity"),
-    "evaluation",
-    "bench",
+    *("calibration", "quantization", "graph", "params", "split", "artifact", "runtime", "parity", "backends"),
+    *("proving", "verifying", "evaluation", "bench"),
     *("preflight", "stages", "calibrated", "compile", "generation", "commands", "cli", "testing"),
 )
 TORCH_FREE = (

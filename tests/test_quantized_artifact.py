@@ -7,13 +7,13 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from gemma_deploy.artifact.verify import verify
+from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
 from gemma_deploy.cli import main
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.graph import worker
 from gemma_deploy.params.stream import pack_int4
-from gemma_deploy.runtime import StaticRunner
 from gemma_deploy.testing import write_tiny_checkpoint
+from gemma_deploy.verifying import verify
 from tests.calibration.make import write_tokenizer
 from tests.exporting import export_in_this_process
 from tests.parity.breaking import change_tensor

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from gemma_deploy.artifact import Artifact, verify
+from gemma_deploy.artifact import Artifact
+from gemma_deploy.backends.onnxruntime.genai import GenaiModel, GenaiSession
+from gemma_deploy.backends.onnxruntime.lookup import Greedy, LookupModel, LookupSequence, best_of
 from gemma_deploy.compile import compile_recipe
-from gemma_deploy.parity.requests import Request, patched_stage, two_artifacts
+from gemma_deploy.proving.requests import Request, patched_stage, two_artifacts
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.runtime import Tokenizer
-from gemma_deploy.runtime.genai import GenaiModel, GenaiSession
 from gemma_deploy.runtime.generate import GenerationStats
-from gemma_deploy.runtime.lookup import Greedy, LookupModel, LookupSequence, best_of
+from gemma_deploy.verifying import verify
 
 ROOT = Path(__file__).parents[1]
 GIB = 1 << 30

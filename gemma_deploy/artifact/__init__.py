@@ -3,6 +3,5 @@
 from gemma_deploy.artifact.commit import ArtifactDir
 from gemma_deploy.artifact.manifest import Artifact, newest_artifact, op_census
 from gemma_deploy.artifact.report import write_report
-from gemma_deploy.artifact.verify import verify
 
-__all__ = ["Artifact", "ArtifactDir", "newest_artifact", "op_census", "verify", "write_report"]
+__all__ = ["Artifact", "ArtifactDir", "newest_artifact", "op_census", "write_report"]

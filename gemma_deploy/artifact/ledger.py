@@ -1,15 +1,16 @@
 """The ledger: every place where an artifact may differ from the reference, with the measured effect.
 
-An unlisted difference is a bug: the gate compares against the reference with exactly these exceptions.
+An unlisted difference is a bug: the gate compares against the reference with exactly these exceptions. The entries here
+are those of every artifact; a back end puts its own behind them (`Backend.ledger`).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from gemma_deploy.backends import backend_of
 from gemma_deploy.quantization.rescaling import MLP, Rescaling
 from gemma_deploy.schemes import QUANTIZERS, Storage
 
@@ -24,139 +25,50 @@ class LedgerEntry:
     effect: dict[str, Any] = field(default_factory=dict)
 
 
-def ledger_for(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Entries of an artifact, from its manifest (with the parity result when there is one)."""
-    scheme, model, contract = manifest["scheme"], manifest["model"], manifest["contract"]
-    effect = _effect(manifest.get("parity"))
-    entries = [_storage(manifest, scheme, effect), *_rescaling(Rescaling.of_manifest(manifest))]
+@dataclass(frozen=True)
+class Words:
+    """What a back end says of activations, in the entry about weights.
+
+    Args:
+        to_nearest: behind "backend.dtype int8 (w8a16); ".
+        linears_read: of calibrated weights, in front of "norms are float32".
+    """
+
+    to_nearest: str
+    linears_read: str
+
+
+def shared_entries(manifest: Mapping[str, Any], words: Words) -> list[LedgerEntry]:
+    """Weights, rescaling, cache and embedding scale: the entries of every artifact, in order."""
+    effect = measured_effect(manifest.get("parity"))
+    entries = [_storage(manifest, words, effect), *_rescaling(Rescaling.of_manifest(manifest))]
     if manifest.get("int8_cache"):
-        entries.append(_cache(contract, effect))
-    scale = manifest["recipe"]["frontend"]["model_kwargs"]["embed_scale"]
+        entries.append(_cache(manifest["contract"], effect))
+    scale, hidden = manifest["recipe"]["frontend"]["model_kwargs"]["embed_scale"], manifest["model"]["hidden_size"]
     entries.append(
         LedgerEntry(
-            f"embedding scale sqrt({model['hidden_size']}), rounding `{scale}`",
+            f"embedding scale sqrt({hidden}), rounding `{scale}`",
             "model.embed_tokens",
             "exact: as transformers computes in the run dtype; bf16: as the model was trained; so does the reference",
         )
     )
-    whole = backend_of(manifest) == "onnxruntime"
-    if whole:
-        entries += _kernels(manifest)
-    if contract["context"] < model["max_position_embeddings"]:
-        entries.append(
-            LedgerEntry(
-                f"context limited to {contract['context']} of {model['max_position_embeddings']} positions",
-                "rotary tables; genai_config.json" if whole else "iter1: cache slots; rotary tables",
-                "length of the recipe; a longer text is refused by the runtime, never cut",
-            )
-        )
-    entries.append(
-        LedgerEntry(
-            "prefill returns the last position's logits only",
-            "GatherND behind the last attention" if whole else "iter0: strided slice before the LM head",
-            "decode needs no other position" if whole else "config.insert_slice; decode needs no other position",
-        )
-    )
-    if whole:
-        return [asdict(entry) for entry in entries]
-    entries.append(
-        LedgerEntry(
-            "the new token's score and value are added after the cached ones",
-            "iter1: attention of every layer",
-            "the cache is read where it lies instead of being copied per token; changes the order of additions only",
-            effect if scheme == "fp32" else {},
-        )
-    )
-    entries += _division(manifest, effect if scheme == "fp32" else {})
-    return [asdict(entry) for entry in entries]
+    return entries
 
 
-def _kernels(manifest: dict[str, Any]) -> list[LedgerEntry]:
-    """What ONNX Runtime's int8 kernels round besides the weights; the effect, of all of them, is against float32."""
-    kernels = manifest.get("kernels")
-    if not kernels:
+def context_entries(manifest: Mapping[str, Any], where: str) -> list[LedgerEntry]:
+    """That the context is shorter than the model's, where it is."""
+    context, most = manifest["contract"]["context"], manifest["model"]["max_position_embeddings"]
+    if context >= most:
         return []
-    rows = (manifest.get("parity") or {}).get("measures", ())
-    pairs = [row for row in rows if (row["reference"], row["test"]) == ("strict", "shipped")]
-    found = {row["phase"]: row for row in reversed(pairs)}  # of text, which comes first, where there is any
-    measures = ("case", "positions", "kl_mean", "top1", "overturned")
-    effects: dict[str, dict[str, Any]] = {
-        phase: {key: found[phase][key] for key in measures} if phase in found else {} for phase in ("prefill", "decode")
-    }
-    entries = [
-        LedgerEntry(
-            f"activations rounded to 8 bits, a scale for each token and {kernels['block']} input channels (or group of "
-            "grouped weights)",
-            "MatMulNBits of the LM head" if kernels["integer"] else "MatMulNBits of every linear and of the LM head",
-            "accuracy level 4, the only one that runs at the speed of the memory",
-            effects["decode"],
-        )
-    ]
-    if candidates := kernels.get("candidates"):
-        entries.append(
-            LedgerEntry(
-                f"logits of all but the {candidates} likeliest tokens are those of the high half of every code",
-                "the LM head",
-                "backend.compile.head screened: half as much is read; the likeliest are computed from whole codes in "
-                "float32, so that greedy tokens are those of the whole table",
-                effects["decode"],
-            )
-        )
-    if kernels["integer"]:
-        wide, linears = kernels["wide"], 7 * manifest["model"]["num_hidden_layers"]
-        but = f"; to 14 bits before {len(wide)} linears ({', '.join(wide)})" if wide else ""
-        how = "14 bits with a scale per token" if len(wide) == linears else f"8 bits with a scale per token{but}"
-        entries.append(
-            LedgerEntry(
-                f"activations rounded to {how}",
-                "MatMulIntegerToFloat of every linear",
-                "backend.compile.prefill fast: integer products of whole rows",
-                effects["prefill"],
-            )
-        )
-    return entries
+    why = "length of the recipe; a longer text is refused by the runtime, never cut"
+    return [LedgerEntry(f"context limited to {context} of {most} positions", where, why)]
 
 
-def _division(manifest: dict[str, Any], effect: dict[str, Any]) -> list[LedgerEntry]:
-    """What ranks and stages change: the order of sums, and where things lie."""
-    parts, model = manifest["parts"], manifest["model"]
-    ranks = parts[0]["ranks"] if parts else 1
-    entries = []
-    if ranks > 1:
-        total = parts[0]["contract"]["kv_heads"] * ranks
-        entries.append(
-            LedgerEntry(
-                f"o_proj and down_proj are summed over {ranks} ranks, in float32",
-                "self_attn.o_proj, mlp.down_proj of every layer",
-                "model_kwargs.tp; changes the order of additions only",
-                effect,
-            )
-        )
-        if total != model["num_key_value_heads"]:
-            entries.append(
-                LedgerEntry(
-                    f"{model['num_key_value_heads']} key/value heads are stored as {total}",
-                    "k_proj, v_proj and the cache of every layer",
-                    "model_kwargs.tp; a head that several ranks read is repeated in each, its values do not change",
-                )
-            )
-    stages = list(dict.fromkeys(part["stage"] for part in parts))
-    if len(stages) > 1:
-        entries.append(
-            LedgerEntry(
-                f"cut into {len(stages)} stages in front of layers "
-                + ", ".join(str(first) for first in sorted({part["layers"][0] for part in parts}) if first),
-                ", ".join(stages),
-                "split.points; hidden states pass unrounded, a tied table lies in the first and the last stage",
-            )
-        )
-    return entries
-
-
-def _storage(manifest: dict[str, Any], scheme: str, effect: dict[str, Any]) -> LedgerEntry:
+def _storage(manifest: Mapping[str, Any], words: Words, effect: dict[str, Any]) -> LedgerEntry:
+    scheme = manifest["scheme"]
     matrices = "weight matrices and token table"
     if scheme in QUANTIZERS:
-        return _quantized(manifest, scheme, effect)
+        return _quantized(manifest, words, effect)
     if scheme == "w8a16":
         storage = Storage.from_json(manifest["storage"])
         rows = [row for row in manifest["params"] if row.get("sqnr_db") is not None]
@@ -166,9 +78,7 @@ def _storage(manifest: dict[str, Any], scheme: str, effect: dict[str, Any]) -> L
         return LedgerEntry(
             f"{storage.linears_text}, {_table(storage)}, symmetric, to nearest; activations and norms float32",
             f"the seven linears of every layer, the token table ({len(rows)} tensors)",
-            "backend.dtype int8 (w8a16); a 16-bit target rounds activations as well, which this graph does not"
-            if backend_of(manifest) == "tvm_vacc"
-            else "backend.dtype int8 (w8a16); what kernels do to activations is listed below",
+            f"backend.dtype int8 (w8a16); {words.to_nearest}",
             effect,
         )
     texts = {
@@ -183,8 +93,9 @@ def _storage(manifest: dict[str, Any], scheme: str, effect: dict[str, Any]) -> L
     return LedgerEntry(what, "whole model", why, effect)
 
 
-def _quantized(manifest: dict[str, Any], scheme: str, effect: dict[str, Any]) -> LedgerEntry:
+def _quantized(manifest: Mapping[str, Any], words: Words, effect: dict[str, Any]) -> LedgerEntry:
     """A calibrated scheme; the effect says how much less is lost than by rounding to nearest."""
+    scheme = manifest["scheme"]
     layers = (manifest.get("quantization") or {}).get("layers", ())
     tensors = [found for layer in layers for found in layer["tensors"].values()]
     loss, nearest = (
@@ -207,24 +118,12 @@ def _quantized(manifest: dict[str, Any], scheme: str, effect: dict[str, Any]) ->
         f"{storage.linears_text}, symmetric, {how} calibration text; columns rescaled, their factors folded into "
         f"norm gains, value rows and up rows; {_table(storage)}, rounded to nearest",
         f"the seven linears and two norms of every layer ({len(tensors)} matrices), the token table",
-        f"frontend.quantize.type {scheme}; {_inputs(manifest)}norms are float32",
+        f"frontend.quantize.type {scheme}; {words.linears_read}norms are float32",
         effect,
     )
 
 
-def _inputs(manifest: dict[str, Any]) -> str:
-    """What the linears read."""
-    rounding = (manifest.get("quantization") or {}).get("activations")
-    if backend_of(manifest) == "onnxruntime":
-        return "what kernels do to activations is listed below; "
-    if rounding is None:
-        return "activations and "
-    kept = rounding["kept"]
-    but = f", but not those of {len(kept)} linears that would lose most ({', '.join(kept)})" if kept else ""
-    return f"their inputs are rounded to 8 bits with a scale per token{but}; other activations and "
-
-
-def _cache(contract: dict[str, Any], effect: dict[str, Any]) -> LedgerEntry:
+def _cache(contract: Mapping[str, Any], effect: dict[str, Any]) -> LedgerEntry:
     heads, dim = contract["kv_heads"], contract["head_dim"]
     return LedgerEntry(
         "keys and values are kept as int8, with a float16 scale for each head and token",
@@ -260,6 +159,6 @@ def _rescaling(rescaling: Rescaling) -> list[LedgerEntry]:
     return entries
 
 
-def _effect(parity: dict[str, Any] | None) -> dict[str, Any]:
+def measured_effect(parity: Mapping[str, Any] | None) -> dict[str, Any]:
     """The figures of the parity result that belong into the ledger."""
     return dict(parity.get("effect", {})) if parity else {}

@@ -1,11 +1,33 @@
-"""What a target wants. `BACKENDS`: `backend.type` of a recipe -> who writes graphs and files for it."""
+"""What an artifact can be made for. A back end is a folder here and a row in `ROWS`; base.py says what it answers to.
 
+Folders are imported when they are asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
-from gemma_deploy.backends.ort.target import OnnxRuntime
-from gemma_deploy.backends.static import StaticPair
-from gemma_deploy.backends.target import PARAMS, Backend, Job, backend_of
+if TYPE_CHECKING:
+    from gemma_deploy.backends.base import Backend
 
-BACKENDS: Mapping[str, Backend] = {"tvm_vacc": StaticPair(), "onnxruntime": OnnxRuntime()}
+# `backend.type` of a recipe -> the folder, whose module `backend` holds BACKEND.
+ROWS = ("tvm_vacc", "onnxruntime")
+DEFAULT = "tvm_vacc"
 
-__all__ = ["BACKENDS", "PARAMS", "Backend", "Job", "backend_of"]
+
+def backend(name: str) -> Backend:
+    """The back end of that name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    if name not in ROWS:
+        raise KeyError(name)
+    return cast("Backend", importlib.import_module(f"gemma_deploy.backends.{name}.backend").BACKEND)
+
+
+def backend_of(manifest: Mapping[str, Any]) -> Backend:
+    """The back end an artifact was made for."""
+    return backend(str(manifest["recipe"].get("backend", {}).get("type", DEFAULT)))

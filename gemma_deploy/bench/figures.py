@@ -15,11 +15,11 @@ from typing import Any
 from gemma_deploy import child
 from gemma_deploy.artifact import Artifact
 from gemma_deploy.backends import backend_of
+from gemma_deploy.backends.onnxruntime.genai import require_genai
+from gemma_deploy.backends.tvm_vacc.contract import StaticContract, read_contract
 from gemma_deploy.bench.memory import artifact_bytes, bandwidth_bytes_s, weight_bytes
 from gemma_deploy.bench.process import Job, arguments
 from gemma_deploy.errors import DeployError, UsageError
-from gemma_deploy.runtime.contract import StaticContract, read_contract
-from gemma_deploy.runtime.genai import require_genai
 
 DECODE_AFTER = 128  # tokens of context at which decode_tok_s is measured
 LIBRARIES = ("gemma-deploy", "onnxruntime", "onnxruntime-genai")
@@ -43,7 +43,7 @@ class Limits:
 
 def limits(artifact: Artifact) -> Limits:
     """Of an artifact of either kind."""
-    if backend_of(artifact.manifest) == "onnxruntime":
+    if backend_of(artifact.manifest).runs_in_genai:
         context = int(artifact.manifest["contract"]["context"])
         return Limits(context - 1, context)
     contract: StaticContract = read_contract(artifact.path, artifact.manifest)
@@ -86,7 +86,7 @@ def measure(
         UsageError: the artifact has no room for the prompt or the steps, or onnxruntime-genai is not installed.
         DeployError: a process failed.
     """
-    genai, room = backend_of(artifact.manifest) == "onnxruntime", limits(artifact)
+    genai, room = backend_of(artifact.manifest).runs_in_genai, limits(artifact)
     if genai:
         require_genai(str(artifact.path))
     if room.fixed:
@@ -174,7 +174,7 @@ def _median(values: Sequence[float]) -> float | None:
 
 def _rows(artifact: Artifact) -> int:
     """Sequences that a decode step serves while it reads the weights once."""
-    return 1 if backend_of(artifact.manifest) == "onnxruntime" else int(artifact.manifest["contract"]["batch"])
+    return 1 if backend_of(artifact.manifest).runs_in_genai else int(artifact.manifest["contract"]["batch"])
 
 
 def _processor() -> str:

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from gemma_deploy.backends.onnxruntime.genai import GenaiModel, GenaiSession
+from gemma_deploy.backends.tvm_vacc.generate import stream
+from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
 from gemma_deploy.errors import DeployError
 from gemma_deploy.machine import peak_rss_bytes
-from gemma_deploy.runtime.genai import GenaiModel, GenaiSession
-from gemma_deploy.runtime.generate import GenerationStats, stream
-from gemma_deploy.runtime.runner import StaticRunner
+from gemma_deploy.runtime.generate import GenerationStats
 from gemma_deploy.runtime.tokenizer import Tokenizer
 
 

@@ -71,8 +71,9 @@ def command(
 
 
 def _open(artifact: Artifact, tokenizer: Tokenizer, sampling: Sampling, threads: int) -> Session:
-    from gemma_deploy.runtime import GenaiModel, GenaiSession, StaticRunner
-    from gemma_deploy.runtime.chat import StaticSession
+    from gemma_deploy.backends.onnxruntime.genai import GenaiModel, GenaiSession
+    from gemma_deploy.backends.tvm_vacc.generate import StaticSession
+    from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
 
     if runs_in_genai(artifact.manifest):
         return GenaiSession(GenaiModel(artifact.path, threads), tokenizer, sampling)

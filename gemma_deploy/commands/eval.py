@@ -79,7 +79,7 @@ def command(
     from gemma_deploy.evaluation import record as records
     from gemma_deploy.evaluation import tasks
     from gemma_deploy.evaluation.models import is_artifact
-    from gemma_deploy.parity.requests import write_text
+    from gemma_deploy.proving.requests import write_text
 
     _refuse_options(ctx, task)
     if json_file is not None and not json_file.absolute().parent.is_dir():

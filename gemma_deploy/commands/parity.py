@@ -59,7 +59,7 @@ def command(
     """
     from gemma_deploy.artifact.check import byte_problems, open_whole, refuse
     from gemma_deploy.errors import GateError, UsageError
-    from gemma_deploy.parity import requests
+    from gemma_deploy.proving import requests
 
     for file in (json_file, html_file):
         if file is not None and not file.absolute().parent.is_dir():

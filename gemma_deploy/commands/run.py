@@ -93,9 +93,13 @@ def _pieces(
     lookup: bool,
     done: GenerationStats,
 ) -> Iterator[str]:
+    from gemma_deploy.backends.onnxruntime import genai
+    from gemma_deploy.backends.onnxruntime import lookup as ahead
+    from gemma_deploy.backends.onnxruntime.genai import GenaiModel
+    from gemma_deploy.backends.tvm_vacc import generate
+    from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
     from gemma_deploy.errors import UsageError
-    from gemma_deploy.runtime import GenaiModel, StaticRunner, Tokenizer, genai, generate
-    from gemma_deploy.runtime import lookup as ahead
+    from gemma_deploy.runtime import Tokenizer
 
     if lookup:
         searched, tokenizer = ahead.LookupModel(artifact.path, artifact.manifest, threads), Tokenizer(artifact.path)

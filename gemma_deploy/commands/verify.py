@@ -18,7 +18,7 @@ Examples:
 @click.option("--quick", is_flag=True, help="Do not read params.safetensors (sizes only).")
 def command(artifact: Path, quick: bool) -> None:
     """Check ARTIFACT; exit 1 and name every damaged file and tensor."""
-    from gemma_deploy.artifact import verify
+    from gemma_deploy.verifying import verify
 
     for line in verify(artifact, deep=not quick):
         click.echo(f"ok  {line}")

@@ -21,16 +21,14 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError, UsageError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
-from gemma_deploy.parity.dynamic import STRICT, DynamicSource
-from gemma_deploy.parity.requests import checkpoint_of
-from gemma_deploy.parity.segments import StrictSource
 from gemma_deploy.parity.sources import Source
+from gemma_deploy.proving.requests import checkpoint_of
 from gemma_deploy.runtime import Tokenizer
 
 TOKENS_AT_ONCE = 2048  # positions that go through the layers together: a matrix is read once for all of them
 LOGITS_BYTES = 128 << 20  # logits of one model; a larger block means fewer passes over the table
 Tokens = tuple[int, ...]
-KERNELS = ("shipped", STRICT)
+STRICT = "strict"
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def open_model(spec: str, embed_scale: str = "exact", kernels: str | None = None
 
     Args:
         embed_scale: of a checkpoint; an artifact has its own.
-        kernels: of an artifact, one of `KERNELS`; None for "shipped" where its graph names kernels, else "strict".
+        kernels: of an artifact, one that its back end names; None for the first of them.
 
     Raises:
         ArtifactError, CheckpointError: it is not there, incomplete or damaged.
@@ -187,8 +185,8 @@ def _without(bos: int, ids: Sequence[int]) -> list[int]:
 
 def _open_artifact(path: Path, kernels: str | None = None) -> Model:
     artifact = open_whole(path)
-    named = backend_of(artifact.manifest) == "onnxruntime"
-    if kernels not in (None, STRICT) and not named:
+    backend = backend_of(artifact.manifest)
+    if kernels is not None and kernels not in backend.kernel_names:
         raise UsageError(
             f"its graphs name no kernels, so there is no '{kernels}' to evaluate",
             where=str(path),
@@ -196,7 +194,7 @@ def _open_artifact(path: Path, kernels: str | None = None) -> Model:
             next_step="leave --kernels out, or say strict",
         )
     refuse(artifact, byte_problems(artifact))  # the figures of a damaged one would be believed
-    kernels = kernels or ("shipped" if named else STRICT)
+    kernels = kernels or backend.kernel_names[0]
     contract = artifact.manifest["contract"]
     dynamic = contract["dynamic"]
     return Model(
@@ -208,15 +206,10 @@ def _open_artifact(path: Path, kernels: str | None = None) -> Model:
         contract["prefill"],
         contract["vocab_size"],
         artifact.manifest["recipe"]["frontend"]["model_kwargs"]["embed_scale"],
-        _source(path, kernels) if named else StrictSource(path),
+        backend.source(path, artifact.manifest, kernels),
         artifact=artifact,
         kernels=kernels,
     )
-
-
-def _source(path: Path, kernels: str) -> Source:
-    """ONNX Runtime's graph: exact, or with the kernels it ships."""
-    return DynamicSource(path, "strict" if kernels == STRICT else "shipped")
 
 
 def _of_checkpoint(checkpoint: Checkpoint, embed_scale: str) -> Model:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from gemma_deploy.parity.metrics import Metrics
-from gemma_deploy.parity.segments import UNROUNDED
 from gemma_deploy.quantization.rescaling import FP16_MAX, HEADROOM, Rescaling
 from gemma_deploy.schemes import QUANTIZERS
 
@@ -95,74 +94,6 @@ GATES |= {
     )
     for scheme, (most_kl, most_perplexity) in CALIBRATED_LIMITS.items()
 }
-# What an int8 cache may add: five times what it adds on the real 270M (see README).
-CACHE_LIMITS = {"kl_mean": 0.002, "ppl_delta": 0.002}
-
-
-def gates_of(scheme: str, int8_cache: bool) -> tuple[Gate, ...]:
-    """The gates of an artifact.
-
-    Where rounding is part of the graph, a difference of 1e-7 in front of it moves one code in 5000 by a whole step, and
-    those of the layers after it follow: two sound implementations end as far apart as either is from float32. So what
-    is around the rounding is compared without it, the rounding itself by rounding.py, and the sum of both by how near
-    it comes to the model.
-    """
-    activations = scheme in QUANTIZERS and QUANTIZERS[scheme].activations
-    if not (activations or int8_cache):
-        return GATES[scheme]
-    found, judged = [], set()
-    for gate in GATES[scheme]:
-        reference, test = gate.pair
-        if test != "strict":
-            found.append(gate)
-            continue
-        distance = gate.measure in CACHE_LIMITS
-        if not (distance and activations):  # of those, the limit is on what activations lose
-            found.append(replace(gate, pair=(reference, UNROUNDED)))
-        if distance or gate.measure == "bad_test":
-            judged.add(gate.measure)
-            more = CACHE_LIMITS.get(gate.measure, 0) if int8_cache else 0
-            found.append(replace(gate, limit=gate.limit + more))
-    if "kl_mean" not in judged:
-        reference = next(gate.pair[0] for gate in GATES[scheme] if gate.pair[0].startswith("hf"))
-        found.append(Gate((reference, "strict"), "bad_test", 0))
-        found.append(Gate((reference, "strict"), "kl_mean", CACHE_LIMITS["kl_mean"], ("text",), pooled=True))
-    return tuple(found)
-
-
-# What the kernels of ONNX Runtime's graph may lose in all, weights and activations: see README for the real 270M.
-SHIPPED_LIMITS = {"w8a16": 0.02, "w8a16_gptq": 0.015, "w8a8": 0.02, "w4a16": 0.6, "w4a16_gptq": 0.35}
-
-# Logits by which a token may lead in float32 products and yet lose to the kernels: microsoft/onnxruntime#29849 saw the
-# wrong token where activations are massive. Real 270M, 1,024 positions of WikiText-2: 27 tokens differ, and no lead is
-# above 0.34; 2,048 with w8a8's integer products: 0.64, and 2.05 before all of down_proj had more than 8 bits.
-MOST_OVERTURNED = 2.0
-# What a screened head (backends/ort/head.py) may lose besides: 0.0149 on 2,044 positions of WikiText-2, real 270M.
-SCREEN_LIMIT = 0.025
-
-
-def dynamic_gates(scheme: str, screened: bool = False) -> tuple[Gate, ...]:
-    """The gates of an artifact for ONNX Runtime.
-
-    Its graph is proven twice: with float32 products on the weights it holds, as any other artifact, and with the
-    kernels it ships, whose 8-bit activations move codes (see `gates_of`), by how near it comes to the model.
-
-    Args:
-        screened: whether only the likeliest tokens' logits are those of whole codes.
-    """
-    gates = GATES[scheme]
-    if scheme == "bf16":
-        return gates
-    if scheme not in SHIPPED_LIMITS:
-        return (*gates, *relative(1e-5, ("hf", "shipped")))
-    return (
-        *gates,
-        Gate(("hf", "shipped"), "bad_test", 0),
-        Gate(("hf", "shipped"), "kl_mean", SHIPPED_LIMITS[scheme] + SCREEN_LIMIT * screened, ("text",)),
-        Gate(("strict", "shipped"), "overturned", MOST_OVERTURNED, ("text",)),
-    )
-
-
 # The reference whose numbers the artifact must repeat, for the search of the first wrong layer.
 TWINS = {"fp32": "patched", "bf16": "patched bf16", "fp16": "patched", "w8a16": "patched w8a16"}
 TWINS |= {scheme: f"patched {scheme}" for scheme in QUANTIZERS}

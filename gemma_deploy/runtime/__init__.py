@@ -1,9 +1,6 @@
-"""The run times: static artifacts on ONNX Runtime, those of one graph in onnxruntime-genai. Imports no torch."""
+"""What all runtimes share: sessions of ONNX Runtime, sampling, the tokenizer, the loop that makes text. No torch."""
 
-from gemma_deploy.runtime.genai import GenaiModel, GenaiSession
-from gemma_deploy.runtime.runner import StaticRunner
 from gemma_deploy.runtime.sampling import Sampler, Sampling
-from gemma_deploy.runtime.session import open_session
 from gemma_deploy.runtime.tokenizer import Tokenizer
 
-__all__ = ["GenaiModel", "GenaiSession", "Sampler", "Sampling", "StaticRunner", "Tokenizer", "open_session"]
+__all__ = ["Sampler", "Sampling", "Tokenizer"]

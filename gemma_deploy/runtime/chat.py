@@ -10,9 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from gemma_deploy.errors import UsageError
-from gemma_deploy.runtime.generate import GenerationStats, stream
-from gemma_deploy.runtime.runner import StaticRunner
-from gemma_deploy.runtime.sampling import Sampler
+from gemma_deploy.runtime.generate import GenerationStats
 from gemma_deploy.runtime.tokenizer import Tokenizer
 
 NO_SYSTEM = "leave --system out, and say it in the first message"
@@ -32,35 +30,6 @@ class Session(Protocol):
         Raises:
             UsageError: there is no room for them; the sequence is as it was.
         """
-
-
-class StaticSession:
-    """On our own runner: every reply reads all of the sequence again, for static graphs take prompts whole."""
-
-    def __init__(self, runner: StaticRunner, tokenizer: Tokenizer, sampler: Sampler | None = None) -> None:
-        self.runner, self.tokenizer, self.sampler = runner, tokenizer, sampler
-        self.ids: list[int] = []
-
-    def reset(self) -> None:
-        """See `Session`."""
-        self.ids = []
-
-    def reply(
-        self, ids: Sequence[int], *, max_new_tokens: int = 128, stats: GenerationStats | None = None
-    ) -> Iterator[str]:
-        """See `Session`."""
-        stats = stats if stats is not None else GenerationStats()
-        sequence = [*self.ids, *ids]
-        pieces = stream(
-            self.runner, self.tokenizer, sequence, max_new_tokens=max_new_tokens, sampler=self.sampler, stats=stats
-        )
-        return self._kept(pieces, sequence, stats)
-
-    def _kept(self, pieces: Iterator[str], sequence: list[int], stats: GenerationStats) -> Iterator[str]:
-        try:
-            yield from pieces
-        finally:  # also of a reply that was interrupted
-            self.ids = [*sequence, *stats.tokens]
 
 
 class Conversation:

@@ -1,7 +1,4 @@
-"""Generates text with an artifact: prompt or messages in, pieces of text out as they become complete.
-
-Joins runner, sampler and tokenizer; holds no numbers of its own.
-"""
+"""The loop that turns tokens into text, whoever computes them: prompt or messages in, pieces of text out."""
 
 from __future__ import annotations
 
@@ -12,8 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gemma_deploy.errors import UsageError
-from gemma_deploy.runtime.runner import StaticRunner
-from gemma_deploy.runtime.sampling import Sampler
 from gemma_deploy.runtime.tokenizer import TextStream, Tokenizer
 
 log = logging.getLogger(__name__)
@@ -44,51 +39,6 @@ class GenerationStats:
     def tokens_per_second(self) -> float:
         """Of the decode steps; 0 when there were none."""
         return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds and len(self.tokens) > 1 else 0.0
-
-
-def stream(
-    runner: StaticRunner,
-    tokenizer: Tokenizer,
-    prompt: Prompt,
-    *,
-    max_new_tokens: int = 128,
-    sampler: Sampler | None = None,
-    stop_ids: Sequence[int] | None = None,
-    stats: GenerationStats | None = None,
-) -> Iterator[str]:
-    """Generate and yield text. Joined, the pieces are the text of all tokens; no piece ends inside a character.
-
-    Args:
-        runner: of any batch; every row gets the same prompt and the first is read.
-        tokenizer: of the same artifact.
-        prompt: a text to continue, chat messages to answer, or token ids as they are.
-        max_new_tokens: at most so many.
-        sampler: greedy by default.
-        stop_ids: any of these ends it; `stop_token_ids` of the artifact by default.
-        stats: filled in while it runs.
-
-    Raises:
-        UsageError: the prompt is longer than P, or max_new_tokens is below 1. Raised at once, before the first piece.
-    """
-    check_length(max_new_tokens)
-    ids = encoded(tokenizer, prompt)
-    if len(ids) > runner.prefill_length:
-        raise UsageError(
-            f"the prompt has {len(ids)} tokens, this artifact takes {runner.prefill_length} at most",
-            where=str(runner.path),
-            next_step="shorten it, or compile with a longer first length in frontend.shape.input_ids",
-        )
-    stops = frozenset(stop_ids if stop_ids is not None else stop_token_ids(runner.manifest))
-    stats = stats if stats is not None else GenerationStats()
-    stats.prompt_tokens = len(ids)
-    return speak(
-        _steps(runner, ids, sampler or Sampler(), stats),
-        TextStream(tokenizer),
-        stats,
-        max_new_tokens=max_new_tokens,
-        stops=stops,
-        full=lambda: None if runner.remaining else runner.context_length,
-    )
 
 
 def encoded(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
@@ -173,14 +123,3 @@ def speak(
                 log.warning("the context of %d slots is full: the text ends here", slots)
     if piece := text.flush():
         yield piece
-
-
-def _steps(runner: StaticRunner, ids: list[int], sampler: Sampler, stats: GenerationStats) -> Iterator[Sequence[int]]:
-    loaded = runner.load_seconds
-    runner.reset()
-    logits = runner.prefill([ids] * runner.batch)
-    while True:
-        stats.load_seconds, loaded = stats.load_seconds + runner.load_seconds - loaded, runner.load_seconds
-        token = sampler(logits[:1])[0]
-        yield [token]
-        logits = runner.step([token] * runner.batch)

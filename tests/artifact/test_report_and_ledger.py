@@ -3,11 +3,16 @@
 import copy
 import json
 import re
+from dataclasses import asdict
 
 import pytest
 
 from gemma_deploy.artifact import op_census, write_report
-from gemma_deploy.artifact.ledger import ledger_for
+from gemma_deploy.backends import backend_of
+
+
+def ledger_of(manifest):
+    return [asdict(entry) for entry in backend_of(manifest).ledger(manifest)]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +97,7 @@ def test_the_ledger_has_the_measured_effect_of_quantizing(manifest):
 
 def test_a_limited_context_is_in_the_ledger_and_a_full_one_is_not(manifest):
     def whats(changed):
-        return [entry["what"] for entry in ledger_for(changed)]
+        return [entry["what"] for entry in ledger_of(changed)]
 
     longest = manifest["model"]["max_position_embeddings"]
     assert f"context limited to 256 of {longest} positions" in whats(manifest)
@@ -104,8 +109,8 @@ def test_a_limited_context_is_in_the_ledger_and_a_full_one_is_not(manifest):
     ("scheme", "words"), [("fp32", "no rounding"), ("bf16", "rounded to bfloat16"), ("fp16", "cache float16")]
 )
 def test_every_scheme_says_how_it_stores(manifest, scheme, words):
-    found = ledger_for(manifest | {"scheme": scheme})
+    found = ledger_of(manifest | {"scheme": scheme})
     assert words in found[0]["what"]
     effect = found[0]["effect"]
     assert effect["positions"] == manifest["parity"]["effect"]["positions"]
-    assert not ledger_for(manifest | {"scheme": scheme, "parity": None})[0]["effect"]
+    assert not ledger_of(manifest | {"scheme": scheme, "parity": None})[0]["effect"]

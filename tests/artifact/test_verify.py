@@ -7,12 +7,12 @@ from dataclasses import replace
 import onnx
 import pytest
 
-from gemma_deploy.artifact import Artifact, verify
-from gemma_deploy.artifact.verify import _shows_whole_rows
-from gemma_deploy.backends.ort import head
+from gemma_deploy.artifact import Artifact
+from gemma_deploy.backends.onnxruntime import head
 from gemma_deploy.cli import main
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.testing import write_tiny_checkpoint
+from gemma_deploy.verifying import _shows_whole_rows, verify
 
 FILES = {
     "manifest.json",

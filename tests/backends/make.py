@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from gemma_deploy.backends.ort.decoder import build_decoder
-from gemma_deploy.backends.ort.options import Kernels
+from gemma_deploy.backends.onnxruntime.decoder import build_decoder
+from gemma_deploy.backends.onnxruntime.options import Kernels
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.checkpoint.expected import expected_tensors
 from gemma_deploy.testing import TINY_CONFIGS

@@ -6,11 +6,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from gemma_deploy.backends.ort import head
-from gemma_deploy.backends.ort.apart import every_position, exact
-from gemma_deploy.backends.ort.decoder import LOGITS, NORMED
-from gemma_deploy.backends.ort.options import CANDIDATES as SHIPPED
-from gemma_deploy.parity.gates import SCREEN_LIMIT, dynamic_gates
+from gemma_deploy.backends.onnxruntime import head
+from gemma_deploy.backends.onnxruntime.apart import every_position, exact
+from gemma_deploy.backends.onnxruntime.decoder import LOGITS, NORMED
+from gemma_deploy.backends.onnxruntime.gates import SCREEN_LIMIT, dynamic_gates
+from gemma_deploy.backends.onnxruntime.options import CANDIDATES as SHIPPED
 from tests.backends.make import off, open_session, step
 from tests.backends.test_decoder import CLOSE
 from tests.backends.test_target import compile_tiny, manifest_of

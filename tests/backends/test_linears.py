@@ -4,11 +4,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from gemma_deploy.backends.ort.apart import exact
-from gemma_deploy.backends.ort.decoder import IR_VERSION, OPSET
-from gemma_deploy.backends.ort.linears import Matrix, product_of, rounded_tokens
-from gemma_deploy.backends.ort.nodes import MICROSOFT, Nodes
-from gemma_deploy.backends.ort.weights import Weights
+from gemma_deploy.backends.onnxruntime.apart import exact
+from gemma_deploy.backends.onnxruntime.decoder import IR_VERSION, OPSET
+from gemma_deploy.backends.onnxruntime.linears import Matrix, product_of, rounded_tokens
+from gemma_deploy.backends.onnxruntime.nodes import MICROSOFT, Nodes
+from gemma_deploy.backends.onnxruntime.weights import Weights
 from tests.backends.make import FILE, ParamFile, off, open_session
 
 NAMES = ("a.q_proj", "a.k_proj", "a.v_proj")

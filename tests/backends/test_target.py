@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import onnx
@@ -15,21 +16,20 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from gemma_deploy import compile as compiler
-from gemma_deploy.artifact.ledger import ledger_for
-from gemma_deploy.artifact.verify import verify
-from gemma_deploy.backends import BACKENDS
-from gemma_deploy.backends.ort.decoder import linears_of
-from gemma_deploy.backends.ort.genai import genai_config
-from gemma_deploy.backends.ort.options import CANDIDATES, Kernels
-from gemma_deploy.backends.ort.target import OnnxRuntime, chosen_kernels
+from gemma_deploy.backends import backend, backend_of
+from gemma_deploy.backends.onnxruntime.backend import OnnxRuntime, chosen_kernels
+from gemma_deploy.backends.onnxruntime.decoder import linears_of
+from gemma_deploy.backends.onnxruntime.genai import GenaiModel
+from gemma_deploy.backends.onnxruntime.genai_config import genai_config
+from gemma_deploy.backends.onnxruntime.options import CANDIDATES, Kernels
+from gemma_deploy.backends.onnxruntime.source import half_line
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.cli import main
 from gemma_deploy.errors import ArtifactError
-from gemma_deploy.parity.dynamic import half_line
 from gemma_deploy.recipe import Recipe
-from gemma_deploy.runtime.genai import GenaiModel
 from gemma_deploy.schemes import CodeForm
 from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
+from gemma_deploy.verifying import verify
 from tests.calibration.make import write_tokenizer
 
 LAYERS = {
@@ -42,6 +42,10 @@ FILES = {
     "manifest.json", "model.onnx", "params.safetensors", "config.json", "generation_config.json", "genai_config.json",
     "report.html", "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
+
+
+def ledger_of(manifest):
+    return [asdict(entry) for entry in backend_of(manifest).ledger(manifest)]
 
 
 def write_recipe(folder, checkpoint, dtype="int8", quantize=None, compile_keys=None, context=64):
@@ -156,10 +160,10 @@ def test_the_kernels_are_listed_in_the_manifest_and_the_ledger(compiled):
     assert where(fast) == ["MatMulNBits of the LM head", "MatMulIntegerToFloat of every linear"]
     assert where(lean) == ["MatMulNBits of every linear and of the LM head"]
     wide: dict = {"kernels": kernels | {"wide": ["model.layers.0.mlp.down_proj"]}}
-    said = "".join(one["what"] for one in ledger_for(manifest_of(fast) | wide))
+    said = "".join(one["what"] for one in ledger_of(manifest_of(fast) | wide))
     assert "8 bits with a scale per token; to 14 bits before 1 linears (model.layers.0.mlp.down_proj)" in said
     every = sorted(linears_of(ModelConfig.from_dict(manifest_of(fast)["model"], "config.json")))
-    said = [one["what"] for one in ledger_for(manifest_of(fast) | {"kernels": kernels | {"wide": every}})]
+    said = [one["what"] for one in ledger_of(manifest_of(fast) | {"kernels": kernels | {"wide": every}})]
     assert "activations rounded to 14 bits with a scale per token" in said
     assert not any("iter" in str(entry) for entry in manifest_of(fast)["ledger"])
 
@@ -342,11 +346,11 @@ def test_kernels_follow_the_recipe(overrides, kernels):
     recipe = loaded(*overrides)
     kept = list(KEPT) if recipe.weights == "w8a8" else None
     assert chosen_kernels(recipe, CONFIG, kept) == kernels
-    assert BACKENDS["onnxruntime"].codes(recipe) == CodeForm(unsigned=True, turned=kernels.integer)
-    listed = BACKENDS["onnxruntime"].kernels(recipe, CONFIG, kept)
+    assert backend("onnxruntime").codes(recipe) == CodeForm(unsigned=True, turned=kernels.integer)
+    listed = backend("onnxruntime").kernels(recipe, CONFIG, kept)
     assert listed == {"block": kernels.block, "integer": kernels.integer, "wide": sorted(kernels.wide),
                       "candidates": kernels.candidates, "windowed": kernels.windowed}  # fmt: skip
-    search = BACKENDS["onnxruntime"].files(recipe, CONFIG)["genai_config.json"]["search"]
+    search = backend("onnxruntime").files(recipe, CONFIG)["genai_config.json"]["search"]
     assert search.get("chunk_size") == (512 if kernels.integer else 256)
     assert recipe.vendor_keys() == {}
 

@@ -4,9 +4,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from gemma_deploy.backends.ort.decoder import IR_VERSION, OPSET
-from gemma_deploy.backends.ort.nodes import MICROSOFT, Nodes
-from gemma_deploy.backends.ort.weights import Weights, largest_block
+from gemma_deploy.backends.onnxruntime.decoder import IR_VERSION, OPSET
+from gemma_deploy.backends.onnxruntime.nodes import MICROSOFT, Nodes
+from gemma_deploy.backends.onnxruntime.weights import Weights, largest_block
 from gemma_deploy.errors import ExportError
 from tests.backends.make import FILE, ParamFile, open_session
 

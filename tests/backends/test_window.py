@@ -7,19 +7,20 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from gemma_deploy.artifact import Artifact, verify
-from gemma_deploy.backends.ort import window
-from gemma_deploy.backends.ort.apart import exact
-from gemma_deploy.backends.ort.window import most_ahead, resident, window_problems, windowed_layers, windows_of
+from gemma_deploy.artifact import Artifact
+from gemma_deploy.backends.onnxruntime import window
+from gemma_deploy.backends.onnxruntime.apart import exact
+from gemma_deploy.backends.onnxruntime.genai import GenaiModel, GenaiSession
+from gemma_deploy.backends.onnxruntime.lookup import Greedy, History, LookupModel, LookupSequence
+from gemma_deploy.backends.onnxruntime.window import most_ahead, resident, window_problems, windowed_layers, windows_of
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.cli import main
 from gemma_deploy.errors import RecipeError
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.runtime import Tokenizer
-from gemma_deploy.runtime.genai import GenaiModel, GenaiSession
 from gemma_deploy.runtime.generate import GenerationStats
-from gemma_deploy.runtime.lookup import Greedy, History, LookupModel, LookupSequence
 from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
+from gemma_deploy.verifying import verify
 from tests.backends.make import off, open_session
 from tests.backends.test_decoder import CLOSE, KERNELS
 from tests.backends.test_target import LAYERS, compile_tiny, write_recipe
@@ -238,9 +239,7 @@ def test_what_has_no_window_or_no_room_for_one_is_refused(tmp_path, capsys):
     with pytest.raises(RecipeError, match="cache: got 'short', expected full or window"):
         Recipe.from_text(text, ["backend.type=onnxruntime", "backend.compile.cache=short"], {})
     with pytest.raises(RecipeError, match="cache: window is for CPUs, and a bf16 graph for GPUs"):
-        Recipe.from_text(
-            text, ["backend.type=onnxruntime", "backend.dtype=bf16", "backend.compile.cache=window"], {}
-        )
+        Recipe.from_text(text, ["backend.type=onnxruntime", "backend.dtype=bf16", "backend.compile.cache=window"], {})
     gemma, gemma2 = (ModelConfig.from_dict(TINY_CONFIGS[kind], "config.json") for kind in ("gemma", "gemma2"))
     assert "this model has none: write full" in window_problems(gemma, 128)[0]
     assert "holds 8 positions, more than the context length 7" in window_problems(gemma2, 7)[0]

@@ -7,11 +7,12 @@ import re
 
 import pytest
 
-from gemma_deploy.artifact import report, verify
+from gemma_deploy.artifact import report
 from gemma_deploy.artifact.lock import Lock
 from gemma_deploy.artifact.plots import range_plot, sqnr_plot
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.evaluation import record as records
+from gemma_deploy.verifying import verify
 from tests.evaluation.conftest import run
 from tests.evaluation.make import questions, write_exam
 

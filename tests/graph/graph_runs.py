@@ -18,9 +18,7 @@ def teacher_forced(out, contract, sequences, prompts):
     for b, n in enumerate(prompts):
         ids[b, prefill - n :], mask[b, prefill - n :] = sequences[b][:n], 1
         positions[b, prefill - n :] = np.arange(n)
-    first = session(out / "iter0.onnx").run(
-        None, {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    )
+    first = session(out / "iter0.onnx").run(None, {"input_ids": ids, "attention_mask": mask, "position_ids": positions})
     logits = [first[0][:, 0]]
     shape = (batch, contract.kv_heads, context, contract.head_dim)
     caches = [np.zeros(shape, cache_dtype) for _ in first[1:]]

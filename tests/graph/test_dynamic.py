@@ -11,6 +11,7 @@ VOCAB = 512
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("gemma", "gemma2")]
 pytestmark = pytest.mark.parametrize("model_type", ["gemma3_text", *OTHERS], indirect=True, scope="session")
 
+
 @pytest.fixture(scope="module")
 def sequences():
     rng = np.random.default_rng(11)

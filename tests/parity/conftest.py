@@ -10,7 +10,7 @@ from gemma_deploy.artifact import Artifact
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.compile import copy_model_files, describe, stream_params
 from gemma_deploy.graph.contract import GraphContract
-from gemma_deploy.parity import run_parity
+from gemma_deploy.proving import run_parity
 from gemma_deploy.recipe import Recipe
 
 PREFILL, CONTEXT, BATCH = 32, 80, 2  # of the run time's artifacts
@@ -56,9 +56,7 @@ def finished(artifacts, once):
 
     def get(model_type, scheme="fp32"):
         graphs = artifacts(model_type, scheme)
-        return once(
-            f"{model_type}-{scheme}", lambda out: finish(graphs, graphs.parent / "checkpoint", scheme, out)
-        )
+        return once(f"{model_type}-{scheme}", lambda out: finish(graphs, graphs.parent / "checkpoint", scheme, out))
 
     return get
 

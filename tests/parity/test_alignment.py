@@ -11,8 +11,8 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.parity import alignment
 from gemma_deploy.parity.cases import make_cases
 from gemma_deploy.parity.reference import TorchSource
-from gemma_deploy.parity.requests import Request, patched_stage
 from gemma_deploy.patched import patched_module
+from gemma_deploy.proving.requests import Request, patched_stage
 
 SMALL = Request(prompt_tokens=40, decode_tokens=4)  # five windows of 8
 
@@ -90,4 +90,3 @@ def test_a_wrong_dtype_path_fails_in_its_own_line(checkpoint_dir, monkeypatch, b
     monkeypatch.setattr(norm, "forward", lambda self, x: right(self, x) * (1.02 if x.dtype == dtype else 1))
     failed = {line.name for line in patched_stage(str(checkpoint_dir), SMALL).lines if not line.passed}
     assert failed == {f"base model, {break_in}, relative error", f"causal LM, {break_in}, relative error"}
-

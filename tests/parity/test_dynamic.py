@@ -10,14 +10,14 @@ import pytest
 import yaml
 
 from gemma_deploy.artifact import Artifact
-from gemma_deploy.backends import PARAMS
-from gemma_deploy.backends.ort.decoder import build_decoder
-from gemma_deploy.backends.ort.options import Kernels
+from gemma_deploy.backends.base import PARAMS
+from gemma_deploy.backends.onnxruntime.decoder import build_decoder
+from gemma_deploy.backends.onnxruntime.options import Kernels
+from gemma_deploy.backends.onnxruntime.source import DynamicSource, whole_logits, wide_line
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.cli import main
-from gemma_deploy.parity import run_parity
 from gemma_deploy.parity.cases import Case
-from gemma_deploy.parity.dynamic import DynamicSource, whole_logits, wide_line
+from gemma_deploy.proving import run_parity
 from gemma_deploy.testing import write_tiny_checkpoint
 from tests.calibration.make import write_tokenizer
 from tests.parity.breaking import Graph, change_tensor

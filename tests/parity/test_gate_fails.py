@@ -1,6 +1,5 @@
 """The gate fails on every kind of wrong artifact, and names the module that is wrong."""
 
-
 import numpy as np
 import pytest
 

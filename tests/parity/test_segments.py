@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
+from gemma_deploy.backends.tvm_vacc import cutting
+from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
+from gemma_deploy.backends.tvm_vacc.segments import CHOSEN, NORMED, StrictSource
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import ArtifactError
-from gemma_deploy.parity import cutting
 from gemma_deploy.parity.cases import Case
-from gemma_deploy.parity.segments import CHOSEN, NORMED, StrictSource
-from gemma_deploy.runtime import StaticRunner
 from tests.parity.test_reference import stock
 
 STEPS, VOCAB = 34, 512

@@ -9,19 +9,19 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from gemma_deploy.backends.tvm_vacc.rounding import differing_values, rounded, rounded_linears, rounding_lines
+from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
+from gemma_deploy.backends.tvm_vacc.segments import StrictSource
 from gemma_deploy.calibration.observers import TokenObserver
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
 from gemma_deploy.parity.cases import Case
-from gemma_deploy.parity.rounding import differing_values, rounded, rounded_linears, rounding_lines
-from gemma_deploy.parity.segments import StrictSource
 from gemma_deploy.parity.stored import StoredWeights
 from gemma_deploy.quantization.equalize import column_factors, token_gains
 from gemma_deploy.quantization.folding import input_groups
 from gemma_deploy.quantization.keeping import linears_to_keep
 from gemma_deploy.quantization.solver import Settings, round_tokens, solve
-from gemma_deploy.runtime import StaticRunner
 from gemma_deploy.testing import write_tiny_checkpoint
 from tests.calibration.make import write_tokenizer
 from tests.exporting import export_in_this_process

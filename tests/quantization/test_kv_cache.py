@@ -10,18 +10,18 @@ import yaml
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from gemma_deploy.artifact.verify import verify
+from gemma_deploy.backends.tvm_vacc.contract import read_contract
+from gemma_deploy.backends.tvm_vacc.rounding import cache_codes, rounding_lines
+from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
+from gemma_deploy.backends.tvm_vacc.segments import StrictSource
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
 from gemma_deploy.parity.cases import Case
-from gemma_deploy.parity.rounding import cache_codes, rounding_lines
-from gemma_deploy.parity.segments import StrictSource
 from gemma_deploy.parity.stored import StoredWeights
 from gemma_deploy.quantization.cache import cache_factors
-from gemma_deploy.runtime import StaticRunner
-from gemma_deploy.runtime.contract import read_contract
 from gemma_deploy.testing import write_tiny_checkpoint
+from gemma_deploy.verifying import verify
 from tests.calibration.make import write_tokenizer
 from tests.exporting import export_in_this_process
 

@@ -5,10 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from gemma_deploy.backends.tvm_vacc.runner import GROWTH, StaticRunner
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import ArtifactError, UsageError
-from gemma_deploy.runtime import StaticRunner
-from gemma_deploy.runtime.runner import GROWTH
 from tests.exporting import DYNAMIC_SIZES, contract_of
 
 (P, C), VOCAB = DYNAMIC_SIZES, 512

@@ -9,9 +9,11 @@ import numpy as np
 import psutil
 import pytest
 
+from gemma_deploy.backends.onnxruntime import genai
+from gemma_deploy.backends.onnxruntime.genai import GenaiModel, GenaiSession
 from gemma_deploy.cli import main
 from gemma_deploy.errors import ArtifactError, DeployError, UsageError
-from gemma_deploy.runtime import GenaiModel, GenaiSession, Sampling, Tokenizer, genai
+from gemma_deploy.runtime import Sampling, Tokenizer
 from gemma_deploy.runtime.generate import GenerationStats
 
 VOCAB, PROMPT, CONTEXT = 512, 30, 128  # nearly four windows of 8

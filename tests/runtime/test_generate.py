@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from gemma_deploy.backends.tvm_vacc.generate import stream
+from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
 from gemma_deploy.errors import UsageError
-from gemma_deploy.runtime import Sampler, StaticRunner, Tokenizer
-from gemma_deploy.runtime.generate import GenerationStats, stop_token_ids, stream
+from gemma_deploy.runtime import Sampler, Tokenizer
+from gemma_deploy.runtime.generate import GenerationStats, stop_token_ids
 
 
 @pytest.fixture(scope="module")

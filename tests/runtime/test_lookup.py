@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from gemma_deploy.artifact import Artifact
+from gemma_deploy.backends.onnxruntime import lookup
+from gemma_deploy.backends.onnxruntime.lookup import Greedy, History, LookupModel, LookupSequence
 from gemma_deploy.cli import main
 from gemma_deploy.errors import DeployError, UsageError
-from gemma_deploy.runtime import Tokenizer, lookup
+from gemma_deploy.runtime import Tokenizer
 from gemma_deploy.runtime.generate import GenerationStats
-from gemma_deploy.runtime.lookup import Greedy, History, LookupModel, LookupSequence
 
 COUNT = 40  # with the prompt nine windows of 8
 

@@ -9,10 +9,11 @@ import sys
 import pytest
 import yaml
 
+from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
 from gemma_deploy.cli import main
 from gemma_deploy.compile import compile_recipe
 from gemma_deploy.recipe import Recipe
-from gemma_deploy.runtime import StaticRunner, Tokenizer
+from gemma_deploy.runtime import Tokenizer
 from gemma_deploy.testing import write_tiny_checkpoint
 from tests.runtime.make import write_tokenizer
 

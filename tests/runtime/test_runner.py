@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
+from gemma_deploy.backends.tvm_vacc.sessions import open_session
 from gemma_deploy.errors import ArtifactError, UsageError
-from gemma_deploy.runtime import StaticRunner, open_session
 
 P, C, STEPS, VOCAB = 32, 80, 34, 512
 LENGTHS = (32, 13)  # one fills P, one is left-padded; both longer than the window of 8

@@ -10,9 +10,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file
 
+from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
+from gemma_deploy.backends.tvm_vacc.sessions import open_session
 from gemma_deploy.errors import ArtifactError, DeployError
 from gemma_deploy.graph.functions import quantized_linear_per_channel
-from gemma_deploy.runtime import StaticRunner, open_session
 from gemma_deploy.testing import TINY_CONFIGS
 
 # seven linears in each of the tiny model's layers, and the LM head

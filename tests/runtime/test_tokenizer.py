@@ -163,7 +163,7 @@ def test_reading_a_tokenizer_needs_neither_torch_nor_transformers(tokenizer_dir)
     import subprocess
 
     code = (
-        "import sys\nfrom gemma_deploy.runtime import Tokenizer, StaticRunner\n"
+        "import sys\nimport gemma_deploy.backends.tvm_vacc.runner\nfrom gemma_deploy.runtime import Tokenizer\n"
         f"Tokenizer({str(tokenizer_dir)!r}).encode_chat([{{'role': 'user', 'content': 'x'}}])\n"
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )

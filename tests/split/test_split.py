@@ -45,9 +45,7 @@ def chain(parts):
 
 @pytest.fixture(scope="module")
 def stock(checkpoint_dir):
-    return AutoModelForCausalLM.from_pretrained(
-        checkpoint_dir, attn_implementation="eager", dtype=torch.float32
-    ).eval()
+    return AutoModelForCausalLM.from_pretrained(checkpoint_dir, attn_implementation="eager", dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")

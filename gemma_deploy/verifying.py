@@ -52,7 +52,7 @@ def verify(path: Path, *, deep: bool = True, progress: Callable[[int, int], None
             shown = file.relative_to(path).as_posix()
             if file.is_file():
                 rows = tables.get((Path(folder) / PARAMS).as_posix(), ParamTable(())).rows
-                problems += _graph_problems(rows, file, shown, views=backend_of(artifact.manifest) == "onnxruntime")
+                problems += _graph_problems(rows, file, shown, views=backend_of(artifact.manifest).shares_tensors)
                 checked.append(f"{shown}: full check, no weights inside, every tensor where its row says")
     problems += _table_problems(artifact) + _rank_problems(artifact)
     refuse(artifact, list(dict.fromkeys(problems)))

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from gemma_deploy.backends.tvm_vacc.contract import Port, StaticContract, read_contract, read_manifest, stages_of
+from gemma_deploy.backends.tvm_vacc.cutting import DECODE_INPUTS, EMBEDDED, LOGITS, NORMED, Cutter, by_position
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
-from gemma_deploy.parity.cutting import DECODE_INPUTS, EMBEDDED, LOGITS, NORMED, Cutter, by_position
 from gemma_deploy.parity.sources import Features
 from gemma_deploy.quantization.rescaling import Rescaling
-from gemma_deploy.runtime.contract import Port, StaticContract, read_contract, read_manifest, stages_of
 
 UNROUNDED = "strict, activations unrounded"
 CHOSEN = "lm_head.in"  # what the LM head reads: in prefill a slice of the final norm

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from gemma_deploy.backends.ort.head import parts_of
-from gemma_deploy.backends.ort.linears import BITS
-from gemma_deploy.backends.ort.nodes import MICROSOFT
+from gemma_deploy.backends.onnxruntime.head import parts_of
+from gemma_deploy.backends.onnxruntime.linears import BITS
+from gemma_deploy.backends.onnxruntime.nodes import MICROSOFT
 
 CHOSEN = ".chosen"  # ends the name of what GatherND picks
 

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from gemma_deploy.backends.tvm_vacc.contract import check_session, read_contract, read_manifest, stages_of
+from gemma_deploy.backends.tvm_vacc.sessions import Mode, load_graph, open_session
 from gemma_deploy.errors import UsageError
-from gemma_deploy.runtime.contract import check_session, check_tokens, read_contract, read_manifest, stages_of
-from gemma_deploy.runtime.session import Mode, load_graph, open_session
+from gemma_deploy.runtime.limits import check_tokens
 
 if TYPE_CHECKING:
     import onnxruntime as ort

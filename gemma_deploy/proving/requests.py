@@ -13,12 +13,12 @@ from typing import Any
 import jinja2
 
 from gemma_deploy.artifact import Artifact, newest_artifact
+from gemma_deploy.backends import backend_of
 from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint
 from gemma_deploy.errors import UsageError
 from gemma_deploy.parity.compare import ParityResult, cases_for, compare_sources, judged, measures_of
 from gemma_deploy.parity.gates import Gate, relative
-from gemma_deploy.parity.prove import run_parity
-from gemma_deploy.parity.rounding import rounds
+from gemma_deploy.proving.prove import run_parity
 
 # Two artifacts of the same scheme compute the same numbers, of different ones nearly the same distribution.
 SAME_SCHEME, OTHER_SCHEME = 1e-5, 0.01
@@ -105,8 +105,6 @@ def two_artifacts(path: Path, other: Path, checkpoint: str | None, request: Requ
     Raises:
         UsageError: the two differ in batch, lengths or model.
     """
-    from gemma_deploy.parity.segments import StrictSource
-
     test, reference = Artifact.open(path), Artifact.open(other)
     differing = [
         f"{key}: {test.manifest['contract'][key]} here, {reference.manifest['contract'][key]} there"
@@ -124,10 +122,14 @@ def two_artifacts(path: Path, other: Path, checkpoint: str | None, request: Requ
     result = ParityResult()
     prompt, decode = request.lengths(test.manifest["recipe"]["parity"])
     cases = cases_for(opened, test.manifest["contract"], request.text, prompt, decode, result.notes)
-    sources = {"reference": StrictSource(other), "strict": StrictSource(path)}
+    opened_as = {"reference": reference, "strict": test}
+    sources = {name: backend_of(one.manifest).source(one.path, one.manifest) for name, one in opened_as.items()}
     pair = ("reference", "strict")
     found = compare_sources(sources, [pair], cases, opened.config.vocab_size, request.report)
-    forms = [(one["scheme"], one.get("int8_cache", False), rounds(one)) for one in (test.manifest, reference.manifest)]
+    forms = [
+        (one["scheme"], one.get("int8_cache", False), backend_of(one).rounds(one))
+        for one in (test.manifest, reference.manifest)
+    ]
     same = forms[0] == forms[1] and not forms[0][2]  # see gates_of: where something is rounded, nothing is repeated
     gates = relative(SAME_SCHEME, pair) if same else (Gate(pair, "kl_mean", OTHER_SCHEME, ("text",), pooled=True),)
     result.lines, result.measures = judged(gates, found), measures_of(found)

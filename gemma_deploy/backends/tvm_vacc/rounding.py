@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from gemma_deploy.backends.tvm_vacc.segments import LEVELS
+from gemma_deploy.backends.tvm_vacc.strict import lower
 from gemma_deploy.graph.functions import DEQUANTIZE_CACHE, DOMAIN, PER_TOKEN, QUANTIZE_CACHE
 from gemma_deploy.parity.gates import Line
-from gemma_deploy.parity.segments import LEVELS
 from gemma_deploy.runtime.session import load_file
-from gemma_deploy.runtime.strict import lower
 
 TOKENS, CHANNELS = 64, 257
 PARTS = ("key", "value")

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from gemma_deploy.backends.ort.decoder import build_decoder, embedding_scale, linears_of
-from gemma_deploy.backends.ort.genai import CONFIG_FILE, genai_config
-from gemma_deploy.backends.ort.options import CANDIDATES, GRAPH, MODEL, Kernels
-from gemma_deploy.backends.ort.window import WINDOW, WINDOW_CACHE, windowed_layers
-from gemma_deploy.backends.target import PARAMS, Job
+from gemma_deploy.backends.base import PARAMS, ExportJob, Proof
+from gemma_deploy.backends.onnxruntime.decoder import build_decoder, embedding_scale, linears_of
+from gemma_deploy.backends.onnxruntime.genai_config import CONFIG_FILE, genai_config
+from gemma_deploy.backends.onnxruntime.options import CANDIDATES, GRAPH, MODEL, Kernels
+from gemma_deploy.backends.onnxruntime.window import WINDOW, WINDOW_CACHE, windowed_layers
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.graph.contract import BATCH, SEQUENCE, GraphContract, Port
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.schemes import CodeForm
+
+if TYPE_CHECKING:
+    from gemma_deploy.artifact.ledger import LedgerEntry
+    from gemma_deploy.parity.compare import ParityResult
+    from gemma_deploy.parity.sources import Source
 
 # Tokens of a prompt that run together: activations of a longer piece are all alive at once, and attention computes what
 # it masks; products of a shorter one are slower (real 270M, fast, 1,900 tokens: 1176, 1333, 1294 and 1218 tokens/s in
@@ -52,9 +58,12 @@ class OrtContract(GraphContract):
 
 
 class OnnxRuntime:
-    """See backends/target.py."""
+    """See `Backend` in backends/base.py."""
 
     graphs: Sequence[str] = (MODEL,)
+    shares_tensors = True
+    runs_in_genai = True
+    kernel_names: Sequence[str] = ("shipped", "strict")
 
     def codes(self, recipe: Recipe) -> CodeForm:
         """Unsigned, as the block kernel and the embedding want them; of integer products signed and turned."""
@@ -76,7 +85,7 @@ class OnnxRuntime:
             windowed=windowed_layers(config) if recipe.cache == WINDOW else (),
         )
 
-    def export(self, job: Job) -> tuple[dict[str, bytes], int]:
+    def export(self, job: ExportJob) -> tuple[dict[str, bytes], int]:
         """Built from the config in this process: it takes no torch and some tens of milliseconds."""
         from gemma_deploy.graph.external import serialized
 
@@ -97,6 +106,31 @@ class OnnxRuntime:
             return None
         chosen = chosen_kernels(recipe, config, kept)
         return asdict(chosen) | {"wide": sorted(chosen.wide)}
+
+    def ledger(self, manifest: Mapping[str, Any]) -> list[LedgerEntry]:
+        """See `Backend`."""
+        from gemma_deploy.backends.onnxruntime.ledger import ledger_of
+
+        return ledger_of(manifest)
+
+    def prove(self, proof: Proof, result: ParityResult) -> None:
+        """Twice: exact, and with the kernels it ships."""
+        from gemma_deploy.backends.onnxruntime.proof import prove_graph
+
+        prove_graph(proof, result)
+
+    def source(self, artifact: Path, manifest: Mapping[str, Any], kernels: str = "strict") -> Source:
+        """The graph made exact, or with the kernels it ships."""
+        from gemma_deploy.backends.onnxruntime.source import DynamicSource
+
+        return DynamicSource(artifact, "strict" if kernels == "strict" else "shipped")
+
+    def rounds(self, manifest: Mapping[str, Any]) -> bool:
+        """Never: exact arithmetic leaves no rounding but that of the weights."""
+        return False
+
+
+BACKEND = OnnxRuntime()
 
 
 def chosen_kernels(recipe: Recipe, config: ModelConfig, kept: Sequence[str] | None) -> Kernels:

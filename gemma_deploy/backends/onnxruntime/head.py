@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from gemma_deploy.backends.ort.linears import Matrix
-from gemma_deploy.backends.ort.nodes import MICROSOFT, Nodes
+from gemma_deploy.backends.onnxruntime.linears import Matrix
+from gemma_deploy.backends.onnxruntime.nodes import MICROSOFT, Nodes
 
 if TYPE_CHECKING:
-    from gemma_deploy.backends.ort.weights import Weights
+    from gemma_deploy.backends.onnxruntime.weights import Weights
 
 # Bytes of the table in one product. A session maps a matrix while it packs it, so that the largest one decides the
 # peak of loading; several cost 0.1 ms a token.

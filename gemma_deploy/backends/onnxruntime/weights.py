@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import onnx_ir as ir
 
-from gemma_deploy.backends.ort.nodes import Nodes
+from gemma_deploy.backends.onnxruntime.nodes import Nodes
 from gemma_deploy.errors import ExportError
 from gemma_deploy.graph.external import DTYPES, Row
 

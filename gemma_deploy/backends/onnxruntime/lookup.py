@@ -20,10 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from gemma_deploy.backends.ort.options import GRAPH
-from gemma_deploy.backends.ort.window import CACHES, capacity_of, empty_caches, most_ahead
+from gemma_deploy.backends.onnxruntime.options import GRAPH
+from gemma_deploy.backends.onnxruntime.window import CACHES, capacity_of, empty_caches, most_ahead
 from gemma_deploy.errors import ArtifactError, DeployError, UsageError
-from gemma_deploy.runtime.contract import check_tokens
 from gemma_deploy.runtime.generate import (
     GenerationStats,
     Prompt,
@@ -33,6 +32,7 @@ from gemma_deploy.runtime.generate import (
     speak,
     stop_token_ids,
 )
+from gemma_deploy.runtime.limits import check_tokens
 from gemma_deploy.runtime.session import VERIFY, load_file, open_graph
 from gemma_deploy.runtime.tokenizer import TextStream, Tokenizer
 
@@ -86,8 +86,8 @@ class LookupModel:
     """
 
     def __init__(self, artifact_dir: str | Path, manifest: dict[str, Any], threads: int = 0) -> None:
-        from gemma_deploy.backends.ort.several import last_positions
-        from gemma_deploy.backends.ort.window import windows_of
+        from gemma_deploy.backends.onnxruntime.several import last_positions
+        from gemma_deploy.backends.onnxruntime.window import windows_of
 
         self.path = Path(artifact_dir).resolve()
         dtype = manifest["recipe"]["backend"]["dtype"]

@@ -12,15 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_deploy.errors import ArtifactError, UsageError
+from gemma_deploy.errors import ArtifactError
 from gemma_deploy.partition.parts import FOLDER
+from gemma_deploy.runtime.limits import REBUILD
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
 MANIFEST = "manifest.json"
+Stages = Sequence[Sequence[str]]  # folders of the ranks of each stage; none of an undivided artifact
 GRAPHS = ("iter0", "iter1")
-REBUILD = "compile the artifact again, or copy it whole"
 DTYPES = {1: "float32", 10: "float16", 7: "int64", 3: "int8"}  # ONNX's numbers
 KINDS = {  # ORT's names
     "tensor(float)": "float32",
@@ -171,22 +172,6 @@ def read_contract(path: Path, manifest: Mapping[str, Any] | None) -> StaticContr
 
 def _dimension(dim: Any) -> int | str:
     return dim if isinstance(dim, str) else int(dim)
-
-
-def check_tokens(ids: Sequence[int], vocab_size: int, where: str) -> None:
-    """Refuse ids that are no tokens of a model: run times read beside the table, or crash.
-
-    Raises:
-        UsageError: naming one of them.
-    """
-    low, high = min(ids), max(ids)
-    if low < 0 or high >= vocab_size:
-        raise UsageError(
-            f"token {low if low < 0 else high} is not in the vocabulary",
-            where=where,
-            expected=f"0 to {vocab_size - 1}",
-            next_step="use the tokenizer of this artifact",
-        )
 
 
 def check_session(session: ort.InferenceSession, contract: StaticContract, graph: str, where: Path) -> None:

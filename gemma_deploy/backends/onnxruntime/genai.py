@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gemma_deploy.backends.ort.genai import CONFIG_FILE
+from gemma_deploy.backends.onnxruntime.genai_config import CONFIG_FILE
 from gemma_deploy.errors import ArtifactError, DeployError, UsageError
-from gemma_deploy.runtime.contract import REBUILD, check_tokens
 from gemma_deploy.runtime.generate import GenerationStats, Prompt, check_context, check_length, encoded, speak
+from gemma_deploy.runtime.limits import REBUILD, check_tokens
 from gemma_deploy.runtime.sampling import Sampling
 from gemma_deploy.runtime.session import PARAMS
 from gemma_deploy.runtime.tokenizer import TextStream, Tokenizer

@@ -22,12 +22,12 @@ from itertools import groupby
 import numpy as np
 import onnx_ir as ir
 
-from gemma_deploy.backends.ort.head import screened_head, whole_head
-from gemma_deploy.backends.ort.linears import Matrix, product_of, rounded_tokens
-from gemma_deploy.backends.ort.nodes import MICROSOFT, Nodes
-from gemma_deploy.backends.ort.options import Kernels
-from gemma_deploy.backends.ort.weights import Weights
-from gemma_deploy.backends.ort.window import WINDOW_CACHE, windowed_layers
+from gemma_deploy.backends.onnxruntime.head import screened_head, whole_head
+from gemma_deploy.backends.onnxruntime.linears import Matrix, product_of, rounded_tokens
+from gemma_deploy.backends.onnxruntime.nodes import MICROSOFT, Nodes
+from gemma_deploy.backends.onnxruntime.options import Kernels
+from gemma_deploy.backends.onnxruntime.weights import Weights
+from gemma_deploy.backends.onnxruntime.window import WINDOW_CACHE, windowed_layers
 from gemma_deploy.checkpoint.config import SLIDING, ModelConfig
 from gemma_deploy.checkpoint.expected import expected_tensors
 from gemma_deploy.errors import ExportError

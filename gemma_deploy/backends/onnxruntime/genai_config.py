@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from gemma_deploy.backends.ort.options import GRAPH
-from gemma_deploy.backends.ort.window import windowed_layers
+from gemma_deploy.backends.onnxruntime.options import GRAPH
+from gemma_deploy.backends.onnxruntime.window import windowed_layers
 from gemma_deploy.checkpoint.config import ModelConfig
 
 CONFIG_FILE = "genai_config.json"

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from gemma_deploy.backends.tvm_vacc.contract import Stages
+from gemma_deploy.backends.tvm_vacc.sessions import load_graph
+from gemma_deploy.backends.tvm_vacc.strict import lower
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.graph.passes.unrounded import leave_unrounded
-from gemma_deploy.runtime.session import VERIFY, Stages, load_graph
-from gemma_deploy.runtime.strict import lower
+from gemma_deploy.runtime.session import VERIFY
 
 POSITIONS = 128
 MATRIX_BYTES = 24 << 20  # malloc maps and unmaps anything of 32 MiB: page faults

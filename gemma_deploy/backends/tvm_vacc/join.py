@@ -12,9 +12,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from gemma_deploy.backends.tvm_vacc.contract import Stages
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.partition.ranks import sharding
-from gemma_deploy.runtime.session import Stages, load_file
+from gemma_deploy.runtime.session import load_file
 
 COLLECTIVES = {"AllReduce", "AllGather"}
 FIRST_ROW = ".first_row"

@@ -15,11 +15,11 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from gemma_deploy.backends.ort.apart import drop_unread, every_position, exact
-from gemma_deploy.backends.ort.decoder import LOGITS, NORMED
-from gemma_deploy.backends.ort.linears import product_of
-from gemma_deploy.backends.ort.options import GRAPH
-from gemma_deploy.backends.ort.window import empty_caches, windows_of
+from gemma_deploy.backends.onnxruntime.apart import drop_unread, every_position, exact
+from gemma_deploy.backends.onnxruntime.decoder import LOGITS, NORMED
+from gemma_deploy.backends.onnxruntime.linears import product_of
+from gemma_deploy.backends.onnxruntime.options import GRAPH
+from gemma_deploy.backends.onnxruntime.window import empty_caches, windows_of
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.gates import Line

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from gemma_deploy.backends.ort.nodes import MICROSOFT, Nodes
-from gemma_deploy.backends.ort.weights import Weights, largest_block
+from gemma_deploy.backends.onnxruntime.nodes import MICROSOFT, Nodes
+from gemma_deploy.backends.onnxruntime.weights import Weights, largest_block
 
 INT8_ACTIVATIONS = 4  # accuracy_level
 STEPS, HALF_STEPS = 127, 63  # largest code of an activation, and of either half of a wide one

@@ -1,0 +1,119 @@
+"""What every back end answers to: how its artifacts are made, what their ledger says, how they are proven."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from gemma_deploy.checkpoint import Checkpoint, ModelConfig
+from gemma_deploy.graph.contract import GraphContract
+from gemma_deploy.params import ParamTable
+from gemma_deploy.partition import Part
+from gemma_deploy.quantization.rescaling import Rescaling
+from gemma_deploy.recipe import Recipe
+from gemma_deploy.schemes import CodeForm
+
+if TYPE_CHECKING:
+    from gemma_deploy.artifact.ledger import LedgerEntry
+    from gemma_deploy.parity.cases import Case
+    from gemma_deploy.parity.compare import ParityResult, Report
+    from gemma_deploy.parity.sources import Source
+
+PARAMS = "params.safetensors"
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """What graphs are made from.
+
+    Args:
+        parts: of the artifact; table: of all parameter files.
+        kept: linears whose inputs are not rounded to 8 bits; None where none are.
+    """
+
+    recipe: Recipe
+    config: ModelConfig
+    contract: GraphContract
+    parts: Sequence[Part]
+    table: ParamTable
+    rescaling: Rescaling | None = None
+    kept: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a proof looks at.
+
+    Args:
+        artifact: directory, finished or not; manifest: its manifest or what will become it.
+        fast: measure what a user runs as well, where no gate is on it.
+        report: is told what runs.
+    """
+
+    artifact: Path
+    checkpoint: Checkpoint
+    manifest: Mapping[str, Any]
+    cases: tuple[Case, ...]
+    fast: bool
+    report: Report
+
+
+class Backend(Protocol):
+    """One kind of target."""
+
+    @property
+    def graphs(self) -> Sequence[str]:
+        """Names of the graphs of a part, without `.onnx`."""
+
+    @property
+    def shares_tensors(self) -> bool:
+        """Whether an initializer may show several tensors of the parameter file, or some rows of one."""
+
+    @property
+    def runs_in_genai(self) -> bool:
+        """Whether onnxruntime-genai runs its artifacts."""
+
+    def codes(self, recipe: Recipe) -> CodeForm:
+        """How codes are stored."""
+
+    def contract(self, recipe: Recipe, config: ModelConfig) -> GraphContract:
+        """Names, dtypes and shapes of the whole model's inputs and outputs."""
+
+    def export(self, job: ExportJob) -> tuple[dict[str, bytes], int]:
+        """.onnx files by their path in the artifact; peak RSS in bytes of a process that made them, 0 without one.
+
+        Raises:
+            ExportError, NotBuiltError: see graph/export.py.
+        """
+
+    def files(self, recipe: Recipe, config: ModelConfig) -> dict[str, dict[str, Any]]:
+        """JSON files beside the graphs, by name."""
+
+    def kernels(self, recipe: Recipe, config: ModelConfig, kept: Sequence[str] | None) -> dict[str, Any] | None:
+        """For the manifest: which kernels a graph names, where it names any."""
+
+    def ledger(self, manifest: Mapping[str, Any]) -> list[LedgerEntry]:
+        """Every place where an artifact may differ from the reference."""
+
+    def prove(self, proof: Proof, result: ParityResult) -> None:
+        """Compare an artifact with its checkpoint and put lines, measures, notes and effect into `result`.
+
+        Raises:
+            DeployError: a source could not run.
+        """
+
+    def source(self, artifact: Path, manifest: Mapping[str, Any], kernels: str = "strict") -> Source:
+        """The artifact as something that is compared.
+
+        Args:
+            kernels: `strict` computes what the weights stand for; others are those in `kernel_names`.
+        """
+
+    @property
+    def kernel_names(self) -> Sequence[str]:
+        """What `source` takes; the first is what an evaluation takes unless told otherwise."""
+
+    def rounds(self, manifest: Mapping[str, Any]) -> bool:
+        """Whether strict graphs round activations or the cache, so that two of them repeat no number."""

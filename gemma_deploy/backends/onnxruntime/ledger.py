@@ -1,0 +1,73 @@
+"""Where ONNX Runtime's graph may differ from the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gemma_deploy.artifact.ledger import LedgerEntry, Words, context_entries, shared_entries
+
+WORDS = Words(
+    to_nearest="what kernels do to activations is listed below",
+    linears_read="what kernels do to activations is listed below; ",
+)
+
+
+def ledger_of(manifest: Mapping[str, Any]) -> list[LedgerEntry]:
+    """All entries of an artifact."""
+    return [
+        *shared_entries(manifest, WORDS),
+        *_kernels(manifest),
+        *context_entries(manifest, "rotary tables; genai_config.json"),
+        LedgerEntry(
+            "prefill returns the last position's logits only",
+            "GatherND behind the last attention",
+            "decode needs no other position",
+        ),
+    ]
+
+
+def _kernels(manifest: Mapping[str, Any]) -> list[LedgerEntry]:
+    """What ONNX Runtime's int8 kernels round besides the weights; the effect, of all of them, is against float32."""
+    kernels = manifest.get("kernels")
+    if not kernels:
+        return []
+    rows = (manifest.get("parity") or {}).get("measures", ())
+    pairs = [row for row in rows if (row["reference"], row["test"]) == ("strict", "shipped")]
+    found = {row["phase"]: row for row in reversed(pairs)}  # of text, which comes first, where there is any
+    measures = ("case", "positions", "kl_mean", "top1", "overturned")
+    effects: dict[str, dict[str, Any]] = {
+        phase: {key: found[phase][key] for key in measures} if phase in found else {} for phase in ("prefill", "decode")
+    }
+    entries = [
+        LedgerEntry(
+            f"activations rounded to 8 bits, a scale for each token and {kernels['block']} input channels (or group of "
+            "grouped weights)",
+            "MatMulNBits of the LM head" if kernels["integer"] else "MatMulNBits of every linear and of the LM head",
+            "accuracy level 4, the only one that runs at the speed of the memory",
+            effects["decode"],
+        )
+    ]
+    if candidates := kernels.get("candidates"):
+        entries.append(
+            LedgerEntry(
+                f"logits of all but the {candidates} likeliest tokens are those of the high half of every code",
+                "the LM head",
+                "backend.compile.head screened: half as much is read; the likeliest are computed from whole codes in "
+                "float32, so that greedy tokens are those of the whole table",
+                effects["decode"],
+            )
+        )
+    if kernels["integer"]:
+        wide, linears = kernels["wide"], 7 * manifest["model"]["num_hidden_layers"]
+        but = f"; to 14 bits before {len(wide)} linears ({', '.join(wide)})" if wide else ""
+        how = "14 bits with a scale per token" if len(wide) == linears else f"8 bits with a scale per token{but}"
+        entries.append(
+            LedgerEntry(
+                f"activations rounded to {how}",
+                "MatMulIntegerToFloat of every linear",
+                "backend.compile.prefill fast: integer products of whole rows",
+                effects["prefill"],
+            )
+        )
+    return entries

@@ -1,0 +1,44 @@
+"""How ONNX Runtime's graph is proven: exact on dequantized weights, then with the kernels it ships, then as a whole."""
+
+from __future__ import annotations
+
+from gemma_deploy.backends.base import Proof
+from gemma_deploy.backends.onnxruntime.bisect import dynamic_divergence
+from gemma_deploy.backends.onnxruntime.gates import dynamic_gates
+from gemma_deploy.backends.onnxruntime.source import DynamicSource, half_line, whole_graph_line, wide_line
+from gemma_deploy.parity.compare import ParityResult, compare_sources, effect_of, judged, measures_of
+from gemma_deploy.parity.sources import Source
+from gemma_deploy.parity.torch_sources import torch_sources
+
+
+def prove_graph(proof: Proof, result: ParityResult) -> None:
+    """Compare and judge; see `Backend.prove`."""
+    artifact, opened, manifest, cases = proof.artifact, proof.checkpoint, proof.manifest, proof.cases
+    scheme = str(manifest["scheme"])
+    on_cpu = scheme != "bf16"
+    strict, shipped = DynamicSource(artifact, "strict"), DynamicSource(artifact, "shipped")
+    hf, patched, twin = torch_sources(opened, artifact, manifest)
+    sources: dict[str, Source] = {source.name: source for source in (hf, patched, twin, strict)}
+    gates = dynamic_gates(scheme, bool((manifest.get("kernels") or {}).get("candidates")))
+    pairs = list(dict.fromkeys([gate.pair for gate in gates] + [(hf.name, "strict")]))
+    if on_cpu:
+        sources[shipped.name] = shipped
+        pairs += [("strict", "shipped")]
+    found = compare_sources(sources, pairs, cases, opened.config.vocab_size, proof.report)
+    result.lines = judged(gates, found)
+    if on_cpu:
+        result.lines.append(whole_graph_line(artifact, shipped, cases[0]))
+    else:
+        result.lines.append(half_line(artifact))
+        result.notes.append(
+            "computed in float32 on the bfloat16 weights: ONNX Runtime has no such kernels for a CPU, so those of a "
+            "GPU provider were not run"
+        )
+    if manifest.get("kernels"):
+        result.lines.append(wide_line(artifact, manifest["kernels"]))
+    result.measures = measures_of(found)
+    result.effect = effect_of(found[hf.name, "shipped" if on_cpu else "strict"], cases)
+    if not result.passed:
+        proof.report("looking for the first layer that differs")
+        divergence = dynamic_divergence(hf, patched, twin, artifact, cases[0])
+        result.divergence = divergence.to_json() if divergence else None

@@ -1,0 +1,50 @@
+"""The gate that `compile` runs and `parity` repeats: hf = patched = artifact, whatever back end made it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma_deploy.backends import backend_of
+from gemma_deploy.backends.base import Proof
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.parity.compare import ParityResult, Report, cases_for
+from gemma_deploy.parity.gates import sqnr_line
+from gemma_deploy.schemes import Storage
+
+log = logging.getLogger(__name__)
+
+
+def run_parity(
+    artifact: Path,
+    checkpoint: str | Path | Checkpoint,
+    *,
+    manifest: Mapping[str, Any],
+    text: str | Path | None = None,
+    prompt_tokens: int = 64,
+    decode_tokens: int = 32,
+    fast: bool = False,
+    report: Report = log.debug,
+) -> ParityResult:
+    """Prove an artifact against its checkpoint.
+
+    Args:
+        artifact: directory, finished or not; manifest: its manifest or what will become it.
+        text: file to take the prompt from; the bundled C4 sample by default.
+        prompt_tokens: at least this long; longer where the sliding window asks for it.
+        fast: compare the optimized session as well; it holds the whole model, and no gate is on it.
+        report: is told what runs.
+
+    Raises:
+        UsageError: the text file is missing or too short; DeployError: a source could not run.
+    """
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
+    result = ParityResult()
+    cases = cases_for(opened, manifest["contract"], text, prompt_tokens, decode_tokens, result.notes)
+    proof = Proof(artifact, opened, manifest, tuple(cases), fast, report)
+    backend_of(manifest).prove(proof, result)
+    if manifest["storage"] and Storage.from_json(manifest["storage"]).linears.bits == 8:
+        result.lines.append(sqnr_line(manifest["params"]))
+    return result
