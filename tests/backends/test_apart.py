@@ -40,7 +40,7 @@ def test_exact_arithmetic_is_the_model(made, logits_of, tokens, kind, form):
     assert not ROUNDING & {node.op_type for node in graph.graph}
     unread = [value.name for node in graph.graph for value in node.outputs
               if value.name and not value.uses() and value not in graph.graph.outputs
-              and node.op_type != "SkipSimplifiedLayerNormalization"]  # fmt: skip
+              and node.op_type not in ("SkipSimplifiedLayerNormalization", "TopK")]  # fmt: skip
     assert unread == []
     session = open_session(graph, one.folder, optimize=False)
     expected = logits_of(kind, form, tokens)

@@ -85,7 +85,7 @@ def test_the_codes_lie_in_the_file_once(made):
              if isinstance(value.const_value, ir.ExternalTensor)]  # fmt: skip
     assert {(view.offset, view.length) for view in views if view.offset == row.offset} == {(row.offset, row.nbytes)}
     ops = Counter(node.op_type for node in one.graph(candidates=CANDIDATES).graph)
-    assert (ops["GatherBlockQuantized"], ops["TopK"], ops["ScatterElements"]) == (2, 1, 1)
+    assert (ops["GatherBlockQuantized"], ops["ScatterElements"]) == (2, 1)
 
 
 @pytest.mark.parametrize(("kind", "form"), [("gemma", "w4"), ("gemma2", "w4"), ("gemma3_text", "w8row")])
@@ -96,8 +96,9 @@ def test_exact_arithmetic_has_no_screen(made, logits_of, tokens, monkeypatch, ki
     graph = one.graph(candidates=CANDIDATES)
     every_position(graph)
     exact(graph)
-    ops = {node.op_type for node in graph.graph}
-    assert not {"TopK", "ScatterElements", "MatMulNBits", "BitShift", "GatherBlockQuantized"} & ops
+    ops = Counter(node.op_type for node in graph.graph)
+    assert not {"ScatterElements", "MatMulNBits", "BitShift", "GatherBlockQuantized"} & set(ops)
+    assert ops["TopK"] == 1  # which orders tokens by their padding
     logits, _ = step(open_session(graph, one.folder, optimize=False), [tokens])
     assert off(logits[0], logits_of(kind, form, tokens)) < CLOSE
 

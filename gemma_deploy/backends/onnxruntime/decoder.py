@@ -2,8 +2,8 @@
 
 input_ids [B,S] int64, attention_mask [B,T] int64, past_key_values.{i}.key/value [B,Hk,*,D] -> logits [B,1,V] float32,
 present.{i}.key/value: the names and meanings that onnxruntime-genai expects. GroupQueryAttention rotates, masks, and
-writes into the cache where past and present are one buffer. Padding stands on the right of a prompt; logits are those
-of each row's last token, which is chosen as soon as the last layer has attended.
+writes into the cache where past and present are one buffer. Rows may be padded on either side (padding.py); logits are
+those of each row's last token, which is chosen as soon as the last layer has attended.
 
 A bfloat16 graph is for GPU providers: ONNX Runtime has no such kernels for a CPU. Embedding and soft cap are float32 in
 it, logits leave in float32, norms are computed in float32 (stash_type).
@@ -26,6 +26,7 @@ from gemma_deploy.backends.onnxruntime.head import screened_head, whole_head
 from gemma_deploy.backends.onnxruntime.linears import Matrix, product_of, rounded_tokens
 from gemma_deploy.backends.onnxruntime.nodes import MICROSOFT, Nodes
 from gemma_deploy.backends.onnxruntime.options import Kernels
+from gemma_deploy.backends.onnxruntime.padding import Tokens, real_tokens_first
 from gemma_deploy.backends.onnxruntime.weights import Weights
 from gemma_deploy.backends.onnxruntime.window import WINDOW_CACHE, windowed_layers
 from gemma_deploy.checkpoint.config import SLIDING, ModelConfig
@@ -64,8 +65,7 @@ def linears_of(config: ModelConfig) -> frozenset[str]:
 class _Shared:
     """Values that every layer reads, computed once."""
 
-    seqlens: ir.Value  # [B] int32: real tokens of each row, less one
-    total: ir.Value  # int32: columns of the mask
+    tokens: Tokens
     caches: dict[str, ir.Value]  # past_key_values.{i}.{key|value}
 
 
@@ -89,15 +89,12 @@ class _Decoder:
         mask = _input("attention_mask", ir.DataType.INT64, ("batch", "total_sequence"))
         caches = self._caches("past_key_values", "past_sequence").items()
         past = {name: ir.Value(name=name, shape=shape, type=ir.TensorType(self.dtype)) for name, shape in caches}
-        hidden = self._embed(ids)
-        lengths = nodes.one("ReduceSum", [mask, nodes.numbers(1)], "lengths", keepdims=0)
-        seqlens = nodes.one("Cast", [nodes.one("Sub", [lengths, nodes.numbers(1)], "last")], "seqlens_k", to=6)
-        total = nodes.one("Cast", [self._size(mask, 1, "total_length")], "total_sequence_length", to=6)
-        shared = _Shared(seqlens, total, past)
+        tokens = real_tokens_first(nodes, ids, mask, bool(self.windowed))
+        hidden = self._embed(tokens.ids)
+        shared = _Shared(tokens, past)
         attended, residual, *present = self._layers(hidden, shared)
-        index = self._last_index(ids, lengths)
         attended, residual = (
-            nodes.one("GatherND", [value, index], f"{name}.chosen", batch_dims=1)
+            nodes.one("GatherND", [value, tokens.last], f"{name}.chosen", batch_dims=1)
             for name, value in zip(CHOSEN, (attended, residual), strict=True)
         )
         hidden = self._after_attention(self.last, attended, residual)
@@ -165,9 +162,11 @@ class _Decoder:
         rotary = [self.weights.rotary(kind, table) for table in ("cos", "sin")]
         past = [shared.caches[f"past_key_values.{layer}.{part}"] for part in ("key", "value")]
         window = config.sliding_window if kind == SLIDING else None
+        tokens = shared.tokens
+        counts = [] if tokens.read is None else [*[None] * 7, tokens.read]  # query_seqlens is input 16
         return nodes.many(
             "GroupQueryAttention",
-            [*made, *[None] * (3 - len(made)), *past, shared.seqlens, shared.total, *rotary],
+            [*made, *[None] * (3 - len(made)), *past, tokens.seqlens, tokens.total, *rotary, *counts],
             [f"{path}.self_attn.out", f"{path}.present.key", f"{path}.present.value"],
             domain=MICROSOFT,
             num_heads=config.num_attention_heads,
@@ -245,17 +244,6 @@ class _Decoder:
         apart = nodes.one("Reshape", [x, nodes.numbers(0, -1, dim)], f"{norm}.heads")
         return nodes.one("Reshape", [self._norm(apart, norm), nodes.numbers(0, -1, heads * dim)], f"{norm}.joined")
 
-    def _last_index(self, ids: ir.Value, lengths: ir.Value) -> ir.Value:
-        """[B,1,1]: place of each row's last token among the new ones, padding on the right left out."""
-        nodes = self.nodes
-        longest = nodes.one("ReduceMax", [lengths, nodes.numbers(0)], "longest", keepdims=1)
-        new = self._size(ids, 1, "new_tokens")
-        before = nodes.one("Sub", [longest, new], "cached")
-        place = nodes.one("Sub", [nodes.one("Sub", [lengths, before], "own"), nodes.numbers(1)], "place")
-        most = nodes.one("Sub", [new, nodes.numbers(1)], "most")
-        inside = nodes.one("Max", [nodes.one("Min", [place, most], "at_most"), nodes.numbers(0)], "inside")
-        return nodes.one("Unsqueeze", [inside, nodes.numbers(1, 2)], "last_index")
-
     def _head(self, normed: ir.Value) -> ir.Value:
         """Logits in float32, soft-capped where the model does."""
         tied, nodes, cap = self.config.tie_word_embeddings, self.nodes, self.config.final_logit_softcapping
@@ -274,10 +262,6 @@ class _Decoder:
             logits = nodes.one("Mul", [bounded, nodes.scalar(cap)], "logits.capped")
         logits.name = LOGITS
         return logits
-
-    def _size(self, value: ir.Value, axis: int, name: str) -> ir.Value:
-        """[1] int64: a dimension."""
-        return self.nodes.one("Shape", [value], name, start=axis, end=axis + 1)
 
     def _caches(self, prefix: str, length: str) -> dict[str, ir.Shape]:
         """[B,Hk,*,D] of every layer's keys and values, by name."""
