@@ -269,3 +269,34 @@ def test_ctrl_c_ends_the_line_and_the_program(artifact, capfd, monkeypatch):
     code, out, err = run(capfd, artifact, "-p", "the", "--threads", 1, "--stats")
     assert (code, out[:3], out[-1]) == (130, "the", "\n")
     assert err.endswith("; interrupted\n")
+
+
+@pytest.mark.parametrize("cache", ["full", "window"])
+def test_a_batch_of_unequal_prompts_padded_on_the_right_is_transformers(genai_artifact, artifact, tmp_path, cache):
+    """As genai pads; with caches of a window as well, which ONNX Runtime fills row by row."""
+    import onnxruntime_genai as og
+
+    made = artifact
+    if cache == "window":
+        made = tmp_path / "window"
+        checkpoint = artifact.parent.parent / "checkpoint"
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(
+            f"name: x\nfrontend: {{checkpoint: {checkpoint}, shape: {{input_ids: [[64], [{CONTEXT}]]}}}}\n"
+            "backend: {type: onnxruntime, dtype: fp32, compile: {cache: window}}\n"
+        )
+        assert main(["compile", str(recipe), "--out", str(made), "--no-parity"]) == 0
+    rng, lengths, count = np.random.default_rng(4), (5, 21, 13), 12
+    rows = [[2, *rng.integers(3, 500, length - 1).tolist()] for length in lengths]
+    model = og.Model(str(made))
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=CONTEXT, batch_size=len(rows), do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(np.array([row + [0] * (max(lengths) - len(row)) for row in rows], np.int32))
+    found = []
+    for _ in range(count):
+        generator.generate_next_token()
+        found.append(generator.get_next_tokens().tolist())
+    expected = [eager(artifact)([row], count)[0] for row in rows]
+    assert np.array(found).T.tolist() == expected
+    assert len({token for row in expected for token in row}) > 6

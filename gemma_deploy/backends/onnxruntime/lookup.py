@@ -8,7 +8,7 @@ Kernels add in another order for several tokens than for one, and rounding to in
 Where the two largest logits lie closer together, the token is computed again on its own, as decoding without lookup
 does. What MatMulNBits leaves in the cache still depends on the company a token had, so that a near tie can end in
 another way; in fp32, and where the linears are integer products, the tokens are the same. The session is ONNX
-Runtime's, on the artifact's graph with another choice of positions (backends/ort/several.py).
+Runtime's, on the artifact's graph with another choice of positions (backends/onnxruntime/several.py).
 """
 
 from __future__ import annotations

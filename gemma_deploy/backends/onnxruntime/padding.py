@@ -40,12 +40,15 @@ class Tokens:
 
 
 def real_tokens_first(nodes: Nodes, ids: ir.Value, mask: ir.Value, windowed: bool) -> Tokens:
-    """ids [B, S] and mask [B, T] int64, whose last S columns are those of the new tokens.
+    """Add the nodes that order new tokens and count them.
 
-    In a cache of whole length padding is written behind a row's real tokens, and overwritten by what comes next. A
-    cache that holds a window alone has no room for padding: query_seqlens keeps it out.
+    A full-length cache holds a row's padding behind its real tokens until the next step overwrites it. A cache of a
+    window alone has no room for padding: query_seqlens keeps it out.
 
     Args:
+        nodes: of the graph.
+        ids: [B, S] int64.
+        mask: [B, T] int64, 0 or 1; its last S columns are those of the new tokens.
         windowed: some caches hold a window alone.
     """
     one = nodes.numbers(1)
