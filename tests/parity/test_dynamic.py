@@ -264,7 +264,7 @@ def test_the_choice_of_the_last_token(copy_of, kind, dtype):
     """Every position's own logits are right, and the one before the last is taken."""
     artifact = copy_of(kind, dtype)
     with Graph(artifact, "model") as graph:
-        node = next(node for node in graph.graph.node if node.output[0] == "place")
+        node = next(node for node in graph.graph.node if node.output[0] == "last")
         graph.replace_constant(node, 1, lambda one: one + 1)
     assert failed(gate(artifact)) == {PARTS}
 
