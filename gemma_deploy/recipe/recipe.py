@@ -36,7 +36,7 @@ RECIPE_FILE = reading.FileKind(
     limit_bytes=4 * documents.MAX_CHARS,
 )
 # Read where the target is ONNX Runtime.
-ORT_KEYS = tuple(f"backend.compile.{key}" for key in ("block", "prefill", "head", "cache"))
+ORT_KEYS = tuple(f"backend.compile.{key}" for key in ("block", "prefill", "head", "cache", "logits"))
 W16KV8, KV8 = "w16kv8", "+kv8"
 
 
@@ -183,6 +183,11 @@ class Recipe(sections.Section):
     def cache(self) -> str:
         """`backend.compile.cache` for ONNX Runtime: "full", or "window" where sliding layers keep the window alone."""
         return str(self.backend.compile.get("cache") or "full")
+
+    @property
+    def logits(self) -> str:
+        """`backend.compile.logits` for ONNX Runtime: of the "last" token of a row, or of "all" new ones."""
+        return str(self.backend.compile.get("logits") or "last")
 
     @property
     def int8_rows(self) -> bool:

@@ -192,7 +192,7 @@ def dataset_is_understood(recipe: Recipe) -> Found:
 
 @rule("backend", _QUANTIZE)
 def onnxruntime_kernels_are_known(recipe: Recipe) -> Found:
-    """`backend.compile.prefill`, `.block`, `.head` and `.cache`: read where the target is ONNX Runtime."""
+    """`backend.compile.prefill`, `.block`, `.head`, `.cache` and `.logits`: read where the target is ONNX Runtime."""
     given, here = recipe.backend.compile, ("backend", "compile")
     if not recipe.onnxruntime:
         return
@@ -216,6 +216,8 @@ def onnxruntime_kernels_are_known(recipe: Recipe) -> Found:
         yield (*here, "cache"), f"got '{given['cache']}', expected full or window"
     elif recipe.cache == "window" and recipe.weights == "bf16":
         yield (*here, "cache"), "window is for CPUs, and a bf16 graph for GPUs: write full, or backend.dtype fp32"
+    if given.get("logits") not in (None, "last", "all"):
+        yield (*here, "logits"), f"got '{given['logits']}', expected last or all"
     if block is not None and block not in BLOCKS:
         yield (*here, "block"), f"got {block}, expected one of {', '.join(map(str, BLOCKS))}"
 

@@ -18,10 +18,11 @@ class Batch:
 
     Args:
         capacity: positions in the caches of a window; 0 where there are none.
+        logits: `last` or `all`.
     """
 
-    def __init__(self, one, rows, capacity=0):
-        graph = one.graph(windowed=bool(capacity))
+    def __init__(self, one, rows, capacity=0, logits="last"):
+        graph = one.graph(windowed=bool(capacity), logits=logits)
         windows = windows_of(graph.graph)
         self.session = open_session(graph, one.folder)
         self.caches = {
@@ -36,7 +37,7 @@ class Batch:
         feeds = {"input_ids": np.asarray(ids, np.int64), "attention_mask": self.mask}
         logits, *present = self.session.run(None, feeds | self.caches)
         self.caches = dict(zip(self.caches, present, strict=True))
-        return logits[:, 0]
+        return logits[:, 0] if logits.shape[1] == 1 else logits
 
 
 def padded(rows, side, seed=0):
@@ -103,6 +104,22 @@ def test_every_row_is_transformers_left_padded_row(made, expected, kind, batch, 
     assert off(right[0, 0], right[1, 0]) > 0.1
 
 
+@pytest.mark.parametrize("capacity", [0, 11])
+@pytest.mark.parametrize("logits", ["last", "all"])
+def test_masks_whose_ones_stand_side_by_side(made, expected, capacity, logits):
+    """As genai's Engine writes them: a step of a shorter row ends in zeros, and its token is real all the same."""
+    rows, steps, right = expected("gemma3_text", "three")
+    graph = Batch(made("gemma3_text"), len(rows), capacity, logits)
+    found, lengths = [graph.feed(*padded(rows, "right"))], np.array([len(row) for row in rows])
+    if logits == "all":
+        found[0] = found[0][np.arange(len(rows)), lengths - 1]
+    for at, step in enumerate(steps, 1):
+        columns = np.arange(lengths.max() + at)
+        graph.mask = np.zeros((len(rows), 0), np.int64)
+        found.append(graph.feed(step[:, None], columns[None] < (lengths + at)[:, None]))
+    assert off(np.stack(found), right) < CLOSE
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_caches_shared_by_past_and_present_take_padded_rows(made, expected, side):
     """As a caller does that never copies a cache: buffers of 64 positions, written in place."""
@@ -165,3 +182,35 @@ def test_a_row_of_nothing_but_padding_disturbs_no_other(made, expected, kind, ca
     found += [graph.feed([*step[:, None], [5]], np.ones((3, 1))) for step in steps]
     assert off(np.stack(found)[:, :2], right) < CLOSE
     assert np.isfinite(found).all()
+
+
+# Logits of every token
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", ["left", "right", "anywhere"])
+@pytest.mark.parametrize("capacity", [0, 11])
+def test_every_token_has_its_own_logits_where_it_stands(made, logits_of, expected, kind, side, capacity):
+    """A prompt, several tokens of one row behind it where there is one, and single ones; then they are told apart."""
+    for batch in LENGTHS:
+        rows, steps, right = expected(kind, batch)
+        graph, (ids, mask) = Batch(made(kind), len(rows), capacity, "all"), padded(rows, side)
+        logits = graph.feed(ids, mask)
+        assert logits.shape == (*ids.shape, 512)
+        assert np.isfinite(logits).all()
+        for row, tokens in enumerate(rows):
+            assert off(logits[row][mask[row] == 1], logits_of(kind, "fp32", tokens)) < CLOSE, (batch, row)
+        if len(rows) == 1:
+            assert off(graph.feed(steps[:4].T, np.ones((1, 4)))[0], right[1:5, 0]) < CLOSE
+        for at in range(4 if len(rows) == 1 else 0, STEPS):
+            assert off(graph.feed(steps[at][:, None], np.ones((len(rows), 1))), right[at + 1]) < CLOSE, at
+
+
+def test_a_graph_of_all_logits_has_them_by_the_same_operators(made):
+    """One choice behind the final norm in the place of two behind the last attention; the head sees every token."""
+    one = made("gemma3_text", "w8t")
+    last, every = ([node.op_type for node in one.graph(logits=which).graph] for which in ("last", "all"))
+    assert (last.count("GatherND"), every.count("GatherND")) == (2, 1)
+    assert sorted({*every}) == sorted({*last, "CumSum"})
+    session = one.session(logits="all")
+    assert session.get_outputs()[0].shape == ["batch", "sequence", 512]

@@ -141,7 +141,7 @@ def test_the_kernels_are_listed_in_the_manifest_and_the_ledger(compiled):
     assert kernels["wide"], "a quarter of the linears gets 14 bits"
     assert set(kernels["wide"]) < linears_of(ModelConfig.from_dict(TINY_CONFIGS["gemma3_text"], "config.json"))
     assert manifest_of(lean)["kernels"] == {"block": BLOCK, "integer": False, "wide": [], "candidates": 0,
-                                         "windowed": False}  # fmt: skip
+                                         "windowed": False, "logits": "last"}  # fmt: skip
     assert manifest_of(floats)["kernels"] is None
     for folder, count in ((fast, 2), (lean, 1), (floats, 0)):
         entries = [one for one in manifest_of(folder)["ledger"] if one["what"].startswith("activations rounded to 8")]
@@ -331,6 +331,8 @@ def loaded(*overrides):
         (["backend.compile.head=screened"], Kernels(BLOCK, True, EVERY, CANDIDATES)),
         (["backend.compile.cache=window"], Kernels(BLOCK, True, EVERY, windowed=True)),
         (["backend.compile.cache=full"], Kernels(BLOCK, True, EVERY)),
+        (["backend.compile.logits=last"], Kernels(BLOCK, True, EVERY)),
+        (["backend.compile.logits=all"], Kernels(BLOCK, True, EVERY, logits="all")),
         (["backend.compile={prefill: lean, head: whole}"], Kernels(BLOCK, False)),
         (["frontend.quantize.type=w4a16"], Kernels(BLOCK, False)),
         (["frontend.quantize.type=w8a8"], Kernels(BLOCK, True, KEPT)),
@@ -349,9 +351,11 @@ def test_kernels_follow_the_recipe(overrides, kernels):
     assert backend("onnxruntime").codes(recipe) == CodeForm(unsigned=True, turned=kernels.integer)
     listed = backend("onnxruntime").kernels(recipe, CONFIG, kept)
     assert listed == {"block": kernels.block, "integer": kernels.integer, "wide": sorted(kernels.wide),
-                      "candidates": kernels.candidates, "windowed": kernels.windowed}  # fmt: skip
+                      "candidates": kernels.candidates, "windowed": kernels.windowed,
+                      "logits": kernels.logits}  # fmt: skip
     search = backend("onnxruntime").files(recipe, CONFIG)["genai_config.json"]["search"]
-    assert search.get("chunk_size") == (512 if kernels.integer else 256)
+    chunk = 512 if kernels.integer else 256
+    assert search.get("chunk_size") == (None if kernels.logits == "all" else chunk)
     assert recipe.vendor_keys() == {}
 
 

@@ -345,7 +345,7 @@ def test_whole_logits_are_those_of_the_last_token(built):
     artifact, prompt = built("gemma2", "fp32"), (2, *range(30, 52))
     source = DynamicSource(artifact, "shipped")
     (hidden,) = source.run([Case("random", (prompt,), ((),))])[0]
-    np.testing.assert_allclose(whole_logits(artifact, prompt), source.head(hidden[-1:])[0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(whole_logits(artifact, prompt), source.head(hidden[-1:]), rtol=0, atol=1e-5)
 
 
 def test_watched_values_are_of_the_prompt_and_then_of_the_steps(built):

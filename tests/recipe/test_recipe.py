@@ -211,6 +211,7 @@ def test_check_built_refuses_for_onnxruntime_in_one_sentence(overrides, start):
     [
         ("backend.compile.prefill=quick", "backend.compile.prefill: got 'quick', expected fast or lean"),
         ("backend.compile.head=half", "backend.compile.head: got 'half', expected whole or screened"),
+        ("backend.compile.logits=each", "backend.compile.logits: got 'each', expected last or all"),
         ("backend.compile.block=48", "backend.compile.block: got 48, expected one of 16, 32, 64, 128, 256"),
         ("backend.compile.block=big", "backend.compile.block: got big, expected one of 16, 32, 64, 128, 256"),
     ],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_deploy.backends.base import PARAMS, ExportJob, Proof
 from gemma_deploy.backends.onnxruntime.decoder import build_decoder, embedding_scale, linears_of
 from gemma_deploy.backends.onnxruntime.genai_config import CONFIG_FILE, genai_config
-from gemma_deploy.backends.onnxruntime.options import CANDIDATES, GRAPH, MODEL, Kernels
+from gemma_deploy.backends.onnxruntime.options import ALL, CANDIDATES, GRAPH, LAST, MODEL, Kernels
 from gemma_deploy.backends.onnxruntime.window import WINDOW, WINDOW_CACHE, windowed_layers
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.graph.contract import BATCH, SEQUENCE, GraphContract, Port
@@ -31,13 +31,15 @@ PAST, TOTAL = "past_sequence", "total_sequence"
 
 @dataclass(frozen=True)
 class OrtContract(GraphContract):
-    """One graph: new tokens and the cache before them -> logits of each row's last token, and the cache after them.
+    """One graph: new tokens and the cache before them -> logits, and the cache after them.
 
     Args:
         windowed: layers whose caches hold a window alone.
+        logits: `last`, of each row's last token, or `all`, of every new token.
     """
 
     windowed: tuple[int, ...] = ()
+    logits: str = LAST
 
     @property
     def graph_names(self) -> tuple[str, ...]:
@@ -51,7 +53,26 @@ class OrtContract(GraphContract):
 
     def outputs(self, graph: str) -> tuple[Port, ...]:
         """Of the graph."""
-        return (Port("logits", "float32", (BATCH, 1, self.vocab_size)), *self._cache("present", TOTAL))
+        positions = SEQUENCE if self.logits == ALL else 1
+        return (Port("logits", "float32", (BATCH, positions, self.vocab_size)), *self._cache("present", TOTAL))
+
+    @property
+    def not_for(self) -> tuple[str, ...]:
+        """What a caller may try that is refused or goes wrong, as sentences."""
+        every = self.logits == ALL
+        return (
+            "prompts of many tokens in one run: the logits of every token are "
+            f"{4 * self.vocab_size} bytes (backend.compile.logits: last has those of the last one)"
+            if every
+            else "onnxruntime-genai's Engine, which wants the logits of every token (backend.compile.logits: all)",
+            "batches padded on the left in onnxruntime-genai's Generator, which takes that padding for tokens; in "
+            "attention_mask either side is right",
+            *(() if self.windowed else ("several new tokens of several rows behind a cache: the graph refuses them",)),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Sizes, ports and `not_for`, for the manifest."""
+        return super().to_json() | {"not_for": list(self.not_for)}
 
     def _positions(self, layer: int, length: int | str) -> int | str:
         return WINDOW_CACHE if layer in self.windowed else length
@@ -83,6 +104,7 @@ class OnnxRuntime:
             dynamic=True,
             hidden_size=config.hidden_size,
             windowed=windowed_layers(config) if recipe.cache == WINDOW else (),
+            logits=recipe.logits,
         )
 
     def export(self, job: ExportJob) -> tuple[dict[str, bytes], int]:
@@ -96,8 +118,9 @@ class OnnxRuntime:
 
     def files(self, recipe: Recipe, config: ModelConfig) -> dict[str, dict[str, Any]]:
         """What onnxruntime-genai reads."""
-        chunk, gpu = CHUNKS[recipe.prefill], recipe.weights == "bf16"
-        windowed = recipe.cache == WINDOW
+        # genai's Engine, for which logits of all positions are, refuses models with a chunk_size.
+        chunk = None if recipe.logits == ALL else CHUNKS[recipe.prefill]
+        gpu, windowed = recipe.weights == "bf16", recipe.cache == WINDOW
         return {CONFIG_FILE: genai_config(config, recipe.context_length, chunk, gpu=gpu, windowed=windowed)}
 
     def kernels(self, recipe: Recipe, config: ModelConfig, kept: Sequence[str] | None) -> dict[str, Any] | None:
@@ -141,7 +164,8 @@ def chosen_kernels(recipe: Recipe, config: ModelConfig, kept: Sequence[str] | No
     """
     block = recipe.backend.compile.get("block") or Kernels.block
     candidates = CANDIDATES if recipe.head == "screened" else 0
-    kernels = Kernels(block=block, candidates=candidates, windowed=recipe.cache == WINDOW)
+    windowed = recipe.cache == WINDOW
+    kernels = Kernels(block=block, candidates=candidates, windowed=windowed, logits=recipe.logits)
     if recipe.prefill != "fast":
         return kernels
     return replace(kernels, integer=True, wide=frozenset(linears_of(config) if kept is None else kept))

@@ -3,7 +3,7 @@
 input_ids [B,S] int64, attention_mask [B,T] int64, past_key_values.{i}.key/value [B,Hk,*,D] -> logits [B,1,V] float32,
 present.{i}.key/value: the names and meanings that onnxruntime-genai expects. GroupQueryAttention rotates, masks, and
 writes into the cache where past and present are one buffer. Rows may be padded on either side (padding.py); logits are
-those of each row's last token, which is chosen as soon as the last layer has attended.
+those of each row's last token, which is chosen as soon as the last layer has attended, or of every token [B,S,V].
 
 A bfloat16 graph is for GPU providers: ONNX Runtime has no such kernels for a CPU. Embedding and soft cap are float32 in
 it, logits leave in float32, norms are computed in float32 (stash_type).
@@ -25,7 +25,7 @@ import onnx_ir as ir
 from gemma_deploy.backends.onnxruntime.head import screened_head, whole_head
 from gemma_deploy.backends.onnxruntime.linears import Matrix, product_of, rounded_tokens
 from gemma_deploy.backends.onnxruntime.nodes import MICROSOFT, Nodes
-from gemma_deploy.backends.onnxruntime.options import Kernels
+from gemma_deploy.backends.onnxruntime.options import ALL, Kernels
 from gemma_deploy.backends.onnxruntime.padding import Tokens, real_tokens_first
 from gemma_deploy.backends.onnxruntime.weights import Weights
 from gemma_deploy.backends.onnxruntime.window import WINDOW_CACHE, windowed_layers
@@ -37,7 +37,6 @@ from gemma_deploy.graph.external import Row
 OPSET, IR_VERSION = 23, 11
 TABLE = "model.embed_tokens"
 EMBEDDED, NORMED, LOGITS = "model.embed_tokens.out", "model.norm.out", "logits"
-CHOSEN = ("attention", "residual")  # what leaves the last layer's attention
 
 
 def build_decoder(
@@ -89,18 +88,19 @@ class _Decoder:
         mask = _input("attention_mask", ir.DataType.INT64, ("batch", "total_sequence"))
         caches = self._caches("past_key_values", "past_sequence").items()
         past = {name: ir.Value(name=name, shape=shape, type=ir.TensorType(self.dtype)) for name, shape in caches}
-        tokens = real_tokens_first(nodes, ids, mask, bool(self.windowed))
+        every = self.kernels.logits == ALL
+        tokens = real_tokens_first(nodes, ids, mask, windowed=bool(self.windowed), every=every)
         hidden = self._embed(tokens.ids)
         shared = _Shared(tokens, past)
         attended, residual, *present = self._layers(hidden, shared)
-        attended, residual = (
-            nodes.one("GatherND", [value, tokens.last], f"{name}.chosen", batch_dims=1)
-            for name, value in zip(CHOSEN, (attended, residual), strict=True)
-        )
-        hidden = self._after_attention(self.last, attended, residual)
-        logits = self._head(self._norm(hidden, "model.norm"))
+        if not every:
+            attended, residual = self._chosen(tokens, attention=attended, residual=residual)
+        normed = self._norm(self._after_attention(self.last, attended, residual), "model.norm")
+        if every:
+            (normed,) = self._chosen(tokens, normed=normed)
+        logits = self._head(normed)
         logits.type = ir.TensorType(ir.DataType.FLOAT)
-        logits.shape = ir.Shape(("batch", 1, config.vocab_size))
+        logits.shape = ir.Shape(("batch", "sequence" if every else 1, config.vocab_size))
         caches = self._caches("present", "total_sequence").items()
         for value, (name, shape) in zip(present, caches, strict=True):
             value.name, value.shape, value.type = name, shape, ir.TensorType(self.dtype)
@@ -119,6 +119,13 @@ class _Decoder:
             name="decoder",
         )
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="gemma-deploy")
+
+    def _chosen(self, tokens: Tokens, **values: ir.Value) -> list[ir.Value]:
+        """[B,S,*] -> [B,N,*] of the tokens whose logits are wanted, by name."""
+        return [
+            self.nodes.one("GatherND", [value, tokens.wanted], f"{name}.chosen", batch_dims=1)
+            for name, value in values.items()
+        ]
 
     def _layers(self, hidden: ir.Value, shared: _Shared) -> list[ir.Value]:
         """[B,S,H] -> what the last layer's attention gives and the residual beside it, then all caches."""

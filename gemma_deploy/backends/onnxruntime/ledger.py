@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemma_deploy.artifact.ledger import LedgerEntry, Words, context_entries, shared_entries
+from gemma_deploy.backends.onnxruntime.options import ALL, LAST
 
 WORDS = Words(
     to_nearest="what kernels do to activations is listed below",
@@ -15,15 +16,16 @@ WORDS = Words(
 
 def ledger_of(manifest: Mapping[str, Any]) -> list[LedgerEntry]:
     """All entries of an artifact."""
+    last = LedgerEntry(
+        "prefill returns the last position's logits only",
+        "GatherND behind the last attention",
+        "decode needs no other position",
+    )
     return [
         *shared_entries(manifest, WORDS),
         *_kernels(manifest),
         *context_entries(manifest, "rotary tables; genai_config.json"),
-        LedgerEntry(
-            "prefill returns the last position's logits only",
-            "GatherND behind the last attention",
-            "decode needs no other position",
-        ),
+        *([] if manifest["contract"].get("logits", LAST) == ALL else [last]),
     ]
 
 

@@ -27,19 +27,18 @@ class Tokens:
         seqlens: [B] int32, GroupQueryAttention's seqlens_k: positions of the cache filled after this step, less one.
         total: [1] int32, its total_sequence_length: columns of the mask.
         read: [B] int32, its query_seqlens: real tokens among the new ones; None where all caches are whole.
-        last: [B, 1, 1] int64, place of each row's last real token in `ids`; -1, the end, where it has none.
-        seen: [B, S] int64, the mask of the new tokens as it was given.
+        wanted: [B, N, 1] int64, places in `ids` of the tokens whose logits the graph gives: each row's last real one,
+            or all of them in the order in which they were given. -1, the end, where there is no real token.
     """
 
     ids: ir.Value
     seqlens: ir.Value
     total: ir.Value
     read: ir.Value | None
-    last: ir.Value
-    seen: ir.Value
+    wanted: ir.Value
 
 
-def real_tokens_first(nodes: Nodes, ids: ir.Value, mask: ir.Value, windowed: bool) -> Tokens:
+def real_tokens_first(nodes: Nodes, ids: ir.Value, mask: ir.Value, *, windowed: bool, every: bool) -> Tokens:
     """Add the nodes that order new tokens and count them.
 
     A full-length cache holds a row's padding behind its real tokens until the next step overwrites it. A cache of a
@@ -50,6 +49,7 @@ def real_tokens_first(nodes: Nodes, ids: ir.Value, mask: ir.Value, windowed: boo
         ids: [B, S] int64.
         mask: [B, T] int64, 0 or 1; its last S columns are those of the new tokens.
         windowed: some caches hold a window alone.
+        every: logits of all new tokens are wanted, not of the last ones alone.
     """
     one = nodes.numbers(1)
     new, columns = (nodes.one("Shape", [value], name, start=1, end=2)
@@ -57,9 +57,9 @@ def real_tokens_first(nodes: Nodes, ids: ir.Value, mask: ir.Value, windowed: boo
     most = nodes.numbers(np.iinfo(np.int64).max)
     seen = nodes.one("Slice", [mask, nodes.one("Neg", [new], "first_new"), most, one], "seen")
     ordered = nodes.one("GatherElements", [ids, _order(nodes, seen, new)], "ordered_ids", axis=1)
-    lengths, found = (nodes.one("ReduceSum", [value, one], name, keepdims=0)
-                      for value, name in ((mask, "lengths"), (seen, "found")))  # fmt: skip
-    last = nodes.one("Sub", [found, one], "last")
+    lengths, marked = (nodes.one("ReduceSum", [value, one], name, keepdims=0)
+                       for value, name in ((mask, "lengths"), (seen, "marked")))  # fmt: skip
+    found = _real(nodes, marked, new)
     if windowed:
         filled = nodes.one("Max", [lengths, one], "filled")  # a row without a token reads one of its padding
         read = nodes.one("Add", [found, nodes.one("Sub", [filled, lengths], "nothing")], "read")
@@ -71,9 +71,31 @@ def real_tokens_first(nodes: Nodes, ids: ir.Value, mask: ir.Value, windowed: boo
         seqlens=nodes.one("Cast", [seqlens], "seqlens_k", to=INT32),
         total=nodes.one("Cast", [columns], "total_sequence_length", to=INT32),
         read=nodes.one("Cast", [read], "query_seqlens", to=INT32) if windowed else None,
-        last=nodes.one("Unsqueeze", [last, nodes.numbers(1, 2)], "last_index"),
-        seen=seen,
+        wanted=_every_place(nodes, seen) if every else _last_place(nodes, found),
     )
+
+
+def _real(nodes: Nodes, marked: ir.Value, new: ir.Value) -> ir.Value:
+    """[B]: real tokens among a row's new ones.
+
+    genai's Engine writes the ones of a row side by side, so that at a step of one token a row the last column is 0 for
+    all but the longest rows: where it is 1 for one row, the tokens of all of them are real.
+    """
+    any_row = nodes.one("ReduceMax", [marked, nodes.numbers(0)], "any_row", keepdims=1)
+    one_token = nodes.one("Sub", [nodes.numbers(2), new], "one_token")  # 1 for one token a row, else 0 or less
+    return nodes.one("Max", [marked, nodes.one("Min", [any_row, one_token], "at_least")], "found")
+
+
+def _last_place(nodes: Nodes, found: ir.Value) -> ir.Value:
+    """[B, 1, 1]: real tokens lie in front, so that their number less one is the place of the last."""
+    last = nodes.one("Sub", [found, nodes.numbers(1)], "last")
+    return nodes.one("Unsqueeze", [last, nodes.numbers(1, 2)], "last_index")
+
+
+def _every_place(nodes: Nodes, seen: ir.Value) -> ir.Value:
+    """[B, S, 1]: a token goes behind the real ones before it; padding is told what the last of those gives."""
+    count = nodes.one("CumSum", [seen, nodes.constant(np.int64(1), "int64.scalar.1")], "count_so_far")
+    return nodes.one("Unsqueeze", [nodes.one("Sub", [count, nodes.numbers(1)], "place"), nodes.numbers(2)], "places_of")
 
 
 def _order(nodes: Nodes, seen: ir.Value, new: ir.Value) -> ir.Value:

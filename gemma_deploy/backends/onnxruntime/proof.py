@@ -5,6 +5,7 @@ from __future__ import annotations
 from gemma_deploy.backends.base import Proof
 from gemma_deploy.backends.onnxruntime.bisect import dynamic_divergence
 from gemma_deploy.backends.onnxruntime.gates import dynamic_gates
+from gemma_deploy.backends.onnxruntime.options import LAST
 from gemma_deploy.backends.onnxruntime.source import DynamicSource, half_line, whole_graph_line, wide_line
 from gemma_deploy.parity.compare import ParityResult, compare_sources, effect_of, judged, measures_of
 from gemma_deploy.parity.sources import Source
@@ -15,7 +16,7 @@ def prove_graph(proof: Proof, result: ParityResult) -> None:
     """Compare and judge; see `Backend.prove`."""
     artifact, opened, manifest, cases = proof.artifact, proof.checkpoint, proof.manifest, proof.cases
     scheme = str(manifest["scheme"])
-    on_cpu = scheme != "bf16"
+    on_cpu, logits = scheme != "bf16", str(manifest["contract"].get("logits", LAST))
     strict, shipped = DynamicSource(artifact, "strict"), DynamicSource(artifact, "shipped")
     hf, patched, twin = torch_sources(opened, artifact, manifest)
     sources: dict[str, Source] = {source.name: source for source in (hf, patched, twin, strict)}
@@ -27,7 +28,7 @@ def prove_graph(proof: Proof, result: ParityResult) -> None:
     found = compare_sources(sources, pairs, cases, opened.config.vocab_size, proof.report)
     result.lines = judged(gates, found)
     if on_cpu:
-        result.lines.append(whole_graph_line(artifact, shipped, cases[0]))
+        result.lines.append(whole_graph_line(artifact, shipped, cases[0], opened.config.vocab_size, logits))
     else:
         result.lines.append(half_line(artifact))
         result.notes.append(

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from gemma_deploy.backends.onnxruntime.apart import drop_unread, every_position, exact
 from gemma_deploy.backends.onnxruntime.decoder import LOGITS, NORMED
 from gemma_deploy.backends.onnxruntime.linears import product_of
-from gemma_deploy.backends.onnxruntime.options import GRAPH
+from gemma_deploy.backends.onnxruntime.options import ALL, GRAPH, LAST
 from gemma_deploy.backends.onnxruntime.window import empty_caches, windows_of
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
@@ -35,6 +35,7 @@ Kernels = Literal["strict", "shipped"]
 STRICT: Kernels = "strict"
 # One row of the head alone and among others: MatMulNBits adds in another order (real 270M: 5e-7).
 WHOLE_LIMIT = 1e-5
+WHOLE_BYTES = 64 << 20  # of logits of all positions that are compared
 Caches = dict[str, np.ndarray]  # by the names of the graph's inputs
 
 
@@ -154,22 +155,36 @@ class _Session:
 
 
 def whole_logits(path: Path, tokens: Sequence[int]) -> np.ndarray:
-    """[V]: logits after a prompt, from the artifact's graph untouched and with caches that have room for one token."""
+    """Logits [1,V] after a prompt, or [S,V] of all its tokens, as the graph gives them; nothing of it is changed."""
     model = load_file(Path(path) / GRAPH)
     windows, session = windows_of(model.graph), open_graph(model, Path(path).resolve(), strict=False)
     feeds = {"input_ids": np.array([tokens], np.int64), "attention_mask": np.ones((1, len(tokens)), np.int64)}
     feeds |= empty_caches(session, windows)
-    logits: np.ndarray = session.run([LOGITS], feeds)[0][0, 0]
+    logits: np.ndarray = session.run([LOGITS], feeds)[0][0]
     return logits
 
 
-def whole_graph_line(path: Path, shipped: DynamicSource, case: Case) -> Line:
-    """The graph untouched gives what its parts give: the last token is the one chosen."""
-    prompt = case.prompts[0]
+def whole_graph_line(path: Path, shipped: DynamicSource, case: Case, vocab_size: int, logits: str = LAST) -> Line:
+    """The graph untouched gives what its parts give: of the last token, or of every one in its own place.
+
+    Args:
+        logits: which of them the graph gives; of all, as many tokens are compared as fit into `WHOLE_BYTES`.
+    """
+    prompt, where = case.prompts[0], "after a prompt"
+    if logits == ALL:
+        prompt, where = prompt[: max(2, WHOLE_BYTES // (4 * vocab_size))], "for every token of a prompt"
     parts = shipped.run([Case(case.name, (prompt,), ((),))])[0][0]
-    expected, found = shipped.head(parts[-1:])[0], whole_logits(path, prompt)
-    error = float(np.abs(found - expected).max()) / max(1.0, float(np.abs(expected).max()))
-    return Line("shipped = its parts after a prompt", "relative error", error, WHOLE_LIMIT, error <= WHOLE_LIMIT)
+    found = whole_logits(path, prompt)
+    expected = shipped.head(parts if logits == ALL else parts[-1:])
+    error = largest_error(found, expected)
+    return Line(f"shipped = its parts {where}", "relative error", error, WHOLE_LIMIT, error <= WHOLE_LIMIT)
+
+
+def largest_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference of any logit [N,V], relative to the largest; infinite where there are more or fewer."""
+    if found.shape != expected.shape:
+        return float("inf")
+    return float(np.abs(found - expected).max()) / max(1.0, float(np.abs(expected).max()))
 
 
 def wide_line(path: Path, kernels: Mapping[str, Any]) -> Line:
