@@ -52,3 +52,17 @@ class ParameterMapper:
                 problems=problems,
                 next_step="split the checkpoint again with `gemma-deploy split`",
             )
+
+    def check_shape(self, local: str, shape: tuple[int, ...], where: str) -> None:
+        """See that a tensor of the stage has the shape that the config says.
+
+        Raises:
+            CheckpointError: it has another.
+        """
+        expected = self.shapes[self.sources[local]]
+        if shape != expected:
+            raise CheckpointError(
+                f"{local} is {list(shape)}, expected {list(expected)}",
+                where=where,
+                next_step="split the checkpoint again with `gemma-deploy split`",
+            )

@@ -15,7 +15,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from gemma_deploy.errors import UsageError
 from gemma_deploy.patched import causal_classes
-from gemma_deploy.split.parts import Bottom, Part, Top
+from gemma_deploy.split.base import Part
+from gemma_deploy.split.factory import load_part
+from gemma_deploy.split.layout import read_split
+from gemma_deploy.split.parts import Bottom, Top
 
 
 class SplitChain(PreTrainedModel, GenerationMixin):
@@ -62,8 +65,6 @@ class SplitChain(PreTrainedModel, GenerationMixin):
         Args:
             device: one for all parts, or one for each.
         """
-        from gemma_deploy.split.factory import load_part, read_split
-
         names = read_split(Path(directory))
         devices = [device] * len(names) if isinstance(device, str) else list(device)
         if len(devices) != len(names):
@@ -107,20 +108,13 @@ class SplitChain(PreTrainedModel, GenerationMixin):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if past_key_values is None and use_cache and not self.training:
             past_key_values = DynamicCache(config=self.config)
-        hidden: Any = inputs_embeds if input_ids is None else input_ids
-        for part, cache in zip(self.parts, self._caches(past_key_values), strict=True):
-            hidden = part(
-                hidden.to(part.device),
-                attention_mask=_moved(attention_mask, part.device),
-                position_ids=_moved(position_ids, part.device),
-                past_key_values=cache,
-            )
-        top = self.parts[-1]
-        if isinstance(logits_to_keep, torch.Tensor):
-            hidden = hidden[:, logits_to_keep.to(hidden.device), :]
-        elif logits_to_keep:
-            hidden = hidden[:, -logits_to_keep:, :]
-        logits = top.head(hidden)
+        caches = self._caches(past_key_values)
+        at = {"attention_mask": attention_mask, "position_ids": position_ids}
+        bottom, *middle, top = self.parts
+        hidden = bottom(input_ids, inputs_embeds=inputs_embeds, **at, past_key_values=caches[0])
+        for part, cache in zip(middle, caches[1:-1], strict=True):
+            hidden = part(hidden, **at, past_key_values=cache)
+        logits = top(hidden, **at, past_key_values=caches[-1], logits_to_keep=logits_to_keep).logits
         loss = None
         if labels is not None:
             labels = labels.to(logits.device)
@@ -134,10 +128,3 @@ class SplitChain(PreTrainedModel, GenerationMixin):
         while len(cache.layers) < self.config.num_hidden_layers:  # made one by one where all layers are of one kind
             cache.layers.append(cache.layer_class_to_replicate())
         return [Cache(layers=cache.layers[part.span.start : part.span.stop]) for part in self.parts]
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """A tensor, a mask per kind of layer (as `generate` makes them for a static cache), or None."""
-    if isinstance(value, dict):
-        return {kind: _moved(mask, device) for kind, mask in value.items()}
-    return None if value is None else value.to(device)

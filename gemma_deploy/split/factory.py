@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig
 from gemma_deploy.errors import CheckpointError, UsageError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.partition import Span, recommended_points, spans_of
 from gemma_deploy.partition.mapper import ParameterMapper
-from gemma_deploy.split.parts import Part
+from gemma_deploy.split.base import Part
+from gemma_deploy.split.layout import PART_KEY, WEIGHTS, part_config
 from gemma_deploy.split.registry import part_class
+from gemma_deploy.split.writing import write_split
 
 BLOCK_BYTES = 8 << 20
-PART_KEY, WEIGHTS, INDEX = "gemma_deploy_part", "model.safetensors", "split.json"
 ALIASES = {"gemma3": "gemma3_text"}
+log = logging.getLogger(__name__)
 
 
 class ModelFactory:
@@ -34,7 +35,13 @@ class ModelFactory:
         split_point_1: int | None = None,
         split_point_2: int | None = None,
         device: str | Sequence[str] = "cpu",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = torch.float32,
+        *,
+        device_map: str | Mapping[str, str] | None = None,
+        low_memory: bool = True,
+        verbose: bool = False,
+        storage_path: str | Path | None = None,
+        auto_save: bool = False,
     ) -> tuple[Part, ...]:
         """Bottom (layers [0, a)), trunk ([a, b)) and top ([b, n)).
 
@@ -44,12 +51,26 @@ class ModelFactory:
             split_point_1: a; split_point_2: b. Without both, points that balance the parts' bytes; without b alone
                 there is no trunk.
             device: one for all, or one for each part.
-            dtype: of the parameters; the checkpoint's by default.
+            dtype: of the parameters; None: the checkpoint's.
+            device_map: the devices by the parts' names, `{"bottom": "cpu", "trunk": "cuda:0"}` (`device` for those not
+                named), or "auto": with three CUDA devices each part has one, with two the trunk and the top, with one
+                the trunk; the others are on `device`.
+            low_memory: True. Each part is read on its own, tensor by tensor; no more than the parts is in memory.
+            verbose: log each part's layers, parameters and MiB as information, not only for debugging.
+            storage_path: with auto_save, a directory that will hold the parts as the checkpoint stores them, for
+                `SplitChain.from_split` and `load_part`; the same as `gemma-deploy split` writes.
+            auto_save: write them.
 
         Raises:
-            UsageError: another model_type than the checkpoint's, points that do not cut it, or too few devices.
+            UsageError: another model_type than the checkpoint's, points that do not cut it, too few devices, names of
+                parts that are not there, a storage_path that exists, or one of storage_path and auto_save alone.
             CheckpointError: the checkpoint is damaged; NotBuiltError: no class is registered for a part.
         """
+        if not low_memory:
+            raise UsageError("low_memory is False, but parts are never read any other way", next_step="leave it out")
+        if auto_save != (storage_path is not None):
+            given, missing = ("auto_save", "storage_path") if auto_save else ("storage_path", "auto_save=True")
+            raise UsageError(f"{given} without {missing} writes nothing", next_step="pass both, or neither")
         checkpoint = Checkpoint.open(model_name_or_path)
         config = checkpoint.config
         if ALIASES.get(model_type, model_type) != config.model_type:
@@ -60,13 +81,50 @@ class ModelFactory:
             )
         points = [point for point in (split_point_1, split_point_2) if point is not None]
         spans = spans_of(config.num_hidden_layers, points or recommended_points(config))
-        devices = [device] * len(spans) if isinstance(device, str) else list(device)
-        if len(devices) != len(spans):
-            raise UsageError(f"{len(devices)} devices for {len(spans)} parts", next_step="name one for each part")
-        return tuple(
-            from_pretrained_split(checkpoint, span, device=at, dtype=dtype)
-            for span, at in zip(spans, devices, strict=True)
+        devices = _devices([span.name for span in spans], device, device_map)
+        if storage_path is not None:
+            write_split(checkpoint, spans, Path(storage_path))
+        parts = []
+        for span, at in zip(spans, devices, strict=True):
+            part = from_pretrained_split(checkpoint, span, device=at, dtype=dtype)
+            figures = (span.name, span.start, span.stop - 1, f"{part.num_parameters():,}", part.memory_footprint_mb())
+            log.log(
+                logging.INFO if verbose else logging.DEBUG, "%s: layers %d to %d, %s parameters, %.1f MiB", *figures
+            )
+            parts.append(part)
+        return tuple(parts)
+
+
+def _devices(
+    names: Sequence[str], device: str | Sequence[str], device_map: str | Mapping[str, str] | None
+) -> list[str]:
+    """A device for each part.
+
+    Raises:
+        UsageError: the words do not fit the parts.
+    """
+    if device_map is None:
+        devices = [device] * len(names) if isinstance(device, str) else list(device)
+        if len(devices) != len(names):
+            raise UsageError(f"{len(devices)} devices for {len(names)} parts", next_step="name one for each part")
+        return devices
+    if not isinstance(device, str):
+        raise UsageError("a list of devices and device_map say the same in two ways", next_step="keep one of them")
+    if isinstance(device_map, str):
+        if device_map != "auto":
+            raise UsageError(
+                f"device_map is {device_map!r}",
+                expected='"auto", or a device for each part by its name',
+                next_step=f"name the parts: {', '.join(names)}",
+            )
+        found = {3: ("bottom", "trunk", "top"), 2: ("trunk", "top"), 1: ("trunk",)}
+        on_cuda = found.get(min(torch.cuda.device_count(), 3), ())
+        device_map = {name: f"cuda:{number}" for number, name in enumerate(on_cuda) if name in names}
+    elif unknown := sorted(set(device_map) - set(names)):
+        raise UsageError(
+            f"device_map names {', '.join(unknown)}", expected=", ".join(names), next_step="correct the names"
         )
+    return [device_map.get(name, device) for name in names]
 
 
 def from_pretrained_split(
@@ -84,13 +142,13 @@ def from_pretrained_split(
     """
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     part = part_class(opened.config.model_type, span.kind)(opened.config, span, embed_scale)
-    mapper = ParameterMapper(opened.config, span)
-    mapper.check((name for name, _ in part.named_parameters()), str(opened.path))
-    dtype = dtype or _dtype_of(opened.config, opened)
-    for local, source in mapper.sources.items():
-        _assign(part, local, _read(opened, source, torch.device(device), dtype))
+    stored = dtype or _dtype_of(opened.config, opened)
+
+    def read(local: str, source: str) -> torch.Tensor:
         give_memory_back()
-    return part.eval()
+        return _read(opened, source, torch.device(device), stored)
+
+    return part.fill(ParameterMapper(opened.config, span), read, str(opened.path))
 
 
 def _read(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -112,17 +170,6 @@ def _dtype_of(config: ModelConfig, checkpoint: Checkpoint) -> torch.dtype:
     stored = next(iter(checkpoint.tensors.values())).dtype
     names = [named, stored, "float32"]
     return next(found for name in names if isinstance(found := getattr(torch, str(name), None), torch.dtype))
-
-
-def _assign(part: nn.Module, name: str, value: torch.Tensor) -> None:
-    module_name, _, parameter = name.rpartition(".")
-    part.get_submodule(module_name).register_parameter(parameter, nn.Parameter(value))
-
-
-def part_config(config: ModelConfig, span: Span, embed_scale: str = "exact") -> dict[str, Any]:
-    """config.json of a part: the whole model's with all its stop tokens, and which part this is."""
-    here = {"name": span.name, "start": span.start, "stop": span.stop, "embed_scale": embed_scale}
-    return {**config.raw, "eos_token_id": list(config.eos_token_ids), PART_KEY: here}
 
 
 def save_part(part: Part, directory: str | Path) -> Path:
@@ -177,30 +224,9 @@ def load_part(directory: str | Path, device: str = "cpu", dtype: torch.dtype | N
     mapper = ParameterMapper(config, span)
     with safe_open(directory / WEIGHTS, framework="pt", device=device) as weights:
         mapper.check(weights.keys(), str(directory / WEIGHTS))
-        for local, source in mapper.sources.items():
-            value = weights.get_tensor(local)
-            if tuple(value.shape) != mapper.shapes[source]:
-                raise CheckpointError(
-                    f"{local} is {list(value.shape)}, expected {list(mapper.shapes[source])}",
-                    where=str(directory / WEIGHTS),
-                    next_step="split the checkpoint again with `gemma-deploy split`",
-                )
-            _assign(part, local, value if dtype is None else value.to(dtype))
-    return part.eval()
 
+        def read(local: str, source: str) -> torch.Tensor:
+            value: torch.Tensor = weights.get_tensor(local)
+            return value if dtype is None else value.to(dtype)
 
-def read_split(directory: Path) -> list[str]:
-    """Names of the parts in a directory that `gemma-deploy split` wrote, in order.
-
-    Raises:
-        CheckpointError: it holds no finished split.
-    """
-    file = directory / INDEX
-    try:
-        return [str(part["name"]) for part in json.loads(file.read_text(encoding="utf-8"))["parts"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"no split model: {INDEX} cannot be read ({type(error).__name__})",
-            where=str(directory),
-            next_step="make one with `gemma-deploy split CHECKPOINT OUT`",
-        ) from error
+        return part.fill(mapper, read, str(directory / WEIGHTS))

@@ -7,7 +7,8 @@ from typing import TypeVar
 
 from gemma_deploy.errors import NotBuiltError
 from gemma_deploy.patched import MODELS
-from gemma_deploy.split.parts import Bottom, Part, Top, Trunk
+from gemma_deploy.split.base import Part
+from gemma_deploy.split.parts import Bottom, Top, Trunk
 
 Class = TypeVar("Class", bound=type[Part])
 REGISTRY: dict[tuple[str, str], type[Part]] = {

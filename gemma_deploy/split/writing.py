@@ -17,7 +17,7 @@ from gemma_deploy.params.plan import ITEM_BITS, ParamSpec
 from gemma_deploy.params.writer import write_params
 from gemma_deploy.partition import Span
 from gemma_deploy.partition.mapper import ParameterMapper
-from gemma_deploy.split.factory import INDEX, WEIGHTS, part_config
+from gemma_deploy.split.layout import INDEX, WEIGHTS, part_config
 from gemma_deploy.staging import write_tokenizer
 
 Progress = Callable[[int, int], None]

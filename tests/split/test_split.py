@@ -32,28 +32,8 @@ POINTS = (1, 2)
 
 
 @pytest.fixture(scope="module")
-def parts(model_type, checkpoint_dir):
-    return ModelFactory.create_split_models(
-        model_type=model_type, model_name_or_path=checkpoint_dir, split_point_1=1, split_point_2=2, dtype=torch.float32
-    )
-
-
-@pytest.fixture(scope="module")
 def chain(parts):
     return SplitChain(parts)
-
-
-@pytest.fixture(scope="module")
-def stock(checkpoint_dir):
-    return AutoModelForCausalLM.from_pretrained(checkpoint_dir, attn_implementation="eager", dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def prompt():
-    ids = torch.randint(3, 500, (2, 40), generator=torch.Generator().manual_seed(1))  # five windows
-    mask = torch.ones_like(ids)
-    mask[0, :7] = 0
-    return ids, mask
 
 
 def test_the_chain_is_the_whole_bit_for_bit(stock, chain, prompt):

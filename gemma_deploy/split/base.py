@@ -1,0 +1,269 @@
+"""What every part of a split model is: some layers of the patched stack, with a KV cache of its own.
+
+Layers count from 0 in every part; masks and rotary tables are made in each from attention_mask and position_ids, and
+hidden states are all that passes between parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self, TypeAlias, TypeGuard
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from gemma_deploy.checkpoint import ModelConfig
+from gemma_deploy.errors import UsageError
+from gemma_deploy.graph.skeleton import new_model
+from gemma_deploy.partition import Span
+from gemma_deploy.partition.mapper import ParameterMapper
+from gemma_deploy.partition.spans import BOTTOM, HEAD, TABLE, TOP, TRUNK
+
+MIB = 1 << 20
+Mask: TypeAlias = torch.Tensor | Mapping[str, torch.Tensor]
+
+
+class Part(nn.Module):
+    """Some layers of a model, and what goes in front of or behind them.
+
+    Args:
+        config: of the whole model; span: which part of it. Parameters are on the meta device.
+        embed_scale: rounding of the embedding scale, `exact` or `bf16`.
+
+    Attributes:
+        cache: what `use_cache=True` has collected; None where there is nothing.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, config: ModelConfig, span: Span, embed_scale: str = "exact") -> None:
+        super().__init__()
+        self.model_config, self.span, self.embed_scale = config, span, embed_scale
+        causal = new_model(
+            config,
+            num_hidden_layers=self.num_layers,
+            layer_types=list(config.layer_types[span.start : span.stop]),
+            embed_scale=embed_scale,
+        )
+        self.config = causal.config
+        self.model = causal.model
+        self.cache: Cache | None = None
+        self._cache_is_padded = False
+        self._prune(causal)
+
+    @classmethod
+    def from_pretrained_split(
+        cls,
+        full_state_dict: Mapping[str, torch.Tensor],
+        config: Any,
+        *,
+        start_layer: int = 0,
+        end_layer: int | None = None,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """This part of a model that is in memory; `ModelFactory` reads it from a checkpoint without the rest.
+
+        Args:
+            full_state_dict: the whole model's `state_dict()`; its tensors are copied.
+            config: the whole model's, of transformers or as the dictionary in config.json.
+            start_layer, end_layer: layers [start_layer, end_layer) of the model; of a top part the end may be left out.
+            dtype: of the parameters; each tensor's own by default.
+
+        Raises:
+            UsageError: layers that are no such part; CheckpointError: tensors are missing or have another shape.
+        """
+        raw = dict(config) if isinstance(config, Mapping) else config.to_dict()
+        head, table = full_state_dict.get(HEAD), full_state_dict.get(TABLE)
+        if head is not None and table is not None and head is not table and not torch.equal(head, table):
+            raw["tie_word_embeddings"] = False  # as transformers: a head of its own is kept, whatever the config says
+        whole = ModelConfig.from_dict(raw, "config")
+        layers = whole.num_hidden_layers
+        stop = layers if end_layer is None else end_layer
+        fits = {BOTTOM: start_layer == 0 and stop < layers, TOP: start_layer > 0 and stop == layers, TRUNK: True}
+        if not (fits[cls.kind] and 0 <= start_layer < stop <= layers):
+            raise UsageError(
+                f"layers {start_layer} to {stop} of {layers} are no {cls.kind} part",
+                expected={
+                    BOTTOM: f"start_layer 0 and an end_layer from 1 to {layers - 1}",
+                    TOP: f"a start_layer from 1 to {layers - 1} and end_layer {layers}",
+                }.get(cls.kind, f"0 <= start_layer < end_layer <= {layers}"),
+                next_step="pass the layer numbers where the model is cut",
+            )
+        part = cls(whole, Span(cls.kind, start_layer, stop, cls.kind == BOTTOM, cls.kind == TOP))
+        mapper = ParameterMapper(whole, part.span)
+        mapper.check([local for local, name in mapper.sources.items() if name in full_state_dict], "full_state_dict")
+
+        def copied(local: str, name: str) -> torch.Tensor:
+            tensor = full_state_dict[name].detach()
+            return tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+
+        return part.fill(mapper, copied, "full_state_dict")
+
+    def _prune(self, causal: nn.Module) -> None:
+        """Take away what other parts have, and take what this one has besides its layers."""
+        raise NotImplementedError
+
+    def fill(self, mapper: ParameterMapper, read: Callable[[str, str], torch.Tensor], where: str) -> Self:
+        """Give every parameter its tensor, and go into evaluation mode.
+
+        Args:
+            read: (name in the part, name in the model) -> tensor.
+            where: the tensors come from, for messages.
+
+        Raises:
+            CheckpointError: a tensor has another shape than the config says.
+        """
+        mapper.check((name for name, _ in self.named_parameters()), where)
+        for local, source in mapper.sources.items():
+            value = read(local, source)
+            mapper.check_shape(local, tuple(value.shape), where)
+            module_name, _, parameter = local.rpartition(".")
+            self.get_submodule(module_name).register_parameter(parameter, nn.Parameter(value))
+        return self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return next(self.parameters()).device
+
+    @property
+    def start_layer(self) -> int:
+        """The model's number of the first layer here."""
+        return self.span.start
+
+    @property
+    def end_layer(self) -> int:
+        """The model's number of the first layer behind this part."""
+        return self.span.stop
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of this part."""
+        return self.span.stop - self.span.start
+
+    def num_parameters(self) -> int:
+        """Numbers in all weights of this part; a tied table counts in the bottom and in the top part."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def memory_footprint_mb(self) -> float:
+        """MiB of all weights of this part, in the dtype they have; the KV cache comes on top."""
+        return sum(parameter.nbytes for parameter in self.parameters()) / MIB
+
+    def get_transformer_blocks(self) -> nn.ModuleList:
+        """Decoder layers of this part; the first has number 0."""
+        layers: nn.ModuleList = self.model.layers
+        return layers
+
+    def get_layer_name_pattern(self) -> str:
+        """Regular expression that finds the layer in a parameter's name: `model.layers.3.mlp.up_proj.weight`."""
+        return r"\.layers\.[0-9]+"
+
+    def prepare_attention_mask(
+        self,
+        attention_mask: Mask | None,
+        hidden_states: torch.Tensor,
+        past_key_values: Cache | None = None,
+    ) -> Mask:
+        """The additive masks that this part's layers get: 0 where a token is seen, the dtype's minimum elsewhere.
+
+        A call of the part makes them itself; it also takes one of these in the place of attention_mask.
+
+        Args:
+            attention_mask: [batch, past + seq] of 0 / 1; None sees every token before.
+            hidden_states: [batch, seq, hidden], for sizes, dtype and device; past_key_values: the tokens before.
+
+        Returns:
+            [batch, 1, seq, keys]; where the part has layers with a sliding window and others, one for each kind.
+        """
+        batch, length = hidden_states.shape[:2]
+        at = hidden_states.device
+        masks: dict[str, torch.Tensor] = self.model.build_masks(
+            attention_mask, None, batch, length, past_key_values, hidden_states.dtype, at
+        )
+        return next(iter(masks.values())) if len(masks) == 1 else masks
+
+    def reset_cache(self) -> None:
+        """Forget what `use_cache=True` has collected: the next call begins a new text."""
+        self.cache, self._cache_is_padded = None, False
+
+    def _run(
+        self,
+        entering: dict[str, torch.Tensor],
+        attention_mask: Mask | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool,
+    ) -> tuple[torch.Tensor, Cache | None]:
+        """Hidden states [batch, seq, hidden] behind the last layer (of a top the norm), and the cache that was used."""
+        here = self.device
+        entering = {name: value.to(here) for name, value in entering.items()}
+        attention_mask, position_ids = moved(attention_mask, here), moved(position_ids, here)
+        batch, length = next(iter(entering.values())).shape[:2]
+        cache = past_key_values
+        if cache is None and use_cache:
+            if self.cache is None:
+                self.cache = DynamicCache(config=self.config)
+            cache = self.cache
+        if cache is not None:
+            self._check_cache(cache, batch, length, attention_mask)
+        if cache is not None and cache is self.cache and _is_flat(attention_mask):
+            self._cache_is_padded = not bool(attention_mask.all())
+        hidden: torch.Tensor = self.model(
+            **entering,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )[0]
+        return hidden, cache
+
+    def _check_cache(self, cache: Cache, batch: int, length: int, attention_mask: Mask | None) -> None:
+        """Refuse a cache or mask with which the result would be wrong without an error.
+
+        Raises:
+            UsageError: another number of layers or sequences, or a mask without the tokens before.
+        """
+        own = cache is self.cache
+        columns = "append the new tokens' columns to the mask of before"
+        forget = "call reset_cache() of every part to begin a new text"
+        if len(cache.layers) > self.num_layers:
+            raise UsageError(
+                f"past_key_values has {len(cache.layers)} layers, and this {self.kind} part {self.num_layers}",
+                expected="a cache for each part: its layers count from 0",
+                next_step="give every part its own DynamicCache(config=part.config), or use_cache=True",
+            )
+        past = int(cache.get_seq_length())
+        held = next((layer.keys.shape[0] for layer in cache.layers if getattr(layer, "keys", None) is not None), batch)
+        if past and held != batch:
+            raise UsageError(
+                f"the cache of this {self.kind} part holds {held} sequences, and {batch} came",
+                expected=f"the next tokens of the same {held}",
+                next_step=forget if own else "give past_key_values of these sequences",
+            )
+        if _is_flat(attention_mask):
+            if attention_mask.shape[1] < past + length:
+                raise UsageError(
+                    f"attention_mask has {attention_mask.shape[1]} columns for {past} tokens before and {length} new",
+                    expected=f"[batch, {past + length}]: one column for every token from the first on",
+                    next_step=f"{columns}, or {forget}" if own else columns,
+                )
+        elif attention_mask is None and own and past and self._cache_is_padded:
+            raise UsageError(
+                f"the {past} tokens in the cache of this {self.kind} part hold padding, and no attention_mask came",
+                expected=f"attention_mask [batch, {past + length}] with 0 for padding, as before",
+                next_step=f"{columns}, or {forget}",
+            )
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """A tensor, a mask for each kind of layer, or None, on that device."""
+    if isinstance(value, Mapping):
+        return {kind: mask.to(device) for kind, mask in value.items()}
+    return None if value is None else value.to(device)
+
+
+def _is_flat(attention_mask: Mask | None) -> TypeGuard[torch.Tensor]:
+    """Whether a mask is [batch, tokens] of 0 / 1, and not yet what layers add to their scores."""
+    return isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
