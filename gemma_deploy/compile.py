@@ -39,6 +39,7 @@ from gemma_deploy.partition import Part, division_problems, parts_of
 from gemma_deploy.partition.ranks import input_channels, repeated_heads
 from gemma_deploy.preflight import Plan, make_plan, preflight
 from gemma_deploy.quantization.rescaling import Rescaling
+from gemma_deploy.reading import refuse_directory
 from gemma_deploy.recipe import Recipe, check_against_model, check_built
 from gemma_deploy.schemes import QUANTIZERS, block_problems, group_problems, stored_scheme
 from gemma_deploy.stages import Stage, Stages
@@ -119,6 +120,7 @@ def compile_recipe(
     """
     stages = Stages(on_stage)
     out = out or Path(recipe.workspace.path) / recipe.name
+    refuse_directory(out, "--out")
     with stages.stage("check"):
         checkpoint = open_inputs(recipe)
         preflight(recipe, checkpoint, out=out, parity=parity)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from gemma_deploy.reading import exists
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -104,7 +106,7 @@ def give_memory_back() -> None:
 def nearest_existing(path: Path) -> Path:
     """`path`, or the first directory above it that exists."""
     path = path.absolute()
-    return next(place for place in (path, *path.parents) if place.exists())
+    return next(place for place in (path, *path.parents) if exists(place))
 
 
 def gib(count: int) -> str:

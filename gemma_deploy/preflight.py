@@ -21,6 +21,7 @@ from gemma_deploy.params.plan import Scheme, build_plan
 from gemma_deploy.parity.cases import prompt_length
 from gemma_deploy.parity.maxima import SEQLEN, TEXT_WINDOWS
 from gemma_deploy.partition import parts_of
+from gemma_deploy.reading import is_file
 from gemma_deploy.recipe import Recipe, check_built
 from gemma_deploy.schemes import QUANTIZERS, stored_scheme
 
@@ -341,7 +342,7 @@ def _shortfalls(plan: Plan, recipe: Recipe) -> tuple[str, ...]:
             f"workspace: {nearest_existing(plan.out)} cannot be written: set workspace.path to a directory that can"
         )
     text = recipe.parity.text
-    if text is not None and not Path(text).is_file():
+    if text is not None and not is_file(text):
         lacking.append(f"file: parity.text '{text}' is not a file: correct the path")
     return tuple(lacking)
 

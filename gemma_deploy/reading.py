@@ -9,6 +9,7 @@ nobody expects there (OSError 36 of `Path.exists`, RuntimeError of `Path.expandu
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -18,19 +19,31 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from gemma_deploy.errors import DeployError
+from gemma_deploy.errors import DeployError, UsageError
 
 LIMIT_BYTES = 64 << 20
+TEXT_BYTES = 128 << 20  # of a text to measure on, which is in memory as a whole
 # A value of JSON takes 3 bytes in a file and up to 200 in memory: this many stay below 1 GiB. The tokenizer of Gemma 3,
 # the largest JSON file of a checkpoint, has 1.9 million commas and brackets.
 MAX_VALUES = 2_500_000
+NOWHERE, IMPOSSIBLE = "there is no such file or directory", "no file can have this name"
+MAX_PARTS = 256  # of a path: functions that make parents call themselves once for each
 MAX_DIGITS = 300  # a whole number of 309 digits may be too large for a float; Python itself stops at 4,300
 _LONG_NUMBER = re.compile(rf"(?<![0-9])[0-9]{{{MAX_DIGITS + 1}}}")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_A_JSON: dict[type, str] = {
+    list: "a list",
+    str: "text",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _OTHER_FILES: tuple[tuple[Callable[[int], bool], str], ...] = (
+    (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
@@ -87,7 +100,7 @@ class FileKind:
         return self.wrong(f"cannot be read: {error.strerror or error}", path, self.unreadable)
 
 
-def open_regular(path: str | Path, *, pipes: bool = False) -> BinaryIO:
+def open_regular(path: str | Path, *, pipes: bool = False) -> io.BufferedReader:
     """Open a file for reading; what is no regular file is refused without waiting for it.
 
     Args:
@@ -101,7 +114,7 @@ def open_regular(path: str | Path, *, pipes: bool = False) -> BinaryIO:
         _refuse_other_files(os.stat(path).st_mode, path, pipes=pipes)
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except ValueError as error:  # NUL, or half a surrogate pair
-        raise OSError(errno.EINVAL, "no file can have this name") from error
+        raise OSError(errno.EINVAL, IMPOSSIBLE) from error
     try:
         _refuse_other_files(os.fstat(descriptor).st_mode, path, pipes=pipes)  # it may be another file by now
         os.set_blocking(descriptor, True)
@@ -154,13 +167,7 @@ def read_json(path: str | Path, kind: FileKind) -> Any:
     Raises:
         kind.error: as `read_text`, or it is not JSON of this kind.
     """
-    text = read_text(path, kind)
-    try:
-        return parse_json(
-            text, unique_keys=kind.unique_keys, finite=kind.finite, whole_characters=kind.whole_characters
-        )
-    except NotJsonError as error:
-        raise kind.wrong(f"is not JSON: {error}", path) from error
+    return _value_in(read_bytes(path, kind), path, kind)
 
 
 def read_object(path: str | Path, kind: FileKind) -> dict[str, Any]:
@@ -169,10 +176,35 @@ def read_object(path: str | Path, kind: FileKind) -> dict[str, Any]:
     Raises:
         kind.error: as `read_json`, or it holds another value.
     """
-    value = read_json(path, kind)
+    return object_in(read_bytes(path, kind), path, kind)
+
+
+def object_in(data: bytes, path: str | Path, kind: FileKind) -> dict[str, Any]:
+    """The object in the bytes of a JSON file.
+
+    Args:
+        data: what `read_bytes` gave.
+        path: the file, for messages.
+        kind: see `FileKind`.
+
+    Raises:
+        kind.error: they are not UTF-8, not JSON of this kind, or hold another value.
+    """
+    value = _value_in(data, path, kind)
     if not isinstance(value, dict):
-        raise kind.wrong(f"holds a {type(value).__name__}, expected an object {{...}}", path)
+        raise kind.wrong(f"holds {_A_JSON[type(value)]}, expected an object {{...}}", path)
     return value
+
+
+def _value_in(data: bytes, path: str | Path, kind: FileKind) -> Any:
+    try:
+        return parse_json(
+            data, unique_keys=kind.unique_keys, finite=kind.finite, whole_characters=kind.whole_characters
+        )
+    except UnicodeDecodeError as error:
+        raise kind.wrong(f"is not UTF-8 text (byte {error.start})", path) from error
+    except NotJsonError as error:
+        raise kind.wrong(f"is not JSON: {error}", path) from error
 
 
 def decode(data: bytes) -> str:
@@ -247,16 +279,60 @@ def is_dir(path: str | Path) -> bool:
 
 
 def why_absent(path: str | Path) -> str | None:
-    """Why a path leads nowhere, to follow the path and a colon; None where something is there."""
+    """Why a path leads to no file and no directory, to follow the path and a colon; None where it leads to one."""
     try:
-        os.stat(path)
+        mode = os.stat(path).st_mode
     except FileNotFoundError:
-        return "there is no such file or directory"
+        return NOWHERE
     except OSError as error:
         return error.strerror
     except ValueError:
-        return "no file can have this name"
-    return None
+        return IMPOSSIBLE
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return None
+    return f"it is {_kind_of(mode)}, neither a file nor a directory"
+
+
+def text_kind(option: str) -> FileKind:
+    """The kind of a UTF-8 text that a user names with an option or a key of a recipe."""
+    return FileKind(error=UsageError, expected="a UTF-8 text", next_step=f"check {option}", limit_bytes=TEXT_BYTES)
+
+
+def refuse_directory(path: str | Path, option: str) -> None:
+    """See that a directory can be made at a path: under a name of its own, and beside others that end in .partial.
+
+    Raises:
+        UsageError: it is `.`, `/` or `..`, has too many parts, or is no possible path.
+    """
+    _refuse_name(path, option, "a directory")
+
+
+def refuse_output(path: str | Path, option: str) -> None:
+    """See that a file can be written at a path, before the work whose result it is to hold.
+
+    Raises:
+        UsageError: it has no name, its directory is not there, or something else than a file is.
+    """
+    _refuse_name(path, option, "a file")
+    if not is_dir(Path(path).absolute().parent):
+        raise UsageError("its directory does not exist", where=str(path), next_step="make it, or name another file")
+    if exists(path) and not is_file(path):
+        raise UsageError("is there, and is no file", where=str(path), next_step=f"name another file with {option}")
+
+
+def _refuse_name(path: str | Path, option: str, kind: str) -> None:
+    path = Path(path)
+    if path.name in ("", ".."):
+        what = "has no name of its own"
+    elif len(path.parts) > MAX_PARTS:
+        what = f"has {len(path.parts)} parts"
+    else:  # what is unfinished gets a longer name beside it
+        what = why_absent(path.with_name(f".{path.name}.partial")) or NOWHERE
+    if what != NOWHERE:
+        shown = str(path) if len(str(path)) < 200 else f"{str(path)[:200]}..."
+        raise UsageError(
+            what, where=shown, expected=f"a path of {kind}, such as results/NAME", next_step=f"name one with {option}"
+        )
 
 
 def _refuse_other_files(mode: int, path: str | Path, *, pipes: bool) -> None:
@@ -269,9 +345,13 @@ def _refuse_other_files(mode: int, path: str | Path, *, pipes: bool) -> None:
         anonymous = os.path.basename(os.path.realpath(path)).startswith("pipe:[")
         if anonymous and pipes:
             return
-        raise OSError(errno.EINVAL, f"it is a {'' if anonymous else 'named '}pipe, not a file")
-    name = next((name for is_kind, name in _OTHER_FILES if is_kind(mode)), "something else")
-    raise OSError(errno.EINVAL, f"it is {name}, not a file")
+        if anonymous:
+            raise OSError(errno.EINVAL, "it is a pipe, not a file")
+    raise OSError(errno.EINVAL, f"it is {_kind_of(mode)}, not a file")
+
+
+def _kind_of(mode: int) -> str:
+    return next((name for is_kind, name in _OTHER_FILES if is_kind(mode)), "something else")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

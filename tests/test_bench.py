@@ -147,7 +147,7 @@ def test_a_process_that_fails_is_explained(artifact, tmp_path):
         (["--plot", "a.txt"], "expected a name that ends in .png"),
         (["--plot", "a.png", "--contexts", "none"], "--plot has nothing to draw"),
         (["--plot", "a.png", "--contexts", "129,512"], "--plot has nothing to draw"),
-        (["--json", "no/such/b.json"], "there is no such directory"),
+        (["--json", "no/such/b.json"], "its directory does not exist"),
     ],
 )
 def test_refused_before_anything_is_measured(artifact, capfd, monkeypatch, arguments, message):

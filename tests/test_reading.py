@@ -137,6 +137,7 @@ def test_files_and_folders_are_told_apart(tmp_path):
 
 
 UNREACHABLE = {
+    "/dev/zero": "it is a device, neither a file nor a directory",
     **{path: words for path, words in BAD_NAMES.values()},
     "/nowhere/at/all": "there is no such file or directory",
     "/etc/passwd": None,

@@ -27,12 +27,18 @@ from safetensors.numpy import load_file, save_file
 
 from gemma_deploy.calibration.points import input_point
 from gemma_deploy.errors import CalibrationError
+from gemma_deploy.reading import FileKind, exists, open_regular, read_object
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 RECORD, SAMPLES, STATS, PICTURE = "calibration.json", "samples.safetensors", "stats.safetensors", "ranges.png"
 FINGERPRINT_DIGITS = 12
+RECORD_FILE = FileKind(
+    error=CalibrationError,
+    expected="the record of a calibration, as `gemma-deploy calibrate` writes it",
+    next_step="run `gemma-deploy calibrate --force` again",
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class Calibration:
                 expected=f"{RECORD}, {SAMPLES}, {STATS} as `gemma-deploy calibrate` wrote them",
                 next_step="run `gemma-deploy calibrate --force` again",
             )
-        return cls(path, json.loads((path / RECORD).read_text(encoding="utf-8")))
+        return cls(path, read_object(path / RECORD, RECORD_FILE))
 
     @cached_property
     def samples(self) -> np.ndarray:
@@ -108,7 +114,7 @@ def directory_for(workspace: Path, dataset: str, fingerprint: str) -> Path:
 
 def find(path: Path, fingerprint: str) -> Calibration | None:
     """The calibration at `path` when it was made from exactly these inputs and is whole."""
-    if not path.exists():
+    if not exists(path):
         return None
     problem = damage(path)
     if problem:
@@ -121,12 +127,14 @@ def find(path: Path, fingerprint: str) -> Calibration | None:
 def damage(path: Path) -> str | None:
     """Why the directory is no whole calibration of this version, or None."""
     try:
-        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        record = read_object(path / RECORD, RECORD_FILE)
         if record["format_version"] != FORMAT_VERSION:
             return f"{RECORD} is of format {record['format_version']}, this version reads {FORMAT_VERSION}"
         for name in (SAMPLES, STATS):
             if sha256_of(path / name) != record["files"][name]:
                 return f"{name} is not the file that was written (its sha256 differs)"
+    except CalibrationError as error:
+        return f"{RECORD} {error.what}"
     except OSError as error:
         return f"{Path(error.filename or path).name} cannot be read: {error.strerror or error}"
     except (ValueError, KeyError, TypeError) as error:
@@ -178,5 +186,5 @@ def write(out: Path, record: dict[str, Any], samples: np.ndarray, ranges: Mappin
 
 def sha256_of(path: Path) -> str:
     """sha256 of a file."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

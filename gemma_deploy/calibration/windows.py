@@ -8,7 +8,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SHUFFLE_BUFFER = 10_000  # texts: a C4 shard has 356,317 and is not read to its end
-BATCH = 64
+BATCH, BATCH_CHARACTERS = 64, 4 << 20
 JOINT = "\n\n"
 # Windows cut for each one kept, where there is text enough: a long text would fill many that lie side by side.
 SPREAD = 4
@@ -137,8 +136,7 @@ def cut_windows(
     wanted = SPREAD * located.windows * body
     tokens: list[int] = []
     used = 0
-    texts = iter(texts)
-    while batch := list(islice(texts, BATCH)):
+    for batch in _batches(texts, located):
         for encoding in tokenizer.encode_batch([text + joint for text in batch], add_special_tokens=False):
             if len(tokens) >= wanted:
                 break
@@ -161,6 +159,27 @@ def cut_windows(
             next_step="copy tokenizer.json from where the weights came from",
         )
     return Cut(ids, used)
+
+
+def _batches(texts: Iterable[str], located: Located) -> Iterator[list[str]]:
+    """At most `BATCH` texts at once, and about `BATCH_CHARACTERS`: a token takes a hundred bytes while it is made."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if len(text) > BATCH_CHARACTERS:
+            raise CalibrationError(
+                f"a text has {len(text)} characters",
+                where=located.where,
+                expected=f"texts of at most {BATCH_CHARACTERS} characters",
+                next_step="cut it into several texts",
+            )
+        if len(batch) == BATCH or size + len(text) > BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
 
 
 def _too_short(found: int, seqlen: int, located: Located) -> CalibrationError:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gemma_deploy import paths
+from gemma_deploy import paths, reading
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.checkpoint.expected import expected_tensors
 from gemma_deploy.checkpoint.index import INDEX_NAME, locate_shards, read_json, read_shards, refuse_other_formats
@@ -84,14 +84,14 @@ class Checkpoint:
             CheckpointError: everything missing, unexpected or misshaped, in one message.
         """
         path = resolve_checkpoint(str(path))
-        if not path.exists():
+        if absent := reading.why_absent(path):
             raise CheckpointError(
-                "there is no such file or directory",
+                absent,
                 where=str(path),
                 expected="a checkpoint directory (config.json and *.safetensors), a .gguf file, or the word demo",
                 next_step="check the path (frontend.checkpoint, --checkpoint)",
             )
-        if path.is_file():
+        if not reading.is_dir(path):
             return _open_gguf(cls, path)
         return _open_directory(cls, path)
 
@@ -145,7 +145,7 @@ class Checkpoint:
 
 def resolve_checkpoint(spec: str) -> Path:
     """A recipe's frontend.checkpoint as a path: `demo` is the bundled mini checkpoint."""
-    return paths.demo_checkpoint_dir() if spec == "demo" else Path(spec).expanduser()
+    return paths.demo_checkpoint_dir() if spec == "demo" else reading.expand(spec)
 
 
 def _open_gguf(cls: type[Checkpoint], path: Path) -> Checkpoint:
@@ -166,7 +166,7 @@ def _open_directory(cls: type[Checkpoint], path: Path) -> Checkpoint:
     config = _with_generation_stops(config, path)
     files = read_shards(path, weights)
     checkpoint = _assemble(cls, path, "safetensors", config, files, config_bytes)
-    if (path / INDEX_NAME).exists() and weights.index is None:
+    if reading.exists(path / INDEX_NAME) and weights.index is None:
         note = f"{INDEX_NAME} is ignored because model.safetensors is there, as transformers does"
         checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
     return checkpoint
@@ -175,7 +175,7 @@ def _open_directory(cls: type[Checkpoint], path: Path) -> Checkpoint:
 def _with_generation_stops(config: ModelConfig, path: Path) -> ModelConfig:
     """Add generation_config.json's stop tokens: instruction-tuned Gemmas say <end_of_turn> only there."""
     file = path / "generation_config.json"
-    if not file.is_file():
+    if not reading.exists(file):
         return config
     value = read_json(file)[0].get("eos_token_id")
     tokens = value if isinstance(value, list) else [value]

@@ -5,22 +5,28 @@ Says in plain words what else was found (pickles, an adapter, a lone shard) inst
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gemma_deploy.checkpoint.safetensors_reader import SafetensorsFile, unique_keys
+from gemma_deploy import reading
+from gemma_deploy.checkpoint.safetensors_reader import SafetensorsFile
 from gemma_deploy.errors import CheckpointError
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 JSON_LIMIT_BYTES = 64 << 20
-WHOLE = "a UTF-8 file that holds one JSON object {...}"
 AGAIN = "repair it, or copy it again from where the weights came from"
-READABLE = "make it a file that you may read, or copy it again from where the weights came from"
+JSON_FILE = reading.FileKind(
+    error=CheckpointError,
+    expected="a UTF-8 file that holds one JSON object {...}",
+    next_step=AGAIN,
+    unreadable="make it a file that you may read, or copy it again from where the weights came from",
+    limit_bytes=JSON_LIMIT_BYTES,
+    unique_keys=True,
+)
 
 
 @dataclass(frozen=True)
@@ -38,39 +44,17 @@ def read_json(path: Path, *, missing: str = AGAIN) -> tuple[dict[str, Any], byte
         path: the file.
         missing: the next step to name when it is not there.
     """
-    where = str(path)
-    try:
-        if path.stat().st_size > JSON_LIMIT_BYTES:
-            raise CheckpointError(
-                f"has {path.stat().st_size} bytes; that is no config",
-                where=where,
-                expected=f"a JSON file of at most {JSON_LIMIT_BYTES} bytes",
-                next_step=AGAIN,
-            )
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise CheckpointError("is missing", where=where, expected=WHOLE, next_step=missing) from error
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot be read: {error.strerror or error}", where=where, expected=WHOLE, next_step=READABLE
-        ) from error
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"is not JSON: {error}", where=where, expected=WHOLE, next_step=AGAIN) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"holds a {type(value).__name__}, expected an object {{...}}", where=where, next_step=AGAIN
-        )
-    return value, data
+    kind = replace(JSON_FILE, missing=missing)
+    data = reading.read_bytes(path, kind)
+    return reading.object_in(data, path, kind), data
 
 
 def locate_shards(directory: Path) -> Shards:
     """The weight files of a checkpoint directory; the index's names are checked before they are used."""
-    if (directory / SINGLE_NAME).is_file():
+    if reading.is_file(directory / SINGLE_NAME):
         return Shards((directory / SINGLE_NAME,), None)
     index_path = directory / INDEX_NAME
-    if not index_path.is_file():
+    if not reading.is_file(index_path):
         try:
             found = sorted(directory.iterdir())
         except OSError as error:
@@ -98,12 +82,12 @@ def locate_shards(directory: Path) -> Shards:
             expected="plain file names beside the index (no '/', no '..', no absolute path)",
             next_step="do not use this checkpoint unless you know who made it",
         )
-    missing = [name for name in names if not (directory / name).is_file()]
+    missing = [name for name in names if not reading.is_file(directory / name)]
     if missing:
         raise CheckpointError(
             f"{len(missing)} of {len(names)} shards are not there",
             where=str(index_path),
-            problems=missing,
+            problems=[f"{name[:80]}..." if len(name) > 200 else name for name in missing],
             next_step=f"download them into {directory}",
         )
     return Shards(tuple(directory / name for name in names), weight_map)

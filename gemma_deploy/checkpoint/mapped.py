@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from gemma_deploy.errors import CheckpointError
+from gemma_deploy.reading import open_regular
 
 PIECE_BYTES = 4 << 20  # what is resident of the map at one moment
 # A fault maps the neighbours that are in the page cache too (Linux: 64 KiB around it): also those given back just
@@ -25,7 +26,7 @@ class MappedFile:
         """Map the file; no page is read yet."""
         self.path = path
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 self.size = os.fstat(file.fileno()).st_size
                 if self.size == 0:
                     raise CheckpointError("the file is empty", where=str(path), next_step="copy or download it again")

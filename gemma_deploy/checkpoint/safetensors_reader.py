@@ -6,7 +6,6 @@ the library's own rules: contiguous offsets from zero to the end of the file, le
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 
 from gemma_deploy.checkpoint.mapped import MappedFile
 from gemma_deploy.errors import CheckpointError
+from gemma_deploy.reading import parse_json
 
 HEADER_LIMIT_BYTES = 100_000_000  # safetensors' own limit
 # Name in the file -> (name here, bytes per element); only DTYPES_READ can be turned into float32 rows.
@@ -99,22 +99,12 @@ def _header_length(file: MappedFile) -> int:
 def _parse_header(file: MappedFile, length: int) -> dict[str, Any]:
     where = str(file.path)
     try:
-        header = json.loads(file.copy(8, 8 + length).tobytes().decode("utf-8"), object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        header = parse_json(file.copy(8, 8 + length).tobytes(), unique_keys=True)
+    except ValueError as error:  # UnicodeDecodeError and NotJsonError are ValueErrors
         raise CheckpointError(f"the header is no JSON object: {error}", where=where, next_step=AGAIN) from error
     if not isinstance(header, dict) or not isinstance(header.pop("__metadata__", {}), dict):
         raise CheckpointError("the header is no JSON object of tensors", where=where, next_step=AGAIN)
     return header
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON object hook that refuses a key written twice: which of the two is meant cannot be known."""
-    out: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in out:
-            raise ValueError(f"the key {key!r} occurs twice")
-        out[key] = value
-    return out
 
 
 def _entries(file: MappedFile, length: int) -> dict[str, Entry]:

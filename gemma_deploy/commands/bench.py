@@ -93,9 +93,11 @@ def command(
 
 def _check_places(json_file: Path | None, plot_file: Path | None, kinds: tuple[str, ...]) -> None:
     """Refuse what could not be written, before anything is measured."""
+    from gemma_deploy.reading import refuse_output
+
     for file in (json_file, plot_file):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise click.UsageError(f"{file}: there is no such directory; make it first")
+        if file is not None:
+            refuse_output(file, "--json" if file is json_file else "--plot")
     if plot_file is not None and plot_file.suffix.lower() not in kinds:
         raise click.UsageError(f"--plot {plot_file}: expected a name that ends in {', '.join(kinds)}")
 

@@ -70,6 +70,7 @@ def command(
     from gemma_deploy.calibration import calibrate
     from gemma_deploy.checkpoint import Checkpoint
     from gemma_deploy.machine import peak_rss_bytes
+    from gemma_deploy.reading import refuse_directory
     from gemma_deploy.recipe import Recipe
 
     if dataset is None and recipe is None:
@@ -79,6 +80,7 @@ def command(
     source = Checkpoint.open(checkpoint or (loaded.frontend.checkpoint if loaded else "demo"))
     request = _request(loaded, dataset, path, nsamples, seqlen, seed, source.config.max_position_embeddings)
     place = workspace or Path(loaded.workspace.path if loaded else "workspace")
+    refuse_directory(place / "calib", "--workspace")
     outcome = calibrate(
         source,
         request,

@@ -75,17 +75,16 @@ def command(
     Static artifacts run strict, as their graphs say to the letter, those for ONNX Runtime with the kernels they ship.
     Judges nothing; `parity` does.
     """
-    from gemma_deploy.errors import DeployError, UsageError
+    from gemma_deploy.errors import DeployError
     from gemma_deploy.evaluation import record as records
     from gemma_deploy.evaluation import tasks
     from gemma_deploy.evaluation.models import is_artifact
     from gemma_deploy.proving.requests import write_text
+    from gemma_deploy.reading import refuse_output
 
     _refuse_options(ctx, task)
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise UsageError(
-            "its directory does not exist", where=str(json_file), next_step="make it, or name another file"
-        )
+    if json_file is not None:
+        refuse_output(json_file, "--json")
     record = record and is_artifact(Path(target))
     if record:
         records.refuse_read_only(Path(target))

@@ -29,8 +29,9 @@ def command(path: str, params: bool, as_json: bool) -> None:
     from gemma_deploy.artifact.check import PARAMS, file_problems, open_complete, refuse
     from gemma_deploy.artifact.manifest import MANIFEST
     from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint
+    from gemma_deploy.reading import exists
 
-    is_artifact = any((Path(path) / name).exists() for name in (MANIFEST, PARAMS))  # PARAMS alone: an unfinished one
+    is_artifact = any(exists(Path(path) / name) for name in (MANIFEST, PARAMS))  # PARAMS alone: an unfinished one
     artifact = open_complete(path) if is_artifact else None
     if artifact is not None:
         manifest = artifact.manifest

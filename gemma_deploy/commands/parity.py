@@ -60,10 +60,11 @@ def command(
     from gemma_deploy.artifact.check import byte_problems, open_whole, refuse
     from gemma_deploy.errors import GateError, UsageError
     from gemma_deploy.proving import requests
+    from gemma_deploy.reading import refuse_output
 
-    for file in (json_file, html_file):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise UsageError("its directory does not exist", where=str(file), next_step="make it, or name another file")
+    for option, file in (("--json", json_file), ("--html", html_file)):
+        if file is not None:
+            refuse_output(file, option)
     request = requests.Request(text, prompt_tokens, decode_tokens, fast, _say)
     advice, artifacts = "see the table above", []
     if stage == "patched":

@@ -23,6 +23,7 @@ from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.sources import Source
 from gemma_deploy.proving.requests import checkpoint_of
+from gemma_deploy.reading import exists, expand
 from gemma_deploy.runtime import Tokenizer
 
 TOKENS_AT_ONCE = 2048  # positions that go through the layers together: a matrix is read once for all of them
@@ -104,7 +105,7 @@ class Model:
 
 def is_artifact(path: Path) -> bool:
     """Whether a directory is one, finished or not."""
-    return any((path / name).exists() for name in (MANIFEST, PARAMS))
+    return any(exists(path / name) for name in (MANIFEST, PARAMS))
 
 
 def open_model(spec: str, embed_scale: str = "exact", kernels: str | None = None) -> Model:
@@ -117,7 +118,7 @@ def open_model(spec: str, embed_scale: str = "exact", kernels: str | None = None
     Raises:
         ArtifactError, CheckpointError: it is not there, incomplete or damaged.
     """
-    path = Path(spec).expanduser()
+    path = expand(spec)
     return _open_artifact(path, kernels) if is_artifact(path) else _of_checkpoint(Checkpoint.open(spec), embed_scale)
 
 

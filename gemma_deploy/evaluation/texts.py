@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from gemma_deploy import paths
+from gemma_deploy import paths, reading
 from gemma_deploy.errors import UsageError
 from gemma_deploy.evaluation.models import Tokens
 
@@ -60,12 +60,7 @@ def read_text(file: Path | None) -> tuple[str, str]:
         source = SOURCES["c4"]
         texts = source.texts(paths.calib_dir() / source.bundled)
         return "\n\n".join(islice(texts, BUNDLED_TEXTS)), f"bundled {source.bundled}"
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"cannot be read: {error}", where=str(file), expected="a UTF-8 text", next_step="check --text"
-        ) from error
+    text = reading.read_text(file, reading.text_kind("--text"))
     if not text.strip():
         raise UsageError(
             "the text is empty",

@@ -19,6 +19,7 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.compare import compare_sources, judged, measures_of
 from gemma_deploy.parity.gates import Line, relative
+from gemma_deploy.reading import read_text, text_kind
 from gemma_deploy.staging import stage_checkpoint
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def tokenizer_lines(checkpoint: Checkpoint, text: Path | None, notes: list[str])
     source = SOURCES["c4"]
     texts = list(islice(source.texts(paths.calib_dir() / source.bundled), TEXTS))
     if text is not None:
-        texts.append(text.read_text(encoding="utf-8"))
+        texts.append(read_text(text, text_kind("--text")))
     with tempfile.TemporaryDirectory() as scratch:
         staged = AutoTokenizer.from_pretrained(stage_checkpoint(checkpoint.path, Path(scratch) / "staged"))
         stock = AutoTokenizer.from_pretrained(checkpoint.path)

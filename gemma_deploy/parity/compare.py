@@ -22,6 +22,7 @@ from gemma_deploy.parity.cases import Case, make_cases, prompt_length
 from gemma_deploy.parity.gates import Gate, Line, judge
 from gemma_deploy.parity.metrics import Comparison, Metrics
 from gemma_deploy.parity.sources import Features, Source
+from gemma_deploy.reading import read_text, text_kind
 
 log = logging.getLogger(__name__)
 # Positions of a prompt that are compared, the last ones: the window bites there. More of text, whose mean KL is judged.
@@ -222,12 +223,7 @@ def text_tokens(checkpoint: Checkpoint, text: str | Path | None, wanted: int, no
         notes.append("the checkpoint has no tokenizer: compared on random tokens alone")
         return None
     if text is not None:
-        try:
-            whole = Path(text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"cannot be read: {error}", where=str(text), expected="a UTF-8 text", next_step="check parity.text"
-            ) from error
+        whole = read_text(text, text_kind("parity.text or --text"))
     else:
         source = SOURCES["c4"]
         whole = "\n\n".join(islice(source.texts(paths.calib_dir() / source.bundled), 1 + wanted // 16))

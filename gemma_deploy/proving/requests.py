@@ -19,6 +19,7 @@ from gemma_deploy.errors import UsageError
 from gemma_deploy.parity.compare import ParityResult, cases_for, compare_sources, judged, measures_of
 from gemma_deploy.parity.gates import Gate, relative
 from gemma_deploy.proving.prove import run_parity
+from gemma_deploy.reading import why_absent
 
 # Two artifacts of the same scheme compute the same numbers, of different ones nearly the same distribution.
 SAME_SCHEME, OTHER_SCHEME = 1e-5, 0.01
@@ -144,9 +145,9 @@ def checkpoint_of(artifact: Artifact, given: str | None) -> Checkpoint:
     """
     spec = given or artifact.manifest["recipe"]["frontend"]["checkpoint"]
     path = resolve_checkpoint(spec)
-    if not path.exists():
+    if absent := why_absent(path):
         raise UsageError(
-            f"its checkpoint {spec} is not there",
+            f"its checkpoint {spec} is not there ({absent})",
             where=str(artifact.path),
             next_step="say where it is now with --checkpoint PATH",
         )

@@ -3,15 +3,18 @@
 # ruff: noqa: RUF001 (Chinese punctuation is meant)
 import gzip
 import json
+import os
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from gemma_deploy.calibration import SOURCES
+from gemma_deploy.calibration.located import locate
 from gemma_deploy.calibration.sources import c4, ceval
 from gemma_deploy.errors import CalibrationError
 from gemma_deploy.paths import calib_dir
+from gemma_deploy.recipe.mix import Part
 from tests.calibration import make
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -52,9 +55,12 @@ def test_c4_gives_the_texts_in_order_without_the_empty_ones(tmp_path):
         (zipped(b'{"text": null}\n'), ", line 1: 'text' is null, not text"),
         (zipped(b"[1]\n"), ", line 1: is a list, not an object"),
         (b"PK\x03\x04 not lines at all", ", line 1: is not JSON: Expecting value (character 1)"),
-        (zipped(b"[" * 100_000), ", line 1: is not JSON of this kind: nested too deep"),
+        (zipped(b"[" * 100_000), ", line 1: is not JSON: nested too deep"),
+        (zipped(f'{GOOD}\n{{"text": "a", "n": {"9" * 5000}}}\n'.encode()), ", line 2: is not JSON: a number has 5000"),
+        (zipped(b"\n" * 200_000), ", line 100001: is empty, as 100000 lines before it"),
+        (zipped((GOOD + " " * 1000 + "\n").encode() * 20_000), ": unpacks to more than 100 times its size"),
     ],
-    ids=["empty", "truncated", "damaged", "json", "utf8", "key", "null", "list", "zip", "deep"],
+    ids=["empty", "truncated", "damaged", "json", "utf8", "key", "null", "list", "zip", "deep", "long", "rows", "big"],
 )
 def test_c4_says_what_is_wrong_with_a_file(tmp_path, content, expected):
     path = tmp_path / "x.json.gz"
@@ -161,6 +167,93 @@ def test_alpaca_says_what_is_wrong_with_a_file(tmp_path, content, expected):
     path = tmp_path / "x.json"
     path.write_text(content)
     assert expected in message(SOURCES["alpaca"].texts, path)
+
+
+MARK = b"\xef\xbb\xbf"
+
+
+def test_files_of_an_editor_that_writes_a_byte_order_mark(tmp_path):
+    path = tmp_path / "x"
+    for content in (MARK + GOOD.encode(), zipped(MARK + GOOD.encode())):
+        path.write_bytes(content)
+        assert list(SOURCES["c4"].texts(path)) == ["a"]
+    entries = make.alpaca_entries(2)
+    expected = list(SOURCES["alpaca"].texts(make.write_alpaca(path, entries)))
+    path.write_bytes(MARK + path.read_bytes())
+    assert list(SOURCES["alpaca"].texts(path)) == expected
+    table = {"dev/a_dev.csv": MARK + make.table(make.questions(1, "dev"))}
+    assert len(list(SOURCES["ceval"].texts(make.write_ceval(path, table)))) == 1
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")
+    assert ": cannot be read: it is a named pipe" in message(SOURCES[name].texts, tmp_path / "pipe")
+    part = Part(name, 1, tmp_path / "pipe")
+    with pytest.raises(CalibrationError, match="it is a named pipe"):
+        locate([part], 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("[" * 100_000, ": is not JSON: nested too deep"),
+        ('[{"n": ' + "9" * 5000 + "}]", ": is not JSON: a number has 5000 digits"),
+        ("[" + "{}," * 3_000_000 + "{}]", ": is not JSON: more than 2500000 values"),
+    ],
+    ids=["deep", "digits", "values"],
+)
+def test_alpaca_files_without_measure(tmp_path, content, expected):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    assert expected in message(SOURCES["alpaca"].texts, path)
+
+
+def test_an_alpaca_file_too_large_for_memory_is_refused_unread(tmp_path):
+    with (tmp_path / "x.json").open("wb") as file:
+        file.truncate(1 << 40)
+    assert f": has {1 << 40} bytes; at most" in message(SOURCES["alpaca"].texts, tmp_path / "x.json")
+
+
+def changed(path, at, value):
+    """The archive with another two-byte field in the local and the central header of its first member."""
+    raw = bytearray(path.read_bytes())
+    for signature, offset in ((b"PK\x03\x04", at), (b"PK\x01\x02", at + 2)):
+        start = raw.index(signature) + offset
+        raw[start : start + 2] = value.to_bytes(2, "little")
+    path.write_bytes(bytes(raw))
+
+
+LOCAL_VERSION, LOCAL_FLAGS, LOCAL_METHOD = 4, 6, 8  # offsets in a local header; two more in the central one
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "expected"),
+    [
+        (LOCAL_VERSION, 99, "cannot be unpacked: zip file version 9.9"),
+        (LOCAL_FLAGS, 1, "cannot be unpacked: it is encrypted"),
+        (LOCAL_METHOD, 14, "cannot be unpacked: it is packed with method 14 (stored and deflate are read)"),
+        (LOCAL_METHOD, 12, "cannot be unpacked: it is packed with method 12 (stored and deflate are read)"),
+        (LOCAL_METHOD, 77, "cannot be unpacked: it is packed with method 77 (stored and deflate are read)"),
+    ],
+)
+def test_zips_that_this_python_or_nobody_can_unpack(tmp_path, at, value, expected):
+    """LZMA is refused whatever the file: a header of it can demand 4 GB."""
+    path = make.write_ceval(tmp_path / "x.zip", {"dev/a_dev.csv": make.table(make.questions(1, "dev"))})
+    changed(path, at, value)
+    assert expected in message(SOURCES["ceval"].texts, path)
+
+
+def test_zips_that_unpack_to_more_than_any_c_eval(tmp_path, monkeypatch):
+    path = make.write_ceval(
+        tmp_path / "x.zip", {f"dev/{n}_dev.csv": make.table(make.questions(9, "dev")) for n in "ab"}
+    )
+    monkeypatch.setattr(ceval, "MOST_QUESTIONS", 17)
+    assert ": has more than 17 questions" in message(SOURCES["ceval"].texts, path)
+    with pytest.raises(CalibrationError, match="has more than 17 questions"):
+        ceval.questions(path, "dev")
+    monkeypatch.setattr(ceval, "LARGEST_ARCHIVE_BYTES", 100)
+    assert "bytes; at most 100 are read" in message(SOURCES["ceval"].texts, path)
 
 
 @pytest.mark.parametrize(("name", "least"), [("c4", 90), ("ceval", 150), ("alpaca", 300)])

@@ -111,7 +111,7 @@ def reformat(file):
         ("samples.safetensors", flip, "samples.safetensors is not the file that was written"),
         ("samples.safetensors", os.unlink, "samples.safetensors cannot be read: No such file"),
         ("calibration.json", os.unlink, "calibration.json cannot be read: No such file"),
-        ("calibration.json", lambda file: file.write_text("{"), "calibration.json is damaged"),
+        ("calibration.json", lambda file: file.write_text("{"), "calibration.json is not JSON"),
         ("calibration.json", reformat, "calibration.json is of format 0, this version reads 1"),
     ],
 )

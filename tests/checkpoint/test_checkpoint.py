@@ -106,7 +106,7 @@ def test_multimodal_tensor_names(tmp_path):
     [
         (None, "config.json: is missing"),
         (b"{", "config.json: is not JSON"),
-        (b"\xff", "config.json: is not JSON"),
+        (b"\xff", "config.json: is not UTF-8 text (byte 0)"),
         (b"[1]", "config.json: holds a list, expected an object"),
         (b'{"a": 1, "a": 2}', "the key 'a' occurs twice"),
         (b"{}", "config.json: model_type is missing"),

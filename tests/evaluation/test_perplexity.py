@@ -246,7 +246,7 @@ def test_logits_that_are_not_finite_end_with_1(tmp_path, text_file, capfd):
         (["{checkpoint}", "--task", "ceval", "--text", "x"], 2, "--task ceval does not take --text"),
         (["{checkpoint}", "--task", "ppl", "--text", "{tmp}/none.txt"], 2, "cannot be read"),
         (["{checkpoint}", "--task", "ppl", "--text", "{tmp}/empty.txt"], 2, "the text is empty"),
-        (["{checkpoint}", "--task", "ppl", "--text", "{tmp}/latin.txt"], 2, "cannot be read"),
+        (["{checkpoint}", "--task", "ppl", "--text", "{tmp}/latin.txt"], 2, "is not UTF-8 text"),
         (["{checkpoint}", "--task", "ppl", "--seqlen", "513"], 2, "longer than the 512"),
         (["{int8}", "--task", "ppl", "--seqlen", "33", "--no-record"], 2, "expected: 2 to 32"),
         (["{int8}", "--task", "ppl", "--kernels", "shipped"], 2, "its graphs name no kernels"),

@@ -8,8 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from gemma_deploy.calibration.sources.reading import Row, Turns, explained, json_type, parse_json, string_fields, wrong
+from gemma_deploy.calibration.sources.reading import (
+    AGAIN,
+    Row,
+    Turns,
+    explained,
+    json_type,
+    parse_json,
+    string_fields,
+    wrong,
+)
+from gemma_deploy.errors import CalibrationError
+from gemma_deploy.reading import FileKind, read_bytes
 
+LARGEST_BYTES = 96 << 20  # the whole file is in memory at once; alpaca_data_cleaned.json has 44 MB
 KEYS = ("instruction", "input", "output")
 EXPECTED = 'a JSON list of {"instruction": "...", "input": "...", "output": "..."}'
 # https://github.com/tatsu-lab/stanford_alpaca#data-release
@@ -31,8 +43,9 @@ def rows(path: Path) -> Iterator[Row]:
         CalibrationError: naming the entries (counted from 0) that are wrong.
     """
     with explained(path, EXPECTED):
-        raw = path.read_bytes()
+        raw = read_bytes(path, FileKind(CalibrationError, EXPECTED, AGAIN, limit_bytes=LARGEST_BYTES))
     entries = parse_json(raw, path, None, expected=EXPECTED)
+    del raw
     if not isinstance(entries, list):
         raise wrong(f"is {json_type(entries)}, not a list", path, expected=EXPECTED)
     problems = [(index, problem) for index, entry in enumerate(entries) if (problem := string_fields(entry, KEYS))]

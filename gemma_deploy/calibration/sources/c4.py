@@ -5,14 +5,18 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
 from gemma_deploy.calibration.sources.reading import Row, explained, parse_json, string_fields, wrong
+from gemma_deploy.reading import open_regular
 
 KEYS = ("text",)
 EXPECTED = 'gzipped lines such as {"text": "...", "timestamp": "...", "url": "..."}'
-LONGEST_LINE_BYTES = 64 << 20
+LONGEST_LINE_BYTES = 16 << 20
+# What a small file may unpack to. Text packs to a third; a megabyte of deflate can hold a gigabyte of line ends.
+MOST_EMPTY_LINES, MOST_TIMES, ANYWAY_BYTES = 100_000, 100, 16 << 20
 GZIP_MAGIC = b"\x1f\x8b"
 
 
@@ -22,8 +26,9 @@ def rows(path: Path) -> Iterator[Row]:
     Raises:
         CalibrationError: naming the line.
     """
-    number = 0
+    number = empty = unpacked = 0
     with explained(path, EXPECTED), _open(path) as file:
+        most = max(ANYWAY_BYTES, MOST_TIMES * path.stat().st_size)
         while True:
             try:
                 line = file.readline(LONGEST_LINE_BYTES + 1)
@@ -37,11 +42,16 @@ def rows(path: Path) -> Iterator[Row]:
                 ) from error
             if not line:
                 return
-            number += 1
+            number, unpacked = number + 1, unpacked + len(line)
             at = f"line {number}"
+            if unpacked > most:
+                raise wrong(f"unpacks to more than {MOST_TIMES} times its size", path, expected=EXPECTED)
             if len(line) > LONGEST_LINE_BYTES:
                 raise wrong(f"is longer than {LONGEST_LINE_BYTES >> 20} MiB", path, at, expected=EXPECTED)
-            if not line.strip():
+            empty = 0 if line.strip() else empty + 1
+            if empty > MOST_EMPTY_LINES:
+                raise wrong(f"is empty, as {MOST_EMPTY_LINES} lines before it", path, at, expected=EXPECTED)
+            if empty:
                 continue
             entry = parse_json(line.rstrip(), path, at, expected=EXPECTED)
             problem = string_fields(entry, KEYS)
@@ -56,7 +66,9 @@ def text(row: Row) -> str:
     return str(row["text"])
 
 
-def _open(path: Path) -> IO[bytes]:
-    with open(path, "rb") as file:
+@contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    with open_regular(path) as file:
         zipped = file.read(2) == GZIP_MAGIC
-    return cast(IO[bytes], gzip.open(path, "rb")) if zipped else open(path, "rb")
+        file.seek(0)
+        yield cast(IO[bytes], gzip.GzipFile(fileobj=file)) if zipped else file

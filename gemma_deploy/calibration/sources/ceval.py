@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from gemma_deploy.calibration.sources.reading import Row, explained, wrong
+from gemma_deploy.reading import open_regular
 
 EXPECTED = "a zip with dev/, val/ and test/ folders of SUBJECT_SPLIT.csv files (ceval-exam.zip)"
 COLUMNS = ("id", "question", "A", "B", "C", "D")
@@ -25,7 +29,12 @@ OPTIONAL = ("answer", "explanation")
 HEADER = f"the columns {','.join(COLUMNS)}, then answer (and explanation in dev)"
 MEMBER = re.compile(r"(?:^|/)(dev|val|test)/(?!\._)[^/]+_\1\.csv$")
 ANSWER = "答案："  # noqa: RUF001 (C-Eval's own prompt)
-LARGEST_MEMBER_BYTES = 64 << 20
+# The real archive has 1.5 MB, 13,948 questions, and 500 kB in its largest member.
+LARGEST_ARCHIVE_BYTES, LARGEST_MEMBER_BYTES, MOST_QUESTIONS = 32 << 20, 4 << 20, 100_000
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+ENCRYPTED = 1  # bit of a member's flags
+# What zipfile raises for archives that are damaged or made for this.
+UNPACKING = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, ValueError, OverflowError)
 
 
 def rows(path: Path) -> Iterator[Row]:
@@ -35,8 +44,11 @@ def rows(path: Path) -> Iterator[Row]:
         CalibrationError: naming the archive's member and line.
     """
     with explained(path, EXPECTED), _opened(path) as archive:
+        count = 0
         for member in _members(archive, path):
-            yield from _questions(_read(archive, member, path), path, member.filename)
+            for row in _questions(_read(archive, member, path), path, member.filename):
+                count = _counted(count, path)
+                yield row
 
 
 def questions(path: Path, split: str) -> dict[str, list[Row]]:
@@ -48,17 +60,36 @@ def questions(path: Path, split: str) -> dict[str, list[Row]]:
     with explained(path, EXPECTED), _opened(path) as archive:
         members = sorted((info for one, info in _found(archive, path) if one == split), key=lambda info: info.filename)
         found: dict[str, list[Row]] = {}
+        count = 0
         for member in members:
             subject = Path(member.filename).stem.removesuffix(f"_{split}")
-            found[subject] = list(_questions(_read(archive, member, path), path, member.filename))
+            found[subject] = []
+            for row in _questions(_read(archive, member, path), path, member.filename):
+                count = _counted(count, path)
+                found[subject].append(row)
         return found
 
 
-def _opened(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise wrong(f"is not a zip archive, or is cut short: {error}", path, expected=EXPECTED) from error
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > LARGEST_ARCHIVE_BYTES:
+            raise wrong(f"has {size} bytes; at most {LARGEST_ARCHIVE_BYTES} are read", path, expected=EXPECTED)
+        try:
+            archive = zipfile.ZipFile(file)
+        except NotImplementedError as error:
+            raise wrong(f"cannot be unpacked: {error}", path, expected=EXPECTED) from error
+        except UNPACKING as error:
+            raise wrong(f"is not a zip archive, or is cut short: {error}", path, expected=EXPECTED) from error
+        yield archive
+
+
+def _counted(count: int, path: Path) -> int:
+    """One question more."""
+    if count == MOST_QUESTIONS:
+        raise wrong(f"has more than {MOST_QUESTIONS} questions", path, expected=EXPECTED)
+    return count + 1
 
 
 def _found(archive: zipfile.ZipFile, path: Path) -> list[tuple[str, zipfile.ZipInfo]]:
@@ -80,11 +111,16 @@ def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> str:
     at = member.filename
     if member.file_size > LARGEST_MEMBER_BYTES:
         raise wrong(f"is larger than {LARGEST_MEMBER_BYTES >> 20} MiB", path, at, expected="a C-Eval CSV file")
+    reason = "it is encrypted" if member.flag_bits & ENCRYPTED else None
+    if member.compress_type not in METHODS:
+        reason = f"it is packed with method {member.compress_type} (stored and deflate are read)"
+    if reason:
+        raise wrong(f"cannot be unpacked: {reason}", path, at, expected=EXPECTED)
     try:
         return archive.read(member).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise wrong(f"is not UTF-8 text (byte {error.start})", path, at, expected="a C-Eval CSV file") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+    except UNPACKING as error:
         raise wrong(f"cannot be unpacked: {error}", path, at, expected=EXPECTED) from error
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gemma_deploy import reading
 from gemma_deploy.errors import CalibrationError
+from gemma_deploy.reading import NotJsonError
 
 Row = Mapping[str, Any]
 Turns = list[dict[str, str]]  # {"role": "user" | "assistant", "content": text}
@@ -29,7 +30,7 @@ def wrong(what: str, path: Path, at: str | None = None, *, expected: str, next_s
 def explained(path: Path, expected: str) -> Iterator[None]:
     """Turn what the operating system says about `path` into a message."""
     try:
-        if path.is_file() and path.stat().st_size == 0:
+        if reading.is_file(path) and path.stat().st_size == 0:
             raise wrong("the file is empty", path, expected=expected)
         yield
     except OSError as error:
@@ -39,14 +40,13 @@ def explained(path: Path, expected: str) -> Iterator[None]:
 def parse_json(raw: bytes, path: Path, at: str | None, *, expected: str) -> Any:
     """Parse UTF-8 JSON, or say where it stops being that."""
     try:
-        return json.loads(raw.decode("utf-8"))
+        return reading.parse_json(raw)
     except UnicodeDecodeError as error:
         raise wrong(f"is not UTF-8 text (byte {error.start})", path, at, expected=expected) from error
-    except RecursionError as error:
-        raise wrong("is not JSON of this kind: nested too deep", path, at, expected=expected) from error
-    except json.JSONDecodeError as error:
-        place = f"character {error.colno}" if at else f"line {error.lineno}, character {error.colno}"
-        raise wrong(f"is not JSON: {error.msg} ({place})", path, at, expected=expected) from error
+    except NotJsonError as error:
+        place = f" (character {error.column})" if at else f" (line {error.line}, character {error.column})"
+        said = error.what + (place if error.line else "")
+        raise wrong(f"is not JSON: {said}", path, at, expected=expected) from error
 
 
 def string_fields(entry: object, keys: tuple[str, ...]) -> str | None:
