@@ -86,6 +86,7 @@ def patched_stage(checkpoint: str, request: Request) -> ParityResult:
             f"{decode} decode steps leave no room for a prompt",
             where="--decode-tokens",
             expected=f"fewer than the model's {longest} positions",
+            next_step="compare fewer decode steps",
         )
     contract = {"prefill": longest - decode, "context": longest, "batch": 1}
     cases = cases_for(opened, contract, request.text, prompt, decode, result.notes)

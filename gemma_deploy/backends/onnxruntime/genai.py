@@ -139,7 +139,11 @@ class GenaiSession:
         """
         check_length(max_new_tokens)
         if not ids:
-            raise UsageError("the prompt is empty: it needs at least the BOS token", where=str(self.model.path))
+            raise UsageError(
+                "the prompt is empty: it needs at least the BOS token",
+                where=str(self.model.path),
+                next_step="put BOS in front of the prompt, as the artifact's tokenizer does",
+            )
         check_context(len(ids), self.model.context_length, str(self.model.path), self._generator.token_count())
         check_tokens(ids, self.model.vocab_size, "prompt")
         stats = stats if stats is not None else GenerationStats()
@@ -242,6 +246,8 @@ def _refuse_overflow(generator: Any, where: Path) -> None:
 def _small_seed(seed: int) -> int:
     if seed > LARGEST_SEED:
         raise UsageError(
-            f"seed {seed} is too large", expected=f"0 to {LARGEST_SEED} for artifacts of onnxruntime-genai"
+            f"seed {seed} is too large",
+            expected=f"0 to {LARGEST_SEED} for artifacts of onnxruntime-genai",
+            next_step="take a smaller --seed",
         )
     return seed

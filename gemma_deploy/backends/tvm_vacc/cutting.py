@@ -51,7 +51,9 @@ class Cutter:
             graph = ir.convenience.extract(self.model.graph, list(inputs), list(outputs))
         except ValueError as error:
             raise ArtifactError(
-                f"{', '.join(outputs)} cannot be computed from {', '.join(inputs)}: {error}", where=self.where
+                f"{', '.join(outputs)} cannot be computed from {', '.join(inputs)}: {error}",
+                where=self.where,
+                next_step=VERIFY,
             ) from error
         for value in graph.inputs:
             value.shape = None
@@ -82,7 +84,7 @@ class Cutter:
         """
         shape = self.values[leaving].shape
         if shape is None or not isinstance(shape[-1], int):
-            raise ArtifactError(f"{leaving} has no fixed width", where=self.where)
+            raise ArtifactError(f"{leaving} has no fixed width", where=self.where, next_step=VERIFY)
         count, step = shape[-1], max(1, MATRIX_BYTES // (4 * arrays[0].shape[-1]))
         dtype = self.values[leaving].dtype
         made = [
@@ -103,7 +105,7 @@ class Cutter:
         """What a linear reads, by the name of what it makes."""
         node = self.values[out].producer() if out in self.values else None
         if node is None or node.inputs[0] is None:
-            raise ArtifactError(f"{out} is not made by a linear", where=self.where)
+            raise ArtifactError(f"{out} is not made by a linear", where=self.where, next_step=VERIFY)
         return str(node.inputs[0].name)
 
     def logits_input(self) -> str:

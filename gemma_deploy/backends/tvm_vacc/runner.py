@@ -178,7 +178,11 @@ class StaticRunner:
                 next_step="generate fewer tokens, or compile with a longer second length in frontend.shape.input_ids",
             )
         if len(tokens) != self.batch:
-            raise UsageError(f"{len(tokens)} tokens for a batch of {self.batch}", where=str(self.path))
+            raise UsageError(
+                f"{len(tokens)} tokens for a batch of {self.batch}",
+                where=str(self.path),
+                next_step="give one token for each sequence",
+            )
         check_tokens(tokens, self.contract.vocab_size, "tokens")
         if self.position == self._sizes.context:
             self._grow()
@@ -259,7 +263,7 @@ class StaticRunner:
 
     def _check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
         if not prompts:
-            raise UsageError("no prompts", where=str(self.path))
+            raise UsageError("no prompts", where=str(self.path), next_step="give at least one")
         if len(prompts) != self.batch and not self.contract.dynamic:
             raise UsageError(
                 f"{len(prompts)} prompts for graphs of batch {self.batch}",

@@ -22,7 +22,7 @@ from gemma_deploy.backends.tvm_vacc import fast, strict
 from gemma_deploy.backends.tvm_vacc.contract import Stages
 from gemma_deploy.backends.tvm_vacc.join import join
 from gemma_deploy.errors import ArtifactError
-from gemma_deploy.runtime.session import load_file, opened, session_options
+from gemma_deploy.runtime.session import VERIFY, load_file, opened, session_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,6 +111,6 @@ def _expose(model: ir.Model, outputs: Sequence[str], path: Path) -> None:
     made = {value.name: value for node in model.graph for value in node.outputs}
     missing = [name for name in outputs if name not in made]
     if missing:
-        raise ArtifactError("the graph makes no such value", where=str(path), problems=missing)
+        raise ArtifactError("the graph makes no such value", where=str(path), problems=missing, next_step=VERIFY)
     own = {value.name for value in model.graph.outputs}
     model.graph.outputs.extend(made[name] for name in dict.fromkeys(outputs) if name not in own)

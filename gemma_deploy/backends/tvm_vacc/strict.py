@@ -86,7 +86,10 @@ def make_rounding_explicit(model: ir.Model) -> int:
     wide: dict[ir.Value, ir.Value] = {}
     for node in list(graph):
         if any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()):
-            raise DeployError(f"a strict session cannot run operators with subgraphs: {node.name} ({node.op_type})")
+            raise DeployError(
+                f"a strict session cannot run operators with subgraphs: {node.name} ({node.op_type})",
+                next_step="run it without --strict",
+            )
         touched = [value for value in (*node.inputs, *node.outputs) if value is not None]
         if node.op_type in MOVES_FLOAT16 or not any(value.dtype == ir.DataType.FLOAT16 for value in touched):
             continue
