@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma_deploy import paths
 from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint
-from gemma_deploy.runtime.tokenizer import Tokenizer
+from gemma_deploy.text import Tokenizer
 
 DEMO = paths.demo_checkpoint_dir()
 SPECIAL = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<start_of_turn>": 5, "<end_of_turn>": 6}

@@ -24,13 +24,14 @@ LONGEST_MODULE_LINES = 400
 # A part imports only parts to its left.
 ORDER = (
     *("errors", "reading", "paths", "child"),
-    *("machine", "terminal", "schemes", "recipe", "checkpoint", "staging", "partition", "patched"),
+    *("machine", "terminal", "schemes", "recipe", "checkpoint", "text", "staging", "partition"),
+    "patched",
     *("calibration", "quantization", "graph", "params", "split", "artifact", "runtime", "parity", "backends"),
     *("proving", "verifying", "evaluation", "bench"),
     *("preflight", "stages", "calibrated", "compile", "generation", "commands", "cli", "testing"),
 )
 TORCH_FREE = (
-    "child",
+    *("child", "text"),
     *("errors", "reading", "recipe", "checkpoint", "partition", "params", "artifact", "runtime", "preflight", "cli"),
 )
 

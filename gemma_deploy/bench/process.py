@@ -19,7 +19,7 @@ from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
 from gemma_deploy.errors import DeployError
 from gemma_deploy.machine import peak_rss_bytes
 from gemma_deploy.runtime.generate import GenerationStats
-from gemma_deploy.runtime.tokenizer import Tokenizer
+from gemma_deploy.text import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ VERSIONS = (2, 3)
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 MAX_NAME_BYTES, MAX_ENTRIES = 65535, 1_000_000
+MAX_ARRAY, MAX_ARRAY_BYTES = 1 << 21, 64 << 20  # of an array that is read whole; Gemma's vocabulary has 262,144 entries
 WINDOW_BYTES = 1 << 20
 
 
@@ -34,15 +36,20 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Scalar and string metadata (arrays: only their length), the tensor table, and where the data start."""
+    """Scalar and string metadata (long arrays: only their length), the tensor table, and where the data start."""
 
     metadata: dict[str, Any]
     tensors: tuple[GgufTensor, ...]
     data_start: int
 
 
-def read_gguf_header(file: MappedFile) -> GgufHeader:
-    """Parse and check; any damage is a CheckpointError naming the file and the byte."""
+def read_gguf_header(file: MappedFile, whole: Container[str] = ()) -> GgufHeader:
+    """Parse and check; any damage is a CheckpointError naming the file and the byte.
+
+    Args:
+        file: the open file.
+        whole: keys of arrays that are read to their end, however long; of the others only the length is kept.
+    """
     cursor = _Cursor(file)
     if file.size < 24 or cursor.take(4) != b"GGUF":
         raise CheckpointError(
@@ -66,7 +73,7 @@ def read_gguf_header(file: MappedFile) -> GgufHeader:
         key = cursor.string(MAX_NAME_BYTES)
         if key in metadata:
             raise cursor.damaged(f"the key {key!r} occurs twice")
-        metadata[key] = cursor.value(cursor.scalar("I"))
+        metadata[key] = cursor.value(cursor.scalar("I"), whole=key in whole)
     tensors = tuple(_tensor(cursor) for _ in range(tensor_count))
     if len({tensor.name for tensor in tensors}) != len(tensors):
         raise cursor.damaged("a tensor name occurs twice")
@@ -129,18 +136,20 @@ class _Cursor:
         except UnicodeDecodeError as error:
             raise self.damaged(f"a string is not UTF-8: {error}") from error
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, *, whole: bool = False) -> Any:
         if kind in SCALARS:
             return self.scalar(SCALARS[kind])
         if kind == STRING:
             return self.string(self.file.size)
         if kind != ARRAY:
             raise self.damaged(f"value type {kind} is unknown")
-        return self._array()
+        return self._array(whole)
 
-    def _array(self) -> Any:
+    def _array(self, whole: bool) -> Any:
         """Short number arrays as lists (per-layer settings); long ones and strings as their length."""
         kind, count = self.scalar("I"), self.scalar("Q")
+        if whole and (kind in SCALARS or kind == STRING):
+            return self._whole(kind, count)
         if kind in SCALARS:
             code = SCALARS[kind]
             if count <= 4096:
@@ -154,6 +163,20 @@ class _Cursor:
         else:
             raise self.damaged(f"an array of type {kind} is not supported")
         return ("array", count)
+
+    def _whole(self, kind: int, count: int) -> list[Any]:
+        """Every value of an array of numbers or strings."""
+        if count > MAX_ARRAY:
+            raise self.damaged(f"an array of {count} values is announced; at most {MAX_ARRAY} are read")
+        if kind in SCALARS:
+            form = f"<{count}{SCALARS[kind]}"
+            return list(struct.unpack(form, self.take(struct.calcsize(form))))
+        start, values = self.at, []
+        for _ in range(count):
+            values.append(self.string(MAX_NAME_BYTES))
+            if self.at - start > MAX_ARRAY_BYTES:
+                raise self.damaged(f"an array of strings has more than {MAX_ARRAY_BYTES} bytes")
+        return values
 
     def damaged(self, what: str) -> CheckpointError:
         return CheckpointError(

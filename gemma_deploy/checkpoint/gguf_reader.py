@@ -54,6 +54,8 @@ SIZES = {
     "head_dim": "attention.key_length",
     "max_position_embeddings": "context_length",
 }
+# config.json key -> metadata keys: a text is ended by its end, by that of a turn, and by that of a message
+TOKEN_IDS = {"bos_token_id": ("bos",), "eos_token_id": ("eos", "eot", "eom"), "pad_token_id": ("padding",)}
 DEQUANTIZE_BYTES = 8 << 20  # float32 bytes dequantized at a time: gguf's code holds about three copies
 
 
@@ -128,10 +130,11 @@ class GgufFile:
             config["rms_norm_eps"] = _shortest(epsilon)
         config["tie_word_embeddings"] = "lm_head.weight" not in self.entries
         config["hidden_act" if kind == "gemma" else "hidden_activation"] = "gelu_pytorch_tanh"
-        for key, name in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
-            value = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
-            if value is not None:
-                config[key] = value
+        for key, names in TOKEN_IDS.items():
+            values = [self.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names]
+            ids = list(dict.fromkeys(one for one in values if one is not None))
+            if ids:
+                config[key] = ids[0] if len(ids) == 1 else ids
         if kind == "gemma":
             return config | {"rope_theta": meta("rope.freq_base") or 10000.0}
         config["sliding_window"] = meta("attention.sliding_window") or (4096 if kind == "gemma2" else None)

@@ -24,7 +24,7 @@ from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.sources import Source
 from gemma_deploy.proving.requests import checkpoint_of
 from gemma_deploy.reading import exists, expand
-from gemma_deploy.runtime import Tokenizer
+from gemma_deploy.text import Tokenizer
 
 TOKENS_AT_ONCE = 2048  # positions that go through the layers together: a matrix is read once for all of them
 LOGITS_BYTES = 128 << 20  # logits of one model; a larger block means fewer passes over the table

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from gemma_deploy.errors import UsageError
 from gemma_deploy.runtime.generate import GenerationStats
-from gemma_deploy.runtime.tokenizer import Tokenizer
+from gemma_deploy.text import Tokenizer
 
 NO_SYSTEM = "leave --system out, and say it in the first message"
 

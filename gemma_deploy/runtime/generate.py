@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from gemma_deploy.errors import UsageError
-from gemma_deploy.runtime.tokenizer import TextStream, Tokenizer
+from gemma_deploy.text import TextStream, Tokenizer
 
 log = logging.getLogger(__name__)
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]

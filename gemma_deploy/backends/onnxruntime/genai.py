@@ -21,7 +21,7 @@ from gemma_deploy.runtime.generate import GenerationStats, Prompt, check_context
 from gemma_deploy.runtime.limits import REBUILD, check_tokens
 from gemma_deploy.runtime.sampling import Sampling
 from gemma_deploy.runtime.session import PARAMS
-from gemma_deploy.runtime.tokenizer import TextStream, Tokenizer
+from gemma_deploy.text import TextStream, Tokenizer
 
 INSTALL = 'pip install "gemma-deploy[genai]"'
 LARGEST_SEED = 2**31 - 1  # genai's is an int

@@ -34,7 +34,7 @@ from gemma_deploy.runtime.generate import (
 )
 from gemma_deploy.runtime.limits import check_tokens
 from gemma_deploy.runtime.session import VERIFY, load_file, open_graph
-from gemma_deploy.runtime.tokenizer import TextStream, Tokenizer
+from gemma_deploy.text import TextStream, Tokenizer
 
 MOST_TOKENS = 8  # in a step, the newest one and those guessed
 LONGEST, SHORTEST = 3, 2  # tokens that must have occurred before

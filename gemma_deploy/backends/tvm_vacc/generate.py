@@ -8,7 +8,7 @@ from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
 from gemma_deploy.errors import UsageError
 from gemma_deploy.runtime.generate import GenerationStats, Prompt, check_length, encoded, speak, stop_token_ids
 from gemma_deploy.runtime.sampling import Sampler
-from gemma_deploy.runtime.tokenizer import TextStream, Tokenizer
+from gemma_deploy.text import TextStream, Tokenizer
 
 
 def stream(

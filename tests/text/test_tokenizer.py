@@ -6,9 +6,9 @@ import sys
 import pytest
 
 from gemma_deploy.errors import ArtifactError, UsageError
-from gemma_deploy.runtime import Tokenizer
-from gemma_deploy.runtime.tokenizer import TextStream
+from gemma_deploy.text import TextStream, Tokenizer
 from tests.runtime.make import write_tokenizer
+from tests.text import make
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def test_one_bos_and_no_end_when_the_tokenizer_adds_its_own(tmp_path):
 
     write_tokenizer(tmp_path)
     tokenizer = Tokenizer(tmp_path)
-    tokenizer._tokenizer.post_processor = TemplateProcessing(
+    tokenizer.backend.post_processor = TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)]
     )
     ids = tokenizer.encode("the")
@@ -39,6 +39,17 @@ def test_one_bos_and_no_end_when_the_tokenizer_adds_its_own(tmp_path):
 def test_empty_text_is_a_bos(tokenizer):
     assert tokenizer.encode("") == [2]
     assert tokenizer.decode([2]) == ""
+
+
+def test_one_bos_where_template_and_tokenizer_both_add_one(tmp_path):
+    """transformers gives [2, 2, ...] when templated text is tokenized as text."""
+    from transformers import AutoTokenizer
+
+    theirs, messages = AutoTokenizer.from_pretrained(make.copy_demo(tmp_path / "t")), [{"role": "user", "content": "x"}]
+    text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert theirs(text)["input_ids"][:3] == [2, 2, 5]
+    ours = Tokenizer(tmp_path / "t")
+    assert ours.encode_chat(messages) == ours.encode(text) == theirs(text)["input_ids"][1:]
 
 
 def test_a_bos_inside_the_text_stays(tokenizer):
@@ -134,11 +145,55 @@ def test_words_keep_their_space_when_decoding_strips_the_first_one(tmp_path):
     write_tokenizer(tmp_path)
     tokenizer = Tokenizer(tmp_path)
     # as SentencePiece tokenizers that put a space before every text are written
-    tokenizer._tokenizer.decoder = decoders.Sequence([tokenizer._tokenizer.decoder, decoders.Strip(" ", 1, 0)])
+    tokenizer.backend.decoder = decoders.Sequence([tokenizer.backend.decoder, decoders.Strip(" ", 1, 0)])
     stream = TextStream(tokenizer)
     pieces = [stream.push(token) for token in tokenizer.encode(" the list the")[1:]]
     assert pieces[-1].endswith("e")
     assert "".join([*pieces, stream.flush()]) == "the list the"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("the \udcff list", r"character 5 is half a surrogate pair (U+DCFF, the byte 0xFF)"),
+        ("\ud83d", r"character 1 is half a surrogate pair (U+D83D)"),
+        ("\udc00a", r"character 1 is half a surrogate pair (U+DC00)"),
+    ],
+)
+def test_half_a_character_is_no_text(tokenizer, text, said):
+    for encode in (tokenizer.encode, tokenizer.encode_more):
+        with pytest.raises(UsageError) as caught:
+            encode(text)
+        assert caught.value.what == f"the text is not Unicode: {said}"
+        assert "UTF-8" in caught.value.next_step
+    with pytest.raises(UsageError, match="the text is not Unicode"):
+        tokenizer.encode_chat([{"role": "user", "content": text}])
+
+
+def test_half_characters_of_data_become_the_sign_for_them(tokenizer):
+    texts = ["the list", "the \ud83d list", "\udc9d", "\ud83d\ude00", "naïve \udfff\ud83d\ud83d\ude00", ""]
+    clean = ["the list", "the \ufffd list", "\ufffd", "\U0001f600", "naïve \ufffd\ufffd\U0001f600", ""]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode_more(text) for text in clean]
+
+
+@pytest.mark.parametrize("encode", ["encode", "encode_more", "encode_chat", "encode_batch"])
+def test_a_token_outside_the_table_is_refused_with_its_name_and_the_limit(tmp_path, encode):
+    """<image_soft_token> of a Gemma 3 that has no tower for images."""
+    directory = make.copy_demo(tmp_path / "t", additional_special_tokens=["<image_soft_token>"])
+    make.edit(directory / "config.json", {"vocab_size": 4096})
+    tokenizer = Tokenizer(directory)
+    given = {
+        "encode_chat": [{"role": "user", "content": "the <image_soft_token> value"}],
+        "encode_batch": ["the list", "the <image_soft_token> value"],
+    }
+    with pytest.raises(UsageError) as caught:
+        getattr(tokenizer, encode)(given.get(encode, "the <image_soft_token> value"))
+    assert caught.value.what == (
+        "the text spells '<image_soft_token>', which is token 4096, but the model has 4096 tokens"
+    )
+    assert tokenizer.encode("the list") == Tokenizer(make.DEMO).encode("the list")
+    make.edit(directory / "config.json", {"vocab_size": 4097})
+    assert 4096 in Tokenizer(directory).encode("the <image_soft_token> value")
 
 
 def test_missing_damaged_or_foreign_tokenizers_are_named(tmp_path):
@@ -163,7 +218,7 @@ def test_reading_a_tokenizer_needs_neither_torch_nor_transformers(tokenizer_dir)
     import subprocess
 
     code = (
-        "import sys\nimport gemma_deploy.backends.tvm_vacc.runner\nfrom gemma_deploy.runtime import Tokenizer\n"
+        "import sys\nimport gemma_deploy.backends.tvm_vacc.runner\nfrom gemma_deploy.text import Tokenizer\n"
         f"Tokenizer({str(tokenizer_dir)!r}).encode_chat([{{'role': 'user', 'content': 'x'}}])\n"
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )

@@ -1,0 +1,22 @@
+"""Text in and out: tokenizer, chat template, stop tokens, streamed text. Imports neither torch nor transformers."""
+
+from gemma_deploy.text.check import TextCheck, check_text, with_stops
+from gemma_deploy.text.stops import Stops, end_of_turn, stop_tokens
+from gemma_deploy.text.stream import TextStream
+from gemma_deploy.text.template import ChatTemplate, ChatTemplateError
+from gemma_deploy.text.tokenizer import Tokenizer, has_tokenizer, template_of
+
+__all__ = [
+    "ChatTemplate",
+    "ChatTemplateError",
+    "Stops",
+    "TextCheck",
+    "TextStream",
+    "Tokenizer",
+    "check_text",
+    "end_of_turn",
+    "has_tokenizer",
+    "stop_tokens",
+    "template_of",
+    "with_stops",
+]

@@ -1,0 +1,10 @@
+"""A tokenizer for the tests of text."""
+
+import pytest
+
+from tests.runtime.make import write_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
