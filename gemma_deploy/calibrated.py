@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_deploy.artifact.manifest import write_json
 from gemma_deploy.calibration.address import require_cluster
 from gemma_deploy.calibration.pipeline import Request, fit_to_sample, make_windows
 from gemma_deploy.checkpoint import Checkpoint
@@ -21,6 +20,7 @@ from gemma_deploy.params.overlay import Overlay
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.schemes import QUANTIZERS
+from gemma_deploy.writing import write_json
 
 QUANTIZED = "quantized"
 Progress = Callable[[int, int], None]

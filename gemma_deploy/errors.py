@@ -87,6 +87,10 @@ class PreflightError(DeployError):
     """This machine lacks memory, disk or a file for the job."""
 
 
+class BusyError(DeployError):
+    """Another process is writing the same directory."""
+
+
 class GateError(DeployError):
     """Parity left its tolerance: the artifact does not compute the model."""
 

@@ -24,6 +24,7 @@ from gemma_deploy.partition import parts_of
 from gemma_deploy.reading import is_file
 from gemma_deploy.recipe import Recipe, check_built
 from gemma_deploy.schemes import QUANTIZERS, stored_scheme
+from gemma_deploy.workdir import partial_of
 
 GIB, MIB = 1 << 30, 1 << 20
 
@@ -349,7 +350,7 @@ def _shortfalls(plan: Plan, recipe: Recipe) -> tuple[str, ...]:
 
 def _already_there(out: Path) -> int:
     """Bytes an interrupted run left behind, which the next one continues."""
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_of(out)
     return sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.is_dir() else 0
 
 

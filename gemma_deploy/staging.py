@@ -12,8 +12,6 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,14 @@ from gemma_deploy import paths
 from gemma_deploy.checkpoint.checkpoint import Checkpoint
 from gemma_deploy.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json
 from gemma_deploy.errors import CheckpointError, NotBuiltError, UsageError
+from gemma_deploy.workdir import Maker, WorkDir
+from gemma_deploy.writing import whole_file, write_json
 
 logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 32 << 20
 GENERATION_CONFIG = "generation_config.json"
+STAGE = Maker("stage", CheckpointError)
 
 
 def stage_checkpoint(
@@ -42,14 +43,13 @@ def stage_checkpoint(
     Raises:
         NotBuiltError: a generation without patched modeling.
         UsageError: OUT exists.
-        CheckpointError: the checkpoint is unusable, or OUT cannot be written.
+        CheckpointError: the checkpoint is unusable, or OUT cannot be written. BusyError: another run is writing it.
     """
-    checkpoint, out = Checkpoint.open(path), Path(out)
+    checkpoint = Checkpoint.open(path)
     source = source_code or paths.source_code_dir()
     additions = _additions(checkpoint, source)
-    _check_out(checkpoint, out, force)
-    partial = out.with_name(out.name + ".partial")
-    with _whole_or_nothing(partial):
+    with _Staged(checkpoint, Path(out), force) as staged:
+        partial = staged.path
         for file in sorted(source.glob("*.py")):
             shutil.copyfile(file, partial / file.name)
         config = checkpoint.config_dict()
@@ -62,10 +62,8 @@ def stage_checkpoint(
                 _link(file, partial / file.name)
         write_tokenizer(checkpoint, partial)
         _write_json(partial / "config.json", config | additions)
-        if force and out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    return out
+        staged.publish()
+    return staged.out
 
 
 def write_tokenizer(checkpoint: Checkpoint, out: Path, *, link: bool = True) -> list[Path]:
@@ -79,8 +77,11 @@ def write_tokenizer(checkpoint: Checkpoint, out: Path, *, link: bool = True) -> 
     """
     files = checkpoint.tokenizer_files()
     for file in files:
-        if not (out / file.name).exists():
-            _link(file, out / file.name) if link else shutil.copyfile(file, out / file.name)
+        if not link:
+            with whole_file(out / file.name) as partial:  # what is there may be of a run that was killed
+                shutil.copyfile(file, partial)
+        elif not (out / file.name).exists():
+            _link(file, out / file.name)
     if not files and checkpoint.format == "gguf":
         _gguf_tokenizer(checkpoint.path, out)
     if not files and not (out / "tokenizer.json").exists():
@@ -121,20 +122,26 @@ def _additions(checkpoint: Checkpoint, source: Path) -> dict[str, Any]:
     return additions
 
 
-def _check_out(checkpoint: Checkpoint, out: Path, force: bool) -> None:
-    """Refuse to overwrite, and with force to delete anything that `stage` did not make."""
-    if not out.exists() and not out.is_symlink():
-        return
-    if not force:
-        raise UsageError("exists already", where=str(out), next_step="name another directory, or use --force")
-    source = checkpoint.tokenizer_dir().resolve()
-    inside = source == out.resolve() or out.resolve() in source.parents
-    if inside or out.is_symlink() or not _is_staged(out):
-        raise UsageError(
-            "is not a directory that `gemma-deploy stage` made; --force does not delete it",
-            where=str(out),
-            next_step="name another directory",
-        )
+class _Staged(WorkDir):
+    """OUT, which only replaces what `stage` made, and nothing without force."""
+
+    def __init__(self, checkpoint: Checkpoint, out: Path, force: bool) -> None:
+        super().__init__(out, STAGE)
+        self.checkpoint, self.force = checkpoint, force
+
+    def check(self) -> None:
+        """Refuse to overwrite, and with force to delete anything that `stage` did not make."""
+        if not os.path.lexists(self.out):
+            return
+        if not self.force:
+            raise UsageError("exists already", where=str(self.out), next_step="name another directory, or use --force")
+        source, out = self.checkpoint.tokenizer_dir().resolve(), self.out.resolve()
+        if source == out or out in source.parents or self.out.is_symlink() or not _is_staged(self.out):
+            raise UsageError(
+                "is not a directory that `gemma-deploy stage` made; --force does not delete it",
+                where=str(self.out),
+                next_step="name another directory",
+            )
 
 
 def _is_staged(out: Path) -> bool:
@@ -147,26 +154,6 @@ def _is_staged(out: Path) -> bool:
     except CheckpointError:
         return False
     return "auto_map" in config and "iter_num" in config
-
-
-@contextmanager
-def _whole_or_nothing(partial: Path) -> Iterator[None]:
-    """Start `partial` empty and remove it when anything goes wrong, Ctrl-C included."""
-    try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        yield
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"cannot be written: {error.strerror or error}",
-            where=str(error.filename or partial),
-            next_step="make room there or allow writing, or name another directory",
-        ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _files_to_link(checkpoint: Checkpoint) -> list[Path]:
@@ -189,7 +176,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, value, indent=2, sort_keys=False, ensure_ascii=False)
 
 
 def _write_generation_config(checkpoint: Checkpoint, path: Path) -> None:
@@ -215,5 +202,3 @@ def _write_float32(checkpoint: Checkpoint, path: Path) -> None:
             step = max(1, BLOCK_BYTES // (4 * math.prod(info.shape[1:])))
             for start in range(0, info.shape[0], step):
                 file.write(checkpoint.rows(name, start, min(start + step, info.shape[0])).data)
-        file.flush()
-        os.fsync(file.fileno())

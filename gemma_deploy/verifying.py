@@ -14,6 +14,7 @@ from gemma_deploy.artifact.manifest import MANIFEST, Artifact
 from gemma_deploy.backends import backend_of
 from gemma_deploy.params import ParamRow, ParamTable, damaged_rows
 from gemma_deploy.partition.ranks import sharding
+from gemma_deploy.workdir import MARK
 
 # Scalars, shapes and slices; a weight is larger.
 LARGEST_CONSTANT_BYTES = 65536
@@ -68,7 +69,7 @@ def _folder_problems(artifact: Artifact) -> list[str]:
         digest = tables[name].digest if name in tables else "none"
         if facts["sha256"].startswith(ROWS) and facts["sha256"] != ROWS + digest:
             problems.append(f"{name}: the rows in {MANIFEST} are not the ones it was written with")
-    known = {*files, MANIFEST}
+    known = {*files, MANIFEST, MARK}
     found = (file.relative_to(artifact.path).as_posix() for file in artifact.path.rglob("*") if file.is_file())
     strangers = (name for name in found if name not in known)
     problems += [f"{name} does not belong to the artifact" for name in sorted(strangers)]

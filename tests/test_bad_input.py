@@ -335,7 +335,7 @@ def left(world):
 FULL_DISKS = {
     "compile, its lock": (
         "os.pwrite", make.full, lambda world: ("compile", world.recipe, "--no-parity"),
-        ("workspace: the disk is full", "next: free space and run the same command again"),
+        ("workspace: cannot be written: No space left on device", "next: free space and run the same command again"),
     ),
     "compile, its parameters": (
         "os.pwrite", make.full_for_blocks(os.pwrite), lambda world: ("compile", world.recipe, "--no-parity"),
@@ -363,10 +363,10 @@ def test_a_full_disk(world, name, monkeypatch):
 
 
 def test_a_full_disk_under_a_file_of_measures(world, demo_artifact, monkeypatch):
-    def full(file, text):
+    def full(file, content):
         raise OSError(errno.ENOSPC, "No space left on device", str(file))
 
-    monkeypatch.setattr("gemma_deploy.proving.requests.write_text", full)
+    monkeypatch.setattr("gemma_deploy.writing.write_bytes", full)
     before, file = world.files(), world.root / "out.json"
     parts = (f"error: {file}: No space left on device", "next: free space there")
     is_explained(world.run(*SMALL_PARITY, demo_artifact, "--json", file), FAILED, parts)

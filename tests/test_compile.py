@@ -14,10 +14,10 @@ import yaml
 
 from gemma_deploy import compile as compiler
 from gemma_deploy import paths
-from gemma_deploy.artifact.lock import Lock
 from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
 from gemma_deploy.testing import write_tiny_checkpoint
+from gemma_deploy.workdir import Lock
 from tests.exporting import export_in_this_process
 
 NAME = "tiny"
@@ -249,10 +249,10 @@ def test_out_names_the_directory_and_a_second_export_gives_the_same_bytes(finish
 
 def test_another_compile_of_the_same_name_is_one_message(recipe, finished, capsys):
     (recipe.parent / "workspace").mkdir()
-    lock = Lock(recipe.parent / f"workspace/.{NAME}.lock")
+    lock = Lock(recipe.parent / f"workspace/{NAME}")
     assert main(["compile", str(recipe), "--no-parity"]) == 1
     message = capsys.readouterr().err
-    assert f"another compile of it is running (process {os.getpid()})" in message
+    assert f"another run is writing it (process {os.getpid()} is running)" in message
     assert str(recipe.parent / "workspace" / NAME) in message
     assert "Traceback" not in message
     lock.release()
@@ -327,7 +327,7 @@ MOMENTS = {
     "the gate": ("gemma_deploy.compile", "run_gate", 1),
     "the report": ("gemma_deploy.compile", "write_report", 1),
     "the manifest": ("gemma_deploy.artifact.commit", "write_json", 1),
-    "the rename": ("gemma_deploy.artifact.commit", "ArtifactDir._publish", 1),
+    "the rename": ("gemma_deploy.artifact.commit", "ArtifactDir.publish", 1),
 }
 
 
@@ -383,7 +383,7 @@ def test_a_full_disk_is_one_message_and_the_next_run_continues(recipe, finished,
         patch.setattr(owner, name, full)
         assert main(["compile", str(recipe), "--no-parity"]) == 1
     message = capsys.readouterr().err
-    assert "disk is full" in message or "no space left for the parameters" in message
+    assert "No space left on device" in message or "no space left for the parameters" in message
     assert "it continues" in message
     workspace = recipe.parent / "workspace"
     assert names(workspace) == [f"{NAME}.partial"]

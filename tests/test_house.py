@@ -23,7 +23,7 @@ RECIPES = sorted((ROOT / "build_in").rglob("*.yaml"))
 LONGEST_MODULE_LINES = 400
 # A part imports only parts to its left.
 ORDER = (
-    *("errors", "reading", "paths", "child"),
+    *("errors", "reading", "paths", "writing", "workdir", "child"),
     *("machine", "terminal", "schemes", "recipe", "checkpoint", "text", "staging", "partition"),
     "patched",
     *("calibration", "quantization", "graph", "params", "split", "artifact", "runtime", "parity", "backends"),

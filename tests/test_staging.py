@@ -11,6 +11,7 @@ from gemma_deploy import staging
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError, DeployError, NotBuiltError, UsageError
 from gemma_deploy.staging import stage_checkpoint
+from gemma_deploy.workdir import MARK
 from tests.checkpoint.make import config, weights, write_checkpoint
 from tests.checkpoint.test_gguf import raw_config, write_gguf
 
@@ -116,6 +117,7 @@ def test_leftovers_of_a_killed_run_are_replaced(checkpoint, source, out):
     partial = out.with_name("out.partial")
     partial.mkdir()
     (partial / "old").write_text("")
+    (partial / MARK).write_text('{"made_by": "gemma-deploy stage", "key": null, "whole": false}')
     stage_checkpoint(checkpoint, out, source_code=source)
     assert left_behind(out) == ["out"]
     assert not (out / "old").exists()
@@ -171,6 +173,13 @@ def test_missing_tokenizer_is_only_a_warning(tmp_path, source, out, caplog):
     with caplog.at_level(logging.WARNING):
         stage_checkpoint(tmp_path / "bare", out, source_code=source)
     assert "no tokenizer" in caplog.text
+
+
+def test_a_half_copied_tokenizer_is_copied_again(checkpoint, tmp_path):
+    (checkpoint / "tokenizer.json").write_text('{"whole": true}')
+    (tmp_path / "tokenizer.json").write_text('{"who')  # of a run that was killed
+    staging.write_tokenizer(Checkpoint.open(checkpoint), tmp_path, link=False)
+    assert (tmp_path / "tokenizer.json").read_text() == '{"whole": true}'
 
 
 def test_gguf_becomes_float32_safetensors(tmp_path, source, out, monkeypatch):

@@ -106,17 +106,6 @@ class Artifact:
         """Rows of params.safetensors."""
         return ParamTable.from_json(self.manifest["params"])
 
-    def write_manifest(self, manifest: dict[str, Any]) -> None:
-        """Replace the manifest, whole or not at all."""
-        write_json(self.path / MANIFEST, manifest)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write under a temporary name and rename."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(path)
-
 
 def newest_artifact(workspace: Path) -> Path:
     """The finished artifact with the youngest manifest.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gemma_deploy.calibration.points import LABELS, split_point
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 SQNR_GATE_DB = 38
 FP16_MAX = 65504.0
+Value = TypeVar("Value", float, float | None)
 
 
 def sqnr_plot(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -51,19 +52,21 @@ def sensitivity_plot(losses: Sequence[float]) -> str:
     return _svg(figure)
 
 
-def ranges_of(absmax: Mapping[str, float]) -> dict[str, float]:
+def ranges_of(absmax: Mapping[str, Value]) -> dict[str, Value]:
     """Of all measured points those that are drawn: what linears read, and layers make."""
     return {point: value for point, value in absmax.items() if split_point(point)[0] is not None and _kind(point)}
 
 
-def range_plot(absmax: Mapping[str, float]) -> str:
+def range_plot(absmax: Mapping[str, float | None]) -> str:
     """Largest magnitude of what linears read and layers make, over the layer; empty when nothing was measured.
 
     Args:
-        absmax: `model.layers.N.KIND` -> largest magnitude; other points are left out.
+        absmax: `model.layers.N.KIND` -> largest magnitude, None where it was not finite; other points are left out.
     """
     kinds: dict[str, list[tuple[int, float]]] = {}
     for point, value in ranges_of(absmax).items():
+        if value is None:  # it was NaN or infinite
+            continue
         layer, _ = split_point(point)
         assert layer is not None
         kinds.setdefault(_kind(point), []).append((layer, value))

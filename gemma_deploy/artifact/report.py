@@ -10,6 +10,7 @@ import jinja2
 
 from gemma_deploy.artifact.plots import range_plot, sensitivity_plot, sqnr_plot
 from gemma_deploy.quantization.rescaling import FP16_MAX, Rescaling
+from gemma_deploy.writing import write_text
 
 FP16_MIN = 2.0**-24  # the smallest float16 above zero: a tensor of zeros has that much headroom
 MIB = 1 << 20
@@ -111,9 +112,7 @@ alone is quantized{% if sensitivity.table is not none %}; the token table alone:
 def write_report(folder: Path, manifest: dict[str, Any]) -> Path:
     """Write report.html beside the manifest."""
     path = folder / REPORT
-    partial = path.with_name(f"{REPORT}.partial")
-    partial.write_text(report_page(manifest), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, report_page(manifest))
     return path
 
 

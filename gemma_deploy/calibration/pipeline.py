@@ -92,6 +92,7 @@ def calibrate(
     Raises:
         UsageError: the request makes no sense: a data set that is not known, windows longer than the context, ...
         CalibrationError: a data set is damaged or too short, or the workspace cannot be written to.
+        BusyError: another process is making the same calibration.
         CheckpointError: no usable tokenizer.
         PreflightError: too little memory or disk.
     """
@@ -107,13 +108,17 @@ def calibrate(
         require_cluster(cluster)
     check_room(checkpoint.config, request.nsamples, request.seqlen, workspace, processes=processes)
     windows = make_windows(checkpoint, request, found)
-    with store.whole_or_nothing(out) as unfinished:
+    with store.CalibrationDir(out, fingerprint, force=force) as made:
+        if made.finished:  # by another process just now
+            return Outcome(Calibration.open(out), True)
+        unfinished = made.path
         ranges = measure(checkpoint, windows, request, unfinished, progress, processes, cluster)
         title = f"{checkpoint.path.name} on {request.label}: {request.nsamples} windows of {request.seqlen} tokens"
         picture.draw(ranges, title, unfinished / store.PICTURE)
         record: dict[str, Any] = {"fingerprint": fingerprint, "inputs": inputs, "texts_used": windows.texts_used}
         record["places"] = {one.name: str(one.place) for one in found} | {"checkpoint": str(checkpoint.path)}
         store.write(unfinished, record, windows.ids, ranges)
+        made.publish()
     return Outcome(Calibration.open(out), False)
 
 

@@ -11,12 +11,9 @@ Imports no torch, so that a second run is quick.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,17 +25,21 @@ from safetensors.numpy import load_file, save_file
 from gemma_deploy.calibration.points import input_point
 from gemma_deploy.errors import CalibrationError
 from gemma_deploy.reading import FileKind, exists, open_regular, read_object
+from gemma_deploy.workdir import Maker, WorkDir
+from gemma_deploy.writing import write_json
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 RECORD, SAMPLES, STATS, PICTURE = "calibration.json", "samples.safetensors", "stats.safetensors", "ranges.png"
+FILES = (RECORD, SAMPLES, STATS, PICTURE)
 FINGERPRINT_DIGITS = 12
 RECORD_FILE = FileKind(
     error=CalibrationError,
     expected="the record of a calibration, as `gemma-deploy calibrate` writes it",
     next_step="run `gemma-deploy calibrate --force` again",
 )
+CALIBRATE = Maker("calibrate", CalibrationError, "make room there or allow writing, or use another --workspace")
 
 
 @dataclass(frozen=True)
@@ -142,29 +143,34 @@ def damage(path: Path) -> str | None:
     return None
 
 
-@contextmanager
-def whole_or_nothing(path: Path) -> Iterator[Path]:
-    """A directory to write into that becomes `path` at the end, and vanishes when anything goes wrong."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        yield partial
-        if path.exists():
-            shutil.rmtree(path)
-        partial.rename(path)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CalibrationError(
-            f"cannot be written: {error.strerror or error}",
-            where=str(error.filename or partial),
-            expected="a workspace with room that may be written to",
-            next_step="make room there or allow writing, or use another --workspace",
-        ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+class CalibrationDir(WorkDir):
+    """The directory of a calibration while it is made; `finished` when there is a whole one already.
+
+    Args:
+        out: where it lies; fingerprint: of its inputs.
+        force: make it again.
+
+    Raises:
+        CalibrationError: something else lies there, or the disk refuses. BusyError: another process is making it.
+    """
+
+    def __init__(self, out: Path, fingerprint: str, *, force: bool = False) -> None:
+        super().__init__(out, CALIBRATE)
+        self.fingerprint, self.force = fingerprint, force
+
+    def check(self) -> None:
+        """Look for a whole one, and refuse to replace anything but a calibration."""
+        if not os.path.lexists(self.out):
+            return
+        own = self.out.is_dir() and all(file.name in FILES for file in self.out.iterdir())
+        if not own:
+            raise CalibrationError(
+                "holds something else than a calibration; it will not be touched",
+                where=str(self.out),
+                next_step="move it away, or use another --workspace",
+            )
+        whole = not self.force and damage(self.out) is None
+        self.finished = whole and Calibration.open(self.out).record["fingerprint"] == self.fingerprint
 
 
 def write(out: Path, record: dict[str, Any], samples: np.ndarray, ranges: Mapping[str, Range]) -> None:
@@ -178,10 +184,7 @@ def write(out: Path, record: dict[str, Any], samples: np.ndarray, ranges: Mappin
     files = {name: sha256_of(out / name) for name in (SAMPLES, STATS)}
     points = {point: {"channels": len(found.minimum), "absmax": found.absmax} for point, found in ranges.items()}
     record = {"format_version": FORMAT_VERSION, **record, "points": points, "files": files}
-    with open(out / RECORD, "w", encoding="utf-8") as file:
-        file.write(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_json(out / RECORD, record, sort_keys=False, ensure_ascii=False)
 
 
 def sha256_of(path: Path) -> str:

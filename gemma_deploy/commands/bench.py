@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +58,7 @@ def command(
 
     from gemma_deploy.artifact.check import open_whole
     from gemma_deploy.bench import figures, picture
+    from gemma_deploy.writing import finite, write_json
 
     _check_places(json_file, plot_file, picture.KINDS)
     opened = open_whole(artifact, hashes=True)
@@ -74,7 +74,7 @@ def command(
         say=lambda line: click.echo(f"measuring  {line}", err=True),
     )
     if json_file is not None:
-        json_file.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        write_json(json_file, finite(measured), sort_keys=False)
     if plot_file is not None:
         picture.draw(measured, plot_file)
     console = Console()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,8 +78,8 @@ def command(
     from gemma_deploy.evaluation import record as records
     from gemma_deploy.evaluation import tasks
     from gemma_deploy.evaluation.models import is_artifact
-    from gemma_deploy.proving.requests import write_text
     from gemma_deploy.reading import refuse_output
+    from gemma_deploy.writing import finite, write_json
 
     _refuse_options(ctx, task)
     if json_file is not None:
@@ -101,7 +100,7 @@ def command(
     for note in result["notes"]:
         click.echo(f"note: {note}")
     if json_file is not None:
-        write_text(json_file, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        write_json(json_file, finite(result), sort_keys=False, ensure_ascii=False)
     if record:
         kept = records.record(Path(target), {key: value for key, value in result.items() if key != "answers"})
         click.echo(f"recorded  {kept}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +60,7 @@ def command(
     from gemma_deploy.errors import GateError, UsageError
     from gemma_deploy.proving import requests
     from gemma_deploy.reading import refuse_output
+    from gemma_deploy.writing import finite, write_json, write_text
 
     for option, file in (("--json", json_file), ("--html", html_file)):
         if file is not None:
@@ -91,9 +91,9 @@ def command(
             refuse(opened, byte_problems(opened))
     _show(title, result)
     if json_file is not None:
-        requests.write_text(json_file, json.dumps({"title": title, **result.to_json()}, indent=1) + "\n")
+        write_json(json_file, finite({"title": title, **result.to_json()}), sort_keys=False)
     if html_file is not None:
-        requests.write_text(html_file, requests.page(title, result))
+        write_text(html_file, requests.page(title, result))
     if not result.passed:
         raise GateError("; ".join(result.failures()), where=title, next_step=advice)
 

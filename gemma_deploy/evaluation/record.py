@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from gemma_deploy.artifact.check import open_complete
-from gemma_deploy.artifact.lock import Lock
-from gemma_deploy.artifact.manifest import MANIFEST, write_json
+from gemma_deploy.artifact.manifest import MANIFEST
 from gemma_deploy.artifact.report import REPORT, report_page
-from gemma_deploy.errors import UsageError
+from gemma_deploy.errors import BusyError, UsageError
+from gemma_deploy.workdir import Lock
+from gemma_deploy.writing import PARTIAL, finite, json_text, remove_leftovers, sync, write_bytes, write_json
 
 EVAL = "eval.json"
 FORMAT_VERSION = 1
 QUESTION = ("task", "settings", "against")  # results that have these in common replace each other
-HALF = ".partial"
+HALF = PARTIAL
 
 
 def refuse_read_only(artifact: Path) -> None:
@@ -41,9 +42,25 @@ def refuse_read_only(artifact: Path) -> None:
 
 
 def finish_interrupted(artifact: Path) -> None:
-    """Give files their names when an evaluation was killed between writing the manifest and doing so."""
+    """Give files their names when an evaluation was killed between writing the manifest and doing so.
+
+    Where another process is at work on the artifact, nothing is done; `record` tells the user.
+    """
     if not (artifact / MANIFEST).is_file():
         return
+    try:
+        lock = Lock(artifact.resolve())
+    except BusyError:
+        return
+    try:
+        _finish(artifact)
+    finally:
+        lock.release()
+
+
+def _finish(artifact: Path) -> None:
+    """`finish_interrupted`, under the lock."""
+    remove_leftovers(artifact)
     for name in (EVAL, REPORT):
         half = artifact / (name + HALF)
         if half.is_file():
@@ -66,35 +83,29 @@ def record(artifact: Path, result: Mapping[str, Any]) -> Path:
     """Add a result to eval.json, in the place of an older one to the same question, and rewrite the report.
 
     Raises:
-        ArtifactError: the artifact is damaged, or another process is at work on it.
+        ArtifactError: the artifact is damaged. BusyError: another process is at work on it.
     """
     artifact = artifact.resolve()
-    lock = Lock(artifact.with_name(f".{artifact.name}.lock"))
+    lock = Lock(artifact)
     try:
-        finish_interrupted(artifact)
+        _finish(artifact)
         manifest = open_complete(artifact).manifest
         older = results_of(artifact, manifest)
         kept = [one for one in older if any(one[key] != result[key] for key in QUESTION)]
-        results = [*kept, dict(result)]
-        content = json.dumps({"format_version": FORMAT_VERSION, "results": results}, indent=1, ensure_ascii=False)
-        files = {EVAL: content + "\n", REPORT: report_page(manifest, results)}
+        results = [*kept, finite(dict(result))]
+        content = json_text({"format_version": FORMAT_VERSION, "results": results}, sort_keys=False, ensure_ascii=False)
+        files = {EVAL: content, REPORT: report_page(manifest, results)}
         for name, text in files.items():
-            raw = text.encode()
-            _write_through(artifact / (name + HALF), raw)
+            raw = text.encode("utf-8", "backslashreplace")
+            write_bytes(artifact / (name + HALF), raw)
             manifest["files"][name] = {"bytes": len(raw), "sha256": _sha256(raw)}
-        write_json(artifact / MANIFEST, manifest)
+        write_json(artifact / MANIFEST, finite(manifest))
         for name in files:
             (artifact / (name + HALF)).replace(artifact / name)
+        sync(artifact)
     finally:
         lock.release()
     return artifact / EVAL
-
-
-def _write_through(file: Path, raw: bytes) -> None:
-    with file.open("wb") as opened:
-        opened.write(raw)
-        opened.flush()
-        os.fsync(opened.fileno())
 
 
 def _sha256(raw: bytes) -> str:

@@ -5,7 +5,6 @@ Last step of the export: ir.Model without weights + parameter table -> a file of
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from gemma_deploy.errors import ExportError
+from gemma_deploy.writing import whole_file
 
 DTYPES = {
     "float32": ir.DataType.FLOAT,
@@ -92,14 +92,9 @@ def write_graph(graph: bytes, path: Path) -> None:
     Raises:
         ExportError: the ONNX checker refused the graph.
     """
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(graph)
-        file.flush()
-        os.fsync(file.fileno())
-    try:
-        onnx.checker.check_model(str(partial), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        partial.unlink()
-        raise ExportError(f"the ONNX checker refused the graph: {error}", where=path.name) from error
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_bytes(graph)
+        try:
+            onnx.checker.check_model(str(partial), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise ExportError(f"the ONNX checker refused the graph: {error}", where=path.name) from error

@@ -27,6 +27,7 @@ from gemma_deploy.params.overlay import Overlay
 from gemma_deploy.params.plan import ParamSpec
 from gemma_deploy.params.stream import BadTensorError, Buffers, Job, run_job
 from gemma_deploy.params.table import ParamRow, ParamTable, hash_span, in_file_order
+from gemma_deploy.writing import sync
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +215,7 @@ class _Run:
             self.log.finish_file(os.fstat(fd))
         os.close(fd)
         os.replace(self.partial, self.out_path)
-        _sync_directory(self.out_path.parent)
+        sync(self.out_path.parent)
         return in_file_order([row for rows in self.log.finished.values() for row in rows])
 
 
@@ -260,13 +261,6 @@ def _reserve(fd: int, size: int) -> None:
         if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
             raise
         os.ftruncate(fd, size)
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # some network file systems refuse it
-        os.fsync(fd)
-    os.close(fd)
 
 
 @contextlib.contextmanager

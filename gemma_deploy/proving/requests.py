@@ -187,10 +187,3 @@ def page(title: str, result: ParityResult) -> str:
     """One self-contained HTML page."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(PAGE).render(title=title, r=result.to_json())
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write under a temporary name and rename."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,8 +19,11 @@ from gemma_deploy.split.base import Part
 from gemma_deploy.split.layout import PART_KEY, WEIGHTS, part_config
 from gemma_deploy.split.registry import part_class
 from gemma_deploy.split.writing import write_split
+from gemma_deploy.workdir import Maker, WorkDir
+from gemma_deploy.writing import write_json
 
 BLOCK_BYTES = 8 << 20
+SAVE_PART = Maker("save_part", CheckpointError)
 ALIASES = {"gemma3": "gemma3_text"}
 log = logging.getLogger(__name__)
 
@@ -175,25 +178,30 @@ def _dtype_of(config: ModelConfig, checkpoint: Checkpoint) -> torch.dtype:
 def save_part(part: Part, directory: str | Path) -> Path:
     """Write config.json and model.safetensors of a part (fine-tuned, say); `load_part` reads them back.
 
-    The directory is written under a temporary name and renamed.
+    The directory is there whole or not at all.
 
     Raises:
-        UsageError: the directory exists.
+        UsageError: the directory exists. BusyError: another process is writing it.
+        CheckpointError: it cannot be written.
     """
     from safetensors.torch import save_file
 
-    directory = Path(directory)
-    if directory.exists():
-        raise UsageError("exists already", where=str(directory), next_step="choose another place, or remove it")
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    config = part_config(part.model_config, part.span, part.embed_scale)
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tensors = {name: value.detach().contiguous() for name, value in part.named_parameters()}
-    save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-    partial.rename(directory)
-    return directory
+    with _SavedPart(Path(directory), SAVE_PART) as saved:
+        config = part_config(part.model_config, part.span, part.embed_scale)
+        write_json(saved.path / "config.json", config, indent=2, sort_keys=False)
+        tensors = {name: value.detach().contiguous() for name, value in part.named_parameters()}
+        save_file(tensors, saved.path / WEIGHTS, metadata={"format": "pt"})
+        saved.publish()
+    return saved.out
+
+
+class _SavedPart(WorkDir):
+    """A new directory."""
+
+    def check(self) -> None:
+        """Refuse to overwrite."""
+        if os.path.lexists(self.out):
+            raise UsageError("exists already", where=str(self.out), next_step="choose another place, or remove it")
 
 
 def load_part(directory: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Part:

@@ -5,21 +5,25 @@ OUT/split.json names the parts in order; OUT/PART holds config.json and model.sa
 
 from __future__ import annotations
 
-import json
-import shutil
+import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.errors import UsageError
+from gemma_deploy.errors import ParamsError, UsageError
 from gemma_deploy.params.plan import ITEM_BITS, ParamSpec
 from gemma_deploy.params.writer import write_params
 from gemma_deploy.partition import Span
 from gemma_deploy.partition.mapper import ParameterMapper
 from gemma_deploy.split.layout import INDEX, WEIGHTS, part_config
 from gemma_deploy.staging import write_tokenizer
+from gemma_deploy.workdir import Maker, WorkDir
+from gemma_deploy.writing import write_json
 
+JOURNAL = "journal"
+SPLIT = Maker("split", ParamsError, full="make room there and run the same command again: it continues")
 Progress = Callable[[int, int], None]
 
 
@@ -32,7 +36,7 @@ def write_split(
     workers: int = 2,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Write every part into OUT.partial, continuing what a killed run left there, and rename it.
+    """Write every part into OUT.partial, continuing what a killed run of the same parts left there, and rename it.
 
     Args:
         progress: called with (bytes written, bytes in all) of all parts.
@@ -41,41 +45,74 @@ def write_split(
         split.json's rows: name, start, stop, tensors and bytes of each part.
 
     Raises:
-        UsageError: `out` is there already; ParamsError: a weight is not finite, or the disk is full.
+        UsageError: `out` is there already. BusyError: another run is writing it.
+        ParamsError: a weight is not finite, or the disk is full.
     """
-    _refuse_strangers(out, force)
-    partial = out.with_name(out.name + ".partial")
+    key = hashlib.sha256(repr((checkpoint.fingerprint(), list(spans))).encode()).hexdigest()
+    with _Split(out, key, force) as split:
+        rows = _write_parts(checkpoint, spans, split.path, workers, progress)
+        split.publish()
+    return rows
+
+
+def _write_parts(
+    checkpoint: Checkpoint, spans: Sequence[Span], folder: Path, workers: int, progress: Progress | None
+) -> list[dict[str, Any]]:
+    """Every part in a folder of its own, the tokenizer and the index beside them; the rows of the index."""
     plans = {span: _plan(checkpoint, span) for span in spans}
     sizes = {span: sum(spec.nbytes for spec in plan) for span, plan in plans.items()}
     total = sum(sizes.values())
     rows: list[dict[str, Any]] = []
     for span, plan in plans.items():
         before = sum(row["bytes"] for row in rows)
-        folder = partial / span.name
-        folder.mkdir(parents=True, exist_ok=True)
+        place = folder / span.name
+        place.mkdir(exist_ok=True)
         write_params(
             checkpoint,
             plan,
-            folder / WEIGHTS,
-            journal=folder / "journal",
+            place / WEIGHTS,
+            journal=place / JOURNAL,
             workers=workers,
             progress=None if progress is None else _from(progress, before, total),
         )
-        _write_json(folder / "config.json", part_config(checkpoint.config, span))
+        write_json(place / "config.json", part_config(checkpoint.config, span), indent=2, sort_keys=False)
         rows.append(
             {"name": span.name, "start": span.start, "stop": span.stop, "tensors": len(plan), "bytes": sizes[span]}
         )
-    write_tokenizer(checkpoint, partial, link=False)
-    _write_json(partial / INDEX, {"model_type": checkpoint.config.model_type, "parts": rows})
-    names = [row["name"] for row in rows]
-    for folder in [entry for entry in partial.iterdir() if entry.is_dir() and entry.name not in names]:
-        shutil.rmtree(folder)  # a part of other points, by a killed run
-    for row in rows:
-        (partial / row["name"] / "journal").unlink()
-    if out.exists():
-        shutil.rmtree(out)
-    partial.rename(out)
+    write_tokenizer(checkpoint, folder, link=False)
+    index = {"model_type": checkpoint.config.model_type, "parts": rows}
+    write_json(folder / INDEX, index, indent=2, sort_keys=False)
     return rows
+
+
+class _Split(WorkDir):
+    """OUT, which only replaces a split model, and nothing without force."""
+
+    def __init__(self, out: Path, key: str, force: bool) -> None:
+        super().__init__(out, SPLIT, key=key)
+        self.force = force
+
+    def check(self) -> None:
+        """Refuse what must not be replaced."""
+        if not os.path.lexists(self.out):
+            return
+        if not (self.out / INDEX).is_file():
+            raise UsageError(
+                "exists and is no split model; it will not be touched",
+                where=str(self.out),
+                next_step="choose another directory",
+            )
+        if not self.force:
+            raise UsageError("holds a split model already", where=str(self.out), next_step="use --force to replace it")
+
+    def tidy(self) -> None:
+        """Remove the journals."""
+        for journal in self.path.glob(f"*/{JOURNAL}"):
+            journal.unlink()
+
+    def is_whole(self) -> bool:
+        """No: `key` does not cover the tokenizer's files. What is written already is found by the journals."""
+        return False
 
 
 def _from(progress: Progress, before: int, total: int) -> Progress:
@@ -90,18 +127,3 @@ def _plan(checkpoint: Checkpoint, span: Span) -> list[ParamSpec]:
         dtype: Any = info.dtype if info.dtype in ITEM_BITS else "float32"
         plan.append(ParamSpec(local, info.shape, dtype, "cast", source))
     return plan
-
-
-def _refuse_strangers(out: Path, force: bool) -> None:
-    if not out.exists():
-        return
-    if not (out / INDEX).is_file():
-        raise UsageError(
-            "exists and is no split model; it will not be touched", where=str(out), next_step="choose another directory"
-        )
-    if not force:
-        raise UsageError("holds a split model already", where=str(out), next_step="use --force to replace it")
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

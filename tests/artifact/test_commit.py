@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from gemma_deploy.artifact import ArtifactDir
-from gemma_deploy.artifact.lock import Lock
 from gemma_deploy.artifact.manifest import FORMAT_VERSION
-from gemma_deploy.errors import ArtifactError, DeployError
+from gemma_deploy.errors import ArtifactError, BusyError, DeployError
+from tests.killing import killer
 
 MANIFEST = {
     "format_version": FORMAT_VERSION,
@@ -83,56 +84,30 @@ def test_an_unfinished_directory_is_continued_under_its_key_only(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-# Forks a child per line of stdin, which makes an artifact over an older one and dies at the n-th step of the commit.
-DRIVER = """
-import os, pathlib, shutil, signal, sys
-from tests.artifact.test_commit import MANIFEST, ArtifactDir
-for line in sys.stdin:
-    at, out = line.split()
-    child = os.fork()
-    if child == 0:
-        left = [int(at)]
-        def dying(call):
-            def wrapped(*args, **kwargs):
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                left[0] -= 1
-                return call(*args, **kwargs)
-            return wrapped
-        with ArtifactDir(pathlib.Path(out), key="new", force=True) as directory:
-            (directory.path / "iter0.onnx").write_text("new")
-            for owner, name in ((pathlib.Path, "write_text"), (pathlib.Path, "replace"), (pathlib.Path, "unlink"),
-                                (pathlib.Path, "rename"), (os, "fsync"), (shutil, "rmtree")):
-                setattr(owner, name, dying(getattr(owner, name)))
-            directory.commit(MANIFEST | {"key": "new"})
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
+def replace(out):
+    """Replace an artifact by another one."""
+    make(Path(out), "new", force=True)
 
 
-@pytest.fixture
-def kill_in_commit():
-    """(out, n) -> exit code of the process that died at the n-th step, 0 when it came to the end before."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", DRIVER], **pipes) as driver:
-
-        def run(out, at):
-            driver.stdin.write(f"{at} {out}\n")
-            driver.stdin.flush()
-            return int(driver.stdout.readline())
-
+@pytest.fixture(scope="module")
+def steps():
+    with killer("tests.artifact.test_commit:replace") as run:
         yield run
 
 
-def test_killed_at_any_step_of_the_commit_nothing_is_lost(tmp_path, kill_in_commit):
+@pytest.fixture
+def no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
+
+@pytest.mark.usefixtures("no_waiting_for_the_disk")
+def test_killed_at_any_step_nothing_is_lost(tmp_path, steps):
     outcomes = set()
-    for at in range(30):
+    for at in range(100):
         out = tmp_path / str(at) / "a"
         make(out, "old")
-        code = kill_in_commit(out, at)
-        if code == 0:
+        if steps(at, str(out)):
             break
-        assert code == -9
         here = out.exists()
         if here:  # whole, old or new
             assert (out / "manifest.json").exists()
@@ -144,26 +119,40 @@ def test_killed_at_any_step_of_the_commit_nothing_is_lost(tmp_path, kill_in_comm
         assert list(json.loads((out / "manifest.json").read_text())["files"]) == ["iter0.onnx"]
         assert not make(out, "new")  # finished
         # the lock file of a killed process may lie there; nobody holds it
-        assert {entry.name for entry in out.parent.iterdir()} <= {"a", ".a.lock"}
+        assert {entry.name for entry in out.parent.iterdir()} <= {"a", ".a.gemma-deploy-lock"}
     else:
         pytest.fail("the commit never ended")
     # died before the old one went; between the renames, where the next run has only to rename; and after them
     assert {(True, True), (False, False), (True, False)} <= outcomes
 
 
-@pytest.mark.parametrize("name", ["a.old", "a.partial"])
+@pytest.mark.usefixtures("no_waiting_for_the_disk")
+def test_killed_between_the_renames_other_inputs_do_not_cost_the_old_one(tmp_path, steps):
+    for at in range(100):
+        out = tmp_path / str(at) / "a"
+        make(out, "old")
+        assert not steps(at, str(out))
+        if not out.exists():
+            break
+    with pytest.raises(ArtifactError, match="other inputs"):
+        make(out, "third")
+    assert (out / "iter0.onnx").read_text() == "old"
+    assert not make(out, "old")
+
+
+@pytest.mark.parametrize("name", [".a.old", "a.old", "a.partial"])
 def test_a_directory_of_the_users_beside_it_is_not_touched(tmp_path, name):
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.txt").write_text("years of work")
-    if name == "a.old":
+    if name != "a.partial":
         make(tmp_path / "a")
         make(tmp_path / "a", "other", force=True)
         assert not make(tmp_path / "a", "other")
     else:
-        with pytest.raises(ArtifactError, match="will not be touched") as caught:
+        with pytest.raises(DeployError, match="will not be touched") as caught:
             make(tmp_path / "a", force=True)
         assert caught.value.where == str(tmp_path / name)
-        assert not (tmp_path / ".a.lock").exists()
+        assert [entry.name for entry in tmp_path.iterdir()] == [name]
     assert (tmp_path / name / "thesis.txt").read_text() == "years of work"
 
 
@@ -187,7 +176,7 @@ def test_a_second_compile_of_one_name_is_refused_while_the_first_lives(tmp_path)
     first = subprocess.Popen([sys.executable, "-c", HOLDER, str(out)], stdout=subprocess.PIPE, text=True)
     try:
         assert first.stdout.readline() == "locked\n"
-        with pytest.raises(ArtifactError, match=f"process {first.pid}") as caught:
+        with pytest.raises(BusyError, match=f"process {first.pid}") as caught:
             make(out)
         assert caught.value.where == str(out)
         assert make(tmp_path / "b")  # another name is free
@@ -198,28 +187,8 @@ def test_a_second_compile_of_one_name_is_refused_while_the_first_lives(tmp_path)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a", "b"]
 
 
-def test_a_lock_removed_by_its_holder_is_not_taken_for_ours(tmp_path, monkeypatch):
-    """The holder ends between our open and our flock: what we locked is no longer the file others would lock."""
-    path, real = tmp_path / ".a.lock", os.open
-    opened = []
-
-    def slow(name, *args):
-        fd = real(name, *args)
-        opened.append(fd)
-        if len(opened) == 1:
-            path.unlink()
-        return fd
-
-    monkeypatch.setattr(os, "open", slow)
-    lock = Lock(path)
-    assert len(opened) == 2
-    assert path.read_text() == f"{os.getpid()}\n"
-    lock.release()
-    assert not path.exists()
-
-
 def test_a_file_in_the_way_of_the_workspace(tmp_path):
     (tmp_path / "w").write_text("a file")
-    with pytest.raises(DeployError, match="cannot write") as caught:
+    with pytest.raises(DeployError, match="cannot be written") as caught:
         make(tmp_path / "w/a")
     assert "workspace.path" in caught.value.next_step

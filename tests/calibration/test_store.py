@@ -11,6 +11,7 @@ from gemma_deploy.calibration import Calibration, Request, calibrate, pipeline
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CalibrationError, UsageError
 from gemma_deploy.testing import write_tiny_checkpoint
+from gemma_deploy.workdir import MARK
 from tests.calibration import make
 
 
@@ -156,6 +157,7 @@ def test_what_a_killed_run_left_is_cleared(checkpoint, request_, tmp_path):
     made = calibrate(checkpoint, request_, tmp_path / "w").calibration
     partial = made.path.rename(made.path.with_name(made.path.name + ".partial"))
     (partial / "half.tmp").write_bytes(b"x")
+    (partial / MARK).write_text('{"made_by": "gemma-deploy calibrate", "key": null, "whole": false}')
     again = calibrate(checkpoint, request_, tmp_path / "w")
     assert not again.reused
     assert not partial.exists()

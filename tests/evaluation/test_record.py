@@ -8,11 +8,11 @@ import re
 import pytest
 
 from gemma_deploy.artifact import report
-from gemma_deploy.artifact.lock import Lock
 from gemma_deploy.artifact.plots import range_plot, sqnr_plot
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.evaluation import record as records
 from gemma_deploy.verifying import verify
+from gemma_deploy.workdir import Lock
 from tests.evaluation.conftest import run
 from tests.evaluation.make import questions, write_exam
 
@@ -128,7 +128,7 @@ def test_killed_before_the_manifest_nothing_is_left(artifact):
 
 
 def test_another_process_at_work_on_it_is_waited_for_by_the_user(artifact, text_file, capfd):
-    lock = Lock(artifact.with_name(".artifact.lock"))
+    lock = Lock(artifact)
     try:
         code, out, err = run(capfd, "eval", artifact, "--text", text_file, *PPL)
     finally:
