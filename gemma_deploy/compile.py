@@ -147,7 +147,7 @@ def compile_recipe(
                 source, stage.skipped = calibrate_cache(recipe, checkpoint, looked_at, artifact.path, key, progress)
         with stages.stage("parameters") as stage:
             table = stream_params(recipe, source, artifact.path, rescaling, progress)
-            stage.bytes = table.file_bytes
+            stage.bytes = sum(file.file_bytes for file in table.files.values())
         with stages.stage("graphs") as stage:
             kept = quantized.kept if quantized else None
             peak = export_into(artifact.path, recipe, checkpoint, contract, table, rescaling, key, kept)

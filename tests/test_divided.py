@@ -119,6 +119,8 @@ def test_the_gate_proves_the_parts(divided):
     assert "summed over 2 ranks" in whats
     assert "cut into 2 stages in front of layers 3" in whats
     assert "Vastai::AllReduce" in manifest["op_census"]["top/rank0/iter1"]
+    (stage,) = [stage for stage in manifest["stages"] if stage["name"] == "parameters"]
+    assert stage["bytes"] == sum(file.stat().st_size for file in divided.rglob("params.safetensors"))
 
 
 def test_verify_inspect_and_run_work_on_it(divided):
