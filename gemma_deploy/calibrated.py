@@ -5,7 +5,6 @@ Imported by compile.py alone.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,15 +13,17 @@ from typing import Any
 from gemma_deploy.calibration.address import require_cluster
 from gemma_deploy.calibration.pipeline import Request, fit_to_sample, make_windows
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.errors import CheckpointError
+from gemma_deploy.errors import CheckpointError, DeployError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.params.overlay import Overlay
 from gemma_deploy.quantization.rescaling import Rescaling
+from gemma_deploy.reading import FileKind, read_object
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.schemes import QUANTIZERS
-from gemma_deploy.writing import write_json
+from gemma_deploy.writing import finite, write_json
 
 QUANTIZED = "quantized"
+RESULT = FileKind(DeployError, "what an earlier run wrote", "run the same command again")
 Progress = Callable[[int, int], None]
 
 
@@ -90,7 +91,7 @@ def choose_rescaling(
         NotFiniteError: the weights are damaged.
     """
     done = out / "rescaling.json"
-    if done.exists() and (record := json.loads(done.read_text()))["key"] == key:
+    if (record := _known(done, key)) is not None:
         return Rescaling.from_json(record), True
     from gemma_deploy.parity.maxima import measure_rescaling
 
@@ -111,10 +112,11 @@ def quantize_weights(
     """Step 7: every decoder layer quantized on what the layers before it give; resumable per layer."""
     from gemma_deploy.calibration.executors import open_executor
     from gemma_deploy.quantization.keeping import HEAVY_TAILED, KEEP, KEEP_WIDE, LEAST_NOISE, linears_to_keep
-    from gemma_deploy.quantization.layers import layer_file, quantize_layers
+    from gemma_deploy.quantization.layers import quantize_layers
     from gemma_deploy.quantization.observing import scratch_of
+    from gemma_deploy.quantization.results import layer_file, table_file
     from gemma_deploy.quantization.solver import Settings
-    from gemma_deploy.quantization.table import scale_table, table_file
+    from gemma_deploy.quantization.table import scale_table
 
     quantizer, section = QUANTIZERS[recipe.weights], recipe.frontend.quantize
     assert section is not None  # the scheme comes from there
@@ -173,16 +175,17 @@ def calibrate_cache(
     from gemma_deploy.calibration.executors import open_executor
     from gemma_deploy.quantization.cache import observe_cache
     from gemma_deploy.quantization.observing import scratch_of
+    from gemma_deploy.quantization.results import read_record
 
     folder, workspace = out / QUANTIZED, recipe.workspace
-    file, mark = folder / "cache.safetensors", folder / "cache.key"
-    done = file.exists() and mark.exists() and mark.read_text() == key
+    file, mark = folder / "cache.safetensors", folder / "cache.json"
+    done = _known(mark, key) is not None and read_record(file) is not None
     if not done:
         if workspace.cluster is not None:
             require_cluster(workspace.cluster)
         file.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        mark.write_text(key)
+        write_json(mark, {"key": key})
         windows = make_windows(checkpoint, looked_at)
         give_memory_back()  # of the tokenizer
         with open_executor(scratch_of(folder), processes=workspace.processes, cluster=workspace.cluster) as executor:
@@ -212,7 +215,7 @@ def layer_sensitivity(
         manifest: of the artifact in the making, whose parameters are written.
     """
     done = out / "sensitivity.json"
-    if done.exists() and (record := json.loads(done.read_text())).pop("key") == key:
+    if (record := _known(done, key)) is not None:
         return record, True
     from gemma_deploy.parity.sensitivity import measure_sensitivity
     from gemma_deploy.parity.stored import StoredWeights
@@ -225,6 +228,15 @@ def layer_sensitivity(
         embed_scale=manifest["recipe"]["frontend"]["model_kwargs"]["embed_scale"],
         progress=progress,
     )
-    write_json(done, found | {"key": key})
+    write_json(done, finite(found) | {"key": key})
     give_memory_back()
     return found, False
+
+
+def _known(file: Path, key: str) -> dict[str, Any] | None:
+    """What an earlier run of this key wrote, without the key; None where there is nothing, or not all of it."""
+    try:
+        record = read_object(file, RESULT)
+    except DeployError:
+        return None
+    return record if record.pop("key", None) == key else None

@@ -30,12 +30,17 @@ class HiddenStates:
     ) -> None:
         self.shape, self.file = shape, file
         self.window_bytes = 4 * shape[1] * shape[2]
-        self.nbytes = shape[0] * self.window_bytes
+        self.nbytes = self.bytes_of(shape)
         self._array: np.ndarray | None = None
         if self.nbytes <= in_memory_bytes:
             self._array = np.zeros(shape, np.float32)
         elif not there:
             self._reserve()
+
+    @staticmethod
+    def bytes_of(shape: tuple[int, int, int]) -> int:
+        """What states of this shape take."""
+        return 4 * shape[0] * shape[1] * shape[2]
 
     @property
     def on_disk(self) -> bool:

@@ -20,8 +20,8 @@ from gemma_deploy.calibration.points import CACHE_FACTOR, CACHE_PARTS
 from gemma_deploy.calibration.shards import Frame, LayerPass, Model
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.quantization.durable import durable_tensors
 from gemma_deploy.quantization.observing import step
+from gemma_deploy.quantization.results import write_result
 
 SMALLEST = 1e-3  # of the largest channel of a head: what was silent on the calibration text may speak up later
 
@@ -82,4 +82,4 @@ def observe_cache(
             tensors |= {f"{layer.name}.{name}": value for name, value in cache_factors(maxima).items()}
     finally:
         states.close()
-    durable_tensors(file, tensors, {})
+    write_result(file, tensors, {})

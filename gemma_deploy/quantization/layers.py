@@ -9,7 +9,6 @@ bytes.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from gemma_deploy.calibration.driver import Progress, embed, loaded
@@ -30,19 +28,12 @@ from gemma_deploy.checkpoint import Checkpoint, ModelConfig
 from gemma_deploy.errors import CalibrationError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.quantization.cache import cache_factors
-from gemma_deploy.quantization.durable import RECORD, durable, durable_tensors
 from gemma_deploy.quantization.folding import InputGroup, input_groups
 from gemma_deploy.quantization.moments import NotPositiveError
 from gemma_deploy.quantization.observing import scratch_of
 from gemma_deploy.quantization.passage import Passage
+from gemma_deploy.quantization.results import claim, layer_file, read_record, resume_at, states_file, write_result
 from gemma_deploy.quantization.solver import QuantizedWeight, Settings, Solved, solve
-
-KEY_FILE = "key.json"
-
-
-def layer_file(folder: Path, layer: int) -> Path:
-    """Where the result of a layer lies."""
-    return folder / f"layer-{layer:03d}.safetensors"
 
 
 @torch.inference_mode()
@@ -84,17 +75,17 @@ def quantize_layers(
     config = checkpoint.config
     count, (nsamples, seqlen) = config.num_hidden_layers, ids.shape
     shape = (nsamples, seqlen, config.hidden_size)
-    _claim(folder, key)
+    claim(folder, key)
     shutil.rmtree(scratch_of(folder), ignore_errors=True)  # of a killed run
-    done = next((layer for layer in range(count) if not layer_file(folder, layer).exists()), count)
+    done = resume_at(folder, count, HiddenStates.bytes_of(shape))
     if done < count:
         executor = executor or Here()
         frame = Frame(Model(config, embed_scale, seqlen, checkpoint.path))
         if done == 0:
-            states = HiddenStates(shape, _states_file(folder, 0), 0)
+            states = HiddenStates(shape, states_file(folder, 0), 0)
             embed(checkpoint, ids, float(frame.stack.embed_tokens.scale_value(torch.float32)), states)
         else:
-            states = HiddenStates(shape, _states_file(folder, done), 0, there=True)
+            states = HiddenStates(shape, states_file(folder, done), 0, there=True)
         groups = input_groups(config)
         passes = (len(groups) if true_sequential else 1) + 1
         for index in range(done, count):
@@ -112,31 +103,25 @@ def quantize_layers(
                         expected="finite activations in float32",
                         next_step=f"its weights in {checkpoint.path} are damaged: copy or download them again",
                     ) from error
-                following = HiddenStates(shape, _states_file(folder, index + 1), 0)
+                following = HiddenStates(shape, states_file(folder, index + 1), 0)
                 tensors |= cache_factors(inside.leave(following, int8_cache))
             following.sync()
             named = {f"{layer.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
-            durable_tensors(layer_file(folder, index), named, {"layer": layer.name, **record})
+            write_result(layer_file(folder, index), named, {"layer": layer.name, **record})
             states.close()
             states = following
             del tensors, named
             give_memory_back()
         shutil.rmtree(scratch_of(folder), ignore_errors=True)
-    return [read_record(layer_file(folder, layer)) for layer in range(count)]
+    records = [read_record(layer_file(folder, layer)) for layer in range(count)]
+    return [record for record in records if record is not None]
 
 
 def hidden_states(checkpoint: Checkpoint, shape: tuple[int, int], folder: Path) -> HiddenStates:
     """What the last quantized layer gave; `close` deletes it."""
     config = checkpoint.config
-    file = _states_file(folder, config.num_hidden_layers)
+    file = states_file(folder, config.num_hidden_layers)
     return HiddenStates((*shape, config.hidden_size), file, 0, there=True)
-
-
-def read_record(file: Path) -> dict[str, Any]:
-    """What was written about a layer."""
-    with safe_open(file, framework="pt") as opened:
-        record: dict[str, Any] = json.loads(opened.metadata()[RECORD])
-    return record
 
 
 class _Ticks:
@@ -233,18 +218,3 @@ def _describe(found: Solved) -> dict[str, Any]:
         "largest_factor": float(found.factors.max()),
         "smallest_factor": float(found.factors.min()),
     }
-
-
-def _states_file(folder: Path, layer: int) -> Path:
-    """Hidden states in front of a layer."""
-    return folder / f"hidden-{layer:03d}.f32"
-
-
-def _claim(folder: Path, key: str) -> None:
-    """Keep a folder of this key, empty any other."""
-    mark = folder / KEY_FILE
-    if not mark.exists() or json.loads(mark.read_text()) != key:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        with durable(mark) as partial:
-            partial.write_text(json.dumps(key))

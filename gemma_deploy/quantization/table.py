@@ -19,18 +19,13 @@ import torch
 
 from gemma_deploy.calibration.driver import TABLE, loaded, refuse_nonfinite, template_stack
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.quantization.durable import durable_tensors
 from gemma_deploy.quantization.equalize import MOST_ROWS, column_factors
-from gemma_deploy.quantization.layers import hidden_states, read_record
+from gemma_deploy.quantization.layers import hidden_states
+from gemma_deploy.quantization.results import read_record, table_file, write_result
 from gemma_deploy.schemes import Codes
 
 NORM, COLUMN_SCALE, FACTORS = "model.norm.weight", "model.embed_tokens.column_scale", "factors"
 READ_ROWS = 64  # neighbours read together when rows are sampled
-
-
-def table_file(folder: Path) -> Path:
-    """Where the factors lie."""
-    return folder / "table.safetensors"
 
 
 @torch.inference_mode()
@@ -52,12 +47,12 @@ def scale_table(
         CalibrationError: the norm gives NaN or infinity.
     """
     file = table_file(folder)
-    if file.exists():
-        return read_record(file)
+    if (known := read_record(file)) is not None:
+        return known
     if codes is None or codes.groupsize:
         hidden_states(checkpoint, shape, folder).close()
         record: dict[str, Any] = {}
-        durable_tensors(file, {}, record)
+        write_result(file, {}, record)
         return record
     stack, _ = template_stack(checkpoint.config, embed_scale)
     power, count = torch.zeros(checkpoint.config.hidden_size, dtype=torch.float64), 0
@@ -75,7 +70,7 @@ def scale_table(
             FACTORS: factors,
         }
         record = {"smallest_factor": float(factors.min()), "largest_factor": float(factors.max())}
-        durable_tensors(file, folded, record)
+        write_result(file, folded, record)
     return record
 
 
