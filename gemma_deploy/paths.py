@@ -11,21 +11,23 @@ from pathlib import Path
 from gemma_deploy.errors import DeployError
 
 PACKAGE = Path(__file__).resolve().parent
+# What lies beside the package in a checkout, and beside nothing else: site-packages may hold anybody's calib/.
+LANDMARKS = ("calib/make_samples.py", "source_code/decoder_vacc.py")
 
 
 def source_code_dir() -> Path:
     """The stand-alone modeling files that are copied beside the weights."""
-    return _data_dir("source_code", "modeling_gemma_vacc.py")
+    return _data_dir("source_code")
 
 
 def calib_dir() -> Path:
     """The bundled calibration samples."""
-    return _data_dir("calib", "README.md")
+    return _data_dir("calib")
 
 
 def build_in_dir() -> Path:
     """The shipped recipes."""
-    return _data_dir("build_in", "hf_gemma_int8.yaml")
+    return _data_dir("build_in")
 
 
 def demo_checkpoint_dir() -> Path:
@@ -33,14 +35,19 @@ def demo_checkpoint_dir() -> Path:
     return PACKAGE / "demo"
 
 
-def _data_dir(name: str, landmark: str) -> Path:
-    """The first candidate that holds `landmark`, so that a stranger's folder of the same name is not taken."""
-    candidates = (PACKAGE.parent / name, PACKAGE / name, PACKAGE / "_data" / name)
-    for candidate in candidates:
-        if (candidate / landmark).is_file():
-            return candidate
+def _data_dir(name: str) -> Path:
+    """The folder inside the package, else the one beside it where that is a checkout of this program.
+
+    Raises:
+        DeployError: there is neither.
+    """
+    inside, beside = PACKAGE / "_data" / name, PACKAGE.parent / name
+    if inside.is_dir():
+        return inside
+    if beside.is_dir() and all((PACKAGE.parent / landmark).is_file() for landmark in LANDMARKS):
+        return beside
     raise DeployError(
         f"the folder {name}/ that belongs to gemma-deploy is missing",
-        expected=" or ".join(str(candidate / landmark) for candidate in candidates),
+        expected=f"{inside}, or {beside} in a checkout",
         next_step="reinstall gemma-deploy",
     )

@@ -11,7 +11,6 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from gemma_deploy import paths
 from gemma_deploy.cli import COMMANDS, cli
 from gemma_deploy.recipe import Recipe
 
@@ -157,14 +156,3 @@ def check_options(words: list[str]) -> None:
     known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
     options = {word.split("=")[0] for word in words[1:] if re.fullmatch(r"--?[a-z][\w-]*(=.*)?", word)}
     assert options <= known | {"--help", "-h"}, f"{words}: {options - known}"
-
-
-def test_data_folders_are_found_by_what_is_in_them(tmp_path, monkeypatch):
-    assert paths.source_code_dir() == ROOT / "source_code"
-    assert paths.build_in_dir() == ROOT / "build_in"
-    installed = tmp_path / "site-packages" / "gemma_deploy"
-    (installed / "_data" / "source_code").mkdir(parents=True)
-    (tmp_path / "site-packages" / "source_code").mkdir()  # somebody else's
-    (installed / "_data" / "source_code" / "modeling_gemma_vacc.py").touch()
-    monkeypatch.setattr(paths, "PACKAGE", installed)
-    assert paths.source_code_dir() == installed / "_data" / "source_code"

@@ -215,20 +215,3 @@ def test_transformers_loads_it_and_computes_the_stock_numbers(tmp_path, out, mod
     with torch.no_grad():
         got, wanted = patched(ids).logits, stock(ids).logits
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-
-
-def test_paths_find_both_a_checkout_and_an_installation(tmp_path, monkeypatch):
-    from gemma_deploy import paths
-
-    package = tmp_path / "site-packages" / "gemma_deploy"
-    monkeypatch.setattr(paths, "PACKAGE", package)
-    with pytest.raises(DeployError, match="source_code/ that belongs to gemma-deploy is missing"):
-        paths.source_code_dir()
-    stranger = package.parent / "source_code"
-    installed = package / "source_code"
-    for directory in (stranger, installed):
-        directory.mkdir(parents=True)
-    (installed / "modeling_gemma_vacc.py").write_text("")
-    assert paths.source_code_dir() == installed
-    (stranger / "modeling_gemma_vacc.py").write_text("")
-    assert paths.source_code_dir() == stranger
