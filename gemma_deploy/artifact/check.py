@@ -7,10 +7,11 @@ small files.
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from gemma_deploy.artifact.manifest import MANIFEST, Artifact
 from gemma_deploy.errors import ArtifactError
@@ -19,6 +20,21 @@ from gemma_deploy.partition.parts import FOLDER
 
 PARAMS = "params.safetensors"
 ROWS = "rows:"  # instead of a sha256: the parameter file's rows carry one each
+
+
+def inside(name: str) -> str:
+    """A path of a file in an artifact, as a manifest has it.
+
+    Raises:
+        ValueError: it is absolute, or leads out of the artifact.
+    """
+    if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise ValueError("not the path of a file in the artifact")
+    return name
+
+
+File = Annotated[str, AfterValidator(inside)]
+Graph = Annotated[str, Field(pattern=r"^\w+$")]
 
 
 class _Part(BaseModel):
@@ -37,7 +53,7 @@ class _Row(_Part):
     scheme: str
     sqnr_db: float | None = None
     signal_energy: float | None = None
-    file: str
+    file: File
 
 
 class _File(_Part):
@@ -62,7 +78,7 @@ class _Contract(_Part):
     context: int
     vocab_size: int
     dynamic: bool
-    graphs: dict[str, _Graph]
+    graphs: dict[Graph, _Graph]
 
 
 class _Model(_Part):
@@ -132,7 +148,7 @@ class _Manifest(_Part):
     contract: _Contract
     parts: list[_Division]
     op_census: dict[str, dict[str, int]]
-    files: dict[str, _File]
+    files: dict[File, _File]
     params: list[_Row]
     rescaling: _Rescaling | None
     parity: _Gate | None
@@ -159,8 +175,10 @@ def open_complete(path: str | Path) -> Artifact:
     """Open an artifact whose manifest has every key that the commands read.
 
     Raises:
-        ArtifactError: naming every key that is missing or of another type.
+        ArtifactError: naming every key that is missing, of another type, or leads out of the artifact; or links that
+            do.
     """
+    _refuse_links(Path(path))
     artifact = Artifact.open(path)
     try:
         _Manifest.model_validate(artifact.manifest)
@@ -173,6 +191,41 @@ def open_complete(path: str | Path) -> Artifact:
             next_step="copy the artifact again, or compile the recipe again with --force",
         ) from error
     return artifact
+
+
+def _refuse_links(path: Path) -> None:
+    """Let no link stand for a file elsewhere, before anything is read.
+
+    Raises:
+        ArtifactError: naming all links that lead out of the artifact.
+    """
+    root = os.path.realpath(path)
+    found = []
+    for place, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            entry = os.path.join(place, name)
+            if os.path.islink(entry) and os.path.commonpath((root, os.path.realpath(entry))) != root:
+                found.append(f"{os.path.relpath(entry, root)} leads to {os.path.realpath(entry)}")
+    if found:
+        raise ArtifactError(
+            "links lead out of it",
+            where=str(path),
+            problems=sorted(found),
+            expected="an artifact whose files are in its directory",
+            next_step="copy it with what the links lead to (cp -rL), if you trust that",
+        )
+
+
+def files_of(artifact: Artifact) -> dict[str, int] | None:
+    """Path in the artifact -> bytes of every file that the manifest lists, None where that list is damaged."""
+    try:
+        listed = _FILES.validate_python(artifact.manifest.get("files"))
+    except ValidationError:
+        return None
+    return {name: facts.bytes for name, facts in listed.items()}
+
+
+_FILES = TypeAdapter(dict[File, _File])
 
 
 def file_problems(artifact: Artifact, *, hashes: bool = True, missing: bool = True) -> list[str]:

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from gemma_deploy.artifact.check import files_of
 from gemma_deploy.artifact.manifest import MANIFEST, Artifact
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.workdir import MARK, Maker, WorkDir
@@ -125,10 +126,10 @@ class ArtifactDir(WorkDir):
 
 
 def _sizes_match(artifact: Artifact) -> bool:
-    files = artifact.manifest["files"]
-    return all(
-        (artifact.path / name).is_file() and (artifact.path / name).stat().st_size == facts["bytes"]
-        for name, facts in files.items()
+    files = files_of(artifact)
+    return files is not None and all(
+        (artifact.path / name).is_file() and (artifact.path / name).stat().st_size == size
+        for name, size in files.items()
     )
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from gemma_deploy.backends.onnxruntime.genai_config import CONFIG_FILE
+from gemma_deploy.backends.onnxruntime.genai_config import CONFIG_FILE, read_genai_config
 from gemma_deploy.errors import ArtifactError, DeployError, UsageError
 from gemma_deploy.runtime.generate import GenerationStats, Prompt, check_context, check_length, encoded, speak
 from gemma_deploy.runtime.limits import REBUILD, check_tokens
@@ -50,10 +50,12 @@ class GenaiModel:
         require_genai(str(self.path))
         import onnxruntime_genai as og
 
-        model = _read_config(self.path / CONFIG_FILE)
-        self.context_length, self.vocab_size, self.window = model.context_length, model.vocab_size, model.window
-        self.stop_ids = model.stop_ids
-        for name in (model.graph, PARAMS):
+        model = read_genai_config(self.path / CONFIG_FILE).model
+        self.context_length, self.vocab_size = model.context_length, model.vocab_size
+        self.window = model.decoder.sliding_window.window_size if model.decoder.sliding_window is not None else 0
+        stops = model.eos_token_id
+        self.stop_ids = frozenset(stops if isinstance(stops, list) else [stops])
+        for name in (model.decoder.filename, PARAMS):
             if not (self.path / name).is_file():
                 raise ArtifactError("is missing", where=str(self.path / name), next_step=REBUILD)
         started = time.perf_counter()
@@ -200,32 +202,6 @@ def require_genai(where: str) -> None:
     """
     if importlib.util.find_spec("onnxruntime_genai") is None:
         raise UsageError("onnxruntime-genai is not installed here", where=where, next_step=INSTALL)
-
-
-class _Config(NamedTuple):
-    """What is read of genai_config.json."""
-
-    context_length: int
-    vocab_size: int
-    window: int
-    stop_ids: frozenset[int]
-    graph: str
-
-
-def _read_config(file: Path) -> _Config:
-    if not file.is_file():
-        raise ArtifactError("is missing", where=str(file), next_step=REBUILD)
-    try:
-        model: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))["model"]
-        stops = model["eos_token_id"]
-        stops = frozenset(stops if isinstance(stops, list) else [stops])
-        decoder = model["decoder"]
-        window = int(decoder.get("sliding_window", {}).get("window_size", 0))
-        return _Config(int(model["context_length"]), int(model["vocab_size"]), window, stops, str(decoder["filename"]))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(
-            f"is damaged ({type(error).__name__}: {error})", where=str(file), next_step=REBUILD
-        ) from error
 
 
 def _refuse_overflow(generator: Any, where: Path) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gemma_deploy.backends.onnxruntime.options import GRAPH
 from gemma_deploy.backends.onnxruntime.window import windowed_layers
 from gemma_deploy.checkpoint.config import ModelConfig
+from gemma_deploy.errors import ArtifactError
+from gemma_deploy.reading import FileKind, read_object
+from gemma_deploy.runtime.limits import REBUILD
 
 CONFIG_FILE = "genai_config.json"
+FILE_KIND = FileKind(ArtifactError, "what `gemma-deploy compile` wrote", REBUILD, missing=REBUILD, unique_keys=True)
 
 
 def genai_config(
@@ -81,3 +88,85 @@ def genai_config(
         }
         | ({} if chunk_size is None else {"chunk_size": chunk_size}),
     }
+
+
+class _Section(BaseModel):
+    """Only keys that `genai_config` writes: others name libraries that genai loads, or files anywhere."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class _Cuda(_Section):
+    pass
+
+
+class _Provider(_Section):
+    cuda: _Cuda
+
+
+class _SessionOptions(_Section):
+    log_id: str = ""
+    intra_op_num_threads: int = 0
+    provider_options: list[_Provider] = []
+
+
+class SlidingWindow(_Section):
+    """Caches that hold a window."""
+
+    window_size: int
+    slide_key_value_cache: bool = False
+    slide_inputs: bool = False
+    layers: list[int] = []
+
+
+class Decoder(_Section):
+    """The graph."""
+
+    session_options: _SessionOptions
+    filename: Literal["model.onnx"]
+    head_size: int
+    hidden_size: int
+    inputs: dict[str, str]
+    outputs: dict[str, str]
+    num_attention_heads: int
+    num_hidden_layers: int
+    num_key_value_heads: int
+    sliding_window: SlidingWindow | None = None
+
+
+class Model(_Section):
+    """The model."""
+
+    bos_token_id: int | None
+    context_length: int
+    decoder: Decoder
+    eos_token_id: list[int] | int
+    pad_token_id: int
+    type: str
+    vocab_size: int
+
+
+class GenaiConfig(_Section):
+    """What an artifact's genai_config.json says."""
+
+    model: Model
+    search: dict[str, bool | int | float]
+
+
+def read_genai_config(file: Path) -> GenaiConfig:
+    """Read genai_config.json, before genai does.
+
+    Raises:
+        ArtifactError: it is missing or damaged, or has keys that no compile wrote.
+    """
+    raw = read_object(file, FILE_KIND)
+    try:
+        return GenaiConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ArtifactError(
+            "is damaged",
+            where=str(file),
+            problems=[f"{'.'.join(map(str, one['loc']))}: {one['msg'].lower()}" for one in error.errors()],
+            expected=FILE_KIND.expected,
+            next_step=REBUILD,
+        ) from error
