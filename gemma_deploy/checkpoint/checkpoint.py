@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gemma_deploy import paths, reading
-from gemma_deploy.checkpoint.config import ModelConfig
+from gemma_deploy.checkpoint.config import LM_HEAD, TABLE, ModelConfig
 from gemma_deploy.checkpoint.expected import expected_tensors
 from gemma_deploy.checkpoint.index import INDEX_NAME, locate_shards, read_json, read_shards, refuse_other_formats
 from gemma_deploy.checkpoint.safetensors_reader import readable
@@ -31,7 +31,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-LM_HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 # A classifier's head is no part of a language model; staging carries it because it links the whole file.
 CLASSIFIER_HEAD = "score.weight"
 FINGERPRINT_BYTES = 1 << 20

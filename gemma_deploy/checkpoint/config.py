@@ -17,6 +17,7 @@ ModelType = Literal["gemma", "gemma2", "gemma3_text"]
 LayerType = Literal["full_attention", "sliding_attention"]
 
 MODEL_TYPES: tuple[ModelType, ...] = ("gemma", "gemma2", "gemma3_text")
+TABLE, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FULL: LayerType = "full_attention"
 SLIDING: LayerType = "sliding_attention"
 LAYER_TYPES: tuple[LayerType, ...] = (FULL, SLIDING)
@@ -82,6 +83,11 @@ class ModelConfig:
             CheckpointError: listing every wrong or missing key.
         """
         return _Parser(raw, where).parse()
+
+    @property
+    def head_weight(self) -> str:
+        """Name of the matrix the LM head multiplies by: the token table where the two are tied."""
+        return TABLE if self.tie_word_embeddings else LM_HEAD
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, without the raw config, for the manifest."""

@@ -1,6 +1,6 @@
 """A checkpoint seen through the quantizer's results: codes, scales and folded norms replace what they were made from.
 
-The token table has its columns scaled.
+The matrix that the LM head reads (the token table where they are tied) has its columns scaled.
 
 Consumed like a checkpoint by `write_params`, which copies codes and scales as they are.
 """
@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from gemma_deploy.checkpoint import Checkpoint, TensorInfo
 
-FACTORS, TABLE = "factors", "model.embed_tokens.weight"
+FACTORS = "factors"
 DTYPES = {"I8": "int8", "F32": "float32"}
 
 
@@ -62,8 +62,8 @@ class Overlay:
                     self.tensors[name] = TensorInfo(name, shape, dtype, file, nbytes)
                     self._files[name] = file
         if self._factors is not None:
-            table = checkpoint.tensors[TABLE]
-            self.tensors[TABLE] = replace(table, dtype="float32", nbytes=4 * math.prod(table.shape))
+            head = checkpoint.tensors[checkpoint.config.head_weight]
+            self.tensors[head.name] = replace(head, dtype="float32", nbytes=4 * math.prod(head.shape))
         self.stored = {
             f"{record['layer']}.{linear}.weight": Stored(_sqnr_db(found["signal"], found["loss"]), found["signal"])
             for record in records
@@ -72,14 +72,13 @@ class Overlay:
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) as float32."""
-        replaced = name in self._files or (name == TABLE and self._factors is not None)
-        return (
-            self.raw_rows(name, start, stop).astype(np.float32) if replaced else self.checkpoint.rows(name, start, stop)
-        )
+        if name in self._files or self._is_scaled(name):
+            return self.raw_rows(name, start, stop).astype(np.float32)
+        return self.checkpoint.rows(name, start, stop)
 
     def raw_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """The same rows as stored."""
-        if name == TABLE and self._factors is not None:
+        if self._is_scaled(name):
             scaled: np.ndarray = self.checkpoint.rows(name, start, stop) * self._factors
             return scaled
         if name not in self._files:
@@ -87,6 +86,9 @@ class Overlay:
         with safe_open(self._files[name], framework="np") as opened:
             rows: np.ndarray = opened.get_slice(name)[start:stop]
         return rows
+
+    def _is_scaled(self, name: str) -> bool:
+        return self._factors is not None and name == self.config.head_weight
 
     def fingerprint(self) -> str:
         """Of the checkpoint and of every replaced tensor's file."""

@@ -13,7 +13,8 @@ from typing import Literal
 
 from gemma_deploy.calibration.points import CACHE_PARTS, cache_factor
 from gemma_deploy.checkpoint import ModelConfig, Rope, expected_tensors
-from gemma_deploy.params.overlay import TABLE, Stored
+from gemma_deploy.checkpoint.config import TABLE
+from gemma_deploy.params.overlay import Stored
 from gemma_deploy.partition import Part, whole
 from gemma_deploy.partition.ranks import Blocks, row_blocks, sharding
 from gemma_deploy.quantization.rescaling import Rescaling
@@ -90,8 +91,8 @@ def build_plan(
         config: the model; a tied table appears once, under model.embed_tokens.
         scheme: w8a16 stores each matrix as int8 `X.weight` and float32 `X.scale`; fp16 has the eps of every norm and
             the scale factor of every attention as parameters, [1] each, because rescaling makes them differ by layer.
-            w8a16_folded is w8a16 with one more scale, of each column that the embedding gives, where the table has one
-            scale per row.
+            w8a16_folded is w8a16 with one more scale, of each column that the embedding gives, where the table is the
+            LM head's matrix as well and has one scale per row.
         context_length: positions the rotary half tables [context_length, head_dim / 2] cover.
         rescaling: powers of two folded into what fp16 stores.
         part: only what this part of a divided artifact holds. Names are the whole model's.
@@ -123,7 +124,7 @@ def build_plan(
             specs.append(ParamSpec(name, lies, dtype, kinds[0], name, turned=turned, stored=made))
             source = scales if made else name
             specs.append(ParamSpec(scales, codes.scale_shape(shape), "float32", kinds[1], source))
-            folded = scheme == "w8a16_folded" and codes.groupsize is None
+            folded = scheme == "w8a16_folded" and codes.groupsize is None and config.tie_word_embeddings
             if folded and name == TABLE and span.start == 0:
                 specs.append(ParamSpec(COLUMN_SCALE, shape[1:], "float32", "stored", COLUMN_SCALE))
         elif MATRIX_DTYPE[scheme] == "int8":

@@ -27,7 +27,7 @@ from gemma_deploy.parity.stored import StoredWeights
 from gemma_deploy.patched import patched_module
 
 Weighting = Literal["fp32", "bf16", "w8a16"]
-TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TABLE = "model.embed_tokens.weight"
 BLOCK_BYTES = 8 << 20  # of a matrix as float32; malloc maps and unmaps anything of 32 MiB, at the price of page faults
 LINEARS = ("_proj",)
 
@@ -84,7 +84,7 @@ class TorchSource:
         config = self.checkpoint.config
         with torch.inference_mode():
             hidden = torch.from_numpy(np.ascontiguousarray(features)).to(self.dtype)
-            logits = self.linear(TABLE if config.tie_word_embeddings else HEAD, hidden)
+            logits = self.linear(config.head_weight, hidden)
             cap = config.final_logit_softcapping
             if cap is not None:
                 logits = torch.tanh(logits / cap) * cap

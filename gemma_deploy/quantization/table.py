@@ -1,7 +1,7 @@
-"""Column factors of the token table, which is the LM head as well when it is tied.
+"""Column factors of the matrix that the LM head reads: the token table where the two are tied, else the head's own.
 
-The head's input is divided by them in the last norm's gain, and the embedding's output in its scale, which becomes one
-number per column. Real 270M, linears quantized, 4 windows of 512 tokens of WikiText-2, mean KL with an int8 table:
+The head's input is divided by them in the last norm's gain. A tied table is what the embedding reads as well, so there
+its output is divided by them in its scale, which becomes one number per column. Real 270M, linears quantized, 4 windows of 512 tokens of WikiText-2, mean KL with an int8 table:
 
     float table 0.0013; a scale per row 0.0053, with factors 0.0024; groups of 128 0.0022, with factors 0.0021;
     groups of 64 0.0017, with factors 0.0018 (they amplify the noise of what is embedded)
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from gemma_deploy.calibration.driver import TABLE, loaded, refuse_nonfinite, template_stack
+from gemma_deploy.calibration.driver import loaded, refuse_nonfinite, template_stack
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.quantization.equalize import MOST_ROWS, column_factors
 from gemma_deploy.quantization.layers import hidden_states
@@ -35,10 +35,11 @@ def scale_table(
     """Choose the factors for what the quantized layers give, and fold them.
 
     Args:
-        checkpoint: with a tied table.
+        checkpoint: whose weights.
         shape: (nsamples, seqlen) of the windows that `quantize_layers` was given.
-        codes: of the table. Without them (float16), or in groups, it gets no factors.
-        folder: its folder; gets `NORM`, `COLUMN_SCALE` [hidden] and `FACTORS` [hidden], and loses the hidden states.
+        codes: of table and head. Without them (float16), or in groups, there are no factors.
+        folder: its folder; gets `NORM`, `FACTORS` [hidden] and, with a tied table, `COLUMN_SCALE` [hidden], and loses
+            the hidden states.
 
     Returns:
         A record: smallest and largest factor.
@@ -66,17 +67,19 @@ def scale_table(
         gain = 1.0 + stack.norm.weight.double()
         folded = {
             NORM: (gain / factors.double() - 1.0).float(),
-            COLUMN_SCALE: float(stack.embed_tokens.scale_value(torch.float32)) / factors,
             FACTORS: factors,
         }
+        if checkpoint.config.tie_word_embeddings:
+            folded[COLUMN_SCALE] = float(stack.embed_tokens.scale_value(torch.float32)) / factors
         record = {"smallest_factor": float(factors.min()), "largest_factor": float(factors.max())}
         write_result(file, folded, record)
     return record
 
 
 def _some_rows(checkpoint: Checkpoint) -> torch.Tensor:
-    """[about MOST_ROWS, hidden]: runs of rows, evenly spread over the table."""
-    rows = checkpoint.tensors[TABLE].shape[0]
+    """[about MOST_ROWS, hidden]: runs of rows, evenly spread over the matrix that the head reads."""
+    name = checkpoint.config.head_weight
+    rows = checkpoint.tensors[name].shape[0]
     step = max(READ_ROWS, rows * READ_ROWS // MOST_ROWS)
     starts = range(0, rows, step)
-    return torch.cat([torch.from_numpy(checkpoint.rows(TABLE, at, min(at + READ_ROWS, rows))) for at in starts])
+    return torch.cat([torch.from_numpy(checkpoint.rows(name, at, min(at + READ_ROWS, rows))) for at in starts])
