@@ -35,6 +35,7 @@ from gemma_deploy.graph.contract import GraphContract, Scheme
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.params import ParamRow, ParamTable, build_plan, write_params
 from gemma_deploy.params.overlay import Overlay
+from gemma_deploy.parity.gates import STORED_WEIGHTS
 from gemma_deploy.partition import Part, division_problems, parts_of
 from gemma_deploy.partition.ranks import input_channels, repeated_heads
 from gemma_deploy.preflight import Plan, make_plan, preflight
@@ -362,6 +363,8 @@ def advice(recipe: Recipe, result: ParityResult) -> str:
     """What to do about a failed gate."""
     if any(line.name.startswith("headroom") and not line.passed for line in result.lines):
         return "this model's activations do not fit float16: use backend.dtype int8, bf16 or fp32"
+    if any(line.comparison == STORED_WEIGHTS and not line.passed for line in result.lines):
+        return "the file does not hold the checkpoint's weights: a bug in gemma-deploy, please report it with that page"
     exact = [line for line in result.lines if line.name == "relative error"]
     if recipe.weights in QUANTIZERS and exact and all(line.passed for line in exact):
         return (

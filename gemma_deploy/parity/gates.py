@@ -15,6 +15,7 @@ from gemma_deploy.quantization.rescaling import FP16_MAX, HEADROOM, Rescaling
 from gemma_deploy.schemes import QUANTIZERS
 
 LOWEST_SQNR_DB = 38.0
+STORED_WEIGHTS = "checkpoint = stored weights"  # the comparison of weights.py
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""The weights an artifact holds, put together and dequantized: what a calibrated scheme's torch twin computes with.
+"""The weights an artifact holds, put together and dequantized.
+
+A calibrated scheme's torch reference computes with them, and weights.py compares them with the checkpoint's.
 
 Read from the parameter files alone, through the plan that says which rows and columns each rank and stage has, and the
 manifest's table that says where they lie.
@@ -16,6 +18,7 @@ from gemma_deploy.checkpoint import Checkpoint, TensorInfo
 from gemma_deploy.params.plan import COLUMN_SCALE, ParamSpec, Scheme, build_plan
 from gemma_deploy.params.table import ParamRow, row_from_json
 from gemma_deploy.partition import parts_of
+from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import CodeForm, Storage, stored_scheme
 
 
@@ -33,13 +36,15 @@ class StoredWeights:
         rows = {(row["file"], row["name"]): row_from_json(row) for row in manifest["params"]}
         points = tuple(recipe.get("split", {}).get("points", ()))
         parts = parts_of(self.config.num_hidden_layers, points, recipe["frontend"]["model_kwargs"]["tp"])
-        scheme, storage = cast(Scheme, stored_scheme(manifest["scheme"])), Storage.from_json(manifest["storage"])
+        scheme = cast(Scheme, stored_scheme(manifest["scheme"]))
+        storage = Storage.from_json(manifest["storage"]) if manifest["storage"] else Storage()
+        rescaling = Rescaling.of_manifest(manifest)
         form = CodeForm(turned=bool((manifest.get("kernels") or {}).get("integer")))
         self._scales: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[str, list[tuple[Path, ParamRow, ParamSpec]]] = {}
         for part in parts:
             file = part.file("params.safetensors")
-            for spec in build_plan(self.config, scheme, context, part=part, storage=storage, form=form):
+            for spec in build_plan(self.config, scheme, context, rescaling, part, storage=storage, form=form):
                 if spec.source is not None:
                     row = rows[file, spec.name]
                     self._pieces.setdefault(spec.name, []).append((artifact / file, row, spec))
@@ -50,9 +55,14 @@ class StoredWeights:
                         self._scales[spec.name] = codes.scale_shape(self.tensors[f"{module}.weight"].shape)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) as float32, codes times their scale."""
+        """Rows [start, stop) as float32, codes times their scale, powers of two of a float16 artifact undone."""
         info: TensorInfo = self.tensors[name]
         values = self._gather(name, info.shape, start, stop)
+        spec = self._pieces[name][0][2]
+        if spec.gain_exponent:
+            values = ((1.0 + values.astype(np.float64)) * 2.0**spec.gain_exponent - 1.0).astype(np.float32)
+        elif spec.shift:
+            values *= np.float32(2.0**-spec.shift)
         scale = f"{name.removesuffix('.weight')}.scale"
         if scale not in self._scales:
             return values
@@ -60,6 +70,10 @@ class StoredWeights:
         grouped = values.reshape(*scales.shape, -1)
         dequantized: np.ndarray = (grouped * scales[..., None]).reshape(values.shape)
         return dequantized
+
+    def dtype(self, name: str) -> str:
+        """Type of a tensor's numbers in the file; codes are int8 or int4, whatever their zero point."""
+        return self._pieces[name][0][1].dtype.removeprefix("u")
 
     def embedding_scale(self) -> np.ndarray | None:
         """[hidden] by which embedded rows are multiplied, sqrt(hidden_size) included; None where that is one number."""
@@ -92,6 +106,9 @@ def _read(file: Path, row: ParamRow, start: int, stop: int, turned: bool) -> np.
         pairs = np.fromfile(file, np.uint8, (stop - start) * width // 2, offset=row.offset + start * width // 2)
         pairs = (pairs ^ (0x88 if row.dtype == "uint4" else 0)).view(np.int8)
         flat = np.stack([(pairs << 4) >> 4, pairs >> 4], axis=-1)  # the first of a pair is the low half
+    elif row.dtype == "bfloat16":
+        halves = np.fromfile(file, np.uint16, (stop - start) * width, offset=row.offset + start * width * 2)
+        flat = (halves.astype(np.uint32) << 16).view(np.float32)
     else:
         dtype = np.dtype(row.dtype)
         flat = np.fromfile(file, dtype, (stop - start) * width, offset=row.offset + start * width * dtype.itemsize)

@@ -12,7 +12,9 @@ from gemma_deploy.backends.base import Proof
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.parity.compare import ParityResult, Report, cases_for
 from gemma_deploy.parity.gates import sqnr_line
-from gemma_deploy.schemes import Storage
+from gemma_deploy.parity.stored import StoredWeights
+from gemma_deploy.parity.weights import weights_line
+from gemma_deploy.schemes import QUANTIZERS, Storage
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,10 @@ def run_parity(
     cases = cases_for(opened, manifest["contract"], text, prompt_tokens, decode_tokens, result.notes)
     proof = Proof(artifact, opened, manifest, tuple(cases), fast, report)
     backend_of(manifest).prove(proof, result)
+    report("comparing weights")
+    stored, scale = StoredWeights(opened, artifact, manifest), manifest["recipe"]["frontend"]["model_kwargs"]
+    folded = manifest["scheme"] in QUANTIZERS
+    result.lines.append(weights_line(opened, stored, folded=folded, embed_scale=scale["embed_scale"]))
     if manifest["storage"] and Storage.from_json(manifest["storage"]).linears.bits == 8:
         result.lines.append(sqnr_line(manifest["params"]))
     return result

@@ -115,7 +115,7 @@ def test_a_bfloat16_graph_is_proven_widened_and_by_its_types(compiled, tmp_path)
     manifest = json.loads((artifact / "manifest.json").read_text())
     assert {line["comparison"] for line in manifest["parity"]["lines"]} == {
         "hf bf16 = patched bf16", "patched bf16 = strict", "hf bf16 = strict",
-        "products, norms and caches in bfloat16, logits in float32",
+        "products, norms and caches in bfloat16, logits in float32", "checkpoint = stored weights",
     }  # fmt: skip
     assert any("no such kernels for a CPU" in note for note in manifest["parity"]["notes"])
     assert {row["dtype"] for row in manifest["params"]} == {"float32", "bfloat16"}
