@@ -58,8 +58,7 @@ def stage_checkpoint(
             _write_float32(checkpoint, partial / SINGLE_NAME)
             _write_generation_config(checkpoint, partial / GENERATION_CONFIG)
         else:
-            for file in _files_to_link(checkpoint):
-                _link(file, partial / file.name)
+            _link_weights(checkpoint, partial)
         write_tokenizer(checkpoint, partial)
         _write_json(partial / "config.json", config | additions)
         staged.publish()
@@ -156,11 +155,24 @@ def _is_staged(out: Path) -> bool:
     return "auto_map" in config and "iter_num" in config
 
 
-def _files_to_link(checkpoint: Checkpoint) -> list[Path]:
-    beside = [checkpoint.path / name for name in (INDEX_NAME, GENERATION_CONFIG)]
-    single = (checkpoint.path / SINGLE_NAME) in checkpoint.weight_files
-    wanted = [path for path in beside if path.is_file() and not (single and path.name == INDEX_NAME)]
-    return [*checkpoint.weight_files, *wanted]
+def _link_weights(checkpoint: Checkpoint, out: Path) -> None:
+    """Weight files, all beside the index: one in a folder gets the folder into its name."""
+    index, generation = checkpoint.path / INDEX_NAME, checkpoint.path / GENERATION_CONFIG
+    names = {checkpoint.local_name(file) for file in checkpoint.weight_files}
+    content: dict[str, Any] = {}
+    if SINGLE_NAME not in names:
+        content, _ = read_json(index)
+        names |= set(content["weight_map"].values())  # those of nothing but another tower too
+    flat = {name: name.replace("/", "-") for name in names}
+    for name, beside in flat.items():
+        _link(checkpoint.path / name, out / beside)
+    if content and any(name != beside for name, beside in flat.items()):
+        moved = {tensor: flat[name] for tensor, name in content["weight_map"].items()}
+        _write_json(out / INDEX_NAME, content | {"weight_map": moved})
+    elif content:
+        _link(index, out / INDEX_NAME)
+    if generation.is_file():
+        _link(generation, out / GENERATION_CONFIG)
 
 
 def _link(source: Path, target: Path) -> None:

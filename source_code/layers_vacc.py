@@ -268,14 +268,14 @@ def decode_attention(q, k, v, past_k, past_v, mask, scaling, softcap=None, wide=
 
 
 class MLP(nn.Module):
-    """down(gelu_tanh(gate(x)) * up(x)); tanh in every generation, also where a Gemma 1 config says `gelu`."""
+    """down(act(gate(x)) * up(x)); the tanh form of GELU unless a Gemma 2 or 3 config says `gelu`, the exact one."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, activation: str):
         super().__init__()
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self.act_fn = ACT2FN["gelu_pytorch_tanh" if activation == "gelu" else activation]
+        self.act_fn = ACT2FN[activation]
         self.wide = False  # gate, up and their product in float32, where GELU's input does not fit float16
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -61,11 +61,11 @@ CHECKPOINTS = {
     ),
     "index names a path outside": (
         make.index_names("../elsewhere.safetensors"),
-        (INDEX, "'../elsewhere.safetensors'", "nothing was opened", "expected: plain file names", "next: do not"), 1,
+        (INDEX, "'../elsewhere.safetensors'", "nothing was opened", "expected: files beside", "next: do not"), 1,
     ),
     "index names an absolute path": (
         make.index_names("/etc/passwd"),
-        (INDEX, "'/etc/passwd'", "nothing was opened", "expected: plain file names", "next: do not use"), 1,
+        (INDEX, "'/etc/passwd'", "nothing was opened", "expected: files beside", "next: do not use"), 1,
     ),
     "index not JSON": (make.index_is("{"), (INDEX, "is not JSON", "line 1", "next: repair it"), 1),
     "index a list": (make.index_is("[]"), (INDEX, "holds a list, expected an object", "next: repair it"), 1),

@@ -1,4 +1,4 @@
-"""A checkpoint on disk: config and lazy tensor index. Opening it checks everything and reads no weight.
+"""A checkpoint on disk: config and lazy tensor index. Opening it checks everything but the values of weights.
 
 Second step of the data path (design 2). Directories of safetensors, single or sharded, and .gguf files look the same
 from here on: Hugging Face tensor names, float32 row blocks.
@@ -18,7 +18,15 @@ import numpy as np
 from gemma_deploy import paths, reading
 from gemma_deploy.checkpoint.config import LM_HEAD, TABLE, ModelConfig
 from gemma_deploy.checkpoint.expected import expected_tensors
-from gemma_deploy.checkpoint.index import INDEX_NAME, locate_shards, read_json, read_shards, refuse_other_formats
+from gemma_deploy.checkpoint.index import (
+    INDEX_NAME,
+    locate_shards,
+    read_json,
+    read_shards,
+    refuse_multimodal_names,
+    refuse_other_formats,
+)
+from gemma_deploy.checkpoint.naming import PREFIX, name_tensors
 from gemma_deploy.checkpoint.safetensors_reader import readable
 from gemma_deploy.errors import CheckpointError
 
@@ -31,9 +39,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# A classifier's head is no part of a language model; staging carries it because it links the whole file.
-CLASSIFIER_HEAD = "score.weight"
 FINGERPRINT_BYTES = 1 << 20
+COMPARED_BYTES = 8 << 20  # of a head and of a table beside it at a time
 
 
 class WeightsFile(Protocol):
@@ -64,6 +71,27 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a tensor is: an open file, and its name there."""
+
+    file: WeightsFile
+    name: str
+
+    @property
+    def entry(self) -> Any:
+        """Shape, dtype and byte offsets."""
+        return self.file.entries[self.name]
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """See `Checkpoint.rows`."""
+        return self.file.rows(self.name, start, stop)
+
+    def raw_rows(self, start: int, stop: int) -> np.ndarray:
+        """See `Checkpoint.raw_rows`."""
+        return self.file.raw_rows(self.name, start, stop)
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """An open checkpoint; make one with `Checkpoint.open`."""
 
@@ -72,7 +100,7 @@ class Checkpoint:
     config: ModelConfig
     tensors: Mapping[str, TensorInfo]
     notes: tuple[str, ...]
-    _files: Mapping[str, WeightsFile]
+    _places: Mapping[str, Place]
     _config_bytes: bytes
 
     @classmethod
@@ -96,19 +124,23 @@ class Checkpoint:
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) as float32, [stop - start, cols] (1-D tensors: [stop - start])."""
-        return self._files[name].rows(name, start, stop)
+        return self._places[name].rows(start, stop)
 
     def raw_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """The same rows as stored: bfloat16 as uint16, GGUF blocks as uint8 [stop - start, bytes]."""
-        return self._files[name].raw_rows(name, start, stop)
+        return self._places[name].raw_rows(start, stop)
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
         """Every file that holds weights, in order of name."""
         return tuple(sorted({info.file for info in self.tensors.values()}))
 
+    def local_name(self, file: Path) -> str:
+        """A weight file's path inside the checkpoint, with slashes."""
+        return file.name if file == self.path else file.relative_to(self.path).as_posix()
+
     def config_dict(self) -> dict[str, Any]:
-        """The checkpoint's own config.json; for GGUF the one that says the same."""
+        """The checkpoint's own config.json (a head that is no table is said there); for GGUF one that says the same."""
         return dict(self.config.raw)
 
     def tokenizer_dir(self) -> Path:
@@ -128,11 +160,11 @@ class Checkpoint:
             times: without them a copy of the files has the same fingerprint; a change behind the first MiB too.
         """
         digest = hashlib.sha256(self._config_bytes)
-        headers = {self._files[name].path: self._files[name].header_bytes for name in self.tensors}
+        headers = {place.file.path: place.file.header_bytes for place in self._places.values()}
         for path in self.weight_files:
             stat = path.stat()
             written = stat.st_mtime_ns if times else 0
-            digest.update(f"\0{path.name}\0{stat.st_size}\0{written}\0".encode())
+            digest.update(f"\0{self.local_name(path)}\0{stat.st_size}\0{written}\0".encode())
             with open(path, "rb") as file:
                 for _ in range(0, max(FINGERPRINT_BYTES, headers[path] + 8), FINGERPRINT_BYTES):
                     digest.update(file.read(FINGERPRINT_BYTES))
@@ -191,19 +223,22 @@ def _assemble(
     config_bytes: bytes,
 ) -> Checkpoint:
     """Compare what is there with what the config calls for."""
-    entries = {name: file.entries[name] for name, file in files.items()}
-    _refuse_multimodal(path, entries)
+    refuse_multimodal_names(path, files)
     expected = expected_tensors(config)
-    notes: list[str] = []
-    extras = _unexpected(config, entries, expected, notes)
-    problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in entries]
-    problems += [f"unexpected: {name} {list(entries[name].shape)}" for name in extras]
-    for name, shape in expected.items():
-        entry = entries.get(name)
-        if entry is not None and entry.shape != shape:
-            problems.append(f"wrong shape: {name} is {list(entry.shape)}, config.json calls for {list(shape)}")
-        elif entry is not None and kind == "safetensors" and not readable(entry.dtype):
-            problems.append(f"wrong dtype: {name} is {entry.dtype}, expected bfloat16, float16 or float32")
+    named = name_tensors(files, expected, tied=config.tie_word_embeddings)
+    places = {name: Place(files[source], source) for name, source in named.sources.items()}
+    shapes = expected | ({LM_HEAD: expected[TABLE]} if LM_HEAD in places else {})
+    problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in places]
+    problems += [f"unexpected: {name} {list(files[name].entries[name].shape)}" for name in named.extras]
+    problems += [f"twice: {name} and {PREFIX}{name} are one tensor of the model" for name in named.twice]
+    for name, place in places.items():
+        entry = place.entry
+        if entry.shape != shapes[name]:
+            problems.append(
+                f"wrong shape: {place.name} is {list(entry.shape)}, config.json calls for {list(shapes[name])}"
+            )
+        elif kind == "safetensors" and not readable(entry.dtype):
+            problems.append(f"wrong dtype: {place.name} is {entry.dtype}, expected bfloat16, float16 or float32")
     if problems:
         raise CheckpointError(
             f"{len(problems)} tensor(s) do not fit the config",
@@ -211,56 +246,40 @@ def _assemble(
             problems=problems,
             next_step="make sure config.json and the weights belong together and every shard is there",
         )
-    tensors = {
-        name: TensorInfo(name, entries[name].shape, entries[name].dtype, files[name].path, _nbytes(entries[name]))
-        for name in expected
-    }
-    if LM_HEAD in entries and config.tie_word_embeddings:
-        notes.append(_tied_note(files, entries))
+    notes = list(named.notes)
+    if config.tie_word_embeddings and LM_HEAD in places:
+        config = _tied_or_not(config, places, notes)
+    tensors = {name: _info(name, places[name]) for name in expected_tensors(config)}
     notes.extend(config.warnings)
-    return cls(path, kind, config, tensors, tuple(notes), dict(files), config_bytes)
+    return cls(path, kind, config, tensors, tuple(notes), {name: places[name] for name in tensors}, config_bytes)
 
 
-def _nbytes(entry: Any) -> int:
-    return int(entry.stop - entry.start)
+def _info(name: str, place: Place) -> TensorInfo:
+    entry = place.entry
+    return TensorInfo(name, entry.shape, entry.dtype, place.file.path, int(entry.stop - entry.start))
 
 
-def _refuse_multimodal(path: Path, entries: Mapping[str, Any]) -> None:
-    inner = [name for name in entries if name.startswith(("language_model.", "model.language_model."))]
-    if inner:
-        raise CheckpointError(
-            f"{len(inner)} tensors are named like {inner[0]}: this is a multimodal Gemma 3, and only text models are "
-            "compiled",
-            where=str(path),
-            next_step="save the language model alone (Gemma3ForCausalLM.save_pretrained), or use a text checkpoint",
-        )
-
-
-def _unexpected(
-    config: ModelConfig, entries: Mapping[str, Any], expected: Mapping[str, Any], notes: list[str]
-) -> list[str]:
-    """Names nothing here uses; the harmless ones become notes instead."""
-    extras = []
-    for name in entries:
-        if name in expected or (name == LM_HEAD and config.tie_word_embeddings):
-            continue
-        if name.endswith(".rotary_emb.inv_freq"):
-            notes.append(f"{name} is ignored: the frequencies follow from the config")
-        elif name == CLASSIFIER_HEAD:
-            notes.append(f"{name} is ignored: the classification head is no part of the language model")
-        else:
-            extras.append(name)
-    return extras
-
-
-def _tied_note(files: Mapping[str, WeightsFile], entries: Mapping[str, Any]) -> str:
-    """Say that the extra head is ignored, louder when it is plainly another matrix than the table."""
-    note = f"{LM_HEAD} is ignored: tie_word_embeddings makes the embedding table the head"
-    head, table = entries[LM_HEAD], entries[TABLE]
-    rows = min(16, *head.shape[:1], *table.shape[:1])
-    same = (
-        head.shape == table.shape
-        and readable(head.dtype)
-        and np.array_equal(files[LM_HEAD].rows(LM_HEAD, 0, rows), files[TABLE].rows(TABLE, 0, rows))
+def _tied_or_not(config: ModelConfig, places: Mapping[str, Place], notes: list[str]) -> ModelConfig:
+    """Keep a head beside the table apart when it is another matrix, whatever the config says, as transformers does."""
+    if _equal(places[LM_HEAD], places[TABLE]):
+        notes.append(f"{LM_HEAD} is ignored: it equals the token table, to which the config ties it")
+        return config
+    notes.append(
+        f"{LM_HEAD} differs from the token table although tie_word_embeddings is true: the two are kept apart, as "
+        "transformers does; set tie_word_embeddings to false in config.json to say so"
     )
-    return note if same else f"{note}. But it differs from the table: check tie_word_embeddings in config.json"
+    return replace(config, tie_word_embeddings=False, raw={**config.raw, "tie_word_embeddings": False})
+
+
+def _equal(one: Place, other: Place) -> bool:
+    """Whether two matrices hold the same numbers; read in blocks, up to the first difference."""
+    count, width = one.entry.shape
+    step = max(1, COMPARED_BYTES // (4 * width))
+    alike = one.entry.dtype == other.entry.dtype
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        if alike and np.array_equal(one.raw_rows(start, stop), other.raw_rows(start, stop)):
+            continue
+        if not np.array_equal(one.rows(start, stop), other.rows(start, stop)):
+            return False
+    return True

@@ -15,14 +15,25 @@ from gemma_deploy.errors import CheckpointError
 
 ModelType = Literal["gemma", "gemma2", "gemma3_text"]
 LayerType = Literal["full_attention", "sliding_attention"]
+Activation = Literal["gelu", "gelu_pytorch_tanh"]
 
 MODEL_TYPES: tuple[ModelType, ...] = ("gemma", "gemma2", "gemma3_text")
 TABLE, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FULL: LayerType = "full_attention"
 SLIDING: LayerType = "sliding_attention"
 LAYER_TYPES: tuple[LayerType, ...] = (FULL, SLIDING)
-# Every generation computes the tanh approximation, also where a Gemma 1 config says "gelu" (gemma_facts.md).
-GELU_NAMES = ("gelu", "gelu_pytorch_tanh", "gelu_new")
+# The exact GELU, and names of its tanh approximation, which Gemma 1 computes also where its config says "gelu".
+EXACT_GELU, TANH_GELU = "gelu", "gelu_pytorch_tanh"
+GELU_NAMES = (EXACT_GELU, TANH_GELU, "gelu_new")
+# What works for every published spelling of the names. Without the mapping `from_pretrained` gives random weights, and
+# without the last argument `save_pretrained` undoes it.
+EXTRACT_TEXT_MODEL = (
+    'use a text checkpoint (Gemma 3 270M or 1B), or extract the text model: python -c "from transformers import '
+    "AutoConfig, AutoModelForCausalLM as M; D = 'CHECKPOINT'; M.from_pretrained(D, dtype='auto', "
+    "config=AutoConfig.from_pretrained(D).get_text_config(), key_mapping={'^language_model.model': 'model', "
+    "'^model.language_model': 'model', '^language_model.lm_head': 'lm_head'}).save_pretrained('OUT', "
+    "save_original_format=False)\", and copy the tokenizer's files to OUT"
+)
 REQUIRED_SIZES = (
     "vocab_size",
     "hidden_size",
@@ -62,6 +73,7 @@ class ModelConfig:
     sliding_window: int | None
     layer_types: tuple[LayerType, ...]
     rope: dict[LayerType, Rope]
+    hidden_activation: Activation
     attn_logit_softcapping: float | None
     final_logit_softcapping: float | None
     tie_word_embeddings: bool
@@ -121,6 +133,7 @@ class _Parser:
             sliding_window=self._window(kind, layer_types),
             layer_types=layer_types,
             rope=self._rope(kind, layer_types),
+            hidden_activation=self._activation(kind),
             attn_logit_softcapping=self._cap("attn_logit_softcapping", 50.0 if kind == "gemma2" else None),
             final_logit_softcapping=self._cap("final_logit_softcapping", 30.0 if kind == "gemma2" else None),
             tie_word_embeddings=self._boolean("tie_word_embeddings", True),
@@ -146,8 +159,7 @@ class _Parser:
                 "this is a multimodal Gemma (text and images); gemma-deploy compiles text models only",
                 where=self.where,
                 expected='model_type "gemma3_text" and no text_config',
-                next_step="use a text checkpoint (Gemma 3 270M or 1B), or save the language model alone "
-                "(Gemma3ForCausalLM.save_pretrained)",
+                next_step=EXTRACT_TEXT_MODEL,
             )
         if kind not in MODEL_TYPES:
             near = difflib.get_close_matches(str(kind), MODEL_TYPES, n=1, cutoff=0.5)
@@ -170,10 +182,6 @@ class _Parser:
             self._problem("attention_bias", self.raw["attention_bias"], "false: no Gemma has attention biases")
         if self.raw.get("use_bidirectional_attention"):
             self._problem("use_bidirectional_attention", True, "false: only causal models are compiled")
-        for key in ("hidden_act", "hidden_activation"):
-            value = self.raw.get(key)
-            if value is not None and value not in GELU_NAMES:
-                self._problem(key, value, "gelu_pytorch_tanh")
 
     def _check_heads(self, size: Mapping[str, int]) -> None:
         heads, kv_heads, head_dim = size["num_attention_heads"], size["num_key_value_heads"], size["head_dim"]
@@ -224,6 +232,14 @@ class _Parser:
                 "config were wrong. 224 is used because the file says so; set 256 in config.json"
             )
         return scalar
+
+    def _activation(self, kind: ModelType) -> Activation:
+        """As transformers reads it: another key in Gemma 1, whose "gelu" means the approximation."""
+        key = "hidden_act" if kind == "gemma" else "hidden_activation"
+        value = self.raw.get(key, TANH_GELU)
+        if value not in GELU_NAMES:
+            self._problem(key, value, TANH_GELU)
+        return "gelu" if value == EXACT_GELU and kind != "gemma" else "gelu_pytorch_tanh"
 
     def _rope(self, kind: ModelType, layer_types: tuple[LayerType, ...]) -> dict[LayerType, Rope]:
         """Both spellings: rope_theta / rope_local_base_freq / rope_scaling, and rope_parameters."""

@@ -5,12 +5,14 @@ Says in plain words what else was found (pickles, an adapter, a lone shard) inst
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gemma_deploy import reading
+from gemma_deploy.checkpoint.config import EXTRACT_TEXT_MODEL
 from gemma_deploy.checkpoint.safetensors_reader import SafetensorsFile
 from gemma_deploy.errors import CheckpointError
 
@@ -73,13 +75,13 @@ def locate_shards(directory: Path) -> Shards:
             next_step="copy the index again from where the weights came from",
         )
     names = sorted(set(weight_map.values()))
-    unsafe = [name for name in names if not _is_plain(name)]
+    unsafe = [name for name in names if not _is_inside(directory, name)]
     if unsafe:
         raise CheckpointError(
             f"names {len(unsafe)} file(s) outside its own directory; nothing was opened",
             where=str(index_path),
             problems=[repr(name)[:200] for name in unsafe],
-            expected="plain file names beside the index (no '/', no '..', no absolute path)",
+            expected="files beside the index or in folders there (no '..', no absolute path, no link leading outside)",
             next_step="do not use this checkpoint unless you know who made it",
         )
     missing = [name for name in names if not reading.is_file(directory / name)]
@@ -99,11 +101,13 @@ def read_shards(directory: Path, shards: Shards) -> dict[str, SafetensorsFile]:
     problems: list[str] = []
     for path in shards.files:
         file = SafetensorsFile(path)
+        local = path.relative_to(directory).as_posix()
         for name in file.entries:
             if name in files:
-                problems.append(f"{name} is in both {files[name].path.name} and {path.name}")
-            elif shards.index is not None and shards.index.get(name, path.name) != path.name:
-                problems.append(f"{name} is in {path.name}, the index says {shards.index[name]}")
+                other = files[name].path.relative_to(directory).as_posix()
+                problems.append(f"{name} is in both {other} and {local}")
+            elif shards.index is not None and shards.index.get(name, local) != local:
+                problems.append(f"{name} is in {local}, the index says {shards.index[name]}")
             files[name] = file
     problems += [f"{name} is not in {shard}" for name, shard in (shards.index or {}).items() if name not in files]
     if problems:
@@ -123,10 +127,11 @@ def refuse_other_formats(directory: Path, found: Sequence[Path]) -> None:
     shards = [name for name in names if name.endswith(".safetensors")]
     ggufs = [name for name in names if name.endswith(".gguf")]
     expected = f"{SINGLE_NAME}, or {INDEX_NAME} with its shards, or the path of a .gguf file"
-    if "adapter_model.safetensors" in names:
-        what, step = (
-            "this is a LoRA adapter, not a model",
-            "put it in frontend.adapter and its base model in checkpoint",
+    if {"adapter_model.safetensors", "adapter_config.json"} & set(names):
+        what = "this is a LoRA adapter, not a model"
+        step = (
+            "merge it into its base model with peft (PeftModel.from_pretrained(base, ADAPTER).merge_and_unload()"
+            ".save_pretrained(DIR)) and pass DIR"
         )
     elif pickles:
         what = f"only pickled weights ({', '.join(pickles[:3])}); they can run code when loaded and are never opened"
@@ -142,5 +147,35 @@ def refuse_other_formats(directory: Path, found: Sequence[Path]) -> None:
     raise CheckpointError(what, where=where, expected=expected, next_step=step)
 
 
-def _is_plain(name: str) -> bool:
-    return bool(name) and name not in (".", "..") and not any(bad in name for bad in ("/", "\\", "\0", ":"))
+def refuse_multimodal_names(path: Path, names: Collection[str]) -> None:
+    """Refuse the tensors of a Gemma that reads images as well.
+
+    Raises:
+        CheckpointError: there are some, with the way to a text model.
+    """
+    inner = [name for name in names if name.startswith(("language_model.", "model.language_model."))]
+    if inner:
+        raise CheckpointError(
+            f"{len(inner)} tensors are named like {inner[0]}: this is a multimodal Gemma (text and images); "
+            "gemma-deploy compiles text models only",
+            where=str(path),
+            next_step=EXTRACT_TEXT_MODEL,
+        )
+
+
+def _is_inside(directory: Path, name: str) -> bool:
+    """Whether an index may name this file: beside it, or in a folder there that is no way out.
+
+    A file beside the index may be a link, as in the Hugging Face cache, where `snapshots/REVISION` links to `blobs`.
+    """
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts):
+        return False
+    if any(bad in name for bad in ("\\", "\0", ":")):
+        return False
+    if len(parts) == 1:
+        return True
+    root, file = (Path(os.path.realpath(path)) for path in (directory, directory / name))
+    folder = Path(os.path.realpath((directory / name).parent))
+    allowed = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    return folder.is_relative_to(root) and any(file.is_relative_to(place) for place in allowed)

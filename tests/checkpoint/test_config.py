@@ -9,6 +9,7 @@ from gemma_deploy.errors import CheckpointError
 from tests.checkpoint.make import config
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+TANH = "gelu_pytorch_tanh"
 
 
 def parse(raw):
@@ -79,6 +80,35 @@ def test_agrees_with_transformers(model_type):
         assert getattr(theirs, key, None) == getattr(ours, key)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "changes", "expected"),
+    [
+        ("gemma", {}, TANH),
+        ("gemma", {"hidden_act": "gelu", "hidden_activation": None}, TANH),
+        ("gemma", {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu"}, TANH),
+        ("gemma2", {"hidden_activation": "gelu"}, "gelu"),
+        ("gemma2", {"hidden_activation": TANH, "hidden_act": "gelu"}, TANH),
+        ("gemma2", {"hidden_act": "silu"}, TANH),
+        ("gemma3_text", {"hidden_activation": "gelu"}, "gelu"),
+        ("gemma3_text", {}, TANH),
+    ],
+)
+def test_the_activation_is_the_one_that_transformers_computes(model_type, changes, expected):
+    import transformers
+
+    classes = {"gemma": "GemmaConfig", "gemma2": "Gemma2Config", "gemma3_text": "Gemma3TextConfig"}
+    theirs = getattr(transformers, classes[model_type])(**config(model_type, **changes))
+    assert (theirs.hidden_act if model_type == "gemma" else theirs.hidden_activation) == expected
+    assert parse(config(model_type, **changes)).hidden_activation == expected
+
+
+@pytest.mark.parametrize(("value", "said"), [(None, "got None"), ("silu", "got 'silu'"), (["gelu"], "got ['gelu']")])
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
+def test_another_activation_is_refused_by_its_key(model_type, value, said):
+    refused = refusal(config(model_type, hidden_activation=value))
+    assert f"hidden_activation: {said}, expected gelu_pytorch_tanh" in refused
+
+
 def test_every_problem_is_listed_at_once():
     raw = config(num_attention_heads=3, hidden_size="16", rms_norm_eps=-1, attention_bias=True, bos_token_id=40)
     del raw["vocab_size"], raw["head_dim"]
@@ -115,6 +145,7 @@ def test_every_problem_is_listed_at_once():
         ({"eos_token_id": [1, 99]}, "eos_token_id: got 99, expected a token id from 0 to 39"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings: got 1, expected true or false"),
         ({"hidden_act": "silu"}, "hidden_act: got 'silu', expected gelu_pytorch_tanh"),
+        ({"hidden_act": None}, "hidden_act: got None"),
         ({"hidden_act": []}, "hidden_act: got []"),
         ({"quantization_config": {"quant_method": "gptq"}}, "already quantized (gptq)"),
         ({"use_bidirectional_attention": True}, "only causal models"),

@@ -14,7 +14,8 @@ from gemma_deploy.errors import ExportError
 from gemma_deploy.graph.contract import GRAPHS, GraphContract
 from gemma_deploy.graph.export import export_graphs
 from gemma_deploy.graph.external import attach_external, weightless
-from gemma_deploy.testing import TINY_CONFIGS
+from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
+from tests.exporting import contract_of, write_artifact
 from tests.graph import graph_runs
 
 PROMPTS, STEPS = (25, 32), 12
@@ -51,6 +52,17 @@ GEMMA_2_IS_SLOW = pytest.mark.parametrize(
 
 def test_fp32_graph_equals_the_stock_model(built, model_type, stock, sequences):
     assert_equal_to_stock(built(model_type, "fp32"), stock, sequences)
+
+
+@pytest.mark.parametrize("generation", ["gemma3_text", pytest.param("gemma2", marks=pytest.mark.slow)])
+def test_the_exact_gelu_where_the_config_asks_for_it(tmp_path, sequences, generation):
+    changes = {"num_hidden_layers": 2, "hidden_activation": "gelu"}
+    changes |= {"sliding_window_pattern": 2} if generation == "gemma3_text" else {}
+    path = write_tiny_checkpoint(tmp_path / "checkpoint", generation, **changes)
+    write_artifact(path, tmp_path / "artifact", "fp32")
+    stock = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32).eval()
+    contract = contract_of(ModelConfig.from_dict(TINY_CONFIGS[generation] | changes, "config.json"), "fp32")
+    assert_equal_to_stock((tmp_path / "artifact", contract), stock, sequences)
 
 
 @GEMMA_2_IS_SLOW

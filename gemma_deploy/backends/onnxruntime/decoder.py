@@ -29,7 +29,7 @@ from gemma_deploy.backends.onnxruntime.options import ALL, Kernels
 from gemma_deploy.backends.onnxruntime.padding import Tokens, real_tokens_first
 from gemma_deploy.backends.onnxruntime.weights import Weights
 from gemma_deploy.backends.onnxruntime.window import WINDOW_CACHE, windowed_layers
-from gemma_deploy.checkpoint.config import SLIDING, ModelConfig
+from gemma_deploy.checkpoint.config import EXACT_GELU, SLIDING, ModelConfig
 from gemma_deploy.checkpoint.expected import expected_tensors
 from gemma_deploy.errors import ExportError
 from gemma_deploy.graph.external import Row
@@ -208,7 +208,8 @@ class _Decoder:
         """down_proj(gelu(gate_proj x) * up_proj x)."""
         nodes = self.nodes
         gate, up = self._products(normed, [f"{path}.gate_proj", f"{path}.up_proj"])
-        active = nodes.one("Gelu", [gate], f"{path}.act_fn.out", approximate="tanh")
+        approximate = "none" if self.config.hidden_activation == EXACT_GELU else "tanh"
+        active = nodes.one("Gelu", [gate], f"{path}.act_fn.out", approximate=approximate)
         return self._product(nodes.one("Mul", [active, up], f"{path}.product"), f"{path}.down_proj")
 
     def _product(self, x: ir.Value, module: str) -> ir.Value:

@@ -1,0 +1,75 @@
+"""Names in a file that are not the model's, and what transformers makes of them.
+
+A base model is saved without the prefix `model.`, a tied one perhaps with its head in the place of its table, and a
+model that was cut out of a larger one may still hold tensors of the rest.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from gemma_deploy.checkpoint.config import LM_HEAD, TABLE
+
+PREFIX = "model."
+# Parts of multimodal Gemmas that read images and sounds. A text model has no use for them.
+TOWERS = ("vision_tower", "multi_modal_projector", "audio_tower", "embed_vision", "embed_audio", "vision_model")
+# A classifier's head is no part of a language model; staging carries it because it links the whole file.
+CLASSIFIER_HEAD = "score.weight"
+
+
+@dataclass(frozen=True)
+class FileNames:
+    """What a file's tensors are here.
+
+    Args:
+        sources: name here -> name in the file.
+        extras: names in the file that nothing here knows.
+        twice: names in the file that mean a tensor which another one is already.
+        notes: what is read in another way than it is written, and what is not read at all.
+    """
+
+    sources: dict[str, str]
+    extras: tuple[str, ...]
+    twice: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def name_tensors(stored: Collection[str], expected: Collection[str], *, tied: bool) -> FileNames:
+    """Find each tensor of a model in a file.
+
+    Args:
+        stored: names in the file; expected: names of the model.
+        tied: whether the LM head is the token table. A head beside the table is left in `sources` for the caller.
+    """
+    sources = {name: name for name in stored if name in expected}
+    notes, extras, twice = [], [], []
+    towers: Counter[str] = Counter()
+    bare = 0
+    for name in stored:
+        if name in sources:
+            continue
+        if PREFIX + name in expected:
+            bare += 1
+            if PREFIX + name in sources:
+                twice.append(name)
+            sources.setdefault(PREFIX + name, name)
+        elif name == LM_HEAD and tied:
+            sources[name] = name
+        elif name.endswith(".rotary_emb.inv_freq"):
+            notes.append(f"{name} is ignored: the frequencies follow from the config")
+        elif name == CLASSIFIER_HEAD:
+            notes.append(f"{name} is ignored: the classification head is no part of the language model")
+        elif (tower := name.removeprefix(PREFIX).partition(".")[0]) in TOWERS:
+            towers[tower] += 1
+        else:
+            extras.append(name)
+    if bare:
+        notes.append(f"{bare} tensors are named without the prefix {PREFIX}, as a base model's are")
+    if tied and TABLE not in sources and LM_HEAD in sources:
+        sources[TABLE] = sources.pop(LM_HEAD)
+        notes.append(f"{LM_HEAD} is the token table as well: the two are tied, and the file has it alone")
+    for tower, count in towers.items():
+        notes.append(f"{count} tensor(s) of {tower} are ignored: the text model does not read them")
+    return FileNames(sources, tuple(extras), tuple(twice), tuple(notes))
