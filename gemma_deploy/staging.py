@@ -20,7 +20,7 @@ from gemma_deploy.checkpoint.checkpoint import Checkpoint
 from gemma_deploy.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json
 from gemma_deploy.errors import CheckpointError, NotBuiltError, UsageError
 from gemma_deploy.workdir import Maker, WorkDir
-from gemma_deploy.writing import whole_file, write_json
+from gemma_deploy.writing import finite, whole_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    write_json(path, value, indent=2, sort_keys=False, ensure_ascii=False)
+    write_json(path, finite(value), indent=2, sort_keys=False, ensure_ascii=False)
 
 
 def _write_generation_config(checkpoint: Checkpoint, path: Path) -> None:

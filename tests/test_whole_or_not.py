@@ -3,7 +3,10 @@
 `compile` has the same tests in tests/artifact and tests/test_compile.py.
 """
 
+import json
+import math
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -200,3 +203,19 @@ def test_a_calibration_that_another_process_made_meanwhile_is_taken(place_of, mo
     outcome = calibrate(Checkpoint.open(place / "checkpoint"), request, place)
     assert outcome.reused
     assert [entry.name for entry in beside("calibrate", place)] == [outcome.calibration.path.name]
+
+
+@pytest.mark.parametrize("name", ["stage", "split", "save_part"])
+def test_numbers_that_json_cannot_hold_become_null(name, place_of):
+    """Python's JSON has Infinity and NaN, and so have some config.json; readers of other languages stop there."""
+    place = place_of("place")
+    (place / "checkpoint").unlink()
+    shutil.copytree(place_of("first") / "checkpoint", place / "checkpoint")
+    config = json.loads((place / "checkpoint" / "config.json").read_text())
+    config |= {"time_step_limit": [0.0, math.inf], "of no use": math.nan}
+    (place / "checkpoint" / "config.json").write_text(json.dumps(config))
+    MAKERS[name](place, False)
+    (out,) = beside(name, place)
+    (file, *_) = out.rglob("config.json")
+    written = json.loads(file.read_text(), parse_constant=lambda word: pytest.fail(word))
+    assert (written["time_step_limit"], written["of no use"]) == ([0.0, None], None)

@@ -20,7 +20,7 @@ from gemma_deploy.split.layout import PART_KEY, WEIGHTS, part_config
 from gemma_deploy.split.registry import part_class
 from gemma_deploy.split.writing import write_split
 from gemma_deploy.workdir import Maker, WorkDir
-from gemma_deploy.writing import write_json
+from gemma_deploy.writing import finite, write_json
 
 BLOCK_BYTES = 8 << 20
 SAVE_PART = Maker("save_part", CheckpointError)
@@ -188,7 +188,7 @@ def save_part(part: Part, directory: str | Path) -> Path:
 
     with _SavedPart(Path(directory), SAVE_PART) as saved:
         config = part_config(part.model_config, part.span, part.embed_scale)
-        write_json(saved.path / "config.json", config, indent=2, sort_keys=False)
+        write_json(saved.path / "config.json", finite(config), indent=2, sort_keys=False)
         tensors = {name: value.detach().contiguous() for name, value in part.named_parameters()}
         save_file(tensors, saved.path / WEIGHTS, metadata={"format": "pt"})
         saved.publish()

@@ -20,7 +20,7 @@ from gemma_deploy.partition.mapper import ParameterMapper
 from gemma_deploy.split.layout import INDEX, WEIGHTS, part_config
 from gemma_deploy.staging import write_tokenizer
 from gemma_deploy.workdir import Maker, WorkDir
-from gemma_deploy.writing import write_json
+from gemma_deploy.writing import finite, write_json
 
 JOURNAL = "journal"
 SPLIT = Maker("split", ParamsError, full="make room there and run the same command again: it continues")
@@ -75,7 +75,7 @@ def _write_parts(
             workers=workers,
             progress=None if progress is None else _from(progress, before, total),
         )
-        write_json(place / "config.json", part_config(checkpoint.config, span), indent=2, sort_keys=False)
+        write_json(place / "config.json", finite(part_config(checkpoint.config, span)), indent=2, sort_keys=False)
         rows.append(
             {"name": span.name, "start": span.start, "stop": span.stop, "tensors": len(plan), "bytes": sizes[span]}
         )
