@@ -85,8 +85,9 @@ def _storage(manifest: Mapping[str, Any], words: Words, effect: dict[str, Any]) 
         "fp32": ("no rounding", "float32 weights and activations"),
         "bf16": (f"{matrices} rounded to bfloat16; arithmetic, norms and cache float32", "backend.dtype bf16"),
         "fp16": (
-            f"{matrices}, activations and cache float16; norms, rotary, scores, softmax and LM head float32",
-            "backend.dtype fp16; rounding scores and logits would cost more than all the rest",
+            f"{matrices}, activations and cache float16; norms, rotary, scores, softmax, GELU and LM head float32",
+            "backend.dtype fp16; rounding scores and logits would cost more than all the rest; the casts around "
+            "softmax and GELU are in the graph, so that every runtime computes them so",
         ),
     }
     what, why = texts[scheme]

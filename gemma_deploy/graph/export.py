@@ -25,6 +25,7 @@ from gemma_deploy.graph.passes.quantize_cache import quantize_cache
 from gemma_deploy.graph.passes.round_activations import round_activations
 from gemma_deploy.graph.passes.simplify import simplify
 from gemma_deploy.graph.passes.weights import hide_weights
+from gemma_deploy.graph.passes.widen import widen
 from gemma_deploy.graph.skeleton import build_skeleton
 from gemma_deploy.graph.trace import OPSET, trace
 from gemma_deploy.partition import Part, whole
@@ -101,11 +102,12 @@ class Traced:
         hidden = hide_weights(model, parameter_names(pair, config))
         folded = fold_constants(model)
         named = name_module_outputs(model)
+        widened = widen(model)
         outputs = [value.name or "" for value in model.graph.outputs]
         self.model, removed = simplify(model, used_functions(model, OPSET))
         log.debug(
-            "%d weights, %d nodes folded, %d module outputs named, %d nodes simplified away, %.2f s",
-            hidden, folded, named, removed, time.perf_counter() - started,
+            "%d weights, %d nodes folded, %d module outputs named, %d nodes widened, %d simplified away, %.2f s",
+            hidden, folded, named, widened, removed, time.perf_counter() - started,
         )  # fmt: skip
         names = iter(inputs), iter(outputs)
         parts = {graph: parts_of(skeletons[graph], *names, graph) for graph in GRAPHS}
