@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from gemma_deploy.artifact import Artifact
-from gemma_deploy.backends.onnxruntime import window
+from gemma_deploy.backends.onnxruntime import genai, window
 from gemma_deploy.backends.onnxruntime.apart import exact
 from gemma_deploy.backends.onnxruntime.genai import GenaiModel, GenaiSession
 from gemma_deploy.backends.onnxruntime.lookup import Greedy, History, LookupModel, LookupSequence
@@ -17,7 +17,7 @@ from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.cli import main
 from gemma_deploy.errors import RecipeError
 from gemma_deploy.recipe import Recipe
-from gemma_deploy.runtime import Tokenizer
+from gemma_deploy.runtime import Sampling, Tokenizer
 from gemma_deploy.runtime.generate import GenerationStats
 from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
 from gemma_deploy.verifying import verify
@@ -190,6 +190,93 @@ def test_genai_runs_it_and_a_session_goes_on(compiled, prompt, tmp_path, chunk):
     stats = GenerationStats()
     list(short.reply(prompt[:2], max_new_tokens=2, stats=stats))
     assert stats.tokens == greedy_of_transformers(artifact, prompt[:2], 2)
+
+
+@pytest.fixture
+def small_buffers(compiled, tmp_path):
+    """An artifact whose buffers in genai have 24 positions."""
+    pytest.importorskip("onnxruntime_genai")
+    copy = shutil.copytree(compiled("gemma2", "fp32"), tmp_path / "x")
+    change_genai(copy, lambda config: config["search"].update(chunk_size=4))
+    return copy
+
+
+def change_genai(artifact, change):
+    file = artifact / "genai_config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+def replied(session, ids, count):
+    stats = GenerationStats()
+    list(session.reply(ids, max_new_tokens=count, stats=stats))
+    return stats
+
+
+def test_a_conversation_goes_on_behind_a_stop_token_when_the_buffers_are_full(compiled, small_buffers):
+    """The last token of such a reply has been read, and buffers that were full give up nothing they have read."""
+    for seed in range(20):  # until a reply has two tokens that differ
+        prompt = [2, *map(int, np.random.default_rng(seed).integers(3, 500, 39))]
+        right = greedy_of_transformers(compiled("gemma2", "fp32"), prompt, 20)
+        if len(set(right)) > 1:
+            break
+    stop = next(token for token in right if token != right[0])
+    kept = right[: right.index(stop)]
+    change_genai(small_buffers, lambda config: config["model"].update(eos_token_id=[stop]))
+    session, sequence = GenaiSession(GenaiModel(small_buffers, 1), Tokenizer(small_buffers)), [*prompt, *kept]
+    stats = replied(session, prompt, 20)
+    assert (stats.finish, stats.tokens, session.ids) == ("stop", kept, sequence)
+    more = [stop, *prompt[5:9]]
+    expected = greedy_of_transformers(compiled("gemma2", "fp32"), [*sequence, *more], 6)
+    assert replied(session, more, 6).tokens == expected[: expected.index(stop) if stop in expected else None]
+
+
+@pytest.mark.parametrize("moment", ["behind the prompt", "between a token's logits and its choice", "after a choice"])
+def test_a_conversation_goes_on_after_ctrl_c_whenever_it_comes(compiled, small_buffers, prompt, monkeypatch, moment):
+    session = GenaiSession(GenaiModel(small_buffers, 1), Tokenizer(small_buffers))
+    refuse, reads = genai._refuse_overflow, []
+
+    def interrupted(generator, where):
+        refuse(generator, where)
+        reads.append(1)
+        if len(reads) == {"behind the prompt": 1, "between a token's logits and its choice": 4}.get(moment):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(genai, "_refuse_overflow", interrupted)
+    pieces = session.reply(prompt, max_new_tokens=20)
+    if moment == "after a choice":
+        next(pieces)
+        pieces.close()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            list(pieces)
+    sequence = session.ids
+    assert sequence[: len(prompt)] == prompt
+    assert (len(sequence) == len(prompt)) == (moment == "behind the prompt")
+    more = prompt[5:12]
+    expected = greedy_of_transformers(compiled("gemma2", "fp32"), [*sequence, *more], 6)
+    assert replied(session, more, 6).tokens == expected
+
+
+def test_why_sessions_never_rewind(small_buffers, prompt):
+    """Genai 0.18: a token that a rewind dropped comes back, and full buffers refuse to drop what they have read."""
+    model = GenaiModel(small_buffers, 1)
+
+    def after(tokens):
+        generator = model.generator(Sampling(), 100)
+        generator.append_tokens(np.array(tokens, np.int32))
+        return generator
+
+    generator = after([*prompt[:10], 400])
+    generator.rewind_to(10)
+    generator.generate_next_token()
+    assert list(generator.get_sequence(0))[10] == 400
+    generator = after(prompt)
+    generator.generate_next_token()  # chosen, and not read
+    generator.rewind_to(len(prompt))
+    with pytest.raises(RuntimeError, match="Cannot rewind"):
+        generator.rewind_to(len(prompt) - 1)
 
 
 @pytest.mark.parametrize("guess", ["own", "right", "wrong"])

@@ -212,6 +212,33 @@ def test_overflow_is_no_answer(copy, tokenizer):
         next(genai.stream(GenaiModel(copy, 1), tokenizer, "the"))
 
 
+def nan_from(artifact, position):
+    """Let every layer's rotary tables be NaN from a position on, as if the model overflowed there."""
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    rows = [row for row in manifest["params"] if row["name"].startswith("model.rotary_emb.")]
+    assert rows
+    with (artifact / "params.safetensors").open("r+b") as file:
+        for row in rows:
+            width = row["shape"][1]
+            file.seek(row["offset"] + 4 * width * position)
+            file.write(np.full((row["shape"][0] - position) * width, np.nan, np.float32).tobytes())
+
+
+@pytest.mark.parametrize("sampling", [None, Sampling(temperature=0.5, seed=3)])
+def test_a_model_that_overflows_in_its_answer_ends_in_a_sentence(copy, artifact, model, tokenizer, sampling):
+    """At token 50, long after the prompt; what came before it is as it should be."""
+    nan_from(copy, 50)
+    opened, stats = GenaiModel(copy, 1), GenerationStats()
+    right = tokens_of(model, tokenizer, [2, 30, 40], 60, sampling)
+    assert len(right) == 60
+    with pytest.raises(DeployError, match="the model gave nan as its largest logit") as caught:
+        for _ in genai.stream(opened, tokenizer, [2, 30, 40], max_new_tokens=60, sampling=sampling, stats=stats):
+            pass
+    assert "after 51 tokens" in str(caught.value)
+    assert stats.tokens == right[: 51 - 3]  # the last of them stands at position 50, and was read
+    assert "gemma-deploy parity" in caught.value.next_step
+
+
 def test_without_the_package_the_next_step_is_to_install_it(artifact, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["run", str(artifact), "-p", "x"]) == 2

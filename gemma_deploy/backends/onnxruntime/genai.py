@@ -161,13 +161,13 @@ class GenaiSession:
 
     def _steps(self, ids: list[int]) -> Iterator[Sequence[int]]:
         generator = self._generator
-        if sequence := self.ids:
-            # genai has chosen the last token but not read it: without this it never would, nor shift what follows.
-            generator.rewind_to(len(sequence) - 1)
-            ids = [sequence[-1], *ids]
+        if generator.token_count():
+            # genai may have chosen the last token but not read it: without this it never would, nor shift what follows.
+            # Rewinding to read it again is no way: caches of a window refuse to give up what they have read.
+            generator.get_logits()
         generator.append_tokens(np.asarray(ids, np.int32))
-        _refuse_overflow(generator, self.model.path)
         while True:
+            _refuse_overflow(generator, self.model.path)
             generator.generate_next_token()
             yield [int(generator.get_next_tokens()[0])]
 
@@ -205,7 +205,7 @@ def require_genai(where: str) -> None:
 
 
 def _refuse_overflow(generator: Any, where: Path) -> None:
-    """See to it that NaN is not taken for an answer, as genai does.
+    """See to it that NaN is not taken for an answer, as genai does. Before every token: 0.2 ms with 262,144 logits.
 
     Raises:
         DeployError: the logits are NaN or infinite.
@@ -213,7 +213,7 @@ def _refuse_overflow(generator: Any, where: Path) -> None:
     top = float(generator.get_logits().max())
     if not np.isfinite(top):
         raise DeployError(
-            f"the model gave {top} as its largest logit",
+            f"the model gave {top} as its largest logit after {generator.token_count()} tokens",
             where=str(where),
             next_step="run `gemma-deploy parity` on the artifact",
         )
