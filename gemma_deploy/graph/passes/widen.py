@@ -20,9 +20,9 @@ def widen(model: ir.Model) -> int:
         if node.domain or node.op_type not in WIDENED or x is None or x.dtype != ir.DataType.FLOAT16:
             continue
         name = str(y.name)
-        before = _cast(x, ir.DataType.FLOAT, f"{name}.float32_input")
+        before = _cast(x, ir.DataType.FLOAT, f"{name}.widened_input")
         inner = ir.node(node.op_type, [before.outputs[0]], dict(node.attributes), name=node.name)
-        inner.outputs[0].name, inner.outputs[0].shape = f"{name}.float32", y.shape
+        inner.outputs[0].name, inner.outputs[0].shape = f"{name}.unrounded", y.shape
         inner.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
         after = _cast(inner.outputs[0], ir.DataType.FLOAT16, name)
         graph.insert_before(node, [before, inner, after])
