@@ -11,13 +11,12 @@ import importlib
 import io
 import logging
 import os
-import re
 import sys
 from typing import Any, TextIO
 
 import click
 
-from gemma_deploy.errors import DeployError
+from gemma_deploy.errors import NO_MEMORY, DeployError
 
 # One row per command: its file in gemma_deploy/commands/ and the line shown by `--help`.
 COMMANDS = {
@@ -65,12 +64,6 @@ REFUSALS = {
     errno.EAGAIN: "raise the limit of processes (ulimit -u)",
 }
 VANISHED = "see that nothing removes files while the program works, and run the same command again"
-# How libraries say that the system gave them no memory, in errors of no kind of their own.
-NO_MEMORY = re.compile(
-    r"can.t allocate memory|cannot allocate memory|bad_alloc|failed to allocate memory|can't start new thread"
-    r"|failed to map segment",
-    re.IGNORECASE,
-)
 log = logging.getLogger("gemma_deploy.cli")  # __name__ is __main__ under python -m
 
 

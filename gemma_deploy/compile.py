@@ -40,11 +40,11 @@ from gemma_deploy.partition import Part, division_problems, parts_of
 from gemma_deploy.partition.ranks import input_channels, repeated_heads
 from gemma_deploy.preflight import Plan, make_plan, preflight
 from gemma_deploy.quantization.rescaling import Rescaling
-from gemma_deploy.reading import refuse_directory
 from gemma_deploy.recipe import Recipe, check_against_model, check_built
 from gemma_deploy.schemes import QUANTIZERS, block_problems, group_problems, stored_scheme
 from gemma_deploy.stages import Stage, Stages
 from gemma_deploy.staging import write_tokenizer
+from gemma_deploy.workdir import refuse_directory
 
 if TYPE_CHECKING:
     from gemma_deploy.parity import ParityResult
@@ -277,7 +277,7 @@ def export_into(
     done = out / "graphs.done"
     mark = f"{key} {table.digest}"
     files = graph_files(recipe, checkpoint)
-    if done.exists() and done.read_text() == mark and all((out / file).exists() for file in files):
+    if done.exists() and done.read_bytes() == mark.encode() and all((out / file).exists() for file in files):
         return None
     from gemma_deploy.graph.external import write_graph
 

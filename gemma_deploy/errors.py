@@ -15,8 +15,16 @@ DeployError                 1  the run failed
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
+
+# How libraries say that the system gave them no memory, in errors of no kind of their own.
+NO_MEMORY = re.compile(
+    r"can.t allocate memory|cannot allocate memory|bad_alloc|failed to allocate memory|can't start new thread"
+    r"|failed to map segment",
+    re.IGNORECASE,
+)
 
 
 class DeployError(Exception):

@@ -29,7 +29,6 @@ TEXT_BYTES = 128 << 20  # of a text to measure on, which is in memory as a whole
 # the largest JSON file of a checkpoint, has 1.9 million commas and brackets.
 MAX_VALUES = 2_500_000
 NOWHERE, IMPOSSIBLE = "there is no such file or directory", "no file can have this name"
-MAX_PARTS = 256  # of a path: functions that make parents call themselves once for each
 MAX_DIGITS = 300  # a whole number of 309 digits may be too large for a float; Python itself stops at 4,300
 _LONG_NUMBER = re.compile(rf"(?<![0-9])[0-9]{{{MAX_DIGITS + 1}}}")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -298,41 +297,32 @@ def text_kind(option: str) -> FileKind:
     return FileKind(error=UsageError, expected="a UTF-8 text", next_step=f"check {option}", limit_bytes=TEXT_BYTES)
 
 
-def refuse_directory(path: str | Path, option: str) -> None:
-    """See that a directory can be made at a path: under a name of its own, and beside others that end in .partial.
-
-    Raises:
-        UsageError: it is `.`, `/` or `..`, has too many parts, or is no possible path.
-    """
-    _refuse_name(path, option, "a directory")
-
-
 def refuse_output(path: str | Path, option: str) -> None:
     """See that a file can be written at a path, before the work whose result it is to hold.
 
     Raises:
-        UsageError: it has no name, its directory is not there, or something else than a file is.
+        UsageError: its directory is not there, a directory has its name, or it is no possible path.
     """
-    _refuse_name(path, option, "a file")
-    if not is_dir(Path(path).absolute().parent):
-        raise UsageError("its directory does not exist", where=str(path), next_step="make it, or name another file")
-    if exists(path) and not is_file(path):
-        raise UsageError("is there, and is no file", where=str(path), next_step=f"name another file with {option}")
-
-
-def _refuse_name(path: str | Path, option: str, kind: str) -> None:
-    path = Path(path)
-    if path.name in ("", ".."):
-        what = "has no name of its own"
-    elif len(path.parts) > MAX_PARTS:
-        what = f"has {len(path.parts)} parts"
-    else:  # what is unfinished gets a longer name beside it
-        what = why_absent(path.with_name(f".{path.name}.partial")) or NOWHERE
-    if what != NOWHERE:
-        shown = str(path) if len(str(path)) < 200 else f"{str(path)[:200]}..."
+    what = why_impossible(path)
+    if what is None and not is_dir(Path(path).absolute().parent):
+        what = "its directory does not exist"
+    if what is None and is_dir(path):
+        what = "is a directory"
+    if what:
         raise UsageError(
-            what, where=shown, expected=f"a path of {kind}, such as results/NAME", next_step=f"name one with {option}"
+            what, where=str(path)[:300], expected="the path of a file", next_step=f"name another with {option}"
         )
+
+
+def why_impossible(path: str | Path) -> str | None:
+    """Why nothing can be made at a path, whatever is there now; None where something can."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.strerror if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else None
+    except ValueError:
+        return IMPOSSIBLE
+    return None
 
 
 def _refuse_other_files(mode: int, path: str | Path, *, pipes: bool) -> None:

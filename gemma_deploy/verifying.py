@@ -91,7 +91,7 @@ def _graph_problems(params: Sequence[ParamRow], file: Path, shown: str, views: b
             continue
         where = {entry.key: entry.value for entry in tensor.external_data}
         row = rows.get(tensor.name)
-        got = (where.get("location"), int(where.get("offset", 0)), int(where.get("length", 0)))
+        got = (where.get("location"), _number(where.get("offset", "0")), _number(where.get("length", "0")))
         if row is None or ONNX_DTYPES.get(tensor.data_type) != row.dtype:
             if not (views and _shows_whole_rows(params, got)):
                 problems.append(f"{shown}: {tensor.name} has no row in the manifest")
@@ -106,6 +106,11 @@ def _graph_problems(params: Sequence[ParamRow], file: Path, shown: str, views: b
     return problems
 
 
+def _number(written: str) -> int:
+    """A whole number of an .onnx file, which holds it as text; -1, which no row says, for what is none."""
+    return int(written) if written.isascii() and written.isdigit() and len(written) < 20 else -1
+
+
 def _nbytes(tensor: onnx.TensorProto) -> int:
     """Of the values, two of 4 bits to a byte."""
     kind = ONNX_DTYPES.get(tensor.data_type, "")
@@ -118,7 +123,7 @@ def _shows_whole_rows(params: Sequence[ParamRow], span: tuple[str | None, int, i
     location, offset, length = span
     for row in params:  # some rows of one matrix
         inside = row.offset <= offset and offset + length <= row.offset + row.nbytes
-        row_bytes = row.nbytes // row.shape[0]
+        row_bytes = max(1, row.nbytes // row.shape[0])
         if location == PARAMS and length > 0 and inside and not (offset - row.offset) % row_bytes:
             return length % row_bytes == 0
     ends = {row.offset: row.offset + row.nbytes for row in params}

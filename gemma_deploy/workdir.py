@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from gemma_deploy.errors import BusyError, DeployError, UsageError
-from gemma_deploy.reading import NotJsonError, open_regular, parse_json
+from gemma_deploy.reading import NotJsonError, open_regular, parse_json, why_impossible
 from gemma_deploy.writing import PARTIAL, remove_leftovers, sync, sync_tree, write_json
 
 MARK = ".gemma-deploy-mark"  # in NAME.partial; a kill may leave it in NAME, where it does no harm
@@ -297,6 +297,26 @@ def with_a_name(out: Path) -> Path:
     if not out.name:
         raise UsageError("is no place for a new directory", where=str(out), next_step="name a directory in it")
     return out
+
+
+def refuse_directory(out: Path, option: str) -> None:
+    """See that a directory can be made at a path, before the work whose result it is to hold.
+
+    Args:
+        out: the path.
+        option: what the user named it with.
+
+    Raises:
+        UsageError: it is the root of the file system, or no possible path.
+    """
+    what = why_impossible(_beside(with_a_name(out), max(_LOCK, _NEW, _OLD, _TRASH, key=len)))
+    if what:
+        raise UsageError(
+            what,
+            where=f"{str(out)[:200]}{'...' * (len(str(out)) > 200)}",
+            expected="the path of a directory, such as results/NAME",
+            next_step=f"name another with {option}",
+        )
 
 
 def partial_of(out: Path) -> Path:

@@ -9,151 +9,17 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from gemma_deploy.artifact.manifest import MANIFEST, Artifact
+from gemma_deploy.artifact.manifest import MANIFEST, Artifact, refuse_problems
+from gemma_deploy.artifact.schema import File, Inside, manifest_problems
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.params import damaged_rows
-from gemma_deploy.partition.parts import FOLDER
+from gemma_deploy.reading import open_regular
 
 PARAMS = "params.safetensors"
 ROWS = "rows:"  # instead of a sha256: the parameter file's rows carry one each
-
-
-def inside(name: str) -> str:
-    """A path of a file in an artifact, as a manifest has it.
-
-    Raises:
-        ValueError: it is absolute, or leads out of the artifact.
-    """
-    if "\0" in name or any(part in ("", ".", "..") for part in name.split("/")):
-        raise ValueError("not the path of a file in the artifact")
-    return name
-
-
-File = Annotated[str, AfterValidator(inside)]
-Graph = Annotated[str, Field(pattern=r"^\w+$")]
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(strict=True, protected_namespaces=())
-
-
-class _Row(_Part):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    name: str
-    dtype: str
-    shape: list[int]
-    offset: int
-    nbytes: int
-    sha256: str
-    scheme: str
-    sqnr_db: float | None = None
-    signal_energy: float | None = None
-    file: File
-
-
-class _File(_Part):
-    bytes: int
-    sha256: str
-
-
-class _Port(_Part):
-    name: str
-    dtype: str
-    shape: list[int | str]
-
-
-class _Graph(_Part):
-    inputs: list[_Port]
-    outputs: list[_Port]
-
-
-class _Contract(_Part):
-    batch: int
-    prefill: int
-    context: int
-    vocab_size: int
-    dynamic: bool
-    graphs: dict[Graph, _Graph]
-
-
-class _Model(_Part):
-    model_type: str
-    num_hidden_layers: int
-    vocab_size: int
-    hidden_size: int
-    tie_word_embeddings: bool
-
-
-class _Checkpoint(_Part):
-    path: str
-    format: str
-    fingerprint_without_times: str
-
-
-class _Frontend(_Part):
-    checkpoint: str
-
-
-class _Recipe(_Part):
-    frontend: _Frontend
-    parity: dict[str, Any]
-
-
-class _Gate(_Part):
-    summary: str
-    passed: bool
-
-
-class _Entry(_Part):
-    what: str
-    where: str
-    effect: dict[str, Any]
-
-
-class _Stage(_Part):
-    name: str
-    seconds: float
-    peak_rss_bytes: int
-
-
-class _Rescaling(_Part):
-    exponents: dict[str, int]
-    wide: list[str]
-    absmax: dict[str, float]
-
-
-class _Division(_Part):
-    folder: Annotated[str, Field(pattern=FOLDER)]
-    stage: str
-    layers: list[int]
-    rank: int
-    ranks: int
-    contract: dict[str, Any]
-
-
-class _Manifest(_Part):
-    """The keys that the commands read; a manifest holds more."""
-
-    name: str
-    scheme: str
-    tool: dict[str, str]
-    recipe: _Recipe
-    checkpoint: _Checkpoint
-    model: _Model
-    contract: _Contract
-    parts: list[_Division]
-    op_census: dict[str, dict[str, int]]
-    files: dict[File, _File]
-    params: list[_Row]
-    rescaling: _Rescaling | None
-    parity: _Gate | None
-    ledger: list[_Entry]
-    stages: list[_Stage]
 
 
 def open_whole(path: str | Path, *, hashes: bool = False) -> Artifact:
@@ -180,16 +46,7 @@ def open_complete(path: str | Path) -> Artifact:
     """
     _refuse_links(Path(path))
     artifact = Artifact.open(path)
-    try:
-        _Manifest.model_validate(artifact.manifest)
-    except ValidationError as error:
-        raise ArtifactError(
-            "is damaged",
-            where=str(artifact.path / MANIFEST),
-            problems=[f"{'.'.join(map(str, one['loc']))}: {one['msg'].lower()}" for one in error.errors()],
-            expected="what `gemma-deploy compile` wrote",
-            next_step="copy the artifact again, or compile the recipe again with --force",
-        ) from error
+    refuse_problems(artifact.path / MANIFEST, manifest_problems(artifact.manifest))
     return artifact
 
 
@@ -225,7 +82,7 @@ def files_of(artifact: Artifact) -> dict[str, int] | None:
     return {name: facts.bytes for name, facts in listed.items()}
 
 
-_FILES = TypeAdapter(dict[File, _File])
+_FILES = TypeAdapter(dict[Inside, File])
 
 
 def file_problems(artifact: Artifact, *, hashes: bool = True, missing: bool = True) -> list[str]:
@@ -266,5 +123,5 @@ def refuse(artifact: Artifact, problems: list[str]) -> None:
 
 
 def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
+    with open_regular(file) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

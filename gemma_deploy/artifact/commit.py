@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from gemma_deploy.artifact.check import files_of
+from gemma_deploy.artifact.check import files_of, open_complete
 from gemma_deploy.artifact.manifest import MANIFEST, Artifact
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.workdir import MARK, Maker, WorkDir
@@ -55,7 +55,7 @@ class ArtifactDir(WorkDir):
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """Of the finished artifact."""
-        return Artifact.open(self.out).manifest
+        return open_complete(self.out).manifest
 
     def __enter__(self) -> Self:
         """Find out what is there: the finished artifact, an unfinished one to continue, or nothing."""

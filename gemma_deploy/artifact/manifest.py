@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -11,11 +10,19 @@ from typing import Any
 
 import onnx
 
+from gemma_deploy import reading
 from gemma_deploy.errors import ArtifactError, UsageError
 from gemma_deploy.params import ParamTable
 
 FORMAT_VERSION = 2  # 2: parts, and the file of every row
 MANIFEST = "manifest.json"
+MANIFEST_FILE = reading.FileKind(
+    error=ArtifactError,
+    expected="what `gemma-deploy compile` wrote",
+    next_step="compile the recipe again with --force",
+    unreadable="allow reading it, or compile the recipe again under another name",
+    whole_characters=True,
+)
 # Whose versions decide what a graph looks like or how weights are rounded.
 TOOLS = ("gemma-deploy", "torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime")
 
@@ -57,33 +64,23 @@ class Artifact:
             ArtifactError: there is none, it is damaged, or another version wrote it.
         """
         path = Path(path)
-        if not path.is_dir():
+        if not reading.is_dir(path):
+            absent = reading.why_absent(path) or "it is no directory"
             raise ArtifactError(
-                "there is no such directory",
+                "there is no such directory" if absent == reading.NOWHERE else absent,
                 where=str(path),
                 expected="an artifact made by `gemma-deploy compile`",
                 next_step="list the workspace, or compile a recipe first",
             )
         file = path / MANIFEST
-        if not file.exists():
+        if not reading.exists(file):
             raise ArtifactError(
                 f"{MANIFEST} is missing: this is no finished artifact",
                 where=str(path),
                 next_step="compile the recipe again; it continues where it stopped",
             )
-        try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ArtifactError(
-                f"cannot be read: {error.strerror or error}",
-                where=str(file),
-                next_step="allow reading it, or compile the recipe again under another name",
-            ) from error
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ArtifactError(
-                f"not readable as JSON: {error}", where=str(file), next_step="compile the recipe again with --force"
-            ) from error
-        found = manifest.get("format_version") if isinstance(manifest, dict) else None
+        manifest = reading.read_object(file, MANIFEST_FILE)
+        found = manifest.get("format_version")
         if found != FORMAT_VERSION:
             raise ArtifactError(
                 f"format_version is {found!r}",
@@ -105,6 +102,26 @@ class Artifact:
     def params(self) -> ParamTable:
         """Rows of params.safetensors."""
         return ParamTable.from_json(self.manifest["params"])
+
+
+def refuse_problems(file: Path, problems: list[str]) -> None:
+    """Raise when a file of an artifact does not hold what it should.
+
+    Args:
+        file: for the message.
+        problems: a line for each key.
+
+    Raises:
+        ArtifactError: with all of them.
+    """
+    if problems:
+        raise ArtifactError(
+            "is damaged",
+            where=str(file),
+            problems=problems,
+            expected="what `gemma-deploy compile` wrote",
+            next_step="copy the artifact again, or compile the recipe again with --force",
+        )
 
 
 def newest_artifact(workspace: Path) -> Path:

@@ -129,6 +129,8 @@ def damage(path: Path) -> str | None:
     """Why the directory is no whole calibration of this version, or None."""
     try:
         record = read_object(path / RECORD, RECORD_FILE)
+        if not isinstance(record["fingerprint"], str):
+            return f"{RECORD} is damaged: fingerprint is no text"
         if record["format_version"] != FORMAT_VERSION:
             return f"{RECORD} is of format {record['format_version']}, this version reads {FORMAT_VERSION}"
         for name in (SAMPLES, STATS):

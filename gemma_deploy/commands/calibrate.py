@@ -70,8 +70,8 @@ def command(
     from gemma_deploy.calibration import calibrate
     from gemma_deploy.checkpoint import Checkpoint
     from gemma_deploy.machine import peak_rss_bytes
-    from gemma_deploy.reading import refuse_directory
     from gemma_deploy.recipe import Recipe
+    from gemma_deploy.workdir import refuse_directory
 
     if dataset is None and recipe is None:
         raise click.UsageError("Missing option '--dataset' (or '--recipe'). Choose from: c4, ceval, alpaca")

@@ -42,8 +42,8 @@ def command(
 
     from gemma_deploy.checkpoint import Checkpoint
     from gemma_deploy.partition import recommended_points, span_bytes, spans_of
-    from gemma_deploy.reading import refuse_directory
     from gemma_deploy.terminal import progress_bar
+    from gemma_deploy.workdir import refuse_directory
 
     if points is not None and parts is not None:
         raise UsageError("--points and --parts say the same in two ways", next_step="keep one of them")

@@ -7,22 +7,30 @@ byte. They are written under temporary names; the manifest is replaced first and
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gemma_deploy.artifact.check import open_complete
-from gemma_deploy.artifact.manifest import MANIFEST
+from gemma_deploy.artifact.manifest import MANIFEST, refuse_problems
 from gemma_deploy.artifact.report import REPORT, report_page
-from gemma_deploy.errors import BusyError, UsageError
+from gemma_deploy.errors import ArtifactError, BusyError, UsageError
+from gemma_deploy.evaluation.schema import evaluation_problems
+from gemma_deploy.reading import FileKind, read_bytes, read_object
 from gemma_deploy.workdir import Lock
 from gemma_deploy.writing import PARTIAL, finite, json_text, remove_leftovers, sync, write_bytes, write_json
 
 EVAL = "eval.json"
 FORMAT_VERSION = 1
 QUESTION = ("task", "settings", "against")  # results that have these in common replace each other
+EVAL_FILE = FileKind(
+    error=ArtifactError,
+    expected="what `gemma-deploy eval` wrote",
+    next_step="copy the artifact again, or compile the recipe again with --force",
+    finite=True,
+    whole_characters=True,
+)
 HALF = PARTIAL
 
 
@@ -65,17 +73,23 @@ def _finish(artifact: Path) -> None:
         half = artifact / (name + HALF)
         if half.is_file():
             facts = open_complete(artifact).manifest["files"].get(name, {})
-            if facts.get("sha256") == _sha256(half.read_bytes()):
+            if facts.get("sha256") == _sha256(read_bytes(half, EVAL_FILE)):
                 half.replace(artifact / name)
             else:  # killed before the manifest knew it
                 half.unlink()
 
 
 def results_of(artifact: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Results recorded so far."""
+    """Results recorded so far.
+
+    Raises:
+        ArtifactError: eval.json is missing or damaged.
+    """
     if EVAL not in manifest["files"]:
         return []
-    results: list[dict[str, Any]] = json.loads((artifact / EVAL).read_text(encoding="utf-8"))["results"]
+    content = read_object(artifact / EVAL, EVAL_FILE)
+    refuse_problems(artifact / EVAL, evaluation_problems(content))
+    results: list[dict[str, Any]] = content["results"]
     return results
 
 
@@ -91,7 +105,7 @@ def record(artifact: Path, result: Mapping[str, Any]) -> Path:
         _finish(artifact)
         manifest = open_complete(artifact).manifest
         older = results_of(artifact, manifest)
-        kept = [one for one in older if any(one[key] != result[key] for key in QUESTION)]
+        kept = [one for one in older if any(one.get(key) != result[key] for key in QUESTION)]
         results = [*kept, finite(dict(result))]
         content = json_text({"format_version": FORMAT_VERSION, "results": results}, sort_keys=False, ensure_ascii=False)
         files = {EVAL: content, REPORT: report_page(manifest, results)}

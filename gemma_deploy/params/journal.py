@@ -15,6 +15,7 @@ from typing import Any
 
 from gemma_deploy.errors import ParamsError
 from gemma_deploy.params.table import ParamRow, row_from_json
+from gemma_deploy.reading import is_file, parse_json
 
 FORMAT = 1
 
@@ -70,7 +71,7 @@ class Journal:
 
 def read_finished(path: Path, key: str) -> tuple[list[ParamRow], dict[str, Any] | None]:
     """Rows and file record that hold under this key, without locking; nothing where there is no such journal."""
-    records, _ = _read(path, key) if path.is_file() else ([], 0)
+    records, _ = _read(path, key) if is_file(path) else ([], 0)
     rows = [row_from_json(row) for record in records for row in record.get("rows", ())]
     return rows, next((record["file"] for record in records if "file" in record), None)
 
@@ -80,15 +81,29 @@ def _read(path: Path, key: str) -> tuple[list[dict[str, Any]], int]:
     records: list[dict[str, Any]] = []
     end = 0
     for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            record = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or (not records and record != {"format": FORMAT, "key": key}):
+        record = _record(line)
+        if record is None or (not records and record != {"format": FORMAT, "key": key}):
             break
         records.append(record)
         end += len(line)
     return records[1:], end
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """What a line says; None where it is torn or says nothing that a run writes."""
+    try:
+        record = parse_json(line) if line.endswith(b"\n") else None
+        if not isinstance(record, dict):
+            return None
+        for row in record.get("rows", ()):
+            checked = row_from_json(row)
+            if not all(isinstance(number, int) for number in (*checked.shape, checked.offset, checked.nbytes)):
+                return None
+        file = record.get("file", {})
+        whole = all(isinstance(file.get(name, 0), int) for name in ("bytes", "mtime_ns"))
+        return record if whole and isinstance(record.get("job", ""), str) else None
+    except (ValueError, TypeError, AttributeError):
+        return None
 
 
 def _row_json(row: ParamRow) -> dict[str, Any]:

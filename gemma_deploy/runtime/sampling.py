@@ -11,6 +11,8 @@ import numpy as np
 
 from gemma_deploy.errors import DeployError, UsageError
 
+SMALLEST = 1e-260  # a temperature by which any float32 can be divided in float64
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -80,8 +82,16 @@ class Sampler:
         return [self._draw(row) for row in self.filtered(logits)]
 
     def filtered(self, logits: np.ndarray) -> np.ndarray:
-        """Logits with temperature, top-k and top-p applied, removed tokens at -inf. [B, V] -> [B, V] float64."""
-        scores = logits.astype(np.float64) / (self.temperature or 1.0)
+        """Logits with temperature, top-k and top-p applied, removed tokens at -inf. [B, V] -> [B, V] float64.
+
+        Below `SMALLEST` they are given less the largest of their row, which changes no probability.
+        """
+        scores = logits.astype(np.float64)
+        if 0 < self.temperature < SMALLEST:  # all but the largest would overflow, and it too
+            with np.errstate(over="ignore"):
+                scores = (scores - scores.max(axis=-1, keepdims=True)) / self.temperature
+        else:
+            scores /= self.temperature or 1.0
         if 0 < self.top_k < scores.shape[-1]:
             last_kept = np.partition(scores, -self.top_k, axis=-1)[:, -self.top_k, None]
             scores = np.where(scores < last_kept, -np.inf, scores)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma_deploy.errors import ArtifactError
+from gemma_deploy.errors import ArtifactError, DeployError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import onnxruntime as ort
 
+log = logging.getLogger(__name__)
 PARAMS = "params.safetensors"
+LARGEST_GRAPH_BYTES = 256 << 20  # of Gemma 2 27B: 1.5 MB
 VERIFY = "run `gemma-deploy verify` on the artifact, then compile it again"
 
 
@@ -26,10 +31,64 @@ def load_file(path: Path) -> ir.Model:
     for file in (path, path.with_name(PARAMS)):
         if not file.is_file():
             raise ArtifactError("is missing", where=str(file), next_step=VERIFY)
+    size = path.stat().st_size
+    if size > LARGEST_GRAPH_BYTES:
+        raise ArtifactError(f"has {size} bytes, which no graph without weights has", where=str(path), next_step=VERIFY)
     try:
-        return ir.load(path)
+        model = ir.load(path)
     except Exception as error:  # onnx_ir and protobuf raise many kinds for a damaged file
         raise ArtifactError(f"is not an ONNX graph: {error}", where=str(path), next_step=VERIFY) from error
+    _refuse_weights_elsewhere(model, path)
+    return model
+
+
+def _refuse_weights_elsewhere(model: ir.Model, path: Path) -> None:
+    """See that all weights lie in the parameter file, before anything reads one.
+
+    Raises:
+        ArtifactError: naming those that do not.
+    """
+    import onnx_ir as ir
+
+    size = path.with_name(PARAMS).stat().st_size
+    problems = []
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        start, length = tensor.offset or 0, tensor.length if tensor.length is not None else size
+        if tensor.location != PARAMS:
+            problems.append(f"{name[:80]}: {str(tensor.location)[:80]!r}")
+        elif not 0 <= start <= start + length <= size or length < tensor.nbytes:
+            problems.append(f"{name[:80]}: bytes {start} to {start + length} of {size}")
+    if problems:
+        raise ArtifactError(
+            f"{len(problems)} weight(s) do not lie in the parameter file",
+            where=str(path),
+            problems=problems[:20],
+            expected=f"every one inside {PARAMS} beside the graph",
+            next_step=VERIFY,
+        )
+
+
+@contextmanager
+def as_compiled(path: Path) -> Iterator[None]:
+    """Say that a graph is none that `compile` makes, where changing it fails: it can be opened and is another model's.
+
+    Raises:
+        ArtifactError: whatever goes wrong but what is explained already, or is the machine's.
+    """
+    try:
+        yield
+    except (DeployError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        log.debug("where it happened", exc_info=True)
+        raise ArtifactError(
+            f"is not a graph that this version makes ({type(error).__name__}: {str(error)[:200]})",
+            where=str(path),
+            next_step=f"{VERIFY}; -v shows where it happened",
+        ) from error
 
 
 def open_graph(model: ir.Model, folder: Path, *, strict: bool = False, threads: int = 0) -> ort.InferenceSession:

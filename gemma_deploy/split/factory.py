@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -11,12 +10,13 @@ from pathlib import Path
 import torch
 
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig
+from gemma_deploy.checkpoint.safetensors_reader import SafetensorsFile
 from gemma_deploy.errors import CheckpointError, UsageError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.partition import Span, recommended_points, spans_of
 from gemma_deploy.partition.mapper import ParameterMapper
 from gemma_deploy.split.base import Part
-from gemma_deploy.split.layout import PART_KEY, WEIGHTS, part_config
+from gemma_deploy.split.layout import WEIGHTS, part_config, read_part
 from gemma_deploy.split.registry import part_class
 from gemma_deploy.split.writing import write_split
 from gemma_deploy.workdir import Maker, WorkDir
@@ -213,25 +213,14 @@ def load_part(directory: str | Path, device: str = "cpu", dtype: torch.dtype | N
     from safetensors import safe_open
 
     directory = Path(directory)
-    file = directory / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        here = raw.pop(PART_KEY)
-        start, stop, scale = int(here["start"]), int(here["stop"]), str(here["embed_scale"])
-        name = str(here["name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"is not the config of a part ({type(error).__name__}: {error})",
-            where=str(file),
-            expected=f"config.json with {PART_KEY}",
-            next_step="make parts with `gemma-deploy split`, or with save_part",
-        ) from error
-    config = ModelConfig.from_dict(raw, str(file))
-    span = Span(name, start, stop, start == 0, stop == config.num_hidden_layers)
-    part = part_class(config.model_type, span.kind)(config, span, scale)
+    config, span, scale = read_part(directory)
     mapper = ParameterMapper(config, span)
+    entries = SafetensorsFile(directory / WEIGHTS).entries  # its header, with more checks than the library's
+    mapper.check(entries, str(directory / WEIGHTS))
+    for local, entry in entries.items():
+        mapper.check_shape(local, entry.shape, str(directory / WEIGHTS))
+    part = part_class(config.model_type, span.kind)(config, span, scale)
     with safe_open(directory / WEIGHTS, framework="pt", device=device) as weights:
-        mapper.check(weights.keys(), str(directory / WEIGHTS))
 
         def read(local: str, source: str) -> torch.Tensor:
             value: torch.Tensor = weights.get_tensor(local)

@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 
-from gemma_deploy.artifact.check import inside, open_complete, open_whole
+from gemma_deploy.artifact.check import open_complete, open_whole
 from gemma_deploy.artifact.commit import ArtifactDir
+from gemma_deploy.artifact.schema import inside
 from gemma_deploy.backends.onnxruntime.genai_config import genai_config, read_genai_config
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.cli import main

@@ -137,7 +137,7 @@ def test_another_format_version(demo_copy):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{", "not readable as JSON"), ("[]", "format_version is None"), ('"a"', "format_version is None")],
+    [("{", "is not JSON"), ("[]", "holds a list, expected an object"), ('"a"', "holds text, expected an object")],
 )
 def test_a_manifest_that_is_none(demo_copy, text, words):
     (demo_copy / "manifest.json").write_text(text)

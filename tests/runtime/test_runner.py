@@ -265,8 +265,8 @@ def test_directories_that_are_no_artifact(copy, tmp_path):
         StaticRunner(tmp_path / "nothing")
     file = copy / "manifest.json"
     for text, message in (
-        ("{", "cannot be read"),
-        ("[]", "is not a JSON object"),
+        ("{", "is not JSON"),
+        ("[]", "holds a list, expected an object"),
         ("{}", "has no contract of iter0 and iter1"),
         ('{"contract": {"graphs": {"iter0": {}}}}', "has no contract of iter0 and iter1"),
     ):

@@ -46,6 +46,28 @@ def test_filters_equal_those_of_transformers(logits, temperature, top_k, top_p):
     np.testing.assert_allclose(got, scores.numpy(), rtol=1e-15)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-270, 1e-260, 1e-40])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1), (2, 1), (0, 0.9), (3, 5e-324), (10**30, 0.5)])
+def test_the_smallest_temperatures_leave_the_largest_alone_to_choose(logits, temperature, top_k, top_p):
+    """The limit of the distribution: of equals each as often."""
+    large = np.concatenate([logits, [[*[-3e38] * 298, 3.3e38, 3.3e38]], np.full((1, 300), -np.inf)]).astype(np.float32)
+    large[-1, 7] = -1e30
+    sampler = Sampler(temperature, top_k, top_p, seed=1)
+    assert sampler(large)[:3] == logits.argmax(-1).tolist()
+    drawn = [sampler(large)[3:] for _ in range(40)]
+    assert {row[1] for row in drawn} == {7}
+    assert {row[0] for row in drawn} == ({298, 299} if top_p == 1 else {298} if top_p <= 0.5 else {298, 299})
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [1e30, 1e300, 1.7e308])
+def test_the_largest_temperatures_leave_all_alike(logits, temperature):
+    scores = Sampler(temperature).filtered(logits)
+    assert np.abs(scores).max() < 1e-25
+    assert len({Sampler(temperature, seed=seed)(logits)[0] for seed in range(20)}) > 15
+
+
 def test_top_k_keeps_the_k_largest_and_their_equals():
     row = np.array([[0, 3, 1, 2, 2, -1]], np.float32)
     assert kept(Sampler(1, 1).filtered(row)) == [{1}]

@@ -10,17 +10,18 @@ import importlib.util
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gemma_deploy.backends.onnxruntime.genai_config import CONFIG_FILE, read_genai_config
-from gemma_deploy.errors import ArtifactError, DeployError, UsageError
+from gemma_deploy.errors import NO_MEMORY, ArtifactError, DeployError, UsageError
 from gemma_deploy.runtime.generate import GenerationStats, Prompt, check_context, check_length, encoded, speak
 from gemma_deploy.runtime.limits import REBUILD, check_tokens
 from gemma_deploy.runtime.sampling import Sampling
-from gemma_deploy.runtime.session import PARAMS
+from gemma_deploy.runtime.session import PARAMS, VERIFY
 from gemma_deploy.text import TextStream, Tokenizer
 
 INSTALL = 'pip install "gemma-deploy[genai]"'
@@ -91,9 +92,10 @@ class GenaiModel:
             options["top_k"] = min(sampling.top_k, self.vocab_size)
             if sampling.seed is not None:
                 options["random_seed"] = _small_seed(sampling.seed)
-        parameters = og.GeneratorParams(self._model)
-        parameters.set_search_options(**options)
-        return og.Generator(self._model, parameters)
+        with _explained(self.path):
+            parameters = og.GeneratorParams(self._model)
+            parameters.set_search_options(**options)
+            return og.Generator(self._model, parameters)
 
 
 class GenaiSession:
@@ -161,14 +163,16 @@ class GenaiSession:
 
     def _steps(self, ids: list[int]) -> Iterator[Sequence[int]]:
         generator = self._generator
-        if generator.token_count():
-            # genai may have chosen the last token but not read it: without this it never would, nor shift what follows.
-            # Rewinding to read it again is no way: caches of a window refuse to give up what they have read.
-            generator.get_logits()
-        generator.append_tokens(np.asarray(ids, np.int32))
+        with _explained(self.model.path):
+            if generator.token_count():
+                # genai may have chosen the last token but not read it: without this it never would, nor shift what
+                # follows. Rewinding to read it again is no way: caches of a window do not give up what they have read.
+                generator.get_logits()
+            generator.append_tokens(np.asarray(ids, np.int32))
         while True:
-            _refuse_overflow(generator, self.model.path)
-            generator.generate_next_token()
+            with _explained(self.model.path):
+                _refuse_overflow(generator, self.model.path)
+                generator.generate_next_token()
             yield [int(generator.get_next_tokens()[0])]
 
 
@@ -192,6 +196,19 @@ def stream(
     stats = stats if stats is not None else GenerationStats()
     stats.load_seconds = model.load_seconds
     return session.reply(ids, max_new_tokens=max_new_tokens, stats=stats)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Say what genai refuses to do with an artifact; it has one kind of error for all that can be."""
+    try:
+        yield
+    except RuntimeError as error:
+        if NO_MEMORY.search(str(error)):
+            raise
+        raise ArtifactError(
+            f"onnxruntime-genai refuses it: {' '.join(str(error).split())[:300]}", where=str(path), next_step=VERIFY
+        ) from error
 
 
 def require_genai(where: str) -> None:

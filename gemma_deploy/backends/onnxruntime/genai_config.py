@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from gemma_deploy.artifact.schema import Count, Size
 from gemma_deploy.backends.onnxruntime.options import GRAPH
 from gemma_deploy.backends.onnxruntime.window import windowed_layers
 from gemma_deploy.checkpoint.config import ModelConfig
@@ -15,6 +16,7 @@ from gemma_deploy.reading import FileKind, read_object
 from gemma_deploy.runtime.limits import REBUILD
 
 CONFIG_FILE = "genai_config.json"
+LARGEST_WINDOW = 65536  # positions of a cache that is made whatever the prompt; Gemma's windows are below 8192
 FILE_KIND = FileKind(ArtifactError, "what `gemma-deploy compile` wrote", REBUILD, missing=REBUILD, unique_keys=True)
 
 
@@ -113,7 +115,7 @@ class _SessionOptions(_Section):
 class SlidingWindow(_Section):
     """Caches that hold a window."""
 
-    window_size: int
+    window_size: Annotated[int, Field(ge=0, le=LARGEST_WINDOW)]
     slide_key_value_cache: bool = False
     slide_inputs: bool = False
     layers: list[int] = []
@@ -138,12 +140,12 @@ class Model(_Section):
     """The model."""
 
     bos_token_id: int | None
-    context_length: int
+    context_length: Size
     decoder: Decoder
-    eos_token_id: list[int] | int
+    eos_token_id: list[Count] | Count
     pad_token_id: int
     type: str
-    vocab_size: int
+    vocab_size: Size
 
 
 class GenaiConfig(_Section):

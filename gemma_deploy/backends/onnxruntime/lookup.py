@@ -33,7 +33,7 @@ from gemma_deploy.runtime.generate import (
     stop_token_ids,
 )
 from gemma_deploy.runtime.limits import check_tokens
-from gemma_deploy.runtime.session import VERIFY, load_file, open_graph
+from gemma_deploy.runtime.session import VERIFY, as_compiled, load_file, open_graph
 from gemma_deploy.text import TextStream, Tokenizer
 
 MOST_TOKENS = 8  # in a step, the newest one and those guessed
@@ -103,8 +103,9 @@ class LookupModel:
         self.context_length = int(manifest["contract"]["context"])
         started = time.perf_counter()
         model = load_file(self.path / GRAPH)
-        last_positions(model, MOST_TOKENS)
-        self.windows = windows_of(model.graph)
+        with as_compiled(self.path / GRAPH):
+            last_positions(model, MOST_TOKENS)
+            self.windows = windows_of(model.graph)
         self.session = open_graph(model, self.path, threads=threads)
         self.load_seconds = time.perf_counter() - started
         if not any(value.name.startswith(CACHES) for value in self.session.get_inputs()):

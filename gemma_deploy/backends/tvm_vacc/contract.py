@@ -5,13 +5,13 @@ Used by the runner; the writing side is graph/contract.py, which this package do
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma_deploy import reading
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.partition.parts import FOLDER
 from gemma_deploy.runtime.limits import REBUILD
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 MANIFEST = "manifest.json"
+MANIFEST_FILE = reading.FileKind(ArtifactError, "what `gemma-deploy compile` wrote", REBUILD, whole_characters=True)
 Stages = Sequence[Sequence[str]]  # folders of the ranks of each stage; none of an undivided artifact
 GRAPHS = ("iter0", "iter1")
 DTYPES = {1: "float32", 10: "float16", 7: "int64", 3: "int8"}  # ONNX's numbers
@@ -108,7 +109,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
         ArtifactError: not a directory of an artifact, or the manifest is not JSON.
     """
     file = path / MANIFEST
-    if not file.exists():
+    if not reading.exists(file):
         missing = [f"{graph}.onnx" for graph in GRAPHS if not (path / f"{graph}.onnx").exists()]
         if missing:
             raise ArtifactError(
@@ -118,13 +119,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
                 next_step="make one with `gemma-deploy compile RECIPE`",
             )
         return None
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ArtifactError(f"cannot be read: {error}", where=str(file), next_step=REBUILD) from error
-    if not isinstance(manifest, dict):
-        raise ArtifactError("is not a JSON object", where=str(file), next_step=REBUILD)
-    return manifest
+    return reading.read_object(file, MANIFEST_FILE)
 
 
 def stages_of(manifest: Mapping[str, Any] | None) -> tuple[tuple[str, ...], ...]:

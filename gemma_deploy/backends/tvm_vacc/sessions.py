@@ -22,7 +22,7 @@ from gemma_deploy.backends.tvm_vacc import fast, strict
 from gemma_deploy.backends.tvm_vacc.contract import Stages
 from gemma_deploy.backends.tvm_vacc.join import join
 from gemma_deploy.errors import ArtifactError
-from gemma_deploy.runtime.session import VERIFY, load_file, opened, session_options
+from gemma_deploy.runtime.session import VERIFY, as_compiled, load_file, opened, session_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,7 +82,8 @@ def load_graph(path: Path, stages: Stages = ()) -> ir.Model:
     """
     if not stages:
         return load_file(path)
-    return join(path.parent, path.stem, stages)
+    with as_compiled(path):
+        return join(path.parent, path.stem, stages)
 
 
 def changed_graph(
@@ -98,12 +99,13 @@ def changed_graph(
     """
     model = load_graph(path, stages)
     names: list[str] = []
-    if mode == "strict":
-        model = strict.lower(model)
-    else:
-        names = fast.lower(model, arrays)
-    _expose(model, outputs, path)
-    return ir.to_proto(model).SerializeToString(), names
+    with as_compiled(path):
+        if mode == "strict":
+            model = strict.lower(model)
+        else:
+            names = fast.lower(model, arrays)
+        _expose(model, outputs, path)
+        return ir.to_proto(model).SerializeToString(), names
 
 
 def _expose(model: ir.Model, outputs: Sequence[str], path: Path) -> None:

@@ -1,0 +1,28 @@
+"""A few dozen mutated inputs of each surface, always the same ones; thousands of them where there is time (`slow`)."""
+
+import pytest
+
+from tests.fuzz.harness import judge, run_many
+from tests.fuzz.inputs import Inputs, in_folder
+from tests.fuzz.surfaces import NAMES, SURFACES
+
+FEW, MANY = 24, 2000
+# Those that take longer get fewer in the default tests.
+FEWER = {"tokenizer_json": 8, "tokenizer_config": 8, "manifest": 16, "graphs": 10, "ceval": 16, "command_line": 16}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_few_mutated_inputs_end_as_they_should(once, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    surface = SURFACES[name]
+    state = surface.prepare(Inputs(once), tmp_path)
+    findings = [judge(surface, state, number)[0] for number in range(FEWER.get(name, FEW))]
+    assert [finding for finding in findings if finding] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_many_mutated_inputs_end_as_they_should(tmp_path, name):
+    outcome = run_many(SURFACES[name], in_folder(tmp_path / "inputs"), tmp_path, MANY, first=FEW)
+    assert outcome.cases == MANY
+    assert outcome.findings == []
