@@ -286,6 +286,12 @@ class WorkDir:
         return mark if isinstance(mark, dict) and mark.get("made_by") == self._made_by else None
 
 
+def is_temporary(place: Path) -> bool:
+    """Whether a directory is unfinished, or waits to be deleted or put back."""
+    beside = place.name.startswith(".") and place.name.endswith((_NEW, _OLD, _TRASH))
+    return beside or place.name.endswith(PARTIAL)
+
+
 def with_a_name(out: Path) -> Path:
     """A path whose last part is the directory's own name, which `.` and `..` are not.
 

@@ -194,7 +194,8 @@ def test_a_closed_worker_is_gone(worker):
 
 
 # What starts processes, as `import` or attribute of os.
-STARTERS = {"subprocess", "multiprocessing", "pty", "asyncio", "ProcessPoolExecutor", "popen2", "posix_spawn"}
+STARTERS = {"subprocess", "multiprocessing", "pty", "ProcessPoolExecutor"}
+STARTERS |= {"create_subprocess_exec", "create_subprocess_shell", "subprocess_exec", "subprocess_shell"}  # of asyncio
 OF_OS = re.compile(r"(exec|spawn|posix_spawn|popen|system|fork)")
 
 
@@ -237,6 +238,7 @@ def test_nothing_else_starts_a_process():
         ("import concurrent.futures as f\nf.ProcessPoolExecutor()", 1),
         ("import os\nos.execv('a', [])\nos.system('b')\nos.fork()", 3),
         ("from os import popen", 1),
+        ("import asyncio\nasyncio.create_subprocess_exec('a')\nasyncio.run(f())", 1),
         ("import os\nos.path.join('a')\nos.fsync(1)", 0),
         ("from gemma_deploy import child\nchild.run('-c', '')", 0),
     ],

@@ -13,6 +13,7 @@ import onnx
 from gemma_deploy import reading
 from gemma_deploy.errors import ArtifactError, UsageError
 from gemma_deploy.params import ParamTable
+from gemma_deploy.workdir import is_temporary
 
 FORMAT_VERSION = 2  # 2: parts, and the file of every row
 MANIFEST = "manifest.json"
@@ -131,7 +132,7 @@ def newest_artifact(workspace: Path) -> Path:
         UsageError: the workspace holds none.
     """
     found = sorted(workspace.glob(f"*/{MANIFEST}"), key=lambda file: file.stat().st_mtime_ns)
-    found = [file for file in found if not file.parent.name.endswith((".partial", ".old"))]
+    found = [file for file in found if not is_temporary(file.parent)]
     if not found:
         raise UsageError(
             "no finished artifact in the workspace",

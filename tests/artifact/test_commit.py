@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from gemma_deploy.artifact import ArtifactDir
+from gemma_deploy.artifact import ArtifactDir, newest_artifact
 from gemma_deploy.artifact.manifest import FORMAT_VERSION
-from gemma_deploy.errors import ArtifactError, BusyError, DeployError
+from gemma_deploy.errors import ArtifactError, BusyError, DeployError, UsageError
 from tests.killing import killer
 
 MANIFEST = {
@@ -164,7 +164,7 @@ def test_killed_before_the_key_was_written(tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from gemma_deploy.artifact import ArtifactDir
+from gemma_deploy.artifact import ArtifactDir, newest_artifact
 with ArtifactDir(Path(sys.argv[1]), key="k"):
     print("locked", flush=True)
     time.sleep(60)
@@ -185,6 +185,17 @@ def test_a_second_compile_of_one_name_is_refused_while_the_first_lives(tmp_path)
         first.wait()
     assert make(out)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_the_newest_artifact_is_none_that_is_being_replaced(tmp_path):
+    for name in ("a.partial", ".a.gemma-deploy-old", ".a.gemma-deploy-trash", ".a.gemma-deploy-new"):
+        make(tmp_path / "made")
+        (tmp_path / "made").rename(tmp_path / name)
+    with pytest.raises(UsageError, match="no finished artifact"):
+        newest_artifact(tmp_path)
+    make(tmp_path / "made")
+    os.utime(tmp_path / "made" / "manifest.json", (1, 1))
+    assert newest_artifact(tmp_path) == tmp_path / "made"
 
 
 def test_a_file_in_the_way_of_the_workspace(tmp_path):
