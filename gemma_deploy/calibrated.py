@@ -20,6 +20,7 @@ from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.reading import FileKind, read_object
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.schemes import QUANTIZERS
+from gemma_deploy.text import has_tokenizer
 from gemma_deploy.writing import finite, write_json
 
 QUANTIZED = "quantized"
@@ -57,9 +58,8 @@ def windows_of(recipe: Recipe, checkpoint: Checkpoint) -> Request | None:
     Raises:
         CheckpointError: a calibrated scheme needs a tokenizer.
     """
-    tokenizer = bool(checkpoint.tokenizer_files()) or checkpoint.format == "gguf"
     dataset, scale = recipe.dataset, recipe.frontend.model_kwargs.embed_scale
-    if (recipe.weights in QUANTIZERS or recipe.int8_cache) and not tokenizer:
+    if (recipe.weights in QUANTIZERS or recipe.int8_cache) and not has_tokenizer(checkpoint):
         raise CheckpointError(
             f"has no tokenizer, but {recipe.scheme} calibrates on text",
             where=str(checkpoint.path),

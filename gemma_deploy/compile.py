@@ -43,7 +43,8 @@ from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.recipe import Recipe, check_against_model, check_built
 from gemma_deploy.schemes import QUANTIZERS, block_problems, group_problems, stored_scheme
 from gemma_deploy.stages import Stage, Stages
-from gemma_deploy.staging import write_tokenizer
+from gemma_deploy.text import check_text, with_stops
+from gemma_deploy.text.saving import write_tokenizer
 from gemma_deploy.workdir import refuse_directory
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def open_inputs(recipe: Recipe) -> Checkpoint:
     """Steps 1 and 2: everything about recipe and checkpoint that can be wrong is found here, before any work.
 
     Raises:
-        CheckpointError: the checkpoint is damaged; RecipeError, NotBuiltError: it does not go with the recipe.
+        CheckpointError: the checkpoint or its tokenizer is damaged.
+        RecipeError, NotBuiltError: it does not go with the recipe.
     """
     check_built(recipe)
     checkpoint = Checkpoint.open(resolve_checkpoint(recipe.frontend.checkpoint))
@@ -87,11 +89,13 @@ def open_inputs(recipe: Recipe) -> Checkpoint:
     if recipe.onnxruntime and recipe.cache == WINDOW:
         also += window_problems(config, recipe.context_length)
     check_against_model(recipe, config, also)
-    for note in dict.fromkeys((*checkpoint.notes, *checkpoint.config.warnings)):
+    text = check_text(checkpoint)
+    give_memory_back()  # of the tokenizer
+    for note in dict.fromkeys((*checkpoint.notes, *checkpoint.config.warnings, *text.notes)):
         log.warning("%s", note)
     if repeated := repeated_heads(config, recipe.ranks):
         log.info("%s", repeated)
-    return checkpoint
+    return with_stops(checkpoint, text)
 
 
 def plan_recipe(recipe: Recipe, *, parity: bool = True) -> Plan:

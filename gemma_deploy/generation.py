@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +45,12 @@ def runs_in_genai(manifest: Mapping[str, Any]) -> bool:
     from gemma_deploy.backends import backend_of
 
     return backend_of(manifest).runs_in_genai
+
+
+def keep_bytes_of_stdin() -> None:
+    """Have bytes of standard input that are no UTF-8 come through as half characters, which `Tokenizer` refuses."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def summary(done: GenerationStats) -> str:

@@ -7,7 +7,6 @@ patch's switches are added (source_code/config.json says which). Weights are nev
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import shutil
@@ -19,10 +18,10 @@ from gemma_deploy import paths
 from gemma_deploy.checkpoint.checkpoint import Checkpoint
 from gemma_deploy.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json
 from gemma_deploy.errors import CheckpointError, NotBuiltError, UsageError
+from gemma_deploy.text import check_text, with_stops
+from gemma_deploy.text.saving import link_file, write_tokenizer
 from gemma_deploy.workdir import Maker, WorkDir
-from gemma_deploy.writing import finite, whole_file, write_json
-
-logger = logging.getLogger(__name__)
+from gemma_deploy.writing import finite, write_json
 
 BLOCK_BYTES = 32 << 20
 GENERATION_CONFIG = "generation_config.json"
@@ -46,6 +45,8 @@ def stage_checkpoint(
         CheckpointError: the checkpoint is unusable, or OUT cannot be written. BusyError: another run is writing it.
     """
     checkpoint = Checkpoint.open(path)
+    if checkpoint.format == "gguf":  # its generation_config.json is ours
+        checkpoint = with_stops(checkpoint, check_text(checkpoint))
     source = source_code or paths.source_code_dir()
     additions = _additions(checkpoint, source)
     with _Staged(checkpoint, Path(out), force) as staged:
@@ -63,38 +64,6 @@ def stage_checkpoint(
         _write_json(partial / "config.json", config | additions)
         staged.publish()
     return staged.out
-
-
-def write_tokenizer(checkpoint: Checkpoint, out: Path, *, link: bool = True) -> list[Path]:
-    """Put the tokenizer's files into `out`; a GGUF's own vocabulary is written as tokenizer.json by transformers.
-
-    Args:
-        link: as links, else as copies.
-
-    Returns:
-        What is there now; empty, with a warning logged, when the checkpoint has no tokenizer.
-    """
-    files = checkpoint.tokenizer_files()
-    for file in files:
-        if not link:
-            with whole_file(out / file.name) as partial:  # what is there may be of a run that was killed
-                shutil.copyfile(file, partial)
-        elif not (out / file.name).exists():
-            _link(file, out / file.name)
-    if not files and checkpoint.format == "gguf":
-        _gguf_tokenizer(checkpoint.path, out)
-    if not files and not (out / "tokenizer.json").exists():
-        logger.warning("%s: no tokenizer; text cannot be tokenized with it", checkpoint.path)
-    return sorted(out.glob("tokenizer*")) + sorted(out.glob("chat_template.*"))
-
-
-def _gguf_tokenizer(path: Path, out: Path) -> None:
-    try:
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(out)
-    except Exception as error:  # whatever transformers finds wrong, the weights are still good
-        logger.warning("%s: transformers cannot read the tokenizer inside: %s", path, error)
 
 
 def _additions(checkpoint: Checkpoint, source: Path) -> dict[str, Any]:
@@ -165,26 +134,14 @@ def _link_weights(checkpoint: Checkpoint, out: Path) -> None:
         names |= set(content["weight_map"].values())  # those of nothing but another tower too
     flat = {name: name.replace("/", "-") for name in names}
     for name, beside in flat.items():
-        _link(checkpoint.path / name, out / beside)
+        link_file(checkpoint.path / name, out / beside)
     if content and any(name != beside for name, beside in flat.items()):
         moved = {tensor: flat[name] for tensor, name in content["weight_map"].items()}
         _write_json(out / INDEX_NAME, content | {"weight_map": moved})
     elif content:
-        _link(index, out / INDEX_NAME)
+        link_file(index, out / INDEX_NAME)
     if generation.is_file():
-        _link(generation, out / GENERATION_CONFIG)
-
-
-def _link(source: Path, target: Path) -> None:
-    """A symbolic link, or a hard link or copy where the file system has none."""
-    absolute = source.parent.resolve() / source.name
-    for way in (os.symlink, os.link):
-        try:
-            way(absolute, target)
-            return
-        except (OSError, NotImplementedError):
-            target.unlink(missing_ok=True)
-    shutil.copyfile(absolute, target)
+        link_file(generation, out / GENERATION_CONFIG)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -184,7 +184,6 @@ def test_a_half_copied_tokenizer_is_copied_again(checkpoint, tmp_path):
 
 def test_gguf_becomes_float32_safetensors(tmp_path, source, out, monkeypatch):
     monkeypatch.setattr(staging, "BLOCK_BYTES", 1000)
-    monkeypatch.setattr(staging, "_gguf_tokenizer", lambda path, out: None)
     raw = raw_config("gemma3_text")
     write_gguf(tmp_path / "m.gguf", raw, weights(raw))
     stage_checkpoint(tmp_path / "m.gguf", out, source_code=source)
@@ -198,10 +197,9 @@ def test_gguf_becomes_float32_safetensors(tmp_path, source, out, monkeypatch):
 
 @pytest.mark.parametrize("model_type", ["gemma", "gemma3_text"])
 @pytest.mark.parametrize("form", ["safetensors", "gguf"])
-def test_transformers_loads_it_and_computes_the_stock_numbers(tmp_path, out, model_type, form, monkeypatch):
+def test_transformers_loads_it_and_computes_the_stock_numbers(tmp_path, out, model_type, form):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr(staging, "_gguf_tokenizer", lambda path, out: None)
     raw = raw_config(model_type)
     tensors = write_checkpoint(tmp_path / "ck", raw)
     write_gguf(tmp_path / "m.gguf", raw, tensors)

@@ -16,7 +16,7 @@ import numpy as np
 from gemma_deploy import paths
 from gemma_deploy.calibration import picture, store
 from gemma_deploy.calibration.address import require_cluster
-from gemma_deploy.calibration.chat import Chat, has_template
+from gemma_deploy.calibration.chat import Chat
 from gemma_deploy.calibration.located import Located, each, locate
 from gemma_deploy.calibration.room import check_room
 from gemma_deploy.calibration.sources.reading import Row, Turns
@@ -26,6 +26,7 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError, UsageError
 from gemma_deploy.recipe import mix as mixes
 from gemma_deploy.recipe.mix import EXAMPLE, NAME, NSAMPLES, PATH, Mix, read_mix, turn_order
+from gemma_deploy.text import template_of
 
 OPTIONS = {NAME: "--dataset", PATH: "--path", NSAMPLES: "--nsamples"}
 log = logging.getLogger(__name__)
@@ -162,7 +163,7 @@ def describe_dataset(checkpoint: Checkpoint, request: Request, found: Sequence[L
         `sources` (name, windows, file and its sha256 or the commit on the hub, how rows became text), `windows`
         (nsamples, seqlen in tokens, seed) and `tokenizer_sha256`.
     """
-    talks = any(one.source.turns for one in found) and has_template(checkpoint)
+    talks = any(one.source.turns for one in found) and bool(template_of(checkpoint))
     sources = [{**one.identity, "rendered": "chat template" if talks and one.source.turns else "text"} for one in found]
     return {
         "sources": sources,
@@ -231,9 +232,8 @@ def make_windows(checkpoint: Checkpoint, request: Request, found: Sequence[Locat
     """
     found = locate(request.mix.parts, request.nsamples) if found is None else found
     tokenizer, chat = load_tokenizer_and_chat(checkpoint, chat=any(one.source.turns for one in found))
-    config = checkpoint.config
-    assert config.bos_token_id is not None  # see check()
-    bos_id: int = config.bos_token_id
+    bos_id = checkpoint.config.bos_token_id
+    assert bos_id is not None  # see check()
 
     def cut(one: Located) -> Cut:
         texts, joint = _texts(one, chat)
@@ -242,7 +242,6 @@ def make_windows(checkpoint: Checkpoint, request: Request, found: Sequence[Locat
             tokenizer,
             one,
             bos_id=bos_id,
-            vocab_size=config.vocab_size,
             seqlen=request.seqlen,
             joint=joint,
         )
@@ -270,9 +269,9 @@ def fit_to_sample(checkpoint: Checkpoint, request: Request) -> Request:
     (sample,) = locate(request.mix.parts, request.nsamples)
     tokenizer, chat = load_tokenizer_and_chat(checkpoint, chat=sample.source.turns is not None)
     texts, joint = _texts(sample, chat)
-    encoded = tokenizer.encode_batch([text + joint for text in texts()], add_special_tokens=False)
+    encoded = tokenizer.encode_batch([text + joint for text in texts()])
     bos = checkpoint.config.bos_token_id
-    holds = sum(token != bos for one in encoded for token in one.ids) // (request.seqlen - 1)
+    holds = sum(token != bos for ids in encoded for token in ids) // (request.seqlen - 1)
     if not 0 < holds < request.nsamples:  # none at all: cutting them says what to do
         return request
     log.info(

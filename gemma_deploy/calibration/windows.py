@@ -1,26 +1,20 @@
 """Texts become calibration windows: shuffled by a seed, tokenized, joined, and cut to equal length with one BOS each.
 
-Second step of calibration. Knows no model; `load_tokenizer` finds a checkpoint's tokenizer.
+Second step of calibration. Knows no model.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gemma_deploy.calibration.chat import Chat
 from gemma_deploy.calibration.located import Located
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.errors import CalibrationError, CheckpointError
-from gemma_deploy.staging import write_tokenizer
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from gemma_deploy.errors import CalibrationError, CheckpointError, UsageError
+from gemma_deploy.text import Tokenizer
 
 SHUFFLE_BUFFER = 10_000  # texts: a C4 shard has 356,317 and is not read to its end
 BATCH, BATCH_CHARACTERS = 64, 4 << 20
@@ -55,45 +49,17 @@ class Cut:
     texts_used: int
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The checkpoint's tokenizer, without padding and truncation; see `load_tokenizer_and_chat`."""
-    return load_tokenizer_and_chat(checkpoint, chat=False)[0]
-
-
 def load_tokenizer_and_chat(checkpoint: Checkpoint, *, chat: bool = True) -> tuple[Tokenizer, Chat | None]:
-    """The checkpoint's tokenizer, without padding and truncation, and its chat template.
+    """The checkpoint's tokenizer and its chat template.
 
     Args:
         chat: whether to look for a template.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is no tokenizer, or a file of it is damaged.
     """
-    import tokenizers
-
-    with tempfile.TemporaryDirectory() as scratch:  # a GGUF file's vocabulary has to be written out first
-        files = {file.name: file for file in write_tokenizer(checkpoint, Path(scratch))}
-        if "tokenizer.json" not in files:
-            only = "only tokenizer.model is there" if "tokenizer.model" in files else "the tokenizer is missing"
-            raise CheckpointError(
-                f"{only}: text cannot become tokens",
-                where=str(checkpoint.tokenizer_dir() / "tokenizer.json"),
-                expected="the tokenizer.json the model was trained with",
-                next_step="copy it there, or save one with transformers: AutoTokenizer.from_pretrained(DIR)"
-                ".save_pretrained(DIR)",
-            )
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(files["tokenizer.json"]))
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise CheckpointError(
-                f"is not a tokenizer: {error}",
-                where=str(checkpoint.tokenizer_dir() / "tokenizer.json"),
-                next_step="copy it from where the weights came from",
-            ) from error
-        template = Chat.open(checkpoint, Path(scratch)) if chat else None
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer, template
+    tokenizer = Tokenizer.of(checkpoint)
+    return tokenizer, Chat(tokenizer.chat) if chat and tokenizer.chat else None
 
 
 def shuffled(texts: Callable[[], Iterator[str]], seed: int) -> Iterator[str]:
@@ -114,7 +80,6 @@ def cut_windows(
     located: Located,
     *,
     bos_id: int,
-    vocab_size: int,
     seqlen: int,
     joint: str = JOINT,
 ) -> Cut:
@@ -122,26 +87,25 @@ def cut_windows(
 
     Args:
         texts: read only as far as needed.
-        tokenizer: see `load_tokenizer`.
+        tokenizer: of the model.
         located: the texts' data set: how many windows, and the place for messages.
         bos_id: the token at the front of every window.
-        vocab_size: tokens the model has.
         seqlen: tokens in each, BOS included.
         joint: what stands behind every text.
 
     Raises:
-        CalibrationError: too little text; CheckpointError: the tokenizer knows tokens the model does not.
+        CalibrationError: too little text; CheckpointError: a text spells a token that the model does not have.
     """
     body = seqlen - 1
     wanted = SPREAD * located.windows * body
     tokens: list[int] = []
     used = 0
     for batch in _batches(texts, located):
-        for encoding in tokenizer.encode_batch([text + joint for text in batch], add_special_tokens=False):
+        for ids_of_text in _encoded([text + joint for text in batch], tokenizer, located):
             if len(tokens) >= wanted:
                 break
             # A text may spell the BOS token; a second one inside a window is something the model was never shown.
-            tokens += [token for token in encoding.ids if token != bos_id]
+            tokens += [token for token in ids_of_text if token != bos_id]
             used += 1
         if len(tokens) >= wanted:
             break
@@ -151,13 +115,6 @@ def cut_windows(
     ids = np.full((located.windows, seqlen), bos_id, np.int32)
     kept = slice(0, None, cut // located.windows)
     ids[:, 1:] = np.asarray(tokens[: cut * body], np.int32).reshape(cut, body)[kept][: located.windows]
-    if int(ids.max()) >= vocab_size:
-        raise CheckpointError(
-            f"the tokenizer gives token {int(ids.max())}, but the model has {vocab_size} tokens",
-            where=located.where,
-            expected="tokenizer and weights of the same model",
-            next_step="copy tokenizer.json from where the weights came from",
-        )
     return Cut(ids, used)
 
 
@@ -180,6 +137,16 @@ def _batches(texts: Iterable[str], located: Located) -> Iterator[list[str]]:
         size += len(text)
     if batch:
         yield batch
+
+
+def _encoded(texts: Sequence[str], tokenizer: Tokenizer, located: Located) -> list[list[int]]:
+    """Token ids of each text."""
+    try:
+        return tokenizer.encode_batch(texts)
+    except UsageError as error:
+        raise CheckpointError(
+            error.what, where=located.where, expected=error.expected, next_step=error.next_step
+        ) from error
 
 
 def _too_short(found: int, seqlen: int, located: Located) -> CalibrationError:

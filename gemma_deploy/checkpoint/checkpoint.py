@@ -39,6 +39,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+MORE_TEMPLATES = "additional_chat_templates"
 FINGERPRINT_BYTES = 1 << 20
 COMPARED_BYTES = 8 << 20  # of a head and of a table beside it at a time
 
@@ -151,6 +152,7 @@ class Checkpoint:
         """The tokenizer's files; none when there is no vocabulary (a GGUF file carries its own inside)."""
         found = [self.tokenizer_dir() / name for name in TOKENIZER_FILES]
         found = [path for path in found if path.is_file()]
+        found += sorted((self.tokenizer_dir() / MORE_TEMPLATES).glob("*.jinja"))
         return found if any(path.name in TOKENIZER_FILES[:2] for path in found) else []
 
     def fingerprint(self, *, times: bool = True) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma_deploy.generation import INTERRUPTED, generation_options, runs_in_genai, summary
+from gemma_deploy.generation import INTERRUPTED, generation_options, keep_bytes_of_stdin, runs_in_genai, summary
 
 if TYPE_CHECKING:
     from gemma_deploy.artifact import Artifact
@@ -56,6 +56,7 @@ def command(
     tokenizer = Tokenizer(artifact)
     conversation = Conversation(tokenizer, system)
     session = _open(opened, tokenizer, sampling, threads)
+    keep_bytes_of_stdin()
     while (text := _read()) is not None:
         if text == RESET:
             session.reset()

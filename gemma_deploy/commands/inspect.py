@@ -108,7 +108,9 @@ def part_rows(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 
 def checkpoint_facts(checkpoint: Any) -> dict[str, Any]:
     """Config, sizes and notes of an open checkpoint."""
-    config = checkpoint.config
+    from gemma_deploy.text import check_text
+
+    config, text = checkpoint.config, check_text(checkpoint)
     window = config.sliding_window if "sliding_attention" in config.layer_types else None
     return {
         "checkpoint": {
@@ -123,13 +125,13 @@ def checkpoint_facts(checkpoint: Any) -> dict[str, Any]:
             "sliding window": f"{window} in {config.layer_types.count('sliding_attention')} layers"
             if window
             else "none",
-            "stop tokens": ", ".join(map(str, config.eos_token_ids)),
+            "stop tokens": ", ".join(map(str, text.stop_ids)),
             "tokenizer": ", ".join(file.name for file in checkpoint.tokenizer_files())
             or ("inside" if checkpoint.format == "gguf" else "none"),
             "fingerprint": checkpoint.fingerprint(),
         },
         "parameters": sizes((one.dtype, one.nbytes) for one in checkpoint.tensors.values()),
-        "notes": [{"note": note} for note in dict.fromkeys((*checkpoint.notes, *config.warnings))],
+        "notes": [{"note": note} for note in dict.fromkeys((*checkpoint.notes, *config.warnings, *text.notes))],
     }
 
 

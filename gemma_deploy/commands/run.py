@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma_deploy.generation import INTERRUPTED, generation_options, runs_in_genai, summary
+from gemma_deploy.generation import INTERRUPTED, generation_options, keep_bytes_of_stdin, runs_in_genai, summary
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,6 +63,7 @@ def command(
     sampling = Sampling(temperature, top_k, top_p, seed)
     opened = open_whole(artifact, hashes=True)
     if prompt == "-":
+        keep_bytes_of_stdin()
         prompt = sys.stdin.read().rstrip("\n")
     done = GenerationStats()
     text: Prompt = [{"role": "user", "content": prompt}] if chat else prompt

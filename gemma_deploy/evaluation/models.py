@@ -16,7 +16,6 @@ from gemma_deploy.artifact import Artifact
 from gemma_deploy.artifact.check import PARAMS, byte_problems, open_whole, refuse
 from gemma_deploy.artifact.manifest import MANIFEST
 from gemma_deploy.backends import backend_of
-from gemma_deploy.calibration.windows import load_tokenizer
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError, UsageError
 from gemma_deploy.machine import give_memory_back
@@ -91,8 +90,8 @@ class Model:
                 where=str(self.path / "config.json"),
                 next_step="set bos_token_id in config.json (2 in every Gemma)",
             )
-        loaded = load_tokenizer(self.checkpoint)
-        return (lambda text: _without(bos, loaded.encode(text, add_special_tokens=False).ids)), bos
+        loaded = Tokenizer.of(self.checkpoint)
+        return (lambda text: _without(bos, loaded.encode_more(text))), bos
 
     def features(self, prompts: Sequence[Tokens]) -> list[np.ndarray]:
         """Final hidden states [tokens, H] of every prompt; a last batch that is not full is filled and cut again."""

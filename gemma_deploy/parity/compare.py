@@ -23,6 +23,7 @@ from gemma_deploy.parity.gates import Gate, Line, judge
 from gemma_deploy.parity.metrics import Comparison, Metrics
 from gemma_deploy.parity.sources import Features, Source
 from gemma_deploy.reading import read_text, text_kind
+from gemma_deploy.text import Tokenizer, has_tokenizer
 
 log = logging.getLogger(__name__)
 # Positions of a prompt that are compared, the last ones: the window bites there. More of text, whose mean KL is judged.
@@ -211,9 +212,8 @@ def cases_for(
 def text_tokens(checkpoint: Checkpoint, text: str | Path | None, wanted: int, notes: list[str]) -> Sequence[int] | None:
     """Tokens of the text without BOS, about as many as wanted; None when the checkpoint has no tokenizer."""
     from gemma_deploy.calibration.sources import SOURCES
-    from gemma_deploy.calibration.windows import load_tokenizer
 
-    if not checkpoint.tokenizer_files() and checkpoint.format != "gguf":
+    if not has_tokenizer(checkpoint):
         if text is not None:
             raise UsageError(
                 "cannot be tokenized: the checkpoint has no tokenizer",
@@ -228,7 +228,7 @@ def text_tokens(checkpoint: Checkpoint, text: str | Path | None, wanted: int, no
         source = SOURCES["c4"]
         whole = "\n\n".join(islice(source.texts(paths.calib_dir() / source.bundled), 1 + wanted // 16))
     limit = 16 * wanted + 4096  # characters; no tokenizer of this family makes fewer tokens of real text
-    ids = list(load_tokenizer(checkpoint).encode(whole[:limit], add_special_tokens=False).ids)
+    ids = Tokenizer.of(checkpoint).encode_more(whole[:limit])
     give_memory_back()  # 200 MiB of a vocabulary of 262,144
     return ids
 

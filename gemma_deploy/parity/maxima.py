@@ -14,6 +14,7 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.quantization.rescaling import Rescaling, choose
 from gemma_deploy.recipe.mix import read_mix, shortened
+from gemma_deploy.text import has_tokenizer
 
 log = logging.getLogger(__name__)
 TEXT_WINDOWS, SEQLEN = 3, 256
@@ -35,7 +36,7 @@ def windows_request(
     Returns:
         None for a checkpoint without a tokenizer.
     """
-    if not checkpoint.tokenizer_files() and checkpoint.format != "gguf":
+    if not has_tokenizer(checkpoint):
         return None
     words = shortened(dataset, TEXT_WINDOWS)
     windows = read_mix(words).windows or TEXT_WINDOWS

@@ -18,7 +18,8 @@ from gemma_deploy.params.writer import write_params
 from gemma_deploy.partition import Span
 from gemma_deploy.partition.mapper import ParameterMapper
 from gemma_deploy.split.layout import INDEX, WEIGHTS, part_config
-from gemma_deploy.staging import write_tokenizer
+from gemma_deploy.text import check_text, with_stops
+from gemma_deploy.text.saving import write_tokenizer
 from gemma_deploy.workdir import Maker, WorkDir
 from gemma_deploy.writing import finite, write_json
 
@@ -48,6 +49,7 @@ def write_split(
         UsageError: `out` is there already. BusyError: another run is writing it.
         ParamsError: a weight is not finite, or the disk is full.
     """
+    checkpoint = with_stops(checkpoint, check_text(checkpoint))
     key = hashlib.sha256(repr((checkpoint.fingerprint(), list(spans))).encode()).hexdigest()
     with _Split(out, key, force) as split:
         rows = _write_parts(checkpoint, spans, split.path, workers, progress)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import jinja2
 
 DEFAULT, TOOL_USE = "default", "tool_use"
+REFUSES = "the chat template refuses the messages: "  # how its errors begin
 MAX_SOURCE = 256 << 10  # characters of a template; those of Gemma 4 have 20,000
 Message = Mapping[str, Any]
 # Names under which a message's reasoning is passed; templates read the first, and gpt-oss's the second.
@@ -114,15 +115,13 @@ class ChatTemplate:
             raise ChatTemplateError(error.what, where=self.where, next_step=error.next_step) from error
         except budget.BudgetError as error:
             raise ChatTemplateError(
-                f"the chat template refuses the messages: {error}",
+                f"{REFUSES}{error}",
                 where=self.where,
                 expected="a template that writes a conversation once, in a fraction of a second",
                 next_step="do not use this template unless you know who made it",
             ) from error
         except Exception as error:  # a template may fail in every way that Python can
-            raise ChatTemplateError(
-                f"the chat template refuses the messages: {_reason(error)}", where=self.where
-            ) from error
+            raise ChatTemplateError(f"{REFUSES}{_reason(error)}", where=self.where) from error
 
 
 @functools.lru_cache(maxsize=8)

@@ -162,11 +162,18 @@ class Tokenizer:
             return str(self.backend.decode(list(ids), skip_special_tokens=False))
 
     def _outside(self, number: int) -> UsageError:
-        token = self.backend.id_to_token(number)
+        token, only = self.backend.id_to_token(number), f"but the model has {self.table_size} tokens"
+        if number not in self.added_ids:
+            return UsageError(
+                f"the tokenizer gives token {number}, {only}",
+                where=str(self.path),
+                expected="tokenizer and weights of the same model",
+                next_step=f"copy {TOKENIZER} from where the weights came from",
+            )
         return UsageError(
-            f"the text spells {token!r}, which is token {number}, but the model has {self.table_size} tokens",
+            f"the text spells {token!r}, which is token {number}, {only}",
             where=str(self.path),
-            expected=f"text without it: the model's table ends at token {(self.table_size or 0) - 1}",
+            expected="text without it",
             next_step="take it out of the text, or copy the tokenizer's files again from where the weights came from",
         )
 

@@ -31,7 +31,9 @@ def write_tokenizer(directory: Path, vocab_size: int = 400) -> None:
     tokenizer.enable_truncation(8)
     tokenizer.enable_padding(length=300)
     tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<bos>"}))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<bos>", "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
 
 
 def story(number: int) -> list[str]:

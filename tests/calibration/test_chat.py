@@ -5,15 +5,17 @@ import shutil
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from gemma_deploy import paths
 from gemma_deploy.calibration import Request, windows
-from gemma_deploy.calibration.chat import Chat, has_template
+from gemma_deploy.calibration.chat import Chat
 from gemma_deploy.calibration.pipeline import dataset_record, make_windows
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError
+from gemma_deploy.text import Tokenizer, template_of
 from tests.calibration import make
+from tests.text.make import write_gguf
 
 BOS, START, END = 2, 106, 107  # of every Gemma 1 and 2, the bundled model too
 ENTRIES = [
@@ -64,12 +66,12 @@ def test_conversations_are_the_tokens_of_transformers(demo, alpaca, in_order):
 
 
 def test_turns_are_spelled_as_google_does(demo, alpaca, in_order):
-    tokenizer = windows.load_tokenizer(demo)
+    tokenizer = Tokenizer.of(demo)
     spelled = "".join(
         f"<start_of_turn>user\n{user}<end_of_turn>\n<start_of_turn>model\n{model}<end_of_turn>\n"
         for user, model in TURNS
     )
-    expected = [token for token in tokenizer.encode(spelled, add_special_tokens=False).ids if token != BOS]
+    expected = [token for token in tokenizer.encode_more(spelled) if token != BOS]
     assert one_window(demo, alpaca, len(expected))[1:] == expected
 
 
@@ -77,7 +79,7 @@ def test_a_base_model_keeps_alpacas_own_prompt(demo, alpaca, in_order, tmp_path)
     base = tmp_path / "base"
     shutil.copytree(demo.path, base)
     (base / "chat_template.jinja").unlink()
-    text = windows.load_tokenizer(demo).decode(one_window(Checkpoint.open(base), alpaca, 60), skip_special_tokens=False)
+    text = Tokenizer.of(demo).decode_all(one_window(Checkpoint.open(base), alpaca, 60))
     assert text.startswith("<bos>Below is an instruction")
     assert "start_of_turn" not in text
 
@@ -101,12 +103,29 @@ def test_a_template_in_the_tokenizers_settings_counts_as_well(demo, alpaca, in_o
     assert one_window(Checkpoint.open(other), alpaca, 40) == one_window(demo, alpaca, 40)
 
 
-def test_rendering_without_the_vocabulary_is_rendering_with_it(demo):
-    whole = PreTrainedTokenizerFast.from_pretrained(demo.path)
-    chat = Chat.open(demo, demo.path)
-    for user, model in TURNS:
-        turns = [{"role": "user", "content": user}, {"role": "assistant", "content": model}]
-        assert chat.render(turns) == whole.apply_chat_template(turns, tokenize=False)
+class AsTransformers:
+    """What `cut_windows` asks of a tokenizer, by transformers' own."""
+
+    def __init__(self, path):
+        self.whole = AutoTokenizer.from_pretrained(path)
+
+    def encode_batch(self, texts):
+        return self.whole(texts, add_special_tokens=False)["input_ids"]
+
+    def render(self, turns):
+        return self.whole.apply_chat_template(turns, tokenize=False)
+
+
+def test_windows_of_every_data_set_are_those_of_transformers(demo, monkeypatch):
+    request = Request("c4:4,ceval:4,alpaca:4", None, 12, 64)
+    found = make_windows(demo, request)
+    theirs = AsTransformers(demo.path)
+    chat = Chat(Tokenizer.of(demo).chat)
+    monkeypatch.setattr(chat, "render", theirs.render)
+    monkeypatch.setattr("gemma_deploy.calibration.pipeline.load_tokenizer_and_chat", lambda *_, **__: (theirs, chat))
+    expected = make_windows(demo, request)
+    assert np.array_equal(found.ids, expected.ids)
+    assert found.texts_used == expected.texts_used
 
 
 @pytest.mark.parametrize(
@@ -128,42 +147,21 @@ def test_a_template_that_cannot_be_used_is_named(checkpoint_path, alpaca, templa
 
 def test_damaged_settings_are_named(checkpoint_path):
     (checkpoint_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: cannot be read"):
-        has_template(Checkpoint.open(checkpoint_path))
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: is not JSON"):
+        template_of(Checkpoint.open(checkpoint_path))
 
 
-def test_the_template_inside_a_gguf_file_is_the_one(tmp_path, demo, alpaca, monkeypatch):
-    """With the vocabulary written by transformers; here by hand, since the small file has none."""
-    gguf = pytest.importorskip("gguf")
-    path = tmp_path / "m.gguf"
-    writer = gguf.GGUFWriter(path, "gemma")
+def test_the_template_inside_a_gguf_file_is_the_one(tmp_path, demo, alpaca, in_order):
     template = (demo.path / "chat_template.jinja").read_text()
-    writer.add_chat_template(template)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-    class Small:
-        format = "gguf"
-
-        def __init__(self):
-            self.path = path
-
-        def tokenizer_files(self):
-            return []
-
-    files = tmp_path / "files"
-    files.mkdir()
-    shutil.copyfile(demo.path / "tokenizer_config.json", files / "tokenizer_config.json")
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert has_template(Small())
-    assert Chat.open(Small(), files).render(turns) == Chat.open(demo, demo.path).render(turns)
+    path = write_gguf(tmp_path / "m.gguf", "gemma", metadata={"chat_template": template})
+    assert template_of(Checkpoint.open(path))
+    assert one_window(Checkpoint.open(path), alpaca, 60) == one_window(demo, alpaca, 60)
+    bare = write_gguf(tmp_path / "bare.gguf", "gemma")
+    assert not template_of(Checkpoint.open(bare))
 
 
 def test_windows_of_a_mix_on_the_bundled_model(demo):
     """With the bundled samples: turns in the windows of Alpaca alone."""
     ids = make_windows(demo, Request("c4:2,alpaca:2", None, 4, 64)).ids
-    tokenizer = windows.load_tokenizer(demo)
-    turn = tokenizer.token_to_id("<start_of_turn>")
+    turn = Tokenizer.of(demo).id_of("<start_of_turn>")
     assert [bool(np.isin(turn, row)) for row in ids] == [False, True, False, True]

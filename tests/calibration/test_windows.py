@@ -1,5 +1,6 @@
 """Windows: equal length, exactly one BOS in front, the same for the same seed."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -12,6 +13,7 @@ from gemma_deploy.calibration.sources import SOURCES
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CalibrationError, CheckpointError
 from gemma_deploy.testing import write_tiny_checkpoint
+from gemma_deploy.text import Tokenizer
 from tests.calibration import make
 
 BOS = 2
@@ -33,8 +35,7 @@ def test_every_window_has_one_bos_and_it_is_in_front(checkpoint, tmp_path):
 def test_texts_follow_one_another(checkpoint, c4_file, monkeypatch):
     monkeypatch.setattr(windows, "SPREAD", 1)
     made = cut(checkpoint, c4_file)
-    tokenizer = windows.load_tokenizer(checkpoint)
-    text = tokenizer.decode(made.ids[:, 1:].reshape(-1).tolist(), skip_special_tokens=False)
+    text = Tokenizer.of(checkpoint).decode_all(made.ids[:, 1:].reshape(-1).tolist())
     texts = text.split("\n\n")
     known = {line["text"] for line in make.c4_lines()}
     assert made.texts_used == {"c4": len(texts)}
@@ -97,7 +98,7 @@ def test_errors_of_the_reader_come_through_the_shuffle(checkpoint, tmp_path):
 
 def test_too_little_text_says_how_much_there_is_and_what_fits(checkpoint, tmp_path):
     file = make.write_c4(tmp_path / "x.json.gz", [{"text": "a" * 98}])
-    tokens = len(windows.load_tokenizer(checkpoint).encode("a" * 98 + "\n\n").ids)
+    tokens = len(Tokenizer.of(checkpoint).encode_more("a" * 98 + "\n\n"))
     with pytest.raises(CalibrationError) as caught:
         cut(checkpoint, file, nsamples=50)
     assert caught.value.what == f"too short: {tokens} tokens of text, 50 windows of 40 tokens need 1950"
@@ -114,6 +115,29 @@ def test_a_file_of_empty_texts_holds_no_text(checkpoint, tmp_path):
     file = make.write_c4(tmp_path / "x.json.gz", [{"text": ""}])
     with pytest.raises(CalibrationError, match="holds no text"):
         cut(checkpoint, file)
+
+
+def test_a_token_that_the_model_does_not_have_is_named_with_its_data_set(tmp_path):
+    path = write_tiny_checkpoint(tmp_path / "tiny", "gemma", vocab_size=328)
+    make.write_tokenizer(path)
+    own = Tokenizer.of(Checkpoint.open(path)).vocab_size
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"mask_token": "<mask>", "image_token": "<image>"}))
+    assert Tokenizer.of(Checkpoint.open(path)).id_of("<image>") == own + 1 == 328
+    data = make.write_c4(tmp_path / "x.json.gz", [{"text": f"{line['text']} <image>"} for line in make.c4_lines()])
+    with pytest.raises(CheckpointError) as caught:
+        cut(Checkpoint.open(path), data)
+    assert caught.value.what == "the text spells '<image>', which is token 328, but the model has 328 tokens"
+    assert caught.value.where == str(data)
+
+
+@pytest.mark.parametrize("half", ["\\ud83d", "\\udc9d"])
+def test_half_a_character_in_a_text_becomes_the_sign_for_one(checkpoint, tmp_path, half):
+    """As json.loads reads it from scraped text."""
+    lines = [f'{{"text": "{line["text"]} {half}"}}' for line in make.c4_lines()]
+    found = cut(checkpoint, make.write_c4(tmp_path / "x.json.gz", lines)).ids
+    whole = [{"text": f"{line['text']} \N{REPLACEMENT CHARACTER}"} for line in make.c4_lines()]
+    assert np.array_equal(found, cut(checkpoint, make.write_c4(tmp_path / "y.json.gz", whole)).ids)
 
 
 def test_a_tokenizer_of_another_model_is_noticed(tmp_path, c4_file):

@@ -85,7 +85,8 @@ def finish(graphs, checkpoint_dir, scheme, dynamic, out):
 def adopt(made, checkpoint_dir, out):
     """Copy an artifact of the same weights, and give it the checkpoint that has a tokenizer."""
     shutil.copytree(made / "artifact", out)
-    shutil.copy(checkpoint_dir / "tokenizer.json", out)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(checkpoint_dir / file, out)
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["recipe"]["frontend"]["checkpoint"] = str(checkpoint_dir)
     opened = Checkpoint.open(checkpoint_dir)

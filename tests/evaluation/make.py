@@ -27,7 +27,9 @@ def write_tokenizer(directory, vocab_size=500):
     tokenizer.enable_truncation(8)
     tokenizer.enable_padding(length=300)
     tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<bos>"}))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<bos>", "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
 
 
 def questions(count, answers="ABCD", first=0):
