@@ -577,7 +577,8 @@ def test_parity_without_any_artifact(world):
 
 
 def test_calibration_needs_a_tokenizer(world):
-    parts = (f"{world.checkpoint / 'tokenizer.json'}: the tokenizer is missing", "expected: the", "next: copy it there")
+    missing = f"{world.checkpoint / 'tokenizer.json'}: the tokenizer is missing"
+    parts = (missing, "expected: the", "next: copy tokenizer.json")
     is_refused(world, FAILED, parts, *OPENERS["calibrate"](world))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from gemma_deploy.runtime import Sampling, Tokenizer
     from gemma_deploy.runtime.chat import Conversation, Session
 
+log = logging.getLogger(__name__)
 ASK = "> "
 RESET, EXIT = "/reset", "/exit"
 EPILOG = """\b
@@ -50,11 +52,15 @@ def command(
     from gemma_deploy.errors import UsageError
     from gemma_deploy.runtime import Sampling, Tokenizer
     from gemma_deploy.runtime.chat import Conversation
+    from gemma_deploy.runtime.generate import stop_token_ids
+    from gemma_deploy.text import unended
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     opened = open_whole(artifact, hashes=True)
     tokenizer = Tokenizer(artifact)
     conversation = Conversation(tokenizer, system)
+    if note := unended(tokenizer, stop_token_ids(opened.manifest)):
+        log.warning("%s", note)
     session = _open(opened, tokenizer, sampling, threads)
     keep_bytes_of_stdin()
     while (text := _read()) is not None:

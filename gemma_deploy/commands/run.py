@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from gemma_deploy.runtime import Sampling
     from gemma_deploy.runtime.generate import GenerationStats, Prompt
 
+log = logging.getLogger(__name__)
 EPILOG = """\b
 Examples:
   gemma-deploy run workspace/gemma-demo-int8-128-256 -p "Return the"
@@ -101,9 +103,14 @@ def _pieces(
     from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
     from gemma_deploy.errors import UsageError
     from gemma_deploy.runtime import Tokenizer
+    from gemma_deploy.runtime.generate import stop_token_ids
+    from gemma_deploy.text import unended
 
+    tokenizer = Tokenizer(artifact.path)
+    if not isinstance(text, str) and (note := unended(tokenizer, stop_token_ids(artifact.manifest))):
+        log.warning("%s", note)
     if lookup:
-        searched, tokenizer = ahead.LookupModel(artifact.path, artifact.manifest, threads), Tokenizer(artifact.path)
+        searched = ahead.LookupModel(artifact.path, artifact.manifest, threads)
         return ahead.stream(searched, tokenizer, text, max_new_tokens=max_new_tokens, stats=done)
     if runs_in_genai(artifact.manifest):
         if strict:
@@ -112,9 +119,8 @@ def _pieces(
                 where=str(artifact.path),
                 next_step="leave --strict out",
             )
-        model, tokenizer = GenaiModel(artifact.path, threads), Tokenizer(artifact.path)
+        model = GenaiModel(artifact.path, threads)
         return genai.stream(model, tokenizer, text, max_new_tokens=max_new_tokens, sampling=sampling, stats=done)
-    tokenizer = Tokenizer(artifact.path)
     runner = StaticRunner(
         artifact.path, "strict" if strict else "fast", threads, manifest=artifact.manifest, one_prompt=True
     )

@@ -1,7 +1,7 @@
 """Text in and out: tokenizer, chat template, stop tokens, streamed text. Imports neither torch nor transformers."""
 
 from gemma_deploy.text.check import TextCheck, check_text, with_stops
-from gemma_deploy.text.stops import Stops, end_of_turn, stop_tokens
+from gemma_deploy.text.stops import Stops, end_of_turn, stop_tokens, unended
 from gemma_deploy.text.stream import TextStream
 from gemma_deploy.text.template import ChatTemplate, ChatTemplateError
 from gemma_deploy.text.tokenizer import Tokenizer, has_tokenizer, template_of
@@ -18,5 +18,6 @@ __all__ = [
     "has_tokenizer",
     "stop_tokens",
     "template_of",
+    "unended",
     "with_stops",
 ]

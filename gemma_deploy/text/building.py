@@ -146,8 +146,8 @@ def _from_sentencepiece(files: TokenizerFiles, settings: dict[str, Any], generic
             f"{what}: text cannot become tokens",
             where=files.where(TOKENIZER),
             expected=f"the {TOKENIZER} that the model was trained with",
-            next_step="copy it there, or save one with transformers: AutoTokenizer.from_pretrained(DIR)"
-            ".save_pretrained(DIR)",
+            next_step=f"copy {TOKENIZER} and {SETTINGS} there, or save them with transformers: "
+            "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
         )
     with asking(lambda reason: files.wrong(SENTENCEPIECE, f"is not a SentencePiece model: {reason}")):
         pieces = sentencepiece.read_pieces(data)

@@ -14,7 +14,7 @@ TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 SETTINGS, SPECIAL_TOKENS, ADDED_TOKENS = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 TEMPLATE, PROCESSOR_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
 MAX_TEMPLATES = 100
-_AGAIN = "copy it again from where the weights came from"
+_AGAIN = "copy it from where the weights came from"
 
 
 class TokenizerFiles:

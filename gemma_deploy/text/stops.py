@@ -7,6 +7,7 @@ say it, and many declare it nowhere.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 from gemma_deploy.errors import UsageError
@@ -97,12 +98,38 @@ def end_of_turn(tokenizer: Tokenizer) -> EndOfTurn:
     return EndOfTurn(None, after)
 
 
-def _notes(tokenizer: Tokenizer, end: EndOfTurn, declared: tuple[int | None, ...]) -> list[str]:
+def unended(tokenizer: Tokenizer, stop_ids: Container[int]) -> str | None:
+    """What to tell somebody who is about to chat where no stop token ends a reply; None where one does.
+
+    Args:
+        tokenizer: of the model, with its chat template.
+        stop_ids: tokens that end a text in the runtime.
+    """
+    try:
+        end = end_of_turn(tokenizer)
+    except UsageError:  # told when the conversation comes to what the template refuses
+        return None
+    if end.token in stop_ids:
+        return None
     if end.token is None:
-        return [
-            f"the chat template puts {end.text[:40]!r} behind a reply, which is text alone: no stop token will end a "
-            "reply (declare what ends it as eos_token_id in generation_config.json, or set a limit: -n)"
-        ]
+        return _text_alone(end)
+    token = tokenizer.backend.id_to_token(end.token)
+    return (
+        f"replies end with {token} (token {end.token}) in the chat template, which is none of the artifact's stop "
+        "tokens: they go on until -n (compile it again)"
+    )
+
+
+def _text_alone(end: EndOfTurn) -> str:
+    return (
+        f"the chat template puts {end.text[:40]!r} behind a reply, which is text alone: no stop token will end a reply "
+        "(declare what ends it as eos_token_id in generation_config.json, or set a limit: -n)"
+    )
+
+
+def _notes(tokenizer: Tokenizer, end: EndOfTurn, declared: Container[int | None]) -> list[str]:
+    if end.token is None:
+        return [_text_alone(end)]
     if end.token in declared:
         return []
     token = tokenizer.backend.id_to_token(end.token)
