@@ -164,6 +164,25 @@ def test_a_prompt_in_pieces_with_padding_in_any_of_them(made, logits_of, tokens,
     assert len(read) > WINDOW
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_read_at_paces_of_their_own(made, logits_of, kind, seed):
+    """Pieces of 2 to 9 columns with padding drawn for every row, which caches of a window take from several rows."""
+    rng, rows = np.random.default_rng(seed), 3
+    graph, read = Batch(made(kind), rows, 11), [[2] for _ in range(rows)]
+    graph.feed([[2]] * rows, [[1]] * rows)
+    for _ in range(6):
+        mask = rng.integers(0, 2, (rows, rng.integers(2, 10)))
+        ids = rng.integers(3, 500, mask.shape)
+        logits = graph.feed(np.where(mask, ids, PAD), mask)
+        for row in range(rows):
+            read[row] += ids[row][mask[row] == 1].tolist()
+            if mask[row].any():
+                assert off(logits[row], logits_of(kind, "fp32", read[row])[-1]) < CLOSE, (row, len(read[row]))
+    assert len({len(row) for row in read}) > 1
+    assert max(map(len, read)) > WINDOW
+
+
 def test_several_new_tokens_of_several_rows_behind_a_cache_are_refused(made, tokens):
     graph = Batch(made("gemma3_text"), 2)
     graph.feed([tokens[:9], tokens[9:18]], [[1] * 9] * 2)
