@@ -127,14 +127,18 @@ class GgufFile:
             config["vocab_size"] = table.shape[0]
         epsilon = meta("attention.layer_norm_rms_epsilon")
         if epsilon is not None:
-            config["rms_norm_eps"] = _shortest(epsilon)
+            config["rms_norm_eps"] = epsilon
         config["tie_word_embeddings"] = "lm_head.weight" not in self.entries
         config["hidden_act" if kind == "gemma" else "hidden_activation"] = "gelu_pytorch_tanh"
         for key, names in TOKEN_IDS.items():
             values = [self.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names]
-            ids = list(dict.fromkeys(one for one in values if one is not None))
+            ids = [
+                one
+                for index, one in enumerate(values)
+                if one is not None and repr(one) not in map(repr, values[:index])
+            ]
             if ids:
-                config[key] = ids[0] if len(ids) == 1 else ids
+                config[key] = ids[0] if len(ids) == 1 and type(ids[0]) is int else ids
         if kind == "gemma":
             return config | {"rope_theta": meta("rope.freq_base") or 10000.0}
         config["sliding_window"] = meta("attention.sliding_window") or (4096 if kind == "gemma2" else None)
@@ -166,9 +170,10 @@ class GgufFile:
         """
         head_dim, layers = self._meta("attention.key_length"), self._meta("block_count")
         hidden, heads = self._meta("embedding_length"), self._meta("attention.head_count")
-        if (self.model_type, layers, hidden) in (("gemma2", 46, 4608), ("gemma3_text", 62, 5376)) and heads:
+        largest = (self.model_type, layers, hidden) in (("gemma2", 46, 4608), ("gemma3_text", 62, 5376))
+        if largest and type(heads) is int and heads > 0:
             return int(hidden // heads)
-        return head_dim or 256
+        return head_dim if type(head_dim) is int and head_dim else 256
 
     def _meta(self, key: str) -> Any:
         value = self.metadata.get(f"{self.metadata['general.architecture']}.{key}")

@@ -43,6 +43,7 @@ def command(
     from rich.console import Console
 
     from gemma_deploy import compile as compiler
+    from gemma_deploy.errors import PreflightError
     from gemma_deploy.preflight import render
     from gemma_deploy.recipe import Recipe
     from gemma_deploy.terminal import progress_bar
@@ -54,7 +55,13 @@ def command(
     if dry_run:
         plan = compiler.plan_recipe(loaded, parity=parity)
         Console().print(render(plan))
-        raise click.exceptions.Exit(1 if plan.shortfalls else 0)
+        if plan.shortfalls:
+            raise PreflightError(
+                "this machine cannot do the job as asked",
+                where=f"recipe {loaded.name}",
+                next_step="see the lines above that begin with short:",
+            )
+        return
     result = compiler.compile_recipe(
         loaded, out=out, force=force, parity=parity, on_stage=_print_stage, progress=progress_bar("parameters")
     )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gemma_deploy.checkpoint import Checkpoint, ModelConfig
+from gemma_deploy.checkpoint import Checkpoint, ModelConfig, gguf_reader
 from gemma_deploy.checkpoint.gguf_reader import BLOCK_NAMES, FOUR_NORM_NAMES, GLOBAL_NAMES, TWO_NORM_NAMES
 from gemma_deploy.errors import CheckpointError
 from tests.checkpoint.make import config, to_bf16, weights
@@ -116,6 +116,47 @@ def test_blocks_equal_the_whole_dequantized(file, kind, monkeypatch):
     assert checkpoint.raw_rows(name, 7, 18).nbytes == checkpoint.tensors[name].nbytes // 40 * 11
     with pytest.raises(IndexError):
         checkpoint.rows(name, 0, 41)
+
+
+NUMBERS = {
+    "context_length": "max_position_embeddings", "embedding_length": "hidden_size", "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size", "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "attention.sliding_window": "sliding_window",
+    "rope.freq_base": "rope_theta", "attn_logit_softcapping": "attn_logit_softcapping",
+    "tokenizer.ggml.bos_token_id": "bos_token_id", "tokenizer.ggml.eos_token_id": "eos_token_id",
+    "tokenizer.ggml.eot_token_id": "eos_token_id",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+@pytest.mark.parametrize(
+    "value", ["text", [3, 4], ["a"], [0] * 5000, True, -7], ids=["text", "numbers", "texts", "long", "true", "-7"]
+)
+def test_metadata_of_another_type_are_refused_by_the_keys_they_become(file, monkeypatch, key, value):
+    raw = raw_config("gemma2")
+    write_gguf(file, raw, weights(raw))
+    full = key if key.startswith("tokenizer") else f"gemma2.{key}"
+    read = gguf_reader.read_gguf_header
+
+    def changed(mapped):
+        header = read(mapped)
+        header.metadata[full] = ("array", 5000) if value == [0] * 5000 else value
+        return header
+
+    monkeypatch.setattr(gguf_reader, "read_gguf_header", changed)
+    assert f"{NUMBERS[key]}: got " in refusal(file)
+
+
+@pytest.mark.parametrize("heads", ["text", [3, 4], ("array", 5000), True, 0, -1, 2.5])
+def test_the_attention_scalar_of_the_largest_is_asked_of_numbers_alone(file, monkeypatch, heads):
+    raw = raw_config("gemma2")
+    write_gguf(file, raw, weights(raw))
+    opened = gguf_reader.GgufFile(file)
+    opened.metadata |= {"gemma2.block_count": 46, "gemma2.embedding_length": 4608, "gemma2.attention.head_count": heads}
+    assert opened.config_dict()["num_attention_heads"] == heads
+    opened.metadata["gemma2.attention.head_count"] = 32
+    assert opened.config_dict()["query_pre_attn_scalar"] == 144
 
 
 def test_metadata_of_larger_gemmas(file):
