@@ -7,6 +7,7 @@ one error for everything that a template can do wrong. Needs jinja2 alone.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -130,7 +131,9 @@ def _compiled(source: str) -> jinja2.Template:
 
     if len(source) > MAX_SOURCE:
         raise ChatTemplateError(f"the chat template has {len(source)} characters; at most {MAX_SOURCE} are read")
-    return ChatEnvironment().from_string(source)
+    with warnings.catch_warnings():  # of Python about what jinja2 makes of the template: `1[0]`
+        warnings.simplefilter("ignore", SyntaxWarning)
+        return ChatEnvironment().from_string(source)
 
 
 def _message(message: Message) -> dict[str, Any]:

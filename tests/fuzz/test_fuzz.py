@@ -1,5 +1,7 @@
 """A few dozen mutated inputs of each surface, always the same ones; thousands of them where there is time (`slow`)."""
 
+import io
+
 import pytest
 
 from tests.fuzz.harness import judge, run_many
@@ -14,6 +16,7 @@ FEWER = {"tokenizer_json": 8, "tokenizer_config": 8, "manifest": 16, "graphs": 1
 @pytest.mark.parametrize("name", NAMES)
 def test_a_few_mutated_inputs_end_as_they_should(once, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # `chat` reads it
     surface = SURFACES[name]
     state = surface.prepare(Inputs(once), tmp_path)
     findings = [judge(surface, state, number)[0] for number in range(FEWER.get(name, FEW))]
