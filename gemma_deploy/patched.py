@@ -1,27 +1,19 @@
-"""The files of source_code/ as Python modules, and the class of each generation. Imports them when asked."""
+"""The files of source_code/ as Python modules, and what a generation's row names in them. Imports them when asked."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 import types
+from typing import TYPE_CHECKING, Any
 
-from gemma_deploy.errors import NotBuiltError
+from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.paths import source_code_dir
 
+if TYPE_CHECKING:
+    from torch import nn
+
 PACKAGE = "gemma_deploy_source_code"
-# model_type -> configuration file, its class, modeling file, decoder stack without a head, causal LM
-MODELS = {
-    "gemma": ("configuration_gemma_vacc", "GemmaConfig", "modeling_gemma_vacc", "GemmaModel", "GemmaForCausalLM"),
-    "gemma2": ("configuration_gemma2_vacc", "Gemma2Config", "modeling_gemma2_vacc", "Gemma2Model", "Gemma2ForCausalLM"),
-    "gemma3_text": (
-        "configuration_gemma3_vacc",
-        "Gemma3TextConfig",
-        "modeling_gemma3_vacc",
-        "Gemma3TextModel",
-        "Gemma3ForCausalLM",
-    ),
-}
 
 
 def patched_module(name: str) -> types.ModuleType:
@@ -37,30 +29,36 @@ def patched_module(name: str) -> types.ModuleType:
     return importlib.import_module(f"{PACKAGE}.{name}")
 
 
-def stack_classes(model_type: str) -> tuple[type, type]:
-    """Configuration class and decoder stack class of a generation.
+def patched_config(config: ModelConfig, **changes: Any) -> Any:
+    """The config object of the patched classes, with eager attention.
 
-    Raises:
-        NotBuiltError: no patched model exists for it yet.
+    Args:
+        changes: keys to set. `layer_types` is left out where the generation's config class has none.
     """
-    return _classes(model_type, 3)
+    row = config.architecture.patched
+    raw = {key: value for key, value in config.raw.items() if key != "auto_map"}
+    if not row.layer_types:
+        changes.pop("layer_types", None)
+    made = getattr(patched_module(row.configuration), row.config_class)(**{**raw, **changes})
+    made._attn_implementation = "eager"
+    return made
 
 
-def causal_classes(model_type: str) -> tuple[type, type]:
-    """Configuration class and causal LM class of a generation.
-
-    Raises:
-        NotBuiltError: no patched model exists for it yet.
-    """
-    return _classes(model_type, 4)
+def patched_stack(config: ModelConfig, **changes: Any) -> nn.Module:
+    """The decoder stack without a head on the meta device, in evaluation mode; see `patched_config`."""
+    return _on_meta(config, config.architecture.patched.stack, changes).eval()
 
 
-def _classes(model_type: str, which: int) -> tuple[type, type]:
-    if model_type not in MODELS:
-        raise NotBuiltError(
-            f"model_type {model_type!r} has no patched modeling file in this version",
-            expected="one of " + ", ".join(MODELS),
-            next_step="use a Gemma 1 or a Gemma 3 text checkpoint",
-        )
-    names = MODELS[model_type]
-    return getattr(patched_module(names[0]), names[1]), getattr(patched_module(names[2]), names[which])
+def patched_causal(config: ModelConfig, **changes: Any) -> nn.Module:
+    """The causal LM on the meta device; see `patched_config`."""
+    return _on_meta(config, config.architecture.patched.causal, changes)
+
+
+def _on_meta(config: ModelConfig, name: str, changes: dict[str, Any]) -> nn.Module:
+    import torch
+
+    made = patched_config(config, **changes)
+    model_class = getattr(patched_module(config.architecture.patched.modeling), name)
+    with torch.device("meta"):
+        model: nn.Module = model_class(made)
+    return model

@@ -9,13 +9,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from gemma_deploy.architectures import cached_kinds
+
 Bits = Literal[4, 8]
-Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SMALLEST_BLOCK = 16  # of MatMulNBits
 # What stays in 8 bits where the other linears have 4: few rows, which every query head reads. Real 270M, all linears in
 # groups of 32 to nearest, 8 windows of WikiText-2: perplexity +57.5 %; without v_proj +33.8 %, without k_proj +53.5 %,
 # each 2.9 % of the linears; without down_proj, 23.5 % of them, +37.5 %.
-KEPT_W8: tuple[Linear, ...] = ("k_proj", "v_proj")
+KEPT_W8: tuple[str, ...] = cached_kinds()
 
 
 def is_kept(module: str, kinds: Collection[str]) -> bool:

@@ -1,7 +1,7 @@
 """A directory transformers can load as remote code: links to the weights, our modeling files, the checkpoint's config.
 
 Third step of the data path (design 2, step 4). The checkpoint's own config.json is kept; only `auto_map` and the
-patch's switches are added (source_code/config.json says which). Weights are never copied, except out of a GGUF file.
+patch's switches are added (the generation's row says which). Weights are never copied, except out of a GGUF file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from gemma_deploy import paths
 from gemma_deploy.checkpoint.checkpoint import Checkpoint
 from gemma_deploy.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json
-from gemma_deploy.errors import CheckpointError, NotBuiltError, UsageError
+from gemma_deploy.errors import CheckpointError, UsageError
 from gemma_deploy.text import check_text, with_stops
 from gemma_deploy.text.saving import link_file, write_tokenizer
 from gemma_deploy.workdir import Maker, WorkDir
@@ -40,7 +40,6 @@ def stage_checkpoint(
         source_code: the modeling files; by default the program's own.
 
     Raises:
-        NotBuiltError: a generation without patched modeling.
         UsageError: OUT exists.
         CheckpointError: the checkpoint is unusable, or OUT cannot be written. BusyError: another run is writing it.
     """
@@ -68,26 +67,16 @@ def stage_checkpoint(
 
 def _additions(checkpoint: Checkpoint, source: Path) -> dict[str, Any]:
     """The keys added to config.json for this model type."""
-    kind = checkpoint.config.model_type
-    table, _ = read_json(source / "config.json", missing="reinstall gemma-deploy")
-    if kind not in table:
-        raise NotBuiltError(
-            f"model_type {kind!r} is a valid checkpoint, but this version has no patched modeling for it",
-            where=str(checkpoint.path),
-            expected="one of " + ", ".join(sorted(table)),
-            next_step="use a Gemma 1 or a Gemma 3 text checkpoint",
-        )
-    additions: dict[str, Any] = table[kind]
-    modules = {str(target).split(".")[0] for target in additions.get("auto_map", {}).values()}
-    absent = sorted(name for name in modules if not (source / f"{name}.py").is_file())
+    patched = checkpoint.config.architecture.patched
+    absent = [name for name in (patched.configuration, patched.modeling) if not (source / f"{name}.py").is_file()]
     if absent:
         raise CheckpointError(
-            "auto_map names modeling files that are not there",
+            "modeling files are not there",
             where=str(source),
             problems=[f"{name}.py" for name in absent],
             next_step="reinstall gemma-deploy",
         )
-    return additions
+    return patched.additions
 
 
 class _Staged(WorkDir):

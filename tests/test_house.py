@@ -11,6 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from gemma_deploy.architectures import ROWS
 from gemma_deploy.cli import COMMANDS, cli
 from gemma_deploy.recipe import Recipe
 
@@ -23,7 +24,7 @@ LONGEST_MODULE_LINES = 400
 # A part imports only parts to its left.
 ORDER = (
     *("errors", "reading", "paths", "writing", "workdir", "child"),
-    *("machine", "terminal", "schemes", "recipe", "checkpoint", "text", "staging", "partition"),
+    *("machine", "terminal", "architectures", "schemes", "recipe", "checkpoint", "text", "staging", "partition"),
     "patched",
     *("calibration", "quantization", "graph", "params", "split", "artifact", "runtime", "parity", "backends"),
     *("proving", "verifying", "evaluation", "bench"),
@@ -89,6 +90,33 @@ def test_the_import_check_sees_what_it_should(part, source, wrong):
 def test_every_folder_with_modules_is_a_package_and_has_a_place_in_the_order():
     assert [str(f.parent) for f in MODULES if not (f.parent / "__init__.py").exists()] == []
     assert {part_of(file) for file in MODULES} - {"__init__"} <= set(ORDER)
+
+
+NAMES_OF_GENERATIONS = {name for row in ROWS for name in (row.model_type, row.gguf.name, *row.multimodal)}
+
+
+def literals(source: str) -> list[tuple[str, int]]:
+    """(text, line) of every string constant, docstrings and the pieces of f-strings left out."""
+    tree = ast.parse(source)
+    said = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    constants = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in said)
+    return [(node.value, node.lineno) for node in constants if isinstance(node.value, str)]
+
+
+def test_generations_are_named_in_their_rows_alone():
+    wrong = [
+        f"{file.relative_to(ROOT)} line {line}: {text!r}"
+        for file in MODULES
+        if part_of(file) not in ("architectures", "testing")
+        for text, line in literals(file.read_text(encoding="utf-8"))
+        if text in NAMES_OF_GENERATIONS
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_search_for_names_of_generations_sees_what_it_should():
+    source = '"""gemma2 in a docstring"""\nif kind == "gemma2":\n    x = {"gemma3": f"a gemma2 {kind}"}'
+    assert [one for one in literals(source) if one[0] in NAMES_OF_GENERATIONS] == [("gemma2", 2), ("gemma3", 3)]
 
 
 def run_python(code: str) -> str:

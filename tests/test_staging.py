@@ -9,18 +9,24 @@ import pytest
 
 from gemma_deploy import staging
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.errors import CheckpointError, DeployError, NotBuiltError, UsageError
+from gemma_deploy.errors import CheckpointError, DeployError, UsageError
 from gemma_deploy.staging import stage_checkpoint
 from gemma_deploy.workdir import MARK
 from tests.checkpoint.make import config, weights, write_checkpoint
 from tests.checkpoint.test_gguf import raw_config, write_gguf
 
 ADDITIONS = {
-    "auto_map": {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"},
+    "auto_map": {
+        "AutoConfig": "configuration_gemma_vacc.GemmaConfig",
+        "AutoModel": "modeling_gemma_vacc.GemmaModel",
+        "AutoModelForCausalLM": "modeling_gemma_vacc.GemmaForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_gemma_vacc.GemmaForSequenceClassification",
+    },
     "iter_num": None,
     "insert_slice": False,
     "embed_scale": "exact",
 }
+FILES = ("configuration_gemma_vacc.py", "modeling_gemma_vacc.py", "layers_vacc.py")
 
 
 @pytest.fixture
@@ -28,9 +34,8 @@ def source(tmp_path):
     """A stand-in for source_code/, so that these tests do not depend on the modeling."""
     directory = tmp_path / "source_code"
     directory.mkdir()
-    for name in ("configuration_x.py", "modeling_x.py", "layers_x.py"):
+    for name in FILES:
         (directory / name).write_text(f"# {name}\n")
-    (directory / "config.json").write_text(json.dumps({"gemma": ADDITIONS, "gemma3_text": ADDITIONS}))
     return directory
 
 
@@ -63,9 +68,7 @@ def test_staged_directory_is_complete(checkpoint, source, out):
     }
     assert {path.name for path in out.iterdir()} - links == {
         "config.json",
-        "configuration_x.py",
-        "modeling_x.py",
-        "layers_x.py",
+        *FILES,
     }
     own = json.loads((checkpoint / "config.json").read_text())
     assert json.loads((out / "config.json").read_text()) == own | ADDITIONS
@@ -144,16 +147,9 @@ def test_unwritable_place(checkpoint, source, tmp_path):
         stage_checkpoint(checkpoint, tmp_path / "file" / "out", source_code=source)
 
 
-def test_gemma2_is_not_built_yet(tmp_path, source, out):
-    write_checkpoint(tmp_path / "ck2", config("gemma2"))
-    with pytest.raises(NotBuiltError, match="model_type 'gemma2' is a valid checkpoint"):
-        stage_checkpoint(tmp_path / "ck2", out, source_code=source)
-    assert left_behind(out) == []
-
-
 def test_incomplete_installation_is_said_so(checkpoint, source, out):
-    (source / "modeling_x.py").unlink()
-    with pytest.raises(DeployError, match=r"modeling_x\.py"):
+    (source / "modeling_gemma_vacc.py").unlink()
+    with pytest.raises(DeployError, match=r"modeling_gemma_vacc\.py"):
         stage_checkpoint(checkpoint, out, source_code=source)
 
 
@@ -184,7 +180,7 @@ def test_a_half_copied_tokenizer_is_copied_again(checkpoint, tmp_path):
 
 def test_gguf_becomes_float32_safetensors(tmp_path, source, out, monkeypatch):
     monkeypatch.setattr(staging, "BLOCK_BYTES", 1000)
-    raw = raw_config("gemma3_text")
+    raw = raw_config("gemma")
     write_gguf(tmp_path / "m.gguf", raw, weights(raw))
     stage_checkpoint(tmp_path / "m.gguf", out, source_code=source)
     staged, original = Checkpoint.open(out), Checkpoint.open(tmp_path / "m.gguf")

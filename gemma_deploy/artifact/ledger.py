@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gemma_deploy.quantization.rescaling import MLP, Rescaling
+from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import QUANTIZERS, Storage
 
 
@@ -154,7 +154,7 @@ def _rescaling(rescaling: Rescaling) -> list[LedgerEntry]:
                 {"tensors": len(scaled), "largest_exponent": scaled[most], "largest_exponent_tensor": most},
             )
         )
-    if MLP in rescaling.wide:
+    if rescaling.wide:
         why = "what GELU reads does not fit float16, and no power of two could be undone after it; weights stay float16"
         entries.append(LedgerEntry("computed in float32", "gate, up and their product, every layer", why))
     return entries

@@ -17,24 +17,23 @@ from torch import nn
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import ModelConfig, TensorInfo
 from gemma_deploy.errors import CalibrationError
-from gemma_deploy.patched import stack_classes
+from gemma_deploy.patched import patched_stack
 
 Progress = Callable[[int, int], None]
 TABLE = "model.embed_tokens.weight"
 
 
 def template_stack(config: ModelConfig, embed_scale: str) -> tuple[Any, tuple[str, ...]]:
-    """The patched stack on the meta device with one layer of each kind, and the kinds in the order of its layers."""
-    kinds = tuple(dict.fromkeys(config.layer_types))
-    config_class, stack_class = stack_classes(config.model_type)
-    raw = {key: value for key, value in config.raw.items() if key not in ("auto_map", "layer_types")}
-    changes: dict[str, Any] = {"num_hidden_layers": len(kinds), "embed_scale": embed_scale, "iter_num": None}
-    if config.model_type != "gemma":
-        changes["layer_types"] = list(kinds)
-    hf_config = config_class(**raw | changes)
-    hf_config._attn_implementation = "eager"
-    with torch.device("meta"):
-        return stack_class(hf_config).eval(), kinds
+    """The patched stack on the meta device with one layer of each template, and their names in that order."""
+    templates = config.templates
+    stack = patched_stack(
+        config,
+        num_hidden_layers=len(templates),
+        layer_types=[layer.kind for layer in templates],
+        embed_scale=embed_scale,
+        iter_num=None,
+    )
+    return stack, tuple(layer.template for layer in templates)
 
 
 class Weights(Protocol):

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from gemma_deploy.calibration.points import LAYER_INPUTS
+from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.calibration.states import parts_of
-from gemma_deploy.checkpoint import ModelConfig
 
 if TYPE_CHECKING:
     from gemma_deploy.calibration.shards import LayerPass
 
-ATTENTION, ATTENDED, MLP, PRODUCT = LAYER_INPUTS  # points: the first linear of each group
 Seen = Callable[[str, torch.Tensor], None]
 
 
@@ -29,21 +27,21 @@ class Route:
     """Where windows are in a layer.
 
     Args:
-        start: the point they have reached; the first one is the layer's input.
+        start: the linear whose input they have reached; None: the layer's input.
         divisor: [columns] by which the weights divide, by now, what the linear there reads; None: as it was kept.
     """
 
-    start: str = ATTENTION
+    start: str | None = None
     divisor: torch.Tensor | None = None
 
 
 ENTERED = Route()
 
 
-def state_columns(config: ModelConfig, point: str) -> int:
+def state_columns(layer: LayerSpec, point: str) -> int:
     """Values of a token when a point was reached."""
-    beside = {ATTENDED: config.num_attention_heads * config.head_dim, PRODUCT: config.intermediate_size}
-    return config.hidden_size + beside.get(point, 0)
+    waiting = {branch.output for branch in layer.branches}
+    return layer.hidden_size + (layer.linear(point).in_features if point in waiting else 0)
 
 
 def walk(layer: LayerPass, state: np.ndarray, route: Route, stop: str | None, seen: Seen) -> tuple[torch.Tensor, ...]:
@@ -57,31 +55,25 @@ def walk(layer: LayerPass, state: np.ndarray, route: Route, stop: str | None, se
     Returns:
         The state at `stop` in parts [1, seqlen, columns].
     """
-    module, config, at = layer.module, layer.frame.model.config, route.start
-    four_norms = config.model_type != "gemma"
-    hidden, made = (torch.from_numpy(part)[None] for part in parts_of(state, config.hidden_size))
+    module, spec = layer.module, layer.spec
+    points = [group.observed for group in spec.groups]
+    begin = 0 if route.start is None else points.index(route.start)
+    hidden, made = (torch.from_numpy(part)[None] for part in parts_of(state, spec.hidden_size))
     if route.divisor is not None:
         made = made / route.divisor
-    if at == ATTENTION:
-        x = module.input_layernorm(hidden)
-        seen(ATTENTION, x)
-        if stop == ATTENTION:
-            return (hidden,)
-        made, at = layer.read_at(ATTENDED, module.self_attn, x, *layer.attention_inputs()), ATTENDED
-        seen(ATTENDED, made)
-        if stop == ATTENDED:
-            return hidden, made
-    if at in (ATTENDED, MLP):
-        if at == ATTENDED:
-            attended = module.self_attn.o_proj(made)
-            hidden = hidden + (module.post_attention_layernorm(attended) if four_norms else attended)
-        x = (module.pre_feedforward_layernorm if four_norms else module.post_attention_layernorm)(hidden)
-        seen(MLP, x)
-        if stop == MLP:
-            return (hidden,)
-        made = layer.read_at(PRODUCT, module.mlp, x)
-        seen(PRODUCT, made)
-        if stop == PRODUCT:
-            return hidden, made
-    product = module.mlp.down_proj(made)
-    return (hidden + (module.post_feedforward_layernorm(product) if four_norms else product),)
+    for number, branch in enumerate(spec.branches):
+        entry, leaving = branch.entry.observed, branch.output
+        if begin <= 2 * number:
+            x = module.get_submodule(branch.norm)(hidden)
+            seen(entry, x)
+            if stop == entry:
+                return (hidden,)
+            inputs = layer.attention_inputs() if branch.attends else ()
+            made = layer.read_at(leaving, module.get_submodule(branch.module), x, *inputs)
+            seen(leaving, made)
+            if stop == leaving:
+                return hidden, made
+        if begin <= 2 * number + 1:
+            added = module.get_submodule(leaving)(made)
+            hidden = hidden + (module.get_submodule(branch.post_norm)(added) if branch.post_norm else added)
+    return (hidden,)

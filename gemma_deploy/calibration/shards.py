@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from gemma_deploy.calibration.driver import refuse_nonfinite, template_stack
-from gemma_deploy.calibration.points import CACHE_PARTS, LAYER_INPUTS, LAYER_OUTPUT, SHARD_TOKENS
+from gemma_deploy.calibration.points import LAYER_OUTPUT, SHARD_TOKENS
 from gemma_deploy.calibration.segments import ENTERED, Route, state_columns, walk
 from gemma_deploy.calibration.states import joined
 from gemma_deploy.checkpoint import ModelConfig
@@ -100,15 +100,15 @@ class Frame:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.stack, self.kinds = template_stack(model.config, model.embed_scale)
+        self.stack, self.templates = template_stack(model.config, model.embed_scale)
         position_ids = torch.arange(model.seqlen)[None]
         sample = torch.zeros(1, model.seqlen, model.config.hidden_size)
         self.masks = self.stack.build_masks(None, position_ids, 1, model.seqlen, None, torch.float32, sample.device)
         self.rotary = {kind: module(sample, position_ids) for kind, module in self.stack.rotary.items()}
 
     def layer(self, index: int) -> nn.Module:
-        """The template of a layer's kind; `loaded` gives it weights."""
-        module: nn.Module = self.stack.layers[self.kinds.index(self.model.config.layer_types[index])]
+        """The module of a layer's template; `loaded` gives it weights."""
+        module: nn.Module = self.stack.layers[self.templates.index(self.model.config.layers[index].template)]
         return module
 
 
@@ -126,7 +126,7 @@ class LayerPass:
     def __init__(self, frame: Frame, index: int) -> None:
         self.frame, self.index, self.module = frame, index, frame.layer(index)
         self.name, self.path = f"model.layers.{index}", frame.model.path
-        self.kind = frame.model.config.layer_types[index]
+        self.spec = frame.model.config.layers[index]
         self._watching = threading.local()
 
     @contextmanager
@@ -141,7 +141,8 @@ class LayerPass:
 
             return hook
 
-        handles = [self.module.get_submodule(point).register_forward_pre_hook(show(point)) for point in LAYER_INPUTS]
+        points = [group.observed for group in self.spec.groups]
+        handles = [self.module.get_submodule(point).register_forward_pre_hook(show(point)) for point in points]
         try:
             yield self
         finally:
@@ -157,7 +158,7 @@ class LayerPass:
         """A window through the layer.
 
         Args:
-            hidden: [seqlen, hidden]; seen: called with (linear, its input [1, seqlen, channels]), see `LAYER_INPUTS`.
+            hidden: [seqlen, hidden]; seen: called with (linear, its input [1, seqlen, channels]).
             cached: called with ("key" or "value", what the cache would hold [1, Hk, seqlen, D]).
 
         Returns:
@@ -170,13 +171,13 @@ class LayerPass:
         finally:
             self._watching.seen = None
         if cached is not None:
-            for part, value in zip(CACHE_PARTS, present, strict=True):
+            for (part, _), value in zip(self.spec.caches, present, strict=True):
                 cached(part, value)
         return output
 
     def attention_inputs(self) -> tuple[Any, Any]:
         """Rotary embedding and mask, as the layer and its attention take them."""
-        return self.frame.rotary[self.kind], self.frame.masks[self.kind]
+        return self.frame.rotary[self.spec.kind], self.frame.masks[self.spec.kind]
 
     def read_at(self, point: str, module: nn.Module, *args: Any) -> torch.Tensor:
         """What a linear inside `module` reads when that is called; it gets no further."""
@@ -265,7 +266,8 @@ def advance(
 def empty_carried(layer: LayerPass, windows: range, point: str = LAYER_OUTPUT) -> Carried:
     """Room for the windows of a shard at a point, or as the layer gives them."""
     model = layer.frame.model
-    return Carried(windows, np.empty((len(windows), model.seqlen, state_columns(model.config, point)), np.float32))
+    columns = state_columns(layer.spec, point)
+    return Carried(windows, np.empty((len(windows), model.seqlen, columns), np.float32))
 
 
 def description(layer: LayerPass) -> tuple[Model, int]:

@@ -1,12 +1,11 @@
 """A llama.cpp .gguf file seen as a Hugging Face checkpoint: names, config, float32 rows.
 
-Two things differ from the safetensors of the same model: llama.cpp stores norm weights as 1 + w, and its metadata does
-not say everything config.json does (tables below say what is filled in, and from where).
+Two things differ from the safetensors of the same model: llama.cpp stores norm weights as what they multiply by
+(1 + w), and its metadata does not say everything config.json does (the generation's row says what is filled in).
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,35 +13,18 @@ from typing import Any
 
 import numpy as np
 
+from gemma_deploy import architectures
+from gemma_deploy.architectures import TANH_GELU, Architecture
+from gemma_deploy.checkpoint.config import LM_HEAD, TABLE
+from gemma_deploy.checkpoint.expected import NORM
 from gemma_deploy.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from gemma_deploy.checkpoint.mapped import MappedFile
 from gemma_deploy.errors import CheckpointError
 
-ARCHITECTURES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
-CLASSES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
 GLOBAL_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-BLOCK_NAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_norm": "input_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-# llama.cpp says ffn_norm for the norm before the MLP, which Hugging Face names differently with two and four norms.
-TWO_NORM_NAMES = {"ffn_norm": "post_attention_layernorm"}
-FOUR_NORM_NAMES = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
+    "token_embd.weight": TABLE,
+    "output_norm.weight": NORM,
+    "output.weight": LM_HEAD,
 }
 # config.json key -> metadata key after "ARCH."
 SIZES = {
@@ -81,7 +63,7 @@ class GgufFile:
         header = read_gguf_header(self.file)
         self.header_bytes = header.data_start
         self.metadata = header.metadata
-        self.model_type = self._architecture()
+        self.architecture = self._architecture()
         self.entries = self._entries(header)
 
     def raw_rows(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -115,21 +97,21 @@ class GgufFile:
 
         raw = _typed(self.file.copy(entry.start, entry.stop), kind.name)
         value = np.asarray(dequantize(raw, kind), np.float32).reshape(entry.shape)
-        return value - np.float32(1) if entry.name.endswith("norm.weight") else value
+        return value - np.float32(self.architecture.norm_offset) if entry.name.endswith("norm.weight") else value
 
     def config_dict(self) -> dict[str, Any]:
         """The config.json that says what the metadata say; missing keys stay missing, for ModelConfig to report."""
-        meta, kind = self._meta, self.model_type
-        config: dict[str, Any] = {"architectures": [CLASSES[kind]], "model_type": kind}
+        meta, row = self._meta, self.architecture
+        config: dict[str, Any] = {"architectures": [row.causal_class], "model_type": row.model_type}
         config |= {key: meta(name) for key, name in SIZES.items() if meta(name) is not None}
-        table = self.entries.get("model.embed_tokens.weight")
+        table = self.entries.get(TABLE)
         if table is not None:
             config["vocab_size"] = table.shape[0]
         epsilon = meta("attention.layer_norm_rms_epsilon")
         if epsilon is not None:
             config["rms_norm_eps"] = epsilon
-        config["tie_word_embeddings"] = "lm_head.weight" not in self.entries
-        config["hidden_act" if kind == "gemma" else "hidden_activation"] = "gelu_pytorch_tanh"
+        config["tie_word_embeddings"] = LM_HEAD not in self.entries
+        config[row.activation_key] = TANH_GELU
         for key, names in TOKEN_IDS.items():
             values = [self.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names]
             ids = [
@@ -139,55 +121,22 @@ class GgufFile:
             ]
             if ids:
                 config[key] = ids[0] if len(ids) == 1 and type(ids[0]) is int else ids
-        if kind == "gemma":
-            return config | {"rope_theta": meta("rope.freq_base") or 10000.0}
-        config["sliding_window"] = meta("attention.sliding_window") or (4096 if kind == "gemma2" else None)
-        config["query_pre_attn_scalar"] = self._attention_scalar()
-        if kind == "gemma2":
-            return config | {
-                "rope_theta": meta("rope.freq_base") or 10000.0,
-                "attn_logit_softcapping": meta("attn_logit_softcapping") or 50.0,
-                "final_logit_softcapping": meta("final_logit_softcapping") or 30.0,
-            }
-        return config | self._gemma3_rope()
-
-    def _gemma3_rope(self) -> dict[str, Any]:
-        meta = self._meta
-        rope: dict[str, Any] = {
-            "rope_theta": meta("rope.freq_base") or 1000000.0,
-            "rope_local_base_freq": meta("rope.freq_base_swa") or 10000.0,
-        }
-        pattern = meta("attention.sliding_window_pattern")
-        rope["sliding_window_pattern"] = pattern if type(pattern) is int else 6
-        if meta("rope.scaling.type") not in (None, "none"):
-            rope["rope_scaling"] = {"rope_type": meta("rope.scaling.type"), "factor": meta("rope.scaling.factor")}
-        return rope
-
-    def _attention_scalar(self) -> int:
-        """Not in the metadata. Only the 27B models differ from head_dim: hidden / heads (144 and 168).
-
-        A whole number: transformers' config classes refuse 256.0 for it.
-        """
-        head_dim, layers = self._meta("attention.key_length"), self._meta("block_count")
-        hidden, heads = self._meta("embedding_length"), self._meta("attention.head_count")
-        largest = (self.model_type, layers, hidden) in (("gemma2", 46, 4608), ("gemma3_text", 62, 5376))
-        if largest and type(heads) is int and heads > 0:
-            return int(hidden // heads)
-        return head_dim if type(head_dim) is int and head_dim else 256
+        return config | row.gguf.config(meta)
 
     def _meta(self, key: str) -> Any:
         value = self.metadata.get(f"{self.metadata['general.architecture']}.{key}")
         return _shortest(value) if isinstance(value, float) else value
 
-    def _architecture(self) -> str:
+    def _architecture(self) -> Architecture:
         name = self.metadata.get("general.architecture")
-        if not isinstance(name, str) or name not in ARCHITECTURES:
-            near = difflib.get_close_matches(str(name), ARCHITECTURES, n=1, cutoff=0.5)
+        row = architectures.by_gguf_name(name)
+        if row is None:
+            known = [one.gguf.name for one in architectures.ROWS]
             raise CheckpointError(
-                f"holds a model of architecture {name!r}" + (f"; the nearest known one is {near[0]!r}" if near else ""),
+                f"holds a model of architecture {name!r}" + architectures.nearest(name, known),
                 where=str(self.path),
-                expected="one of " + ", ".join(ARCHITECTURES),
-                next_step="pass the GGUF file of a Gemma 1, 2 or 3 text model",
+                expected="one of " + ", ".join(known),
+                next_step=f"pass the GGUF file of a text model of {architectures.names()}",
             )
         parts = self.metadata.get("split.count", 1)
         if isinstance(parts, int) and parts > 1:
@@ -196,7 +145,7 @@ class GgufFile:
                 where=str(self.path),
                 next_step="merge the parts first: llama-gguf-split --merge FIRST_PART OUT.gguf",
             )
-        return ARCHITECTURES[name]
+        return row
 
     def _entries(self, header: GgufHeader) -> dict[str, GgufEntry]:
         problems: list[str] = []
@@ -222,7 +171,7 @@ class GgufFile:
     def _entry(self, tensor: GgufTensor, data_start: int, problems: list[str]) -> GgufEntry | None:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        name = _hf_name(tensor.name, self.model_type)
+        name = _hf_name(tensor.name, self.architecture)
         try:
             kind = GGMLQuantizationType(tensor.ggml_type)
             per_block, block_bytes = GGML_QUANT_SIZES[kind]
@@ -246,12 +195,11 @@ class GgufFile:
         return GgufEntry(name, shape, kind.name, start, stop, tensor.ggml_type)
 
 
-def _hf_name(name: str, model_type: str) -> str:
+def _hf_name(name: str, architecture: Architecture) -> str:
     """The Hugging Face name; a name llama.cpp does not use for Gemma stays as it is and is reported as unexpected."""
     if name in GLOBAL_NAMES:
         return GLOBAL_NAMES[name]
-    parts = name.split(".")
-    blocks = BLOCK_NAMES | (TWO_NORM_NAMES if model_type == "gemma" else FOUR_NORM_NAMES)
+    parts, blocks = name.split("."), architecture.gguf.blocks
     if len(parts) == 4 and parts[0] == "blk" and parts[2] in blocks and parts[3] == "weight":
         return f"model.layers.{parts[1]}.{blocks[parts[2]]}.weight"
     return name

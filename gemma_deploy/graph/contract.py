@@ -89,7 +89,7 @@ class GraphContract:
             prefill=prefill,
             context=context,
             layers=config.num_hidden_layers,
-            kv_heads=kv_heads_of(config, ranks) * ranks,
+            kv_heads=kv_heads_of(config.num_key_value_heads, ranks) * ranks,
             head_dim=config.head_dim,
             vocab_size=config.vocab_size,
             cache_dtype="int8" if int8_cache else dtype,

@@ -111,7 +111,7 @@ class Traced:
         )  # fmt: skip
         names = iter(inputs), iter(outputs)
         parts = {graph: parts_of(skeletons[graph], *names, graph) for graph in GRAPHS}
-        prefixes = {f"layer.{kind}": f"model.layers.{k}." for k, kind in enumerate(dict.fromkeys(config.layer_types))}
+        prefixes = {f"layer.{one.template}": f"model.layers.{k}." for k, one in enumerate(config.templates)}
         self.templates = {graph: stamp.cut(self.model, parts[graph], prefixes) for graph in GRAPHS}
 
     def graphs(self, part: Part) -> dict[str, ir.Model]:
@@ -120,9 +120,9 @@ class Traced:
 
     def _stamped(self, graph: str, part: Part) -> ir.Model:
         contract = self.contract.of_part(part)
-        model = stamp.stamp(self.model, self.templates[graph], self.config.layer_types, contract.computed, graph)
+        model = stamp.stamp(self.model, self.templates[graph], self.config.layers, contract.computed, graph)
         if contract.cache_dtype == "int8":
-            quantize_cache(model, contract, graph)
+            quantize_cache(model, contract, graph, self.config.layers)
         if part.ranks > 1 and contract.embeds:
             first = model.graph.initializers["model.embed_tokens.first_row"]
             rows = self.config.vocab_size // part.ranks

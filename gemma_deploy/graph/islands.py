@@ -1,10 +1,10 @@
-"""One module whose parts are unconnected: prologue, a layer of each kind, epilogue, each with inputs of its own.
+"""One module whose parts are unconnected: prologue, a layer of each template, epilogue, each with inputs of its own.
 
 Third step of the export: one trace gives every part of both graphs, the parts are cut apart by what feeds them, and
 the layer parts are stamped out once per layer (stamp.py). Depth costs nothing.
 
 Names at the part borders: `prologue` reads input_ids, attention_mask, position_ids and writes hidden, mask.{kind},
-cos.{kind}, sin.{kind}; `layer.{kind}` reads them and past.key, past.value and writes hidden, present.key,
+cos.{kind}, sin.{kind}; `layer.{template}` reads them and past.key, past.value and writes hidden, present.key,
 present.value; `epilogue` reads hidden and writes logits.
 """
 
@@ -52,7 +52,7 @@ class Islands(nn.Module):
         """Run every part on its own inputs.
 
         Args:
-            parts: per kind (hidden, cos, sin, mask) and, for decode, (past key, past value).
+            parts: per template (hidden, cos, sin, mask) and, for decode, (past key, past value).
             head_hidden: [batch, seq, hidden], input of the epilogue.
         """
         model = self.model
@@ -121,7 +121,7 @@ def example_inputs(skeleton: Skeleton, contract: GraphContract, graph: str, hidd
 
     ids = torch.zeros(batch, seq, dtype=torch.int64)
     mask = torch.ones(batch, keys, dtype=torch.int64)
-    return ids, mask, ids.clone(), [part() for _ in skeleton.kinds], zeros(batch, seq, hidden_size)
+    return ids, mask, ids.clone(), [part() for _ in skeleton.templates], zeros(batch, seq, hidden_size)
 
 
 def dynamic_dimensions(skeleton: Skeleton, graph: str) -> tuple[Any, ...]:
@@ -131,7 +131,7 @@ def dynamic_dimensions(skeleton: Skeleton, graph: str) -> tuple[Any, ...]:
     layer = [row, row, row, {0: free, 2: free, 3: free}]
     if graph == DECODE:
         layer += [{0: free, 2: free}] * 2
-    return row, row, row, [tuple(layer) for _ in skeleton.kinds], row
+    return row, row, row, [tuple(layer) for _ in skeleton.templates], row
 
 
 def parts_of(skeleton: Skeleton, names: Iterator[str], outs: Iterator[str], graph: str) -> list[Part]:
@@ -140,16 +140,17 @@ def parts_of(skeleton: Skeleton, names: Iterator[str], outs: Iterator[str], grap
     Args:
         names: of the trace's inputs; outs: of its outputs. A graph's own are taken from their front.
     """
-    kinds = skeleton.kinds
+    kinds, templates = skeleton.kinds, [layer.template for layer in skeleton.templates]
     prologue_in = tuple((next(names), name) for name in ("input_ids", "attention_mask", "position_ids"))
     layer_fields = ["hidden", "cos", "sin", "mask"] + (["past.key", "past.value"] if graph == DECODE else [])
-    layer_in = {kind: tuple((next(names), name) for name in layer_fields) for kind in kinds}
+    layer_in = {template: tuple((next(names), name) for name in layer_fields) for template in templates}
     epilogue_in = ((next(names), "hidden"),)
     prologue_fields = ["hidden"] + [f"{what}.{kind}" for kind in kinds for what in ("mask", "cos", "sin")]
     prologue_out = tuple((next(outs), name) for name in prologue_fields)
     layer_out = {
-        kind: tuple((next(outs), name) for name in ("hidden", "present.key", "present.value")) for kind in kinds
+        template: tuple((next(outs), name) for name in ("hidden", "present.key", "present.value"))
+        for template in templates
     }
     parts = [Part("prologue", prologue_in, prologue_out)]
-    parts += [Part(f"layer.{kind}", layer_in[kind], layer_out[kind]) for kind in kinds]
+    parts += [Part(f"layer.{template}", layer_in[template], layer_out[template]) for template in templates]
     return [*parts, Part("epilogue", epilogue_in, ((next(outs), "logits"),))]

@@ -1,23 +1,25 @@
 """The patched model without weights: every parameter is a zero-storage tensor of the right shape and dtype.
 
-Second step of the export: ModelConfig -> torch module with one decoder layer of each kind. Holds no memory, whatever
-the model's size.
+Second step of the export: ModelConfig -> torch module with one decoder layer of each template. Holds no memory,
+whatever the model's size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.graph.collectives import RankEmbedding, ReducedLinear
 from gemma_deploy.graph.contract import Scheme
 from gemma_deploy.partition.ranks import row_blocks, sharding
-from gemma_deploy.patched import causal_classes, patched_module
-from gemma_deploy.quantization.rescaling import MLP, Rescaling
+from gemma_deploy.partition.spans import LAYERS
+from gemma_deploy.patched import patched_causal, patched_module
+from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import Codes, Storage
 
 INT8 = ("w8a16", "w8a16_folded")
@@ -26,10 +28,10 @@ TORCH_DTYPES = dict.fromkeys(("fp32", "bf16", *INT8), torch.float32) | {"fp16": 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A weightless patched model with one layer of each kind.
+    """A weightless patched model with one layer of each template.
 
     Args:
-        model: the causal LM; layer k of it is the template of every layer of kind `kinds[k]`.
+        model: the causal LM; layer k of it is that of every layer whose template is that of `templates[k]`.
         dtype: of activations.
         ranks: among which it is divided; the model is one rank's share.
         wide: rotary embedding, scores and LM head are float32, whatever the rest is. Rounding them to float16 cost
@@ -37,10 +39,15 @@ class Skeleton:
     """
 
     model: nn.Module
-    kinds: tuple[str, ...]
+    templates: tuple[LayerSpec, ...]
     dtype: torch.dtype
     wide: bool
     ranks: int = 1
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of attention, each once."""
+        return tuple(dict.fromkeys(layer.kind for layer in self.templates))
 
     @property
     def score_dtype(self) -> torch.dtype:
@@ -70,14 +77,12 @@ def build_skeleton(
         ranks: build one rank's share.
         storage: bits and groups of the int8 schemes' codes; int8 per row by default.
 
-    Raises:
-        NotBuiltError: no patched model exists for this generation yet.
     """
-    kinds = tuple(dict.fromkeys(config.layer_types))
-    model = new_model(
+    templates = config.templates
+    model = patched_causal(
         config,
-        num_hidden_layers=len(kinds),
-        layer_types=list(kinds),
+        num_hidden_layers=len(templates),
+        layer_types=[layer.kind for layer in templates],
         iter_num=iter_num,
         insert_slice=keep_last,
         embed_scale=embed_scale,
@@ -86,30 +91,13 @@ def build_skeleton(
     model.model.embed_tokens.divisor = 2.0**rescaling.residual
     _store(model, config, scheme, dtype, ranks, storage or Storage())
     if scheme == "fp16":
-        _rescale(model, rescaling)
+        _rescale(model, templates, rescaling)
     if ranks > 1:
         _divide(model, wide=scheme == "fp16")
     for rotary in model.model.rotary.values():
-        rotary.freeze(*(_zeros((context, config.head_dim // 2), torch.float32) for _ in range(2)))
+        rotary.freeze(*(_zeros((context, rotary.head_dim // 2), torch.float32) for _ in range(2)))
         rotary.wide = scheme == "fp16"
-    return Skeleton(model.eval(), kinds, dtype, scheme == "fp16", ranks)
-
-
-def new_model(config: ModelConfig, **changes: Any) -> nn.Module:
-    """The patched causal LM of this config on the meta device, with config keys changed.
-
-    Raises:
-        NotBuiltError: no patched model exists for this generation yet.
-    """
-    config_class, model_class = causal_classes(config.model_type)
-    raw = {key: value for key, value in config.raw.items() if key != "auto_map"}
-    if config.model_type == "gemma":
-        changes.pop("layer_types", None)
-    hf_config = config_class(**{**raw, **changes, "use_cache": True})
-    hf_config._attn_implementation = "eager"
-    with torch.device("meta"):
-        model: nn.Module = model_class(hf_config)
-    return model
+    return Skeleton(model.eval(), templates, dtype, scheme == "fp16", ranks)
 
 
 def _store(
@@ -118,11 +106,11 @@ def _store(
     """Give every module its zero-storage weights in the form the artifact stores them."""
     weight_dtype = torch.bfloat16 if scheme == "bf16" else dtype
     quantization = patched_module("quantization_vacc")
-    for parent in list(model.modules()):
+    for path, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
             if not isinstance(child, nn.Linear) or (child is model.lm_head and config.tie_word_embeddings):
                 continue
-            shape = _share(name, (child.out_features, child.in_features), config, ranks)
+            shape = _share(f"{path}.{name}", (child.out_features, child.in_features), config, ranks)
             codes = storage.table if child is model.lm_head else storage.linear(name)
             if scheme in INT8 and codes:
                 new = quantization.quantized_linear(*_codes(shape, codes))
@@ -140,13 +128,19 @@ def _store(
 
 
 def _share(module: str, shape: tuple[int, int], config: ModelConfig, ranks: int) -> tuple[int, int]:
-    """[out, in] of one rank; every rank's is the same."""
+    """[out, in] of one rank; every rank's is the same.
+
+    Args:
+        module: path in the skeleton, whose layers are the templates.
+    """
     axis = sharding(f"{module}.weight")
     if ranks == 1 or axis is None:
         return shape
     if axis == "columns":
         return shape[0], shape[1] // ranks
-    return sum(stop - start for start, stop in row_blocks(f"{module}.weight", shape[0], config, 0, ranks)), shape[1]
+    layer = config.templates[int(module.split(".")[2])] if module.startswith(LAYERS) else None
+    blocks = row_blocks(f"{module}.weight", shape[0], layer, rank=0, ranks=ranks)
+    return sum(stop - start for start, stop in blocks), shape[1]
 
 
 def _divide(model: nn.Module, wide: bool) -> None:
@@ -160,7 +154,7 @@ def _divide(model: nn.Module, wide: bool) -> None:
     model.model.embed_tokens = RankEmbedding(table, table.weight.shape[0])
 
 
-def _rescale(model: nn.Module, rescaling: Rescaling) -> None:
+def _rescale(model: nn.Module, templates: Sequence[LayerSpec], rescaling: Rescaling) -> None:
     """Make parameters of what rescaling changes from layer to layer, and widen what no power of two can save."""
     stored = patched_module("quantization_vacc").StoredLinear
     for module in list(model.modules()):
@@ -172,9 +166,11 @@ def _rescale(model: nn.Module, rescaling: Rescaling) -> None:
             del module.scaling
             module.register_buffer("scaling", _zeros((1,), torch.float32))
             module.wide_scores = True
-        elif kind == "MLP" and MLP in rescaling.wide:
-            module.wide = True
-            module.gate_proj, module.up_proj = stored(module.gate_proj.weight), stored(module.up_proj.weight)
+    for layer, module in zip(templates, model.model.layers, strict=True):
+        for branch in (branch for branch in layer.branches if branch.module in rescaling.wide):
+            module.get_submodule(branch.module).wide = True
+            for reader in branch.entry.readers:
+                module.set_submodule(reader, stored(module.get_submodule(reader).weight))
     model.lm_head = stored(model.lm_head.weight)
 
 

@@ -1,16 +1,17 @@
 """Cut the traced parts apart and build the whole graph: prologue, every layer, epilogue.
 
 Fifth step of the export: Part templates -> ir.Model with the contract's inputs and outputs. A layer is a copy of its
-kind's template in which `model.layers.<template>` reads `model.layers.<i>`.
+template in which `model.layers.<template>` reads `model.layers.<i>`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.errors import ExportError
 from gemma_deploy.graph.contract import DECODE, ENTERING, LEAVING, GraphContract, Port
 from gemma_deploy.graph.islands import Part, own_name
@@ -179,32 +180,36 @@ def _qualified(name: str, rename: Callable[[str], str], prefix: str) -> str:
 
 
 def stamp(
-    source: ir.Model, templates: dict[str, Template], layer_types: tuple[str, ...], contract: GraphContract, graph: str
+    source: ir.Model,
+    templates: dict[str, Template],
+    layers: Sequence[LayerSpec],
+    contract: GraphContract,
+    graph: str,
 ) -> ir.Model:
     """Build the graph of the layers in `contract`.
 
     Args:
-        layer_types: of the whole model.
+        layers: of the whole model.
 
     Raises:
         ExportError: an input of a part is left unconnected.
     """
     build = Builder(source, contract, graph)
-    layers = range(contract.first_layer, contract.first_layer + contract.layers)
-    kinds = dict.fromkeys(layer_types[i] for i in layers)
+    layers = layers[contract.first_layer : contract.first_layer + contract.layers]
+    kinds = dict.fromkeys(layer.kind for layer in layers)
     wanted = [f"{what}.{kind}" for kind in kinds for what in ("mask", "cos", "sin")]
     names = ("input_ids", "attention_mask", "position_ids") if contract.embeds else ("attention_mask", "position_ids")
     given = {name: build.inputs[name] for name in names}
     shared = build.place(templates["prologue"], given, "prologue.", [*(("hidden",) * contract.embeds), *wanted])
     hidden = shared["hidden"] if contract.embeds else build.inputs[ENTERING]
     outputs = dict[str, ir.Value]()
-    for i in layers:
-        kind = layer_types[i]
-        inputs = {"hidden": hidden, **{what: shared[f"{what}.{kind}"] for what in ("cos", "sin", "mask")}}
+    for layer in layers:
+        i = layer.index
+        inputs = {"hidden": hidden, **{what: shared[f"{what}.{layer.kind}"] for what in ("cos", "sin", "mask")}}
         if graph == DECODE:
             for part in ("key", "value"):
                 inputs[f"past.{part}"] = build.inputs[f"past_key_values.{i}.{part}"]
-        result = build.place(templates[f"layer.{kind}"], inputs, f"model.layers.{i}.")
+        result = build.place(templates[f"layer.{layer.template}"], inputs, f"model.layers.{i}.")
         hidden = result["hidden"]
         outputs |= {f"present.{i}.{part}": result[f"present.{part}"] for part in ("key", "value")}
     if contract.heads:

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from gemma_deploy.calibration.points import CACHE_PARTS, cache_factor
+from gemma_deploy.architectures import LayerSpec
+from gemma_deploy.calibration.points import cache_factor_names
 from gemma_deploy.checkpoint import ModelConfig, Rope, expected_tensors
 from gemma_deploy.checkpoint.config import TABLE
 from gemma_deploy.params.overlay import Stored
@@ -47,7 +48,7 @@ class ParamSpec:
 
     Args:
         shift: the source is multiplied by 2**shift.
-        gain_exponent: of a norm, whose gain (1 + weight) is divided by 2**gain_exponent.
+        gain_exponent: of a norm, whose gain (gain_offset + weight) is divided by 2**gain_exponent.
         rows: blocks [start, stop) of the source's rows that are taken, in order; () for all of them.
         columns: [start, stop) of the source's columns. Scales are those of whole rows.
         turned: the file has columns where the source has rows; `shape` is the file's.
@@ -63,6 +64,7 @@ class ParamSpec:
     value: float | None = None
     shift: int = 0
     gain_exponent: int = 0
+    gain_offset: float = 1.0
     rows: Blocks = ()
     columns: tuple[int, int] | None = None
     turned: bool = False
@@ -103,7 +105,8 @@ def build_plan(
     """
     storage, form = storage or Storage(), form or CodeForm()
     rescaling, part = rescaling or Rescaling(), part or Part(whole(config.num_hidden_layers))
-    span = part.span
+    span, offset = part.span, config.architecture.norm_offset
+    layers = config.layers[span.start : span.stop]
     specs: list[ParamSpec] = []
     for name, shape in expected_tensors(config).items():
         if not span.holds(name, config.tie_word_embeddings):
@@ -111,7 +114,7 @@ def build_plan(
         module = name.removesuffix(".weight")
         if len(shape) == 1:
             gain = rescaling.of(f"{module}.out")
-            specs.append(ParamSpec(name, shape, "float32", "cast", name, gain_exponent=gain))
+            specs.append(ParamSpec(name, shape, "float32", "cast", name, gain_exponent=gain, gain_offset=offset))
             if scheme == "fp16":
                 eps = config.rms_norm_eps * 4.0 ** -rescaling.of(f"{module}.in")
                 specs.append(ParamSpec(f"{module}.eps", (1,), "float32", "constant", value=eps))
@@ -133,16 +136,16 @@ def build_plan(
             shift = rescaling.linear_shift(module) if ".layers." in name else 0
             specs.append(ParamSpec(name, shape, MATRIX_DTYPE[scheme], "cast", name, shift=shift))
     if scheme == "fp16":
-        specs += [_attention_scale(config, layer, rescaling) for layer in range(span.start, span.stop)]
+        specs += [_attention_scale(layer, rescaling) for layer in layers]
     if int8_cache:
-        channels = (config.num_key_value_heads * config.head_dim,)
-        names = [cache_factor(layer, part) for layer in range(span.start, span.stop) for part in CACHE_PARTS]
-        specs += [ParamSpec(name, channels, "float32", "stored", name) for name in names]
-    half = (context_length, config.head_dim // 2)
-    layer_types = config.layer_types[span.start : span.stop]
-    for layer_type, rope in ((kind, rope) for kind, rope in config.rope.items() if kind in layer_types):
+        for layer in layers:
+            channels = (layer.kv_heads * layer.head_dim,)
+            names = cache_factor_names(layer).values()
+            specs += [ParamSpec(name, channels, "float32", "stored", name) for name in names]
+    widths = {layer.kind: layer.head_dim // 2 for layer in layers}
+    for layer_type, rope in ((kind, rope) for kind, rope in config.rope.items() if kind in widths):
         for table in ("cos", "sin"):
-            name = f"model.rotary_emb.{layer_type}.{table}"
+            name, half = f"model.rotary_emb.{layer_type}.{table}", (context_length, widths[layer_type])
             specs.append(ParamSpec(name, half, ROTARY_DTYPE, "constant", rope=rope))
     return tuple(specs) if part.ranks == 1 else tuple(_of_rank(spec, config, part) for spec in specs)
 
@@ -151,7 +154,8 @@ def _of_rank(spec: ParamSpec, config: ModelConfig, part: Part) -> ParamSpec:
     """What one rank holds of a tensor."""
     axis = None if spec.source is None else sharding(spec.name, len(spec.shape))
     if axis == "rows":
-        blocks = row_blocks(spec.name, spec.shape[0], config, part.rank, part.ranks)
+        layer = config.layer_of(spec.name)
+        blocks = row_blocks(spec.name, spec.shape[0], layer, rank=part.rank, ranks=part.ranks)
         count = sum(stop - start for start, stop in blocks)
         return replace(spec, shape=(count, *spec.shape[1:]), rows=blocks)
     if axis == "columns":
@@ -161,9 +165,7 @@ def _of_rank(spec: ParamSpec, config: ModelConfig, part: Part) -> ParamSpec:
     return spec
 
 
-def _attention_scale(config: ModelConfig, layer: int, rescaling: Rescaling) -> ParamSpec:
-    attention = f"model.layers.{layer}.self_attn"
-    after = "norm" if config.model_type == "gemma3_text" else "proj"
-    shift = sum(rescaling.of(f"{attention}.{name}_{after}.out") for name in ("q", "k"))
-    scale = config.query_pre_attn_scalar**-0.5 * 2.0**shift
-    return ParamSpec(f"{attention}.scaling", (1,), "float32", "constant", value=scale)
+def _attention_scale(layer: LayerSpec, rescaling: Rescaling) -> ParamSpec:
+    shift = sum(rescaling.of(f"{layer.prefix}{name}.out") for name in layer.scored)
+    scale = layer.attention_scale * 2.0**shift
+    return ParamSpec(f"{layer.prefix}{layer.branches[0].module}.scaling", (1,), "float32", "constant", value=scale)

@@ -202,7 +202,7 @@ def _rescaled(block: torch.Tensor, spec: ParamSpec, buffers: Buffers) -> torch.T
     import torch
 
     if spec.gain_exponent:
-        return ((1.0 + block.double()) * 2.0**-spec.gain_exponent - 1.0).float()
+        return ((spec.gain_offset + block.double()) * 2.0**-spec.gain_exponent - spec.gain_offset).float()
     if spec.shift:
         return buffers.take("wide", tuple(block.shape), torch.float32).copy_(block).mul_(2.0**spec.shift)
     return block

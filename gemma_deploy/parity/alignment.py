@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma_deploy import paths
+from gemma_deploy.architectures import SWITCHES
 from gemma_deploy.calibration.sources import SOURCES
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.parity.cases import Case
@@ -27,18 +28,18 @@ if TYPE_CHECKING:
 
 LIMITS = {"float32": 1e-5, "bfloat16": 1e-3}
 TEXTS = 64
-PATCH_KEYS = {"auto_map", "iter_num", "insert_slice", "embed_scale"}  # what staging adds to config.json
 
 
 def config_line(checkpoint: Checkpoint) -> Line:
     """How many keys of transformers' config class have another value in the patched one."""
     from transformers import AutoConfig
 
-    from gemma_deploy.patched import causal_classes
+    from gemma_deploy.patched import patched_config
 
-    raw = {key: value for key, value in checkpoint.config.raw.items() if key not in PATCH_KEYS}
-    stock = AutoConfig.for_model(**raw).to_dict()
-    patched = causal_classes(checkpoint.config.model_type)[0](**raw).to_dict()
+    config = checkpoint.config
+    raw = {key: value for key, value in config.raw.items() if key not in ("model_type", "auto_map", *SWITCHES)}
+    stock = AutoConfig.for_model(config.architecture.transformers_type, **raw).to_dict()
+    patched = patched_config(config).to_dict()
     differing = sorted(key for key, value in stock.items() if patched.get(key, KeyError) != value)
     name = "config keys that differ" + (f" ({', '.join(differing)})" if differing else "")
     return Line("hf = patched", name, float(len(differing)), 0.0, not differing)

@@ -16,13 +16,6 @@ from gemma_deploy.parity.reference import TorchSource
 
 EMBEDDED, NORMED = "model.embed_tokens.out", "model.norm.out"
 TOLERANCE = 1e-5  # of float32 arithmetic, relative to the largest value (real 270M: 2e-6)
-# Modules of a layer in the order they run; a trailing `.in` is what reaches a linear from operators without a name.
-ORDER = (
-    "input_layernorm.out", "self_attn.q_proj.out", "self_attn.k_proj.out", "self_attn.v_proj.out",
-    "self_attn.q_norm.out", "self_attn.k_norm.out", "self_attn.o_proj.in", "self_attn.o_proj.out",
-    "post_attention_layernorm.out", "pre_feedforward_layernorm.out", "mlp.gate_proj.out", "mlp.act_fn.out",
-    "mlp.up_proj.out", "mlp.down_proj.in", "mlp.down_proj.out", "post_feedforward_layernorm.out",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,8 +48,8 @@ class Divergence:
 
 def torch_divergence(hf: TorchSource, patched: TorchSource, case: Case, tolerance: float) -> Divergence | None:
     """Compare what every module makes, in the order the reference runs them."""
-    names = {f"model.layers.{i}.{name}" for i in range(hf.checkpoint.config.num_hidden_layers) for name in ORDER}
-    names |= {f"model.layers.{i}.out" for i in range(hf.checkpoint.config.num_hidden_layers)} | {EMBEDDED, NORMED}
+    layers = hf.checkpoint.config.layers
+    names = {f"{layer.prefix}{name}" for layer in layers for name in (*layer.points(), "out")} | {EMBEDDED, NORMED}
     expected: dict[str, np.ndarray] = {}
     hf.modules(case, 0, names.__contains__, expected.__setitem__)
     got: dict[str, np.ndarray] = {}

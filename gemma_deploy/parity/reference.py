@@ -19,12 +19,11 @@ from torch import nn
 
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import NotBuiltError
-from gemma_deploy.graph.skeleton import new_model
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.sources import Features
 from gemma_deploy.parity.stored import StoredWeights
-from gemma_deploy.patched import patched_module
+from gemma_deploy.patched import patched_causal, patched_module
 
 Weighting = Literal["fp32", "bf16", "w8a16"]
 TABLE = "model.embed_tokens.weight"
@@ -150,7 +149,7 @@ class TorchSource:
         config = self.checkpoint.config
         if self.kind == "patched":
             changes = {"vocab_size": vocab_size, "pad_token_id": None, "embed_scale": self.embed_scale}
-            causal = new_model(config, **changes).to(self.dtype).eval()
+            causal = patched_causal(config, **changes).to(self.dtype).eval()
             if self.weighting == "w8a16":
                 causal = causal.quantize(8, embeddings=True)
             return causal.model
@@ -158,7 +157,7 @@ class TorchSource:
 
         raw = {key: value for key, value in config.raw.items() if key not in ("auto_map", "model_type")}
         raw |= {"vocab_size": vocab_size, "pad_token_id": None}
-        stock = AutoConfig.for_model(config.model_type, **raw)
+        stock = AutoConfig.for_model(config.architecture.transformers_type, **raw)
         with init_empty_weights(include_buffers=False):
             model = AutoModel.from_config(stock, attn_implementation="eager", dtype=self.dtype)
         return model.eval()

@@ -60,7 +60,8 @@ class StoredWeights:
         values = self._gather(name, info.shape, start, stop)
         spec = self._pieces[name][0][2]
         if spec.gain_exponent:
-            values = ((1.0 + values.astype(np.float64)) * 2.0**spec.gain_exponent - 1.0).astype(np.float32)
+            gains = (spec.gain_offset + values.astype(np.float64)) * 2.0**spec.gain_exponent
+            values = (gains - spec.gain_offset).astype(np.float32)
         elif spec.shift:
             values *= np.float32(2.0**-spec.shift)
         scale = f"{name.removesuffix('.weight')}.scale"

@@ -24,7 +24,7 @@ from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.gates import STORED_WEIGHTS, Line
 from gemma_deploy.parity.stored import StoredWeights
 from gemma_deploy.patched import patched_module
-from gemma_deploy.quantization.folding import input_groups
+from gemma_deploy.quantization.folding import shared_rows
 
 NORM = "model.norm"
 BLOCK_BYTES = 8 << 20  # of a matrix as float32
@@ -81,16 +81,15 @@ def differences(
 def _folded(compared: _Compared, embed_scale: str) -> Iterator[Difference]:
     config = compared.checkpoint.config
     yield compared.matrix(TABLE, columns=compared.embedding_factors(embed_scale))
-    groups = input_groups(config)
-    norms = {group.norm for group in groups}
-    makers = {group.maker for group in groups}
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
+    for layer in config.layers:
+        prefix, groups = layer.prefix, layer.groups
+        norms = {group.norm for group in groups}
+        makers = {group.maker for group in groups}
         smaller: dict[str | None, np.ndarray] = {}  # factors of a maker's rows
         for group in groups:
             columns = compared.norm_factors(f"{prefix}{group.norm}") if group.norm else None
             if group.maker:
-                shared = group.shared(config)
+                shared = shared_rows(layer, group)
                 columns = 1 / (smaller[group.maker] if shared is None else smaller[group.maker][shared.numpy()])
             for reader in group.readers:
                 name, rows = f"{prefix}{reader}.weight", None
@@ -112,9 +111,10 @@ class _Compared:
     stored: StoredWeights
 
     def gains(self, norm: str) -> tuple[np.ndarray, np.ndarray]:
-        """1 + weight of a norm, [hidden] float64: the checkpoint's and the artifact's."""
+        """What a norm multiplies by, [hidden] float64: the checkpoint's and the artifact's."""
         name, size = f"{norm}.weight", self.checkpoint.tensors[f"{norm}.weight"].shape[0]
-        expected, found = (1 + one.rows(name, 0, size).astype(np.float64) for one in (self.checkpoint, self.stored))
+        offset, both = self.checkpoint.config.architecture.norm_offset, (self.checkpoint, self.stored)
+        expected, found = (offset + one.rows(name, 0, size).astype(np.float64) for one in both)
         return expected, found
 
     def norm_factors(self, norm: str) -> np.ndarray:

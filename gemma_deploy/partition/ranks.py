@@ -7,14 +7,22 @@ partial results are added up (AllReduce). Norms are repeated. Megatron-LM's sche
 from __future__ import annotations
 
 import math
-from typing import Literal
+from functools import cache
 
+from gemma_deploy.architectures import ROWS, Axis, LayerSpec
 from gemma_deploy.checkpoint import ModelConfig
 
-Axis = Literal["rows", "columns"]
 Blocks = tuple[tuple[int, int], ...]
-BY_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
-BY_COLUMNS = ("o_proj", "down_proj")
+
+
+@cache
+def _axes() -> dict[str, Axis]:
+    """By the last part of a module's name: what reads a normed stream has rows of its own, what adds to it columns."""
+    axes: dict[str, Axis] = {"embed_tokens": "rows", "lm_head": "rows"}
+    for branch in (branch for row in ROWS for branch in row.branches):
+        axes |= dict.fromkeys((reader.rpartition(".")[2] for reader in branch.entry.readers), "rows")
+        axes |= dict.fromkeys((reader.rpartition(".")[2] for reader in branch.exit.readers), "columns")
+    return axes
 
 
 def sharding(name: str, dimensions: int = 1) -> Axis | None:
@@ -23,23 +31,23 @@ def sharding(name: str, dimensions: int = 1) -> Axis | None:
     Args:
         dimensions: of a scale: 2 where groups of columns have their own.
     """
-    module = name.rpartition(".")[0].rpartition(".")[2]
-    if module in BY_ROWS and not name.endswith(".column_scale"):
+    axis = _axes().get(name.rpartition(".")[0].rpartition(".")[2])
+    if axis == "rows" and not name.endswith(".column_scale"):
         return "rows"
-    if module in BY_COLUMNS and (name.endswith(".weight") or dimensions == 2):
+    if axis == "columns" and (name.endswith(".weight") or dimensions == 2):
         return "columns"
     return None  # norms, rotary tables, and the scale of a matrix divided by columns: one for each whole row
 
 
-def kv_heads_of(config: ModelConfig, ranks: int) -> int:
-    """KV heads of one rank; more in all than the model has where `ranks` does not divide them."""
-    return math.lcm(config.num_key_value_heads, ranks) // ranks
+def kv_heads_of(kv_heads: int, ranks: int) -> int:
+    """KV heads of one rank; more in all than there are where `ranks` does not divide them."""
+    return math.lcm(kv_heads, ranks) // ranks
 
 
-def kv_head_blocks(config: ModelConfig, rank: int, ranks: int) -> Blocks:
-    """Heads [start, stop) of the model that a rank's KV heads are, a block for each run of neighbours."""
-    count = kv_heads_of(config, ranks)
-    copies = count * ranks // config.num_key_value_heads
+def kv_head_blocks(kv_heads: int, rank: int, ranks: int) -> Blocks:
+    """Heads [start, stop) of a layer that a rank's KV heads are, a block for each run of neighbours."""
+    count = kv_heads_of(kv_heads, ranks)
+    copies = count * ranks // kv_heads
     heads = [(rank * count + i) // copies for i in range(count)]
     blocks: list[tuple[int, int]] = []
     for head in heads:
@@ -50,27 +58,37 @@ def kv_head_blocks(config: ModelConfig, rank: int, ranks: int) -> Blocks:
     return tuple(blocks)
 
 
-def row_blocks(name: str, rows: int, config: ModelConfig, rank: int, ranks: int) -> Blocks:
-    """Rows [start, stop) of a tensor divided by rows that a rank holds, in order."""
-    module = name.rpartition(".")[0].rpartition(".")[2]
-    if module in ("k_proj", "v_proj"):
-        size = config.head_dim
-        return tuple((start * size, stop * size) for start, stop in kv_head_blocks(config, rank, ranks))
+def row_blocks(name: str, rows: int, layer: LayerSpec | None, *, rank: int, ranks: int) -> Blocks:
+    """Rows [start, stop) of a tensor divided by rows that a rank holds, in order.
+
+    Args:
+        name: of a parameter; layer: that it belongs to, None where it is no layer's.
+    """
+    module = name.rpartition(".")[0]
+    if layer is not None and any(module.endswith(f".{maker}") for _, maker in layer.caches):
+        size = layer.head_dim
+        blocks = kv_head_blocks(layer.kv_heads, rank, ranks)
+        return tuple((start * size, stop * size) for start, stop in blocks)
     return ((rank * rows // ranks, (rank + 1) * rows // ranks),)
 
 
 def input_channels(config: ModelConfig, ranks: int) -> dict[str, int]:
-    """Columns of each kind of linear that one rank holds."""
-    return {
-        "q_proj, k_proj, v_proj, gate_proj, up_proj": config.hidden_size,
-        "o_proj": config.num_attention_heads * config.head_dim // ranks,
-        "down_proj": config.intermediate_size // ranks,
-    }
+    """Columns of each kind of linear that one rank holds, kinds of equal ones together."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for layer in config.templates:
+        for linear in layer.linears:
+            whole = _axes()[linear.kind] == "rows"
+            columns = linear.in_features if whole else linear.in_features // ranks
+            kinds = found.setdefault(("" if whole else linear.kind, columns), [])
+            if linear.kind not in kinds:
+                kinds.append(linear.kind)
+    return {", ".join(kinds): columns for (_, columns), kinds in found.items()}
 
 
 def repeated_heads(config: ModelConfig, ranks: int) -> str | None:
     """How KV heads are repeated, as a sentence; None where every rank has heads of its own."""
-    kv, total = config.num_key_value_heads, kv_heads_of(config, ranks) * ranks
+    kv = config.num_key_value_heads
+    total = kv_heads_of(kv, ranks) * ranks
     if total == kv:
         return None
     heads = f"{kv} key/value head{'s' if kv > 1 else ''}"

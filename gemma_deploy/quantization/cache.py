@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.calibration.driver import Progress, embed, loaded
 from gemma_deploy.calibration.executors import Executor
-from gemma_deploy.calibration.points import CACHE_FACTOR, CACHE_PARTS
+from gemma_deploy.calibration.points import cache_factor_names
 from gemma_deploy.calibration.shards import Frame, LayerPass, Model
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import Checkpoint
@@ -26,18 +27,18 @@ from gemma_deploy.quantization.results import write_result
 SMALLEST = 1e-3  # of the largest channel of a head: what was silent on the calibration text may speak up later
 
 
-def cache_factors(maxima: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Parameters by name within the layer: [Hk * D] float32, the logarithms' mean of each head 0.
+def cache_factors(layer: LayerSpec, maxima: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parameters of a layer: [Hk * D] float32, the logarithms' mean of each head 0.
 
     Args:
         maxima: of "key" and "value", the largest magnitude of each channel [Hk, D].
     """
-    found = {}
+    found, names = {}, cache_factor_names(layer)
     for part, largest in maxima.items():
         sizes = largest.double()
         sizes = sizes.maximum(SMALLEST * sizes.amax(1, keepdim=True)).clamp_min(1e-30)
         factors = (sizes.log() - sizes.log().mean(1, keepdim=True)).exp()
-        found[f"{CACHE_PARTS[part]}.{CACHE_FACTOR}"] = factors.float().reshape(-1)
+        found[names[part]] = factors.float().reshape(-1)
     return found
 
 
@@ -79,7 +80,7 @@ def observe_cache(
             with loaded(layer.module, checkpoint, layer.name):
                 # A window's states are read before the layer's are written in their place.
                 maxima = step(executor, layer, states, states, ticked, cache=True)
-            tensors |= {f"{layer.name}.{name}": value for name, value in cache_factors(maxima).items()}
+            tensors |= cache_factors(layer.spec, maxima)
     finally:
         states.close()
     write_result(file, tensors, {})

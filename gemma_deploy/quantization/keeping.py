@@ -7,7 +7,6 @@ from math import prod
 from typing import Any
 
 from gemma_deploy.checkpoint import ModelConfig, expected_tensors
-from gemma_deploy.quantization.folding import input_groups
 
 KEEP = 0.1  # of all multiplications in linears
 # Where keeping one costs a second integer product and no float one: room for every down_proj, a third of the linears at
@@ -41,8 +40,8 @@ def linears_to_keep(
     """
     shapes = expected_tensors(config)
     found = []
-    for record in records:
-        for group in input_groups(config):
+    for layer, record in zip(config.layers, records, strict=True):
+        for group in layer.groups:
             names = [f"{record['layer']}.{reader}" for reader in group.readers]
             noise = max(record["tensors"][reader]["activation_noise"] for reader in group.readers)
             rank = (first in group.readers, noise)

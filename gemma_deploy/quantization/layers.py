@@ -10,7 +10,6 @@ bytes.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from gemma_deploy.architectures import InputGroup, LayerSpec
 from gemma_deploy.calibration.driver import Progress, embed, loaded
 from gemma_deploy.calibration.executors import Executor, Here
 from gemma_deploy.calibration.points import TOKENS
 from gemma_deploy.calibration.shards import Frame, LayerPass, Model
 from gemma_deploy.calibration.states import HiddenStates
-from gemma_deploy.checkpoint import Checkpoint, ModelConfig
+from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CalibrationError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.quantization.cache import cache_factors
-from gemma_deploy.quantization.folding import InputGroup, input_groups
+from gemma_deploy.quantization.folding import shared_rows
 from gemma_deploy.quantization.moments import NotPositiveError
 from gemma_deploy.quantization.observing import scratch_of
 from gemma_deploy.quantization.passage import Passage
@@ -86,8 +86,7 @@ def quantize_layers(
             embed(checkpoint, ids, float(frame.stack.embed_tokens.scale_value(torch.float32)), states)
         else:
             states = HiddenStates(shape, states_file(folder, done), 0, there=True)
-        groups = input_groups(config)
-        passes = (len(groups) if true_sequential else 1) + 1
+        passes = (len(config.layers[0].groups) if true_sequential else 1) + 1
         for index in range(done, count):
             layer = LayerPass(frame, index)
             with loaded(layer.module, checkpoint, layer.name):
@@ -95,7 +94,9 @@ def quantize_layers(
                 keep = TOKENS if settings.activations else 0
                 inside = Passage(executor, layer, states, ticked, tokens=keep, stops=true_sequential)
                 try:
-                    tensors, record = _quantize_layer(layer.module, groups, config, inside, settings, true_sequential)
+                    tensors, record = _quantize_layer(
+                        layer.module, layer.spec, config.architecture.norm_offset, inside, settings, true_sequential
+                    )
                 except NotPositiveError as error:
                     raise CalibrationError(
                         "what its linears read has no usable second moments, whatever the damping",
@@ -104,13 +105,13 @@ def quantize_layers(
                         next_step=f"its weights in {checkpoint.path} are damaged: copy or download them again",
                     ) from error
                 following = HiddenStates(shape, states_file(folder, index + 1), 0)
-                tensors |= cache_factors(inside.leave(following, int8_cache))
+                factors = cache_factors(layer.spec, inside.leave(following, int8_cache))
             following.sync()
-            named = {f"{layer.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+            named = {f"{layer.name}.{suffix}": tensor for suffix, tensor in tensors.items()} | factors
             write_result(layer_file(folder, index), named, {"layer": layer.name, **record})
             states.close()
             states = following
-            del tensors, named
+            del tensors, named, factors
             give_memory_back()
         shutil.rmtree(scratch_of(folder), ignore_errors=True)
     records = [read_record(layer_file(folder, layer)) for layer in range(count)]
@@ -138,8 +139,8 @@ class _Ticks:
 
 def _quantize_layer(
     layer: nn.Module,
-    groups: Sequence[InputGroup],
-    config: ModelConfig,
+    spec: LayerSpec,
+    norm_offset: float,
     inside: Passage,
     settings: Settings,
     true_sequential: bool,
@@ -152,7 +153,7 @@ def _quantize_layer(
     solved: dict[str, QuantizedWeight] = {}
     norms: dict[str, torch.Tensor] = {}
     record: dict[str, Any] = {"groups": {}, "tensors": {}}
-    for batch in [[group] for group in groups] if true_sequential else [list(groups)]:
+    for batch in [[group] for group in spec.groups] if true_sequential else [list(spec.groups)]:
         observers = inside.observe([group.observed for group in batch])
         for group in batch:
             modules = [layer.get_submodule(reader) for reader in group.readers]
@@ -160,11 +161,11 @@ def _quantize_layer(
             seen = observers.pop(group.observed)
             tokens = seen.tokens.take() if seen.tokens else None
             own = [settings.linear(reader) for reader in group.readers]
-            found = solve(weights, seen.moments.take(), settings, group.shared(config), tokens, own)
+            found = solve(weights, seen.moments.take(), settings, shared_rows(spec, group), tokens, own)
             for reader, module, weight in zip(group.readers, modules, found.weights, strict=True):
                 solved[reader] = weight
                 module.weight.data = weight.dequantized()
-            _fold(layer, group, config, found, solved, norms)
+            _fold(layer, group, spec, norm_offset, found, solved, norms)
             if group.maker:
                 inside.divided(group.observed, found.factors)
             record["groups"][group.observed] = _describe(found)
@@ -189,18 +190,23 @@ def _quantize_layer(
 def _fold(
     layer: nn.Module,
     group: InputGroup,
-    config: ModelConfig,
+    spec: LayerSpec,
+    norm_offset: float,
     found: Solved,
     solved: dict[str, QuantizedWeight],
     norms: dict[str, torch.Tensor],
 ) -> None:
-    """Divide what makes the input by the factors: a norm's gain 1 + w, or the scales of rows of the linear before."""
+    """Divide what makes the input by the factors: a norm's gain, or the scales of rows of the linear before.
+
+    Args:
+        norm_offset: what the norm's gain is more than its weight.
+    """
     if group.norm:
         weight = layer.get_submodule(group.norm).weight
-        weight.data = ((1.0 + weight.double()) / found.factors.double() - 1.0).float()
+        weight.data = ((norm_offset + weight.double()) / found.factors.double() - norm_offset).float()
         norms[group.norm] = weight.data.clone()
     elif group.maker:
-        shared = group.shared(config)
+        shared = shared_rows(spec, group)
         rows = found.factors if shared is None else torch.empty(int(shared.max()) + 1)
         if shared is not None:
             rows[shared] = found.factors

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from gemma_deploy.calibration.executors import Executor
-from gemma_deploy.calibration.segments import ATTENTION, ENTERED, Route, state_columns
+from gemma_deploy.calibration.segments import ENTERED, Route, state_columns
 from gemma_deploy.calibration.shards import LayerPass
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.quantization.observing import Observers, observe, scratch_of, step
@@ -40,10 +40,10 @@ class Passage:
     def observe(self, points: Sequence[str]) -> dict[str, Observers]:
         """What some linears read; windows that wait do so at the last of them."""
         following, last = None, points[-1]
-        if self.stops and last != ATTENTION:
+        if self.stops and last != self.layer.spec.groups[0].observed:
             folder = scratch_of(self.first.file.parent)
             folder.mkdir(exist_ok=True)
-            columns = state_columns(self.layer.frame.model.config, last)
+            columns = state_columns(self.layer.spec, last)
             following = HiddenStates((*self.first.shape[:2], columns), folder / f"{last}.f32", 0)
         found = observe(self.executor, self.layer, points, self.states, self.ticked, self.tokens, self.route, following)
         if following is not None:

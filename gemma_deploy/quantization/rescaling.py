@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from gemma_deploy.architectures import Branch, LayerSpec, inner_modules
 from gemma_deploy.checkpoint import ModelConfig
 
 FP16_MAX = 65504.0
 HEADROOM = 4.0  # demanded by the gate, of other text than the calibration's
 MARGIN = 2.0  # on top of it when the exponents are chosen
-MLP = "mlp"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Rescaling:
 
     Args:
         exponents: `MODULE.in` or `MODULE.out` -> e; the tensor is stored divided by 2**e. Absent: 0.
-        wide: what is computed in float32 beside what always is: "mlp" (gate, up and their product), or nothing.
+        wide: branches whose inside is computed in float32: "mlp" (gate, up and their product), or none.
         absmax: largest magnitudes measured, of the true tensors.
     """
 
@@ -53,8 +53,8 @@ class Rescaling:
 
     def is_wide(self, point: str) -> bool:
         """Whether a tensor is float32 in the graph."""
-        inner = (".mlp.gate_proj.out", ".mlp.act_fn.out", ".mlp.up_proj.out")
-        return (MLP in self.wide and point.endswith(inner)) or point == "model.norm.out"
+        inner = tuple(f".{name}.out" for branch in self.wide for name in inner_modules(branch))
+        return point.endswith(inner) or point == "model.norm.out"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, zeros left out."""
@@ -90,63 +90,49 @@ def needed(absmax: float) -> int:
 class _Chooser:
     def __init__(self, config: ModelConfig, maxima: Mapping[str, float]) -> None:
         self.config, self.absmax = config, maxima
-        self.four_norms = config.model_type != "gemma"
-        self.qk_norm = config.model_type == "gemma3_text"
         self.exponents: dict[str, int] = {}
         self.wide: set[str] = set()
 
     def choose(self) -> Rescaling:
-        layers = [f"model.layers.{i}" for i in range(self.config.num_hidden_layers)]
         stream = ["model.embed_tokens.out"]
-        for layer in layers:
-            stream += [f"{layer}.out", f"{layer}.{self._middle}.in"]
-            branches = (
-                ("post_attention_layernorm.out", "post_feedforward_layernorm.out")
-                if self.four_norms
-                else ("self_attn.o_proj.out", "mlp.down_proj.out")
-            )
-            stream += [f"{layer}.{branch}" for branch in branches]
+        for layer in self.config.layers:
+            stream.append(f"{layer.prefix}out")
+            stream += [f"{layer.prefix}{branch.norm}.in" for branch in layer.branches[1:]]
+            stream += [f"{layer.prefix}{branch.post_norm or branch.output}.out" for branch in layer.branches]
         residual = max(self._need(point) for point in stream)
         self.exponents |= dict.fromkeys(stream, residual)
-        for layer in layers:
-            self.exponents[f"{layer}.input_layernorm.in"] = residual
-            self._attention(layer)
-            self._mlp(layer)
+        for layer in self.config.layers:
+            self.exponents[f"{layer.prefix}{layer.branches[0].norm}.in"] = residual
+            for branch in layer.branches:
+                self._branch(layer, branch)
         self.exponents["model.norm.in"] = residual
         return Rescaling(dict(self.exponents), tuple(sorted(self.wide)), dict(self.absmax))
-
-    @property
-    def _middle(self) -> str:
-        return "pre_feedforward_layernorm" if self.four_norms else "post_attention_layernorm"
 
     def _need(self, point: str) -> int:
         return needed(self.absmax[point])
 
-    def _attention(self, layer: str) -> None:
-        e, attention = self.exponents, f"{layer}.self_attn"
-        normed = self._need(f"{layer}.input_layernorm.out")
-        e |= dict.fromkeys((f"{attention}.{name}_proj.in" for name in "qkv"), normed)
-        e[f"{layer}.input_layernorm.out"] = normed
-        for name in ("q", "k"):
-            e[f"{attention}.{name}_proj.out"] = self._need(f"{attention}.{name}_proj.out")
-            if self.qk_norm:
-                e[f"{attention}.{name}_norm.in"] = e[f"{attention}.{name}_proj.out"]
-                e[f"{attention}.{name}_norm.out"] = self._need(f"{attention}.{name}_norm.out")
-        # Probabilities weigh the values: their sum is no larger than the largest value.
-        values = max(self._need(f"{attention}.v_proj.out"), self._need(f"{attention}.o_proj.in"))
-        e[f"{attention}.v_proj.out"] = e[f"{attention}.o_proj.in"] = values
-        if self.four_norms:
-            made = self._need(f"{attention}.o_proj.out")
-            e[f"{attention}.o_proj.out"] = e[f"{layer}.post_attention_layernorm.in"] = made
+    def _branch(self, layer: LayerSpec, branch: Branch) -> None:
+        e, at = self.exponents, layer.prefix
+        normed = self._need(f"{at}{branch.norm}.out")
+        e |= dict.fromkeys((f"{at}{reader}.in" for reader in branch.entry.readers), normed)
+        e[f"{at}{branch.norm}.out"] = normed
+        if branch.attends:
+            self._scores(layer)
+        elif any(self._need(f"{at}{reader}.out") for reader in branch.entry.readers if reader != branch.exit.maker):
+            self.wide.add(branch.module)  # GELU is not linear: nothing undoes a scale
+        # What the last linear reads is as large as its maker's rows: probabilities weigh values, and their sum is no
+        # larger than the largest; in the MLP a product takes the scale of one of its factors.
+        made, read = f"{at}{branch.exit.maker}.out", f"{at}{branch.output}.in"
+        e[made] = e[read] = max(self._need(made), self._need(read))
+        if branch.post_norm:
+            added = self._need(f"{at}{branch.output}.out")
+            e[f"{at}{branch.output}.out"] = e[f"{at}{branch.post_norm}.in"] = added
 
-    def _mlp(self, layer: str) -> None:
-        e, mlp = self.exponents, f"{layer}.mlp"
-        normed = self._need(f"{layer}.{self._middle}.out")
-        e |= dict.fromkeys((f"{layer}.{self._middle}.out", f"{mlp}.gate_proj.in", f"{mlp}.up_proj.in"), normed)
-        if self._need(f"{mlp}.gate_proj.out"):  # GELU is not linear: nothing undoes a scale
-            self.wide.add(MLP)
-        product = max(self._need(f"{mlp}.up_proj.out"), self._need(f"{mlp}.down_proj.in"))
-        e[f"{mlp}.up_proj.out"] = e[f"{mlp}.down_proj.in"] = product
-        if self.four_norms:
-            made = self._need(f"{mlp}.down_proj.out")
-            e[f"{mlp}.down_proj.out"] = e[f"{layer}.post_feedforward_layernorm.in"] = made
+    def _scores(self, layer: LayerSpec) -> None:
+        """Queries and keys, and the norms of their heads."""
+        e, at, norms = self.exponents, layer.prefix, dict(layer.head_norms)
+        for linear in layer.scoring:
+            e[f"{at}{linear}.out"] = self._need(f"{at}{linear}.out")
+            if norm := norms.get(linear):
+                e[f"{at}{norm}.in"] = e[f"{at}{linear}.out"]
+                e[f"{at}{norm}.out"] = self._need(f"{at}{norm}.out")

@@ -65,9 +65,10 @@ def scale_table(
             power += hidden[0].double().square().sum(0)
             count += shape[1]
         factors = column_factors([_some_rows(checkpoint)], (power / count).float())
-        gain = 1.0 + stack.norm.weight.double()
+        offset = checkpoint.config.architecture.norm_offset
+        gain = offset + stack.norm.weight.double()
         folded = {
-            NORM: (gain / factors.double() - 1.0).float(),
+            NORM: (gain / factors.double() - offset).float(),
             FACTORS: factors,
         }
         if checkpoint.config.tie_word_embeddings:

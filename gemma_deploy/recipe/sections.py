@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
-from gemma_deploy.schemes import Linear
+from gemma_deploy.architectures import linear_kinds
 
 WEIGHT_TYPES = ("w8a16", "w8a16_gptq", "w8a8", "w4a16", "w4a16_gptq")
 QUANTIZE_TYPES = (*WEIGHT_TYPES, "w16kv8", *(f"{weight}+kv8" for weight in WEIGHT_TYPES))
@@ -24,6 +25,15 @@ VENDOR = "interpreted by the vendor's compiler only; carried into the manifest"
 
 Positive = Annotated[int, Field(ge=1)]
 VendorOnly = Annotated[Any, Field(description=VENDOR)]
+
+
+def _known_linear(kind: str) -> str:
+    if kind not in linear_kinds():
+        raise PydanticCustomError("literal_error", "expected {expected}", {"expected": ", ".join(linear_kinds())})
+    return kind
+
+
+LinearKind = Annotated[str, AfterValidator(_known_linear)]
 
 
 class Section(BaseModel):
@@ -81,7 +91,7 @@ class CalibArgs(Section):
     groupsize: Literal[-1, 32, 64, 128] | None = None
     sensitivity: bool | None = None
     keep_a16: Annotated[float, Field(ge=0, le=1)] | None = None
-    keep_w8: list[Linear] | None = None
+    keep_w8: list[LinearKind] | None = None
     onegroup: VendorOnly = None
     model_file_base_name: VendorOnly = None
     model_file_kv_name: VendorOnly = None

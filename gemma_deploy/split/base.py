@@ -15,10 +15,10 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.errors import UsageError
-from gemma_deploy.graph.skeleton import new_model
 from gemma_deploy.partition import Span
 from gemma_deploy.partition.mapper import ParameterMapper
 from gemma_deploy.partition.spans import BOTTOM, HEAD, TABLE, TOP, TRUNK
+from gemma_deploy.patched import patched_causal
 
 MIB = 1 << 20
 Mask: TypeAlias = torch.Tensor | Mapping[str, torch.Tensor]
@@ -40,7 +40,7 @@ class Part(nn.Module):
     def __init__(self, config: ModelConfig, span: Span, embed_scale: str = "exact") -> None:
         super().__init__()
         self.model_config, self.span, self.embed_scale = config, span, embed_scale
-        causal = new_model(
+        causal = patched_causal(
             config,
             num_hidden_layers=self.num_layers,
             layer_types=list(config.layer_types[span.start : span.stop]),

@@ -14,7 +14,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from gemma_deploy.errors import UsageError
-from gemma_deploy.patched import causal_classes
+from gemma_deploy.patched import patched_config
 from gemma_deploy.split.base import Part
 from gemma_deploy.split.factory import load_part
 from gemma_deploy.split.layout import read_split
@@ -48,11 +48,7 @@ class SplitChain(PreTrainedModel, GenerationMixin):
                 expected="bottom, trunk(s) and top of one checkpoint, in order and without a gap",
                 next_step="pass all parts that ModelFactory.create_split_models returned",
             )
-        config_class, _ = causal_classes(model.model_type)
-        raw = {key: value for key, value in model.raw.items() if key != "auto_map"}
-        config = config_class(**raw, embed_scale=parts[0].embed_scale)
-        config._attn_implementation = "eager"
-        super().__init__(config)
+        super().__init__(patched_config(model, embed_scale=parts[0].embed_scale))
         self.parts = nn.ModuleList(parts)
         self.train(parts[0].training)
         self.loss_type = "ForCausalLM"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from gemma_deploy.architectures import text_type
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig
 from gemma_deploy.checkpoint.safetensors_reader import SafetensorsFile
 from gemma_deploy.errors import CheckpointError, UsageError
@@ -24,7 +25,6 @@ from gemma_deploy.writing import finite, write_json
 
 BLOCK_BYTES = 8 << 20
 SAVE_PART = Maker("save_part", CheckpointError)
-ALIASES = {"gemma3": "gemma3_text"}
 log = logging.getLogger(__name__)
 
 
@@ -49,7 +49,7 @@ class ModelFactory:
         """Bottom (layers [0, a)), trunk ([a, b)) and top ([b, n)).
 
         Args:
-            model_type: `gemma`, `gemma2` or `gemma3_text`; must be the checkpoint's.
+            model_type: the checkpoint's, or that of a multimodal model of the same generation.
             model_name_or_path: a checkpoint (directory, .gguf file, `demo`).
             split_point_1: a; split_point_2: b. Without both, points that balance the parts' bytes; without b alone
                 there is no trunk.
@@ -76,7 +76,7 @@ class ModelFactory:
             raise UsageError(f"{given} without {missing} writes nothing", next_step="pass both, or neither")
         checkpoint = Checkpoint.open(model_name_or_path)
         config = checkpoint.config
-        if ALIASES.get(model_type, model_type) != config.model_type:
+        if text_type(model_type) != config.model_type:
             raise UsageError(
                 f"model_type is {model_type!r}, and the checkpoint is a {config.model_type}",
                 where=str(checkpoint.path),

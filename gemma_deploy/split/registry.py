@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from gemma_deploy.architectures import model_types
 from gemma_deploy.errors import NotBuiltError
-from gemma_deploy.patched import MODELS
 from gemma_deploy.split.base import Part
 from gemma_deploy.split.parts import Bottom, Top, Trunk
 
 Class = TypeVar("Class", bound=type[Part])
 REGISTRY: dict[tuple[str, str], type[Part]] = {
-    (model_type, cls.kind): cls for model_type in MODELS for cls in (Bottom, Trunk, Top)
+    (model_type, cls.kind): cls for model_type in model_types() for cls in (Bottom, Trunk, Top)
 }
 
 

@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from gemma_deploy import patched
 from gemma_deploy.calibration import ranges as passes
 from gemma_deploy.calibration import states
 from gemma_deploy.calibration.observers import RangeObserver
-from gemma_deploy.calibration.points import LABELS, LAYER_INPUTS, input_point, split_point
+from gemma_deploy.calibration.points import LABELS, input_point, split_point
 from gemma_deploy.calibration.ranges import run_layers
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.errors import CalibrationError, NotBuiltError
+from gemma_deploy.errors import CalibrationError
 from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
 
 LAYERS = {kind: config["num_hidden_layers"] for kind, config in TINY_CONFIGS.items()}
@@ -165,15 +164,15 @@ def test_progress_counts_windows_through_layers(checkpoint_dir, model_type, tmp_
     assert seen == [(done, total) for done in range(1, total + 1)]
 
 
-def test_a_generation_without_patched_model_is_refused(tmp_path, monkeypatch):
-    monkeypatch.delitem(patched.MODELS, "gemma")
-    path = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma")
-    with pytest.raises(NotBuiltError, match="'gemma' has no patched modeling file"):
-        streamed(path, sample_ids(), tmp_path)
-
-
 def test_points_have_labels_and_every_linear_a_point():
-    assert set(LABELS) == {f"{linear}.in" for linear in LAYER_INPUTS} | {"out", "lm_head.in"}
+    assert LABELS == {
+        "self_attn.q_proj.in": "q/k/v input",
+        "self_attn.o_proj.in": "o_proj input",
+        "mlp.gate_proj.in": "gate/up input",
+        "mlp.down_proj.in": "down_proj input",
+        "out": "layer output",
+        "lm_head.in": "LM head input",
+    }
     assert input_point("model.layers.3.self_attn.v_proj") == "model.layers.3.self_attn.q_proj.in"
     assert input_point("model.layers.3.mlp.up_proj") == "model.layers.3.mlp.gate_proj.in"
     assert input_point("lm_head") == "lm_head.in"

@@ -6,14 +6,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from gemma_deploy.calibration.points import LAYER_INPUTS
-from gemma_deploy.calibration.segments import ATTENTION, Route, state_columns, walk
+from gemma_deploy.calibration.segments import Route, state_columns, walk
 from gemma_deploy.calibration.shards import Frame, LayerPass, Model
 from gemma_deploy.calibration.states import joined
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.testing import write_tiny_checkpoint
 
 SEQLEN = 40  # five windows of 8
+POINTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 
 
 def opened(path, index=1):
@@ -29,7 +29,7 @@ def stock_layer(path, states):
     """What transformers' own layer gives for the states, and what its linears read."""
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32).eval()
     second, found = model.model.layers[1], {}
-    for point in LAYER_INPUTS:
+    for point in POINTS:
         second.get_submodule(point).register_forward_pre_hook(
             lambda module, args, point=point: found.__setitem__(point, args[0])
         )
@@ -45,15 +45,15 @@ def test_segments_give_what_the_stock_layer_gives(tmp_path, model_type):
     checkpoint, layer = opened(write_tiny_checkpoint(tmp_path / "checkpoint", model_type))
     states = np.random.default_rng(1).standard_normal((SEQLEN, checkpoint.config.hidden_size), np.float32)
     expected = stock_layer(checkpoint.path, states)
-    state, at, seen = states, ATTENTION, {}
+    state, at, seen = states, None, {}
     with layer.hooked():
-        for stop in (*LAYER_INPUTS, None):
+        for stop in (*POINTS, None):
             parts = walk(layer, state, Route(at), stop, seen.__setitem__)
             state, at = joined([part[0].numpy() for part in parts]), stop
             if stop is not None:
-                assert state.shape == (SEQLEN, state_columns(checkpoint.config, stop))
+                assert state.shape == (SEQLEN, state_columns(layer.spec, stop))
         (whole,) = walk(layer, states, Route(), None, lambda point, x: None)
-    for point in LAYER_INPUTS:
+    for point in POINTS:
         torch.testing.assert_close(seen[point], expected[point], rtol=0, atol=0)
     torch.testing.assert_close(torch.from_numpy(state)[None], expected[None].view(1, SEQLEN, -1), rtol=0, atol=0)
     torch.testing.assert_close(whole, layer.run(states), rtol=0, atol=0)

@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig, gguf_reader
-from gemma_deploy.checkpoint.gguf_reader import BLOCK_NAMES, FOUR_NORM_NAMES, GLOBAL_NAMES, TWO_NORM_NAMES
 from gemma_deploy.errors import CheckpointError
 from tests.checkpoint.make import config, to_bf16, weights
 
@@ -26,15 +25,32 @@ def raw_config(model_type, **changes):
     return config(model_type, **sizes | changes)
 
 
+# As llama.cpp's converter names them (gguf.constants.TENSOR_NAMES).
+OUTSIDE = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+BLOCKS = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "input_layernorm": "attn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+TWO_NORMS = {"post_attention_layernorm": "ffn_norm"}
+FOUR_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
 def llama_name(name, model_type):
-    """Hugging Face name -> llama.cpp's, by the reader's own tables turned round."""
-    for theirs, ours in GLOBAL_NAMES.items():
-        if ours == name:
-            return theirs
-    blocks = BLOCK_NAMES | (TWO_NORM_NAMES if model_type == "gemma" else FOUR_NORM_NAMES)
+    """Hugging Face name -> llama.cpp's."""
+    if name in OUTSIDE:
+        return OUTSIDE[name]
+    blocks = BLOCKS | (TWO_NORMS if model_type == "gemma" else FOUR_NORMS)
     _, _, layer, rest = name.split(".", 3)
-    inner = {ours: theirs for theirs, ours in blocks.items()}[rest.removesuffix(".weight")]
-    return f"blk.{layer}.{inner}.weight"
+    return f"blk.{layer}.{blocks[rest.removesuffix('.weight')]}.weight"
 
 
 def write_gguf(path, raw, tensors, *, arch=None, quantize=None, metadata=()):

@@ -49,10 +49,10 @@ def test_the_bfloat16_reference_is_transformers_own(checkpoint_dir):
 
 
 def test_another_default_of_the_config_is_named(checkpoint_dir, model_type, monkeypatch):
-    from gemma_deploy.patched import causal_classes
+    from gemma_deploy.patched import patched_config
 
     checkpoint = Checkpoint.open(checkpoint_dir)
-    config_class = causal_classes(model_type)[0]
+    config_class = type(patched_config(checkpoint.config))
     right = config_class.to_dict
     monkeypatch.setattr(config_class, "to_dict", lambda self: right(self) | {"rms_norm_eps": 1.0})
     line = alignment.config_line(checkpoint)

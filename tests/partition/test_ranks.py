@@ -27,10 +27,10 @@ def test_every_query_head_finds_its_kv_head_in_its_rank(heads, kv, ranks):
     facts = config(heads, kv)
     if any("heads" in problem for problem in obstacles(facts, ranks, align_qkv=True)):
         pytest.skip("not divisible")
-    local, local_kv = heads // ranks, kv_heads_of(facts, ranks)
+    local, local_kv = heads // ranks, kv_heads_of(kv, ranks)
     assert local % local_kv == 0
     for rank in range(ranks):
-        held = [head for start, stop in kv_head_blocks(facts, rank, ranks) for head in range(start, stop)]
+        held = [head for start, stop in kv_head_blocks(kv, rank, ranks) for head in range(start, stop)]
         assert len(held) == local_kv  # a head that is repeated inside a rank is a block of its own
         for query in range(local):
             wanted = (rank * local + query) // (heads // kv)
@@ -48,7 +48,7 @@ def test_ranks_together_are_the_whole(ranks):
         rows = [
             row
             for rank in range(ranks)
-            for start, stop in row_blocks(name, shape[0], facts, rank, ranks)
+            for start, stop in row_blocks(name, shape[0], facts.layer_of(name), rank=rank, ranks=ranks)
             for row in range(start, stop)
         ]
         if ranks == 4 and name.split(".")[-2] in ("k_proj", "v_proj"):  # two KV heads, each in two ranks

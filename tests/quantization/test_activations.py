@@ -19,7 +19,6 @@ from gemma_deploy.graph import worker
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.stored import StoredWeights
 from gemma_deploy.quantization.equalize import column_factors, token_gains
-from gemma_deploy.quantization.folding import input_groups
 from gemma_deploy.quantization.keeping import linears_to_keep
 from gemma_deploy.quantization.solver import Settings, round_tokens, solve
 from gemma_deploy.testing import write_tiny_checkpoint
@@ -126,7 +125,7 @@ def records(config, noisy=()):
             "layer": f"model.layers.{layer}",
             "tensors": {
                 reader: {"activation_noise": dict(noisy).get((layer, group.observed), 1e-6)}
-                for group in input_groups(config)
+                for group in config.layers[layer].groups
                 for reader in group.readers
             },
         }

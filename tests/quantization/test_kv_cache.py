@@ -14,13 +14,13 @@ from gemma_deploy.backends.tvm_vacc.contract import read_contract
 from gemma_deploy.backends.tvm_vacc.rounding import cache_codes, rounding_lines
 from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
 from gemma_deploy.backends.tvm_vacc.segments import StrictSource
-from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint import Checkpoint, ModelConfig
 from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.stored import StoredWeights
 from gemma_deploy.quantization.cache import cache_factors
-from gemma_deploy.testing import write_tiny_checkpoint
+from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
 from gemma_deploy.verifying import verify
 from tests.calibration.make import write_tokenizer
 from tests.exporting import export_in_this_process
@@ -157,7 +157,8 @@ def test_it_computes_transformers_with_such_a_cache(compiled, model_type):
 def test_factors_even_out_channels_within_each_head():
     sizes = torch.from_numpy(10 ** RNG.uniform(-1, 1, (2, 8)))
     sizes[1, 3] = 0
-    factors = cache_factors({"key": sizes})["self_attn.k_proj.cache_factor"].view(2, 8)
+    layer = ModelConfig.from_dict(TINY_CONFIGS["gemma2"], "config.json").layers[3]
+    factors = cache_factors(layer, {"key": sizes})["model.layers.3.self_attn.k_proj.cache_factor"].view(2, 8)
     torch.testing.assert_close(factors.log().mean(1), torch.zeros(2), atol=1e-6, rtol=0)
     even = sizes[0] / factors[0]
     assert float(even.max() / even.min()) == pytest.approx(1, rel=1e-5)
@@ -179,8 +180,9 @@ def test_the_calibrated_factors_are_the_largest_magnitudes_of_transformers(compi
         largest = here if largest is None else torch.maximum(largest, here)
     params = load_file(artifact / "params.safetensors")
     for part, sizes in zip(("key", "value"), largest, strict=True):
-        (name, expected), *_ = cache_factors({part: sizes}).items()
-        found = params[f"model.layers.1.{name}"]
+        (name, expected), *_ = cache_factors(checkpoint.config.layers[1], {part: sizes}).items()
+        assert name == f"model.layers.1.self_attn.{part[0]}_proj.cache_factor"
+        found = params[name]
         np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4)  # float32 sums in another order: 1e-6
 
 

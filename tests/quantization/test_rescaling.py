@@ -13,7 +13,7 @@ from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
 from gemma_deploy.params import build_plan
 from gemma_deploy.parity import maxima
-from gemma_deploy.quantization.rescaling import FP16_MAX, MLP, Rescaling, choose, needed
+from gemma_deploy.quantization.rescaling import FP16_MAX, Rescaling, choose, needed
 from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
 from tests.exporting import export_in_this_process
 
@@ -117,9 +117,9 @@ def test_what_is_folded_into_parameters(model_type):
 
 
 def test_json_and_back():
-    chosen = Rescaling({"a.in": 3, "b.out": 0}, (MLP,), {"a.in": 9.5})
+    chosen = Rescaling({"a.in": 3, "b.out": 0}, ("mlp",), {"a.in": 9.5})
     again = Rescaling.from_json(json.loads(json.dumps(chosen.to_json())))
-    assert (again.of("a.in"), again.of("b.out"), again.wide, again.absmax) == (3, 0, (MLP,), {"a.in": 9.5})
+    assert (again.of("a.in"), again.of("b.out"), again.wide, again.absmax) == (3, 0, ("mlp",), {"a.in": 9.5})
     assert Rescaling.of_manifest({"rescaling": None}) == Rescaling()
 
 
@@ -203,7 +203,7 @@ def test_what_gelu_reads_is_float32_where_it_does_not_fit(tmp_path, model_type, 
     code, artifact, said = compiled(tmp_path, plant(tmp_path / "checkpoint", model_type, gate=3e4), capsys)
     assert code == 0, said.err
     manifest = json.loads((artifact / "manifest.json").read_text())
-    assert manifest["rescaling"]["wide"] == [MLP]
+    assert manifest["rescaling"]["wide"] == ["mlp"]
     assert any(entry["what"] == "computed in float32" for entry in manifest["ledger"])
 
 

@@ -597,3 +597,13 @@ def test_reading_a_recipe_does_not_import_torch():
     code = "import sys, gemma_deploy.recipe, gemma_deploy.preflight; sys.exit('torch' in sys.modules)"
     root = str(BUILD_IN.parent)
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_a_kind_of_linear_that_no_gemma_has_is_refused_with_those_there_are():
+    four = ("frontend.quantize.type=w4a16_gptq", "backend.dtype=int8")
+    with pytest.raises(RecipeError) as refused:
+        load(VENDOR, *four, "frontend.quantize.calib_args={keep_w8: [v_proj, k_prj]}")
+    said = str(refused.value)
+    assert "frontend.quantize.calib_args.keep_w8[1]: got 'k_prj'" in said
+    assert "k_proj" in said
+    assert "down_proj" in said

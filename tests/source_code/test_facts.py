@@ -12,8 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.graph.skeleton import new_model
-from gemma_deploy.patched import patched_module
+from gemma_deploy.patched import patched_causal, patched_module
 from gemma_deploy.testing import write_tiny_checkpoint
 
 LAYERS = patched_module("layers_vacc")
@@ -202,7 +201,7 @@ def logits(model, ids):
 )
 def test_a_broken_fact_is_seen(checkpoints, expected, monkeypatch, broken, model_type, dtype):
     weights, right, ids = expected(model_type, dtype)
-    patched = new_model(Checkpoint.open(checkpoints[model_type]).config).to_empty(device="cpu").to(dtype).eval()
+    patched = patched_causal(Checkpoint.open(checkpoints[model_type]).config).to_empty(device="cpu").to(dtype).eval()
     patched.tie_weights()
     patched.load_state_dict(weights)
     assert torch.equal(right, logits(patched, ids))

@@ -10,7 +10,6 @@ from gemma_deploy.backends.onnxruntime.source import DynamicSource
 from gemma_deploy.parity.bisect import (
     EMBEDDED,
     NORMED,
-    ORDER,
     TOLERANCE,
     Divergence,
     errors_by_phase,
@@ -31,8 +30,9 @@ def dynamic_divergence(
     found = torch_divergence(hf, patched, case, TOLERANCE)
     if found is not None and found.error > found.tolerance:
         return found
-    layers = range(hf.checkpoint.config.num_hidden_layers)
-    inside = [f"model.layers.{i}.{name}" for i in layers for name in (*ORDER, "out") if not name.endswith(".in")]
+    layers = hf.checkpoint.config.layers
+    points = [f"{layer.prefix}{name}" for layer in layers for name in (*layer.points(), "out")]
+    inside = [name for name in points if not name.endswith(".in")]
     source = DynamicSource(artifact, "strict", watched=[EMBEDDED, *inside])
     hidden = source.run([Case(case.name, case.prompts[:1], case.forced[:1])])[0][0]
     got = {name: np.concatenate(pieces) for name, pieces in source.values.items()} | {NORMED: hidden}

@@ -22,6 +22,7 @@ from itertools import groupby
 import numpy as np
 import onnx_ir as ir
 
+from gemma_deploy.architectures import EXACT_GELU, Branch, LayerSpec
 from gemma_deploy.backends.onnxruntime.head import screened_head, whole_head
 from gemma_deploy.backends.onnxruntime.linears import Matrix, product_of, rounded_tokens
 from gemma_deploy.backends.onnxruntime.nodes import MICROSOFT, Nodes
@@ -29,8 +30,7 @@ from gemma_deploy.backends.onnxruntime.options import ALL, Kernels
 from gemma_deploy.backends.onnxruntime.padding import Tokens, real_tokens_first
 from gemma_deploy.backends.onnxruntime.weights import Weights
 from gemma_deploy.backends.onnxruntime.window import WINDOW_CACHE, windowed_layers
-from gemma_deploy.checkpoint.config import EXACT_GELU, SLIDING, ModelConfig
-from gemma_deploy.checkpoint.expected import expected_tensors
+from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.errors import ExportError
 from gemma_deploy.graph.external import Row
 
@@ -55,9 +55,8 @@ def build_decoder(
 
 
 def linears_of(config: ModelConfig) -> frozenset[str]:
-    """Module paths of the seven linears of every layer."""
-    names = (name.removesuffix(".weight") for name in expected_tensors(config))
-    return frozenset(name for name in names if name.endswith("_proj"))
+    """Module paths of the linears of every layer."""
+    return frozenset(f"{layer.prefix}{linear.name}" for layer in config.layers for linear in layer.linears)
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,7 @@ class _Decoder:
         self.config, self.kernels, self.embed_scale = config, kernels, embed_scale
         self.nodes = Nodes()
         self.weights = Weights(self.nodes, rows, location)
-        self.layers = config.num_hidden_layers
-        self.last = self.layers - 1
+        self.weights.norm_offset = config.architecture.norm_offset
         self.windowed = windowed_layers(config) if kernels.windowed else ()
         half = self.weights.dtype(f"{TABLE}.weight") == "bfloat16"
         self.dtype = self.weights.computed = ir.DataType.BFLOAT16 if half else ir.DataType.FLOAT
@@ -95,7 +93,7 @@ class _Decoder:
         attended, residual, *present = self._layers(hidden, shared)
         if not every:
             attended, residual = self._chosen(tokens, attention=attended, residual=residual)
-        normed = self._norm(self._after_attention(self.last, attended, residual), "model.norm")
+        normed = self._norm(self._after_attention(config.layers[-1], attended, residual), "model.norm")
         if every:
             (normed,) = self._chosen(tokens, normed=normed)
         logits = self._head(normed)
@@ -131,10 +129,10 @@ class _Decoder:
         """[B,S,H] -> what the last layer's attention gives and the residual beside it, then all caches."""
         caches: list[ir.Value] = []
         attended = hidden
-        for layer in range(self.layers):
+        for layer in self.config.layers:
             attended, *present = self._attention(layer, hidden, shared)
             caches += present
-            if layer < self.last:
+            if layer is not self.config.layers[-1]:
                 hidden = self._after_attention(layer, attended, hidden)
         return [attended, hidden, *caches]
 
@@ -155,62 +153,66 @@ class _Decoder:
             return nodes.one("Mul", [rows, factor], EMBEDDED)
         return nodes.one("Cast", [nodes.one("Mul", [rows, factor], f"{table}.scaled")], EMBEDDED, to=self.dtype.value)
 
-    def _attention(self, layer: int, hidden: ir.Value, shared: _Shared) -> list[ir.Value]:
+    def _attention(self, layer: LayerSpec, hidden: ir.Value, shared: _Shared) -> list[ir.Value]:
         """Attention's output [B,S,heads*D] before o_proj, and the layer's two caches."""
-        config, path, nodes = self.config, f"model.layers.{layer}", self.nodes
-        kind = config.layer_types[layer]
-        names = [f"{path}.self_attn.{part}_proj" for part in "qkv"]
-        normed = config.model_type == "gemma3_text"  # attention reads all three from one value as well
-        made = self._products(self._norm(hidden, f"{path}.input_layernorm"), names, apart=normed)
-        if normed:
-            query, key, value = made
-            query = self._head_norm(query, f"{path}.self_attn.q_norm", config.num_attention_heads)
-            made = [query, self._head_norm(key, f"{path}.self_attn.k_norm", config.num_key_value_heads), value]
-        rotary = [self.weights.rotary(kind, table) for table in ("cos", "sin")]
-        past = [shared.caches[f"past_key_values.{layer}.{part}"] for part in ("key", "value")]
-        window = config.sliding_window if kind == SLIDING else None
+        path, nodes, norms = layer.prefix, self.nodes, dict(layer.head_norms)
+        attention, _ = layer.branches
+        readers = attention.entry.readers
+        # Attention reads all three from one value as well, unless something stands between.
+        made = self._products(
+            self._norm(hidden, f"{path}{attention.norm}"), [f"{path}{name}" for name in readers], apart=bool(norms)
+        )
+        if norms:
+            heads = [layer.heads if name == attention.entry.observed else layer.kv_heads for name in readers]
+            made = [
+                self._head_norm(value, f"{path}{norms[name]}", count, layer.head_dim) if name in norms else value
+                for name, value, count in zip(readers, made, heads, strict=True)
+            ]
+        rotary = [self.weights.rotary(layer.kind, table) for table in ("cos", "sin")]
+        past = [shared.caches[f"past_key_values.{layer.index}.{part}"] for part in ("key", "value")]
         tokens = shared.tokens
         counts = [] if tokens.read is None else [*[None] * 7, tokens.read]  # query_seqlens is input 16
         return nodes.many(
             "GroupQueryAttention",
             [*made, *[None] * (3 - len(made)), *past, tokens.seqlens, tokens.total, *rotary, *counts],
-            [f"{path}.self_attn.out", f"{path}.present.key", f"{path}.present.value"],
+            [f"{path}{attention.module}.out", f"{path}present.key", f"{path}present.value"],
             domain=MICROSOFT,
-            num_heads=config.num_attention_heads,
-            kv_num_heads=config.num_key_value_heads,
-            scale=float(config.query_pre_attn_scalar**-0.5),
-            softcap=config.attn_logit_softcapping,
-            local_window_size=window,
-            sliding_window_cache=1 if layer in self.windowed else None,
+            num_heads=layer.heads,
+            kv_num_heads=layer.kv_heads,
+            scale=float(layer.attention_scale),
+            softcap=self.config.attn_logit_softcapping,
+            local_window_size=layer.window,
+            sliding_window_cache=1 if layer.index in self.windowed else None,
             do_rotary=1,
         )
 
-    def _after_attention(self, layer: int, attended: ir.Value, residual: ir.Value) -> ir.Value:
+    def _after_attention(self, layer: LayerSpec, attended: ir.Value, residual: ir.Value) -> ir.Value:
         """o_proj, MLP, and the norms and sums around them: [B,S,heads*D], [B,S,H] -> [B,S,H]."""
-        path, nodes = f"model.layers.{layer}", self.nodes
-        second = "post_attention_layernorm" if self.config.model_type == "gemma" else "pre_feedforward_layernorm"
-        made = self._product(attended, f"{path}.self_attn.o_proj")
-        if self.config.model_type != "gemma":
-            made = self._norm(made, f"{path}.post_attention_layernorm")
+        path, nodes = layer.prefix, self.nodes
+        attention, mlp = layer.branches
+        made = self._product(attended, f"{path}{attention.output}")
+        if attention.post_norm:
+            made = self._norm(made, f"{path}{attention.post_norm}")
         normed, _, _, hidden = nodes.many(
             "SkipSimplifiedLayerNormalization",
-            [made, residual, self.weights.gain(f"{path}.{second}")],
-            [f"{path}.{second}.out", "", "", f"{path}.residual"],
+            [made, residual, self.weights.gain(f"{path}{mlp.norm}")],
+            [f"{path}{mlp.norm}.out", "", "", f"{path}residual"],
             domain=MICROSOFT,
             epsilon=self.config.rms_norm_eps,
         )
-        made = self._mlp(f"{path}.mlp", normed)
-        if self.config.model_type != "gemma":
-            made = self._norm(made, f"{path}.post_feedforward_layernorm")
-        return nodes.one("Add", [hidden, made], f"{path}.out")
+        made = self._mlp(path, mlp, normed)
+        if mlp.post_norm:
+            made = self._norm(made, f"{path}{mlp.post_norm}")
+        return nodes.one("Add", [hidden, made], f"{path}out")
 
-    def _mlp(self, path: str, normed: ir.Value) -> ir.Value:
+    def _mlp(self, path: str, mlp: Branch, normed: ir.Value) -> ir.Value:
         """down_proj(gelu(gate_proj x) * up_proj x)."""
         nodes = self.nodes
-        gate, up = self._products(normed, [f"{path}.gate_proj", f"{path}.up_proj"])
+        gate, up = self._products(normed, [f"{path}{reader}" for reader in mlp.entry.readers])
         approximate = "none" if self.config.hidden_activation == EXACT_GELU else "tanh"
-        active = nodes.one("Gelu", [gate], f"{path}.act_fn.out", approximate=approximate)
-        return self._product(nodes.one("Mul", [active, up], f"{path}.product"), f"{path}.down_proj")
+        active = nodes.one("Gelu", [gate], f"{path}{mlp.module}.act_fn.out", approximate=approximate)
+        product = nodes.one("Mul", [active, up], f"{path}{mlp.module}.product")
+        return self._product(product, f"{path}{mlp.output}")
 
     def _product(self, x: ir.Value, module: str) -> ir.Value:
         return self._products(x, [module])[0]
@@ -246,9 +248,9 @@ class _Decoder:
             axis=-1, epsilon=self.config.rms_norm_eps, stash_type=1,
         )  # fmt: skip
 
-    def _head_norm(self, x: ir.Value, norm: str, heads: int) -> ir.Value:
+    def _head_norm(self, x: ir.Value, norm: str, heads: int, dim: int) -> ir.Value:
         """The norm of every head on its own."""
-        nodes, dim = self.nodes, self.config.head_dim
+        nodes = self.nodes
         apart = nodes.one("Reshape", [x, nodes.numbers(0, -1, dim)], f"{norm}.heads")
         return nodes.one("Reshape", [self._norm(apart, norm), nodes.numbers(0, -1, heads * dim)], f"{norm}.joined")
 
@@ -274,11 +276,11 @@ class _Decoder:
     def _caches(self, prefix: str, length: str) -> dict[str, ir.Shape]:
         """[B,Hk,*,D] of every layer's keys and values, by name."""
         shapes = {}
-        for layer in range(self.layers):
-            positions = WINDOW_CACHE if layer in self.windowed else length
+        for layer in self.config.layers:
+            positions = WINDOW_CACHE if layer.index in self.windowed else length
             for part in ("key", "value"):
-                sizes = ("batch", self.config.num_key_value_heads, positions, self.config.head_dim)
-                shapes[f"{prefix}.{layer}.{part}"] = ir.Shape(sizes)
+                sizes = ("batch", layer.kv_heads, positions, layer.head_dim)
+                shapes[f"{prefix}.{layer.index}.{part}"] = ir.Shape(sizes)
         return shapes
 
 

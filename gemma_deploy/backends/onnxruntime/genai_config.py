@@ -72,7 +72,7 @@ def genai_config(
             | sliding,
             "eos_token_id": list(config.eos_token_ids),
             "pad_token_id": 0 if config.pad_token_id is None else config.pad_token_id,
-            "type": config.model_type,
+            "type": config.architecture.genai_type,
             "vocab_size": config.vocab_size,
         },
         "search": {

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from gemma_deploy.architectures import input_groups
 from gemma_deploy.backends.onnxruntime.nodes import MICROSOFT, Nodes
 from gemma_deploy.backends.onnxruntime.weights import Weights, largest_block
 
@@ -22,13 +23,15 @@ INT8_ACTIVATIONS = 4  # accuracy_level
 STEPS, HALF_STEPS = 127, 63  # largest code of an activation, and of either half of a wide one
 SMALLEST = 1e-30  # magnitude of a token of zeros, so that nothing is divided by zero
 BITS = {"uint8": 8, "uint4": 4}
-FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 def product_of(module: str) -> str:
     """What reads the same input as a linear, it among them: its own path, or that of several."""
-    path, _, name = module.rpartition(".")
-    return f"{path}." + next((fused for fused, parts in FUSED.items() if name in parts), name)
+    for group in (group for group in input_groups() if group.fused):
+        for reader in group.readers:
+            if module.endswith(f".{reader}"):
+                return module.removesuffix(reader) + group.fused
+    return module
 
 
 class Matrix:

@@ -26,13 +26,14 @@ class Weights:
 
     Attributes:
         computed: in which gains and rotary tables are wanted; the file has them in float32.
+        norm_offset: what a norm's gain is more than its weight.
     """
 
     def __init__(self, top: Nodes, rows: Iterable[Row], location: str) -> None:
         self.top, self.location = top, location
         self.rows = {row.name: row for row in rows}
         self.used: set[str] = set()
-        self.computed = ir.DataType.FLOAT
+        self.computed, self.norm_offset = ir.DataType.FLOAT, 1.0
         self._made: dict[str, ir.Value] = {}
 
     def has(self, name: str) -> bool:
@@ -86,12 +87,15 @@ class Weights:
         return self.top.add(ir.Value(name=name, const_value=tensor))
 
     def gain(self, norm: str) -> ir.Value:
-        """1 + weight of a norm."""
+        """What a norm multiplies by: its weight and the generation's offset."""
         weight = self.view([f"{norm}.weight"], f"{norm}.weight")
 
         def added(name: str) -> ir.Value:
             exact = self.computed == ir.DataType.FLOAT
-            gain = self.top.one("Add", [weight, self.top.scalar(1.0)], name if exact else f"{name}.wide")
+            gain = weight
+            if self.norm_offset:
+                offset = self.top.scalar(self.norm_offset)
+                gain = self.top.one("Add", [weight, offset], name if exact else f"{name}.wide")
             return gain if exact else self.top.one("Cast", [gain], name, to=self.computed.value)
 
         return self._once(f"{norm}.gain", added)

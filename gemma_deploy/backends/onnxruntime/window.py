@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemma_deploy.checkpoint.config import SLIDING, ModelConfig
+from gemma_deploy.checkpoint.config import ModelConfig
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -29,7 +29,7 @@ SLACK = 64  # positions behind the window in buffers of our own; a step may look
 
 def windowed_layers(config: ModelConfig) -> tuple[int, ...]:
     """Layers that have such a cache."""
-    return tuple(layer for layer, kind in enumerate(config.layer_types) if kind == SLIDING)
+    return tuple(layer.index for layer in config.layers if layer.window is not None)
 
 
 def window_problems(config: ModelConfig, context_length: int) -> list[str]:

@@ -13,7 +13,6 @@ import numpy as np
 
 from gemma_deploy.backends.tvm_vacc.segments import CHOSEN, EMBEDDED, NORMED, CaseState, StrictSource, layer_input
 from gemma_deploy.parity.bisect import (
-    ORDER,
     TOLERANCE,
     Divergence,
     errors_by_phase,
@@ -28,11 +27,7 @@ from gemma_deploy.schemes import stored_scheme
 # Largest local error of a sound layer, relative to its largest output. Measured on the real 270M: fp32 and int8 2e-6,
 # float16 (rounded after every operator) 2e-3.
 TOLERANCES = {"fp32": 1e-5, "bf16": 1e-5, "w8a16": 1e-5, "w8a16_folded": 1e-5, "fp16": 1e-2}
-BETWEEN = {
-    "self_attn.o_proj.in": "self_attn (rotary embedding, mask, softmax or cache)",
-    "mlp.down_proj.in": "mlp (product of activation and up_proj)",
-    CHOSEN: "lm_head (choice of the last position before it)",
-}
+BEFORE_HEAD = "lm_head (choice of the last position before it)"
 
 
 def first_divergence(
@@ -78,7 +73,7 @@ def artifact_divergence(
         state = _start_at(strict, case, row, layer_input(strict.layers), expected[layer_input(strict.layers)])
         strict.finish([state])
         yield NORMED, *errors_by_phase(expected[NORMED], state.rows(NORMED)[row], prompt, tolerance)
-        yield BETWEEN[CHOSEN], *errors_by_phase(expected[NORMED], state.rows(CHOSEN)[row], prompt, tolerance)
+        yield BEFORE_HEAD, *errors_by_phase(expected[NORMED], state.rows(CHOSEN)[row], prompt, tolerance)
         for phase, rows in (("prefill", slice(prompt - 1, prompt)), ("decode", slice(prompt, prompt + 8))):
             if len(entering := expected[NORMED][rows]):
                 yield (
@@ -98,10 +93,13 @@ def _inside(
     twin: TorchSource, strict: StrictSource, case: Case, row: int, layer: int, entering: np.ndarray, tolerance: float
 ) -> Divergence | None:
     """The first module inside a layer that leaves tolerance."""
-    prefix = f"model.layers.{layer}."
-    graph = strict.graphs["iter1"]
-    whole = f"{prefix}self_attn.q_proj.out" in graph.values  # else every rank has shares of what lies between linears
-    inside = [prefix + name for name in ORDER if (whole and name.endswith(".in")) or prefix + name in graph.values]
+    spec = twin.checkpoint.config.layers[layer]
+    prefix, graph = spec.prefix, strict.graphs["iter1"]
+    whole = (
+        f"{prefix}{spec.groups[0].observed}.out" in graph.values
+    )  # else ranks have shares of what is between linears
+    points = [prefix + name for name in spec.points()]
+    inside = [name for name in points if (whole and name.endswith(".in")) or name in graph.values]
     expected: dict[str, np.ndarray] = {}
     twin.modules(case, row, inside.__contains__, expected.__setitem__)
     state = _start_at(strict, case, row, layer_input(layer), entering)
@@ -112,8 +110,9 @@ def _inside(
     found = first_or_worst(twin.name, strict.name, errors, tolerance)
     if found is None or found.error <= found.tolerance:
         return None
-    local = found.module.removeprefix(prefix)
-    return Divergence(**{**asdict(found), "module": prefix + BETWEEN.get(local, local.removesuffix(".out"))})
+    between = {f"{prefix}{one.output}.in": f"{prefix}{one.module} ({one.between})" for one in spec.branches}
+    module = between.get(found.module, found.module.removesuffix(".out"))
+    return Divergence(**{**asdict(found), "module": module})
 
 
 def _start_at(strict: StrictSource, case: Case, row: int, name: str, hidden: np.ndarray) -> CaseState:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from gemma_deploy.backends.tvm_vacc.segments import LEVELS
+from gemma_deploy.architectures import input_groups
 from gemma_deploy.backends.tvm_vacc.strict import lower
 from gemma_deploy.graph.functions import DEQUANTIZE_CACHE, DOMAIN, PER_TOKEN, QUANTIZE_CACHE
 from gemma_deploy.parity.gates import Line
@@ -44,7 +44,8 @@ def rounding_lines(artifact: Path, manifest: Mapping[str, Any]) -> list[Line]:
         for graph in ("iter0", "iter1"):
             model = load_file(artifact / folder / f"{graph}.onnx")
             if activations is not None:
-                expected = {f"model.layers.{i}.{linear}" for i in own for level in LEVELS for linear in level}
+                linears = [linear for group in input_groups() for linear in group.readers]
+                expected = {f"model.layers.{i}.{linear}" for i in own for linear in linears}
                 expected -= set(activations["kept"])
                 misplaced += len(expected.symmetric_difference(rounded_linears(model)))
                 different += differing_values(model)

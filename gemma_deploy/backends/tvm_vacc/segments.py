@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_deploy.architectures import branches
 from gemma_deploy.backends.tvm_vacc.contract import Port, StaticContract, read_contract, read_manifest, stages_of
 from gemma_deploy.backends.tvm_vacc.cutting import DECODE_INPUTS, EMBEDDED, LOGITS, NORMED, Cutter, by_position
 from gemma_deploy.machine import give_memory_back
@@ -25,14 +26,6 @@ from gemma_deploy.quantization.rescaling import Rescaling
 
 UNROUNDED = "strict, activations unrounded"
 CHOSEN = "lm_head.in"  # what the LM head reads: in prefill a slice of the final norm
-# The linears of a layer in the order they depend on each other.
-LEVELS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
-ONLY_FOR_DOWN = ("mlp.gate_proj.out", "mlp.up_proj.out")  # the widest values there are; dropped early
 
 
 @dataclass(frozen=True)
@@ -163,13 +156,15 @@ class StrictSource:
         cutter = self.graphs[graph]
         known = [layer_input(layer), *DECODE_INPUTS]
         values = {name: cutter.value(name) for name in kept}
-        for level in LEVELS:
-            names = [f"model.layers.{layer}.{name}.out" for name in level]
+        for branch, group in ((one, group) for one in branches() for group in (one.entry, one.exit)):
+            names = [f"model.layers.{layer}.{name}.out" for name in group.readers]
             linears = [share for name in names for share in cutter.linears(name)]
             inputs = [cutter.linear_input(linear) for linear in linears]
-            widest = [name for name in known if name.endswith(ONLY_FOR_DOWN) and name not in values.values()]
-            spent = widest if "mlp.down_proj" in level else []
-            _between(cutter, layer, known, inputs, runs, attends="self_attn.o_proj" in level, spent=spent)
+            attends, spent = branch.attends and group is branch.exit, []
+            if group is branch.exit and not attends:  # what it is made from are the widest values there are
+                only_for_it = tuple(f"{reader}.out" for reader in branch.entry.readers)
+                spent = [name for name in known if name.endswith(only_for_it) and name not in values.values()]
+            _between(cutter, layer, known, inputs, runs, attends=attends, spent=spent)
             known = [name for name in known if name not in spent]
             _drop(spent, runs)
             for name, linear in zip(inputs, linears, strict=True):

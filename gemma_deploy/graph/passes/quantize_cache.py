@@ -6,9 +6,12 @@ that makes it, in later steps, and in a prefill.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
-from gemma_deploy.calibration.points import CACHE_PARTS, cache_factor
+from gemma_deploy.architectures import LayerSpec
+from gemma_deploy.calibration.points import cache_factor_names
 from gemma_deploy.graph.contract import GraphContract, Port
 from gemma_deploy.graph.functions import DEQUANTIZE_CACHE, DOMAIN, DOMAIN_VERSION, QUANTIZE_CACHE
 
@@ -16,34 +19,37 @@ DTYPES = {"int8": ir.DataType.INT8, "float16": ir.DataType.FLOAT16, "float32": i
 SHAPE = "cache_factor.shape"
 
 
-def quantize_cache(model: ir.Model, contract: GraphContract, graph: str) -> int:
+def quantize_cache(model: ir.Model, contract: GraphContract, graph: str, layers: Sequence[LayerSpec]) -> int:
     """Turn the caches of a graph into codes and scales. In place; returns the number of caches.
 
     Args:
         contract: with an int8 cache; graph: which of its graphs the model is, with caches as they are computed.
+        layers: of the whole model.
     """
     inputs = {port.name: _value(port) for port in contract.inputs(graph) if port.name.startswith("past_key_values.")}
     outputs = {port.name: port for port in contract.outputs(graph)}
-    for layer in range(contract.first_layer, contract.first_layer + contract.layers):
-        for part in CACHE_PARTS:
-            factor = _factor(model.graph, contract, layer, part)
-            past, present = f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
+    done = 0
+    for layer in layers[contract.first_layer : contract.first_layer + contract.layers]:
+        for part, name in cache_factor_names(layer).items():
+            done += 1
+            factor = _factor(model.graph, contract, name)
+            past, present = f"past_key_values.{layer.index}.{part}", f"present.{layer.index}.{part}"
             if past in inputs:
                 read = next(value for value in model.graph.inputs if value.name == past)
                 node = _dequantize(inputs[past], inputs[f"{past}_scale"], factor, read, f"{past}.read")
                 read.replace_all_uses_with(node.outputs[0])
                 model.graph.append(node)
-            _change_present(model.graph, factor, present, outputs, f"model.layers.{layer}.self_attn.{part}")
+            _change_present(model.graph, factor, present, outputs, f"{layer.prefix}{layer.branches[0].module}.{part}")
     kept = [value for value in model.graph.inputs if value.name not in inputs]
     model.graph.inputs[:] = [*kept, *inputs.values()]
     model.graph.sort()
     model.graph.opset_imports[DOMAIN] = DOMAIN_VERSION
-    return len(CACHE_PARTS) * contract.layers
+    return done
 
 
-def _factor(graph: ir.Graph, contract: GraphContract, layer: int, part: str) -> ir.Value:
-    """[Hk, 1, D], from the parameter."""
-    name, count = cache_factor(layer, part), contract.kv_heads * contract.head_dim
+def _factor(graph: ir.Graph, contract: GraphContract, name: str) -> ir.Value:
+    """[Hk, 1, D], from the parameter of that name."""
+    count = contract.kv_heads * contract.head_dim
     parameter = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([count]))
     graph.initializers.add(parameter)  # its data comes with the parameter file
     if SHAPE not in graph.initializers:

@@ -1,0 +1,151 @@
+"""The generations of Gemma. One is a module here and a row below; base.py says what a row holds. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from functools import cache
+
+from gemma_deploy.architectures.base import (
+    EXACT_GELU,
+    FULL,
+    LAYER_TYPES,
+    SLIDING,
+    SWITCHES,
+    TANH_GELU,
+    Activation,
+    Architecture,
+    Axis,
+    Branch,
+    InputGroup,
+    LayerSpec,
+    LayerType,
+    Linear,
+    Rope,
+)
+from gemma_deploy.architectures.gemma import GEMMA
+from gemma_deploy.architectures.gemma2 import GEMMA2
+from gemma_deploy.architectures.gemma3 import GEMMA3
+from gemma_deploy.errors import NotBuiltError
+
+ROWS: tuple[Architecture, ...] = (GEMMA, GEMMA2, GEMMA3)
+
+
+def model_types() -> tuple[str, ...]:
+    """All model types, in the order of the rows."""
+    return tuple(row.model_type for row in ROWS)
+
+
+def find(model_type: object) -> Architecture | None:
+    """The row of a model type, None where there is none."""
+    return next((row for row in ROWS if row.model_type == model_type), None)
+
+
+def architecture_of(model_type: str) -> Architecture:
+    """The row of a model type.
+
+    Raises:
+        NotBuiltError: there is none.
+    """
+    found = find(model_type)
+    if found is None:
+        raise NotBuiltError(
+            f"model_type {model_type!r} is none that this version knows{nearest(model_type, model_types())}",
+            expected="one of " + ", ".join(model_types()),
+            next_step=f"use a text checkpoint of {names()}",
+        )
+    return found
+
+
+def by_gguf_name(name: object) -> Architecture | None:
+    """The row of a GGUF file's `general.architecture`, None where there is none."""
+    return next((row for row in ROWS if row.gguf.name == name), None)
+
+
+def text_type(model_type: str) -> str:
+    """The model type of the text model: that of the language model where `model_type` is a multimodal one's."""
+    return next((row.model_type for row in ROWS if model_type in row.multimodal), model_type)
+
+
+def is_multimodal(model_type: object) -> bool:
+    """Whether it is the type of a model that has one of these as its language model."""
+    return any(model_type in row.multimodal for row in ROWS)
+
+
+def nearest(name: object, known: Collection[str]) -> str:
+    """`; the nearest known one is ...`, or nothing."""
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"; the nearest known one is {near[0]!r}" if near else ""
+
+
+def names() -> str:
+    """The generations for people: `Gemma 1, Gemma 2 or Gemma 3`."""
+    *first, last = (row.name for row in ROWS)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+@cache
+def branches() -> tuple[Branch, ...]:
+    """One branch for each module that is a branch of some generation's layers, in running order; norms differ."""
+    found: dict[str, Branch] = {}
+    for branch in (branch for row in ROWS for branch in row.branches):
+        found.setdefault(branch.module, branch)
+    return tuple(found.values())
+
+
+def input_groups() -> tuple[InputGroup, ...]:
+    """Both input groups of `branches`, in running order; norms differ between generations."""
+    return tuple(group for branch in branches() for group in (branch.entry, branch.exit))
+
+
+@cache
+def inner_modules(branch: str) -> tuple[str, ...]:
+    """Modules inside branches of that name, of all generations."""
+    every = (one for row in ROWS for one in row.branches if one.module == branch)
+    return tuple(dict.fromkeys(name for one in every for name in one.inner))
+
+
+@cache
+def cached_kinds() -> tuple[str, ...]:
+    """Last parts of the names of the linears that make keys and values."""
+    groups = (branch.entry for branch in branches() if branch.attends)
+    return tuple(reader.rpartition(".")[2] for group in groups for reader in group.readers[1:])
+
+
+@cache
+def linear_kinds() -> tuple[str, ...]:
+    """Last parts of the names of all linears of layers: `q_proj`, ..."""
+    return tuple(dict.fromkeys(reader.rpartition(".")[2] for group in input_groups() for reader in group.readers))
+
+
+__all__ = [
+    "EXACT_GELU",
+    "FULL",
+    "LAYER_TYPES",
+    "ROWS",
+    "SLIDING",
+    "SWITCHES",
+    "TANH_GELU",
+    "Activation",
+    "Architecture",
+    "Axis",
+    "Branch",
+    "InputGroup",
+    "LayerSpec",
+    "LayerType",
+    "Linear",
+    "Rope",
+    "architecture_of",
+    "branches",
+    "by_gguf_name",
+    "cached_kinds",
+    "find",
+    "inner_modules",
+    "input_groups",
+    "is_multimodal",
+    "linear_kinds",
+    "model_types",
+    "names",
+    "nearest",
+    "text_type",
+]

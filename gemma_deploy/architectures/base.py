@@ -1,0 +1,310 @@
+"""What a generation of Gemma is, as data: which tensors a layer has, what reads what, and how the files name it.
+
+A generation is one module here with an `Architecture`, and a row in `ROWS` (__init__.py). All other parts ask the row:
+none of them names a model type, and none spells the linears of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from gemma_deploy.architectures.keys import ConfigKeys
+
+LayerType = Literal["full_attention", "sliding_attention"]
+Activation = Literal["gelu", "gelu_pytorch_tanh"]
+Axis = Literal["rows", "columns"]
+
+FULL: LayerType = "full_attention"
+SLIDING: LayerType = "sliding_attention"
+LAYER_TYPES: tuple[LayerType, ...] = (FULL, SLIDING)
+# Keys that the patched config classes add to the stock ones, with what they have in ordinary use.
+SWITCHES: Mapping[str, Any] = {"iter_num": None, "insert_slice": False, "embed_scale": "exact"}
+EXACT_GELU: Activation = "gelu"
+TANH_GELU: Activation = "gelu_pytorch_tanh"
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding of one kind of layer: base frequency and linear position divisor."""
+
+    theta: float
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix of a layer, [out_features, in_features].
+
+    Args:
+        name: within the layer, `self_attn.q_proj`.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+
+    @property
+    def kind(self) -> str:
+        """The name's last part, `q_proj`."""
+        return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class InputGroup:
+    """Linears of a layer that read one tensor.
+
+    Args:
+        readers: names within the layer, in the order in which they lie in the parameter file; of an attention's, that
+            of the queries first.
+        norm: the norm that makes the tensor, whose gain can absorb a factor for each channel; None where none does.
+        maker: the linear of whose rows the tensor's channels are weighted sums, or products with something else, so
+            that its rows can absorb such factors; None where none does.
+        fused: name of one linear that does the work of all.
+    """
+
+    readers: tuple[str, ...]
+    norm: str | None = None
+    maker: str | None = None
+    fused: str = ""
+
+    @property
+    def observed(self) -> str:
+        """The linear after which the tensor is called."""
+        return self.readers[0]
+
+    @property
+    def label(self) -> str:
+        """The tensor's name in tables and pictures: `q/k/v input`, `o_proj input`."""
+        kinds = [reader.rpartition(".")[2] for reader in self.readers]
+        return ("/".join(kind.removesuffix("_proj") for kind in kinds) if len(kinds) > 1 else kinds[0]) + " input"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Something that is added to the residual stream: x + post_norm(output(module(norm(x)))).
+
+    Args:
+        module: that holds what lies between, `self_attn`; norm: in front of it.
+        entry, exit: the input groups at both ends.
+        post_norm: before the sum, or None.
+        inner: modules between the norm and the last linear, in the order in which they run.
+        attends: whether it reads other positions.
+        between: what stands between the inner modules and the last linear, for people.
+    """
+
+    module: str
+    norm: str
+    entry: InputGroup
+    exit: InputGroup
+    post_norm: str | None
+    inner: tuple[str, ...]
+    attends: bool = False
+    between: str = ""
+
+    @property
+    def output(self) -> str:
+        """The linear whose result is added."""
+        return self.exit.observed
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One decoder layer. Layers of a model may differ in all of it.
+
+    Args:
+        index: in the model.
+        kind: of attention; decides the mask and the rotary table.
+        template: layers of one template have the same graph but for their weights.
+        heads: of queries; kv_heads: of keys and values; head_dim: of all of them.
+        intermediate_size: width of the MLP.
+        window: positions that a query sees, itself included; None for all.
+        rope: of its kind; attention_scale: by which scores are multiplied.
+        linears: in file order.
+        branches: in running order.
+        head_norms: (linear, norm of each of its heads).
+        caches: ("key" or "value", the linear it comes from); both from one linear where keys are values.
+        cache_from: the layer whose keys and values it reads; None where it has its own.
+        norms: of the hidden size, in file order.
+    """
+
+    index: int
+    kind: LayerType
+    template: str
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    window: int | None
+    rope: Rope
+    attention_scale: float
+    linears: tuple[Linear, ...]
+    branches: tuple[Branch, ...]
+    head_norms: tuple[tuple[str, str], ...]
+    caches: tuple[tuple[str, str], ...]
+    norms: tuple[str, ...]
+    cache_from: int | None = None
+
+    @property
+    def prefix(self) -> str:
+        """Of its modules' paths: `model.layers.3.`."""
+        return f"model.layers.{self.index}."
+
+    @property
+    def groups(self) -> tuple[InputGroup, ...]:
+        """Input groups in running order."""
+        return tuple(group for branch in self.branches for group in (branch.entry, branch.exit))
+
+    @property
+    def scoring(self) -> tuple[str, ...]:
+        """The linears of queries and keys, whose products are the scores."""
+        attention = next(branch for branch in self.branches if branch.attends)
+        return (attention.entry.observed, dict(self.caches)["key"])
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """What becomes queries and keys: the norms of their heads where there are some, else their linears."""
+        norms = dict(self.head_norms)
+        return tuple(norms.get(name, name) for name in self.scoring)
+
+    def linear(self, name: str) -> Linear:
+        """The linear of that name.
+
+        Raises:
+            KeyError: it has none.
+        """
+        for linear in self.linears:
+            if linear.name == name:
+                return linear
+        raise KeyError(name)
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Names within the layer, without `.weight`, and shapes, in file order."""
+        shapes: dict[str, tuple[int, ...]] = {one.name: (one.out_features, one.in_features) for one in self.linears}
+        shapes |= {norm: (self.head_dim,) for _, norm in self.head_norms}
+        return shapes | {norm: (self.hidden_size,) for norm in self.norms}
+
+    def points(self) -> tuple[str, ...]:
+        """What its modules make, `MODULE.out`, and what last linears read, `MODULE.in`, in running order."""
+        found: list[str] = []
+        for branch in self.branches:
+            found += [f"{branch.norm}.out", *(f"{name}.out" for name in branch.inner)]
+            found += [f"{branch.output}.in", f"{branch.output}.out"]
+            found += [f"{branch.post_norm}.out"] if branch.post_norm else []
+        return tuple(found)
+
+
+class Sizes(Protocol):
+    """What of a model's config its layers are made from; `checkpoint.ModelConfig` has it."""
+
+    @property
+    def hidden_size(self) -> int: ...  # noqa: D102
+    @property
+    def intermediate_size(self) -> int: ...  # noqa: D102
+    @property
+    def num_attention_heads(self) -> int: ...  # noqa: D102
+    @property
+    def num_key_value_heads(self) -> int: ...  # noqa: D102
+    @property
+    def head_dim(self) -> int: ...  # noqa: D102
+    @property
+    def layer_types(self) -> tuple[LayerType, ...]: ...  # noqa: D102
+    @property
+    def sliding_window(self) -> int | None: ...  # noqa: D102
+    @property
+    def rope(self) -> Mapping[LayerType, Rope]: ...  # noqa: D102
+    @property
+    def query_pre_attn_scalar(self) -> float: ...  # noqa: D102
+    @property
+    def raw(self) -> Mapping[str, Any]: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a generation reads of a config.json in its own way."""
+
+    layer_types: tuple[LayerType, ...]
+    sliding_window: int | None
+    rope: dict[LayerType, Rope]
+    query_pre_attn_scalar: float
+    max_position_embeddings: int
+    hidden_activation: Activation = TANH_GELU
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+
+
+@dataclass(frozen=True)
+class Patched:
+    """Files and classes of source_code/.
+
+    Args:
+        configuration, modeling: modules; config_class, stack, causal, classifier: classes in them.
+        layer_types: whether the config class has a kind for each layer.
+    """
+
+    configuration: str
+    config_class: str
+    modeling: str
+    stack: str
+    causal: str
+    classifier: str
+    layer_types: bool = True
+
+    @property
+    def additions(self) -> dict[str, Any]:
+        """Keys of config.json by which transformers finds them as remote code, and those they add to the stock ones."""
+        auto_map = {
+            "AutoConfig": f"{self.configuration}.{self.config_class}",
+            "AutoModel": f"{self.modeling}.{self.stack}",
+            "AutoModelForCausalLM": f"{self.modeling}.{self.causal}",
+            "AutoModelForSequenceClassification": f"{self.modeling}.{self.classifier}",
+        }
+        return {"auto_map": auto_map, **SWITCHES}
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """How llama.cpp writes a generation down.
+
+    Args:
+        name: `general.architecture`.
+        blocks: part of a tensor's name after `blk.N.` -> name within the layer.
+        config: keys of config.json beside the sizes, from a function that gives a metadata value by its name after the
+            architecture's, or None.
+    """
+
+    name: str
+    blocks: Mapping[str, str]
+    config: Callable[[Callable[[str], Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A generation.
+
+    Args:
+        name: for people; model_type: in config.json.
+        multimodal: model types whose language model it is.
+        transformers_type: the model type under which transformers has its class; causal_class: that class.
+        genai_type: `model.type` of genai_config.json.
+        activation_key: of config.json.
+        norm_offset: norms multiply by this plus their weight.
+        read: the generation's own keys of a config.json; layers: their number, or 1 where that is wrong.
+        layer: the layer of a number; branches: all that some layer has.
+    """
+
+    name: str
+    model_type: str
+    transformers_type: str
+    causal_class: str
+    genai_type: str
+    activation_key: str
+    patched: Patched
+    gguf: Gguf
+    read: Callable[[ConfigKeys, Mapping[str, int], int], Facts]
+    layer: Callable[[Sizes, int], LayerSpec]
+    branches: tuple[Branch, ...]
+    multimodal: tuple[str, ...] = ()
+    norm_offset: float = 1.0

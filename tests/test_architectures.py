@@ -1,0 +1,110 @@
+"""The rows of generations agree with transformers, with source_code/ and with the files they name."""
+
+import inspect
+import json
+
+import gguf
+import pytest
+import transformers
+
+from gemma_deploy import architectures, paths
+from gemma_deploy.architectures import ROWS
+from gemma_deploy.checkpoint import ModelConfig
+from gemma_deploy.errors import NotBuiltError
+from gemma_deploy.patched import patched_causal, patched_config, patched_stack
+from gemma_deploy.testing import TINY_CONFIGS
+
+MODEL_TYPES = [row.model_type for row in ROWS]
+
+
+def config_of(model_type):
+    return ModelConfig.from_dict(TINY_CONFIGS[model_type], "config.json")
+
+
+@pytest.mark.parametrize("row", ROWS, ids=MODEL_TYPES)
+def test_transformers_knows_the_type_and_the_class(row):
+    raw = {key: value for key, value in config_of(row.model_type).raw.items() if key != "model_type"}
+    made = transformers.AutoConfig.for_model(row.transformers_type, **raw)
+    assert transformers.AutoModelForCausalLM._model_mapping[type(made)].__name__ == row.causal_class
+    assert row.activation_key in made.to_dict()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=MODEL_TYPES)
+def test_layers_hold_what_the_patched_model_has(row):
+    """Names, shapes and order of modules, and which of them read one tensor, by the module tree itself."""
+    config = config_of(row.model_type)
+    model = patched_causal(config)
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    for layer in config.layers:
+        expected = {f"{layer.prefix}{name}.weight": shape for name, shape in layer.tensors().items()}
+        assert {name: shape for name, shape in shapes.items() if name.startswith(layer.prefix)} == expected
+        module = model.get_submodule(layer.prefix.removesuffix("."))
+        for branch in layer.branches:
+            assert branch.norm in dict(module.named_children())
+            for name in (branch.module, branch.output, *branch.inner):
+                module.get_submodule(name)
+            assert branch.post_norm is None or branch.post_norm in dict(module.named_children())
+        named = [reader for group in layer.groups for reader in group.readers]
+        assert sorted(named) == sorted(linear.name for linear in layer.linears)
+        assert layer.template == layer.kind
+    assert len(patched_stack(config).layers) == config.num_hidden_layers
+    assert isinstance(model.config, type(patched_config(config)))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=MODEL_TYPES)
+def test_points_are_what_hooks_see_in_that_order(row):
+    """Outputs of the modules in the order in which transformers' own class runs them."""
+    import torch
+
+    config = config_of(row.model_type)
+    raw = {key: value for key, value in config.raw.items() if key != "model_type"}
+    stock = transformers.AutoConfig.for_model(row.transformers_type, **raw)
+    model, seen = transformers.AutoModelForCausalLM.from_config(stock, attn_implementation="eager"), []
+    layer = model.model.layers[1]
+    wanted = {point.removesuffix(".out") for point in config.layers[1].points() if point.endswith(".out")}
+    for name, module in layer.named_modules():
+        if name in wanted:
+            module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    with torch.no_grad():
+        model(torch.arange(3, 12)[None])
+    own = [point.removesuffix(".out") for point in config.layers[1].points() if point.endswith(".out")]
+    assert own == seen
+
+
+@pytest.mark.parametrize("row", ROWS, ids=MODEL_TYPES)
+def test_llama_cpp_has_these_tensors(row):
+    known = {
+        gguf.TENSOR_NAMES[kind].removeprefix("blk.{bid}.")
+        for kind in gguf.MODEL_TENSORS[getattr(gguf.MODEL_ARCH, row.gguf.name.upper())]
+    }
+    assert set(row.gguf.blocks) <= known
+    layer = config_of(row.model_type).layers[0]
+    assert sorted(row.gguf.blocks.values()) == sorted(layer.tensors())
+
+
+def test_the_table_in_source_code_is_what_staging_adds():
+    table = json.loads((paths.source_code_dir() / "config.json").read_text())
+    assert table == {row.model_type: row.patched.additions for row in ROWS if row.model_type in table}
+    assert table
+
+
+def test_names_are_found_and_others_refused_with_the_nearest():
+    assert architectures.find("gemma3") is None
+    assert architectures.text_type("gemma3") == "gemma3_text"
+    assert architectures.is_multimodal("gemma3")
+    assert not architectures.is_multimodal("gemma2")
+    assert architectures.names() == "Gemma 1, Gemma 2 or Gemma 3"
+    with pytest.raises(NotBuiltError) as refused:
+        architectures.architecture_of("gemma33_text")
+    assert "the nearest known one is 'gemma3_text'" in str(refused.value)
+    assert "gemma, gemma2, gemma3_text" in str(refused.value)
+
+
+def test_what_is_the_same_in_all_generations():
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert architectures.linear_kinds() == kinds
+    assert [group.observed for group in architectures.input_groups()] == [
+        "self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj",
+    ]  # fmt: skip
+    assert architectures.inner_modules("mlp") == ("mlp.gate_proj", "mlp.act_fn", "mlp.up_proj")
+    assert all(inspect.getdoc(inspect.getmodule(row.read)) for row in ROWS)

@@ -1,0 +1,158 @@
+"""A generation that is Gemma 3 under another name: a module, a file of modeling code and a row, and all else works."""
+
+import filecmp
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gemma_deploy.testing import write_tiny_checkpoint
+from tests.calibration.make import write_tokenizer
+
+ROOT = Path(__file__).parent.parent
+MODULE = '''"""Gemma 3 under another name."""
+
+from dataclasses import replace
+
+from gemma_deploy.architectures.base import Patched
+from gemma_deploy.architectures.gemma3 import GEMMA3
+
+OTHER = replace(
+    GEMMA3,
+    name="Gemma X",
+    model_type="gemmax_text",
+    gguf=replace(GEMMA3.gguf, name="gemmax"),
+    multimodal=("gemmax",),
+    patched=Patched(
+        configuration="modeling_gemmax_vacc",
+        config_class="GemmaXConfig",
+        modeling="modeling_gemmax_vacc",
+        stack="GemmaXModel",
+        causal="GemmaXForCausalLM",
+        classifier="GemmaXForSequenceClassification",
+    ),
+)
+'''
+MODELING = '''"""Gemma 3 under another name."""
+
+from huggingface_hub.dataclasses import strict
+
+from .configuration_gemma3_vacc import Gemma3TextConfig
+from .modeling_gemma3_vacc import Gemma3ForCausalLM, Gemma3TextForSequenceClassification, Gemma3TextModel
+
+
+@strict
+class GemmaXConfig(Gemma3TextConfig):
+    model_type = "gemmax_text"
+
+
+class GemmaXModel(Gemma3TextModel):
+    config_class = GemmaXConfig
+
+
+class GemmaXForCausalLM(Gemma3ForCausalLM):
+    config_class = GemmaXConfig
+
+
+class GemmaXForSequenceClassification(Gemma3TextForSequenceClassification):
+    config_class = GemmaXConfig
+'''
+
+
+def differing(one: Path, other: Path) -> list[str]:
+    """Files that only one of two folders has, or that differ."""
+    compared = filecmp.dircmp(one, other, ignore=["__pycache__"])
+    found = [*compared.left_only, *compared.right_only, *compared.diff_files]
+    for name in compared.common_dirs:
+        found += [f"{name}/{below}" for below in differing(one / name, other / name)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """A copy of the program with one generation more; files that had to be touched."""
+    root = tmp_path_factory.mktemp("program")
+    for name in ("gemma_deploy", "source_code", "calib", "build_in"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (root / "gemma_deploy/architectures/gemmax.py").write_text(MODULE)
+    (root / "source_code/modeling_gemmax_vacc.py").write_text(MODELING)
+    table = root / "gemma_deploy/architectures/__init__.py"
+    text = table.read_text()
+    text = text.replace("import GEMMA3\n", "import GEMMA3\nfrom gemma_deploy.architectures.gemmax import OTHER\n", 1)
+    table.write_text(text.replace("(GEMMA, GEMMA2, GEMMA3)", "(GEMMA, GEMMA2, GEMMA3, OTHER)", 1))
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(program, tmp_path_factory):
+    """Run the copied program on a tiny checkpoint of the new generation."""
+    work = tmp_path_factory.mktemp("work")
+    path = write_tiny_checkpoint(work / "ck", "gemma3_text", num_hidden_layers=3, sliding_window_pattern=3)
+    write_tokenizer(path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"model_type": "gemmax_text"}))
+
+    def command(*words):
+        code = "import sys; from gemma_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
+        return subprocess.run(
+            [sys.executable, "-P", "-c", code, *map(str, words)],
+            env={**os.environ, "PYTHONPATH": str(program)},
+            cwd=work,
+            capture_output=True,
+            text=True,
+        )
+
+    return command
+
+
+def test_two_files_and_a_row(program):
+    touched = [f"{name}/{below}" for name in ("gemma_deploy", "source_code")
+               for below in differing(ROOT / name, program / name)]  # fmt: skip
+    assert sorted(touched) == [
+        "gemma_deploy/architectures/__init__.py",
+        "gemma_deploy/architectures/gemmax.py",
+        "source_code/modeling_gemmax_vacc.py",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("backend", "quantize"),
+    [
+        ({"type": "tvm_vacc", "dtype": "fp32"}, None),
+        ({"type": "onnxruntime", "dtype": "int8"}, {"type": "w8a16_gptq", "calib_args": {"sensitivity": False}}),
+    ],
+)
+def test_it_compiles_proven(run, tmp_path, backend, quantize):
+    recipe = {
+        "name": "x",
+        "frontend": {"checkpoint": "ck", "shape": {"input_ids": [[32], [48]]}, "quantize": quantize},
+        "dataset": {"name": "c4:4", "seqlen": 64},
+        "backend": backend,
+        "parity": {"prompt_tokens": 32, "decode_tokens": 8},
+        "workspace": {"path": str(tmp_path)},
+    }
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    done = run("compile", tmp_path / "r.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    manifest = json.loads((tmp_path / "x/manifest.json").read_text())
+    assert manifest["model"]["model_type"] == "gemmax_text"
+    assert manifest["parity"]["passed"] is True
+    lines = {line["comparison"] for line in manifest["parity"]["lines"]}
+    assert {"hf = patched", "hf = strict"} <= lines
+
+
+def test_it_is_staged_split_and_refused_by_its_names(run, tmp_path):
+    assert run("stage", "ck", tmp_path / "staged").returncode == 0
+    staged = json.loads((tmp_path / "staged/config.json").read_text())
+    assert staged["auto_map"]["AutoModelForCausalLM"] == "modeling_gemmax_vacc.GemmaXForCausalLM"
+    assert run("split", "ck", tmp_path / "parts").returncode == 0
+    (tmp_path / "ck").mkdir()
+    (tmp_path / "ck/config.json").write_text('{"model_type": "gemmax"}')
+    (tmp_path / "ck/model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")
+    refused = run("inspect", tmp_path / "ck").stderr
+    assert "this is a multimodal Gemma" in refused
+    assert "gemma3_text, gemmax_text" in refused
