@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 from gemma_deploy import reading
 from gemma_deploy.text import pipeline
 from gemma_deploy.text.added import Named, Plan, plan_tokens
-from gemma_deploy.text.files import ADDED_TOKENS, SENTENCEPIECE, SETTINGS, SPECIAL_TOKENS, TOKENIZER, TokenizerFiles
+from gemma_deploy.text.files import (
+    ADDED_TOKENS,
+    CONFIG,
+    SENTENCEPIECE,
+    SETTINGS,
+    SPECIAL_TOKENS,
+    TOKENIZER,
+    TokenizerFiles,
+)
 from gemma_deploy.text.library import asking
 
 if TYPE_CHECKING:
@@ -67,8 +75,8 @@ def build(files: TokenizerFiles) -> Built:
 
 
 def _is_generic(files: TokenizerFiles, settings: Mapping[str, Any]) -> bool:
-    """Whether tokenizer.json counts as it is, by the class that tokenizer_config.json names."""
-    name = settings.get("tokenizer_class")
+    """Whether tokenizer.json counts as it is, by the class that tokenizer_config.json or config.json names."""
+    name = settings.get("tokenizer_class") or (files.object(CONFIG) or {}).get("tokenizer_class")
     if not isinstance(name, str) or name.removesuffix("Fast") == GEMMA:
         return False
     if name.removesuffix("Fast") in GENERIC:

@@ -145,6 +145,16 @@ def test_settings_that_are_not_there(tmp_path):
     same(directory)
 
 
+@pytest.mark.parametrize("name", ["GemmaTokenizerFast", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("said", [None, "GemmaTokenizer", "PreTrainedTokenizerFast"])
+def test_the_class_may_stand_in_the_models_config(tmp_path, name, said):
+    """Where tokenizer_config.json says none."""
+    directory = copy_demo(tmp_path / "t", tokenizer_class=said)
+    edit(directory / "config.json", {"tokenizer_class": name})
+    edit(directory / make.TOKENIZER, {"normalizer": {"type": "Lowercase"}})
+    same(directory)
+
+
 def test_a_class_of_another_model_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="names the class 'LlamaTokenizerFast': that is no tokenizer of a Gemma"):
         Tokenizer(copy_demo(tmp_path / "t", tokenizer_class="LlamaTokenizerFast"))
