@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 import types
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from gemma_deploy.checkpoint import ModelConfig
+from gemma_deploy.errors import CheckpointError
 from gemma_deploy.paths import source_code_dir
 
 if TYPE_CHECKING:
@@ -39,9 +41,31 @@ def patched_config(config: ModelConfig, **changes: Any) -> Any:
     raw = {key: value for key, value in config.raw.items() if key != "auto_map"}
     if not row.layer_types:
         changes.pop("layer_types", None)
-    made = getattr(patched_module(row.configuration), row.config_class)(**{**raw, **changes})
+    made = configured(getattr(patched_module(row.configuration), row.config_class), {**raw, **changes})
     made._attn_implementation = "eager"
     return made
+
+
+def configured(kind: Callable[..., Any], raw: Mapping[str, Any]) -> Any:
+    """A config object of transformers, made from the keys of a config.json.
+
+    Args:
+        kind: the class, or a function that makes one.
+        raw: the keys; those that `ModelConfig` does not look at have been checked by nobody yet.
+
+    Raises:
+        CheckpointError: transformers refuses one of them.
+    """
+    try:
+        return kind(**raw)
+    except Exception as error:  # its checks raise errors of several kinds
+        said = " ".join(str(error).split())
+        raise CheckpointError(
+            f"transformers refuses the model's config: {said[:300]}",
+            where="config.json",
+            expected="a config that transformers' AutoConfig reads",
+            next_step="take config.json from the place the weights came from",
+        ) from error
 
 
 def patched_stack(config: ModelConfig, **changes: Any) -> nn.Module:

@@ -31,6 +31,7 @@ MAX_VALUES = 2_500_000
 NOWHERE, IMPOSSIBLE = "there is no such file or directory", "no file can have this name"
 MAX_DIGITS = 300  # a whole number of 309 digits may be too large for a float; Python itself stops at 4,300
 _LONG_NUMBER = re.compile(rf"(?<![0-9])[0-9]{{{MAX_DIGITS + 1}}}")
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _A_JSON: dict[type, str] = {
     list: "a list",
@@ -251,6 +252,17 @@ def parse_json(
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
             raise NotJsonError("it holds half a surrogate pair (an escape \\ud8.. or \\udc.. alone)") from error
+    return value
+
+
+def with_whole_characters(value: Any) -> Any:
+    """A value of `parse_json` with U+FFFD in the place of halves of surrogate pairs, which no text file can hold."""
+    if isinstance(value, str):
+        return _HALF_PAIR.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [with_whole_characters(one) for one in value]
+    if isinstance(value, dict):
+        return {with_whole_characters(key): with_whole_characters(one) for key, one in value.items()}
     return value
 
 

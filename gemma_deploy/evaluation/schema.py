@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gemma_deploy.artifact.schema import Count, Part, Point, problems_of
 
@@ -15,13 +15,18 @@ class Against(Part):
     path: str
 
 
-class Settings(Part):
+class TextSettings(Part):
     """What was measured."""
 
-    text: str = ""
-    windowing: str = ""
-    split: str = ""
-    shots: Count = 0
+    text: str
+    windowing: str
+
+
+class ExamSettings(Part):
+    """What was asked."""
+
+    split: str
+    shots: Count
 
 
 class Subject(Part):
@@ -39,36 +44,48 @@ class Reference(Part):
 
 
 class _Result(Part):
+    beside: ClassVar[tuple[str, ...]]  # keys that a result has where there was something to compare with
     target: dict[str, Any]
-    settings: Settings
     against: Against | None
-    activation_absmax: dict[Point, float] | None = None
+
+    @model_validator(mode="after")
+    def _compared(self) -> Self:
+        missing = [key for key in self.beside if key not in self.model_fields_set]
+        if self.against is not None and missing:
+            raise ValueError(f"{', '.join(missing)} missing beside against")
+        return self
 
 
 class TextResult(_Result):
     """Of `eval --task ppl`."""
 
+    beside = ("perplexity_reference", "perplexity_reference_error", "kl_mean", "top1")
     task: Literal["ppl"]
+    settings: TextSettings
     perplexity: float | None
     perplexity_error: float | None
     perplexity_reference: float | None = None
     perplexity_reference_error: float | None = None
     kl_mean: float | None = None
     top1: float | None = None
+    activation_absmax: dict[Point, float] | None = None
 
 
 class ExamResult(_Result):
     """Of `eval --task ceval`."""
 
+    beside = ("same_choice", "reference")
     task: Literal["ceval"]
+    settings: ExamSettings
     questions: Count
     accuracy: float | None
     accuracy_error: float | None
     average_over_subjects: float | None
     average_over_subjects_error: float | None
+    subjects: dict[str, Subject]
     same_choice: float | None = None
     reference: Reference | None = None
-    subjects: dict[str, Subject]
+    activation_absmax: None = None
 
 
 class Evaluation(Part):

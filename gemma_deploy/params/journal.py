@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from gemma_deploy.params.table import ParamRow, row_from_json
 from gemma_deploy.reading import is_file, parse_json
 
 FORMAT = 1
+_NEEDED = {"name", "dtype", "shape", "offset", "nbytes", "sha256", "scheme"}
 
 
 class Journal:
@@ -93,17 +95,34 @@ def _record(line: bytes) -> dict[str, Any] | None:
     """What a line says; None where it is torn or says nothing that a run writes."""
     try:
         record = parse_json(line) if line.endswith(b"\n") else None
-        if not isinstance(record, dict):
-            return None
-        for row in record.get("rows", ()):
-            checked = row_from_json(row)
-            if not all(isinstance(number, int) for number in (*checked.shape, checked.offset, checked.nbytes)):
-                return None
-        file = record.get("file", {})
-        whole = all(isinstance(file.get(name, 0), int) for name in ("bytes", "mtime_ns"))
-        return record if whole and isinstance(record.get("job", ""), str) else None
-    except (ValueError, TypeError, AttributeError):
+    except ValueError:  # UnicodeDecodeError and NotJsonError are ValueErrors
         return None
+    match record:
+        case {"format": _, "key": str()}:
+            return record
+        case {"job": str(), "rows": list(rows)} if all(map(_is_row, rows)):
+            return record
+        case {"file": {"bytes": int(), "mtime_ns": int()}}:
+            return record
+    return None
+
+
+def _is_row(row: object) -> bool:
+    """Whether a value is a row as `_row_json` gives it."""
+    if (
+        not isinstance(row, dict)
+        or row.keys() - {field.name for field in fields(ParamRow)}
+        or not row.keys() >= _NEEDED
+    ):
+        return False
+    whole = [row["offset"], row["nbytes"], *row["shape"]] if isinstance(row["shape"], list) else [None]
+    texts = [row["name"], row["dtype"], row["sha256"], row["scheme"], row.get("file", "")]
+    measured = [row.get("sqnr_db"), row.get("signal_energy")]
+    return (
+        all(type(one) is int and 0 <= one < 2**62 for one in whole)
+        and all(isinstance(one, str) for one in texts)
+        and all(one is None or type(one) in (int, float) for one in measured)
+    )
 
 
 def _row_json(row: ParamRow) -> dict[str, Any]:

@@ -34,11 +34,12 @@ def config_line(checkpoint: Checkpoint) -> Line:
     """How many keys of transformers' config class have another value in the patched one."""
     from transformers import AutoConfig
 
-    from gemma_deploy.patched import patched_config
+    from gemma_deploy.patched import configured, patched_config
 
     config = checkpoint.config
     raw = {key: value for key, value in config.raw.items() if key not in ("model_type", "auto_map", *SWITCHES)}
-    stock = AutoConfig.for_model(config.architecture.transformers_type, **raw).to_dict()
+    kind = {"model_type": config.architecture.transformers_type}
+    stock = configured(AutoConfig.for_model, kind | raw).to_dict()
     patched = patched_config(config).to_dict()
     differing = sorted(key for key, value in stock.items() if patched.get(key, KeyError) != value)
     name = "config keys that differ" + (f" ({', '.join(differing)})" if differing else "")

@@ -23,7 +23,7 @@ from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.sources import Features
 from gemma_deploy.parity.stored import StoredWeights
-from gemma_deploy.patched import patched_causal, patched_module
+from gemma_deploy.patched import configured, patched_causal, patched_module
 
 Weighting = Literal["fp32", "bf16", "w8a16"]
 TABLE = "model.embed_tokens.weight"
@@ -157,7 +157,7 @@ class TorchSource:
 
         raw = {key: value for key, value in config.raw.items() if key not in ("auto_map", "model_type")}
         raw |= {"vocab_size": vocab_size, "pad_token_id": None}
-        stock = AutoConfig.for_model(config.architecture.transformers_type, **raw)
+        stock = configured(AutoConfig.for_model, {"model_type": config.architecture.transformers_type, **raw})
         with init_empty_weights(include_buffers=False):
             model = AutoModel.from_config(stock, attn_implementation="eager", dtype=self.dtype)
         return model.eval()

@@ -139,6 +139,8 @@ RESULT = {
         ({"perplexity": "7"}, "results.0.ppl.perplexity: input should be a valid number"),
         ({"task": "other"}, "results.0: input tag 'other'"),
         ({"settings": []}, "results.0.ppl.settings: "),
+        ({"settings": {"text": "t"}}, "results.0.ppl.settings.windowing: field required"),
+        ({"task": "ceval"}, "results.0.ceval.settings.split: field required"),
         ({"against": "b"}, "results.0.ppl.against: "),
         ({"activation_absmax": {"model.layers.x": 1.0}}, "is no point of a layer"),
     ],
@@ -146,6 +148,12 @@ RESULT = {
 def test_results_of_evaluations(change, words):
     problems = evaluation_problems({"format_version": 1, "results": [RESULT | change]})
     assert problems == [] if words is None else any(words in problem for problem in problems), problems
+
+
+def test_what_was_compared_says_with_what_result():
+    alone = {key: value for key, value in RESULT.items() if key not in ("kl_mean", "top1")}
+    assert evaluation_problems({"results": [alone | {"against": None}]}) == []
+    assert evaluation_problems({"results": [alone]}) == ["results.0.ppl: kl_mean, top1 missing beside against"]
 
 
 def test_results_that_are_no_list():

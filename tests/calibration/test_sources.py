@@ -57,10 +57,11 @@ def test_c4_gives_the_texts_in_order_without_the_empty_ones(tmp_path):
         (b"PK\x03\x04 not lines at all", ", line 1: is not JSON: Expecting value (character 1)"),
         (zipped(b"[" * 100_000), ", line 1: is not JSON: nested too deep"),
         (zipped(f'{GOOD}\n{{"text": "a", "n": {"9" * 5000}}}\n'.encode()), ", line 2: is not JSON: a number has 5000"),
-        (zipped(b"\n" * 200_000), ", line 100001: is empty, as 100000 lines before it"),
+        (zipped(b"\n" * 200_000), ", line 100001: holds no text, as 100000 lines before it"),
+        (zipped(b'{"text": " "}\n' * 200_000), ", line 100001: holds no text, as 100000 lines before it"),
         (zipped((GOOD + " " * 1000 + "\n").encode() * 20_000), ": unpacks to more than 100 times its size"),
     ],
-    ids=["empty", "truncated", "damaged", "json", "utf8", "key", "null", "list", "zip", "deep", "long", "rows", "big"],
+    ids=lambda value: value[-24:] if isinstance(value, str) else "file",
 )
 def test_c4_says_what_is_wrong_with_a_file(tmp_path, content, expected):
     path = tmp_path / "x.json.gz"
@@ -167,6 +168,14 @@ def test_alpaca_says_what_is_wrong_with_a_file(tmp_path, content, expected):
     path = tmp_path / "x.json"
     path.write_text(content)
     assert expected in message(SOURCES["alpaca"].texts, path)
+
+
+def test_half_a_surrogate_pair_is_replaced(tmp_path):
+    path = tmp_path / "x"
+    path.write_text('{"text": "a \\ud83d b \\ud83d\\ude00"}\n')
+    assert list(SOURCES["c4"].texts(path)) == ["a \ufffd b \U0001f600"]
+    path.write_text('[{"instruction": "a\\udc9d", "input": "", "output": "b"}]')
+    assert "### Instruction:\na\ufffd\n" in next(iter(SOURCES["alpaca"].texts(path)))
 
 
 MARK = b"\xef\xbb\xbf"

@@ -1,5 +1,7 @@
 """`${VAR}` is put in after YAML has decided what is written: the schema says whether a value is text or a number."""
 
+import time
+
 import pytest
 
 from gemma_deploy.errors import RecipeError
@@ -58,3 +60,23 @@ def test_overrides_are_read_the_same_way():
 def test_a_written_number_stays_an_error_where_text_is_wanted():
     with pytest.raises(RecipeError, match=r"parity.text: got 12 \(a number\), expected text: put it in quotes"):
         load(text="12")
+
+
+SIZE = 1 << 16
+LARGE = {
+    "unknown keys": "".join(f"key{i}: {i}\n" for i in range(SIZE // 14)),
+    "variables that are not set": "".join(f"k{i}: ${{X{i}}}\n" for i in range(SIZE // 18)),
+    "keys that are no words": "?\n" * (SIZE // 2),
+    "the same key": "a: 1\n" * (SIZE // 5),
+    "a flow of keys": "{" + "a," * (SIZE // 2 - 2) + "}",
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_what_is_wrong_with_the_largest_recipes_is_said_at_once_and_in_short(name):
+    began = time.process_time()
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_text(LARGE[name], env={})
+    assert time.process_time() - began < 3  # the slowest takes 0.6 s on the machine where this was written
+    assert len(caught.value.problems) <= 51
+    assert len(str(caught.value)) < 20_000

@@ -563,10 +563,10 @@ def test_aliases_and_nesting_are_bounded():
     bomb = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 10)}]\n" for i in range(8)
     )
-    too_much = ["nested or aliased beyond 20000 values or 32 levels"]
+    too_much = ["nested or aliased beyond 5000 values or 32 levels"]
     assert problems(bomb) == too_much
     assert problems("name: " + "[" * 5000 + "]" * 5000) == too_much
-    assert problems("name: " + "x" * 300_000) == ["300006 characters are too many for a recipe (limit 262144)"]
+    assert problems("name: " + "x" * 300_000) == ["300006 characters are too many for a recipe (limit 65536)"]
 
 
 def test_unreadable_files(tmp_path):

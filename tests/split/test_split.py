@@ -201,6 +201,43 @@ def test_what_does_not_fit_is_refused(parts, checkpoint_dir, model_type, tmp_pat
         load_part(tmp_path)
 
 
+@pytest.mark.parametrize(("key", "value"), [("attention_dropout", "x"), ("initializer_range", [])])
+def test_what_transformers_refuses_in_a_config_is_told_by_its_key(parts, tmp_path, key, value):
+    folder = save_part(parts[1], tmp_path / "trunk")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(CheckpointError, match=f"transformers refuses the model's config: .*{key}"):
+        load_part(folder)
+
+
+CONFIGS_OF_PARTS = {
+    "no part": (lambda here: here.clear(), "start and stop: expected whole numbers from 0 to"),
+    "too many layers": (lambda here: here.update(stop=99), "start and stop: expected whole numbers from 0 to"),
+    "text": (lambda here: here.update(start="0"), "start and stop: expected whole numbers from 0 to"),
+    "scale": (lambda here: here.update(embed_scale="x"), "embed_scale: got 'x', expected exact or bf16"),
+    "name": (lambda here: here.update(name=[]), "name: got '[]', expected text"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS_OF_PARTS)
+def test_a_config_that_says_no_part(parts, tmp_path, name):
+    change, words = CONFIGS_OF_PARTS[name]
+    folder = save_part(parts[1], tmp_path / "trunk")
+    config = json.loads((folder / "config.json").read_text())
+    change(config["gemma_deploy_part"])
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as error:
+        load_part(folder)
+    assert any(words in problem for problem in error.value.problems)
+
+
+@pytest.mark.parametrize("names", ["x", [], [{}], [{"name": 5}], [{"name": "../trunk"}], [{"name": "/etc"}], [None]])
+def test_a_split_that_names_other_places(tmp_path, names):
+    (tmp_path / "split.json").write_text(json.dumps({"parts": names}))
+    with pytest.raises(CheckpointError, match=r"split\.json: is no split model"):
+        SplitChain.from_split(tmp_path)
+
+
 def test_a_part_with_a_tensor_too_few_is_refused(parts, tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -48,16 +48,17 @@ def rows(path: Path) -> Iterator[Row]:
                 raise wrong(f"unpacks to more than {MOST_TIMES} times its size", path, expected=EXPECTED)
             if len(line) > LONGEST_LINE_BYTES:
                 raise wrong(f"is longer than {LONGEST_LINE_BYTES >> 20} MiB", path, at, expected=EXPECTED)
-            empty = 0 if line.strip() else empty + 1
+            empty += 1
             if empty > MOST_EMPTY_LINES:
-                raise wrong(f"is empty, as {MOST_EMPTY_LINES} lines before it", path, at, expected=EXPECTED)
-            if empty:
+                raise wrong(f"holds no text, as {MOST_EMPTY_LINES} lines before it", path, at, expected=EXPECTED)
+            if not line.strip():
                 continue
             entry = parse_json(line.rstrip(), path, at, expected=EXPECTED)
             problem = string_fields(entry, KEYS)
             if problem:
                 raise wrong(problem, path, at, expected=EXPECTED)
             if entry["text"].strip():
+                empty = 0
                 yield entry
 
 

@@ -38,9 +38,13 @@ def explained(path: Path, expected: str) -> Iterator[None]:
 
 
 def parse_json(raw: bytes, path: Path, at: str | None, *, expected: str) -> Any:
-    """Parse UTF-8 JSON, or say where it stops being that."""
+    """Parse UTF-8 JSON, or say where it stops being that.
+
+    Scraped text has halves of surrogate pairs, which tokenizers refuse: they become U+FFFD.
+    """
     try:
-        return reading.parse_json(raw)
+        value = reading.parse_json(raw)
+        return reading.with_whole_characters(value) if b"\\u" in raw else value
     except UnicodeDecodeError as error:
         raise wrong(f"is not UTF-8 text (byte {error.start})", path, at, expected=expected) from error
     except NotJsonError as error:
