@@ -17,6 +17,7 @@ VALUES = (
     "patched", "val", "~nobody", ".", "/", "..", "x" * 300, "x/" * 2500, "\udcff", "demo", "config.json", "/dev/null",
     "/dev/full", "größe", "a=b", "name=x", "true",
 )  # fmt: skip
+NUMBERS = ("0", "1", "2", "7", "-1", "1e-310", "1e308", "0.5", "nan", "inf", "9" * 25, "2147483648", "1e5", "100000")
 # What takes minutes or other machines is not tried.
 LEFT_OUT = ("--cluster", "--workers", "--processes")
 
@@ -53,10 +54,10 @@ def attempt(state: State, random: Random) -> None:
         elif random.random() < 0.25 and not set(parameter.opts) & set(LEFT_OUT):
             words.append(random.choice((*parameter.opts, *parameter.secondary_opts)))
             if not getattr(parameter, "is_flag", False):
-                words.append(random.choice((*known, *VALUES)))
+                words.append(value(parameter.type, known, random))
     if name in ("compile",):
         words.append("--dry-run")
-    words += {"run": ["-n", "1"], "bench": ["--contexts", "x"], "chat": ["-n", "1"]}.get(name, [])
+    words += {"run": ["-n", "1", "-p", "the"], "bench": ["--contexts", "x"], "chat": ["-n", "1"]}.get(name, [])
     if name in ("eval", "parity", "calibrate"):
         words += ["--no-such-option"] if random.random() < 0.5 else []
     if random.random() < 0.2:
@@ -67,6 +68,17 @@ def attempt(state: State, random: Random) -> None:
         run(*words)
     finally:
         os.chdir(before)
+
+
+def value(kind: click.ParamType, known: tuple[Path, ...], random: Random) -> object:
+    """A value for an option, most of the time one of its type."""
+    if random.random() < 0.2:
+        return random.choice((*known, *VALUES))
+    if isinstance(kind, click.Choice):
+        return random.choice(list(kind.choices))
+    if kind.name.startswith(("integer", "float")):
+        return random.choice(NUMBERS)
+    return random.choice((*known, "demo", "a.txt", "c4", "c4:1", "none"))
 
 
 SURFACE = Surface("command_line", prepare, attempt)
