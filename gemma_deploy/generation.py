@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gemma_deploy.errors import UsageError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from gemma_deploy.runtime.generate import GenerationStats
 
 INTERRUPTED = 130
+MOST_CHARACTERS = 4 << 20  # of a prompt from standard input: four times what fills the longest context of any Gemma
 ENDED = {
     "stop": "the model ended its text",
     "length": "--max-new-tokens is reached",
@@ -45,6 +48,24 @@ def runs_in_genai(manifest: Mapping[str, Any]) -> bool:
     from gemma_deploy.backends import backend_of
 
     return backend_of(manifest).runs_in_genai
+
+
+def read_stdin(*, line: bool = False) -> str:
+    """All of standard input, or its next line; "" at its end.
+
+    Raises:
+        UsageError: there is more than any context takes (a device never ends).
+    """
+    read = sys.stdin.readline if line else sys.stdin.read
+    text = read(MOST_CHARACTERS + 1)
+    if len(text) > MOST_CHARACTERS:
+        raise UsageError(
+            f"the prompt has more than {MOST_CHARACTERS} characters",
+            where="standard input",
+            expected="a text that fits into the artifact's context",
+            next_step="give a shorter one",
+        )
+    return text
 
 
 def keep_bytes_of_stdin() -> None:

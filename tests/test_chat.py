@@ -177,7 +177,18 @@ def test_ctrl_c_while_typing_leaves(artifact, capfd, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("builtins.input", interrupted)
-    assert talk(monkeypatch, capfd, artifact, "") == (130, "", "\n")
+    assert talk(monkeypatch, capfd, artifact, Terminal("")) == (130, "", "\n")
+
+
+@pytest.mark.parametrize("command", [("chat",), ("run", "-p", "-")])
+def test_standard_input_without_end_is_not_read_to_it(artifact, capfd, monkeypatch, command):
+    monkeypatch.setattr("gemma_deploy.generation.MOST_CHARACTERS", 100)
+    name, *options = command
+    for text, code in (("x" * 101, 2), ("the list\n" + "\n" * 91, 0)):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        assert main([name, str(artifact), "--threads", "1", "-n", "1", *options]) == code
+        said = capfd.readouterr().err
+        assert ("standard input: the prompt has more than 100 characters" in said) == (code == 2)
 
 
 def test_a_full_context_is_explained_and_a_person_may_go_on(artifact, capfd, monkeypatch):

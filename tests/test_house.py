@@ -24,7 +24,8 @@ LONGEST_MODULE_LINES = 400
 # A part imports only parts to its left.
 ORDER = (
     *("errors", "reading", "paths", "writing", "workdir", "child"),
-    *("machine", "terminal", "architectures", "schemes", "recipe", "checkpoint", "text", "staging", "partition"),
+    *("machine", "tables", "terminal"),
+    *("architectures", "schemes", "recipe", "checkpoint", "text", "staging", "partition"),
     "patched",
     *("calibration", "quantization", "graph", "params", "split", "artifact", "runtime", "parity", "backends"),
     *("proving", "verifying", "evaluation", "bench"),

@@ -2,10 +2,12 @@
 never a wait, and nothing written."""
 
 import os
+import shutil
 import socket
 
 import pytest
 
+from gemma_deploy.paths import PACKAGE
 from tests.bad_input_make import World
 
 LONG, DEEP = "x" * 300, "x/" * 1500
@@ -31,6 +33,7 @@ INPUTS = {
     "eval --text": lambda world, path: ("eval", "demo", "--task", "ppl", "--text", path, "--no-record"),
     "eval --path": lambda world, path: ("eval", "demo", "--task", "ceval", "--path", path, "--no-record"),
     "parity ARTIFACT": lambda world, path: ("parity", path),
+    "parity --workspace": lambda world, path: ("parity", "--workspace", path),
     "parity --text": lambda world, path: ("parity", "--stage", "patched", "--text", path),
     "calibrate --path": lambda world, path: ("calibrate", "--dataset", "c4", "--path", f"c4={path}"),
     "calibrate --recipe": lambda world, path: ("calibrate", "--recipe", path),
@@ -49,7 +52,7 @@ PATHS = {
     "a device": ("/dev/zero", None, ("a device",)),
     "a socket": ("socket", lambda path: socket.socket(socket.AF_UNIX).bind(path.name), ("a socket",)),
 }
-DIRECTORIES_ONLY = ("verify", "run", "chat", "bench", "parity ARTIFACT")
+DIRECTORIES_ONLY = ("verify", "run", "chat", "bench", "parity ARTIFACT", "parity --workspace")
 
 
 @pytest.mark.parametrize("kind", PATHS)
@@ -112,3 +115,27 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_work(world, comma
     assert (code, shown) == (2, "")
     assert said.count("error:") == 1, said
     assert world.files() == before
+
+
+MARKUP = "x[/b] :bug: [link=a]"  # what rich would take for its own words
+
+
+@pytest.mark.parametrize("command", ["inspect", "eval", "split", "calibrate", "compile", "parity"])
+def test_names_that_look_like_markup_are_shown_as_they_are(world, command):
+    place = world.root / MARKUP
+    shutil.copytree(PACKAGE / "demo", place)
+    text = f"no{MARKUP.replace('/', '')}"
+    arguments = {
+        "inspect": ("inspect", place),
+        "eval": ("eval", place, "--task", "ppl", "--windows", 1, "--seqlen", 8),
+        "split": ("split", place),
+        "calibrate": ("calibrate", "--dataset", "c4", "--checkpoint", place, "--nsamples", 1, "--seqlen", 8),
+        "compile": ("compile", world.recipe, "--dry-run", "--checkpoint", place, "-s", f"parity.text='{text}'"),
+        "parity": ("parity", "--stage", "patched", "--checkpoint", place, "--prompt-tokens", 8, "--decode-tokens", 1),
+    }
+    code, shown, said = world.run(*arguments[command])
+    assert code == (1 if command == "compile" else 0), said
+    if command in ("inspect", "parity"):
+        assert "".join(MARKUP.split()) in "".join(shown.replace("│", "").split())  # long paths are folded
+    if command == "compile":
+        assert "".join(text.split()) in "".join(shown.split())

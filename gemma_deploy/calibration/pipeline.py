@@ -23,7 +23,9 @@ from gemma_deploy.calibration.sources.reading import Row, Turns
 from gemma_deploy.calibration.store import Calibration, Range
 from gemma_deploy.calibration.windows import JOINT, Cut, Windows, cut_windows, load_tokenizer_and_chat, shuffled
 from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint.checkpoint import TOKENIZER_FILE
 from gemma_deploy.errors import CheckpointError, UsageError
+from gemma_deploy.reading import read_bytes
 from gemma_deploy.recipe import mix as mixes
 from gemma_deploy.recipe.mix import EXAMPLE, NAME, NSAMPLES, PATH, Mix, read_mix, turn_order
 from gemma_deploy.text import template_of
@@ -205,7 +207,8 @@ def tokenizer_sha256(checkpoint: Checkpoint) -> str:
         return checkpoint.fingerprint(times=False)
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+        content = read_bytes(file, TOKENIZER_FILE)
+        digest.update(f"{file.name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
 
 

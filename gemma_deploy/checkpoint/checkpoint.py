@@ -41,6 +41,9 @@ TOKENIZER_FILES = (
 )
 MORE_TEMPLATES = "additional_chat_templates"
 FINGERPRINT_BYTES = 1 << 20
+TOKENIZER_FILE = reading.FileKind(
+    CheckpointError, "a file of the model's tokenizer", "copy it again from where the weights came from"
+)
 COMPARED_BYTES = 8 << 20  # of a head and of a table beside it at a time
 
 
@@ -172,7 +175,7 @@ class Checkpoint:
                     digest.update(file.read(FINGERPRINT_BYTES))
         for path in self.tokenizer_files():
             digest.update(f"\0{path.name}\0".encode())
-            digest.update(path.read_bytes())
+            digest.update(reading.read_bytes(path, TOKENIZER_FILE))
         return digest.hexdigest()
 
 

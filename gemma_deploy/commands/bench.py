@@ -54,10 +54,9 @@ def command(
     plot_file: Path | None,
 ) -> None:
     """Measure ARTIFACT on this machine."""
-    from rich.console import Console
-
     from gemma_deploy.artifact.check import open_whole
     from gemma_deploy.bench import figures, picture
+    from gemma_deploy.tables import console
     from gemma_deploy.writing import finite, write_json
 
     _check_places(json_file, plot_file, picture.KINDS)
@@ -77,10 +76,10 @@ def command(
         write_json(json_file, finite(measured), sort_keys=False)
     if plot_file is not None:
         picture.draw(measured, plot_file)
-    console = Console()
-    console.print(_table(measured))
+    shown = console()
+    shown.print(_table(measured))
     if measured["contexts"]:
-        console.print(_contexts(measured))
+        shown.print(_contexts(measured))
     if (load := measured["machine"]["load_average_before"]) > BUSY:
         click.echo(f"the load average was {load:.1f} at the start: other programs ran, and these figures are too low")
     if measured["left_out"]:

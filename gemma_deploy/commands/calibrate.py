@@ -128,10 +128,10 @@ def _request(
 
 
 def _print_table(calibration: Calibration) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from gemma_deploy.calibration.picture import largest
+    from gemma_deploy.tables import console
 
     table = Table(title=f"largest ranges, {PER_KIND} of each kind of {len(calibration.ranges)} points")
     table.add_column("point", no_wrap=True)
@@ -139,10 +139,10 @@ def _print_table(calibration: Calibration) -> None:
         table.add_column(heading, justify="right")
     for row in largest(calibration.ranges, PER_KIND):
         table.add_row(row.point, _number(row.absmax), str(row.channel), _number(row.outlier), _number(row.headroom))
-    console = Console()
-    if not console.is_terminal:
-        console.width = LOG_WIDTH  # rich takes 80 for a log and would cut the names
-    console.print(table)
+    shown = console()
+    if not shown.is_terminal:
+        shown.width = LOG_WIDTH  # rich takes 80 for a log and would cut the names
+    shown.print(table)
 
 
 def _number(value: float) -> str:

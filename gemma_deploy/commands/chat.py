@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma_deploy.generation import INTERRUPTED, generation_options, keep_bytes_of_stdin, runs_in_genai, summary
+from gemma_deploy.generation import (
+    INTERRUPTED,
+    generation_options,
+    keep_bytes_of_stdin,
+    read_stdin,
+    runs_in_genai,
+    summary,
+)
 
 if TYPE_CHECKING:
     from gemma_deploy.artifact import Artifact
@@ -95,13 +102,15 @@ def _read() -> str | None:
         Exit: Ctrl-C.
     """
     try:
-        text = input(ASK if sys.stdin.isatty() else "").strip()
+        text = input(ASK) if sys.stdin.isatty() else read_stdin(line=True)
     except EOFError:
         return None
     except KeyboardInterrupt:
         click.echo(err=True)
         raise click.exceptions.Exit(INTERRUPTED) from None
-    return None if text == EXIT else text
+    if not text and not sys.stdin.isatty():
+        return None
+    return None if text.strip() == EXIT else text.strip()
 
 
 def _turn(session: Session, conversation: Conversation, text: str, max_new_tokens: int, stats: bool) -> None:

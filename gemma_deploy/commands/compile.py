@@ -40,12 +40,11 @@ def command(
     parity: bool,
 ) -> None:
     """Compile RECIPE; exit 1 when the artifact does not compute the model."""
-    from rich.console import Console
-
     from gemma_deploy import compile as compiler
     from gemma_deploy.errors import PreflightError
     from gemma_deploy.preflight import render
     from gemma_deploy.recipe import Recipe
+    from gemma_deploy.tables import console
     from gemma_deploy.terminal import progress_bar
 
     overrides += ("frontend.shape.dynamic=true",) if dynamic else ()
@@ -54,7 +53,7 @@ def command(
         click.echo(f"carried for the vendor's compiler, not interpreted here: {', '.join(loaded.vendor_keys())}")
     if dry_run:
         plan = compiler.plan_recipe(loaded, parity=parity)
-        Console().print(render(plan))
+        console().print(render(plan))
         if plan.shortfalls:
             raise PreflightError(
                 "this machine cannot do the job as asked",

@@ -176,8 +176,9 @@ def _show_exam(pair: Any, result: dict[str, Any]) -> None:
 
 
 def _table(headings: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from gemma_deploy.tables import console
 
     table = Table()
     for heading in headings:
@@ -185,10 +186,10 @@ def _table(headings: list[str], rows: list[list[str]]) -> None:
         table.add_column(heading, justify="left" if first else "right", no_wrap=not first, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    if not console.is_terminal:
-        console.width = LOG_WIDTH
-    console.print(table)
+    shown = console()
+    if not shown.is_terminal:
+        shown.width = LOG_WIDTH
+    shown.print(table)
 
 
 def _share(one: dict[str, Any], key: str) -> str:

@@ -169,10 +169,11 @@ def _plain(effect: dict[str, Any]) -> str:
 
 
 def _show(facts: dict[str, Any], tensors: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=max(110, Console().width))
+    from gemma_deploy.tables import console
+
+    shown = console(least_width=110)
     for title, part in {**facts, "tensors": tensors}.items():
         rows = [{"": key, " ": value} for key, value in part.items()] if isinstance(part, dict) else part
         if not rows:
@@ -185,4 +186,4 @@ def _show(facts: dict[str, Any], tensors: list[dict[str, Any]]) -> None:
             table.add_column(key, justify="right" if number else "left", overflow="fold", no_wrap=key == "name")
         for row in rows:
             table.add_row(*("" if row.get(key) is None else str(row[key]) for key in keys))
-        console.print(table)
+        shown.print(table)

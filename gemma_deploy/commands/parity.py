@@ -103,8 +103,9 @@ def _say(line: str) -> None:
 
 
 def _show(title: str, result: ParityResult) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from gemma_deploy.tables import console
 
     table = Table(title=title, title_justify="left")
     columns = {"relative": "rel. error", "kl_mean": "mean KL", "top1": "top-1", "greedy_prefix": "greedy",
@@ -114,7 +115,7 @@ def _show(title: str, result: ParityResult) -> None:
     for row in result.measures:
         names = f"{row['reference']} = {row['test']}", f"{row['case']} {row['phase']}", str(row["positions"])
         table.add_row(*names, *(_number(row[key], key) for key in columns))
-    Console(width=max(100, Console().width)).print(table)
+    console(least_width=100).print(table)
     for note in result.notes:
         click.echo(f"note: {note}")
     for line in result.lines:

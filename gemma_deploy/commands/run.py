@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from gemma_deploy.generation import INTERRUPTED, generation_options, keep_bytes_of_stdin, runs_in_genai, summary
+from gemma_deploy.generation import (
+    INTERRUPTED,
+    generation_options,
+    keep_bytes_of_stdin,
+    read_stdin,
+    runs_in_genai,
+    summary,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,7 +72,7 @@ def command(
     opened = open_whole(artifact, hashes=True)
     if prompt == "-":
         keep_bytes_of_stdin()
-        prompt = sys.stdin.read().rstrip("\n")
+        prompt = read_stdin().rstrip("\n")
     done = GenerationStats()
     text: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
     if lookup:

@@ -37,11 +37,11 @@ def command(
     checkpoint: str, out: Path | None, points: tuple[int, ...] | None, parts: int | None, force: bool, workers: int
 ) -> None:
     """Cut CHECKPOINT (a directory, a .gguf file, or `demo`) into bottom, trunk and top; write them into OUT."""
-    from rich.console import Console
     from rich.table import Table
 
     from gemma_deploy.checkpoint import Checkpoint
     from gemma_deploy.partition import recommended_points, span_bytes, spans_of
+    from gemma_deploy.tables import console
     from gemma_deploy.terminal import progress_bar
     from gemma_deploy.workdir import refuse_directory
 
@@ -62,6 +62,6 @@ def command(
     for span in spans:
         size = f"{span_bytes(config, span, sizes) / GB:.3f}"
         table.add_row(span.name, f"{span.start} to {span.stop - 1}", size)
-    Console().print(table)
+    console().print(table)
     if out is not None:
         click.echo(f"split  {out}")

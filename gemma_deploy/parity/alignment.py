@@ -17,6 +17,7 @@ from gemma_deploy import paths
 from gemma_deploy.architectures import SWITCHES
 from gemma_deploy.calibration.sources import SOURCES
 from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.errors import CheckpointError
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.compare import compare_sources, judged, measures_of
 from gemma_deploy.parity.gates import Line, relative
@@ -48,8 +49,6 @@ def config_line(checkpoint: Checkpoint) -> Line:
 
 def tokenizer_lines(checkpoint: Checkpoint, text: Path | None, notes: list[str]) -> list[Line]:
     """How many texts become other tokens with the staged directory's tokenizer; no line where there is none."""
-    from transformers import AutoTokenizer
-
     if not checkpoint.tokenizer_files() or checkpoint.format == "gguf":
         notes.append("no tokenizer files of transformers' own beside the checkpoint: tokenizers are not compared")
         return []
@@ -58,10 +57,29 @@ def tokenizer_lines(checkpoint: Checkpoint, text: Path | None, notes: list[str])
     if text is not None:
         texts.append(read_text(text, text_kind("--text")))
     with tempfile.TemporaryDirectory() as scratch:
-        staged = AutoTokenizer.from_pretrained(stage_checkpoint(checkpoint.path, Path(scratch) / "staged"))
-        stock = AutoTokenizer.from_pretrained(checkpoint.path)
+        staged = _tokenizer(stage_checkpoint(checkpoint.path, Path(scratch) / "staged"))
+        stock = _tokenizer(checkpoint.path)
         differing = sum(stock(one)["input_ids"] != staged(one)["input_ids"] for one in texts)
     return [Line("hf = patched", f"texts of {len(texts)} with other tokens", float(differing), 0.0, not differing)]
+
+
+def _tokenizer(directory: Path) -> Any:
+    """The tokenizer that transformers makes of a directory.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # it has no error of its own
+        raise CheckpointError(
+            f"transformers refuses the tokenizer: {' '.join(str(error).split())[:300]}",
+            where=str(directory),
+            expected="files that transformers' AutoTokenizer reads",
+            next_step="copy the tokenizer's files again from where the weights came from",
+        ) from error
 
 
 def model_lines(

@@ -225,6 +225,14 @@ def test_fingerprint_sees_every_file(tmp_path, file):
     assert Checkpoint.open(tmp_path).fingerprint() != before
 
 
+def test_a_tokenizer_that_would_fill_memory_is_refused_before_it_is_read(tmp_path):
+    write_checkpoint(tmp_path)
+    with (tmp_path / "tokenizer.json").open("wb") as file:
+        file.truncate(1 << 42)
+    with pytest.raises(CheckpointError, match=f"tokenizer.json: has {1 << 42} bytes; at most"):
+        Checkpoint.open(tmp_path).fingerprint()
+
+
 def test_a_copy_has_the_same_fingerprint_without_times(tmp_path):
     write_checkpoint(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)

@@ -237,6 +237,39 @@ def test_inner_values_are_the_same_with_and_without_asking_for_them(artifacts):
     assert runner.values["model.layers.1.out"].shape == (2, 32, 64)
 
 
+@pytest.mark.parametrize(
+    ("location", "offset", "words"),
+    [
+        ("../params.safetensors", None, "model.norm.weight: '../params.safetensors'"),
+        ("/etc/passwd", None, "model.norm.weight: '/etc/passwd'"),
+        ("iter0.onnx", None, "model.norm.weight: 'iter0.onnx'"),
+        (None, str(2**50), f"model.norm.weight: bytes {2**50} to "),
+    ],
+)
+def test_weights_that_lie_elsewhere_are_refused_before_they_are_read(artifacts, tmp_path, location, offset, words):
+    whole = artifacts("gemma", "fp32")
+    (tmp_path / "params.safetensors").symlink_to(whole / "params.safetensors")
+    model = onnx.load(str(whole / "iter0.onnx"), load_external_data=False)
+    (norm,) = (tensor for tensor in model.graph.initializer if tensor.name == "model.norm.weight")
+    for entry in norm.external_data:
+        changed = {"location": location, "offset": offset}.get(entry.key)
+        entry.value = entry.value if changed is None else changed
+    (tmp_path / "iter0.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match=r"1 weight\(s\) do not lie in the parameter file") as caught:
+        open_session(tmp_path / "iter0.onnx")
+    assert caught.value.problems[0].startswith(words)
+
+
+def test_a_graph_of_another_model_is_no_graph_of_this_version(artifacts, tmp_path):
+    (tmp_path / "params.safetensors").symlink_to(artifacts("gemma", "fp32") / "params.safetensors")
+    node = onnx.helper.make_node("QuantizedLinearPerChannel", ["x"], ["y"])
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [x], [y]))
+    (tmp_path / "iter0.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match=r"iter0\.onnx: is not a graph that this version makes"):
+        open_session(tmp_path / "iter0.onnx")
+
+
 def test_damaged_files_are_named(artifacts, tmp_path):
     whole = artifacts("gemma", "fp32")
     for name in ("iter0.onnx", "params.safetensors"):
