@@ -65,12 +65,11 @@ def plan_tokens(
         values |= _legacy(special_tokens or {}, values)
         numbered = _listed(added_tokens or {}, values, wrong)
         numbered |= dict(found)
-    by_text = {token.content: token for token in numbered.values()}
-    names = _names(values, defaults, by_text, wrong)
+    names = _names(values, defaults, wrong)
     tokens = [token for _, token in sorted(numbered.items(), key=lambda one: one[0])]
     known = {token.content for token in tokens} | {token.content for _, token in found if not defaults}
     special = {token.content for token in names.values()}
-    for token in (*names.values(), *_extra(values, by_text, wrong)):
+    for token in (*names.values(), *_extra(values, wrong)):
         if token.content not in known:
             known.add(token.content)
             tokens.append(token)
@@ -149,9 +148,7 @@ def _listed(added_tokens: Mapping[str, Any], values: Mapping[str, Any], wrong: W
     return numbered
 
 
-def _names(
-    values: Mapping[str, Any], defaults: Named, by_text: Mapping[str, AddedToken], wrong: Wrong
-) -> dict[str, AddedToken]:
+def _names(values: Mapping[str, Any], defaults: Named, wrong: Wrong) -> dict[str, AddedToken]:
     """Special tokens by name: the seven that every tokenizer may have, and the model's own (`image_token`)."""
     own = {key: value for key, value in values.items() if key.endswith("_token") and key not in NAMED}
     own = {key: value for key, value in own.items() if isinstance(value, str) or _text(value)}
@@ -161,12 +158,11 @@ def _names(
     for key in NAMED:
         value = values.get(key, defaults.get(key))
         if value is not None:
-            token = token_of(value, wrong)
-            found[key] = by_text.get(token.content, token)
+            found[key] = token_of(value, wrong)
     return found | {key: token_of(value, wrong) for key, value in own.items() if value is not None}
 
 
-def _extra(values: Mapping[str, Any], by_text: Mapping[str, AddedToken], wrong: Wrong) -> list[AddedToken]:
+def _extra(values: Mapping[str, Any], wrong: Wrong) -> list[AddedToken]:
     extra = values.get(EXTRA)
     if extra is None or isinstance(extra, Mapping):
         return []

@@ -226,8 +226,9 @@ _FILTERS: dict[str, Callable[[Sequence[Any], Mapping[str, Any]], None]] = {
 
 
 def _refuse_repeat(value: Any, times: int) -> None:
-    _at_most(weight(value) * max(times, 0), MAX_WEIGHT)
-    if not isinstance(value, (str, bytes)) and len(value) * times > MAX_ITEMS:
+    is_text = isinstance(value, (str, bytes))
+    _at_most((len(value) if is_text else weight(value)) * max(times, 0), MAX_WEIGHT)
+    if not is_text and len(value) * times > MAX_ITEMS:
         raise too_long()
 
 

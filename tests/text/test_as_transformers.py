@@ -48,7 +48,7 @@ OLDER = {
     "added_tokens.json": {"added_tokens.json": {"<|own|>": 4097, "<extra>": 4096}},
     "names": {"special_tokens_map.json": {"mask_token": "<extra>", "eos_token": "<end_of_turn>"}},
     "objects": {
-        "special_tokens_map.json": {"mask_token": token("<extra>"), "sep_token": token("<|own|>", lstrip=True)}
+        "special_tokens_map.json": {"mask_token": {"content": "<extra>"}, "sep_token": token("<|own|>", lstrip=True)}
     },
     "more": {"special_tokens_map.json": {"additional_special_tokens": ["<|own|>", "<extra>"]}},
     "extra": {"special_tokens_map.json": {"extra_special_tokens": ["<|own|>", {"content": "<extra>", "rstrip": True}]}},
@@ -137,6 +137,20 @@ def test_tokens_that_only_tokenizer_json_adds(tmp_path, kind):
     (directory / make.TOKENIZER).write_text(json.dumps(document))
     theirs = same(directory)
     assert (len(theirs) > 4096) is (kind != "GemmaTokenizer")
+
+
+@pytest.mark.parametrize("unknown", ["<unk>", None])
+def test_characters_and_bytes_that_the_vocabulary_does_not_have(tmp_path, unknown):
+    directory = copy_demo(tmp_path / "t", tokenizer_class="GemmaTokenizer")
+    settings = json.loads((directory / make.SETTINGS).read_text()) | {"unk_token": unknown}
+    (directory / make.SETTINGS).write_text(json.dumps(settings))
+    document = json.loads((directory / make.TOKENIZER).read_text(encoding="utf-8"))
+    vocabulary = document["model"]["vocab"]
+    document["model"]["vocab"] = {text: number for text, number in vocabulary.items() if not text.startswith("<0x")}
+    (directory / make.TOKENIZER).write_text(json.dumps(document))
+    text = "naïve €5, 日本語, 👩\u200d🚀"
+    theirs = AutoTokenizer.from_pretrained(directory)
+    assert Tokenizer(directory).encode_more(text) == theirs(text, add_special_tokens=False)["input_ids"]
 
 
 def test_settings_that_are_not_there(tmp_path):

@@ -16,6 +16,8 @@ LISTS = "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = [n
 RUNAWAY = {
     "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "loops that write": "{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxxxxxxxxxx{% endfor %}{% endfor %}",
+    "written often": BIG + "{% for i in range(9999) %}{{ big }}{% endfor %}",
+    "written often in a block": BIG + "{% set x %}{% for i in range(9999) %}{{ big }}{% endfor %}{% endset %}{{ x }}",
     "a filtered loop": "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
     "a recursive loop": "{% for i in [range(99999)] recursive %}{% for j in i %}{{ loop(i) }}{% endfor %}{% endfor %}",
     "macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
@@ -124,12 +126,12 @@ def refused(source, messages=({"role": "user", "content": "hello"},)):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def less_than_a_gigabyte():
+def half_a_gigabyte():
     """Of memory beyond what is there: what takes more ends in a MemoryError, which is no refusal of the budget."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     with open("/proc/self/statm") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + (1 << 30), hard))
+    resource.setrlimit(resource.RLIMIT_AS, (now + (1 << 29), hard))
     yield
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
@@ -144,12 +146,23 @@ def test_a_runaway_template_ends_within_seconds_and_a_gigabyte(name, monkeypatch
     assert error.next_step or "OverflowError" in error.what or "Error: " in error.what
 
 
+def test_large_values_are_possible():
+    """So that the templates above are refused for what they do with one."""
+    chat = ChatTemplate({"default": BIG + "{{ big | length }}{{ ([0] * 99999) | length }}"}, "the model")
+    assert chat.render([], add_generation_prompt=True) == "200000099999"
+
+
 @pytest.mark.parametrize("limit", ["steps", "seconds"])
 def test_the_real_limits_end_loops_as_well(limit, monkeypatch):
     monkeypatch.setattr(budget, "MAX_STEPS", 1 << 60 if limit == "seconds" else budget.MAX_STEPS)
     error, seconds = refused(RUNAWAY["nested loops"])
     assert limit in error.what
     assert seconds < 2 * budget.MAX_SECONDS
+
+
+def test_what_is_made_and_given_up_again_counts_as_well():
+    error, _ = refused(BIG + "{% for i in range(999) %}{% set x = big ~ i %}{% endfor %}")
+    assert error.what.endswith("it makes more than 256 MiB of text and lists")
 
 
 @pytest.mark.parametrize("name", DEEP)

@@ -199,6 +199,14 @@ def test_objects_with_methods_do_not_reach_a_template(value):
         ours("{{ messages }}", ["hello"])
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+@pytest.mark.parametrize("also", [{}, {"thinking": "t"}, {"reasoning": "r", "thinking": None}])
+def test_reasoning_is_found_under_the_name_that_a_template_reads(theirs, name, also):
+    messages = [USER, {**REPLY, name: "hm", **also}]
+    template = "{{ messages[1].thinking }}|{{ messages[1].reasoning_content }}|{{ messages[1].reasoning }}"
+    assert ours(template, messages) == theirs(template, messages)
+
+
 def test_the_messages_are_not_changed():
     messages = [{"role": "user", "content": ["a"], "x": None, "thinking": "t"}]
     before = json.dumps(messages)
@@ -296,7 +304,7 @@ def test_no_template_and_no_default_are_told_apart(tmp_path):
 def test_a_template_from_another_system_is_the_same_template(tmp_path, ends):
     from transformers import AutoTokenizer
 
-    text = "{{ bos_token }}\n{% for m in messages %}\n{{ m.role + '\n' }}\n{% endfor %}\n\n"
+    text = "{{ bos_token }}\n{% for m in messages %}\n{{ m.role + 'a\nb' }}\n{% endfor %}\n\n"
     directory = places(tmp_path / "t")
     (directory / "chat_template.jinja").write_bytes(text.replace("\n", ends).encode())
     expected = AutoTokenizer.from_pretrained(directory).apply_chat_template([USER], tokenize=False)
