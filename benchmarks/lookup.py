@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_deploy import paths
-from gemma_deploy.artifact import Artifact
+from gemma_deploy.artifact.manifest import Artifact
 from gemma_deploy.backends.onnxruntime.lookup import Greedy, LookupModel, LookupSequence, best_of
 from gemma_deploy.runtime import Tokenizer
 

@@ -26,7 +26,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from gemma_deploy.artifact import Artifact
+from gemma_deploy.artifact.manifest import Artifact
 from gemma_deploy.calibration.pipeline import Request, make_windows
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.evaluation.models import open_model

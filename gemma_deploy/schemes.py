@@ -1,13 +1,14 @@
-"""How matrices become codes: the table of calibrated quantizers, and in what form an artifact stores their results.
+"""How an artifact keeps its numbers: `Scheme`, the table of quantizers, and the form in which codes are stored.
 
-A new quantizer is a solver in a file of its own and a row here.
+`Scheme.parse` is the one place that reads a quantize type; everybody else asks the scheme. A new quantizer is a solver
+in a file of its own and a row in `QUANTIZERS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from gemma_deploy.architectures import cached_kinds
 
@@ -109,34 +110,108 @@ TABLES: Mapping[str, Codes | None] = {
 
 @dataclass(frozen=True)
 class Quantizer:
-    """One calibrated scheme.
+    """How codes are chosen, and how much of the model may be lost by it.
 
     Args:
-        stored: the scheme whose parameters and graphs hold the result.
         bits: of a code.
-        compensate: whether rounding moves errors onto later columns.
+        calibrated: weights are chosen by what the model gives on calibration text; else rounded to nearest as they are.
+        compensate: rounding moves errors onto later columns (GPTQ).
         groupsize: see `Codes`, unless the recipe says another.
-        activations: whether the linears' inputs are rounded as well, to 8 bits with a scale per token.
+        activations: the inputs of linears are rounded as well, to 8 bits with a scale per token.
+        kl_limit: largest mean KL to float32 that the gate lets pass, nats a token.
+        perplexity_limit: largest relative change of the perplexity.
+        kernels_kl_limit: as `kl_limit`, with kernels that round activations besides.
     """
 
-    stored: str
     bits: Bits
+    calibrated: bool
     compensate: bool
     groupsize: int | None
+    kl_limit: float
+    perplexity_limit: float
+    kernels_kl_limit: float
     activations: bool = False
 
 
+# Limits: docs/proof-and-ledger.md says what the real 270M loses. Those of 4 bits are about twice that.
 QUANTIZERS: Mapping[str, Quantizer] = {
-    "w8a16_gptq": Quantizer("w8a16_folded", 8, True, None),
-    "w4a16_gptq": Quantizer("w8a16_folded", 4, True, 32),
-    "w4a16": Quantizer("w8a16_folded", 4, False, 32),
-    "w8a8": Quantizer("w8a16_folded", 8, True, None, activations=True),
+    "w8a16": Quantizer(8, False, False, None, 0.01, 0.005, 0.02),
+    "w8a16_gptq": Quantizer(8, True, True, None, 0.005, 0.005, 0.015),
+    "w8a8": Quantizer(8, True, True, None, 0.016, 0.016, 0.02, activations=True),
+    "w4a16": Quantizer(4, True, False, 32, 0.5, 0.5, 0.6),
+    "w4a16_gptq": Quantizer(4, True, True, 32, 0.3, 0.3, 0.35),
 }
+FLOATS = ("fp32", "fp16", "bf16")
+KV8, FLOAT_KV8 = "+kv8", "w16kv8"
+QUANTIZE_TYPES = (*QUANTIZERS, FLOAT_KV8, *(f"{weights}{KV8}" for weights in QUANTIZERS))
+# What parameters and graphs look like; `w8a16_folded` has factors of columns folded into norms and rows.
+Form = Literal["fp32", "bf16", "fp16", "w8a16", "w8a16_folded"]
 
 
-def stored_scheme(scheme: str) -> str:
-    """The scheme whose graphs and parameter names an artifact of this scheme has."""
-    return QUANTIZERS[scheme].stored if scheme in QUANTIZERS else scheme
+@dataclass(frozen=True)
+class Scheme:
+    """How an artifact keeps weights and the KV cache.
+
+    Args:
+        weights: fp32, fp16, bf16, or a row of `QUANTIZERS`.
+        int8_cache: keys and values are kept as 8-bit codes.
+    """
+
+    weights: str
+    int8_cache: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weights not in FLOATS and self.weights not in QUANTIZERS:
+            raise ValueError(f"no such scheme: {self.weights!r}")
+
+    @classmethod
+    def parse(cls, dtype: str, quantize_type: str | None) -> Scheme:
+        """What `backend.dtype` and `frontend.quantize.type` of a recipe say together.
+
+        int8 alone means w8a16. The 16 bits of w16kv8 are those of the dtype; of int8, which then speaks of the cache
+        alone, float16.
+        """
+        if quantize_type is None:
+            return cls("w8a16" if dtype == "int8" else dtype)
+        if quantize_type == FLOAT_KV8:
+            return cls("fp16" if dtype == "int8" else dtype, int8_cache=True)
+        return cls(quantize_type.removesuffix(KV8), int8_cache=quantize_type.endswith(KV8))
+
+    def __str__(self) -> str:
+        """As a recipe writes it: `w8a16_gptq+kv8`, `w16kv8`, `fp32`."""
+        if not self.int8_cache:
+            return self.weights
+        return f"{self.weights}{KV8}" if self.codes else FLOAT_KV8
+
+    @property
+    def quantizer(self) -> Quantizer | None:
+        """How codes are chosen; None where matrices are floats."""
+        return QUANTIZERS.get(self.weights)
+
+    @property
+    def codes(self) -> bool:
+        """Whether matrices are stored as integer codes with scales."""
+        return self.weights in QUANTIZERS
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the weights are chosen by looking at calibration text."""
+        return self.quantizer is not None and self.quantizer.calibrated
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration text decides anything that is stored: weights, or factors of an int8 cache."""
+        return self.calibrated or self.int8_cache
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether the inputs of linears are rounded in the graph."""
+        return self.quantizer is not None and self.quantizer.activations
+
+    @property
+    def form(self) -> Form:
+        """What parameters and graphs look like."""
+        return cast(Form, "w8a16_folded" if self.calibrated else self.weights)
 
 
 def storage_of(
@@ -155,9 +230,9 @@ def storage_of(
             groups up to 128 that divide it.
         kept_w8: the recipe's; None for `KEPT_W8` where linears have 4 bits.
     """
-    if scheme not in QUANTIZERS:
+    quantizer = QUANTIZERS.get(scheme)
+    if quantizer is None or not quantizer.calibrated:
         return Storage(Codes(), TABLES[table or "int8"])
-    quantizer = QUANTIZERS[scheme]
     size = quantizer.groupsize if groupsize is None or quantizer.activations else groupsize
     kept = () if quantizer.bits == 8 else KEPT_W8 if kept_w8 is None else tuple(kept_w8)
     codes = Codes(quantizer.bits, None if size == -1 else size)

@@ -414,7 +414,7 @@ def test_a_file_where_the_workspace_should_be(world, name):
 
 
 INTERRUPTIONS = {
-    "compile": ("gemma_deploy.compile.stream_params", lambda world: ("compile", world.recipe, "--no-parity")),
+    "compile": ("gemma_deploy.compile.write_parameters", lambda world: ("compile", world.recipe, "--no-parity")),
     "stage": (
         "gemma_deploy.staging.write_tokenizer",
         lambda world: ("stage", world.checkpoint, world.workspace / "staged"),

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from gemma_deploy.artifact import Artifact
+from gemma_deploy.artifact.manifest import Artifact
 from gemma_deploy.backends.onnxruntime.genai import GenaiSession
 from gemma_deploy.bench import figures, memory, picture, process
 from gemma_deploy.cli import main

@@ -233,8 +233,8 @@ def errors_without(tree, argument):
     return lines
 
 
-# graph/ raises about its own work, not about input; parity/ and runtime/ have some left to do.
-ELSEWHERE = ("graph", "parity", "runtime")
+# What these have left to do.
+ELSEWHERE = ("runtime",)
 
 
 @pytest.mark.parametrize(

@@ -13,22 +13,23 @@ import pytest
 import yaml
 
 from gemma_deploy import compile as compiler
-from gemma_deploy import paths
 from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
+from gemma_deploy.provenance import Code
+from gemma_deploy.stages.gate import advice
 from gemma_deploy.testing import write_tiny_checkpoint
 from gemma_deploy.workdir import Lock
 from tests.exporting import export_in_this_process
 
 NAME = "tiny"
-REAL_EXPORT, REAL_CODE_VERSION = worker.export_apart, compiler.code_version
+REAL_EXPORT = worker.export_apart
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_program():
     """The program does not change between these tests, whoever edits it meanwhile."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "code_version", lambda: "this")
+        patch.setattr(Code, "sha256", "this")
         yield
 
 
@@ -177,11 +178,11 @@ def change_weights(recipe, checkpoint, monkeypatch):
 
 
 def change_program(recipe, checkpoint, monkeypatch):
-    monkeypatch.setattr(compiler, "code_version", lambda: "another")
+    monkeypatch.setattr(Code, "sha256", "another")
 
 
 def change_library(recipe, checkpoint, monkeypatch):
-    monkeypatch.setattr(compiler, "tool_versions", lambda: {"torch": "0.1"})
+    monkeypatch.setattr(Code, "versions", {"torch": "0.1"})
 
 
 @pytest.mark.parametrize("change", [change_recipe, change_weights, change_program, change_library])
@@ -219,26 +220,6 @@ def test_force_replaces_it(copied, finished, checkpoint, monkeypatch):
     assert {name for name in new if new[name] != old[name]} == {"params.safetensors"}
 
 
-@pytest.mark.parametrize("change", ["edited", "renamed", "added"])
-def test_a_changed_line_of_the_program_is_another_program(tmp_path, monkeypatch, change):
-    for root in ("package", "source_code"):
-        (tmp_path / root / "graph").mkdir(parents=True)
-        (tmp_path / root / "graph/one.py").write_text("one = 1\n")
-    monkeypatch.setattr(paths, "PACKAGE", tmp_path / "package")
-    monkeypatch.setattr(paths, "source_code_dir", lambda: tmp_path / "source_code")
-    real = REAL_CODE_VERSION.__wrapped__
-    before = real()
-    assert real() == before
-    file = tmp_path / "source_code/graph/one.py"
-    if change == "edited":
-        file.write_text("one = 2\n")
-    elif change == "renamed":
-        file.rename(file.with_name("two.py"))
-    else:
-        (tmp_path / "package/three.py").touch()
-    assert real() != before
-
-
 def test_out_names_the_directory_and_a_second_export_gives_the_same_bytes(finished, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "export_apart", export_in_this_process)
     recipe = write_recipe(tmp_path, checkpoint)
@@ -266,8 +247,9 @@ DRIVER = """
 import importlib, json, os, pathlib, signal, sys
 import torch
 from gemma_deploy.cli import main
-from tests.test_compile import compiler, exported_before, worker
-compiler.code_version = lambda: "this"
+from gemma_deploy.provenance import Code
+from tests.test_compile import exported_before, worker
+Code.sha256 = "this"
 worker.export_apart = exported_before(pathlib.Path(sys.argv[1]))
 for line in sys.stdin:
     (module, name, count), kind, errors, arguments = json.loads(line)
@@ -321,9 +303,9 @@ def die(finished, tmp_path_factory):
 MOMENTS = {
     "the first tensor": ("os", "pwrite", 2),
     "a tensor in the middle": ("os", "pwrite", 30),
-    "before the graphs": ("gemma_deploy.compile", "export_into", 1),
+    "before the graphs": ("gemma_deploy.compile", "export_graphs", 1),
     "between the two graph files": ("gemma_deploy.graph.external", "write_graph", 2),
-    "the model's files": ("gemma_deploy.compile", "copy_model_files", 1),
+    "the model's files": ("gemma_deploy.compile", "write_model_files", 1),
     "the gate": ("gemma_deploy.compile", "run_gate", 1),
     "the report": ("gemma_deploy.compile", "write_report", 1),
     "the manifest": ("gemma_deploy.artifact.commit", "write_json", 1),
@@ -402,7 +384,7 @@ def test_a_dry_run_writes_nothing_and_shows_every_stage(recipe, capsys):
 
 
 def test_a_failed_gate_leaves_a_report_and_no_artifact(recipe, monkeypatch, capsys):
-    from gemma_deploy.parity import ParityResult
+    from gemma_deploy.parity.compare import ParityResult
     from gemma_deploy.parity.gates import Line
 
     real = compiler.run_gate
@@ -453,10 +435,10 @@ def test_a_recipe_can_switch_the_gate_off_but_not_the_verdict(checkpoint, tmp_pa
     ],
 )
 def test_a_failed_gate_says_what_to_do(checkpoint, tmp_path, dtype, failed, words):
-    from gemma_deploy.parity import ParityResult
+    from gemma_deploy.parity.compare import ParityResult
     from gemma_deploy.parity.gates import Line
     from gemma_deploy.recipe import Recipe
 
-    recipe = Recipe.load(write_recipe(tmp_path, checkpoint, backend={"dtype": dtype}))
+    scheme = Recipe.load(write_recipe(tmp_path, checkpoint, backend={"dtype": dtype})).scheme
     lines = [Line("hf = strict", "mean KL", 0.0, 1.0, True), Line(*failed, 0.5, 4.0, False)]
-    assert words in compiler.advice(recipe, ParityResult(lines=lines))
+    assert words in advice(scheme, ParityResult(lines=lines))

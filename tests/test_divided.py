@@ -290,9 +290,9 @@ def test_a_division_that_does_not_fit_is_refused_before_any_work(divided, tmp_pa
 
 
 def test_a_killed_compile_continues_with_the_next_part(divided, tmp_path, monkeypatch):
-    from gemma_deploy import compile as compiler
+    from gemma_deploy.stages import parameters
 
-    write, calls = compiler.write_params, []
+    write, calls = parameters.write_params, []
 
     def dies(*args, **kwargs):
         calls.append(args[2])
@@ -306,7 +306,7 @@ def test_a_killed_compile_continues_with_the_next_part(divided, tmp_path, monkey
 
     asked = recipe(divided.parent / "checkpoint", points=[3], tp=2)
     monkeypatch.setattr(worker, "export_apart", exported_before)
-    monkeypatch.setattr(compiler, "write_params", dies)
+    monkeypatch.setattr(parameters, "write_params", dies)
     with pytest.raises(KeyboardInterrupt):
         compile_recipe(asked, out=tmp_path / "out", parity=False)
     first = calls[0].stat().st_mtime_ns

@@ -23,13 +23,12 @@ RECIPES = sorted((ROOT / "build_in").rglob("*.yaml"))
 LONGEST_MODULE_LINES = 400
 # A part imports only parts to its left.
 ORDER = (
-    *("errors", "reading", "paths", "writing", "workdir", "child"),
-    *("machine", "tables", "terminal"),
-    *("architectures", "schemes", "recipe", "checkpoint", "text", "staging", "partition"),
-    "patched",
+    *("errors", "bounds", "reading", "paths", "writing", "workdir", "child", "provenance"),
+    *("machine", "tables", "progress", "estimates"),
+    *("architectures", "schemes", "checkpoint", "text", "staging", "partition", "patched"),
     *("calibration", "quantization", "graph", "params", "split", "artifact", "runtime", "parity", "backends"),
     *("proving", "verifying", "evaluation", "bench"),
-    *("preflight", "stages", "calibrated", "compile", "generation", "commands", "cli", "testing"),
+    *("recipe", "job", "preflight", "stages", "compile", "generation", "commands", "cli", "testing"),
 )
 TORCH_FREE = (
     *("child", "text"),

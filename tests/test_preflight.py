@@ -16,8 +16,10 @@ from gemma_deploy import machine as machines
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.checkpoint.expected import expected_tensors
 from gemma_deploy.errors import NotBuiltError, PreflightError
+from gemma_deploy.estimates import GIB
+from gemma_deploy.job import Job
 from gemma_deploy.machine import Machine
-from gemma_deploy.preflight import GIB, make_plan, parameter_bytes, preflight, render
+from gemma_deploy.preflight import Plan, make_plan, parameter_bytes, preflight, render
 from gemma_deploy.recipe import Recipe
 
 BIG = Machine(ram_bytes=64 * GIB, ram_source="free memory of the machine", disk_free_bytes=10**12, cpus=2)
@@ -43,12 +45,16 @@ def recipe(dtype: str = "int8", workspace: str = "/nowhere/workspace", extra: st
     )
 
 
+def planned(asked: Recipe, source: SimpleNamespace, **options: object) -> Plan:
+    return make_plan(Job.of(asked, source), **options)
+
+
 def checkpoint(path: str = "/models/g", **changes: object) -> SimpleNamespace:
     config = ModelConfig.from_dict(GEMMA_2B | changes, "config.json")
     tensors = {
         name: SimpleNamespace(shape=shape, nbytes=2 * prod(shape)) for name, shape in expected_tensors(config).items()
     }
-    return SimpleNamespace(path=Path(path), config=config, tensors=tensors)
+    return SimpleNamespace(path=Path(path), config=config, tensors=tensors, notes=())
 
 
 def test_parameter_bytes_are_exact():
@@ -56,34 +62,34 @@ def test_parameter_bytes_are_exact():
     gains = (2 * 18 + 1) * 2048
     source = checkpoint()
     assert sum(prod(tensor.shape) for tensor in source.tensors.values()) == ELEMENTS
-    assert parameter_bytes(recipe("fp32"), source) == 4 * ELEMENTS + tables
-    assert parameter_bytes(recipe("bf16"), source) == 2 * ELEMENTS + 2 * gains + tables
-    assert parameter_bytes(recipe("fp16"), source) == 2 * ELEMENTS + 2 * gains + tables + 4 * (37 + 18)
+    assert parameter_bytes(Job.of(recipe("fp32"), source)) == 4 * ELEMENTS + tables
+    assert parameter_bytes(Job.of(recipe("bf16"), source)) == 2 * ELEMENTS + 2 * gains + tables
+    assert parameter_bytes(Job.of(recipe("fp16"), source)) == 2 * ELEMENTS + 2 * gains + tables + 4 * (37 + 18)
     rows = 256000 + 18 * (2048 + 256 + 256 + 2048 + 16384 + 16384 + 2048)
-    assert parameter_bytes(recipe("int8"), source) == ELEMENTS + 3 * gains + 4 * rows + tables
+    assert parameter_bytes(Job.of(recipe("int8"), source)) == ELEMENTS + 3 * gains + 4 * rows + tables
 
 
 def test_a_stored_head_beside_a_tied_table_is_not_counted():
     source = checkpoint()
-    before = parameter_bytes(recipe(), source)
+    before = parameter_bytes(Job.of(recipe(), source))
     source.tensors["lm_head.weight"] = source.tensors["model.embed_tokens.weight"]
-    assert parameter_bytes(recipe(), source) == before
+    assert parameter_bytes(Job.of(recipe(), source)) == before
 
 
 def test_memory_before_parity_is_flat_in_model_size():
     small, large = (
-        make_plan(recipe(), checkpoint(num_hidden_layers=layers), machine=BIG, parity=False) for layers in (18, 46)
+        planned(recipe(), checkpoint(num_hidden_layers=layers), machine=BIG, parity=False) for layers in (18, 46)
     )
     assert small.peak_ram_bytes == large.peak_ram_bytes < GIB
     assert large.disk_bytes > small.disk_bytes
 
 
 def test_parity_asks_for_one_matrix_and_not_for_the_model():
-    small, large = (make_plan(recipe(), checkpoint(num_hidden_layers=layers), machine=BIG) for layers in (18, 46))
+    small, large = (planned(recipe(), checkpoint(num_hidden_layers=layers), machine=BIG) for layers in (18, 46))
     assert small.stages[-1].name == "parity"
     assert small.stages[-1].ram_bytes == large.stages[-1].ram_bytes
     assert large.stages[-1].seconds > 1.5 * small.stages[-1].seconds
-    wide = make_plan(recipe(), checkpoint(intermediate_size=2 * 16384), machine=BIG)
+    wide = planned(recipe(), checkpoint(intermediate_size=2 * 16384), machine=BIG)
     assert wide.stages[-1].ram_bytes > small.stages[-1].ram_bytes
 
 
@@ -93,7 +99,7 @@ def test_parity_for_onnx_runtime_asks_for_all_weights_once_whichever_kernels_pac
             "name: g\nfrontend: {checkpoint: demo, shape: {input_ids: [[1024], [2048]]}}\n"
             f"backend: {{dtype: int8, {backend}}}\n"
         )
-        return make_plan(job, checkpoint(), machine=BIG).stages[-1]
+        return planned(job, checkpoint(), machine=BIG).stages[-1]
 
     fast, lean = (stage(f"type: onnxruntime, compile: {{prefill: {name}}}") for name in ("fast", "lean"))
     assert fast == lean == stage("type: onnxruntime")
@@ -107,7 +113,7 @@ def test_quantizing_asks_for_a_layer_and_its_moments():
             "name: g\nfrontend: {checkpoint: demo, shape: {input_ids: [[1024], [2048]]},"
             f" quantize: {{type: w8a16_gptq}}}}\nbackend: {{dtype: int8}}\n{extra}"
         )
-        stages = make_plan(asked, checkpoint(num_hidden_layers=layers), machine=BIG).stages
+        stages = planned(asked, checkpoint(num_hidden_layers=layers), machine=BIG).stages
         return next(stage for stage in stages if stage.name == "quantize")
 
     moments, layer = 4 * 16384**2, 2048 * (2 * 2048 + 2 * 256 + 3 * 16384)
@@ -124,7 +130,7 @@ def test_sensitivity_is_estimated_where_it_is_measured():
             "name: g\nfrontend: {checkpoint: demo, shape: {input_ids: [[1024], [2048]]},"
             f" quantize: {{type: {kind}, {calib_args}}}}}\nbackend: {{dtype: int8}}\n"
         )
-        return {stage.name: stage for stage in make_plan(asked, checkpoint(), machine=BIG).stages}
+        return {stage.name: stage for stage in planned(asked, checkpoint(), machine=BIG).stages}
 
     assert "sensitivity" not in stages("w8a16") | stages("w8a16_gptq", "calib_args: {sensitivity: false}")
     found = stages("w8a16_gptq")["sensitivity"]
@@ -138,7 +144,7 @@ def test_an_int8_cache_asks_for_a_pass_where_nothing_else_does():
             "name: g\nfrontend: {checkpoint: demo, shape: {input_ids: [[1024], [2048]]},"
             f" quantize: {{type: {kind}}}}}\nbackend: {{dtype: int8}}\ndataset: {{nsamples: 16, seqlen: 512}}\n"
         )
-        return {stage.name: stage for stage in make_plan(asked, checkpoint(), machine=BIG).stages}
+        return {stage.name: stage for stage in planned(asked, checkpoint(), machine=BIG).stages}
 
     assert "cache" not in stages("w8a16") | stages("w8a16_gptq+kv8")
     found = stages("w8a16+kv8")["cache"]
@@ -150,7 +156,7 @@ def test_an_int8_cache_asks_for_a_pass_where_nothing_else_does():
 def test_all_shortfalls_are_refused_at_once_in_plain_words():
     tiny = Machine(GIB // 2, "cgroup limit 1.00 GiB", 12_000_000, cpus=1, writable=False)
     with pytest.raises(PreflightError) as caught:
-        preflight(recipe(extra="parity: {text: /none.txt}\n"), checkpoint(), machine=tiny)
+        preflight(Job.of(recipe(extra="parity: {text: /none.txt}\n"), checkpoint()), machine=tiny)
     error = caught.value
     assert error.exit_code == 1
     assert str(error) == (
@@ -170,39 +176,39 @@ def test_all_shortfalls_are_refused_at_once_in_plain_words():
 
 def test_what_an_interrupted_run_wrote_is_not_asked_for_again(tmp_path):
     job, source = recipe(workspace=str(tmp_path)), checkpoint()
-    exact = replace(BIG, disk_free_bytes=make_plan(job, source, machine=BIG).disk_bytes)
-    assert make_plan(job, source, machine=exact).shortfalls == ()
+    exact = replace(BIG, disk_free_bytes=planned(job, source, machine=BIG).disk_bytes)
+    assert planned(job, source, machine=exact).shortfalls == ()
     short = replace(exact, disk_free_bytes=exact.disk_free_bytes - 1000)
-    assert len(make_plan(job, source, machine=short).shortfalls) == 1
+    assert len(planned(job, source, machine=short).shortfalls) == 1
     (tmp_path / "g.partial").mkdir()
     (tmp_path / "g.partial" / "params.safetensors").write_bytes(bytes(1000))
-    assert make_plan(job, source, machine=short).shortfalls == ()
+    assert planned(job, source, machine=short).shortfalls == ()
 
 
 def test_a_gguf_file_is_said_to_be_another_model():
-    assert "dequantized" in make_plan(recipe(), checkpoint("/models/g.gguf"), machine=BIG).notes[0]
-    assert make_plan(recipe(), checkpoint(), machine=BIG).notes == ()
+    assert "dequantized" in planned(recipe(), checkpoint("/models/g.gguf"), machine=BIG).notes[0]
+    assert planned(recipe(), checkpoint(), machine=BIG).notes == ()
 
 
 def test_an_unbuilt_recipe_is_refused_before_it_is_estimated():
-    job = Recipe.from_text(
+    asked = Recipe.from_text(
         "name: g\nfrontend: {checkpoint: demo, shape: {input_ids: [[16], [32]], batch: 2},"
         " model_kwargs: {b2s: true}}\n"
         "backend: {dtype: int8}\n"
     )
     with pytest.raises(NotBuiltError):
-        make_plan(job, checkpoint(), machine=BIG)
+        Job.open(asked)
 
 
 def test_the_plan_renders_and_is_plain_json():
-    plan = make_plan(recipe(), checkpoint(), machine=BIG)
+    plan = planned(recipe(), checkpoint(), machine=BIG)
     out = io.StringIO()
     Console(file=out, width=140).print(render(plan))
     text = out.getvalue()
     for word in ("Plan for g (w8a16)", "graphs", "parameters", "parity", "64.00 GiB", "this machine can do it"):
         assert word in text
     assert json.loads(json.dumps(plan.to_json()))["parameter_bytes"] == plan.parameter_bytes
-    short = make_plan(recipe(), checkpoint(), machine=replace(BIG, disk_free_bytes=0))
+    short = planned(recipe(), checkpoint(), machine=replace(BIG, disk_free_bytes=0))
     out = io.StringIO()
     Console(file=out, width=140).print(render(short))
     assert "short: disk:" in out.getvalue()

@@ -52,6 +52,16 @@ class ArtifactDir(WorkDir):
         super().__init__(out, COMPILE, key=key)
         self.force, self.proven = force, proven
 
+    def is_up_to_date(self) -> bool:
+        """Whether `out` is what would be made, so that there is nothing to do.
+
+        Raises:
+            ArtifactError: `out` must not be replaced.
+        """
+        if self.in_order():
+            self.check()
+        return self.finished
+
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """Of the finished artifact."""
@@ -59,9 +69,7 @@ class ArtifactDir(WorkDir):
 
     def __enter__(self) -> Self:
         """Find out what is there: the finished artifact, an unfinished one to continue, or nothing."""
-        if self.in_order():
-            self.check()
-        return self if self.finished else super().__enter__()
+        return self if self.is_up_to_date() else super().__enter__()
 
     def commit(self, manifest: dict[str, Any]) -> None:
         """Hash the files, write the manifest last, and rename NAME.partial to NAME.

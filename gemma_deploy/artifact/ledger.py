@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gemma_deploy.quantization.rescaling import Rescaling
-from gemma_deploy.schemes import QUANTIZERS, Storage
+from gemma_deploy.schemes import QUANTIZERS, Scheme, Storage
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def context_entries(manifest: Mapping[str, Any], where: str) -> list[LedgerEntry
 def _storage(manifest: Mapping[str, Any], words: Words, effect: dict[str, Any]) -> LedgerEntry:
     scheme = manifest["scheme"]
     matrices = "weight matrices and token table"
-    if scheme in QUANTIZERS:
+    if Scheme(scheme).calibrated:
         return _quantized(manifest, words, effect)
     if scheme == "w8a16":
         storage = Storage.from_json(manifest["storage"])

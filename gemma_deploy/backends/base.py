@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from gemma_deploy.backends.spec import BuildSpec, Options
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig
+from gemma_deploy.estimates import StageEstimate
 from gemma_deploy.graph.contract import GraphContract
 from gemma_deploy.params import ParamTable
 from gemma_deploy.partition import Part
+from gemma_deploy.quantization.budget import Budget
 from gemma_deploy.quantization.rescaling import Rescaling
-from gemma_deploy.recipe import Recipe
 from gemma_deploy.schemes import CodeForm
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ class ExportJob:
         kept: linears whose inputs are not rounded to 8 bits; None where none are.
     """
 
-    recipe: Recipe
+    spec: BuildSpec
     config: ModelConfig
     contract: GraphContract
     parts: Sequence[Part]
@@ -64,6 +66,26 @@ class Backend(Protocol):
     """One kind of target."""
 
     @property
+    def options(self) -> type[Options]:
+        """The keys of `backend.compile` that it reads."""
+
+    @property
+    def table_in_groups(self) -> bool:
+        """Whether the token table has groups of columns unless a recipe says otherwise."""
+
+    @property
+    def unrounded_inputs(self) -> Budget:
+        """Of w8a8: what leaving inputs of linears unrounded costs there."""
+
+    @property
+    def code(self) -> Sequence[str]:
+        """Modules whose code decides what its graphs look like; what they import is found from there."""
+
+    @property
+    def proof_code(self) -> Sequence[str]:
+        """Modules that prove its artifacts, likewise."""
+
+    @property
     def graphs(self) -> Sequence[str]:
         """Names of the graphs of a part, without `.onnx`."""
 
@@ -75,10 +97,25 @@ class Backend(Protocol):
     def runs_in_genai(self) -> bool:
         """Whether onnxruntime-genai runs its artifacts."""
 
-    def codes(self, recipe: Recipe) -> CodeForm:
+    def contradictions(self, spec: BuildSpec) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Keys of a recipe that make no sense together, as (path of the key, sentence)."""
+
+    def not_built(self, spec: BuildSpec) -> Iterator[str]:
+        """What a recipe may ask for and is not done, a sentence that begins with the key."""
+
+    def model_problems(self, spec: BuildSpec, config: ModelConfig) -> list[str]:
+        """What does not go with this model, a sentence that begins with the key."""
+
+    def graphs_estimate(self) -> StageEstimate:
+        """What making the graphs takes."""
+
+    def proof_bytes(self, spec: BuildSpec, elements: int) -> int:
+        """Memory that a proof takes beside that of the torch side, of a model with so many parameters."""
+
+    def codes(self, spec: BuildSpec) -> CodeForm:
         """How codes are stored."""
 
-    def contract(self, recipe: Recipe, config: ModelConfig) -> GraphContract:
+    def contract(self, spec: BuildSpec, config: ModelConfig) -> GraphContract:
         """Names, dtypes and shapes of the whole model's inputs and outputs."""
 
     def export(self, job: ExportJob) -> tuple[dict[str, bytes], int]:
@@ -88,10 +125,10 @@ class Backend(Protocol):
             ExportError, NotBuiltError: see graph/export.py.
         """
 
-    def files(self, recipe: Recipe, config: ModelConfig) -> dict[str, dict[str, Any]]:
+    def files(self, spec: BuildSpec, config: ModelConfig) -> dict[str, dict[str, Any]]:
         """JSON files beside the graphs, by name."""
 
-    def kernels(self, recipe: Recipe, config: ModelConfig, kept: Sequence[str] | None) -> dict[str, Any] | None:
+    def kernels(self, spec: BuildSpec, config: ModelConfig, kept: Sequence[str] | None) -> dict[str, Any] | None:
         """For the manifest: which kernels a graph names, where it names any."""
 
     def ledger(self, manifest: Mapping[str, Any]) -> list[LedgerEntry]:

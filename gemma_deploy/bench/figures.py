@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_deploy import child
-from gemma_deploy.artifact import Artifact
+from gemma_deploy.artifact.manifest import Artifact
 from gemma_deploy.backends import backend_of
 from gemma_deploy.backends.onnxruntime.genai import require_genai
 from gemma_deploy.backends.tvm_vacc.contract import StaticContract, read_contract

@@ -7,7 +7,7 @@ used of it.
 from __future__ import annotations
 
 from gemma_deploy import child
-from gemma_deploy.artifact import Artifact
+from gemma_deploy.artifact.manifest import Artifact
 from gemma_deploy.errors import DeployError
 
 BANDWIDTH = """

@@ -5,7 +5,7 @@ Third step of calibration. The passes themselves are in ranges.py and quantizati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,6 @@ from gemma_deploy.checkpoint import ModelConfig, TensorInfo
 from gemma_deploy.errors import CalibrationError
 from gemma_deploy.patched import patched_stack
 
-Progress = Callable[[int, int], None]
 TABLE = "model.embed_tokens.weight"
 
 

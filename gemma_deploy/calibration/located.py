@@ -1,6 +1,6 @@
 """The data sets of a mix, found: the file, sample or hub data set behind each name, and what identifies its bytes.
 
-First step of calibration: words (recipe/mix.py) in, rows out. Renders and tokenizes nothing.
+First step of calibration: words (calibration/mix.py) in, rows out. Renders and tokenizes nothing.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gemma_deploy import paths
+from gemma_deploy.calibration.mix import HubPlace, Part
 from gemma_deploy.calibration.sources import SOURCES, Source, hub
 from gemma_deploy.calibration.sources.reading import Row, explained
 from gemma_deploy.calibration.store import sha256_of
 from gemma_deploy.errors import CalibrationError
-from gemma_deploy.recipe.mix import HubPlace, Part
 
 T = TypeVar("T")
 P = TypeVar("P")

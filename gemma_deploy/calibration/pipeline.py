@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from gemma_deploy import paths
 from gemma_deploy.calibration import picture, store
 from gemma_deploy.calibration.address import require_cluster
 from gemma_deploy.calibration.chat import Chat
 from gemma_deploy.calibration.located import Located, each, locate
+from gemma_deploy.calibration.mix import EXAMPLE, NAME, NSAMPLES, PATH, Mix, read_mix, turn_order
 from gemma_deploy.calibration.room import check_room
 from gemma_deploy.calibration.sources.reading import Row, Turns
 from gemma_deploy.calibration.store import Calibration, Range
@@ -25,14 +25,14 @@ from gemma_deploy.calibration.windows import JOINT, Cut, Windows, cut_windows, l
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.checkpoint.checkpoint import TOKENIZER_FILE
 from gemma_deploy.errors import CheckpointError, UsageError
+from gemma_deploy.progress import Tick
+from gemma_deploy.provenance import code_of
 from gemma_deploy.reading import read_bytes
-from gemma_deploy.recipe import mix as mixes
-from gemma_deploy.recipe.mix import EXAMPLE, NAME, NSAMPLES, PATH, Mix, read_mix, turn_order
 from gemma_deploy.text import template_of
 
 OPTIONS = {NAME: "--dataset", PATH: "--path", NSAMPLES: "--nsamples"}
+CODE = ("gemma_deploy.calibration.pipeline",)
 log = logging.getLogger(__name__)
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Request:
     """What to calibrate on.
 
     Args:
-        dataset: a data set or a mix, `c4` or `c4:64,alpaca:64`; path: where it lies. Words as in recipe/mix.py.
+        dataset: a data set or a mix, `c4` or `c4:64,alpaca:64`; path: where it lies. Words as in calibration/mix.py.
         nsamples, seqlen: windows (of a mix: their sum), and tokens in each, BOS included.
         seed: order of the texts of each data set.
         embed_scale: "exact" or "bf16", how the model rounds its embedding scale.
@@ -78,7 +78,7 @@ def calibrate(
     workspace: Path,
     *,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Tick | None = None,
     processes: int = 1,
     cluster: str | None = None,
 ) -> Outcome:
@@ -187,11 +187,12 @@ def dataset_record(checkpoint: Checkpoint, request: Request) -> dict[str, Any]:
 
 def describe_inputs(checkpoint: Checkpoint, request: Request, found: Sequence[Located]) -> dict[str, Any]:
     """Everything the result of a calibration depends on."""
+    code = code_of(CODE)
     return {
         **describe_dataset(checkpoint, request, found),
         "checkpoint": {"fingerprint": checkpoint.fingerprint(), "model_type": checkpoint.config.model_type},
         "embed_scale": request.embed_scale,
-        "code": code_version(),
+        "code": {"sha256": code.sha256, "libraries": code.versions},
     }
 
 
@@ -209,15 +210,6 @@ def tokenizer_sha256(checkpoint: Checkpoint) -> str:
     for file in files:
         content = read_bytes(file, TOKENIZER_FILE)
         digest.update(f"{file.name}\0{len(content)}\0".encode() + content)
-    return digest.hexdigest()
-
-
-def code_version() -> str:
-    """sha256 over the code a result depends on: this package, the words for mixes and the patched model."""
-    digest = hashlib.sha256(Path(mixes.__file__).read_bytes())
-    for root in (Path(__file__).parent, paths.source_code_dir()):
-        for file in sorted(root.rglob("*.py")):
-            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 
@@ -302,7 +294,7 @@ def measure(
     windows: Windows,
     request: Request,
     scratch: Path,
-    progress: Progress | None,
+    progress: Tick | None,
     processes: int = 1,
     cluster: str | None = None,
 ) -> dict[str, Range]:

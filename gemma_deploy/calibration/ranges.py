@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gemma_deploy.calibration.driver import Progress, embed, loaded, refuse_nonfinite
+from gemma_deploy.calibration.driver import embed, loaded, refuse_nonfinite
 from gemma_deploy.calibration.executors import Executor, Here
 from gemma_deploy.calibration.observers import RangeObserver
 from gemma_deploy.calibration.shards import Carried, Frame, LayerPass, Model, Shard, Windows, shards_of
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.progress import Tick
 
 Ranges = dict[str, RangeObserver]
 
@@ -26,7 +27,7 @@ def run_layers(
     *,
     scratch: Path,
     embed_scale: str = "exact",
-    progress: Progress | None = None,
+    progress: Tick | None = None,
     executor: Executor | None = None,
 ) -> Ranges:
     """Run every window through every layer in float32.

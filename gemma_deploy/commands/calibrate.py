@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
-    from gemma_deploy.calibration import Calibration, Request
+    from gemma_deploy.calibration.pipeline import Request
+    from gemma_deploy.calibration.store import Calibration
     from gemma_deploy.recipe import Recipe
 
 PER_KIND = 2  # rows of the table for each kind of point
@@ -67,9 +67,10 @@ def command(
     """Tokenize samples of a data set and measure the range of every activation of the model on them."""
     import time
 
-    from gemma_deploy.calibration import calibrate
+    from gemma_deploy.calibration.pipeline import calibrate
     from gemma_deploy.checkpoint import Checkpoint
     from gemma_deploy.machine import peak_rss_bytes
+    from gemma_deploy.progress import shown
     from gemma_deploy.recipe import Recipe
     from gemma_deploy.workdir import refuse_directory
 
@@ -81,15 +82,16 @@ def command(
     request = _request(loaded, dataset, path, nsamples, seqlen, seed, source.config.max_position_embeddings)
     place = workspace or Path(loaded.workspace.path if loaded else "workspace")
     refuse_directory(place / "calib", "--workspace")
-    outcome = calibrate(
-        source,
-        request,
-        place,
-        force=force,
-        progress=_progress(),
-        processes=loaded.workspace.processes if loaded else 1,
-        cluster=loaded.workspace.cluster if loaded else None,
-    )
+    with shown("calibrate", "windows through layers") as tick:
+        outcome = calibrate(
+            source,
+            request,
+            place,
+            force=force,
+            progress=tick,
+            processes=loaded.workspace.processes if loaded else 1,
+            cluster=loaded.workspace.cluster if loaded else None,
+        )
     if outcome.reused:
         click.echo("nothing has changed: measured before (--force measures again)")
     _print_table(outcome.calibration)
@@ -108,8 +110,8 @@ def _request(
     context: int,
 ) -> Request:
     """Options first, then what the recipe spells out, then defaults that fit the file and the model's context."""
-    from gemma_deploy.calibration import Request
-    from gemma_deploy.recipe.mix import read_mix
+    from gemma_deploy.calibration.mix import read_mix
+    from gemma_deploy.calibration.pipeline import Request
 
     section = recipe.dataset if recipe else None
     name = dataset or (section.name if section else "c4")
@@ -147,33 +149,3 @@ def _print_table(calibration: Calibration) -> None:
 
 def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _progress() -> Callable[[int, int], None]:
-    """A bar on a terminal; plain lines, one per tenth, in a log."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        seen = [0]
-
-        def line(done: int, total: int) -> None:
-            tenth = 10 * done // total
-            if tenth > seen[0]:
-                seen[0] = tenth
-                click.echo(f"layers  {10 * tenth:3d} %  {done} of {total} windows through a layer", err=True)
-
-        return line
-    bar = Progress(
-        TextColumn("layers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True
-    )
-    task = bar.add_task("layers", total=None)
-
-    def update(done: int, total: int) -> None:
-        bar.start()
-        bar.update(task, completed=done, total=total)
-        if done >= total:
-            bar.stop()
-
-    return update

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
-    from gemma_deploy.stages import Stage
+    from gemma_deploy.stages.clock import StageTiming
 
 MIB = 1 << 20
 EPILOG = """\b
@@ -43,16 +44,16 @@ def command(
     from gemma_deploy import compile as compiler
     from gemma_deploy.errors import PreflightError
     from gemma_deploy.preflight import render
+    from gemma_deploy.progress import watch_on
     from gemma_deploy.recipe import Recipe
     from gemma_deploy.tables import console
-    from gemma_deploy.terminal import progress_bar
 
     overrides += ("frontend.shape.dynamic=true",) if dynamic else ()
     loaded = Recipe.load(recipe, overrides, checkpoint=checkpoint)
     if loaded.vendor_keys():
         click.echo(f"carried for the vendor's compiler, not interpreted here: {', '.join(loaded.vendor_keys())}")
     if dry_run:
-        plan = compiler.plan_recipe(loaded, parity=parity)
+        plan = compiler.plan_recipe(loaded, out=out, parity=parity)
         console().print(render(plan))
         if plan.shortfalls:
             raise PreflightError(
@@ -62,7 +63,7 @@ def command(
             )
         return
     result = compiler.compile_recipe(
-        loaded, out=out, force=force, parity=parity, on_stage=_print_stage, progress=progress_bar("parameters")
+        loaded, out=out, force=force, parity=parity, on_stage=_print_stage, watcher=watch_on(sys.stderr)
     )
     if result.reused:
         click.echo(f"nothing has changed: {result.path} is up to date")
@@ -71,7 +72,7 @@ def command(
     click.echo(f"artifact  {result.path}")
 
 
-def _print_stage(stage: Stage) -> None:
+def _print_stage(stage: StageTiming) -> None:
     size = f"{stage.bytes / MIB:10.1f} MiB" if stage.bytes else " " * 14
-    done = "  (was done)" if stage.skipped else ""
+    done = "  (failed)" if stage.failed else "  (was done)" if stage.skipped else ""
     click.echo(f"{stage.name:<11}{stage.seconds:8.2f} s  peak {stage.peak_rss_bytes / MIB:7.0f} MiB {size}{done}")

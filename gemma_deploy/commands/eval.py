@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +77,7 @@ def command(
     from gemma_deploy.evaluation import record as records
     from gemma_deploy.evaluation import tasks
     from gemma_deploy.evaluation.models import is_artifact
+    from gemma_deploy.progress import shown
     from gemma_deploy.reading import refuse_output
     from gemma_deploy.writing import finite, write_json
 
@@ -90,12 +90,14 @@ def command(
         records.finish_interrupted(Path(target))
     pair = tasks.open_pair(target, against, checkpoint, task=task, kernels=kernels)
     if task == "ppl":
-        result = tasks.run_text(pair, tasks.TextRequest(text, windows, seqlen), _progress("windows"))
+        with shown("eval", "windows") as tick:
+            result = tasks.run_text(pair, tasks.TextRequest(text, windows, seqlen), tick)
         _show_text(pair, result)
     else:
         names = tuple(name.strip() for name in subjects.split(",") if name.strip()) if subjects else ()
         request = tasks.ExamRequest(path, split or "val", 5 if shots is None else shots, names, limit)
-        result = tasks.run_exam(pair, request, _progress("questions"))
+        with shown("eval", "questions") as tick:
+            result = tasks.run_exam(pair, request, tick)
         _show_exam(pair, result)
     for note in result["notes"]:
         click.echo(f"note: {note}")
@@ -121,19 +123,6 @@ def _refuse_options(ctx: click.Context, task: str) -> None:
     given = [name for name in OF_TASK[other] if ctx.get_parameter_source(name) != ParameterSource.DEFAULT]
     if given:
         raise click.UsageError(f"--task {task} does not take --{', --'.join(given)}; --task {other} does")
-
-
-def _progress(what: str) -> Callable[[int, int], None]:
-    """One line per tenth: a window of a large model takes minutes."""
-    seen = [0]
-
-    def line(done: int, total: int) -> None:
-        tenth = 10 * done // total
-        if tenth > seen[0]:
-            seen[0] = tenth
-            click.echo(f"{what}  {done} of {total}", err=True)
-
-    return line
 
 
 def _show_text(pair: Any, result: dict[str, Any]) -> None:

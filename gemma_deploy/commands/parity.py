@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from gemma_deploy.parity import ParityResult
+    from gemma_deploy.parity.compare import ParityResult
 
 EPILOG = """\b
 Examples:

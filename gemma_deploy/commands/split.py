@@ -41,8 +41,8 @@ def command(
 
     from gemma_deploy.checkpoint import Checkpoint
     from gemma_deploy.partition import recommended_points, span_bytes, spans_of
+    from gemma_deploy.progress import BYTES, shown
     from gemma_deploy.tables import console
-    from gemma_deploy.terminal import progress_bar
     from gemma_deploy.workdir import refuse_directory
 
     if points is not None and parts is not None:
@@ -57,7 +57,8 @@ def command(
     if out is not None:
         from gemma_deploy.split.writing import write_split
 
-        write_split(opened, spans, out, force=force, workers=workers, progress=progress_bar("parts"))
+        with shown("parts", BYTES) as tick:
+            write_split(opened, spans, out, force=force, workers=workers, progress=tick)
     table = Table("part", "layers", "GB", title=f"split points {','.join(map(str, chosen))}")
     for span in spans:
         size = f"{span_bytes(config, span, sizes) / GB:.3f}"

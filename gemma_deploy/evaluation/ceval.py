@@ -18,10 +18,10 @@ from gemma_deploy.errors import CalibrationError, DeployError, UsageError
 from gemma_deploy.evaluation.models import Model, Tokens, in_chunks, positions_at_once
 from gemma_deploy.evaluation.prompts import CHOICES, choice_tokens, prompt
 from gemma_deploy.machine import give_memory_back
+from gemma_deploy.progress import Tick
 
 SHOWN = 5  # offenders named in a message
 DEV, SPLITS = "dev", ("val", "test")
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def ask(
     return asked
 
 
-def answer(models: Sequence[Model], asked: Sequence[Asked], progress: Progress | None = None) -> list[Answered]:
+def answer(models: Sequence[Model], asked: Sequence[Asked], progress: Tick | None = None) -> list[Answered]:
     """Put every question to every model; prompts of like length run together.
 
     Raises:

@@ -12,9 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from gemma_deploy.artifact import Artifact
 from gemma_deploy.artifact.check import PARAMS, byte_problems, open_whole, refuse
-from gemma_deploy.artifact.manifest import MANIFEST
+from gemma_deploy.artifact.manifest import MANIFEST, Artifact
 from gemma_deploy.backends import backend_of
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError, UsageError

@@ -6,7 +6,6 @@ Every token but BOS is scored, given those before it in its window, with logits 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,7 @@ from gemma_deploy.evaluation.models import Model, in_chunks, positions_at_once
 from gemma_deploy.evaluation.texts import Windows
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.metrics import Comparison, Metrics, log_softmax
-
-Progress = Callable[[int, int], None]
+from gemma_deploy.progress import Tick
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Measured:
         return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
-def measure(test: Model, reference: Model | None, windows: Windows, progress: Progress | None = None) -> Measured:
+def measure(test: Model, reference: Model | None, windows: Windows, progress: Tick | None = None) -> Measured:
     """Score all windows.
 
     Args:

@@ -7,7 +7,7 @@ A result is plain JSON: `task`, `target`, `against`, `settings` (what was asked,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from gemma_deploy.evaluation import ceval, perplexity
 from gemma_deploy.evaluation.models import Model, open_model, reference_of, refuse_other_vocabularies
 from gemma_deploy.evaluation.texts import Windows, make_windows, read_text, sha256_of_text
 from gemma_deploy.machine import give_memory_back
+from gemma_deploy.progress import Tick
 
 NONE, CHECKPOINT = "none", "hf"
 SEQLEN, WINDOWS = 512, 16
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def open_pair(
     return Pair(opened, open_model(against, opened.embed_scale))
 
 
-def run_text(pair: Pair, request: TextRequest, progress: Progress | None = None) -> dict[str, Any]:
+def run_text(pair: Pair, request: TextRequest, progress: Tick | None = None) -> dict[str, Any]:
     """Perplexity, and against a reference KL and top-1 agreement.
 
     Raises:
@@ -131,7 +131,7 @@ def run_text(pair: Pair, request: TextRequest, progress: Progress | None = None)
     }
 
 
-def run_exam(pair: Pair, request: ExamRequest, progress: Progress | None = None) -> dict[str, Any]:
+def run_exam(pair: Pair, request: ExamRequest, progress: Tick | None = None) -> dict[str, Any]:
     """Accuracy on C-Eval, of two models on the same prompts.
 
     Returns:

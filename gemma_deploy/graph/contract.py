@@ -15,13 +15,13 @@ chunks. P and C are then the largest lengths the artifact is meant for: the rota
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.partition import Part
 from gemma_deploy.partition.ranks import kv_heads_of
+from gemma_deploy.schemes import Form
 
-Scheme = Literal["fp32", "bf16", "fp16", "w8a16", "w8a16_folded"]
 GRAPHS = ("iter0", "iter1")
 PREFILL, DECODE = GRAPHS
 ENTERING, LEAVING = "inputs_embeds", "hidden_states"  # of a stage that does not embed, or has no head
@@ -74,7 +74,7 @@ class GraphContract:
     def of(
         cls,
         config: ModelConfig,
-        scheme: Scheme,
+        scheme: Form,
         batch: int,
         prefill: int,
         context: int,

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.graph import stamp
 from gemma_deploy.graph.collectives import LEVELS
-from gemma_deploy.graph.contract import DECODE, GRAPHS, GraphContract, Scheme
+from gemma_deploy.graph.contract import DECODE, GRAPHS, GraphContract
 from gemma_deploy.graph.functions import used_functions
 from gemma_deploy.graph.islands import Pair, dynamic_dimensions, example_inputs, own_name, parts_of
 from gemma_deploy.graph.passes.fold import fold_constants
@@ -30,14 +30,14 @@ from gemma_deploy.graph.skeleton import build_skeleton
 from gemma_deploy.graph.trace import OPSET, trace
 from gemma_deploy.partition import Part, whole
 from gemma_deploy.quantization.rescaling import Rescaling
-from gemma_deploy.schemes import Storage
+from gemma_deploy.schemes import Form, Storage
 
 log = logging.getLogger(__name__)
 
 
 def export_graphs(
     config: ModelConfig,
-    scheme: Scheme,
+    scheme: Form,
     contract: GraphContract,
     embed_scale: str = "exact",
     rescaling: Rescaling | None = None,
@@ -69,7 +69,7 @@ class Traced:
     def __init__(
         self,
         config: ModelConfig,
-        scheme: Scheme,
+        scheme: Form,
         contract: GraphContract,
         embed_scale: str = "exact",
         rescaling: Rescaling | None = None,

@@ -97,4 +97,6 @@ def write_graph(graph: bytes, path: Path) -> None:
         try:
             onnx.checker.check_model(str(partial), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-            raise ExportError(f"the ONNX checker refused the graph: {error}", where=path.name) from error
+            raise ExportError(
+                f"the ONNX checker refused the graph: {error}", where=path.name, next_step="this is a bug: report it"
+            ) from error

@@ -15,12 +15,11 @@ from torch import nn
 from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.graph.collectives import RankEmbedding, ReducedLinear
-from gemma_deploy.graph.contract import Scheme
 from gemma_deploy.partition.ranks import row_blocks, sharding
 from gemma_deploy.partition.spans import LAYERS
 from gemma_deploy.patched import patched_causal, patched_module
 from gemma_deploy.quantization.rescaling import Rescaling
-from gemma_deploy.schemes import Codes, Storage
+from gemma_deploy.schemes import Codes, Form, Storage
 
 INT8 = ("w8a16", "w8a16_folded")
 TORCH_DTYPES = dict.fromkeys(("fp32", "bf16", *INT8), torch.float32) | {"fp16": torch.float16}
@@ -57,7 +56,7 @@ class Skeleton:
 
 def build_skeleton(
     config: ModelConfig,
-    scheme: Scheme,
+    scheme: Form,
     *,
     iter_num: int,
     context: int,
@@ -101,7 +100,7 @@ def build_skeleton(
 
 
 def _store(
-    model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.dtype, ranks: int, storage: Storage
+    model: nn.Module, config: ModelConfig, scheme: Form, dtype: torch.dtype, ranks: int, storage: Storage
 ) -> None:
     """Give every module its zero-storage weights in the form the artifact stores them."""
     weight_dtype = torch.bfloat16 if scheme == "bf16" else dtype
@@ -175,7 +174,7 @@ def _rescale(model: nn.Module, templates: Sequence[LayerSpec], rescaling: Rescal
 
 
 def _store_table(
-    model: nn.Module, config: ModelConfig, scheme: Scheme, dtype: torch.dtype, ranks: int, storage: Storage
+    model: nn.Module, config: ModelConfig, scheme: Form, dtype: torch.dtype, ranks: int, storage: Storage
 ) -> None:
     weight_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(scheme, torch.float16)
     quantization = patched_module("quantization_vacc")

@@ -49,7 +49,9 @@ def cut(model: ir.Model, parts: Iterable[Part], layer_prefixes: dict[str, str]) 
             for value in node.inputs:
                 if value is not None and owner.get(value.name or "", part.name) != part.name:
                     raise ExportError(
-                        f"{part.name} reads {value.name}, an input of {owner[value.name or '']}", where="export stage"
+                        f"{part.name} reads {value.name}, an input of {owner[value.name or '']}",
+                        where="export stage",
+                        next_step="this is a bug: report it",
                     )
         inputs = {border: values[name] for name, border in part.inputs}
         templates[part.name] = Template(part, nodes, layer_prefixes.get(part.name, ""), inputs, outputs)
@@ -109,7 +111,11 @@ class Builder:
             if value is None or value in mapping:
                 return value if value is None else mapping[value]
             if value in border_inputs:
-                raise ExportError(f"{template.part.name}: input {value.name} is not connected", where="export stage")
+                raise ExportError(
+                    f"{template.part.name}: input {value.name} is not connected",
+                    where="export stage",
+                    next_step="this is a bug: report it",
+                )
             mapping[value] = self._initializer(value, rename(value.name or ""))
             return mapping[value]
 

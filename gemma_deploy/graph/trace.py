@@ -46,5 +46,7 @@ def trace(pair: Pair, args: tuple[Any, ...], dynamic: tuple[Any, ...] | None = N
         finally:
             logging.getLogger("torch.onnx").setLevel(previous)
     if onnx_program is None:
-        raise ExportError("torch.onnx.export returned nothing", where="export stage")
+        raise ExportError(
+            "torch.onnx.export returned nothing", where="export stage", next_step="this is a bug: report it"
+        )
     return onnx_program.model

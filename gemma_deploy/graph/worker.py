@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 from gemma_deploy import child
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.errors import DeployError, ExportError
-from gemma_deploy.graph.contract import GraphContract, Scheme
+from gemma_deploy.graph.contract import GraphContract
 from gemma_deploy.partition import Part
 from gemma_deploy.quantization.rescaling import Rescaling
-from gemma_deploy.schemes import Storage
+from gemma_deploy.schemes import Form, Storage
 
 if TYPE_CHECKING:
     from gemma_deploy.graph.external import Row
@@ -35,7 +35,7 @@ class Task:
     """
 
     config: ModelConfig
-    scheme: Scheme
+    scheme: Form
     contract: GraphContract
     embed_scale: str
     rows: Sequence[tuple[Part, Sequence[Row]]]

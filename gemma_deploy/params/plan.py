@@ -19,9 +19,8 @@ from gemma_deploy.params.overlay import Stored
 from gemma_deploy.partition import Part, whole
 from gemma_deploy.partition.ranks import Blocks, row_blocks, sharding
 from gemma_deploy.quantization.rescaling import Rescaling
-from gemma_deploy.schemes import CodeForm, Storage
+from gemma_deploy.schemes import CodeForm, Form, Storage
 
-Scheme = Literal["fp32", "fp16", "bf16", "w8a16", "w8a16_folded"]
 Dtype = Literal["float32", "float16", "bfloat16", "int8", "int4", "uint8", "uint4"]
 Kind = Literal["cast", "int8_per_channel", "scale", "constant", "stored"]
 
@@ -34,7 +33,7 @@ CODE_DTYPES: dict[tuple[int, bool], Dtype] = {
 }  # fmt: skip
 COLUMN_SCALE = "model.embed_tokens.column_scale"
 # Norm weights are float32 everywhere: the norm computes in float32.
-MATRIX_DTYPE: dict[Scheme, Dtype] = {
+MATRIX_DTYPE: dict[Form, Dtype] = {
     "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "w8a16": "int8", "w8a16_folded": "int8",
 }  # fmt: skip
 ROTARY_DTYPE: Dtype = "float32"
@@ -78,7 +77,7 @@ class ParamSpec:
 
 def build_plan(
     config: ModelConfig,
-    scheme: Scheme,
+    scheme: Form,
     context_length: int,
     rescaling: Rescaling | None = None,
     part: Part | None = None,

@@ -19,7 +19,7 @@ from gemma_deploy.checkpoint import TensorInfo
 from gemma_deploy.params.constants import constant_rows
 from gemma_deploy.params.plan import ITEM_BITS, ParamSpec
 from gemma_deploy.params.table import ParamRow
-from gemma_deploy.quantization import quantize_rows_, row_scales, sqnr_db
+from gemma_deploy.quantization.rtn import quantize_rows_, row_scales, sqnr_db
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

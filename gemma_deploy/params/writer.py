@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +27,7 @@ from gemma_deploy.params.overlay import Overlay
 from gemma_deploy.params.plan import ParamSpec
 from gemma_deploy.params.stream import BadTensorError, Buffers, Job, run_job
 from gemma_deploy.params.table import ParamRow, ParamTable, hash_span, in_file_order
+from gemma_deploy.progress import Tick
 from gemma_deploy.writing import sync
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,6 @@ BLOCK_BYTES = 2 << 20
 DROP_BYTES = 64 << 20
 POLL_SECONDS = 0.05
 MOST_BAD = 20
-Progress = Callable[[int, int], None]
 
 
 def write_params(
@@ -46,7 +46,7 @@ def write_params(
     out_path: Path,
     *,
     workers: int = 2,
-    progress: Progress | None = None,
+    progress: Tick | None = None,
     journal: Path,
     block_bytes: int = BLOCK_BYTES,
 ) -> ParamTable:
@@ -128,7 +128,7 @@ class _Run:
             self.partial.unlink(missing_ok=True)
             raise
 
-    def write(self, workers: int, block_bytes: int, progress: Progress | None) -> None:
+    def write(self, workers: int, block_bytes: int, progress: Tick | None) -> None:
         """Run all jobs; whatever ends this early leaves a journal of what is finished."""
         bad: list[str] = []
         try:

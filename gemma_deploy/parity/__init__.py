@@ -1,5 +1,1 @@
 """What every proof is made of: cases, sources, metrics, gates, and the search of the first module that differs."""
-
-from gemma_deploy.parity.compare import ParityResult
-
-__all__ = ["ParityResult"]

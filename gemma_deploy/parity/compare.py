@@ -205,6 +205,7 @@ def cases_for(
             f"has {len(tokens)} tokens, too few for {steps} decode steps",
             where=str(text),
             expected=f"a text of at least {length + steps} tokens",
+            next_step="give a longer text, or fewer --decode-tokens",
         )
     return make_cases(checkpoint.config, batch=contract["batch"], length=length, steps=steps, text=tokens)
 

@@ -9,11 +9,11 @@ import logging
 
 import numpy as np
 
+from gemma_deploy.calibration.mix import read_mix, shortened
 from gemma_deploy.calibration.pipeline import Request, make_windows
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.quantization.rescaling import Rescaling, choose
-from gemma_deploy.recipe.mix import read_mix, shortened
 from gemma_deploy.text import has_tokenizer
 
 log = logging.getLogger(__name__)

@@ -182,7 +182,9 @@ class StreamedLinear(nn.Module):
     def __init__(self, source: TorchSource, name: str, replaced: nn.Module) -> None:
         super().__init__()
         if getattr(replaced, "bias", None) is not None:
-            raise NotBuiltError(f"{name}: linears with a bias are not compared in this version")
+            raise NotBuiltError(
+                f"{name}: linears with a bias are not compared in this version", next_step="report it: no Gemma has one"
+            )
         self.source, self.name = source, name
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

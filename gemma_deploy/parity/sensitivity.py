@@ -7,7 +7,7 @@ twice, one layer is in memory at a time, and the variants' hidden states lie on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.reference import TorchSource
 from gemma_deploy.parity.stored import StoredWeights
+from gemma_deploy.progress import Tick
 
 TOKENS = 256  # of one window; the six worst layers of the real 270M are among its seven worst on 1024 (65 s, 265 s)
 HEAD_BYTES = 64 << 20  # logits of one variant at a time
 TABLE = "model.embed_tokens"
-Progress = Callable[[int, int], None]
 
 
 @torch.inference_mode()
@@ -37,7 +37,7 @@ def measure_sensitivity(
     scratch: Path,
     *,
     embed_scale: str = "exact",
-    progress: Progress | None = None,
+    progress: Tick | None = None,
 ) -> dict[str, Any]:
     """Mean KL in nats a token when only one layer, or only the token table with the LM head, is the artifact's.
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from gemma_deploy.checkpoint import Checkpoint, TensorInfo
-from gemma_deploy.params.plan import COLUMN_SCALE, ParamSpec, Scheme, build_plan
+from gemma_deploy.params.plan import COLUMN_SCALE, ParamSpec, build_plan
 from gemma_deploy.params.table import ParamRow, row_from_json
 from gemma_deploy.partition import parts_of
 from gemma_deploy.quantization.rescaling import Rescaling
-from gemma_deploy.schemes import CodeForm, Storage, stored_scheme
+from gemma_deploy.schemes import CodeForm, Scheme, Storage
 
 
 class StoredWeights:
@@ -36,7 +36,7 @@ class StoredWeights:
         rows = {(row["file"], row["name"]): row_from_json(row) for row in manifest["params"]}
         points = tuple(recipe.get("split", {}).get("points", ()))
         parts = parts_of(self.config.num_hidden_layers, points, recipe["frontend"]["model_kwargs"]["tp"])
-        scheme = cast(Scheme, stored_scheme(manifest["scheme"]))
+        scheme = Scheme(manifest["scheme"]).form
         storage = Storage.from_json(manifest["storage"]) if manifest["storage"] else Storage()
         rescaling = Rescaling.of_manifest(manifest)
         form = CodeForm(turned=bool((manifest.get("kernels") or {}).get("integer")))

@@ -10,7 +10,7 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.parity.gates import TWINS
 from gemma_deploy.parity.reference import TorchSource
 from gemma_deploy.parity.stored import StoredWeights
-from gemma_deploy.schemes import QUANTIZERS, Storage
+from gemma_deploy.schemes import Scheme, Storage
 
 
 def torch_sources(
@@ -23,6 +23,6 @@ def torch_sources(
     twin = patched
     if scheme == "w8a16" and Storage.from_json(manifest["storage"]) == Storage():
         twin = TorchSource(opened, "patched", "w8a16", scale)
-    elif scheme == "w8a16" or scheme in QUANTIZERS:
+    elif Scheme(scheme).codes:
         twin = TorchSource(StoredWeights(opened, artifact, manifest), "patched", "fp32", scale, name=TWINS[scheme])
     return hf, patched, twin

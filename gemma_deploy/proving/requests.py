@@ -12,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from gemma_deploy.artifact import Artifact, newest_artifact
+from gemma_deploy.artifact.manifest import Artifact, newest_artifact
 from gemma_deploy.backends import backend_of
 from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint
 from gemma_deploy.errors import UsageError

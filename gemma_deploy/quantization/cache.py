@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from gemma_deploy.architectures import LayerSpec
-from gemma_deploy.calibration.driver import Progress, embed, loaded
+from gemma_deploy.calibration.driver import embed, loaded
 from gemma_deploy.calibration.executors import Executor
 from gemma_deploy.calibration.points import cache_factor_names
 from gemma_deploy.calibration.shards import Frame, LayerPass, Model
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.progress import Tick
 from gemma_deploy.quantization.observing import step
 from gemma_deploy.quantization.results import write_result
 
@@ -50,7 +51,7 @@ def observe_cache(
     *,
     embed_scale: str,
     executor: Executor,
-    progress: Progress | None = None,
+    progress: Tick | None = None,
 ) -> None:
     """Pass windows through the model in float32 and write all factors into one file; one layer is in memory at a time.
 

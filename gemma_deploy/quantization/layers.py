@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from gemma_deploy.architectures import InputGroup, LayerSpec
-from gemma_deploy.calibration.driver import Progress, embed, loaded
+from gemma_deploy.calibration.driver import embed, loaded
 from gemma_deploy.calibration.executors import Executor, Here
 from gemma_deploy.calibration.points import TOKENS
 from gemma_deploy.calibration.shards import Frame, LayerPass, Model
@@ -27,6 +27,7 @@ from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CalibrationError
 from gemma_deploy.machine import give_memory_back
+from gemma_deploy.progress import Tick
 from gemma_deploy.quantization.cache import cache_factors
 from gemma_deploy.quantization.folding import shared_rows
 from gemma_deploy.quantization.moments import NotPositiveError
@@ -47,7 +48,7 @@ def quantize_layers(
     true_sequential: bool = True,
     int8_cache: bool = False,
     embed_scale: str = "exact",
-    progress: Progress | None = None,
+    progress: Tick | None = None,
     executor: Executor | None = None,
 ) -> list[dict[str, Any]]:
     """Quantize every decoder layer in float32 arithmetic.
@@ -128,7 +129,7 @@ def hidden_states(checkpoint: Checkpoint, shape: tuple[int, int], folder: Path) 
 class _Ticks:
     """Counts windows for the progress."""
 
-    def __init__(self, progress: Progress | None, done: int, total: int) -> None:
+    def __init__(self, progress: Tick | None, done: int, total: int) -> None:
         self.progress, self.done, self.total = progress, done, total
 
     def __call__(self) -> None:

@@ -91,26 +91,30 @@ def describe(value: Any) -> str:
     return "a mapping"
 
 
-def unknown_key(root: type[BaseModel], path: Path) -> str:
+def unknown_key(root: type[BaseModel], path: Path, above: Path = ()) -> str:
     """The sentence for a key the schema does not know: near miss, right key in the wrong place, or what is known."""
     key, section = str(path[-1]), section_at(root, path[:-1])
     known = sorted(section.model_fields) if section else []
     everywhere = all_keys(root)
     if key in everywhere:
-        places = " or ".join(f"`{dotted(place)}`" for place in everywhere[key])
+        places = " or ".join(f"`{dotted((*above, *place))}`" for place in everywhere[key])
         return f"unknown key here; it belongs at {places}"
     if close := nearest(key, known):
-        return f"unknown key; did you mean `{dotted((*path[:-1], close))}`?"
+        return f"unknown key; did you mean `{dotted((*above, *path[:-1], close))}`?"
     if close := nearest(key, sorted(everywhere), cutoff=0.8):
-        return f"unknown key; did you mean `{dotted(everywhere[close][0])}`?"
+        return f"unknown key; did you mean `{dotted((*above, *everywhere[close][0]))}`?"
     return f"unknown key; known here: {', '.join(known)}"
 
 
-def sentence(root: type[BaseModel], error: ErrorDetails) -> str:
-    """One pydantic error as one sentence."""
+def sentence(root: type[BaseModel], error: ErrorDetails, above: Path = ()) -> str:
+    """One pydantic error as one sentence.
+
+    Args:
+        above: where `root` stands in a recipe.
+    """
     kind, context, path = error["type"], error.get("ctx", {}), tuple(error["loc"])
     if kind == "extra_forbidden":
-        return unknown_key(root, path)
+        return unknown_key(root, path, above)
     if kind == "missing":
         return "missing, and required"
     got = f"got {describe(error['input'])}"

@@ -6,9 +6,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from gemma_deploy.calibration.mix import read_mix
 from gemma_deploy.recipe import explain, sections
 from gemma_deploy.recipe.document import Document
-from gemma_deploy.recipe.mix import read_mix
 
 # Second spellings of one key, both found in public recipes: (spelling, its name here).
 _SPELLINGS = (

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from gemma_deploy.backends import backend
+from gemma_deploy.calibration.mix import read_mix
 from gemma_deploy.errors import RecipeError
 from gemma_deploy.recipe.document import Path
-from gemma_deploy.recipe.mix import read_mix
-
-if TYPE_CHECKING:
-    from gemma_deploy.recipe.recipe import Recipe
+from gemma_deploy.recipe.sections import RecipeSections
+from gemma_deploy.recipe.spec import spec_of
+from gemma_deploy.schemes import FLOAT_KV8, Scheme
 
 LENGTH_MULTIPLE = 16
-BLOCKS = (16, 32, 64, 128, 256)  # of MatMulNBits
 
 Found = Iterator[tuple[Path, str]]
-Rule = Callable[["Recipe"], Found]
+Rule = Callable[[RecipeSections], Found]
 
 RULES: list[tuple[tuple[Path, ...], Rule]] = []
 
@@ -36,7 +36,7 @@ def rule(*reads: str) -> Callable[[Rule], Rule]:
     return add
 
 
-def contradictions(recipe: Recipe, bad: set[Path]) -> list[tuple[Path, str]]:
+def contradictions(recipe: RecipeSections, bad: set[Path]) -> list[tuple[Path, str]]:
     """All broken rules of `recipe`, leaving out those that read a key in `bad`."""
 
     def unusable(key: Path) -> bool:
@@ -56,7 +56,7 @@ _SHAPE = ".".join(str(part) for part in _INPUT_IDS)
 
 
 @rule("name")
-def name_is_a_directory_name(recipe: Recipe) -> Found:
+def name_is_a_directory_name(recipe: RecipeSections) -> Found:
     """The artifact lies in `workspace/NAME`."""
     name = recipe.name
     if (
@@ -74,7 +74,7 @@ def name_is_a_directory_name(recipe: Recipe) -> Found:
 
 
 @rule("frontend.checkpoint", "frontend.type")
-def gguf_is_a_gguf_file(recipe: Recipe) -> Found:
+def gguf_is_a_gguf_file(recipe: RecipeSections) -> Found:
     """`frontend.type` says what the file name says."""
     path, kind = recipe.frontend.checkpoint, recipe.frontend.type
     if (kind == "gguf") != path.lower().endswith(".gguf"):
@@ -83,18 +83,18 @@ def gguf_is_a_gguf_file(recipe: Recipe) -> Found:
 
 
 @rule(_DTYPE, _QUANTIZE)
-def dtype_agrees_with_quantize(recipe: Recipe) -> Found:
+def dtype_agrees_with_quantize(recipe: RecipeSections) -> Found:
     """Int8 and int4 weights need dtype int8; an 8-bit cache needs 16-bit weights or less."""
     dtype, quantize = recipe.backend.dtype, recipe.frontend.quantize
-    if quantize is None or dtype == "int8" or (quantize.type == "w16kv8" and dtype != "fp32"):
+    if quantize is None or dtype == "int8" or (quantize.type == FLOAT_KV8 and dtype != "fp32"):
         return
-    if quantize.type == "w16kv8":
+    if quantize.type == FLOAT_KV8:
         yield (
             ("backend", "dtype"),
             "fp32 contradicts frontend.quantize.type w16kv8 (16-bit weights): set backend.dtype: fp16",
         )
         return
-    bits = "4-bit" if quantize.type.startswith("w4") else "int8"
+    bits = "4-bit" if _bits(recipe) == 4 else "int8"
     yield (
         ("backend", "dtype"),
         f"{dtype} contradicts frontend.quantize.type {quantize.type} ({bits} weights): "
@@ -103,12 +103,12 @@ def dtype_agrees_with_quantize(recipe: Recipe) -> Found:
 
 
 @rule(_QUANTIZE)
-def wbits_agrees_with_type(recipe: Recipe) -> Found:
+def wbits_agrees_with_type(recipe: RecipeSections) -> Found:
     """`calib_args.wbits` repeats what `type` says."""
     quantize = recipe.frontend.quantize
     if quantize is None or quantize.calib_args.wbits is None:
         return
-    bits = 16 if quantize.type == "w16kv8" else int(quantize.type[1])
+    bits = _bits(recipe)
     if quantize.calib_args.wbits != bits:
         yield (
             ("frontend", "quantize", "calib_args", "wbits"),
@@ -118,16 +118,16 @@ def wbits_agrees_with_type(recipe: Recipe) -> Found:
 
 
 @rule(_QUANTIZE)
-def activation_settings_agree_with_type(recipe: Recipe) -> Found:
+def activation_settings_agree_with_type(recipe: RecipeSections) -> Found:
     """`keep_a16` speaks of w8a8, whose integer products have one scale per row of the weights; `keep_w8` of w4a16."""
     quantize = recipe.frontend.quantize
     if quantize is None:
         return
     given, here = quantize.calib_args, ("frontend", "quantize", "calib_args")
-    rounds = quantize.type.startswith("w8a8")
+    rounds = Scheme.parse("int8", quantize.type).rounds_activations
     if given.keep_a16 is not None and not rounds:
         yield (*here, "keep_a16"), f"{quantize.type} rounds no activations: remove it, or set type: w8a8"
-    if given.keep_w8 is not None and not quantize.type.startswith("w4"):
+    if given.keep_w8 is not None and _bits(recipe) != 4:
         yield (*here, "keep_w8"), f"{quantize.type} has no linears of 4 bits: remove it, or set type: w4a16_gptq"
     if rounds and given.groupsize not in (None, -1):
         yield (
@@ -137,8 +137,15 @@ def activation_settings_agree_with_type(recipe: Recipe) -> Found:
         )
 
 
+def _bits(recipe: RecipeSections) -> int:
+    """Of a weight, by the quantize type alone; 16 where that speaks of the cache alone."""
+    quantize = recipe.frontend.quantize
+    quantizer = None if quantize is None else Scheme.parse("int8", quantize.type).quantizer
+    return 16 if quantizer is None else quantizer.bits
+
+
 @rule(_SHAPE)
-def lengths_fit_the_graphs(recipe: Recipe) -> Found:
+def lengths_fit_the_graphs(recipe: RecipeSections) -> Found:
     """`[[P], [C]]`, both multiples of 16, P <= C."""
     lengths = recipe.frontend.shape.input_ids
     if len(lengths) != 2 or any(len(one) != 1 for one in lengths):
@@ -162,7 +169,7 @@ def lengths_fit_the_graphs(recipe: Recipe) -> Found:
 
 
 @rule(_SHAPE, "parity")
-def parity_fits_the_graphs(recipe: Recipe) -> Found:
+def parity_fits_the_graphs(recipe: RecipeSections) -> Found:
     """The compared prompt fits P; its decode steps fill the slots from P to C."""
     lengths = recipe.frontend.shape.input_ids
     if len(lengths) != 2 or any(len(one) != 1 for one in lengths) or lengths[1] < lengths[0]:
@@ -183,47 +190,21 @@ def parity_fits_the_graphs(recipe: Recipe) -> Found:
 
 
 @rule("dataset.name", "dataset.path", "dataset.nsamples")
-def dataset_is_understood(recipe: Recipe) -> Found:
+def dataset_is_understood(recipe: RecipeSections) -> Found:
     """Known data sets, windows that add up to nsamples, and places of data sets that are in the mix."""
     asked = recipe.dataset
     for key, text in read_mix(asked.name, asked.path, asked.nsamples).problems:
         yield ("dataset", key), text
 
 
-@rule("backend", _QUANTIZE)
-def onnxruntime_kernels_are_known(recipe: Recipe) -> Found:
-    """`backend.compile.prefill`, `.block`, `.head`, `.cache` and `.logits`: read where the target is ONNX Runtime."""
-    given, here = recipe.backend.compile, ("backend", "compile")
-    if not recipe.onnxruntime:
-        return
-    prefill, block, head = (given.get(key) for key in ("prefill", "block", "head"))
-    if prefill not in (None, "fast", "lean"):
-        yield (*here, "prefill"), f"got '{prefill}', expected fast or lean"
-    elif prefill == "fast" and not recipe.int8_rows:
-        yield (
-            (*here, "prefill"),
-            "fast means integer products, which need int8 weights with one scale per row (frontend.quantize.type w8a8, "
-            f"w8a16_gptq or w8a16, groupsize -1), not {recipe.scheme} as it is here: set one of them, or prefill: lean",
-        )
-    if head not in (None, "whole", "screened"):
-        yield (*here, "head"), f"got '{head}', expected whole or screened"
-    elif head == "screened" and not (recipe.int8_weights and recipe.storage_for(0).table):
-        yield (
-            (*here, "head"),
-            "screened needs a token table of 8-bit codes (frontend.quantize.table int8)",
-        )
-    if given.get("cache") not in (None, "full", "window"):
-        yield (*here, "cache"), f"got '{given['cache']}', expected full or window"
-    elif recipe.cache == "window" and recipe.weights == "bf16":
-        yield (*here, "cache"), "window is for CPUs, and a bf16 graph for GPUs: write full, or backend.dtype fp32"
-    if given.get("logits") not in (None, "last", "all"):
-        yield (*here, "logits"), f"got '{given['logits']}', expected last or all"
-    if block is not None and block not in BLOCKS:
-        yield (*here, "block"), f"got {block}, expected one of {', '.join(map(str, BLOCKS))}"
+@rule("backend", _QUANTIZE, _SHAPE, "frontend.model_kwargs", "split")
+def back_end_can_do_it(recipe: RecipeSections) -> Found:
+    """What the keys mean to the back end, together."""
+    yield from backend(recipe.backend.type).contradictions(spec_of(recipe))
 
 
 @rule("workspace.cluster")
-def cluster_is_an_address(recipe: Recipe) -> Found:
+def cluster_is_an_address(recipe: RecipeSections) -> Found:
     """`auto`, `HOST:PORT` or `ray://HOST:PORT`."""
     address = recipe.workspace.cluster
     if address is not None and not re.fullmatch(r"auto|(ray://)?[^\s/:]+:\d{1,5}", address):
@@ -238,7 +219,7 @@ class ModelFacts(Protocol):
         """Longest context the model was made for."""
 
 
-def check_against_model(recipe: Recipe, config: ModelFacts, also: Sequence[str] = ()) -> None:
+def check_against_model(recipe: RecipeSections, config: ModelFacts, also: Sequence[str] = ()) -> None:
     """Refuse a recipe the model cannot follow.
 
     Args:

@@ -1,5 +1,7 @@
 """The schema of a recipe: one frozen class per section, one field per key.
 
+`RecipeSections` is the whole of it; what its keys mean to the rest of the program is `spec_of` (spec.py).
+
 A field marked `VENDOR` is interpreted by the vendor's compiler alone: it is carried into the manifest verbatim
 and reported by `Recipe.vendor_keys`. What the keys mean together is in `rules.py`; what this version builds is in
 `built.py`.
@@ -7,19 +9,21 @@ and reported by `Recipe.vendor_keys`. What the keys mean together is in `rules.p
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from gemma_deploy import backends
 from gemma_deploy.architectures import linear_kinds
+from gemma_deploy.schemes import QUANTIZE_TYPES, TABLES
 
-WEIGHT_TYPES = ("w8a16", "w8a16_gptq", "w8a8", "w4a16", "w4a16_gptq")
-QUANTIZE_TYPES = (*WEIGHT_TYPES, "w16kv8", *(f"{weight}+kv8" for weight in WEIGHT_TYPES))
-QuantizeType = Literal[
-    "w8a16", "w8a16_gptq", "w8a8", "w4a16", "w4a16_gptq", "w16kv8",
-    "w8a16+kv8", "w8a16_gptq+kv8", "w8a8+kv8", "w4a16+kv8", "w4a16_gptq+kv8",
-]  # fmt: skip
+if TYPE_CHECKING:
+    QuantizeType: TypeAlias = str
+    TableType: TypeAlias = str
+    BackendType: TypeAlias = str
+else:
+    QuantizeType, TableType, BackendType = Literal[QUANTIZE_TYPES], Literal[tuple(TABLES)], Literal[backends.ROWS]
 
 VENDOR = "interpreted by the vendor's compiler only; carried into the manifest"
 
@@ -101,7 +105,7 @@ class Quantize(Section):
     """Scheme of the weights and of the KV cache; `table` is that of the token table and the LM head."""
 
     type: QuantizeType
-    table: Literal["int8", "int8_g128", "int8_g64", "int8_g32", "fp16"] | None = None
+    table: TableType | None = None
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     calib_args: CalibArgs = CalibArgs()
 
@@ -143,12 +147,12 @@ class Graph(Section):
 
 
 class Backend(Section):
-    """What the artifact is for."""
+    """What the artifact is for. `compile` holds the back end's own keys (`Backend.options` in backends/)."""
 
-    type: Literal["tvm_vacc", "onnxruntime"] = "tvm_vacc"
+    type: BackendType = backends.DEFAULT
     dtype: Literal["fp32", "fp16", "bf16", "int8"]
     merge_params: bool = True
-    compile: Annotated[dict[str, Any], Field(description=VENDOR)] = {}
+    compile: dict[str, Any] = {}
     device: VendorOnly = None
     quantize: VendorOnly = None
     merge_shapes: VendorOnly = None
@@ -182,3 +186,26 @@ class Workspace(Section):
     def processes(self) -> int:
         """Processes that calibrate: one unless the recipe says more (the default of `workers` is for writing)."""
         return self.workers if "workers" in self.model_fields_set else 1
+
+
+class RecipeSections(Section):
+    """All sections of a recipe."""
+
+    name: Annotated[str, Field(min_length=1)]
+    frontend: Frontend
+    split: Split = Split()
+    graph: Graph = Graph()
+    dataset: Dataset = Dataset()
+    backend: Backend
+    parity: Parity = Parity()
+    workspace: Workspace = Workspace()
+
+    @property
+    def prefill_length(self) -> int:
+        """P: the length prompts are padded to."""
+        return self.frontend.shape.input_ids[0][0]
+
+    @property
+    def context_length(self) -> int:
+        """C: the slots of the KV cache."""
+        return self.frontend.shape.input_ids[1][0]

@@ -56,7 +56,9 @@ def check_length(max_new_tokens: int) -> None:
         UsageError: below 1.
     """
     if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens is {max_new_tokens}", expected="1 or more")
+        raise UsageError(
+            f"max_new_tokens is {max_new_tokens}", expected="1 or more", next_step="give a larger --max-new-tokens"
+        )
 
 
 def check_context(tokens: int, context_length: int, where: str, before: int = 0) -> None:

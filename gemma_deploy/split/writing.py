@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from gemma_deploy.params.plan import ITEM_BITS, ParamSpec
 from gemma_deploy.params.writer import write_params
 from gemma_deploy.partition import Span
 from gemma_deploy.partition.mapper import ParameterMapper
+from gemma_deploy.progress import Tick
 from gemma_deploy.split.layout import INDEX, WEIGHTS, part_config
 from gemma_deploy.text import check_text, with_stops
 from gemma_deploy.text.saving import write_tokenizer
@@ -25,7 +26,6 @@ from gemma_deploy.writing import finite, write_json
 
 JOURNAL = "journal"
 SPLIT = Maker("split", ParamsError, full="make room there and run the same command again: it continues")
-Progress = Callable[[int, int], None]
 
 
 def write_split(
@@ -35,7 +35,7 @@ def write_split(
     *,
     force: bool = False,
     workers: int = 2,
-    progress: Progress | None = None,
+    progress: Tick | None = None,
 ) -> list[dict[str, Any]]:
     """Write every part into OUT.partial, continuing what a killed run of the same parts left there, and rename it.
 
@@ -58,7 +58,7 @@ def write_split(
 
 
 def _write_parts(
-    checkpoint: Checkpoint, spans: Sequence[Span], folder: Path, workers: int, progress: Progress | None
+    checkpoint: Checkpoint, spans: Sequence[Span], folder: Path, workers: int, progress: Tick | None
 ) -> list[dict[str, Any]]:
     """Every part in a folder of its own, the tokenizer and the index beside them; the rows of the index."""
     plans = {span: _plan(checkpoint, span) for span in spans}
@@ -117,7 +117,7 @@ class _Split(WorkDir):
         return False
 
 
-def _from(progress: Progress, before: int, total: int) -> Progress:
+def _from(progress: Tick, before: int, total: int) -> Tick:
     return lambda done, _: progress(before + done, total)
 
 

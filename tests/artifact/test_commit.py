@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gemma_deploy.artifact import ArtifactDir, newest_artifact
-from gemma_deploy.artifact.manifest import FORMAT_VERSION
+from gemma_deploy.artifact.commit import ArtifactDir
+from gemma_deploy.artifact.manifest import FORMAT_VERSION, newest_artifact
 from gemma_deploy.errors import ArtifactError, BusyError, DeployError, UsageError
 from tests.killing import killer
 
@@ -164,7 +164,8 @@ def test_killed_before_the_key_was_written(tmp_path):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from gemma_deploy.artifact import ArtifactDir, newest_artifact
+from gemma_deploy.artifact.commit import ArtifactDir
+from gemma_deploy.artifact.manifest import newest_artifact
 with ArtifactDir(Path(sys.argv[1]), key="k"):
     print("locked", flush=True)
     time.sleep(60)

@@ -7,7 +7,8 @@ from dataclasses import asdict
 
 import pytest
 
-from gemma_deploy.artifact import op_census, write_report
+from gemma_deploy.artifact.manifest import op_census
+from gemma_deploy.artifact.report import write_report
 from gemma_deploy.backends import backend_of
 
 

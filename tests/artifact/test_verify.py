@@ -7,7 +7,7 @@ from dataclasses import replace
 import onnx
 import pytest
 
-from gemma_deploy.artifact import Artifact
+from gemma_deploy.artifact.manifest import Artifact
 from gemma_deploy.backends.onnxruntime import head
 from gemma_deploy.cli import main
 from gemma_deploy.errors import ArtifactError

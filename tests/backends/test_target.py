@@ -26,6 +26,7 @@ from gemma_deploy.backends.onnxruntime.source import half_line
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.cli import main
 from gemma_deploy.errors import ArtifactError
+from gemma_deploy.provenance import Code
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.schemes import CodeForm
 from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
@@ -220,9 +221,9 @@ def test_a_second_run_writes_nothing_and_other_kernels_are_another_artifact(comp
 DRIVER = """
 import importlib, json, os, signal, sys
 import torch
-from gemma_deploy import compile as compiler
 from gemma_deploy.cli import main
-compiler.code_version = lambda: "this"
+from gemma_deploy.provenance import Code
+Code.sha256 = "this"
 for (module, name, count), recipe in json.loads(sys.argv[1]):
     child = os.fork()
     if child == 0:
@@ -243,7 +244,7 @@ for (module, name, count), recipe in json.loads(sys.argv[1]):
 MOMENTS = {  # and whether the graph is made again
     ("os", "pwrite", 20): True,
     ("gemma_deploy.graph.external", "write_graph", 1): True,
-    ("gemma_deploy.compile", "copy_model_files", 1): False,
+    ("gemma_deploy.compile", "write_model_files", 1): False,
     ("gemma_deploy.artifact.commit", "ArtifactDir._publish", 1): False,
 }
 
@@ -259,13 +260,13 @@ def contents(artifact):
     return found, manifest
 
 
-@pytest.mark.parametrize(("moment", "again"), [("export_into", True), ("copy_model_files", False)])
+@pytest.mark.parametrize(("moment", "again"), [("export_graphs", True), ("write_model_files", False)])
 def test_an_interrupted_run_is_continued(tmp_path, monkeypatch, capsys, moment, again):
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma2", num_hidden_layers=2)
     recipe = str(write_recipe(tmp_path, checkpoint))
     assert main(["compile", recipe, "--no-parity", "--out", str(tmp_path / "whole")]) == 0
 
-    def stop(*arguments):
+    def stop(*arguments, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -285,7 +286,7 @@ def test_an_interrupted_run_is_continued(tmp_path, monkeypatch, capsys, moment, 
 @pytest.mark.slow
 def test_kill_9_at_any_moment_and_run_again(tmp_path, monkeypatch):
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma2", num_hidden_layers=2)
-    monkeypatch.setattr(compiler, "code_version", lambda: "this")
+    monkeypatch.setattr(Code, "sha256", "this")
     recipes = []
     for number in range(len(MOMENTS) + 1):
         (tmp_path / str(number)).mkdir()
@@ -346,14 +347,15 @@ def loaded(*overrides):
 def test_kernels_follow_the_recipe(overrides, kernels):
     """Wide are those that calibration kept out of 8 bits, or all; and the file has codes as the kernels want them."""
     recipe = loaded(*overrides)
-    kept = list(KEPT) if recipe.weights == "w8a8" else None
-    assert chosen_kernels(recipe, CONFIG, kept) == kernels
-    assert backend("onnxruntime").codes(recipe) == CodeForm(unsigned=True, turned=kernels.integer)
-    listed = backend("onnxruntime").kernels(recipe, CONFIG, kept)
+    spec = recipe.spec
+    kept = list(KEPT) if spec.scheme.rounds_activations else None
+    assert chosen_kernels(spec, CONFIG, kept) == kernels
+    assert backend("onnxruntime").codes(spec) == CodeForm(unsigned=True, turned=kernels.integer)
+    listed = backend("onnxruntime").kernels(spec, CONFIG, kept)
     assert listed == {"block": kernels.block, "integer": kernels.integer, "wide": sorted(kernels.wide),
                       "candidates": kernels.candidates, "windowed": kernels.windowed,
                       "logits": kernels.logits}  # fmt: skip
-    search = backend("onnxruntime").files(recipe, CONFIG)["genai_config.json"]["search"]
+    search = backend("onnxruntime").files(spec, CONFIG)["genai_config.json"]["search"]
     chunk = 512 if kernels.integer else 256
     assert search.get("chunk_size") == (None if kernels.logits == "all" else chunk)
     assert recipe.vendor_keys() == {}

@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from gemma_deploy.artifact import Artifact
+from gemma_deploy.artifact.manifest import Artifact
 from gemma_deploy.backends.onnxruntime import genai, window
 from gemma_deploy.backends.onnxruntime.apart import exact
 from gemma_deploy.backends.onnxruntime.genai import GenaiModel, GenaiSession
@@ -323,7 +323,7 @@ def test_a_sequence_goes_back_as_if_nothing_had_been_read(compiled, prompt, monk
 
 def test_what_has_no_window_or_no_room_for_one_is_refused(tmp_path, capsys):
     text = "name: x\nfrontend: {checkpoint: demo, shape: {input_ids: [[64], [128]]}}\nbackend: {dtype: int8}\n"
-    with pytest.raises(RecipeError, match="cache: got 'short', expected full or window"):
+    with pytest.raises(RecipeError, match=r"cache: got 'short' \(text\), expected one of full, window"):
         Recipe.from_text(text, ["backend.type=onnxruntime", "backend.compile.cache=short"], {})
     with pytest.raises(RecipeError, match="cache: window is for CPUs, and a bf16 graph for GPUs"):
         Recipe.from_text(text, ["backend.type=onnxruntime", "backend.dtype=bf16", "backend.compile.cache=window"], {})

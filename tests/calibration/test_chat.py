@@ -8,9 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from gemma_deploy import paths
-from gemma_deploy.calibration import Request, windows
+from gemma_deploy.calibration import windows
 from gemma_deploy.calibration.chat import Chat
-from gemma_deploy.calibration.pipeline import dataset_record, make_windows
+from gemma_deploy.calibration.pipeline import Request, dataset_record, make_windows
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.text import Tokenizer, template_of

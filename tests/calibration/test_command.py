@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from gemma_deploy import progress
+from gemma_deploy.calibration.mix import Part
 from gemma_deploy.calibration.picture import largest
 from gemma_deploy.calibration.store import Calibration, Range
 from gemma_deploy.cli import cli, main
 from gemma_deploy.commands import calibrate as command_file
-from gemma_deploy.recipe.mix import Part
 from tests.calibration import make
 
 RECIPE = """
@@ -34,7 +35,8 @@ def run(*args):
     return result, Calibration.open(place[1]) if place else None
 
 
-def test_it_prints_a_table_and_progress_and_says_where_the_result_is(checkpoint_path, c4_file, tmp_path):
+def test_it_prints_a_table_and_progress_and_says_where_the_result_is(checkpoint_path, c4_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "SHORT_SECONDS", 0)
     options = ["--checkpoint", checkpoint_path, "--workspace", tmp_path / "w", "--nsamples", 3, "--seqlen", 24]
     result, made = run("--dataset", "c4", "--path", c4_file, *options)
     assert result.exit_code == 0
@@ -47,8 +49,8 @@ def test_it_prints_a_table_and_progress_and_says_where_the_result_is(checkpoint_
     assert f"{peak:.3g}" in table
     assert "3 windows of 24 tokens" in table
     lines = result.stderr.splitlines()
-    assert lines[0] == "layers   10 %  1 of 6 windows through a layer"
-    assert lines[-1] == "layers  100 %  6 of 6 windows through a layer"
+    assert lines[0] == "calibrate   17 %  1 of 6 windows through layers"
+    assert lines[-1] == "calibrate   83 %  5 of 6 windows through layers"
     again, found = run("--dataset", "c4", "--path", c4_file, *options)
     assert "nothing has changed" in again.stdout
     assert not again.stderr

@@ -8,8 +8,7 @@ import datasets
 import huggingface_hub
 import pytest
 
-from gemma_deploy.calibration import Request, calibrate
-from gemma_deploy.calibration.pipeline import dataset_record, make_windows
+from gemma_deploy.calibration.pipeline import Request, calibrate, dataset_record, make_windows
 from gemma_deploy.calibration.sources import hub
 from gemma_deploy.cli import main
 from gemma_deploy.errors import CalibrationError

@@ -6,11 +6,11 @@ import json
 import pytest
 import yaml
 
-from gemma_deploy import calibrated
-from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
+from gemma_deploy.job import Job
 from gemma_deploy.recipe import Recipe
+from gemma_deploy.stages.calibration import calibration_request
 from tests.calibration import make
 from tests.exporting import export_in_this_process
 
@@ -55,6 +55,6 @@ def test_missing_text_is_told_before_work(recipe_file, tmp_path, capsys):
     assert not (tmp_path / "w").exists()
 
 
-def test_int8_by_rounding_looks_at_no_text(recipe_file, checkpoint_path):
+def test_int8_by_rounding_looks_at_no_text(recipe_file):
     recipe = Recipe.load(recipe_file, ["backend.dtype=int8"])
-    assert calibrated.windows_of(recipe, Checkpoint.open(checkpoint_path)) is None
+    assert calibration_request(Job.open(recipe)) is None

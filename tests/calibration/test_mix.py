@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_deploy.calibration import SOURCES, Request, calibrate
-from gemma_deploy.calibration.pipeline import dataset_record, make_windows
+from gemma_deploy.calibration.mix import DATASETS, HubPlace, Part, read_mix, shortened, turn_order
+from gemma_deploy.calibration.pipeline import Request, calibrate, dataset_record, make_windows
+from gemma_deploy.calibration.sources import SOURCES
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CalibrationError, RecipeError, UsageError
 from gemma_deploy.recipe import Recipe
-from gemma_deploy.recipe.mix import DATASETS, HubPlace, Part, read_mix, shortened, turn_order
 from tests.calibration import make
 
 RECIPE = """

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from gemma_deploy.calibration import Request, calibrate, pipeline, room
+from gemma_deploy.calibration import pipeline, room
+from gemma_deploy.calibration.pipeline import Request, calibrate
 from gemma_deploy.errors import PreflightError
 from gemma_deploy.machine import Machine
 

@@ -8,13 +8,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from gemma_deploy.recipe.mix import Part
 
-from gemma_deploy.calibration import SOURCES
 from gemma_deploy.calibration.located import locate
-from gemma_deploy.calibration.sources import c4, ceval
+from gemma_deploy.calibration.sources import SOURCES, c4, ceval
 from gemma_deploy.errors import CalibrationError
 from gemma_deploy.paths import calib_dir
-from gemma_deploy.recipe.mix import Part
 from tests.calibration import make
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

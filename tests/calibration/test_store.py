@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from gemma_deploy.calibration import Calibration, Request, calibrate, pipeline
+from gemma_deploy.calibration import pipeline
+from gemma_deploy.calibration.pipeline import Request, calibrate
+from gemma_deploy.calibration.store import Calibration
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CalibrationError, UsageError
+from gemma_deploy.provenance import Code
 from gemma_deploy.testing import write_tiny_checkpoint
 from gemma_deploy.workdir import MARK
 from tests.calibration import make
@@ -90,7 +93,7 @@ def test_the_rounding_of_the_embedding_scale_reaches_the_model(tmp_path, c4_file
 
 def test_another_version_of_the_code_measures_again(checkpoint, request_, tmp_path, passes, monkeypatch):
     calibrate(checkpoint, request_, tmp_path / "w")
-    monkeypatch.setattr(pipeline, "code_version", lambda: "another")
+    monkeypatch.setattr(Code, "sha256", "another")
     assert not calibrate(checkpoint, request_, tmp_path / "w").reused
     assert len(passes) == 2
 

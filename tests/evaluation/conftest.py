@@ -9,12 +9,11 @@ import shutil
 import numpy as np
 import pytest
 
-from gemma_deploy.artifact import ArtifactDir
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.compile import compile_recipe, copy_model_files, describe, stream_params
-from gemma_deploy.graph.contract import GraphContract
+from gemma_deploy.compile import compile_recipe
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.testing import write_tiny_checkpoint
+from tests import making
 from tests.calibration.make import story
 from tests.evaluation.make import write_tokenizer
 from tests.exporting import DYNAMIC_SIZES, SIZES
@@ -64,7 +63,6 @@ def compile_whole(checkpoint_dir, out):
 
 
 def finish(graphs, checkpoint_dir, scheme, dynamic, out):
-    """What `compile` does around the export, gate left out, with graphs that were exported before."""
     prefill, context = DYNAMIC_SIZES if dynamic else SIZES
     recipe = Recipe.from_text(
         f"name: {out.name}\n"
@@ -72,14 +70,7 @@ def finish(graphs, checkpoint_dir, scheme, dynamic, out):
         f"  shape: {{input_ids: [[{prefill}], [{context}]], batch: 2, dynamic: {str(dynamic).lower()}}}\n"
         f"backend: {{dtype: {DTYPES[scheme]}}}\n"
     )
-    opened = Checkpoint.open(checkpoint_dir)
-    contract = GraphContract.of(opened.config, scheme, 2, prefill, context, dynamic)
-    with ArtifactDir(out, key="test") as directory:
-        table = stream_params(recipe, opened, directory.path, None, None)
-        for graph in ("iter0.onnx", "iter1.onnx"):
-            shutil.copy(graphs / graph, directory.path)
-        copy_model_files(recipe, opened, directory.path)
-        directory.commit(describe(recipe, opened, contract, table, None, directory.path, "test"))
+    making.finish(recipe, graphs, out)
 
 
 def adopt(made, checkpoint_dir, out):

@@ -6,12 +6,10 @@ import shutil
 import pytest
 import yaml
 
-from gemma_deploy.artifact import Artifact
-from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.compile import copy_model_files, describe, stream_params
-from gemma_deploy.graph.contract import GraphContract
+from gemma_deploy.artifact.manifest import Artifact
 from gemma_deploy.proving import run_parity
 from gemma_deploy.recipe import Recipe
+from tests import making
 
 PREFILL, CONTEXT, BATCH = 32, 80, 2  # of the run time's artifacts
 PROMPT, STEPS = 24, 4  # three windows of 8
@@ -35,19 +33,7 @@ def write_recipe(file, checkpoint, scheme="fp32", *, batch=BATCH, lengths=(PREFI
 
 
 def finish(graphs, checkpoint_dir, scheme, out):
-    """What `compile` does around the export, gate left out, with graphs that were exported before."""
-    from gemma_deploy.artifact import ArtifactDir
-
-    recipe = write_recipe(out.with_suffix(".yaml"), checkpoint_dir, scheme)
-    checkpoint = Checkpoint.open(checkpoint_dir)
-    contract = GraphContract.of(checkpoint.config, scheme, BATCH, PREFILL, CONTEXT)
-    with ArtifactDir(out, key="test") as directory:
-        table = stream_params(recipe, checkpoint, directory.path, None, None)
-        for graph in ("iter0.onnx", "iter1.onnx"):
-            shutil.copy(graphs / graph, directory.path)
-        copy_model_files(recipe, checkpoint, directory.path)
-        directory.commit(describe(recipe, checkpoint, contract, table, None, directory.path, "test"))
-    return out
+    return making.finish(write_recipe(out.with_suffix(".yaml"), checkpoint_dir, scheme), graphs, out)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 import yaml
 
-from gemma_deploy.artifact import Artifact
+from gemma_deploy.artifact.manifest import Artifact
 from gemma_deploy.backends.base import PARAMS
 from gemma_deploy.backends.onnxruntime.decoder import build_decoder
 from gemma_deploy.backends.onnxruntime.options import Kernels

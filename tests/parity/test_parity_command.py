@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gemma_deploy.compile as compiler
-from gemma_deploy.artifact import Artifact
+from gemma_deploy.artifact.manifest import Artifact
 from gemma_deploy.cli import main
 from gemma_deploy.errors import GateError
 from gemma_deploy.graph import worker
@@ -246,14 +246,14 @@ def broken_export(finished, monkeypatch):
     """`compile` whose exporter writes a wrong graph: decode positions one too far."""
     graphs = finished("gemma")
 
-    def export(out, *rest):
+    def export(job, out, table, **rest):
         for graph in ("iter0", "iter1"):
             shutil.copy(graphs / f"{graph}.onnx", out)
         with Graph(out, "iter1") as graph:
             graph.put_between("position_ids", "Add", np.int64(1))
         return True
 
-    monkeypatch.setattr(compiler, "export_into", export)
+    monkeypatch.setattr(compiler, "export_graphs", export)
     return checkpoint_of(graphs)
 
 

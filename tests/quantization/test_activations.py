@@ -1,7 +1,6 @@
 """w8a8: rounding per token, factors that serve it, the linears that are spared, and the artifact that says so."""
 
 import json
-from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -9,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from gemma_deploy.backends.tvm_vacc.backend import StaticPair
 from gemma_deploy.backends.tvm_vacc.rounding import differing_values, rounded, rounded_linears, rounding_lines
 from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
 from gemma_deploy.backends.tvm_vacc.segments import StrictSource
@@ -18,6 +18,7 @@ from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.stored import StoredWeights
+from gemma_deploy.quantization.budget import Budget
 from gemma_deploy.quantization.equalize import column_factors, token_gains
 from gemma_deploy.quantization.keeping import linears_to_keep
 from gemma_deploy.quantization.solver import Settings, round_tokens, solve
@@ -137,16 +138,19 @@ def test_the_noisiest_are_kept_within_the_share(checkpoint):
     config = checkpoint.config
     noisy = {(1, "mlp.down_proj"): 1e-2, (0, "self_attn.q_proj"): 1e-3, (2, "mlp.down_proj"): 5e-4}
     found = records(config, noisy.items())
-    assert linears_to_keep(found, config, 0) == ()
-    everything = linears_to_keep(found, config, 1)
+    assert linears_to_keep(found, config, Budget(0)) == ()
+    everything = linears_to_keep(found, config, Budget(1))
     attention = tuple(f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
     assert everything == (*attention, "model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj")
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if "_proj" in name}
     down = np.prod(shapes["model.layers.1.mlp.down_proj.weight"]) / sum(np.prod(shape) for shape in shapes.values())
-    assert linears_to_keep(found, config, 1.01 * down) == ("model.layers.1.mlp.down_proj",)
-    assert linears_to_keep(found, config, 0.99 * down) == ()
+    assert linears_to_keep(found, config, Budget(1.01 * down)) == ("model.layers.1.mlp.down_proj",)
+    assert linears_to_keep(found, config, Budget(0.99 * down)) == ()
+
     # those named come first whatever the noise of others, by their own
-    kept = partial(linears_to_keep, found, config, least=0.0, first="mlp.down_proj")
+    def kept(share):
+        return linears_to_keep(found, config, Budget(share, 0.0, "mlp.down_proj"))
+
     every = tuple(f"model.layers.{layer}.mlp.down_proj" for layer in range(3))
     assert kept(3.01 * down) == every
     assert kept(2.01 * down) == every[1:]
@@ -159,7 +163,7 @@ def artifact(checkpoint, tmp_path_factory):
     path = tmp_path_factory.mktemp("artifact")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker, "export_apart", export_in_this_process)
-        patch.setattr("gemma_deploy.quantization.keeping.LEAST_NOISE", 0)
+        patch.setattr(StaticPair, "unrounded_inputs", Budget(0.1, 0.0))
         (path / "r.yaml").write_text(
             f"name: x\nfrontend:\n  checkpoint: {checkpoint.path}\n  shape: {{input_ids: [[32], [48]]}}\n"
             "  quantize: {type: w8a8, calib_args: {keep_a16: 0.3}}\ndataset: {name: 'c4:4', seqlen: 64}\n"

@@ -197,7 +197,7 @@ def test_a_killed_run_measures_the_cache_once(compiled, tmp_path, monkeypatch, c
     recipe.write_text(yaml.safe_dump({**content, "backend": {"dtype": "int8"}, "workspace": {"path": str(tmp_path)}}))
     monkeypatch.setattr(worker, "export_apart", export_in_this_process)
     with monkeypatch.context() as patch:
-        patch.setattr(compiler, "stream_params", lambda *args, **kwargs: 1 / 0)
+        patch.setattr(compiler, "write_parameters", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main(["compile", str(recipe), "--no-parity"])
     assert (tmp_path / "k.partial" / "quantized" / "cache.safetensors").exists()

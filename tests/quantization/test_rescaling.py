@@ -215,7 +215,7 @@ def test_a_second_run_does_not_measure_again(tmp_path, monkeypatch, capsys):
     def killed(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compiler, "stream_params", killed)
+    monkeypatch.setattr(compiler, "write_parameters", killed)
     assert compiled(tmp_path, checkpoint, capsys)[0] == 130
     measured = []
     monkeypatch.setattr(maxima, "measure_rescaling", lambda *a, **k: measured.append(a))

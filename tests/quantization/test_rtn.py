@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemma_deploy.quantization import quantize_rows, quantize_rows_, row_scales, sqnr_db
+from gemma_deploy.quantization.rtn import quantize_rows, quantize_rows_, row_scales, sqnr_db
 
 
 def numpy_rtn(w):

@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from gemma_deploy.backends.onnxruntime.options import options_of
 from gemma_deploy.errors import NotBuiltError, RecipeError
-from gemma_deploy.recipe import QUANTIZE_TYPES, Recipe, check_against_model, check_built
+from gemma_deploy.recipe import Recipe, check_against_model, check_built
+from gemma_deploy.schemes import QUANTIZE_TYPES
 
 BUILD_IN = Path(__file__).resolve().parents[2] / "build_in"
 NEXT = "\n  next: correct the lines above; build_in/ holds working recipes"
@@ -68,7 +70,9 @@ def problems(text: str = MINIMAL, *overrides: str, **env: str) -> list[str]:
 
 def test_defaults_of_a_minimal_recipe():
     recipe = load()
-    assert (recipe.prefill_length, recipe.context_length, recipe.batch, recipe.scheme) == (128, 256, 1, "fp16")
+    assert (recipe.prefill_length, recipe.context_length, recipe.spec.batch, str(recipe.scheme)) == (
+        *(128, 256, 1, "fp16"),
+    )
     assert recipe.backend.type == "tvm_vacc"
     assert recipe.frontend.type == "huggingface"
     assert recipe.parity.model_dump() == {"text": None, "prompt_tokens": 64, "decode_tokens": 32, "gate": True}
@@ -92,7 +96,7 @@ parity: {text: null, prompt_tokens: 64, decode_tokens: 32, gate: true}
 workspace: {path: ./workspace, workers: 2}
 """
     )
-    assert recipe.scheme == "w8a16_gptq"
+    assert str(recipe.scheme) == "w8a16_gptq"
     assert recipe.frontend.quantize.calib_args.percdamp == 0.01
 
 
@@ -119,7 +123,8 @@ def test_a_vendor_recipe_loads_unchanged_and_its_compiler_keys_are_carried():
 )
 def test_a_type_says_how_weights_and_cache_are_kept(kind, dtype, weights, int8_cache):
     recipe = load(VENDOR, f"frontend.quantize={{type: {kind}}}", f"backend.dtype={dtype}")
-    assert (recipe.weights, recipe.int8_cache, recipe.int8_weights) == (weights, int8_cache, weights[0] == "w")
+    scheme = recipe.scheme
+    assert (scheme.weights, scheme.int8_cache, scheme.codes) == (weights, int8_cache, weights[0] == "w")
 
 
 @pytest.mark.parametrize(
@@ -138,10 +143,10 @@ def test_settings_that_contradict_rounded_activations(calib_args, said):
 
 def test_linears_kept_in_8_bits_are_a_matter_of_int4():
     four = "frontend.quantize.type=w4a16_gptq", "backend.dtype=int8"
-    assert load(VENDOR, *four).storage_for(2048).kept_w8 == ("k_proj", "v_proj")
+    assert load(VENDOR, *four).spec.storage(2048).kept_w8 == ("k_proj", "v_proj")
     chosen = load(VENDOR, *four, "frontend.quantize.calib_args={keep_w8: [down_proj]}")
-    assert chosen.storage_for(2048).kept_w8 == ("down_proj",)
-    assert load(VENDOR, *four, "frontend.quantize.calib_args={keep_w8: []}").storage_for(2048).kept_w8 == ()
+    assert chosen.spec.storage(2048).kept_w8 == ("down_proj",)
+    assert load(VENDOR, *four, "frontend.quantize.calib_args={keep_w8: []}").spec.storage(2048).kept_w8 == ()
     with pytest.raises(RecipeError, match="keep_w8: w8a16_gptq has no linears of 4 bits"):
         load(VENDOR, "frontend.quantize.type=w8a16_gptq", "frontend.quantize.calib_args={keep_w8: [v_proj]}")
     with pytest.raises(RecipeError, match="keep_w8"):
@@ -209,11 +214,11 @@ def test_check_built_refuses_for_onnxruntime_in_one_sentence(overrides, start):
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("backend.compile.prefill=quick", "backend.compile.prefill: got 'quick', expected fast or lean"),
-        ("backend.compile.head=half", "backend.compile.head: got 'half', expected whole or screened"),
-        ("backend.compile.logits=each", "backend.compile.logits: got 'each', expected last or all"),
-        ("backend.compile.block=48", "backend.compile.block: got 48, expected one of 16, 32, 64, 128, 256"),
-        ("backend.compile.block=big", "backend.compile.block: got big, expected one of 16, 32, 64, 128, 256"),
+        ("backend.compile.prefill=quick", "backend.compile.prefill: got 'quick' (text), expected one of fast, lean"),
+        ("backend.compile.head=half", "backend.compile.head: got 'half' (text), expected one of whole, screened"),
+        ("backend.compile.logits=each", "backend.compile.logits: got 'each' (text), expected one of last, all"),
+        ("backend.compile.block=48", "backend.compile.block: got 48 (a number), expected one of 16, 32, 64, 128, 256"),
+        ("backend.compile.block=big", "backend.compile.block: got 'big' (text), expected one of 16, 32, 64, 128, 256"),
     ],
 )
 def test_kernels_of_onnxruntime_that_cannot_be(override, problem):
@@ -239,8 +244,8 @@ def test_kernels_that_are_null_are_those_of_the_scheme():
     nothing = "backend.compile={prefill: null, head: null, block: null}"
     four, dense = "frontend.quantize={type: w4a16}", "backend.dtype=fp32"
     for other, prefill in (("name=x", "fast"), (four, "lean"), (dense, "lean")):
-        recipe = load(MINIMAL, *INT8, other, nothing)
-        assert (recipe.prefill, recipe.head) == (prefill, "whole")
+        options = options_of(load(MINIMAL, *INT8, other, nothing).spec)
+        assert (options.prefill, options.head) == (prefill, "whole")
 
 
 def test_a_screened_head_needs_codes():
@@ -253,15 +258,13 @@ def test_a_screened_head_needs_codes():
         (problem,) = problems(MINIMAL, *others, screened)
         assert problem == f"-s {screened}: backend.compile.head: {said}"
     for others in (INT8, [*INT8, "frontend.quantize={type: w4a16}"]):
-        assert load(MINIMAL, *others, screened).head == "screened"
-        assert load(MINIMAL, *others).head == "whole"
+        assert options_of(load(MINIMAL, *others, screened).spec).head == "screened"
+        assert options_of(load(MINIMAL, *others).spec).head == "whole"
 
 
 def test_onnxruntime_chooses_its_kernels_by_the_scheme():
     def asked(*overrides):
-        recipe = load(MINIMAL, *INT8, *overrides)
-        assert recipe.onnxruntime
-        return recipe.prefill
+        return options_of(load(MINIMAL, *INT8, *overrides).spec).prefill
 
     rows = "{type: w8a16}", "{type: w8a16_gptq}", "{type: w8a16_gptq, calib_args: {groupsize: -1}}", "{type: w8a8}"
     for scheme in ([], *([f"frontend.quantize={section}"] for section in rows)):
@@ -271,21 +274,42 @@ def test_onnxruntime_chooses_its_kernels_by_the_scheme():
         assert asked(f"frontend.quantize={section}") == "lean", section
     for dtype in ("fp32", "bf16"):
         assert asked(f"backend.dtype={dtype}") == "lean", dtype
-    assert load(MINIMAL, "backend.dtype=int8").prefill == "lean"  # the static pair of graphs
     recipe = load(MINIMAL, *INT8, "backend.compile={block: 64, data_type: 0}")
     assert recipe.vendor_keys() == {"backend.compile.data_type": 0}
     vendor = load(MINIMAL, "backend.dtype=int8", "backend.compile={block: 64}")
     assert vendor.vendor_keys() == {"backend.compile.block": 64}
-    assert not vendor.onnxruntime
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("{haed: screened}", "backend.compile.haed: unknown key; did you mean `backend.compile.head`?"),
+        ("{prefil: lean}", "backend.compile.prefil: unknown key; did you mean `backend.compile.prefill`?"),
+        ("{prefill: quick}", "backend.compile.prefill: got 'quick' (text), expected one of fast, lean"),
+        ("{block: 48}", "backend.compile.block: got 48 (a number), expected one of 16, 32, 64, 128, 256"),
+        ("{nonsense_key: 1}", "backend.compile.nonsense_key: unknown key; known here: "),
+    ],
+)
+def test_a_back_end_refuses_what_it_does_not_know(given, said):
+    (problem,) = problems(MINIMAL, *INT8, f"backend.compile={given}")
+    assert said in problem
+    carried = load(MINIMAL, "backend.dtype=int8", f"backend.compile={given}").vendor_keys()
+    assert len(carried) == 1  # the vendor's compiler alone knows what it takes
+
+
+def test_a_recipe_of_the_vendor_can_be_compiled_for_another_back_end():
+    recipe = load(VENDOR, "backend.type=onnxruntime", "frontend.model_kwargs.tp=1")
+    assert sorted(recipe.vendor_keys()) == ["backend.compile.data_type", "backend.compile.gather_data_vccl_dsp_enable"]
 
 
 @pytest.mark.parametrize(("hidden", "group"), [(640, 128), (2304, 128), (64, 64), (96, 32), (48, None)])
 def test_the_table_of_onnxruntime_has_the_largest_groups_that_divide_it(hidden, group):
-    assert load(MINIMAL, *INT8).storage_for(hidden).table.groupsize == group
+    assert load(MINIMAL, *INT8).spec.storage(hidden).table.groupsize == group
     assert (
-        load(MINIMAL, *INT8, "frontend.quantize={type: w8a16, table: int8}").storage_for(hidden).table.groupsize is None
+        load(MINIMAL, *INT8, "frontend.quantize={type: w8a16, table: int8}").spec.storage(hidden).table.groupsize
+        is None
     )
-    assert load(MINIMAL, "backend.dtype=int8").storage_for(hidden).table.groupsize is None
+    assert load(MINIMAL, "backend.dtype=int8").spec.storage(hidden).table.groupsize is None
 
 
 def test_every_other_public_vendor_key_is_accepted_carried_and_listed():
@@ -330,7 +354,7 @@ def test_shipped_recipes_load_and_resolve_to_themselves(path):
     recipe = Recipe.load(path, env={"GEMMA_CHECKPOINT": "/models/gemma"})
     assert load(yaml.safe_dump(recipe.resolved())) == recipe
     if path.parent.name == "vendor":
-        assert recipe.ranks == 4
+        assert recipe.spec.ranks == 4
         recipe = Recipe.load(path, ["frontend.quantize.type=w8a16"] if recipe.frontend.quantize else [])
     else:
         assert recipe.frontend.checkpoint == "/models/gemma"
@@ -342,12 +366,12 @@ def test_shipped_gemma_recipes_default_to_the_demo():
 
 
 def test_scheme_follows_dtype_and_quantize():
-    assert load(MINIMAL, "backend.dtype=int8").scheme == "w8a16"
-    assert load(MINIMAL, "backend.dtype=bf16").scheme == "bf16"
-    assert load(MINIMAL, "frontend.quantize.type=w16kv8").scheme == "w16kv8"
+    assert str(load(MINIMAL, "backend.dtype=int8").scheme) == "w8a16"
+    assert str(load(MINIMAL, "backend.dtype=bf16").scheme) == "bf16"
+    assert str(load(MINIMAL, "frontend.quantize.type=w16kv8").scheme) == "w16kv8"
     assert len(QUANTIZE_TYPES) == 11
     for scheme in QUANTIZE_TYPES:
-        assert load(MINIMAL, "backend.dtype=int8", f"frontend.quantize.type={scheme}").scheme == scheme
+        assert str(load(MINIMAL, "backend.dtype=int8", f"frontend.quantize.type={scheme}").scheme) == scheme
 
 
 def test_empty_sections_mean_the_defaults():

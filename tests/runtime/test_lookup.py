@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from gemma_deploy.artifact import Artifact
+from gemma_deploy.artifact.manifest import Artifact
 from gemma_deploy.backends.onnxruntime import lookup
 from gemma_deploy.backends.onnxruntime.lookup import Greedy, History, LookupModel, LookupSequence
 from gemma_deploy.cli import main

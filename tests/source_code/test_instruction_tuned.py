@@ -7,10 +7,11 @@ import torch
 from transformers import AutoTokenizer, pipeline
 
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.compile import copy_model_files
+from gemma_deploy.job import Job
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.runtime import Tokenizer
 from gemma_deploy.runtime.generate import stop_token_ids
+from gemma_deploy.stages.files import write_model_files
 from gemma_deploy.staging import stage_checkpoint
 from gemma_deploy.testing import write_tiny_checkpoint
 from tests.runtime.make import SPECIAL, write_tokenizer
@@ -57,7 +58,7 @@ def test_the_turns_are_spelled_as_google_does(staged_tuned, tuned, tmp_path):
     theirs = AutoTokenizer.from_pretrained(staged_tuned)
     assert theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False) == SPELLED
     ids = theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
-    copy_model_files(recipe_of(tuned), Checkpoint.open(tuned), tmp_path)
+    write_model_files(Job.open(recipe_of(tuned)), tmp_path)
     ours = Tokenizer(tmp_path)
     assert ours.encode_chat(MESSAGES) == list(ids)
     assert list(ids).count(2) == 1
@@ -65,7 +66,7 @@ def test_the_turns_are_spelled_as_google_does(staged_tuned, tuned, tmp_path):
 
 def test_the_artifact_and_the_staged_model_keep_every_stop_token(staged_tuned, tuned, tmp_path):
     assert Checkpoint.open(tuned).config.eos_token_ids == (1, END_OF_TURN)
-    copy_model_files(recipe_of(tuned), Checkpoint.open(tuned), tmp_path)
+    write_model_files(Job.open(recipe_of(tuned)), tmp_path)
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [1, END_OF_TURN]
     assert stop_token_ids({"model": Checkpoint.open(tuned).config.to_dict()}) == (1, END_OF_TURN)
     assert json.loads((staged_tuned / "generation_config.json").read_text())["eos_token_id"] == [1, END_OF_TURN]

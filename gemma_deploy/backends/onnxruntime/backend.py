@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +10,26 @@ from typing import TYPE_CHECKING, Any
 from gemma_deploy.backends.base import PARAMS, ExportJob, Proof
 from gemma_deploy.backends.onnxruntime.decoder import build_decoder, embedding_scale, linears_of
 from gemma_deploy.backends.onnxruntime.genai_config import CONFIG_FILE, genai_config
-from gemma_deploy.backends.onnxruntime.options import ALL, CANDIDATES, GRAPH, LAST, MODEL, Kernels
-from gemma_deploy.backends.onnxruntime.window import WINDOW, WINDOW_CACHE, windowed_layers
+from gemma_deploy.backends.onnxruntime.options import (
+    ALL,
+    CANDIDATES,
+    GRAPH,
+    LAST,
+    MODEL,
+    Kernels,
+    OrtOptions,
+    contradictions,
+    not_built,
+    options_of,
+)
+from gemma_deploy.backends.onnxruntime.window import WINDOW, WINDOW_CACHE, window_problems, windowed_layers
+from gemma_deploy.backends.spec import BuildSpec, Options
 from gemma_deploy.checkpoint import ModelConfig
+from gemma_deploy.estimates import BASE_BYTES, GRAPH_BYTES, SESSION_BYTES, StageEstimate
 from gemma_deploy.graph.contract import BATCH, SEQUENCE, GraphContract, Port
-from gemma_deploy.recipe import Recipe
-from gemma_deploy.schemes import CodeForm
+from gemma_deploy.partition.ranks import input_channels
+from gemma_deploy.quantization.budget import INTEGER_PRODUCTS
+from gemma_deploy.schemes import CodeForm, block_problems
 
 if TYPE_CHECKING:
     from gemma_deploy.artifact.ledger import LedgerEntry
@@ -85,49 +99,79 @@ class OnnxRuntime:
     shares_tensors = True
     runs_in_genai = True
     kernel_names: Sequence[str] = ("shipped", "strict")
+    options: type[Options] = OrtOptions
+    unrounded_inputs = INTEGER_PRODUCTS
+    table_in_groups = True  # its kernels have scales per group in any case
+    code: Sequence[str] = ("gemma_deploy.backends.onnxruntime.decoder", "gemma_deploy.backends.onnxruntime.options")
+    proof_code: Sequence[str] = ("gemma_deploy.backends.onnxruntime.proof",)
 
-    def codes(self, recipe: Recipe) -> CodeForm:
+    def contradictions(self, spec: BuildSpec) -> Iterator[tuple[tuple[str, ...], str]]:
+        """See options.py."""
+        return contradictions(spec)
+
+    def not_built(self, spec: BuildSpec) -> Iterator[str]:
+        """See options.py."""
+        return not_built(spec)
+
+    def graphs_estimate(self) -> StageEstimate:
+        """Built, not traced."""
+        return StageEstimate("graphs", "model.onnx, no weights", BASE_BYTES, GRAPH_BYTES, 1.0)
+
+    def proof_bytes(self, spec: BuildSpec, elements: int) -> int:
+        """Of the session a user will open, its weights packed."""
+        return int(elements * (SESSION_BYTES if spec.scheme.codes else 4))
+
+    def model_problems(self, spec: BuildSpec, config: ModelConfig) -> list[str]:
+        """Widths that the block kernel would pad, and caches of a window that this model has no use for."""
+        problems = block_problems(input_channels(config, 1)) if spec.scheme.codes else []
+        if options_of(spec).cache == WINDOW:
+            problems += window_problems(config, spec.context)
+        return problems
+
+    def codes(self, spec: BuildSpec) -> CodeForm:
         """Unsigned, as the block kernel and the embedding want them; of integer products signed and turned."""
-        return CodeForm(unsigned=True, turned=recipe.prefill == "fast")
+        return CodeForm(unsigned=True, turned=options_of(spec).prefill == "fast")
 
-    def contract(self, recipe: Recipe, config: ModelConfig) -> OrtContract:
+    def contract(self, spec: BuildSpec, config: ModelConfig) -> OrtContract:
         """Batch and lengths are free; P is the longest prompt that is compared, C the positions there are."""
         return OrtContract(
             batch=1,
-            prefill=recipe.prefill_length,
-            context=recipe.context_length,
+            prefill=spec.prefill,
+            context=spec.context,
             layers=config.num_hidden_layers,
             kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             vocab_size=config.vocab_size,
-            cache_dtype="bfloat16" if recipe.weights == "bf16" else "float32",
+            cache_dtype="bfloat16" if spec.scheme.weights == "bf16" else "float32",
             dynamic=True,
             hidden_size=config.hidden_size,
-            windowed=windowed_layers(config) if recipe.cache == WINDOW else (),
-            logits=recipe.logits,
+            windowed=windowed_layers(config) if options_of(spec).cache == WINDOW else (),
+            logits=options_of(spec).logits or LAST,
         )
 
     def export(self, job: ExportJob) -> tuple[dict[str, bytes], int]:
         """Built from the config in this process: it takes no torch and some tens of milliseconds."""
         from gemma_deploy.graph.external import serialized
 
-        recipe, config = job.recipe, job.config
-        scale = embedding_scale(config.hidden_size, recipe.frontend.model_kwargs.embed_scale)
-        model = build_decoder(config, chosen_kernels(recipe, config, job.kept), job.table.rows, PARAMS, scale)
+        spec, config = job.spec, job.config
+        scale = embedding_scale(config.hidden_size, spec.embed_scale)
+        model = build_decoder(config, chosen_kernels(spec, config, job.kept), job.table.rows, PARAMS, scale)
         return {GRAPH: serialized(model)}, 0
 
-    def files(self, recipe: Recipe, config: ModelConfig) -> dict[str, dict[str, Any]]:
+    def files(self, spec: BuildSpec, config: ModelConfig) -> dict[str, dict[str, Any]]:
         """What onnxruntime-genai reads."""
+        options, gpu = options_of(spec), spec.scheme.weights == "bf16"
+        assert options.prefill is not None
         # genai's Engine, for which logits of all positions are, refuses models with a chunk_size.
-        chunk = None if recipe.logits == ALL else CHUNKS[recipe.prefill]
-        gpu, windowed = recipe.weights == "bf16", recipe.cache == WINDOW
-        return {CONFIG_FILE: genai_config(config, recipe.context_length, chunk, gpu=gpu, windowed=windowed)}
+        chunk = None if options.logits == ALL else CHUNKS[options.prefill]
+        windowed = options.cache == WINDOW
+        return {CONFIG_FILE: genai_config(config, spec.context, chunk, gpu=gpu, windowed=windowed)}
 
-    def kernels(self, recipe: Recipe, config: ModelConfig, kept: Sequence[str] | None) -> dict[str, Any] | None:
+    def kernels(self, spec: BuildSpec, config: ModelConfig, kept: Sequence[str] | None) -> dict[str, Any] | None:
         """As in `Kernels`."""
-        if not recipe.int8_weights:
+        if not spec.scheme.codes:
             return None
-        chosen = chosen_kernels(recipe, config, kept)
+        chosen = chosen_kernels(spec, config, kept)
         return asdict(chosen) | {"wide": sorted(chosen.wide)}
 
     def ledger(self, manifest: Mapping[str, Any]) -> list[LedgerEntry]:
@@ -156,16 +200,20 @@ class OnnxRuntime:
 BACKEND = OnnxRuntime()
 
 
-def chosen_kernels(recipe: Recipe, config: ModelConfig, kept: Sequence[str] | None) -> Kernels:
+def chosen_kernels(spec: BuildSpec, config: ModelConfig, kept: Sequence[str] | None) -> Kernels:
     """What the recipe asks for.
 
     Integer products take activations of 8 bits where calibration made them fit for that (w8a8), but for those it found
     too noisy; of any other scheme, 14 bits everywhere.
     """
-    block = recipe.backend.compile.get("block") or Kernels.block
-    candidates = CANDIDATES if recipe.head == "screened" else 0
-    windowed = recipe.cache == WINDOW
-    kernels = Kernels(block=block, candidates=candidates, windowed=windowed, logits=recipe.logits)
-    if recipe.prefill != "fast":
+    options = options_of(spec)
+    candidates = CANDIDATES if options.head == "screened" else 0
+    kernels = Kernels(
+        block=options.block or Kernels.block,
+        candidates=candidates,
+        windowed=options.cache == WINDOW,
+        logits=options.logits or LAST,
+    )
+    if options.prefill != "fast":
         return kernels
     return replace(kernels, integer=True, wide=frozenset(linears_of(config) if kept is None else kept))

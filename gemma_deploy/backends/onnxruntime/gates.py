@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from gemma_deploy.parity.gates import GATES, Gate, relative
-
-# What the kernels of ONNX Runtime's graph may lose in all, weights and activations: see README for the real 270M.
-SHIPPED_LIMITS = {"w8a16": 0.02, "w8a16_gptq": 0.015, "w8a8": 0.02, "w4a16": 0.6, "w4a16_gptq": 0.35}
+from gemma_deploy.schemes import QUANTIZERS
 
 # Logits by which a token may lead in float32 products and yet lose to the kernels: microsoft/onnxruntime#29849 saw the
 # wrong token where activations are massive. Real 270M, 1,024 positions of WikiText-2: 27 tokens differ, and no lead is
@@ -27,11 +25,12 @@ def dynamic_gates(scheme: str, screened: bool = False) -> tuple[Gate, ...]:
     gates = GATES[scheme]
     if scheme == "bf16":
         return gates
-    if scheme not in SHIPPED_LIMITS:
+    quantizer = QUANTIZERS.get(scheme)
+    if quantizer is None:
         return (*gates, *relative(1e-5, ("hf", "shipped")))
     return (
         *gates,
         Gate(("hf", "shipped"), "bad_test", 0),
-        Gate(("hf", "shipped"), "kl_mean", SHIPPED_LIMITS[scheme] + SCREEN_LIMIT * screened, ("text",)),
+        Gate(("hf", "shipped"), "kl_mean", quantizer.kernels_kl_limit + SCREEN_LIMIT * screened, ("text",)),
         Gate(("strict", "shipped"), "overturned", MOST_OVERTURNED, ("text",)),
     )

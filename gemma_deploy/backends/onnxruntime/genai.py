@@ -241,6 +241,6 @@ def _small_seed(seed: int) -> int:
         raise UsageError(
             f"seed {seed} is too large",
             expected=f"0 to {LARGEST_SEED} for artifacts of onnxruntime-genai",
-            next_step="take a smaller --seed",
+            next_step="give a smaller --seed",
         )
     return seed

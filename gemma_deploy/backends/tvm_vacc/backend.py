@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ConfigDict
 
 from gemma_deploy.backends.base import PARAMS, ExportJob, Proof
+from gemma_deploy.backends.spec import BuildSpec, Options
 from gemma_deploy.checkpoint import ModelConfig
-from gemma_deploy.graph.contract import GRAPHS, GraphContract, Scheme
-from gemma_deploy.recipe import Recipe
-from gemma_deploy.schemes import CodeForm, stored_scheme
+from gemma_deploy.estimates import EXPORT_BYTES, EXPORT_SECONDS, GRAPH_BYTES, IMPORT_SECONDS, StageEstimate
+from gemma_deploy.graph.contract import GRAPHS, GraphContract
+from gemma_deploy.quantization.budget import FLOAT_PRODUCTS
+from gemma_deploy.schemes import CodeForm
 
 if TYPE_CHECKING:
     from gemma_deploy.artifact.ledger import LedgerEntry
     from gemma_deploy.parity.compare import ParityResult
     from gemma_deploy.parity.sources import Source
+
+
+class VaccOptions(Options):
+    """`backend.compile` of a recipe: the vendor's compiler reads it, and alone knows what it may hold."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, protected_namespaces=())
 
 
 class StaticPair:
@@ -25,42 +35,67 @@ class StaticPair:
     shares_tensors = False
     runs_in_genai = False
     kernel_names: Sequence[str] = ("strict",)
+    options: type[Options] = VaccOptions
+    table_in_groups = False
+    unrounded_inputs = FLOAT_PRODUCTS
+    code: Sequence[str] = ("gemma_deploy.graph.worker",)
+    proof_code: Sequence[str] = ("gemma_deploy.backends.tvm_vacc.proof",)
 
-    def codes(self, recipe: Recipe) -> CodeForm:
+    def contradictions(self, spec: BuildSpec) -> Iterator[tuple[tuple[str, ...], str]]:
+        """None of its own."""
+        return iter(())
+
+    def not_built(self, spec: BuildSpec) -> Iterator[str]:
+        """Nothing of its own."""
+        return iter(())
+
+    def graphs_estimate(self) -> StageEstimate:
+        """Traced in a process of its own."""
+        seconds = IMPORT_SECONDS + EXPORT_SECONDS
+        return StageEstimate("graphs", "iter0 and iter1, no weights", EXPORT_BYTES, GRAPH_BYTES, seconds)
+
+    def proof_bytes(self, spec: BuildSpec, elements: int) -> int:
+        """None: a matrix at a time."""
+        return 0
+
+    def model_problems(self, spec: BuildSpec, config: ModelConfig) -> list[str]:
+        """None of its own."""
+        return []
+
+    def codes(self, spec: BuildSpec) -> CodeForm:
         """Signed."""
         return CodeForm()
 
-    def contract(self, recipe: Recipe, config: ModelConfig) -> GraphContract:
+    def contract(self, spec: BuildSpec, config: ModelConfig) -> GraphContract:
         """Of `ranks` ranks joined, with all their KV heads."""
-        scheme = cast(Scheme, stored_scheme(recipe.weights))
-        sizes = recipe.batch, recipe.prefill_length, recipe.context_length, recipe.dynamic, recipe.ranks
-        return GraphContract.of(config, scheme, *sizes, int8_cache=recipe.int8_cache)
+        sizes = spec.batch, spec.prefill, spec.context, spec.dynamic, spec.ranks
+        return GraphContract.of(config, spec.scheme.form, *sizes, int8_cache=spec.scheme.int8_cache)
 
     def export(self, job: ExportJob) -> tuple[dict[str, bytes], int]:
         """Trace without weights, stamp, point into the parameter file; in a process of its own."""
         from gemma_deploy.graph import worker
 
-        recipe, config = job.recipe, job.config
+        spec, config = job.spec, job.config
         tables = job.table.files
         rows = [(part, tables[part.file(PARAMS)].rows) for part in job.parts]
         task = worker.Task(
             config,
-            cast(Scheme, stored_scheme(recipe.weights)),
+            spec.scheme.form,
             job.contract,
-            recipe.frontend.model_kwargs.embed_scale,
+            spec.embed_scale,
             rows,
             PARAMS,
             job.rescaling,
-            recipe.storage_for(config.hidden_size),
+            spec.storage(config.hidden_size),
             None if job.kept is None else tuple(job.kept),
         )
         return worker.export_apart(task)
 
-    def files(self, recipe: Recipe, config: ModelConfig) -> dict[str, dict[str, Any]]:
+    def files(self, spec: BuildSpec, config: ModelConfig) -> dict[str, dict[str, Any]]:
         """None."""
         return {}
 
-    def kernels(self, recipe: Recipe, config: ModelConfig, kept: Sequence[str] | None) -> dict[str, Any] | None:
+    def kernels(self, spec: BuildSpec, config: ModelConfig, kept: Sequence[str] | None) -> dict[str, Any] | None:
         """The vendor's compiler picks them."""
         return None
 

@@ -22,7 +22,7 @@ from gemma_deploy.parity.bisect import (
 )
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.reference import TorchSource
-from gemma_deploy.schemes import stored_scheme
+from gemma_deploy.schemes import Scheme
 
 # Largest local error of a sound layer, relative to its largest output. Measured on the real 270M: fp32 and int8 2e-6,
 # float16 (rounded after every operator) 2e-3.
@@ -44,7 +44,7 @@ def first_divergence(
         return found
     worst: Divergence | None = None
     for row in range(len(case.prompts)):  # rows differ in padding, and only one of them may be wrong
-        found = artifact_divergence(twin, strict, case, row, TOLERANCES[stored_scheme(scheme)])
+        found = artifact_divergence(twin, strict, case, row, TOLERANCES[Scheme(scheme).form])
         if found is not None and not found.error <= found.tolerance:
             return found
         worst = max(filter(None, (worst, found)), key=lambda each: each.error, default=None)

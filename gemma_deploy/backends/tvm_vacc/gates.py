@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from gemma_deploy.backends.tvm_vacc.segments import UNROUNDED
 from gemma_deploy.parity.gates import GATES, Gate
-from gemma_deploy.schemes import QUANTIZERS
+from gemma_deploy.schemes import Scheme
 
 # What an int8 cache may add: five times what it adds on the real 270M (see README).
 CACHE_LIMITS = {"kl_mean": 0.002, "ppl_delta": 0.002}
@@ -20,7 +20,7 @@ def gates_of(scheme: str, int8_cache: bool) -> tuple[Gate, ...]:
     is around the rounding is compared without it, the rounding itself by rounding.py, and the sum of both by how near
     it comes to the model.
     """
-    activations = scheme in QUANTIZERS and QUANTIZERS[scheme].activations
+    activations = Scheme(scheme).rounds_activations
     if not (activations or int8_cache):
         return GATES[scheme]
     found, judged = [], set()

@@ -36,7 +36,7 @@ class Source:
         return map(self.text, self.rows(path))
 
 
-# In the order and by the names of recipe.mix.DATASETS.
+# In the order and by the names of calibration/mix.py's DATASETS.
 SOURCES = {
     "c4": Source(c4.rows, c4.text, c4.KEYS, "c4_sample.json.gz", HubSet("allenai/c4", "en")),
     "ceval": Source(

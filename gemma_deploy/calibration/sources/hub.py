@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from gemma_deploy.calibration.mix import HubPlace
 from gemma_deploy.calibration.sources.reading import Row, string_fields
 from gemma_deploy.errors import CalibrationError, DeployError
-from gemma_deploy.recipe.mix import HubPlace
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TIMEOUT_SECONDS = 20

@@ -28,6 +28,8 @@ def simplify(model: ir.Model, functions: list[ir.Function]) -> tuple[ir.Model, i
         # (fold.py) and stays off: it would store the causal masks, P x P each, in the .onnx file.
         simple, _ = onnxsim.simplify(proto, check_n=0, skip_constant_folding=True, skip_fuse_bn=True)
     except (RuntimeError, ValueError) as error:
-        raise ExportError(f"onnxsim: {error}", where="export stage") from error
+        raise ExportError(
+            f"onnxsim: {error}", where="export stage", next_step="check the version of onnxsim against constraints.txt"
+        ) from error
     result = ir.from_proto(simple)
     return result, before - len(result.graph)

@@ -1,0 +1,91 @@
+"""What is to be built, whatever file asked for it: numbers and choices that hold for any checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from gemma_deploy.schemes import Scheme, Storage, dividing_table, storage_of
+
+
+class Options(BaseModel):
+    """Keys of `backend.compile` that a back end reads: it declares them in a class of its own, typos are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+# Keys of `backend.compile` in the vendor's own recipes (Vastai/VastModelZOO): carried into the manifest by every back
+# end, so that such a recipe can be compiled for another one.
+VENDOR_KEYS = frozenset({
+    "attention_split_num", "cluster_mode", "data_transport_mode", "data_type", "enable_float_to_half",
+    "enable_graph_partition", "ffn_split_num", "gather_data_vccl_dsp_enable", "mem_inplace", "nearest_interpol_on_dsp",
+    "opt_level", "output_ddr", "output_layout", "overflow_adaptive", "quantize_dsp_ops", "requant_suppress",
+    "skip_conv_layers", "skip_matmul_layers", "split_convergence_points", "stream_mode", "switch_lhs_rhs",
+})  # fmt: skip
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+
+def read_options(kind: type[AnyOptions], given: Mapping[str, Any]) -> AnyOptions:
+    """The options in `backend.compile`, without the vendor's keys.
+
+    Raises:
+        ValidationError: a key that is not known, or a value of another kind.
+    """
+    return kind.model_validate({key: value for key, value in given.items() if key not in VENDOR_KEYS})
+
+
+@dataclass(frozen=True)
+class BuildSpec:
+    """One artifact to be made.
+
+    Args:
+        backend: `backend.type` of a recipe; options: what its own section says.
+        scheme: how weights and cache are kept.
+        prefill: P, tokens that prompts are padded to; context: C, slots of the KV cache; batch: B, sequences together.
+        dynamic: batch and lengths are free in the graphs.
+        split_points: layers that begin a new stage; ranks: of every stage, tensor-parallel.
+        align_qkv: KV heads may be repeated where `ranks` does not divide them.
+        b2s: the batch-to-sequence layout was asked for.
+        embed_scale: `exact` or `bf16`, rounding of the embedding scale.
+        groupsize: input channels that share a scale; -1 for one per row, None for the scheme's own.
+        table: form of token table and LM head, one of `schemes.TABLES`; None for the default.
+        keep_w8: kinds of linears that keep 8 bits where the others have 4; None for the default.
+        table_in_groups: the default table has groups of columns, as the back end's kernels want them.
+    """
+
+    backend: str
+    options: Options
+    scheme: Scheme
+    prefill: int
+    context: int
+    batch: int = 1
+    dynamic: bool = False
+    split_points: tuple[int, ...] = ()
+    ranks: int = 1
+    align_qkv: bool = False
+    b2s: bool = False
+    embed_scale: str = "exact"
+    groupsize: int | None = None
+    table: str | None = None
+    keep_w8: tuple[str, ...] | None = None
+    table_in_groups: bool = False
+
+    def storage(self, hidden_size: int) -> Storage:
+        """What matrices are stored as in a model of this width; of codes only."""
+        if not self.scheme.codes:
+            return Storage()
+        table = self.table
+        if table is None and self.table_in_groups:
+            table = dividing_table(hidden_size)
+        return storage_of(self.scheme.weights, hidden_size, self.groupsize, table, self.keep_w8)
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether codes of linears have 8 bits and one scale per row, as integer products want them."""
+        if not self.scheme.codes:
+            return False
+        linears = self.storage(0).linears
+        return linears.bits == 8 and linears.groupsize is None

@@ -1,0 +1,42 @@
+"""What a stage will take: its shape, and measured rates that estimates are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GIB, MIB = 1 << 30, 1 << 20
+
+# Peak RSS of a stage beyond its data, measured with transformers 5.23, torch 2.13 CPU on 2 cores of AMD Milan:
+BASE_BYTES = int(0.45 * GIB)  # torch and numpy imported (torch alone: 0.34)
+EXPORT_BYTES = int(0.55 * GIB)  # a gemma-2b-shaped decode graph traced and converted (docs/design.md)
+BLOCK_BYTES = 64 * MIB  # one row block as float32; source rows, codes and a temporary come to as much again
+BLOCK_COPIES = 3
+GRAPH_BYTES = 8 * MIB  # both .onnx files, manifest, report
+# Rates on the same machine; the disk's are a 1 GiB dd without other load, the others a 64 MiB float32 block in numpy.
+READ_BYTES_PER_S = 2.0e9
+WRITE_BYTES_PER_S = 0.8e9
+CAST_BYTES_PER_S = 1.5e9  # float32 bytes cast and hashed
+QUANTIZE_BYTES_PER_S = 0.45e9  # float32 bytes rounded to int8 per row, with SQNR
+FLOPS_PER_S = 1.0e11  # float32 GEMM on 2 cores (117 measured; torch 113, ORT 151 in the design notes)
+STREAM_BYTES_PER_S = 1.0e9  # float32 bytes read from the checkpoint, widened and multiplied, a matrix at a time
+IMPORT_SECONDS = 4.0
+EXPORT_SECONDS = 6.0
+TOKENIZER_BYTES = 256 * MIB  # a vocabulary of 262,144 read by `tokenizers`
+LOGIT_BYTES = 5 * 32 * MIB  # a block of logits of every source, see parity/compare.py
+PIECE_ELEMENTS = 1 << 23  # of a matrix that is solved at a time (quantization/solver.py)
+PIECE_ARRAYS = 8  # float32 arrays of that size that are alive together
+LAYER_PASSES = 1.2  # of a window through a layer: once, waiting at each of the groups of linears; norms and files
+SENSITIVITY_TOKENS, HEAD_BYTES = 256, 64 * MIB  # parity/sensitivity.py
+SESSION_BYTES = 1.15  # of a packed int8 weight with its scales
+TORCH_RUNS = 3  # transformers' class, the patched class, the patched class with the artifact's weights
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """Estimate of one stage: peak memory, bytes it leaves on disk, wall time in seconds."""
+
+    name: str
+    what: str
+    ram_bytes: int
+    disk_bytes: int
+    seconds: float

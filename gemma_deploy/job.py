@@ -1,0 +1,224 @@
+"""One compile, opened: what its stages need, taken from recipe and checkpoint once. Nothing below knows a recipe."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from gemma_deploy.backends import backend
+from gemma_deploy.backends.base import Backend
+from gemma_deploy.backends.spec import BuildSpec
+from gemma_deploy.checkpoint import Checkpoint, ModelConfig, resolve_checkpoint
+from gemma_deploy.graph.contract import GraphContract
+from gemma_deploy.machine import give_memory_back
+from gemma_deploy.partition import Part, division_problems, parts_of
+from gemma_deploy.partition.ranks import input_channels, repeated_heads
+from gemma_deploy.recipe import Recipe, check_against_model, check_built
+from gemma_deploy.schemes import CodeForm, Scheme, Storage, group_problems
+from gemma_deploy.text import check_text, with_stops
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The text that is asked for.
+
+    Args:
+        name: a data set or a mix; path: where it lies. Words as in calibration/mix.py.
+        nsamples: windows, or a default (`nsamples_given`) that what there is may fall short of; seqlen: tokens in each,
+            likewise.
+    """
+
+    name: str
+    path: str | None
+    nsamples: int
+    seqlen: int
+    nsamples_given: bool = True
+    seqlen_given: bool = True
+
+
+@dataclass(frozen=True)
+class QuantizerChoices:
+    """What a recipe says of the calibrated quantizers; None where the quantizer chooses.
+
+    Args:
+        true_sequential, percdamp, act_order, blocksize: see `quantization.solver.Settings`.
+        keep_a16: share of the multiplications whose inputs stay unrounded where w8a8 rounds the others.
+        sensitivity: measure what each layer costs alone.
+    """
+
+    true_sequential: bool = True
+    percdamp: float | None = None
+    act_order: bool | None = None
+    blocksize: int = 128
+    keep_a16: float | None = None
+    sensitivity: bool = False
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who works.
+
+    Args:
+        writers: tensors written at a time.
+        processes: that calibrate; cluster: address of a Ray cluster that calibrates in their place.
+    """
+
+    writers: int
+    processes: int
+    cluster: str | None
+
+
+@dataclass(frozen=True)
+class ProofRequest:
+    """How an artifact is compared with its checkpoint.
+
+    Args:
+        text: file that prompts come from; None for bundled text.
+        prompt_tokens: at least so many; decode_tokens: steps after them.
+        gate: a comparison that fails ends the compile.
+    """
+
+    text: str | None
+    prompt_tokens: int
+    decode_tokens: int
+    gate: bool
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compile. Make one with `Job.open`.
+
+    Args:
+        name: of the artifact; out: its directory.
+        record: the recipe with all defaults, as the manifest holds it; carried: keys for the vendor alone.
+    """
+
+    name: str
+    out: Path
+    spec: BuildSpec
+    checkpoint: Checkpoint
+    dataset: Dataset
+    quantizer: QuantizerChoices
+    workers: Workers
+    proof: ProofRequest
+    record: Mapping[str, Any]
+    carried: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, recipe: Recipe, out: Path | None = None) -> Job:
+        """Find everything about recipe and checkpoint that can be wrong, before any work.
+
+        Args:
+            out: the artifact's directory (`workspace.path`/NAME by default).
+
+        Raises:
+            CheckpointError: the checkpoint or its tokenizer is damaged; RecipeError, NotBuiltError: it does not go with
+                the recipe.
+        """
+        check_built(recipe)
+        checkpoint, spec = Checkpoint.open(resolve_checkpoint(recipe.frontend.checkpoint)), recipe.spec
+        check_against_model(recipe, checkpoint.config, _model_problems(spec, checkpoint.config))
+        text = check_text(checkpoint)
+        give_memory_back()  # of the tokenizer
+        for note in dict.fromkeys((*checkpoint.notes, *checkpoint.config.warnings, *text.notes)):
+            log.warning("%s", note)
+        if repeated := repeated_heads(checkpoint.config, spec.ranks):
+            log.info("%s", repeated)
+        return cls.of(recipe, with_stops(checkpoint, text), out)
+
+    @classmethod
+    def of(cls, recipe: Recipe, checkpoint: Checkpoint, out: Path | None = None) -> Job:
+        """The job of a recipe and a checkpoint that go together."""
+        given, dataset, workspace = recipe.dataset.model_fields_set, recipe.dataset, recipe.workspace
+        return cls(
+            name=recipe.name,
+            out=out or Path(workspace.path) / recipe.name,
+            spec=recipe.spec,
+            checkpoint=checkpoint,
+            dataset=Dataset(
+                dataset.name,
+                dataset.path,
+                dataset.nsamples,
+                dataset.seqlen,
+                "nsamples" in given,
+                "seqlen" in given,
+            ),
+            quantizer=_choices(recipe),
+            workers=Workers(workspace.workers, workspace.processes, workspace.cluster),
+            proof=ProofRequest(
+                recipe.parity.text, recipe.parity.prompt_tokens, recipe.parity.decode_tokens, recipe.parity.gate
+            ),
+            record=recipe.resolved(),
+            carried=recipe.vendor_keys(),
+        )
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the model."""
+        return self.checkpoint.config
+
+    @property
+    def scheme(self) -> Scheme:
+        """How weights and cache are kept."""
+        return self.spec.scheme
+
+    @cached_property
+    def backend(self) -> Backend:
+        """Who makes, proves and opens the artifact."""
+        return backend(self.spec.backend)
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """What the artifact is divided into: one part, or a rank of a stage each."""
+        return parts_of(self.config.num_hidden_layers, self.spec.split_points, self.spec.ranks)
+
+    @cached_property
+    def storage(self) -> Storage:
+        """What matrices are stored as, where they are codes."""
+        return self.spec.storage(self.config.hidden_size)
+
+    @cached_property
+    def code_form(self) -> CodeForm:
+        """How codes lie in the file."""
+        return self.backend.codes(self.spec)
+
+    @cached_property
+    def contract(self) -> GraphContract:
+        """What the graphs take and give."""
+        return self.backend.contract(self.spec, self.config)
+
+    @property
+    def graph_files(self) -> list[str]:
+        """Every .onnx file, by its path in the artifact."""
+        return [part.file(f"{graph}.onnx") for part in self.parts for graph in self.backend.graphs]
+
+
+def _choices(recipe: Recipe) -> QuantizerChoices:
+    section = recipe.frontend.quantize
+    if section is None:
+        return QuantizerChoices(sensitivity=recipe.sensitivity)
+    args = section.calib_args
+    return QuantizerChoices(
+        true_sequential=args.true_sequential,
+        percdamp=args.percdamp,
+        act_order=args.act_order,
+        blocksize=args.blocksize,
+        keep_a16=args.keep_a16,
+        sensitivity=recipe.sensitivity,
+    )
+
+
+def _model_problems(spec: BuildSpec, config: ModelConfig) -> list[str]:
+    """What of a spec does not go with a model, a sentence for each key."""
+    problems = division_problems(config, spec.split_points, spec.ranks, spec.align_qkv)
+    problems += backend(spec.backend).model_problems(spec, config)
+    if spec.scheme.codes:
+        channels = input_channels(config, spec.ranks)
+        problems += group_problems(spec.storage(config.hidden_size), channels, config.hidden_size)
+    return problems

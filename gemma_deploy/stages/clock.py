@@ -1,0 +1,75 @@
+"""Wall time, peak memory and bytes of each stage of a compile, for the console and the manifest.
+
+Measures and tells, decides nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gemma_deploy.machine import peak_rss_bytes, rss_bytes
+from gemma_deploy.progress import Silent, Tick, Watcher, ticks
+
+
+@dataclass
+class StageTiming:
+    """One stage, finished or failed.
+
+    Attributes:
+        seconds: wall time; bytes: written.
+        peak_rss_bytes: the highest the process has been up to its end, with what it held beside a child of its own.
+        skipped: a run before this one had done it.
+        child_rss_bytes: the highest of a child process.
+        failed: it ended with an error.
+    """
+
+    name: str
+    seconds: float = 0.0
+    peak_rss_bytes: int = 0
+    bytes: int = 0
+    skipped: bool = False
+    note: str = ""
+    child_rss_bytes: int = 0
+    failed: bool = False
+
+
+class StageClock:
+    """Collects the timings of stages.
+
+    Args:
+        report: called with each stage when it ends.
+        watcher: is told when a stage begins and how far it is.
+    """
+
+    def __init__(self, report: Callable[[StageTiming], None] | None = None, watcher: Watcher | None = None) -> None:
+        self.report, self.watcher = report, watcher or Silent()
+        self.done: list[StageTiming] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[StageTiming]:
+        """Measure a block, whether it ends well or not; the block may set `bytes`, `skipped` and `note`."""
+        timing, started, held = StageTiming(name), time.perf_counter(), rss_bytes()
+        self.watcher.started(name)
+        timing.failed = True
+        try:
+            yield timing
+            timing.failed = False
+        finally:
+            timing.seconds = time.perf_counter() - started
+            timing.peak_rss_bytes = max(peak_rss_bytes(), held + timing.child_rss_bytes)
+            self.done.append(timing)
+            self.watcher.ended(name)
+            if self.report:
+                self.report(timing)
+
+    def ticks(self, stage: str, unit: str, *, of: float | None = None) -> Tick:
+        """See `progress.ticks`."""
+        return ticks(self.watcher, stage, unit, of=of)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Plain data for the manifest."""
+        return [asdict(timing) for timing in self.done]

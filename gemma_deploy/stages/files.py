@@ -1,0 +1,24 @@
+"""The files beside graphs and parameters: config, tokenizer, and what the back end's runtime reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from gemma_deploy.job import Job
+from gemma_deploy.staging import write_tokenizer
+
+
+def write_model_files(job: Job, out: Path) -> None:
+    """config.json, generation_config.json, the back end's own and the tokenizer, as files of the artifact's own."""
+    config = job.config
+    (out / "config.json").write_text(json.dumps(job.checkpoint.config_dict(), indent=2, sort_keys=True) + "\n")
+    generation = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_ids),
+        "pad_token_id": config.pad_token_id,
+    }
+    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    for name, content in job.backend.files(job.spec, config).items():
+        (out / name).write_text(json.dumps(content, indent=2) + "\n")
+    write_tokenizer(job.checkpoint, out, link=False)

@@ -1,0 +1,122 @@
+"""What each stage of a compile depends on, as keys that are known before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_deploy.job import Job
+from gemma_deploy.provenance import digest, stage_key
+
+# Modules that do the work of a stage; what they import counts as well (provenance.py).
+RANGES = ("gemma_deploy.parity.maxima",)
+QUANTIZE = ("gemma_deploy.quantization.layers", "gemma_deploy.quantization.table", "gemma_deploy.quantization.keeping")
+CACHE = ("gemma_deploy.quantization.cache",)
+PARAMETERS = ("gemma_deploy.params.writer",)
+FILES = ("gemma_deploy.stages.files",)
+SENSITIVITY = ("gemma_deploy.parity.sensitivity",)
+GATE = ("gemma_deploy.proving.prove",)
+
+
+@dataclass(frozen=True)
+class StageKeys:
+    """The key of every stage; None where a job has no such stage."""
+
+    ranges: str | None
+    quantize: str | None
+    cache: str | None
+    parameters: str
+    graphs: str
+    files: str
+    sensitivity: str | None
+    gate: str
+
+    @property
+    def artifact(self) -> str:
+        """Of everything an artifact holds but what is measured about it."""
+        return digest([self.parameters, self.graphs, self.files])
+
+    def to_json(self) -> dict[str, str]:
+        """Stage -> key, of the stages there are."""
+        return {stage: key for stage, key in asdict(self).items() if key is not None}
+
+
+def stage_keys(job: Job, dataset: Mapping[str, Any] | None) -> StageKeys:
+    """The keys of a job.
+
+    Args:
+        dataset: the calibration text as `dataset_record` describes it, None where the job looks at none.
+    """
+    spec, scheme, weights = job.spec, job.scheme, job.checkpoint.fingerprint()
+    text = None if dataset is None else dataset["fingerprint"]
+    looked = {"weights": weights, "text": text, "embed_scale": spec.embed_scale}
+    ranges = quantize = cache = sensitivity = None
+    if scheme.weights == "fp16":
+        ranges = stage_key("ranges", code=RANGES, inputs=looked | {"context": spec.context})
+    if scheme.calibrated:
+        choices = {key: value for key, value in asdict(job.quantizer).items() if key != "sensitivity"}
+        storage = job.storage.to_json()
+        inputs = looked | {"choices": choices, "storage": storage, "scheme": str(scheme), "backend": spec.backend}
+        quantize = stage_key("quantize", code=QUANTIZE, inputs=inputs)
+    elif scheme.int8_cache:
+        cache = stage_key("cache", code=CACHE, inputs=looked)
+    reads = {name: key for name, key in (("ranges", ranges), ("quantize", quantize), ("cache", cache)) if key}
+    asked = {
+        "form": scheme.form,
+        "int8_cache": scheme.int8_cache,
+        "storage": job.storage.to_json() if scheme.codes else None,
+        "code_form": asdict(job.code_form),
+        "context": spec.context,
+        "split_points": spec.split_points,
+        "ranks": spec.ranks,
+    }
+    parameters = stage_key("parameters", code=PARAMETERS, inputs={"weights": weights, **asked}, reads=reads)
+    graphs = stage_key(
+        "graphs",
+        code=job.backend.code,
+        inputs={
+            **asked,
+            "config": _facts(job),
+            "embed_scale": spec.embed_scale,
+            "contract": job.contract.to_json(),
+            "backend": spec.backend,
+            "options": spec.options.model_dump(),
+        },
+        reads=reads,
+    )
+    beside = {"checkpoint": weights, "backend": spec.backend}
+    files = stage_key("files", code=FILES, inputs=beside, reads={"graphs": graphs})
+    if job.quantizer.sensitivity:
+        sensitivity = stage_key(
+            "sensitivity", code=SENSITIVITY, inputs=looked, reads={"parameters": parameters, **reads}
+        )
+    gate = stage_key(
+        "gate",
+        code=(*GATE, *job.backend.proof_code),
+        inputs={
+            "weights": weights,
+            "prompt_tokens": job.proof.prompt_tokens,
+            "decode_tokens": job.proof.decode_tokens,
+            "text": None if job.proof.text is None else _sha256(Path(job.proof.text)),
+        },
+        reads={"parameters": parameters, "graphs": graphs},
+    )
+    return StageKeys(ranges, quantize, cache, parameters, graphs, files, sensitivity, gate)
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    """What of a config decides what is computed."""
+    unread = ("warnings", "bos_token_id", "pad_token_id", "eos_token_ids")
+    return {key: value for key, value in job.config.to_dict().items() if key not in unread}
+
+
+def _sha256(file: Path) -> str | None:
+    """Of a text; None where it cannot be read, which the gate tells with its name."""
+    import hashlib
+
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return None

@@ -1,0 +1,74 @@
+"""Every tensor read, cast or quantized, written and hashed in row blocks; resumable per tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gemma_deploy.backends.base import PARAMS
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.job import Job
+from gemma_deploy.params import ParamRow, ParamSpec, ParamTable, build_plan, write_params
+from gemma_deploy.params.overlay import Overlay
+from gemma_deploy.progress import Tick
+from gemma_deploy.quantization.rescaling import Rescaling
+
+
+def plans_of(job: Job, source: Checkpoint | Overlay, rescaling: Rescaling | None = None) -> list[tuple[ParamSpec, ...]]:
+    """What the parameter file of each part holds.
+
+    Args:
+        source: weights; those that are quantized already are copied as they are.
+        rescaling: of float16.
+    """
+    stored = source.stored if isinstance(source, Overlay) else None
+    return [
+        build_plan(
+            job.config,
+            job.scheme.form,
+            job.spec.context,
+            rescaling,
+            part,
+            stored,
+            job.storage,
+            job.scheme.int8_cache,
+            job.code_form,
+        )
+        for part in job.parts
+    ]
+
+
+def write_parameters(
+    job: Job,
+    source: Checkpoint | Overlay,
+    out: Path,
+    rescaling: Rescaling | None = None,
+    progress: Tick | None = None,
+) -> ParamTable:
+    """Write the parameter files and return the table of all of them.
+
+    Args:
+        out: the artifact's directory; progress: called with (bytes written, bytes in all).
+
+    Raises:
+        ParamsError: see `write_params`.
+    """
+    plans = plans_of(job, source, rescaling)
+    total = sum(spec.nbytes for plan in plans for spec in plan)
+    rows: list[ParamRow] = []
+    for part, plan in zip(job.parts, plans, strict=True):
+        before = sum(row.nbytes for row in rows)
+        table = write_params(
+            source,
+            plan,
+            out / part.file(PARAMS),
+            journal=out / part.file("params.journal"),
+            workers=job.workers.writers,
+            progress=None if progress is None else shifted(progress, before, total),
+        )
+        rows += table.moved(part.file(PARAMS)).rows
+    return ParamTable(tuple(rows))
+
+
+def shifted(progress: Tick, before: int, total: int) -> Tick:
+    """Tick of one parameter file as that of all of them."""
+    return lambda done, _: progress(min(before + done, total), total)
