@@ -31,9 +31,9 @@ from gemma_deploy.stages.calibration import (
 from gemma_deploy.stages.clock import StageClock, StageTiming
 from gemma_deploy.stages.files import write_model_files
 from gemma_deploy.stages.gate import advice, run_gate
-from gemma_deploy.stages.graphs import export_graphs
+from gemma_deploy.stages.graphs import Graphs
 from gemma_deploy.stages.keys import stage_keys
-from gemma_deploy.stages.parameters import write_parameters
+from gemma_deploy.stages.parameters import places_of, write_parameters
 from gemma_deploy.stages.record import describe, ledger_of
 from gemma_deploy.workdir import refuse_directory
 
@@ -86,8 +86,7 @@ def compile_recipe(
         dataset = None if request is None else dataset_record(job.checkpoint, request)
         keys = stage_keys(job, dataset)
         work = ArtifactDir(job.out, key=keys.artifact, force=force, proven=parity)
-        if not work.is_up_to_date():
-            preflight(job, parity=parity)
+        room = not work.is_up_to_date() and preflight(job, parity=parity).has_room_beside
     with work as artifact:
         if artifact.finished:
             return CompileResult(job.out, tuple(clock.done), True, artifact.manifest["parity"])
@@ -105,14 +104,16 @@ def compile_recipe(
             with clock.stage("cache") as stage:
                 tick = clock.ticks("cache", "layers", of=job.config.num_hidden_layers)
                 source, stage.skipped = calibrate_cache(job, request, artifact.path, keys.cache, tick)
-        with clock.stage("parameters") as stage:
-            table = write_parameters(job, source, artifact.path, rescaling, clock.ticks("parameters", BYTES))
-            stage.bytes = sum(file.file_bytes for file in table.files.values())
         kept = quantized.kept if quantized else None
-        with clock.stage("graphs") as stage:
-            peak = export_graphs(job, artifact.path, table, key=keys.graphs, rescaling=rescaling, kept=kept)
-            stage.child_rss_bytes, stage.skipped = peak or 0, peak is None
-            stage.bytes = sum((artifact.path / file).stat().st_size for file in job.graph_files)
+        places = places_of(job, source, rescaling)
+        with Graphs(job, artifact.path, places, rescaling=rescaling, kept=kept, beside=room) as graphs:
+            with clock.stage("parameters") as stage:
+                table = write_parameters(job, source, artifact.path, rescaling, clock.ticks("parameters", BYTES))
+                stage.bytes = sum(file.file_bytes for file in table.files.values())
+            with clock.stage("graphs") as stage:
+                peak = graphs.write()
+                stage.child_rss_bytes, stage.skipped, stage.beside = peak or 0, peak is None, graphs.is_beside
+                stage.bytes = sum((artifact.path / file).stat().st_size for file in job.graph_files)
         with clock.stage("files"):
             write_model_files(job, artifact.path)
         manifest = describe(

@@ -76,6 +76,12 @@ class Plan:
         return max(stage.ram_bytes for stage in self.stages)
 
     @property
+    def has_room_beside(self) -> bool:
+        """Whether the graphs can be made while the parameters are written."""
+        together = sum(stage.ram_bytes for stage in self.stages if stage.name in ("parameters", "graphs"))
+        return together <= self.machine.ram_bytes
+
+    @property
     def disk_bytes(self) -> int:
         """What all stages leave on disk together."""
         return sum(stage.disk_bytes for stage in self.stages)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from gemma_deploy.backends.base import Exported
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig
 from gemma_deploy.graph import worker
 from gemma_deploy.graph.contract import GraphContract
@@ -31,7 +32,7 @@ def remembered_export(config, *arguments):
 
 def export_in_this_process(task):
     """`worker.export_apart` without a process of its own."""
-    return worker.export_here(task), 1
+    return Exported(worker.export_here(task), 1)
 
 
 def write_artifact(checkpoint_dir, out: Path, scheme, *, batch=2, dynamic=False) -> None:

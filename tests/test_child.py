@@ -75,7 +75,7 @@ def test_the_export(poisoned, checkpoint):
     unknown = replace(checkpoint.config, model_type="gemma9")
     contract = contract_of(checkpoint.config, "fp32")
     with pytest.raises(NotBuiltError, match="gemma9"):  # said by the child, when it has imported all it needs
-        export_apart(Task(unknown, "fp32", contract, "exact", [(Part(whole(1)), [])], "params.safetensors"))
+        export_apart(Task(unknown, "fp32", contract, "exact", [(Part(whole(1)), [])], "params.safetensors")).result()
     assert poisoned() == []
 
 

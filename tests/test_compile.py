@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from gemma_deploy import compile as compiler
+from gemma_deploy.backends.base import Exported
 from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
 from gemma_deploy.provenance import Code
@@ -62,7 +63,7 @@ def exported_before(finished):
 
     def export(task):
         assert json.loads(json.dumps(task.contract.to_json())) == contract
-        return {f"{name}.onnx": (finished / f"{name}.onnx").read_bytes() for name in contract["graphs"]}, 1
+        return Exported({f"{name}.onnx": (finished / f"{name}.onnx").read_bytes() for name in contract["graphs"]}, 1)
 
     return export
 
@@ -303,7 +304,7 @@ def die(finished, tmp_path_factory):
 MOMENTS = {
     "the first tensor": ("os", "pwrite", 2),
     "a tensor in the middle": ("os", "pwrite", 30),
-    "before the graphs": ("gemma_deploy.compile", "export_graphs", 1),
+    "before the graphs": ("gemma_deploy.stages.graphs", "Graphs.write", 1),
     "between the two graph files": ("gemma_deploy.graph.external", "write_graph", 2),
     "the model's files": ("gemma_deploy.compile", "write_model_files", 1),
     "the gate": ("gemma_deploy.compile", "run_gate", 1),

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from onnx_ir.passes.common import InlinePass
 from safetensors.numpy import load_file
 
+from gemma_deploy.backends.base import Exported
 from gemma_deploy.backends.tvm_vacc.contract import stages_of
 from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
 from gemma_deploy.backends.tvm_vacc.sessions import load_graph
@@ -302,7 +303,7 @@ def test_a_killed_compile_continues_with_the_next_part(divided, tmp_path, monkey
 
     def exported_before(task):
         files = [part.file(f"{graph}.onnx") for part, _ in task.rows for graph in ("iter0", "iter1")]
-        return {file: (divided / file).read_bytes() for file in files}, 1
+        return Exported({file: (divided / file).read_bytes() for file in files}, 1)
 
     asked = recipe(divided.parent / "checkpoint", points=[3], tp=2)
     monkeypatch.setattr(worker, "export_apart", exported_before)

@@ -11,7 +11,7 @@ from gemma_deploy.backends.spec import BuildSpec, Options
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig
 from gemma_deploy.estimates import StageEstimate
 from gemma_deploy.graph.contract import GraphContract
-from gemma_deploy.params import ParamTable
+from gemma_deploy.params.layout import Place
 from gemma_deploy.partition import Part
 from gemma_deploy.quantization.budget import Budget
 from gemma_deploy.quantization.rescaling import Rescaling
@@ -31,7 +31,7 @@ class ExportJob:
     """What graphs are made from.
 
     Args:
-        parts: of the artifact; table: of all parameter files.
+        parts: of the artifact; tensors: of each parameter file, by its path in the artifact.
         kept: linears whose inputs are not rounded to 8 bits; None where none are.
     """
 
@@ -39,9 +39,42 @@ class ExportJob:
     config: ModelConfig
     contract: GraphContract
     parts: Sequence[Part]
-    table: ParamTable
+    tensors: Mapping[str, Sequence[Place]]
     rescaling: Rescaling | None = None
     kept: Sequence[str] | None = None
+
+
+class Export(Protocol):
+    """Graphs in the making."""
+
+    def result(self) -> tuple[dict[str, bytes], int]:
+        """Wait for them.
+
+        Returns:
+            .onnx files by their path in the artifact, and the peak RSS in bytes of the process that made them, 0 when
+            it was this one.
+
+        Raises:
+            ExportError, NotBuiltError: they cannot be made.
+        """
+
+    def cancel(self) -> None:
+        """Give up; does nothing after `result`."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Graphs that are there: an `Export`."""
+
+    files: dict[str, bytes]
+    peak: int = 0
+
+    def result(self) -> tuple[dict[str, bytes], int]:
+        """See `Export`."""
+        return self.files, self.peak
+
+    def cancel(self) -> None:
+        """See `Export`."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +151,8 @@ class Backend(Protocol):
     def contract(self, spec: BuildSpec, config: ModelConfig) -> GraphContract:
         """Names, dtypes and shapes of the whole model's inputs and outputs."""
 
-    def export(self, job: ExportJob) -> tuple[dict[str, bytes], int]:
-        """.onnx files by their path in the artifact; peak RSS in bytes of a process that made them, 0 without one.
-
-        Raises:
-            ExportError, NotBuiltError: see graph/export.py.
-        """
+    def export(self, job: ExportJob) -> Export:
+        """Begin to make the graphs."""
 
     def files(self, spec: BuildSpec, config: ModelConfig) -> dict[str, dict[str, Any]]:
         """JSON files beside the graphs, by name."""

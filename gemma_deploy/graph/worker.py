@@ -1,4 +1,6 @@
-"""The export in a process of its own: what torch's exporter leaves behind (200 MiB) is gone before the gate runs.
+"""The export in a process of its own, beside the one that writes the parameters.
+
+What torch's exporter leaves behind (200 MiB) is gone before the gate runs.
 
 The child gets its task on standard input and answers on standard output; it writes no file, so that nothing is left of
 it when either process is killed.
@@ -6,6 +8,7 @@ it when either process is killed.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import pickle
 import sys
@@ -68,24 +71,46 @@ def export_here(task: Task) -> dict[str, bytes]:
     return files
 
 
-def export_apart(task: Task) -> tuple[dict[str, bytes], int]:
-    """`export_here` in a child process, and the child's peak RSS in bytes.
+class ExportProcess:
+    """`export_here` in a child that is at work from now on; an `Export` as in backends/base.py."""
 
-    Raises:
-        ExportError: it failed there, or the process died.
-    """
-    run = child.run("-m", "gemma_deploy.graph.worker", input=pickle.dumps(task), stdout=child.PIPE)
-    if run.returncode:
-        cause = f"signal {-run.returncode}" if run.returncode < 0 else f"exit code {run.returncode}"
-        raise ExportError(
-            f"the export's process ended with {cause}",
-            where="export stage",
-            next_step="if it was killed for memory (signal 9), free some; else report it with the lines above",
-        )
-    answer, peak = pickle.loads(run.stdout)  # our own child's
-    if isinstance(answer, DeployError):
-        raise answer
-    return answer, peak
+    def __init__(self, task: Task) -> None:
+        self._task = pickle.dumps(task)
+        self._process = child.start("-m", "gemma_deploy.graph.worker", stdin=child.PIPE, stdout=child.PIPE)
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died; `result` says how
+            self._process.stdin.write(self._task)
+            self._process.stdin.flush()
+
+    def result(self) -> tuple[dict[str, bytes], int]:
+        """The graphs, and the child's peak RSS in bytes.
+
+        Raises:
+            ExportError: it failed there, or the process died.
+        """
+        found, _ = self._process.communicate()
+        code = self._process.returncode
+        if code:
+            cause = f"signal {-code}" if code < 0 else f"exit code {code}"
+            raise ExportError(
+                f"the export's process ended with {cause}",
+                where="export stage",
+                next_step="if it was killed for memory (signal 9), free some; else report it with the lines above",
+            )
+        answer, peak = pickle.loads(found)  # our own child's
+        if isinstance(answer, DeployError):
+            raise answer
+        return answer, peak
+
+    def cancel(self) -> None:
+        """End it, if it has not ended."""
+        self._process.kill()
+        self._process.communicate()
+
+
+def export_apart(task: Task) -> ExportProcess:
+    """Begin `export_here` in a child process."""
+    return ExportProcess(task)
 
 
 def main() -> None:

@@ -32,6 +32,17 @@ class Layout:
     file_bytes: int
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: its first byte in the file is `offset`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
 class Placed(Protocol):
     """What the header needs to know of a tensor."""
 
@@ -57,6 +68,12 @@ def lay_out(plan: Sequence[ParamSpec]) -> Layout:
         offsets[spec.name] = end
         end += spec.nbytes
     return Layout(header, offsets, end)
+
+
+def places(plan: Sequence[ParamSpec]) -> tuple[Place, ...]:
+    """Every tensor of the plan and where it will lie, in the plan's order."""
+    offsets = lay_out(plan).offsets
+    return tuple(Place(spec.name, spec.dtype, spec.shape, offsets[spec.name], spec.nbytes) for spec in plan)
 
 
 def header_bytes(rows: Iterable[Placed]) -> bytes | None:

@@ -23,7 +23,7 @@ class StageTiming:
         seconds: wall time; bytes: written.
         peak_rss_bytes: the highest the process has been up to its end, with what it held beside a child of its own.
         skipped: a run before this one had done it.
-        child_rss_bytes: the highest of a child process.
+        child_rss_bytes: the highest of a child process; beside: it was at work during the stage before as well.
         failed: it ended with an error.
     """
 
@@ -34,6 +34,7 @@ class StageTiming:
     skipped: bool = False
     note: str = ""
     child_rss_bytes: int = 0
+    beside: bool = False
     failed: bool = False
 
 
@@ -60,7 +61,8 @@ class StageClock:
             timing.failed = False
         finally:
             timing.seconds = time.perf_counter() - started
-            timing.peak_rss_bytes = max(peak_rss_bytes(), held + timing.child_rss_bytes)
+            peak = peak_rss_bytes()
+            timing.peak_rss_bytes = max(peak, (peak if timing.beside else held) + timing.child_rss_bytes)
             self.done.append(timing)
             self.watcher.ended(name)
             if self.report:

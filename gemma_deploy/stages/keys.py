@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gemma_deploy.job import Job
+from gemma_deploy.params.layout import Place
 from gemma_deploy.provenance import digest, stage_key
+from gemma_deploy.quantization.rescaling import Rescaling
 
 # Modules that do the work of a stage; what they import counts as well (provenance.py).
 RANGES = ("gemma_deploy.parity.maxima",)
@@ -63,29 +65,8 @@ def stage_keys(job: Job, dataset: Mapping[str, Any] | None) -> StageKeys:
     elif scheme.int8_cache:
         cache = stage_key("cache", code=CACHE, inputs=looked)
     reads = {name: key for name, key in (("ranges", ranges), ("quantize", quantize), ("cache", cache)) if key}
-    asked = {
-        "form": scheme.form,
-        "int8_cache": scheme.int8_cache,
-        "storage": job.storage.to_json() if scheme.codes else None,
-        "code_form": asdict(job.code_form),
-        "context": spec.context,
-        "split_points": spec.split_points,
-        "ranks": spec.ranks,
-    }
-    parameters = stage_key("parameters", code=PARAMETERS, inputs={"weights": weights, **asked}, reads=reads)
-    graphs = stage_key(
-        "graphs",
-        code=job.backend.code,
-        inputs={
-            **asked,
-            "config": _facts(job),
-            "embed_scale": spec.embed_scale,
-            "contract": job.contract.to_json(),
-            "backend": spec.backend,
-            "options": spec.options.model_dump(),
-        },
-        reads=reads,
-    )
+    parameters = stage_key("parameters", code=PARAMETERS, inputs={"weights": weights, **_asked(job)}, reads=reads)
+    graphs = stage_key("graphs", code=job.backend.code, inputs=_of_graphs(job), reads=reads)
     beside = {"checkpoint": weights, "backend": spec.backend}
     files = stage_key("files", code=FILES, inputs=beside, reads={"graphs": graphs})
     if job.quantizer.sensitivity:
@@ -104,6 +85,46 @@ def stage_keys(job: Job, dataset: Mapping[str, Any] | None) -> StageKeys:
         reads={"parameters": parameters, "graphs": graphs},
     )
     return StageKeys(ranges, quantize, cache, parameters, graphs, files, sensitivity, gate)
+
+
+def graph_cache_key(
+    job: Job, tensors: Mapping[str, Sequence[Place]], rescaling: Rescaling | None, kept: Sequence[str] | None
+) -> str:
+    """What graphs depend on, as values: the same for every checkpoint of a shape.
+
+    Args:
+        tensors, kept: as in `backends.base.ExportJob`.
+    """
+    rescaled = None if rescaling is None else [rescaling.residual, list(rescaling.wide)]  # the rest is in the file
+    laid_out = {file: [asdict(place) for place in rows] for file, rows in tensors.items()}
+    chosen = {"rescaled": rescaled, "kept": None if kept is None else sorted(kept), "tensors": laid_out}
+    return stage_key("graphs", code=job.backend.code, inputs=_of_graphs(job) | chosen)
+
+
+def _of_graphs(job: Job) -> dict[str, Any]:
+    """Everything of a job that decides what its graphs look like, but what is measured."""
+    spec = job.spec
+    return _asked(job) | {
+        "config": _facts(job),
+        "embed_scale": spec.embed_scale,
+        "contract": job.contract.to_json(),
+        "backend": spec.backend,
+        "options": spec.options.model_dump(),
+    }
+
+
+def _asked(job: Job) -> dict[str, Any]:
+    """How values are stored and divided."""
+    spec, scheme = job.spec, job.scheme
+    return {
+        "form": scheme.form,
+        "int8_cache": scheme.int8_cache,
+        "storage": job.storage.to_json() if scheme.codes else None,
+        "code_form": asdict(job.code_form),
+        "context": spec.context,
+        "split_points": spec.split_points,
+        "ranks": spec.ranks,
+    }
 
 
 def _facts(job: Job) -> dict[str, Any]:

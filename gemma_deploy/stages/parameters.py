@@ -8,6 +8,7 @@ from gemma_deploy.backends.base import PARAMS
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.job import Job
 from gemma_deploy.params import ParamRow, ParamSpec, ParamTable, build_plan, write_params
+from gemma_deploy.params.layout import Place, places
 from gemma_deploy.params.overlay import Overlay
 from gemma_deploy.progress import Tick
 from gemma_deploy.quantization.rescaling import Rescaling
@@ -35,6 +36,17 @@ def plans_of(job: Job, source: Checkpoint | Overlay, rescaling: Rescaling | None
         )
         for part in job.parts
     ]
+
+
+def places_of(
+    job: Job, source: Checkpoint | Overlay, rescaling: Rescaling | None = None
+) -> dict[str, tuple[Place, ...]]:
+    """Where every tensor of each parameter file will lie, in the order of the file."""
+    plans = plans_of(job, source, rescaling)
+    return {
+        part.file(PARAMS): tuple(sorted(places(plan), key=lambda place: place.offset))
+        for part, plan in zip(job.parts, plans, strict=True)
+    }
 
 
 def write_parameters(

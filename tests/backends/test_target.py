@@ -29,6 +29,7 @@ from gemma_deploy.errors import ArtifactError
 from gemma_deploy.provenance import Code
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.schemes import CodeForm
+from gemma_deploy.stages.graphs import Graphs
 from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
 from gemma_deploy.verifying import verify
 from tests.calibration.make import write_tokenizer
@@ -260,7 +261,7 @@ def contents(artifact):
     return found, manifest
 
 
-@pytest.mark.parametrize(("moment", "again"), [("export_graphs", True), ("write_model_files", False)])
+@pytest.mark.parametrize(("moment", "again"), [((Graphs, "write"), True), ((compiler, "write_model_files"), False)])
 def test_an_interrupted_run_is_continued(tmp_path, monkeypatch, capsys, moment, again):
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma2", num_hidden_layers=2)
     recipe = str(write_recipe(tmp_path, checkpoint))
@@ -270,7 +271,8 @@ def test_an_interrupted_run_is_continued(tmp_path, monkeypatch, capsys, moment, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(compiler, moment, stop)
+        owner, name = moment
+        patch.setattr(owner, name, stop)
         assert main(["compile", recipe, "--no-parity"]) == 130
     workspace = tmp_path / "workspace"
     assert [entry.name for entry in workspace.iterdir() if not entry.name.startswith(".")] == ["x.partial"]

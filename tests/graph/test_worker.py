@@ -28,7 +28,7 @@ def task(tmp_path_factory):
 
 def test_the_child_gives_the_same_bytes(task, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "")
-    graphs, peak = export_apart(task)
+    graphs, peak = export_apart(task).result()
     assert graphs == export_here(task)
     assert peak > 100 << 20  # it did import torch
 
@@ -39,7 +39,7 @@ def test_an_error_comes_back_whole(task):
     assert (str(again), vars(again)) == (str(whole), vars(whole))
     unknown = replace(task.config, model_type="gemma9")
     with pytest.raises(NotBuiltError, match="gemma9") as caught:
-        export_apart(replace(task, config=unknown))
+        export_apart(replace(task, config=unknown)).result()
     assert caught.value.exit_code == 2
 
 
@@ -50,5 +50,5 @@ def test_a_child_that_dies_is_explained(task, tmp_path, monkeypatch, script, cau
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     with pytest.raises(ExportError, match=cause) as caught:
-        export_apart(task)
+        export_apart(task).result()
     assert "memory" in caught.value.next_step

@@ -10,6 +10,7 @@ import pytest
 
 import gemma_deploy.compile as compiler
 from gemma_deploy.artifact.manifest import Artifact
+from gemma_deploy.backends.base import Exported
 from gemma_deploy.cli import main
 from gemma_deploy.errors import GateError
 from gemma_deploy.graph import worker
@@ -242,18 +243,18 @@ def test_no_artifact_at_all(capfd, tmp_path):
 
 
 @pytest.fixture
-def broken_export(finished, monkeypatch):
+def broken_export(finished, monkeypatch, tmp_path):
     """`compile` whose exporter writes a wrong graph: decode positions one too far."""
     graphs = finished("gemma")
 
-    def export(job, out, table, **rest):
-        for graph in ("iter0", "iter1"):
-            shutil.copy(graphs / f"{graph}.onnx", out)
-        with Graph(out, "iter1") as graph:
-            graph.put_between("position_ids", "Add", np.int64(1))
-        return True
-
-    monkeypatch.setattr(compiler, "export_graphs", export)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for graph in ("iter0", "iter1"):
+        shutil.copy(graphs / f"{graph}.onnx", broken)
+    with Graph(broken, "iter1") as graph:
+        graph.put_between("position_ids", "Add", np.int64(1))
+    files = {file.name: file.read_bytes() for file in broken.iterdir()}
+    monkeypatch.setattr(worker, "export_apart", lambda task: Exported(files))
     return checkpoint_of(graphs)
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_deploy.backends.base import PARAMS, ExportJob, Proof
+from gemma_deploy.backends.base import PARAMS, Export, Exported, ExportJob, Proof
 from gemma_deploy.backends.onnxruntime.decoder import build_decoder, embedding_scale, linears_of
 from gemma_deploy.backends.onnxruntime.genai_config import CONFIG_FILE, genai_config
 from gemma_deploy.backends.onnxruntime.options import (
@@ -149,14 +149,14 @@ class OnnxRuntime:
             logits=options_of(spec).logits or LAST,
         )
 
-    def export(self, job: ExportJob) -> tuple[dict[str, bytes], int]:
+    def export(self, job: ExportJob) -> Export:
         """Built from the config in this process: it takes no torch and some tens of milliseconds."""
         from gemma_deploy.graph.external import serialized
 
         spec, config = job.spec, job.config
         scale = embedding_scale(config.hidden_size, spec.embed_scale)
-        model = build_decoder(config, chosen_kernels(spec, config, job.kept), job.table.rows, PARAMS, scale)
-        return {GRAPH: serialized(model)}, 0
+        model = build_decoder(config, chosen_kernels(spec, config, job.kept), job.tensors[PARAMS], PARAMS, scale)
+        return Exported({GRAPH: serialized(model)})
 
     def files(self, spec: BuildSpec, config: ModelConfig) -> dict[str, dict[str, Any]]:
         """What onnxruntime-genai reads."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict
 
-from gemma_deploy.backends.base import PARAMS, ExportJob, Proof
+from gemma_deploy.backends.base import PARAMS, Export, ExportJob, Proof
 from gemma_deploy.backends.spec import BuildSpec, Options
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.estimates import EXPORT_BYTES, EXPORT_SECONDS, GRAPH_BYTES, IMPORT_SECONDS, StageEstimate
@@ -71,13 +71,12 @@ class StaticPair:
         sizes = spec.batch, spec.prefill, spec.context, spec.dynamic, spec.ranks
         return GraphContract.of(config, spec.scheme.form, *sizes, int8_cache=spec.scheme.int8_cache)
 
-    def export(self, job: ExportJob) -> tuple[dict[str, bytes], int]:
+    def export(self, job: ExportJob) -> Export:
         """Trace without weights, stamp, point into the parameter file; in a process of its own."""
         from gemma_deploy.graph import worker
 
         spec, config = job.spec, job.config
-        tables = job.table.files
-        rows = [(part, tables[part.file(PARAMS)].rows) for part in job.parts]
+        rows = [(part, job.tensors[part.file(PARAMS)]) for part in job.parts]
         task = worker.Task(
             config,
             spec.scheme.form,
