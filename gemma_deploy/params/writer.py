@@ -96,6 +96,28 @@ def finished_table(
     return in_file_order(rows) if _is_finished(record, out_path, layout) else None
 
 
+def refuse_bad_tensors(checkpoint: Checkpoint, plan: Sequence[ParamSpec], *, block_bytes: int = BLOCK_BYTES) -> None:
+    """Read everything the plan reads and write nothing.
+
+    Raises:
+        ParamsError: as `write_params`, where a value is NaN or infinite.
+    """
+    bad: list[str] = []
+    buffers, nowhere = Buffers(), os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        for job in _jobs(plan, lay_out(plan)):
+            try:
+                run_job(job, checkpoint, nowhere, buffers, block_bytes, lambda count: None)
+            except BadTensorError as error:
+                bad.append(str(error))
+            if len(bad) >= MOST_BAD:
+                break
+    finally:
+        os.close(nowhere)
+    if bad:
+        raise _bad_tensors(checkpoint, bad, all_of_them=len(bad) < MOST_BAD)
+
+
 class _Run:
     """One file being written."""
 
@@ -154,13 +176,7 @@ class _Run:
         finally:
             os.close(self.fd)
         if bad:
-            raise ParamsError(
-                f"{len(bad)} tensor(s){' or more' if pending else ''} hold values that cannot be stored",
-                where=str(self.checkpoint.path),
-                problems=sorted(bad),
-                expected="finite numbers within the range of the stored dtype",
-                next_step="copy or download the checkpoint again; what is only too large for float16 fits bf16 or int8",
-            )
+            raise _bad_tensors(self.checkpoint, bad, all_of_them=not pending)
 
     def run(self, job: Job, block_bytes: int) -> tuple[Job, list[ParamRow]]:
         """In a worker: write one job, unless a run before this one did."""
@@ -217,6 +233,16 @@ class _Run:
         os.replace(self.partial, self.out_path)
         sync(self.out_path.parent)
         return in_file_order([row for rows in self.log.finished.values() for row in rows])
+
+
+def _bad_tensors(checkpoint: Checkpoint | Overlay, bad: Sequence[str], *, all_of_them: bool) -> ParamsError:
+    return ParamsError(
+        f"{len(bad)} tensor(s){'' if all_of_them else ' or more'} hold values that cannot be stored",
+        where=str(checkpoint.path),
+        problems=sorted(bad),
+        expected="finite numbers within the range of the stored dtype",
+        next_step="copy or download the checkpoint again; what is only too large for float16 fits bf16 or int8",
+    )
 
 
 class _StoppedError(Exception):

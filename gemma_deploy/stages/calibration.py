@@ -88,14 +88,21 @@ def choose_rescaling(job: Job, request: Request | None, out: Path, key: str) -> 
         What was chosen, and whether a run before this one had done it.
 
     Raises:
-        NotFiniteError: the weights are damaged.
+        ParamsError: weights that are NaN or infinite; NotFiniteError: finite ones that give such activations.
     """
     done = out / "rescaling.json"
     if (record := _known(done, key)) is not None:
         return Rescaling.from_json(record), True
-    from gemma_deploy.parity.maxima import measure_rescaling
+    from gemma_deploy.params.plan import build_plan
+    from gemma_deploy.params.writer import refuse_bad_tensors
+    from gemma_deploy.parity.maxima import NotFiniteError, measure_rescaling
 
-    rescaling = measure_rescaling(job.checkpoint, request, context=job.spec.context, embed_scale=job.spec.embed_scale)
+    context, checkpoint = job.spec.context, job.checkpoint
+    try:
+        rescaling = measure_rescaling(checkpoint, request, context=context, embed_scale=job.spec.embed_scale)
+    except NotFiniteError:
+        refuse_bad_tensors(checkpoint, build_plan(checkpoint.config, "fp32", context))  # names tensor and row
+        raise
     write_json(done, rescaling.to_json() | {"key": key})
     give_memory_back()
     return rescaling, False
