@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_deploy import paths
-from gemma_deploy.artifact.manifest import Artifact
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime.lookup import Greedy, LookupModel, LookupSequence, best_of
 from gemma_deploy.runtime import Tokenizer
 
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     texts = {file.name: file.read_text(encoding="utf-8") for file in arguments.prompts} or own_prompts()
-    model = LookupModel(arguments.artifact, dict(Artifact.open(arguments.artifact).manifest), arguments.threads)
+    model = LookupModel(arguments.artifact, Artifact.open(arguments.artifact).manifest, arguments.threads)
     tokenizer, results = Tokenizer(arguments.artifact), {}
     for name, text in texts.items():
         results[name] = one = measure(model, tokenizer.encode(text), arguments.tokens, arguments.repeat)

@@ -36,16 +36,16 @@ def main() -> None:
     encode, bos = pair.target.encoder()
     texts = make_windows(text, encode, bos, count=-(-arguments.tokens // (seqlen - 1)), seqlen=seqlen, name=name)
     metrics = measure(pair.target, pair.reference, texts).metrics
-    sqnr = {row.name: row.sqnr_db for row in artifact.params.rows if row.sqnr_db is not None}
+    sqnr = {row.name: row.sqnr_db for row in artifact.manifest.params if row.sqnr_db is not None}
     layers = {name: value for name, value in sqnr.items() if ".layers." in name}
     stored = sum(file.stat().st_size for file in arguments.artifact.iterdir())
     parameters = (arguments.artifact / "params.safetensors").stat().st_size
-    weights = sum(prod(row.shape) for row in artifact.params.rows if row.dtype == "int8")
-    scales = sum(row.nbytes for row in artifact.params.rows if row.name.endswith(".scale"))
+    weights = sum(prod(row.shape) for row in artifact.manifest.params if row.dtype == "int8")
+    scales = sum(row.nbytes for row in artifact.manifest.params if row.name.endswith(".scale"))
     print(
         json.dumps(
             {
-                "scheme": artifact.manifest["scheme"],
+                "scheme": artifact.manifest.scheme,
                 "windows": len(texts.ids),
                 "positions": metrics.positions,
                 "perplexity_fp32": metrics.ppl_reference,
@@ -54,7 +54,7 @@ def main() -> None:
                 "perplexity_change_standard_error": metrics.ppl_error,
                 "mean_kl": metrics.kl_mean,
                 "top1": metrics.top1,
-                "lowest_layer_sqnr_db": sqnr_line(artifact.manifest["params"]).value,
+                "lowest_layer_sqnr_db": sqnr_line(artifact.manifest.params).value,
                 "lowest_matrix_sqnr_db": min(layers.values(), default=None),
                 "table_sqnr_db": sqnr.get("model.embed_tokens.weight"),
                 "artifact_bytes": stored,

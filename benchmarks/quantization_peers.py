@@ -26,7 +26,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from gemma_deploy.artifact.manifest import Artifact
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.calibration.pipeline import Request, make_windows
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.evaluation.models import open_model
@@ -92,9 +92,9 @@ def run_ours(out: Path, checkpoint: Path, calibration: Path, windows: int, bits:
     run = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, cwd=ROOT)
     if run.returncode:
         return {"problem": last_line(run.stderr)}
-    stages = {stage["name"]: stage for stage in Artifact.open(artifact).manifest["stages"]}
-    seconds = sum(stages[name]["seconds"] for name in ("check", "quantize"))
-    peak = stages["quantize"]["peak_rss_bytes"] >> 20
+    stages = {stage.name: stage for stage in Artifact.open(artifact).manifest.stages}
+    seconds = sum(stages[name].seconds for name in ("check", "quantize"))
+    peak = stages["quantize"].peak_rss_bytes >> 20
     return {"seconds": seconds, "peak_mib": peak, "load": load, "artifact": str(artifact)}
 
 

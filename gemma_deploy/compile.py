@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gemma_deploy.artifact.commit import ArtifactDir
+from gemma_deploy.artifact.manifest import GateRecord
 from gemma_deploy.artifact.report import write_report
 from gemma_deploy.calibration.pipeline import dataset_record
 from gemma_deploy.checkpoint import Checkpoint
@@ -34,7 +34,7 @@ from gemma_deploy.stages.gate import advice, run_gate
 from gemma_deploy.stages.graphs import Graphs
 from gemma_deploy.stages.keys import stage_keys
 from gemma_deploy.stages.parameters import places_of, write_parameters
-from gemma_deploy.stages.record import describe, ledger_of
+from gemma_deploy.stages.record import describe
 from gemma_deploy.workdir import refuse_directory
 
 
@@ -44,13 +44,13 @@ class CompileResult:
 
     Args:
         reused: the artifact was there already and nothing it depends on has changed.
-        parity: the gate's result as JSON, None when parity was not asked for.
+        parity: the gate's result, None when parity was not asked for.
     """
 
     path: Path
     stages: tuple[StageTiming, ...]
     reused: bool
-    parity: dict[str, Any] | None
+    parity: GateRecord | None
 
 
 def plan_recipe(recipe: Recipe, *, out: Path | None = None, parity: bool = True) -> Plan:
@@ -89,7 +89,7 @@ def compile_recipe(
         room = not work.is_up_to_date() and preflight(job, parity=parity).has_room_beside
     with work as artifact:
         if artifact.finished:
-            return CompileResult(job.out, tuple(clock.done), True, artifact.manifest["parity"])
+            return CompileResult(job.out, tuple(clock.done), True, artifact.manifest.parity)
         rescaling = quantized = None
         source: Checkpoint | Overlay = job.checkpoint
         if keys.ranges:
@@ -128,16 +128,17 @@ def compile_recipe(
         if keys.sensitivity and quantized:
             with clock.stage("sensitivity") as stage:
                 tick = clock.ticks("sensitivity", "layers")
-                manifest["sensitivity"], stage.skipped = layer_sensitivity(
+                found, stage.skipped = layer_sensitivity(
                     job.checkpoint, manifest, quantized.window, artifact.path, keys.sensitivity, tick
                 )
+            manifest = manifest.but(sensitivity=found)
         result = None
         if parity:
             with clock.stage("parity"):
                 result = run_gate(job, artifact.path, manifest, lambda what: clock.watcher.said("parity", what))
-            manifest |= {"parity": result.to_json()}
-            manifest["ledger"] = ledger_of(job, manifest)
-        manifest["stages"] = clock.to_json()
+            manifest = manifest.but(parity=result.to_json())
+            manifest = manifest.but(ledger=job.backend.ledger(manifest))
+        manifest = manifest.but(stages=clock.done)
         write_report(artifact.path, manifest)
         if result is not None and not result.passed and job.proof.gate:
             raise GateError(
@@ -146,4 +147,4 @@ def compile_recipe(
                 next_step=f"read {artifact.path / 'report.html'}; " + advice(job.scheme, result),
             )
         artifact.commit(manifest)
-    return CompileResult(job.out, tuple(clock.done), False, manifest["parity"])
+    return CompileResult(job.out, tuple(clock.done), False, manifest.parity)

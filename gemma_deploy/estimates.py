@@ -1,8 +1,10 @@
-"""What a stage will take: its shape, and measured rates that estimates are made of."""
+"""What a stage will take and what it took; measured rates that estimates are made of."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from gemma_deploy.bounds import Bytes
 
 GIB, MIB = 1 << 30, 1 << 20
 
@@ -40,3 +42,26 @@ class StageEstimate:
     ram_bytes: int
     disk_bytes: int
     seconds: float
+
+
+@dataclass
+class StageTiming:
+    """One stage, finished or failed.
+
+    Attributes:
+        seconds: wall time; bytes: written.
+        peak_rss_bytes: the highest the process has been up to its end, with what it held beside a child of its own.
+        skipped: a run before this one had done it.
+        child_rss_bytes: the highest of a child process; beside: it was at work during the stage before as well.
+        failed: it ended with an error.
+    """
+
+    name: str
+    seconds: float = 0.0
+    peak_rss_bytes: Bytes = 0
+    bytes: Bytes = 0
+    skipped: bool = False
+    note: str = ""
+    child_rss_bytes: int = 0
+    beside: bool = False
+    failed: bool = False

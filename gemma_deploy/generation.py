@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from gemma_deploy.runtime.generate import GenerationStats
 
 INTERRUPTED = 130
@@ -43,7 +42,7 @@ def generation_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def runs_in_genai(manifest: Mapping[str, Any]) -> bool:
+def runs_in_genai(manifest: Manifest) -> bool:
     """Whether onnxruntime-genai runs an artifact, and not our own runner."""
     from gemma_deploy.backends import backend_of
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
 from gemma_deploy.architectures import cached_kinds
+from gemma_deploy.bounds import Size
 
 Bits = Literal[4, 8]
 SMALLEST_BLOCK = 16  # of MatMulNBits
@@ -35,7 +36,7 @@ class Codes:
     """
 
     bits: Bits = 8
-    groupsize: int | None = None
+    groupsize: Size | None = None
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Scales of a matrix [rows, columns]: [rows], or [rows, groups]."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx
 
-from gemma_deploy.artifact.check import PARAMS, ROWS, file_problems, open_complete, refuse
-from gemma_deploy.artifact.manifest import MANIFEST, Artifact
+from gemma_deploy.artifact.check import PARAMS, ROWS, file_problems, refuse
+from gemma_deploy.artifact.manifest import MANIFEST
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends import backend_of
 from gemma_deploy.params import ParamRow, ParamTable, damaged_rows
 from gemma_deploy.partition.ranks import sharding
@@ -39,16 +39,16 @@ def verify(path: Path, *, deep: bool = True, progress: Callable[[int, int], None
     Raises:
         ArtifactError: everything that is wrong, in one list.
     """
-    artifact = open_complete(path)
+    artifact = Artifact.open(path)
     problems = file_problems(artifact) + _folder_problems(artifact)
-    checked = [f"{len(artifact.manifest['files'])} files present, sizes and hashes"]
-    tables = artifact.params.files
+    checked = [f"{len(artifact.manifest.files)} files present, sizes and hashes"]
+    tables = artifact.manifest.table.files
     for name, table in tables.items():
         if deep and (path / name).is_file():
             problems += damaged_rows(path / name, table, progress=progress)
             checked.append(f"{len(table.rows)} tensors of {name}, sha256 each")
-    for folder in [part["folder"] for part in artifact.manifest["parts"]] or [""]:
-        for name in artifact.manifest["contract"]["graphs"]:
+    for folder in artifact.manifest.folders:
+        for name in artifact.manifest.contract.graphs:
             file = path / folder / f"{name}.onnx"
             shown = file.relative_to(path).as_posix()
             if file.is_file():
@@ -62,12 +62,12 @@ def verify(path: Path, *, deep: bool = True, progress: Callable[[int, int], None
 
 def _folder_problems(artifact: Artifact) -> list[str]:
     """Rows that are not the ones the parameter file was written with, and files the manifest does not know."""
-    files = artifact.manifest["files"]
+    files = artifact.manifest.files
     problems = []
-    tables = artifact.params.files
+    tables = artifact.manifest.table.files
     for name, facts in files.items():
         digest = tables[name].digest if name in tables else "none"
-        if facts["sha256"].startswith(ROWS) and facts["sha256"] != ROWS + digest:
+        if facts.sha256.startswith(ROWS) and facts.sha256 != ROWS + digest:
             problems.append(f"{name}: the rows in {MANIFEST} are not the ones it was written with")
     known = {*files, MANIFEST, MARK}
     found = (file.relative_to(artifact.path).as_posix() for file in artifact.path.rglob("*") if file.is_file())
@@ -136,15 +136,15 @@ def _shows_whole_rows(params: Sequence[ParamRow], span: tuple[str | None, int, i
 def _table_problems(artifact: Artifact) -> list[str]:
     """The token table is stored once in each file that needs it, also when the LM head reads it."""
     manifest = artifact.manifest
-    model, problems = manifest["model"], []
-    layers, tied = model["num_hidden_layers"], model["tie_word_embeddings"]
-    whole: list[dict[str, Any]] = [{"folder": "", "layers": [0, layers], "ranks": 1}]
-    for part in manifest["parts"] or whole:
-        file = (Path(part["folder"]) / PARAMS).as_posix()
-        embeds, heads = part["layers"][0] == 0, part["layers"][1] == layers
+    model, problems = manifest.model, []
+    layers, tied = model.num_hidden_layers, model.tie_word_embeddings
+    parts = [(part.folder, part.layers, part.ranks) for part in manifest.parts] or [("", (0, layers), 1)]
+    for folder, span, ranks in parts:
+        file = (Path(folder) / PARAMS).as_posix()
+        embeds, heads = span[0] == 0, span[1] == layers
         expected = int(embeds) + int(heads and not (tied and embeds))
-        shape = (model["vocab_size"] // part["ranks"], model["hidden_size"])
-        found = artifact.params.files.get(file, ParamTable(())).rows
+        shape = (model.vocab_size // ranks, model.hidden_size)
+        found = artifact.manifest.table.files.get(file, ParamTable(())).rows
         tables = [row.name for row in found if row.shape == shape and row.name.split(".")[-2] in TABLES]
         if len(tables) != expected:
             problems.append(f"{file}: token tables stored: {', '.join(tables) or 'none'}; expected {expected}")
@@ -155,8 +155,8 @@ def _rank_problems(artifact: Artifact) -> list[str]:
     """What is not divided among ranks is the same in all of them."""
     seen: dict[tuple[str, str], str] = {}
     problems = []
-    stages = {(Path(part["folder"]) / PARAMS).as_posix(): part["stage"] for part in artifact.manifest["parts"]}
-    for row in artifact.params.rows:
+    stages = {(Path(part.folder) / PARAMS).as_posix(): part.stage for part in artifact.manifest.parts}
+    for row in artifact.manifest.params:
         repeated = row.file in stages and sharding(row.name, len(row.shape)) is None
         if repeated and seen.setdefault((stages[row.file], row.name), row.sha256) != row.sha256:
             problems.append(f"{row.file}: {row.name} is not what the other ranks have")

@@ -2,10 +2,11 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 
 import pytest
 
-from gemma_deploy.artifact.manifest import Artifact
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime.genai import GenaiSession
 from gemma_deploy.bench import figures, memory, picture, process
 from gemma_deploy.cli import main
@@ -108,17 +109,18 @@ def test_static_artifacts_are_measured_at_their_own_length(demo_artifact, quick)
 
 def shape_of(opened, kind):
     """Heads x channels of each cache of a kind."""
-    ports = opened.manifest["contract"]["graphs"]["iter1"]["inputs"]
-    return [port["shape"][1] * port["shape"][3] for port in ports if port["name"].endswith(f".{kind}")]
+    ports = opened.manifest.contract.graphs["iter1"].inputs
+    return [port.shape[1] * port.shape[3] for port in ports if port.name.endswith(f".{kind}")]
 
 
 def test_a_token_reads_every_weight_but_rotary_tables_and_an_untied_table(artifact):
     opened = Artifact.open(artifact)
-    rows = {row.name: row.nbytes for row in opened.params.rows}
+    rows = {row.name: row.nbytes for row in opened.manifest.params}
     rotary = sum(size for name, size in rows.items() if "rotary" in name)
     assert rotary > 0
     assert memory.weight_bytes(opened) == sum(rows.values()) - rotary
-    opened.manifest["model"]["tie_word_embeddings"] = False
+    model = opened.manifest.model.model_dump() | {"tie_word_embeddings": False}
+    opened = replace(opened, manifest=opened.manifest.but(model=model))
     table = sum(size for name, size in rows.items() if name.startswith("model.embed_tokens."))
     assert memory.weight_bytes(opened) == sum(rows.values()) - rotary - table
 

@@ -6,7 +6,7 @@ import zipfile
 import pytest
 import yaml
 
-from gemma_deploy.artifact.manifest import Artifact
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
 from gemma_deploy.stages import graph_cache
@@ -48,7 +48,7 @@ def compiled(folder, *, seed=0, shape=([32], [64]), dtype="int8"):
 def test_another_checkpoint_of_the_shape_exports_nothing_and_gets_its_own_weights(tmp_path, exported):
     first, second = (compiled(tmp_path / name, seed=seed) for seed, name in enumerate(("first", "second")))
     assert len(exported) == 1
-    assert first.params.digest != second.params.digest
+    assert first.manifest.table.digest != second.manifest.table.digest
     for graph in ("iter0.onnx", "iter1.onnx"):
         assert (first.path / graph).read_bytes() == (second.path / graph).read_bytes()
     assert main(["parity", str(second.path)]) == 0

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from gemma_deploy.artifact.manifest import Artifact
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime.genai import GenaiModel, GenaiSession
 from gemma_deploy.backends.onnxruntime.lookup import Greedy, LookupModel, LookupSequence, best_of
 from gemma_deploy.compile import compile_recipe
 from gemma_deploy.proving.requests import Request, patched_stage, two_artifacts
-from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.runtime import Tokenizer
 from gemma_deploy.runtime.generate import GenerationStats
@@ -63,7 +62,7 @@ def test_bf16_logits_of_the_staged_model_are_the_stock_class_s(tmp_path):
 @real
 def test_the_fp32_artifact_computes_the_model(tmp_path):
     artifact = compiled(tmp_path, "fp32")
-    lines = {line["comparison"]: line for line in artifact.manifest["parity"]["lines"]}
+    lines = {line["comparison"]: line for line in artifact.manifest.parity.lines}
     assert lines["hf = strict"]["passed"]
     assert lines["hf = strict"]["value"] <= 1e-5
 
@@ -72,9 +71,7 @@ def test_the_fp32_artifact_computes_the_model(tmp_path):
 def test_a_prompt_of_two_thousand_tokens(tmp_path):
     long = ("frontend.shape.input_ids=[[2048],[2304]]", "parity.prompt_tokens=2000")
     (line,) = [
-        line
-        for line in compiled(tmp_path, "fp32", *long).manifest["parity"]["lines"]
-        if line["comparison"] == "hf = strict"
+        line for line in compiled(tmp_path, "fp32", *long).manifest.parity.lines if line["comparison"] == "hf = strict"
     ]
     assert line["value"] <= 1e-5
 
@@ -89,7 +86,7 @@ def test_stages_and_ranks_are_the_whole(tmp_path):
     }
     for limit, overrides in divided.items():
         made = compiled(tmp_path, "fp32", *overrides)
-        assert made.manifest["parity"]["passed"]
+        assert made.manifest.parity.passed
         (line,) = two_artifacts(made.path, whole, os.environ["GEMMA_270M"], Request(prompt_tokens=700)).lines
         assert line.value <= limit
 
@@ -130,10 +127,10 @@ def test_a_part_takes_its_own_bytes_to_load():
 @real
 def test_the_int8_artifact_passes_its_gate_and_holds_every_weight_once(tmp_path):
     artifact = compiled(tmp_path, "int8")
-    assert artifact.manifest["parity"]["passed"]
+    assert artifact.manifest.parity.passed
     verify(artifact.path)
-    elements = sum(row.nbytes for row in artifact.params.rows if row.dtype == "int8")
-    scales = sum(row.nbytes for row in artifact.params.rows if row.name.endswith(".scale"))
+    elements = sum(row.nbytes for row in artifact.manifest.params if row.dtype == "int8")
+    scales = sum(row.nbytes for row in artifact.manifest.params if row.name.endswith(".scale"))
     assert (artifact.path / "params.safetensors").stat().st_size <= 1.02 * (elements + scales)
 
 
@@ -146,7 +143,7 @@ def test_calibrated_int8_for_onnx_runtime_passes_its_gate_and_looks_ahead(tmp_pa
         checkpoint=os.environ["GEMMA_270M"],
     )
     artifact = Artifact.open(compile_recipe(recipe).path)
-    lines = {(line["comparison"], line["name"]): line for line in artifact.manifest["parity"]["lines"]}
+    lines = {(line["comparison"], line["name"]): line for line in artifact.manifest.parity.lines}
     assert all(line["passed"] for line in lines.values())
     assert lines["strict = shipped", "largest lead overturned"]["value"] < 1
     assert verify(artifact.path)
@@ -195,18 +192,18 @@ def test_caches_of_a_window_give_the_tokens_of_whole_ones(tmp_path):
             tokens += ahead.next()
         found[cache] = stats.tokens, tokens[:60]
         assert ahead.steps < 50
-    assert artifact.manifest["parity"]["passed"]
+    assert artifact.manifest.parity.passed
     assert found["full"] == found["window"]
 
 
 @real
 def test_fp16_is_exact_because_the_residual_stream_is_rescaled(tmp_path):
     artifact = compiled(tmp_path, "fp16")
-    rescaling = Rescaling.of_manifest(artifact.manifest)
+    rescaling = artifact.manifest.rescaling
     assert max(rescaling.absmax.values()) > 65504  # plain float16 overflows
     assert rescaling.residual >= 3
-    assert artifact.manifest["parity"]["passed"]
-    assert abs(artifact.manifest["parity"]["effect"]["perplexity_change"]) <= 5e-4
+    assert artifact.manifest.parity.passed
+    assert abs(artifact.manifest.parity.effect["perplexity_change"]) <= 5e-4
 
 
 @pytest.mark.slow

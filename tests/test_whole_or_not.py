@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma_deploy.calibration import Calibration, Request, calibrate, pipeline
-from gemma_deploy.calibration.store import Range
+from gemma_deploy.calibration import pipeline
+from gemma_deploy.calibration.pipeline import Request, calibrate
+from gemma_deploy.calibration.store import Calibration, Range
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import BusyError, DeployError
 from gemma_deploy.partition import spans_of

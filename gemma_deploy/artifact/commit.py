@@ -10,13 +10,14 @@ import os
 import shutil
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-from gemma_deploy.artifact.check import files_of, open_complete
-from gemma_deploy.artifact.manifest import MANIFEST, Artifact
+from gemma_deploy.artifact.check import ROWS, sizes_match
+from gemma_deploy.artifact.manifest import MANIFEST, FileFacts, Manifest
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.workdir import MARK, Maker, WorkDir
-from gemma_deploy.writing import PARTIAL, finite, write_json
+from gemma_deploy.writing import PARTIAL, write_json
 
 COMPILE = Maker(
     "compile",
@@ -63,20 +64,21 @@ class ArtifactDir(WorkDir):
         return self.finished
 
     @cached_property
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Manifest:
         """Of the finished artifact."""
-        return open_complete(self.out).manifest
+        return Artifact.open(self.out).manifest
 
     def __enter__(self) -> Self:
         """Find out what is there: the finished artifact, an unfinished one to continue, or nothing."""
         return self if self.is_up_to_date() else super().__enter__()
 
-    def commit(self, manifest: dict[str, Any]) -> None:
+    def commit(self, manifest: Manifest) -> None:
         """Hash the files, write the manifest last, and rename NAME.partial to NAME.
 
         Killed in between, the next run finds a whole manifest and does the rest.
         """
-        params = _params_digests(manifest)
+        # Stand for the parameter files: their rows carry a hash each, hashing them whole would read it all twice.
+        params = {file: ROWS + table.digest for file, table in manifest.table.files.items()}
         files = {}
         for half in self.path.rglob(f"*{PARTIAL}"):  # of a run that was killed while it wrote
             half.unlink()
@@ -85,8 +87,8 @@ class ArtifactDir(WorkDir):
             if name.split("/")[0] == SCAFFOLD_FOLDER:
                 continue
             if file.is_file() and file.name not in (MANIFEST, MARK, *SCAFFOLD):
-                files[name] = {"bytes": file.stat().st_size, "sha256": params.get(name) or _sha256(file)}
-        write_json(self.path / MANIFEST, finite(manifest | {"files": files}))
+                files[name] = FileFacts(bytes=file.stat().st_size, sha256=params.get(name) or _sha256(file))
+        write_json(self.path / MANIFEST, manifest.but(files=files).to_json())
         self.publish()
 
     def tidy(self) -> None:
@@ -121,7 +123,7 @@ class ArtifactDir(WorkDir):
         found = Artifact.open(self.out)
         if self._fits(found):
             self.finished = True
-        elif found.manifest.get("key") != self.key or not _sizes_match(found):
+        elif found.manifest.key != self.key or not sizes_match(found):
             raise ArtifactError(
                 "holds an artifact of other inputs (recipe, checkpoint, program or library versions), or a damaged one",
                 where=str(self.out),
@@ -129,23 +131,8 @@ class ArtifactDir(WorkDir):
             )
 
     def _fits(self, artifact: Artifact) -> bool:
-        proven = artifact.manifest.get("parity") is not None or not self.proven
-        return artifact.manifest.get("key") == self.key and proven and _sizes_match(artifact)
-
-
-def _sizes_match(artifact: Artifact) -> bool:
-    files = files_of(artifact)
-    return files is not None and all(
-        (artifact.path / name).is_file() and (artifact.path / name).stat().st_size == size
-        for name, size in files.items()
-    )
-
-
-def _params_digests(manifest: dict[str, Any]) -> dict[str, str]:
-    """Stand for the parameter files: their rows carry a hash each, hashing them whole would read it all twice."""
-    from gemma_deploy.params import ParamTable
-
-    return {file: "rows:" + table.digest for file, table in ParamTable.from_json(manifest["params"]).files.items()}
+        proven = artifact.manifest.parity is not None or not self.proven
+        return artifact.manifest.key == self.key and proven and sizes_match(artifact)
 
 
 def _sha256(path: Path) -> str:

@@ -7,22 +7,13 @@ are those of every artifact; a back end puts its own behind them (`Backend.ledge
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from gemma_deploy.artifact.manifest import ContractRecord, LedgerEntry, Manifest
+from gemma_deploy.params.table import lowest_sqnr
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import QUANTIZERS, Scheme, Storage
-
-
-@dataclass(frozen=True)
-class LedgerEntry:
-    """One allowed difference. `effect` holds measured figures, empty where parity did not run."""
-
-    what: str
-    where: str
-    why: str
-    effect: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -38,13 +29,13 @@ class Words:
     linears_read: str
 
 
-def shared_entries(manifest: Mapping[str, Any], words: Words) -> list[LedgerEntry]:
+def shared_entries(manifest: Manifest, words: Words) -> list[LedgerEntry]:
     """Weights, rescaling, cache and embedding scale: the entries of every artifact, in order."""
-    effect = measured_effect(manifest.get("parity"))
-    entries = [_storage(manifest, words, effect), *_rescaling(Rescaling.of_manifest(manifest))]
-    if manifest.get("int8_cache"):
-        entries.append(_cache(manifest["contract"], effect))
-    scale, hidden = manifest["recipe"]["frontend"]["model_kwargs"]["embed_scale"], manifest["model"]["hidden_size"]
+    effect = measured_effect(manifest)
+    entries = [_storage(manifest, words, effect), *_rescaling(manifest.rescaling or Rescaling())]
+    if manifest.int8_cache:
+        entries.append(_cache(manifest.contract, effect))
+    scale, hidden = manifest.embed_scale, manifest.model.hidden_size
     entries.append(
         LedgerEntry(
             f"embedding scale sqrt({hidden}), rounding `{scale}`",
@@ -55,26 +46,26 @@ def shared_entries(manifest: Mapping[str, Any], words: Words) -> list[LedgerEntr
     return entries
 
 
-def context_entries(manifest: Mapping[str, Any], where: str) -> list[LedgerEntry]:
+def context_entries(manifest: Manifest, where: str) -> list[LedgerEntry]:
     """That the context is shorter than the model's, where it is."""
-    context, most = manifest["contract"]["context"], manifest["model"]["max_position_embeddings"]
+    context, most = manifest.contract.context, manifest.model.max_position_embeddings
     if context >= most:
         return []
     why = "length of the recipe; a longer text is refused by the runtime, never cut"
     return [LedgerEntry(f"context limited to {context} of {most} positions", where, why)]
 
 
-def _storage(manifest: Mapping[str, Any], words: Words, effect: dict[str, Any]) -> LedgerEntry:
-    scheme = manifest["scheme"]
+def _storage(manifest: Manifest, words: Words, effect: dict[str, Any]) -> LedgerEntry:
+    scheme = manifest.scheme
     matrices = "weight matrices and token table"
     if Scheme(scheme).calibrated:
         return _quantized(manifest, words, effect)
     if scheme == "w8a16":
-        storage = Storage.from_json(manifest["storage"])
-        rows = [row for row in manifest["params"] if row.get("sqnr_db") is not None]
-        worst = min(rows, key=lambda row: row["sqnr_db"]) if rows else None
+        storage = manifest.storage or Storage()
+        rows = [row for row in manifest.params if row.sqnr_db is not None]
+        worst = lowest_sqnr(rows)
         if worst:
-            effect = {**effect, "lowest_sqnr_db": worst["sqnr_db"], "lowest_sqnr_tensor": worst["name"]}
+            effect = {**effect, "lowest_sqnr_db": worst.sqnr_db, "lowest_sqnr_tensor": worst.name}
         return LedgerEntry(
             f"{storage.linears_text}, {_table(storage)}, symmetric, to nearest; activations and norms float32",
             f"the seven linears of every layer, the token table ({len(rows)} tensors)",
@@ -94,10 +85,10 @@ def _storage(manifest: Mapping[str, Any], words: Words, effect: dict[str, Any]) 
     return LedgerEntry(what, "whole model", why, effect)
 
 
-def _quantized(manifest: Mapping[str, Any], words: Words, effect: dict[str, Any]) -> LedgerEntry:
+def _quantized(manifest: Manifest, words: Words, effect: dict[str, Any]) -> LedgerEntry:
     """A calibrated scheme; the effect says how much less is lost than by rounding to nearest."""
-    scheme = manifest["scheme"]
-    layers = (manifest.get("quantization") or {}).get("layers", ())
+    scheme = manifest.scheme
+    layers = manifest.quantization.layers if manifest.quantization else ()
     tensors = [found for layer in layers for found in layer["tensors"].values()]
     loss, nearest = (
         sum(found[key] / found["signal"] for found in tensors if found["signal"]) for key in ("loss", "rtn_loss")
@@ -105,15 +96,14 @@ def _quantized(manifest: Mapping[str, Any], words: Words, effect: dict[str, Any]
     if nearest:
         effect = {**effect, "loss_to_round_to_nearest": round(loss / nearest, 4)}
     quantizer = QUANTIZERS[scheme]
-    rows = [row for row in manifest["params"] if row.get("sqnr_db") is not None and ".layers." in row["name"]]
-    worst = min(rows, key=lambda row: row["sqnr_db"], default=None)
+    worst = lowest_sqnr([row for row in manifest.params if ".layers." in row.name])
     if worst:
-        effect |= {"lowest_output_sqnr_db": worst["sqnr_db"], "lowest_output_sqnr_tensor": worst["name"]}
+        effect |= {"lowest_output_sqnr_db": worst.sqnr_db, "lowest_output_sqnr_tensor": worst.name}
     if quantizer.activations:
         noisy = [found["activation_noise"] for found in tensors if "activation_noise" in found]
         if noisy:
             effect |= {"activation_noise_db": round(10 * math.log10(sum(noisy) / len(noisy)), 2)}
-    storage = Storage.from_json(manifest["storage"])
+    storage = manifest.storage or Storage()
     how = "rounded with error compensation on" if quantizer.compensate else "rounded to nearest, scaled for"
     return LedgerEntry(
         f"{storage.linears_text}, symmetric, {how} calibration text; columns rescaled, their factors folded into "
@@ -124,8 +114,8 @@ def _quantized(manifest: Mapping[str, Any], words: Words, effect: dict[str, Any]
     )
 
 
-def _cache(contract: Mapping[str, Any], effect: dict[str, Any]) -> LedgerEntry:
-    heads, dim = contract["kv_heads"], contract["head_dim"]
+def _cache(contract: ContractRecord, effect: dict[str, Any]) -> LedgerEntry:
+    heads, dim = contract.kv_heads, contract.head_dim
     return LedgerEntry(
         "keys and values are kept as int8, with a float16 scale for each head and token",
         f"past_key_values and present of every layer: {2 * heads * (dim + 2)} bytes a token and layer, "
@@ -160,6 +150,6 @@ def _rescaling(rescaling: Rescaling) -> list[LedgerEntry]:
     return entries
 
 
-def measured_effect(parity: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The figures of the parity result that belong into the ledger."""
-    return dict(parity.get("effect", {})) if parity else {}
+def measured_effect(manifest: Manifest) -> dict[str, Any]:
+    """The figures of the gate's result that belong into the ledger."""
+    return dict(manifest.parity.effect) if manifest.parity else {}

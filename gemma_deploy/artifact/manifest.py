@@ -1,31 +1,321 @@
-"""manifest.json: what an artifact is, and reading it back (design 4.4)."""
+"""manifest.json: what an artifact is. Built once by a compile, read back whole or refused.
+
+Every key is typed and bounded here, so that nothing below asks whether a key is there. `Manifest.of` takes plain JSON
+values and refuses what is missing, unknown, of another type or out of bounds.
+"""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import onnx
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import to_jsonable_python
 
-from gemma_deploy import reading
-from gemma_deploy.errors import ArtifactError, UsageError
-from gemma_deploy.params import ParamTable
-from gemma_deploy.workdir import is_temporary
+from gemma_deploy.bounds import Bytes, Count, Index, Inside, Layers, Plain, Size
+from gemma_deploy.estimates import StageTiming
+from gemma_deploy.graph.contract import Port
+from gemma_deploy.params.table import ParamRow, ParamTable
+from gemma_deploy.partition.parts import FOLDER
+from gemma_deploy.quantization.rescaling import Rescaling
+from gemma_deploy.schemes import Scheme, Storage
 
 FORMAT_VERSION = 2  # 2: parts, and the file of every row
 MANIFEST = "manifest.json"
-MANIFEST_FILE = reading.FileKind(
-    error=ArtifactError,
-    expected="what `gemma-deploy compile` wrote",
-    next_step="compile the recipe again with --force",
-    unreadable="allow reading it, or compile the recipe again under another name",
-    whole_characters=True,
-)
 # Whose versions decide what a graph looks like or how weights are rounded.
 TOOLS = ("gemma-deploy", "torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime")
+Ranks = Annotated[int, Field(ge=1, le=1024)]
+Graph = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+
+
+class Record(BaseModel):
+    """Plain values that do not change."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        protected_namespaces=(),
+        allow_inf_nan=False,
+        ignored_types=(cached_property,),
+    )
+
+
+class Open(Record):
+    """A record of which the keys that are read here are typed, and others are kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class FileFacts(Record):
+    """A file: its size, and sha256 or, of a parameter file, "rows:" and the digest of its rows."""
+
+    bytes: Bytes
+    sha256: str
+
+
+class CheckpointRecord(Record):
+    """Where the weights came from: the directory's or file's name, and what it held."""
+
+    path: str
+    format: str
+    fingerprint: str
+    fingerprint_without_times: str
+
+
+class ModelKwargs(Open):
+    """`frontend.model_kwargs`."""
+
+    embed_scale: Literal["exact", "bf16"]
+    tp: Ranks
+
+
+class FrontendRecord(Open):
+    """`frontend`."""
+
+    checkpoint: str
+    model_kwargs: ModelKwargs
+
+
+class BackendRecord(Open):
+    """`backend`: a name in `backends.ROWS`."""
+
+    type: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")] = "tvm_vacc"
+    dtype: Literal["fp32", "fp16", "bf16", "int8"]
+
+
+class ProofRecord(Open):
+    """`parity`."""
+
+    text: str | None = None
+    prompt_tokens: Size = 64
+    decode_tokens: Count = 32
+
+
+class SplitRecord(Open):
+    """`split`: layers that begin a stage."""
+
+    points: tuple[Index, ...] = ()
+
+
+class RecipeRecord(Open):
+    """The recipe with all defaults."""
+
+    frontend: FrontendRecord
+    backend: BackendRecord
+    parity: ProofRecord
+    split: SplitRecord = SplitRecord()
+
+
+class ModelRecord(Open):
+    """The model's config as it was understood."""
+
+    model_type: str
+    num_hidden_layers: Layers
+    num_key_value_heads: Size
+    vocab_size: Size
+    hidden_size: Size
+    max_position_embeddings: Size
+    tie_word_embeddings: bool
+    eos_token_ids: tuple[Count, ...]
+
+
+class GraphRecord(Record):
+    """What a graph takes and gives."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
+class ContractRecord(Open):
+    """Sizes of the graphs, see `graph.contract.GraphContract`; a back end adds its own.
+
+    Args:
+        logits: of ONNX Runtime's graph: of the `last` token or of `all`.
+    """
+
+    batch: Size
+    prefill: Size
+    context: Size
+    vocab_size: Size
+    kv_heads: Size
+    head_dim: Size
+    dynamic: bool
+    logits: str | None = None
+    graphs: dict[Graph, GraphRecord]
+
+
+class PartRecord(Record):
+    """One rank of one stage: its folder and its layers [start, stop)."""
+
+    folder: Annotated[str, Field(pattern=FOLDER)]
+    stage: str
+    layers: tuple[Index, Index]
+    rank: Index
+    ranks: Ranks
+    contract: ContractRecord
+
+
+class Activations(Record):
+    """Inputs of linears are rounded to `bits` inside the graphs, but those of `kept`."""
+
+    bits: Count = 8
+    kept: tuple[str, ...]
+
+
+class QuantizationRecord(Record):
+    """What a calibrated quantizer was told and what came of each layer."""
+
+    settings: dict[str, Any] = {}
+    layers: tuple[dict[str, Any], ...] = ()
+    table: dict[str, Any] = {}
+    activations: Activations | None = None
+
+
+class KernelsRecord(Open):
+    """Which kernels a graph names, as in backends/onnxruntime/options.py."""
+
+    block: Size = 128
+    integer: bool = False
+    candidates: Count = 0
+    wide: tuple[str, ...] = ()
+
+
+class LineRecord(Open):
+    """One line of the gate."""
+
+    comparison: str
+    name: str
+    value: Plain
+    limit: Plain
+    passed: bool
+
+
+class DivergenceRecord(Open):
+    """Where two models part."""
+
+    text: str
+
+
+class GateRecord(Open):
+    """The gate's result."""
+
+    passed: bool
+    summary: str
+    lines: tuple[LineRecord, ...]
+    notes: tuple[str, ...] = ()
+    effect: dict[str, Any] = {}
+    divergence: DivergenceRecord | None = None
+    measures: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """One allowed difference. `effect` holds measured figures, empty where the gate did not run."""
+
+    what: str
+    where: str
+    why: str
+    effect: dict[str, Any] = field(default_factory=dict)
+
+
+class SensitivityRecord(Open):
+    """What each layer alone costs, and the token table: mean KL in nats a token."""
+
+    layers: Annotated[tuple[float, ...], Field(max_length=1024)]
+    table: float | None
+    tokens: Count
+
+
+class Manifest(Record):
+    """An artifact.
+
+    Args:
+        key: of everything it holds but what is measured about it; keys: of each stage (stages/keys.py), of those that
+            measure only where they ran.
+        carried_for_the_vendor: recipe keys that are not interpreted.
+        storage: what matrices are stored as, None where they are not codes.
+        parts: of a divided artifact; () otherwise.
+        op_census: graph -> operator -> number of nodes.
+        calibration: the text that was looked at.
+        kernels: what the back end chose, None where the choice is not its own.
+        parity: the gate's result; None: nothing was proven.
+        files: every file but this one.
+    """
+
+    format_version: int
+    name: str
+    key: str
+    tool: dict[str, str]
+    recipe: RecipeRecord
+    carried_for_the_vendor: tuple[str, ...] = ()
+    checkpoint: CheckpointRecord
+    model: ModelRecord
+    scheme: str
+    int8_cache: bool = False
+    storage: Storage | None
+    contract: ContractRecord
+    parts: tuple[PartRecord, ...]
+    op_census: dict[str, dict[str, Count]]
+    calibration: dict[str, Any] | None = None
+    quantization: QuantizationRecord | None = None
+    params: Annotated[tuple[ParamRow, ...], Field(min_length=1)]
+    rescaling: Rescaling | None
+    kernels: KernelsRecord | None = None
+    sensitivity: SensitivityRecord | None = None
+    parity: GateRecord | None
+    stages: tuple[StageTiming, ...]
+    ledger: tuple[LedgerEntry, ...]
+    files: dict[Inside, FileFacts]
+    keys: dict[str, str] = {}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Manifest:
+        """From plain JSON values.
+
+        Raises:
+            ValidationError: naming every key that is missing, unknown or of another type.
+        """
+        return cls.model_validate_json(json.dumps(values))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return self.model_dump(mode="json")
+
+    def but(self, **changes: Any) -> Manifest:
+        """The same with other values, each as JSON or of its field's type."""
+        return self.of(self.to_json() | {key: to_jsonable_python(value) for key, value in changes.items()})
+
+    @cached_property
+    def table(self) -> ParamTable:
+        """Of all parameter files."""
+        return ParamTable(self.params)
+
+    @cached_property
+    def folders(self) -> tuple[str, ...]:
+        """Where graphs lie: those of the parts, or the artifact's own, ""."""
+        return tuple(part.folder for part in self.parts) or ("",)
+
+    @property
+    def embed_scale(self) -> str:
+        """Rounding of the embedding scale: `exact` or `bf16`."""
+        return self.recipe.frontend.model_kwargs.embed_scale
+
+    @property
+    def activations(self) -> Activations | None:
+        """Of w8a8: which inputs of linears are rounded inside the graphs."""
+        return None if self.quantization is None else self.quantization.activations
+
+    @property
+    def whole_scheme(self) -> Scheme:
+        """How weights and cache are kept."""
+        return Scheme(self.scheme + ("+kv8" if self.int8_cache else ""))
 
 
 def tool_versions() -> dict[str, str]:
@@ -41,6 +331,8 @@ def tool_versions() -> dict[str, str]:
 
 def op_census(path: Path) -> dict[str, int]:
     """Number of nodes per operator of an .onnx file, those of branches too, custom ones with their domain."""
+    import onnx
+
     counts: Counter[str] = Counter()
     graphs = [onnx.load(str(path), load_external_data=False).graph]
     while graphs:
@@ -48,95 +340,3 @@ def op_census(path: Path) -> dict[str, int]:
             counts[f"{node.domain}::{node.op_type}" if node.domain else node.op_type] += 1
             graphs += [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
     return dict(sorted(counts.items()))
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """An artifact that says it is finished."""
-
-    path: Path
-    manifest: dict[str, Any]
-
-    @classmethod
-    def open(cls, path: str | Path) -> Artifact:
-        """Read the manifest; hashes are `verify`'s work.
-
-        Raises:
-            ArtifactError: there is none, it is damaged, or another version wrote it.
-        """
-        path = Path(path)
-        if not reading.is_dir(path):
-            absent = reading.why_absent(path) or "it is no directory"
-            raise ArtifactError(
-                "there is no such directory" if absent == reading.NOWHERE else absent,
-                where=str(path),
-                expected="an artifact made by `gemma-deploy compile`",
-                next_step="list the workspace, or compile a recipe first",
-            )
-        file = path / MANIFEST
-        if not reading.exists(file):
-            raise ArtifactError(
-                f"{MANIFEST} is missing: this is no finished artifact",
-                where=str(path),
-                next_step="compile the recipe again; it continues where it stopped",
-            )
-        manifest = reading.read_object(file, MANIFEST_FILE)
-        found = manifest.get("format_version")
-        if found != FORMAT_VERSION:
-            raise ArtifactError(
-                f"format_version is {found!r}",
-                where=str(file),
-                expected=str(FORMAT_VERSION),
-                next_step="compile the recipe with this version of gemma-deploy, or use the version that made it",
-            )
-        missing = [key for key in ("name", "scheme", "contract", "params", "files", "model") if key not in manifest]
-        if missing:
-            raise ArtifactError(
-                "keys are missing",
-                where=str(file),
-                problems=missing,
-                next_step="copy the artifact again, or compile the recipe again with --force",
-            )
-        return cls(path, manifest)
-
-    @property
-    def params(self) -> ParamTable:
-        """Rows of params.safetensors."""
-        return ParamTable.from_json(self.manifest["params"])
-
-
-def refuse_problems(file: Path, problems: list[str]) -> None:
-    """Raise when a file of an artifact does not hold what it should.
-
-    Args:
-        file: for the message.
-        problems: a line for each key.
-
-    Raises:
-        ArtifactError: with all of them.
-    """
-    if problems:
-        raise ArtifactError(
-            "is damaged",
-            where=str(file),
-            problems=problems,
-            expected="what `gemma-deploy compile` wrote",
-            next_step="copy the artifact again, or compile the recipe again with --force",
-        )
-
-
-def newest_artifact(workspace: Path) -> Path:
-    """The finished artifact with the youngest manifest.
-
-    Raises:
-        UsageError: the workspace holds none.
-    """
-    found = sorted(workspace.glob(f"*/{MANIFEST}"), key=lambda file: file.stat().st_mtime_ns)
-    found = [file for file in found if not is_temporary(file.parent)]
-    if not found:
-        raise UsageError(
-            "no finished artifact in the workspace",
-            where=str(workspace),
-            next_step="name an artifact, or run `gemma-deploy compile RECIPE` first",
-        )
-    return found[-1].parent

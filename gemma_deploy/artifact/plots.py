@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from gemma_deploy.calibration.points import LABELS, split_point
+from gemma_deploy.params.table import ParamRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +19,7 @@ FP16_MAX = 65504.0
 Value = TypeVar("Value", float, float | None)
 
 
-def sqnr_plot(rows: Sequence[Mapping[str, Any]]) -> str:
+def sqnr_plot(rows: Sequence[ParamRow]) -> str:
     """SQNR of every quantized matrix over its layer, a line for each kind; empty when nothing was quantized.
 
     Args:
@@ -26,10 +27,10 @@ def sqnr_plot(rows: Sequence[Mapping[str, Any]]) -> str:
     """
     kinds: dict[str, dict[int, float]] = {}
     for row in rows:
-        if row.get("sqnr_db") is not None and ".layers." in row["name"]:
-            _, _, layer, *module = row["name"].split(".")
+        if row.sqnr_db is not None and ".layers." in row.name:
+            _, _, layer, *module = row.name.split(".")
             line = kinds.setdefault(module[-2], {})
-            line[int(layer)] = min(row["sqnr_db"], line.get(int(layer), math.inf))
+            line[int(layer)] = min(row.sqnr_db, line.get(int(layer), math.inf))
     if not kinds:
         return ""
     figure, axes = _figure("SQNR, dB")

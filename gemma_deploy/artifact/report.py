@@ -8,7 +8,9 @@ from typing import Any
 
 import jinja2
 
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.artifact.plots import range_plot, sensitivity_plot, sqnr_plot
+from gemma_deploy.params.table import lowest_sqnr
 from gemma_deploy.quantization.rescaling import FP16_MAX, Rescaling
 from gemma_deploy.writing import write_text
 
@@ -26,7 +28,7 @@ text-align: left; vertical-align: top} td.n {text-align: right; font-variant-num
 </style></head><body>
 <h1>{{ m.name }}</h1>
 <p>{{ m.model.model_type }}, {{ m.model.num_hidden_layers }} layers,
-{{ m.scheme }}{{ ', int8 KV cache' if m.get('int8_cache') }}, prefill {{ m.contract.prefill }},
+{{ m.scheme }}{{ ', int8 KV cache' if m.int8_cache }}, prefill {{ m.contract.prefill }},
 context {{ m.contract.context }}, batch {{ m.contract.batch }}
 {{- ' (dynamic: any batch, these are the largest lengths)' if m.contract.dynamic }};
 checkpoint <code>{{ m.checkpoint.path }}</code>
@@ -109,14 +111,14 @@ alone is quantized{% if sensitivity.table is not none %}; the token table alone:
 """
 
 
-def write_report(folder: Path, manifest: dict[str, Any]) -> Path:
+def write_report(folder: Path, manifest: Manifest) -> Path:
     """Write report.html beside the manifest."""
     path = folder / REPORT
     write_text(path, report_page(manifest))
     return path
 
 
-def report_page(manifest: dict[str, Any], results: Sequence[Mapping[str, Any]] = ()) -> str:
+def report_page(manifest: Manifest, results: Sequence[Mapping[str, Any]] = ()) -> str:
     """The page.
 
     Args:
@@ -124,7 +126,7 @@ def report_page(manifest: dict[str, Any], results: Sequence[Mapping[str, Any]] =
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["given"] = lambda value, shape: "-" if value is None else shape % value
-    rescaling = Rescaling.of_manifest(manifest)
+    rescaling = manifest.rescaling or Rescaling()
     absmax: Mapping[str, float] = rescaling.absmax
     ranges_on = "calibration text"
     measured = [result for result in results if result.get("activation_absmax")]
@@ -133,12 +135,12 @@ def report_page(manifest: dict[str, Any], results: Sequence[Mapping[str, Any]] =
     page: str = environment.from_string(TEMPLATE).render(
         m=manifest,
         sizes=_sizes(manifest),
-        ops=sorted({op for census in manifest["op_census"].values() for op in census}),
+        ops=sorted({op for census in manifest.op_census.values() for op in census}),
         mib=MIB,
-        sensitivity=manifest.get("sensitivity"),
-        sensitivity_picture=sensitivity_plot((manifest.get("sensitivity") or {}).get("layers", ())),
+        sensitivity=manifest.sensitivity,
+        sensitivity_picture=sensitivity_plot(manifest.sensitivity.layers if manifest.sensitivity else ()),
         sensitive=sensitive_rows(manifest),
-        sqnr=sqnr_plot(manifest["params"]),
+        sqnr=sqnr_plot(manifest.params),
         ranges=range_plot(absmax),
         ranges_on=ranges_on,
         results=results,
@@ -147,27 +149,27 @@ def report_page(manifest: dict[str, Any], results: Sequence[Mapping[str, Any]] =
     return page
 
 
-def _sizes(manifest: dict[str, Any]) -> list[tuple[str, int, float]]:
+def _sizes(manifest: Manifest) -> list[tuple[str, int, float]]:
     groups: dict[str, list[int]] = {}
-    for row in manifest["params"]:
-        name = row["name"]
+    for row in manifest.params:
+        name = row.name
         kind = "token table" if "embed_tokens" in name else "LM head" if name.startswith("lm_head") else "linears"
         kind = "norms" if "norm" in name else "rotary tables" if "rotary_emb" in name else kind
         kind = "attention scale factors" if name.endswith(".scaling") else kind
-        groups.setdefault(f"{kind}, {row['dtype']}", []).append(row["nbytes"])
+        groups.setdefault(f"{kind}, {row.dtype}", []).append(row.nbytes)
     return [(kind, len(sizes), sum(sizes) / MIB) for kind, sizes in sorted(groups.items())]
 
 
-def sensitive_rows(manifest: Mapping[str, Any], most: int = 8) -> list[dict[str, Any]]:
+def sensitive_rows(manifest: Manifest, most: int = 8) -> list[dict[str, Any]]:
     """The layers that cost most alone, with the linear of each whose output suffers most."""
-    losses = (manifest.get("sensitivity") or {}).get("layers", ())
+    losses = manifest.sensitivity.layers if manifest.sensitivity else ()
     rows = []
     for layer in sorted(range(len(losses)), key=lambda each: -losses[each])[:most]:
         prefix = f"model.layers.{layer}."
-        own = [row for row in manifest["params"] if row["name"].startswith(prefix) and row.get("sqnr_db") is not None]
-        worst = min(own, key=lambda row: row["sqnr_db"], default=None)
-        linear = "" if worst is None else str(worst["name"]).removeprefix(prefix).removesuffix(".weight")
-        db = None if worst is None else worst["sqnr_db"]
+        own = [row for row in manifest.params if row.name.startswith(prefix)]
+        worst = lowest_sqnr(own)
+        linear = "" if worst is None else worst.name.removeprefix(prefix).removesuffix(".weight")
+        db = None if worst is None else worst.sqnr_db
         rows.append({"layer": layer, "kl": losses[layer], "sqnr_db": db, "linear": linear})
     return rows
 

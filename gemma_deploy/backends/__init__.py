@@ -6,10 +6,10 @@ Folders are imported when they are asked for.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
+    from gemma_deploy.artifact.manifest import Manifest
     from gemma_deploy.backends.base import Backend
 
 # `backend.type` of a recipe -> the folder, whose module `backend` holds BACKEND.
@@ -28,6 +28,6 @@ def backend(name: str) -> Backend:
     return cast("Backend", importlib.import_module(f"gemma_deploy.backends.{name}.backend").BACKEND)
 
 
-def backend_of(manifest: Mapping[str, Any]) -> Backend:
+def backend_of(manifest: Manifest) -> Backend:
     """The back end an artifact was made for."""
-    return backend(str(manifest["recipe"].get("backend", {}).get("type", DEFAULT)))
+    return backend(manifest.recipe.backend.type)

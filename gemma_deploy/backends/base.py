@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.spec import BuildSpec, Options
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig
 from gemma_deploy.estimates import StageEstimate
@@ -18,7 +19,7 @@ from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import CodeForm
 
 if TYPE_CHECKING:
-    from gemma_deploy.artifact.ledger import LedgerEntry
+    from gemma_deploy.artifact.manifest import LedgerEntry
     from gemma_deploy.parity.cases import Case
     from gemma_deploy.parity.compare import ParityResult, Report
     from gemma_deploy.parity.sources import Source
@@ -89,7 +90,7 @@ class Proof:
 
     artifact: Path
     checkpoint: Checkpoint
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     cases: tuple[Case, ...]
     fast: bool
     report: Report
@@ -160,7 +161,7 @@ class Backend(Protocol):
     def kernels(self, spec: BuildSpec, config: ModelConfig, kept: Sequence[str] | None) -> dict[str, Any] | None:
         """For the manifest: which kernels a graph names, where it names any."""
 
-    def ledger(self, manifest: Mapping[str, Any]) -> list[LedgerEntry]:
+    def ledger(self, manifest: Manifest) -> list[LedgerEntry]:
         """Every place where an artifact may differ from the reference."""
 
     def prove(self, proof: Proof, result: ParityResult) -> None:
@@ -170,7 +171,7 @@ class Backend(Protocol):
             DeployError: a source could not run.
         """
 
-    def source(self, artifact: Path, manifest: Mapping[str, Any], kernels: str = "strict") -> Source:
+    def source(self, artifact: Path, manifest: Manifest, kernels: str = "strict") -> Source:
         """The artifact as something that is compared.
 
         Args:
@@ -181,5 +182,5 @@ class Backend(Protocol):
     def kernel_names(self) -> Sequence[str]:
         """What `source` takes; the first is what an evaluation takes unless told otherwise."""
 
-    def rounds(self, manifest: Mapping[str, Any]) -> bool:
+    def rounds(self, manifest: Manifest) -> bool:
         """Whether strict graphs round activations or the cache, so that two of them repeat no number."""

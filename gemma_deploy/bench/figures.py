@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_deploy import child
-from gemma_deploy.artifact.manifest import Artifact
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends import backend_of
 from gemma_deploy.backends.onnxruntime.genai import require_genai
 from gemma_deploy.backends.tvm_vacc.contract import StaticContract, read_contract
@@ -44,7 +44,7 @@ class Limits:
 def limits(artifact: Artifact) -> Limits:
     """Of an artifact of either kind."""
     if backend_of(artifact.manifest).runs_in_genai:
-        context = int(artifact.manifest["contract"]["context"])
+        context = artifact.manifest.contract.context
         return Limits(context - 1, context)
     contract: StaticContract = read_contract(artifact.path, artifact.manifest)
     if contract.dynamic:
@@ -118,7 +118,7 @@ def measure(
     bandwidth = max(bandwidth, bandwidth_bytes_s(threads))
     read, speed = weight_bytes(artifact) + room.cache_bytes, _median(decode)
     return {
-        "artifact": artifact.manifest["name"],
+        "artifact": artifact.manifest.name,
         "runtime": "onnxruntime-genai" if genai else "static",
         "prompt_tokens": prompt_tokens,
         "decode_after_tokens": after,
@@ -130,7 +130,7 @@ def measure(
         "prefill_tok_s": _median(prefill),
         "decode_tok_s": speed,
         "artifact_bytes": artifact_bytes(artifact),
-        "weight_bytes": sum(row.nbytes for row in artifact.params.rows),
+        "weight_bytes": sum(row.nbytes for row in artifact.manifest.table.rows),
         "bytes_per_token": read,
         "bandwidth_bytes_s": bandwidth,
         "share_of_bandwidth": None if speed is None else read * speed / _rows(artifact) / bandwidth,
@@ -174,7 +174,7 @@ def _median(values: Sequence[float]) -> float | None:
 
 def _rows(artifact: Artifact) -> int:
     """Sequences that a decode step serves while it reads the weights once."""
-    return 1 if backend_of(artifact.manifest).runs_in_genai else int(artifact.manifest["contract"]["batch"])
+    return 1 if backend_of(artifact.manifest).runs_in_genai else artifact.manifest.contract.batch
 
 
 def _processor() -> str:

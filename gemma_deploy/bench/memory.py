@@ -7,7 +7,7 @@ used of it.
 from __future__ import annotations
 
 from gemma_deploy import child
-from gemma_deploy.artifact.manifest import Artifact
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.errors import DeployError
 
 BANDWIDTH = """
@@ -42,9 +42,9 @@ def weight_bytes(artifact: Artifact) -> int:
     Every tensor but the rotary tables, of which it reads a row; and the token table only as LM head, so not at all
     where the head is a tensor of its own.
     """
-    tied = artifact.manifest["model"]["tie_word_embeddings"]
+    tied = artifact.manifest.model.tie_word_embeddings
     skipped = ("model.rotary_emb.",) if tied else ("model.rotary_emb.", "model.embed_tokens.")
-    return sum(row.nbytes for row in artifact.params.rows if not row.name.startswith(skipped))
+    return sum(row.nbytes for row in artifact.manifest.table.rows if not row.name.startswith(skipped))
 
 
 def artifact_bytes(artifact: Artifact) -> int:

@@ -19,7 +19,7 @@ from gemma_deploy.generation import (
 )
 
 if TYPE_CHECKING:
-    from gemma_deploy.artifact.manifest import Artifact
+    from gemma_deploy.artifact.opened import Artifact
     from gemma_deploy.runtime import Sampling, Tokenizer
     from gemma_deploy.runtime.chat import Conversation, Session
 

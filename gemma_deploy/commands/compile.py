@@ -67,7 +67,7 @@ def command(
     )
     if result.reused:
         click.echo(f"nothing has changed: {result.path} is up to date")
-    verdict = "not run: nothing is proven" if result.parity is None else result.parity["summary"]
+    verdict = "not run: nothing is proven" if result.parity is None else result.parity.summary
     click.echo(f"parity  {verdict}")
     click.echo(f"artifact  {result.path}")
 

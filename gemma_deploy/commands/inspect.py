@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
+
+from gemma_deploy.artifact.manifest import GraphRecord, Manifest
+from gemma_deploy.params.table import lowest_sqnr
 
 MIB = 1 << 20
 EPILOG = """\b
@@ -26,16 +30,17 @@ def command(path: str, params: bool, as_json: bool) -> None:
 
     Exit 1 when files of an artifact are missing or cut short.
     """
-    from gemma_deploy.artifact.check import PARAMS, file_problems, open_complete, refuse
+    from gemma_deploy.artifact.check import PARAMS, file_problems, refuse
     from gemma_deploy.artifact.manifest import MANIFEST
+    from gemma_deploy.artifact.opened import Artifact
     from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint
     from gemma_deploy.reading import exists
 
     is_artifact = any(exists(Path(path) / name) for name in (MANIFEST, PARAMS))  # PARAMS alone: an unfinished one
-    artifact = open_complete(path) if is_artifact else None
+    artifact = Artifact.open(path) if is_artifact else None
     if artifact is not None:
         manifest = artifact.manifest
-        facts, tensors = artifact_facts(manifest), manifest["params"]
+        facts, tensors = artifact_facts(manifest), manifest.table.to_json()
     else:
         checkpoint = Checkpoint.open(resolve_checkpoint(path))
         facts = checkpoint_facts(checkpoint)
@@ -51,56 +56,53 @@ def command(path: str, params: bool, as_json: bool) -> None:
         refuse(artifact, file_problems(artifact, hashes=False))
 
 
-def artifact_facts(manifest: dict[str, Any]) -> dict[str, Any]:
+def artifact_facts(manifest: Manifest) -> dict[str, Any]:
     """The manifest without its longest parts, and sums over them."""
     from gemma_deploy.artifact.report import sensitive_rows
 
-    contract, parity = manifest["contract"], manifest["parity"]
-    sqnr = {row["name"]: row["sqnr_db"] for row in manifest["params"] if row.get("sqnr_db") is not None}
-    worst = min(sqnr, key=lambda name: sqnr[name]) if sqnr else None
+    contract, parity, worst = manifest.contract, manifest.parity, lowest_sqnr(manifest.params)
     return {
         "artifact": {
-            "name": manifest["name"],
-            "scheme": manifest["scheme"] + (", int8 KV cache" if manifest.get("int8_cache") else ""),
-            "model": f"{manifest['model']['model_type']}, {manifest['model']['num_hidden_layers']} layers",
-            "checkpoint": f"{manifest['checkpoint']['path']} ({manifest['checkpoint']['format']})",
-            "batch, prefill, context": f"{contract['batch']}, {contract['prefill']}, {contract['context']}"
-            + (" (dynamic: any batch, largest lengths)" if contract["dynamic"] else ""),
-            "parity": parity["summary"] if parity else "not run: nothing is proven",
+            "name": manifest.name,
+            "scheme": manifest.scheme + (", int8 KV cache" if manifest.int8_cache else ""),
+            "model": f"{manifest.model.model_type}, {manifest.model.num_hidden_layers} layers",
+            "checkpoint": f"{manifest.checkpoint.path} ({manifest.checkpoint.format})",
+            "batch, prefill, context": f"{contract.batch}, {contract.prefill}, {contract.context}"
+            + (" (dynamic: any batch, largest lengths)" if contract.dynamic else ""),
+            "parity": parity.summary if parity else "not run: nothing is proven",
             "layers that cost most alone": ", ".join(
                 f"{row['layer']} (KL {row['kl']:.2g})" for row in sensitive_rows(manifest, 3)
             )
             or "not measured",
-            "lowest SQNR": f"{sqnr[worst]:.2f} dB, {worst}" if worst else "nothing is quantized",
+            "lowest SQNR": f"{worst.sqnr_db:.2f} dB, {worst.name}" if worst else "nothing is quantized",
         },
         "parts": part_rows(manifest),
-        "graphs": [port for graph in contract["graphs"] for port in _ports(graph, contract["graphs"][graph])],
-        "parameters": sizes((row["dtype"], row["nbytes"]) for row in manifest["params"]),
+        "graphs": [port for graph, found in contract.graphs.items() for port in _ports(graph, found)],
+        "parameters": sizes((row.dtype, row.nbytes) for row in manifest.params),
         "operators": [
-            {"operator": op, **{graph: census.get(op, 0) for graph, census in manifest["op_census"].items()}}
-            for op in sorted({op for census in manifest["op_census"].values() for op in census})
+            {"operator": op, **{graph: census.get(op, 0) for graph, census in manifest.op_census.items()}}
+            for op in sorted({op for census in manifest.op_census.values() for op in census})
         ],
         "ledger": [
-            {"what": entry["what"], "where": entry["where"], "effect": _plain(entry["effect"])}
-            for entry in manifest["ledger"]
+            {"what": entry.what, "where": entry.where, "effect": _plain(entry.effect)} for entry in manifest.ledger
         ],
         "stages": [
-            {"stage": one["name"], "seconds": round(one["seconds"], 2), "peak MiB": one["peak_rss_bytes"] // MIB}
-            for one in manifest["stages"]
+            {"stage": one.name, "seconds": round(one.seconds, 2), "peak MiB": one.peak_rss_bytes // MIB}
+            for one in manifest.stages
         ],
-        "made with": manifest["tool"],
+        "made with": manifest.tool,
     }
 
 
-def part_rows(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+def part_rows(manifest: Manifest) -> list[dict[str, Any]]:
     """Stages and ranks of a divided artifact."""
     rows = []
-    for part in manifest["parts"]:
-        own = [row["nbytes"] for row in manifest["params"] if Path(row["file"]).parent.as_posix() == part["folder"]]
-        first, stop = part["layers"]
-        rank = f"{part['rank']} of {part['ranks']}"
+    for part in manifest.parts:
+        own = [row.nbytes for row in manifest.params if Path(row.file).parent.as_posix() == part.folder]
+        first, stop = part.layers
+        rank = f"{part.rank} of {part.ranks}"
         rows.append(
-            {"part": part["folder"], "layers": f"{first} to {stop - 1}", "rank": rank, "tensors": len(own)}
+            {"part": part.folder, "layers": f"{first} to {stop - 1}", "rank": rank, "tensors": len(own)}
             | {"MiB": round(sum(own) / MIB, 2)}
         )
     return rows
@@ -146,17 +148,17 @@ def sizes(tensors: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _ports(graph: str, ports: dict[str, Any]) -> list[dict[str, Any]]:
+def _ports(graph: str, record: GraphRecord) -> list[dict[str, Any]]:
     """Inputs and outputs of a graph, its caches as one row, and their scales as another."""
     rows = []
-    for side in ("inputs", "outputs"):
-        caches = [port for port in ports[side] if port["name"].startswith(("past_key_values.", "present."))]
-        plain = [port for port in ports[side] if port not in caches]
-        for dtype in dict.fromkeys(port["dtype"] for port in caches):
-            alike = [port for port in caches if port["dtype"] == dtype]
-            plain.append({**alike[0], "name": f"{alike[0]['name']} ... ({len(alike)} in all)"})
+    for side, ports in (("inputs", record.inputs), ("outputs", record.outputs)):
+        caches = [port for port in ports if port.name.startswith(("past_key_values.", "present."))]
+        plain = [port for port in ports if port not in caches]
+        for dtype in dict.fromkeys(port.dtype for port in caches):
+            alike = [port for port in caches if port.dtype == dtype]
+            plain.append(replace(alike[0], name=f"{alike[0].name} ... ({len(alike)} in all)"))
         rows += [
-            {"graph": graph, "side": side, "name": port["name"], "dtype": port["dtype"], "shape": str(port["shape"])}
+            {"graph": graph, "side": side, "name": port.name, "dtype": port.dtype, "shape": str(list(port.shape))}
             for port in plain
         ]
     return rows

@@ -20,7 +20,7 @@ from gemma_deploy.generation import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from gemma_deploy.artifact.manifest import Artifact
+    from gemma_deploy.artifact.opened import Artifact
     from gemma_deploy.runtime import Sampling
     from gemma_deploy.runtime.generate import GenerationStats, Prompt
 

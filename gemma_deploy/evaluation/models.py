@@ -13,7 +13,8 @@ from typing import Literal
 import numpy as np
 
 from gemma_deploy.artifact.check import PARAMS, byte_problems, open_whole, refuse
-from gemma_deploy.artifact.manifest import MANIFEST, Artifact
+from gemma_deploy.artifact.manifest import MANIFEST
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends import backend_of
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError, UsageError
@@ -66,7 +67,7 @@ class Model:
     def to_json(self) -> dict[str, str]:
         """What identifies it."""
         if self.artifact is not None:
-            identity = {"key": str(self.artifact.manifest.get("key")), "kernels": self.kernels}
+            identity = {"key": self.artifact.manifest.key, "kernels": self.kernels}
         else:
             assert self.checkpoint is not None
             identity = {"fingerprint": self.checkpoint.fingerprint(times=False)}
@@ -194,17 +195,17 @@ def _open_artifact(path: Path, kernels: str | None = None) -> Model:
         )
     refuse(artifact, byte_problems(artifact))  # the figures of a damaged one would be believed
     kernels = kernels or backend.kernel_names[0]
-    contract = artifact.manifest["contract"]
-    dynamic = contract["dynamic"]
+    contract = artifact.manifest.contract
+    dynamic = contract.dynamic
     return Model(
         path,
         "artifact",
-        artifact.manifest["scheme"],
-        1 if dynamic else contract["batch"],
-        None if dynamic else contract["prefill"],
-        contract["prefill"],
-        contract["vocab_size"],
-        artifact.manifest["recipe"]["frontend"]["model_kwargs"]["embed_scale"],
+        artifact.manifest.scheme,
+        1 if dynamic else contract.batch,
+        None if dynamic else contract.prefill,
+        contract.prefill,
+        contract.vocab_size,
+        artifact.manifest.embed_scale,
         backend.source(path, artifact.manifest, kernels),
         artifact=artifact,
         kernels=kernels,

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_deploy.artifact.check import open_complete
-from gemma_deploy.artifact.manifest import MANIFEST, refuse_problems
+from gemma_deploy.artifact.manifest import MANIFEST, FileFacts, Manifest
+from gemma_deploy.artifact.opened import Artifact, refuse_problems
 from gemma_deploy.artifact.report import REPORT, report_page
 from gemma_deploy.errors import ArtifactError, BusyError, UsageError
 from gemma_deploy.evaluation.schema import evaluation_problems
@@ -72,20 +72,20 @@ def _finish(artifact: Path) -> None:
     for name in (EVAL, REPORT):
         half = artifact / (name + HALF)
         if half.is_file():
-            facts = open_complete(artifact).manifest["files"].get(name, {})
-            if facts.get("sha256") == _sha256(read_bytes(half, EVAL_FILE)):
+            facts = Artifact.open(artifact).manifest.files.get(name)
+            if facts is not None and facts.sha256 == _sha256(read_bytes(half, EVAL_FILE)):
                 half.replace(artifact / name)
             else:  # killed before the manifest knew it
                 half.unlink()
 
 
-def results_of(artifact: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+def results_of(artifact: Path, manifest: Manifest) -> list[dict[str, Any]]:
     """Results recorded so far.
 
     Raises:
         ArtifactError: eval.json is missing or damaged.
     """
-    if EVAL not in manifest["files"]:
+    if EVAL not in manifest.files:
         return []
     content = read_object(artifact / EVAL, EVAL_FILE)
     refuse_problems(artifact / EVAL, evaluation_problems(content))
@@ -103,17 +103,18 @@ def record(artifact: Path, result: Mapping[str, Any]) -> Path:
     lock = Lock(artifact)
     try:
         _finish(artifact)
-        manifest = open_complete(artifact).manifest
+        manifest = Artifact.open(artifact).manifest
         older = results_of(artifact, manifest)
         kept = [one for one in older if any(one.get(key) != result[key] for key in QUESTION)]
         results = [*kept, finite(dict(result))]
         content = json_text({"format_version": FORMAT_VERSION, "results": results}, sort_keys=False, ensure_ascii=False)
         files = {EVAL: content, REPORT: report_page(manifest, results)}
+        known = dict(manifest.files)
         for name, text in files.items():
             raw = text.encode("utf-8", "backslashreplace")
             write_bytes(artifact / (name + HALF), raw)
-            manifest["files"][name] = {"bytes": len(raw), "sha256": _sha256(raw)}
-        write_json(artifact / MANIFEST, finite(manifest))
+            known[name] = FileFacts(bytes=len(raw), sha256=_sha256(raw))
+        write_json(artifact / MANIFEST, manifest.but(files=known).to_json())
         for name in files:
             (artifact / (name + HALF)).replace(artifact / name)
         sync(artifact)

@@ -1,4 +1,4 @@
-"""What eval.json holds, as far as the report reads it; see artifact/schema.py."""
+"""What eval.json holds, as far as the report reads it; see bounds.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from gemma_deploy.artifact.schema import Count, Part, Point, problems_of
+from gemma_deploy.bounds import Count, Part, Point, problems_of
 
 
 class Against(Part):

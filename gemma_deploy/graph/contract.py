@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from gemma_deploy.bounds import Count
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.partition import Part
 from gemma_deploy.partition.ranks import kv_heads_of
@@ -34,7 +35,7 @@ class Port:
 
     name: str
     dtype: str
-    shape: tuple[int | str, ...]
+    shape: tuple[Count | str, ...]
 
 
 @dataclass(frozen=True)

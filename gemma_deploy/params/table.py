@@ -11,8 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
+
+from gemma_deploy.bounds import Bytes, Dtype, Inside, Size
 from gemma_deploy.params.layout import header_bytes
 
 HASH_BLOCK_BYTES = 1 << 20
@@ -30,16 +33,16 @@ class ParamRow:
         signal_energy: sum of squares of what was quantized, so that errors of several tensors can be added up.
     """
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
+    name: Annotated[str, Field(min_length=1, pattern=r"^[^.].*\.")]
+    dtype: Dtype
+    shape: Annotated[tuple[Size, ...], Field(min_length=1, max_length=8)]
+    offset: Bytes
+    nbytes: Bytes
     sha256: str
     scheme: str
     sqnr_db: float | None = None
     signal_energy: float | None = None
-    file: str = "params.safetensors"
+    file: Inside = "params.safetensors"
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,12 @@ class ParamTable:
     def from_json(cls, rows: Iterable[dict[str, Any]]) -> ParamTable:
         """The inverse of `to_json`."""
         return cls(tuple(row_from_json(row) for row in rows))
+
+
+def lowest_sqnr(rows: Iterable[ParamRow]) -> ParamRow | None:
+    """The quantized tensor that lost most; None where nothing is quantized."""
+    measured = ((row.sqnr_db, row) for row in rows if row.sqnr_db is not None)
+    return min(measured, key=lambda pair: pair[0], default=(0.0, None))[1]
 
 
 def row_from_json(row: dict[str, Any]) -> ParamRow:

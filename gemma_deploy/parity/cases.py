@@ -4,10 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from gemma_deploy.checkpoint.config import ModelConfig
+
+
+class Sizes(Protocol):
+    """Of an artifact's graphs: rows, new tokens of a prompt, all tokens. A manifest's contract has them."""
+
+    @property
+    def batch(self) -> int: ...  # noqa: D102
+    @property
+    def prefill(self) -> int: ...  # noqa: D102
+    @property
+    def context(self) -> int: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class GivenSizes:
+    """`Sizes` of no artifact."""
+
+    batch: int
+    prefill: int
+    context: int
 
 
 @dataclass(frozen=True)

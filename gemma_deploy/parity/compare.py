@@ -18,7 +18,7 @@ from gemma_deploy import paths
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import UsageError
 from gemma_deploy.machine import give_memory_back
-from gemma_deploy.parity.cases import Case, make_cases, prompt_length
+from gemma_deploy.parity.cases import Case, Sizes, make_cases, prompt_length
 from gemma_deploy.parity.gates import Gate, Line, judge
 from gemma_deploy.parity.metrics import Comparison, Metrics
 from gemma_deploy.parity.sources import Features, Source
@@ -187,19 +187,19 @@ def judged(gates: Sequence[Gate], found: Mapping[tuple[str, str], Pair]) -> list
 
 def cases_for(
     checkpoint: Checkpoint,
-    contract: Mapping[str, Any],
+    sizes: Sizes,
     text: str | Path | None,
     prompt_tokens: int,
     decode_tokens: int,
     notes: list[str],
 ) -> list[Case]:
     """Cases that fit the artifact; what they do not cover goes into `notes`."""
-    length, sentence = prompt_length(checkpoint.config, contract["prefill"], prompt_tokens)
-    steps = min(decode_tokens, contract["context"] - contract["prefill"])
+    length, sentence = prompt_length(checkpoint.config, sizes.prefill, prompt_tokens)
+    steps = min(decode_tokens, sizes.context - sizes.prefill)
     notes += [sentence] if sentence else []
     if steps < decode_tokens:
         notes.append(f"{steps} decode steps instead of {decode_tokens}: the context has no room for more after prefill")
-    tokens = text_tokens(checkpoint, text, contract["batch"] * (length + steps), notes)
+    tokens = text_tokens(checkpoint, text, sizes.batch * (length + steps), notes)
     if tokens is not None and len(tokens) < steps + 2:
         raise UsageError(
             f"has {len(tokens)} tokens, too few for {steps} decode steps",
@@ -207,7 +207,7 @@ def cases_for(
             expected=f"a text of at least {length + steps} tokens",
             next_step="give a longer text, or fewer --decode-tokens",
         )
-    return make_cases(checkpoint.config, batch=contract["batch"], length=length, steps=steps, text=tokens)
+    return make_cases(checkpoint.config, batch=sizes.batch, length=length, steps=steps, text=tokens)
 
 
 def text_tokens(checkpoint: Checkpoint, text: str | Path | None, wanted: int, notes: list[str]) -> Sequence[int] | None:

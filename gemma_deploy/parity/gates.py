@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from gemma_deploy.params.table import ParamRow
 from gemma_deploy.parity.metrics import Metrics
 from gemma_deploy.quantization.rescaling import FP16_MAX, HEADROOM, Rescaling
 from gemma_deploy.schemes import QUANTIZERS
@@ -120,7 +121,7 @@ def headroom_line(absmax: Mapping[str, float], rescaling: Rescaling) -> Line:
     return Line("hf", name, factor, HEADROOM, factor >= HEADROOM)
 
 
-def sqnr_line(rows: Sequence[Mapping[str, Any]]) -> Line:
+def sqnr_line(rows: Sequence[ParamRow]) -> Line:
     """The worst decoder layer: signal to quantization noise ratio over its seven matrices together, in dB.
 
     One matrix alone may lie lower: 37.85 dB is the best that one scale per row gives layers.5.self_attn.k_proj of the
@@ -130,9 +131,9 @@ def sqnr_line(rows: Sequence[Mapping[str, Any]]) -> Line:
     """
     energies: dict[int, tuple[float, float]] = {}
     for row in rows:
-        if row.get("signal_energy") is not None and ".layers." in str(row["name"]):
-            layer, signal = int(str(row["name"]).split(".")[2]), float(row["signal_energy"])
-            noise = 0.0 if row["sqnr_db"] is None else signal / 10 ** (float(row["sqnr_db"]) / 10)
+        if row.signal_energy is not None and ".layers." in row.name:
+            layer, signal = int(row.name.split(".")[2]), row.signal_energy
+            noise = 0.0 if row.sqnr_db is None else signal / 10 ** (row.sqnr_db / 10)
             before = energies.get(layer, (0.0, 0.0))
             energies[layer] = (before[0] + signal, before[1] + noise)
     ratios = {

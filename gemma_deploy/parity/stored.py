@@ -8,17 +8,15 @@ manifest's table that says where they lie.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.checkpoint import Checkpoint, TensorInfo
 from gemma_deploy.params.plan import COLUMN_SCALE, ParamSpec, build_plan
-from gemma_deploy.params.table import ParamRow, row_from_json
+from gemma_deploy.params.table import ParamRow
 from gemma_deploy.partition import parts_of
-from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import CodeForm, Scheme, Storage
 
 
@@ -30,16 +28,15 @@ class StoredWeights:
         artifact: directory; manifest: its manifest, or what will become it.
     """
 
-    def __init__(self, checkpoint: Checkpoint, artifact: Path, manifest: Mapping[str, Any]) -> None:
+    def __init__(self, checkpoint: Checkpoint, artifact: Path, manifest: Manifest) -> None:
         self.config, self.path, self.tensors = checkpoint.config, artifact, checkpoint.tensors
-        recipe, context = manifest["recipe"], manifest["contract"]["context"]
-        rows = {(row["file"], row["name"]): row_from_json(row) for row in manifest["params"]}
-        points = tuple(recipe.get("split", {}).get("points", ()))
-        parts = parts_of(self.config.num_hidden_layers, points, recipe["frontend"]["model_kwargs"]["tp"])
-        scheme = Scheme(manifest["scheme"]).form
-        storage = Storage.from_json(manifest["storage"]) if manifest["storage"] else Storage()
-        rescaling = Rescaling.of_manifest(manifest)
-        form = CodeForm(turned=bool((manifest.get("kernels") or {}).get("integer")))
+        recipe, context = manifest.recipe, manifest.contract.context
+        rows = {(row.file, row.name): row for row in manifest.params}
+        parts = parts_of(self.config.num_hidden_layers, recipe.split.points, recipe.frontend.model_kwargs.tp)
+        scheme = Scheme(manifest.scheme).form
+        storage = manifest.storage or Storage()
+        rescaling = manifest.rescaling
+        form = CodeForm(turned=manifest.kernels is not None and manifest.kernels.integer)
         self._scales: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[str, list[tuple[Path, ParamRow, ParamSpec]]] = {}
         for part in parts:

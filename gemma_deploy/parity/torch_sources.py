@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.parity.gates import TWINS
 from gemma_deploy.parity.reference import TorchSource
@@ -14,14 +13,14 @@ from gemma_deploy.schemes import Scheme, Storage
 
 
 def torch_sources(
-    opened: Checkpoint, artifact: Path, manifest: Mapping[str, Any]
+    opened: Checkpoint, artifact: Path, manifest: Manifest
 ) -> tuple[TorchSource, TorchSource, TorchSource]:
     """hf, patched, and the twin: the patched model with the artifact's own weights, where those are codes."""
-    scheme, scale = str(manifest["scheme"]), manifest["recipe"]["frontend"]["model_kwargs"]["embed_scale"]
+    scheme, scale = manifest.scheme, manifest.embed_scale
     hf = TorchSource(opened, "hf", "bf16" if scheme == "bf16" else "fp32", scale)
     patched = TorchSource(opened, "patched", "bf16" if scheme == "bf16" else "fp32", scale)
     twin = patched
-    if scheme == "w8a16" and Storage.from_json(manifest["storage"]) == Storage():
+    if scheme == "w8a16" and manifest.storage == Storage():
         twin = TorchSource(opened, "patched", "w8a16", scale)
     elif Scheme(scheme).codes:
         twin = TorchSource(StoredWeights(opened, artifact, manifest), "patched", "fp32", scale, name=TWINS[scheme])

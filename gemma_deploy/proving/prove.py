@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends import backend_of
 from gemma_deploy.backends.base import Proof
 from gemma_deploy.checkpoint import Checkpoint
@@ -14,7 +13,7 @@ from gemma_deploy.parity.compare import ParityResult, Report, cases_for
 from gemma_deploy.parity.gates import sqnr_line
 from gemma_deploy.parity.stored import StoredWeights
 from gemma_deploy.parity.weights import weights_line
-from gemma_deploy.schemes import QUANTIZERS, Storage
+from gemma_deploy.schemes import QUANTIZERS
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +22,7 @@ def run_parity(
     artifact: Path,
     checkpoint: str | Path | Checkpoint,
     *,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     text: str | Path | None = None,
     prompt_tokens: int = 64,
     decode_tokens: int = 32,
@@ -44,13 +43,13 @@ def run_parity(
     """
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     result = ParityResult()
-    cases = cases_for(opened, manifest["contract"], text, prompt_tokens, decode_tokens, result.notes)
+    cases = cases_for(opened, manifest.contract, text, prompt_tokens, decode_tokens, result.notes)
     proof = Proof(artifact, opened, manifest, tuple(cases), fast, report)
     backend_of(manifest).prove(proof, result)
     report("comparing weights")
-    stored, scale = StoredWeights(opened, artifact, manifest), manifest["recipe"]["frontend"]["model_kwargs"]
-    folded = manifest["scheme"] in QUANTIZERS
-    result.lines.append(weights_line(opened, stored, folded=folded, embed_scale=scale["embed_scale"]))
-    if manifest["storage"] and Storage.from_json(manifest["storage"]).linears.bits == 8:
-        result.lines.append(sqnr_line(manifest["params"]))
+    stored = StoredWeights(opened, artifact, manifest)
+    folded = manifest.scheme in QUANTIZERS
+    result.lines.append(weights_line(opened, stored, folded=folded, embed_scale=manifest.embed_scale))
+    if manifest.storage and manifest.storage.linears.bits == 8:
+        result.lines.append(sqnr_line(manifest.params))
     return result

@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
-from gemma_deploy.artifact.manifest import Artifact, newest_artifact
+from gemma_deploy.artifact.manifest import ProofRecord
+from gemma_deploy.artifact.opened import Artifact, newest_artifact
 from gemma_deploy.backends import backend_of
 from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint
 from gemma_deploy.errors import UsageError
+from gemma_deploy.parity.cases import GivenSizes
 from gemma_deploy.parity.compare import ParityResult, cases_for, compare_sources, judged, measures_of
 from gemma_deploy.parity.gates import Gate, relative
 from gemma_deploy.proving.prove import run_parity
@@ -35,11 +36,10 @@ class Request:
     fast: bool = False
     report: Callable[[str], None] = lambda line: None
 
-    def lengths(self, parity: dict[str, Any]) -> tuple[int, int]:
+    def lengths(self, parity: ProofRecord | None) -> tuple[int, int]:
         """Prompt and decode tokens, from here or from a recipe's `parity`."""
-        prompt = self.prompt_tokens or parity.get("prompt_tokens", 64)
-        decode = parity.get("decode_tokens", 32) if self.decode_tokens is None else self.decode_tokens
-        return prompt, decode
+        prompt, decode = (parity.prompt_tokens, parity.decode_tokens) if parity else (64, 32)
+        return self.prompt_tokens or prompt, decode if self.decode_tokens is None else self.decode_tokens
 
 
 def find_artifact(artifact: Path | None, workspace: Path) -> Path:
@@ -55,8 +55,8 @@ def artifact_stage(path: Path, checkpoint: str | None, request: Request) -> Pari
     """
     artifact = Artifact.open(path)
     opened = checkpoint_of(artifact, checkpoint)
-    prompt, decode = request.lengths(artifact.manifest["recipe"]["parity"])
-    text = request.text or artifact.manifest["recipe"]["parity"].get("text")
+    prompt, decode = request.lengths(artifact.manifest.recipe.parity)
+    text = request.text or artifact.manifest.recipe.parity.text
     return run_parity(
         path,
         opened,
@@ -79,7 +79,7 @@ def patched_stage(checkpoint: str, request: Request) -> ParityResult:
 
     opened = Checkpoint.open(resolve_checkpoint(checkpoint))
     result = ParityResult()
-    prompt, decode = request.lengths({})
+    prompt, decode = request.lengths(None)
     longest = opened.config.max_position_embeddings
     if decode >= longest:
         raise UsageError(
@@ -88,8 +88,8 @@ def patched_stage(checkpoint: str, request: Request) -> ParityResult:
             expected=f"fewer than the model's {longest} positions",
             next_step="compare fewer decode steps",
         )
-    contract = {"prefill": longest - decode, "context": longest, "batch": 1}
-    cases = cases_for(opened, contract, request.text, prompt, decode, result.notes)
+    sizes = GivenSizes(batch=1, prefill=longest - decode, context=longest)
+    cases = cases_for(opened, sizes, request.text, prompt, decode, result.notes)
     sources = {kind: TorchSource(opened, kind) for kind in ("hf", "patched")}
     result.lines = [alignment.config_line(opened), *alignment.tokenizer_lines(opened, request.text, result.notes)]
     result.lines += alignment.model_lines(opened, sources, cases, request.report, result.measures)
@@ -109,9 +109,9 @@ def two_artifacts(path: Path, other: Path, checkpoint: str | None, request: Requ
     """
     test, reference = Artifact.open(path), Artifact.open(other)
     differing = [
-        f"{key}: {test.manifest['contract'][key]} here, {reference.manifest['contract'][key]} there"
+        f"{key}: {here} here, {there} there"
         for key in ("batch", "prefill", "context", "vocab_size")
-        if test.manifest["contract"][key] != reference.manifest["contract"][key]
+        if (here := getattr(test.manifest.contract, key)) != (there := getattr(reference.manifest.contract, key))
     ]
     if differing:
         raise UsageError(
@@ -122,16 +122,13 @@ def two_artifacts(path: Path, other: Path, checkpoint: str | None, request: Requ
         )
     opened = checkpoint_of(test, checkpoint)
     result = ParityResult()
-    prompt, decode = request.lengths(test.manifest["recipe"]["parity"])
-    cases = cases_for(opened, test.manifest["contract"], request.text, prompt, decode, result.notes)
+    prompt, decode = request.lengths(test.manifest.recipe.parity)
+    cases = cases_for(opened, test.manifest.contract, request.text, prompt, decode, result.notes)
     opened_as = {"reference": reference, "strict": test}
     sources = {name: backend_of(one.manifest).source(one.path, one.manifest) for name, one in opened_as.items()}
     pair = ("reference", "strict")
     found = compare_sources(sources, [pair], cases, opened.config.vocab_size, request.report)
-    forms = [
-        (one["scheme"], one.get("int8_cache", False), backend_of(one).rounds(one))
-        for one in (test.manifest, reference.manifest)
-    ]
+    forms = [(one.scheme, one.int8_cache, backend_of(one).rounds(one)) for one in (test.manifest, reference.manifest)]
     same = forms[0] == forms[1] and not forms[0][2]  # see gates_of: where something is rounded, nothing is repeated
     gates = relative(SAME_SCHEME, pair) if same else (Gate(pair, "kl_mean", OTHER_SCHEME, ("text",), pooled=True),)
     result.lines, result.measures = judged(gates, found), measures_of(found)
@@ -144,7 +141,7 @@ def checkpoint_of(artifact: Artifact, given: str | None) -> Checkpoint:
     Raises:
         UsageError: it is not there any more, or has changed since.
     """
-    spec = given or artifact.manifest["recipe"]["frontend"]["checkpoint"]
+    spec = given or artifact.manifest.recipe.frontend.checkpoint
     path = resolve_checkpoint(spec)
     if absent := why_absent(path):
         raise UsageError(
@@ -153,7 +150,7 @@ def checkpoint_of(artifact: Artifact, given: str | None) -> Checkpoint:
             next_step="say where it is now with --checkpoint PATH",
         )
     checkpoint = Checkpoint.open(path)
-    if checkpoint.fingerprint(times=False) != artifact.manifest["checkpoint"]["fingerprint_without_times"]:
+    if checkpoint.fingerprint(times=False) != artifact.manifest.checkpoint.fingerprint_without_times:
         raise UsageError(
             "is not the checkpoint this artifact was made from (or has changed since)",
             where=str(path),

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gemma_deploy.architectures import Branch, LayerSpec, inner_modules
+from gemma_deploy.bounds import Exponent, Point
 from gemma_deploy.checkpoint import ModelConfig
 
 FP16_MAX = 65504.0
@@ -34,9 +35,9 @@ class Rescaling:
         absmax: largest magnitudes measured, of the true tensors.
     """
 
-    exponents: Mapping[str, int] = field(default_factory=dict)
+    exponents: Mapping[str, Exponent] = field(default_factory=dict)
     wide: tuple[str, ...] = ()
-    absmax: Mapping[str, float] = field(default_factory=dict)
+    absmax: Mapping[Point, float] = field(default_factory=dict)
 
     def of(self, point: str) -> int:
         """The exponent of a tensor."""
@@ -60,11 +61,6 @@ class Rescaling:
         """Plain JSON values, zeros left out."""
         nonzero = {point: e for point, e in self.exponents.items() if e}
         return {"exponents": nonzero, "wide": list(self.wide), "absmax": dict(self.absmax)}
-
-    @classmethod
-    def of_manifest(cls, manifest: Mapping[str, Any]) -> Rescaling:
-        """What an artifact was built with: nothing, unless it is float16."""
-        return cls.from_json(manifest["rescaling"]) if manifest.get("rescaling") else cls()
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Rescaling:

@@ -6,8 +6,9 @@ import logging
 import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.errors import UsageError
 from gemma_deploy.text import TextStream, Tokenizer
 
@@ -79,10 +80,9 @@ def check_context(tokens: int, context_length: int, where: str, before: int = 0)
         )
 
 
-def stop_token_ids(manifest: Mapping[str, Any] | None) -> tuple[int, ...]:
+def stop_token_ids(manifest: Manifest | None) -> tuple[int, ...]:
     """Every token that ends a text, from the manifest's `model.eos_token_ids`; empty without a manifest."""
-    ids = ((manifest or {}).get("model") or {}).get("eos_token_ids") or ()
-    return (int(ids),) if isinstance(ids, int) else tuple(int(token) for token in ids)
+    return manifest.model.eos_token_ids if manifest else ()
 
 
 def speak(

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.calibration.address import require_cluster
 from gemma_deploy.calibration.pipeline import Request, fit_to_sample, make_windows
 from gemma_deploy.checkpoint import Checkpoint
@@ -203,7 +204,7 @@ def calibrate_cache(job: Job, request: Request, out: Path, key: str, progress: T
 
 def layer_sensitivity(
     checkpoint: Checkpoint,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     window: Sequence[int],
     out: Path,
     key: str,
@@ -225,7 +226,7 @@ def layer_sensitivity(
         StoredWeights(checkpoint, out, manifest),
         window,
         out / QUANTIZED,
-        embed_scale=manifest["recipe"]["frontend"]["model_kwargs"]["embed_scale"],
+        embed_scale=manifest.embed_scale,
         progress=progress,
     )
     write_json(done, finite(found) | {"key": key})

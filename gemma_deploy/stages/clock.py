@@ -8,34 +8,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
+from gemma_deploy.estimates import StageTiming
 from gemma_deploy.machine import peak_rss_bytes, rss_bytes
 from gemma_deploy.progress import Silent, Tick, Watcher, ticks
-
-
-@dataclass
-class StageTiming:
-    """One stage, finished or failed.
-
-    Attributes:
-        seconds: wall time; bytes: written.
-        peak_rss_bytes: the highest the process has been up to its end, with what it held beside a child of its own.
-        skipped: a run before this one had done it.
-        child_rss_bytes: the highest of a child process; beside: it was at work during the stage before as well.
-        failed: it ended with an error.
-    """
-
-    name: str
-    seconds: float = 0.0
-    peak_rss_bytes: int = 0
-    bytes: int = 0
-    skipped: bool = False
-    note: str = ""
-    child_rss_bytes: int = 0
-    beside: bool = False
-    failed: bool = False
 
 
 class StageClock:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.job import Job
 from gemma_deploy.parity.gates import STORED_WEIGHTS
 from gemma_deploy.schemes import Scheme
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from gemma_deploy.parity.compare import ParityResult
 
 
-def run_gate(job: Job, out: Path, manifest: Mapping[str, Any], report: Callable[[str], None]) -> ParityResult:
+def run_gate(job: Job, out: Path, manifest: Manifest, report: Callable[[str], None]) -> ParityResult:
     """Prove the artifact in `out`, finished or not.
 
     Args:

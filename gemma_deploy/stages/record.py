@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gemma_deploy.artifact.manifest import FORMAT_VERSION, op_census, tool_versions
+from gemma_deploy.artifact.manifest import FORMAT_VERSION, Manifest, op_census, tool_versions
 from gemma_deploy.graph.contract import GraphContract
 from gemma_deploy.job import Job
 from gemma_deploy.params import ParamTable
@@ -25,43 +24,42 @@ def describe(
     table: ParamTable,
     rescaling: Rescaling | None,
     quantized: Quantized | None,
-) -> dict[str, Any]:
+) -> Manifest:
     """The manifest, without parity, stages and file hashes."""
     config, kept = job.config, quantized.kept if quantized else None
-    manifest: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "name": job.name,
-        "key": key,
-        "tool": tool_versions(),
-        "recipe": dict(job.record),
-        "carried_for_the_vendor": list(job.carried),
-        "checkpoint": {
-            "path": job.checkpoint.path.name,
-            "format": job.checkpoint.format,
-            "fingerprint": job.checkpoint.fingerprint(),
-            "fingerprint_without_times": job.checkpoint.fingerprint(times=False),
-        },
-        "model": config.to_dict(),
-        "scheme": job.scheme.weights,
-        "int8_cache": job.scheme.int8_cache,
-        "storage": job.storage.to_json() if job.scheme.codes else None,
-        "contract": job.contract.to_json(),
-        "parts": [describe_part(part, job.contract) for part in job.parts] if len(job.parts) > 1 else [],
-        "op_census": {file.removesuffix(".onnx"): op_census(out / file) for file in job.graph_files},
-        "calibration": dataset,
-        "quantization": quantized.to_json() if quantized else None,
-        "params": table.to_json(),
-        "rescaling": None if rescaling is None else rescaling.to_json(),
-        "kernels": job.backend.kernels(job.spec, config, kept),
-        "parity": None,
-        "stages": [],
-    }
-    return manifest | {"ledger": ledger_of(job, manifest)}
-
-
-def ledger_of(job: Job, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every place where the artifact may differ from the reference, as JSON."""
-    return [asdict(entry) for entry in job.backend.ledger(manifest)]
+    manifest = Manifest.of(
+        {
+            "format_version": FORMAT_VERSION,
+            "name": job.name,
+            "key": key,
+            "tool": tool_versions(),
+            "recipe": dict(job.record),
+            "carried_for_the_vendor": list(job.carried),
+            "checkpoint": {
+                "path": job.checkpoint.path.name,
+                "format": job.checkpoint.format,
+                "fingerprint": job.checkpoint.fingerprint(),
+                "fingerprint_without_times": job.checkpoint.fingerprint(times=False),
+            },
+            "model": config.to_dict(),
+            "scheme": job.scheme.weights,
+            "int8_cache": job.scheme.int8_cache,
+            "storage": job.storage.to_json() if job.scheme.codes else None,
+            "contract": job.contract.to_json(),
+            "parts": [describe_part(part, job.contract) for part in job.parts] if len(job.parts) > 1 else [],
+            "op_census": {file.removesuffix(".onnx"): op_census(out / file) for file in job.graph_files},
+            "calibration": dataset,
+            "quantization": quantized.to_json() if quantized else None,
+            "params": table.to_json(),
+            "rescaling": None if rescaling is None else rescaling.to_json(),
+            "kernels": job.backend.kernels(job.spec, config, kept),
+            "parity": None,
+            "stages": [],
+            "ledger": [],
+            "files": {},
+        }
+    )
+    return manifest.but(ledger=job.backend.ledger(manifest))
 
 
 def describe_part(part: Part, contract: GraphContract) -> dict[str, Any]:

@@ -9,28 +9,21 @@ from pathlib import Path
 import pytest
 
 from gemma_deploy.artifact.commit import ArtifactDir
-from gemma_deploy.artifact.manifest import FORMAT_VERSION, newest_artifact
+from gemma_deploy.artifact.opened import newest_artifact
 from gemma_deploy.errors import ArtifactError, BusyError, DeployError, UsageError
 from tests.killing import killer
+from tests.manifests import manifest
 
-MANIFEST = {
-    "format_version": FORMAT_VERSION,
-    "name": "n",
-    "scheme": "fp32",
-    "contract": {},
-    "params": [],
-    "model": {},
-    "parity": {"passed": True},
-}
+PROVEN = {"passed": True, "summary": "passed", "lines": []}
 
 
-def make(out, key="k", manifest=MANIFEST, **options):
+def make(out, key="k", parity=PROVEN, **options):
     """A compile whose only stage writes one file, unless the artifact is finished."""
     with ArtifactDir(out, key=key, **options) as directory:
         if directory.finished:
             return False
         (directory.path / "iter0.onnx").write_text(key)
-        directory.commit(manifest | {"key": key})
+        directory.commit(manifest(key=key, parity=parity))
     return True
 
 
@@ -68,7 +61,7 @@ def test_what_is_no_artifact_is_not_touched(tmp_path):
 
 
 def test_unproven_is_not_enough_where_proof_is_asked_for(tmp_path):
-    make(tmp_path / "a", manifest=MANIFEST | {"parity": None})
+    make(tmp_path / "a", parity=None)
     assert not make(tmp_path / "a")
     assert make(tmp_path / "a", proven=True)
     assert not make(tmp_path / "a", proven=True)
@@ -165,7 +158,6 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from gemma_deploy.artifact.commit import ArtifactDir
-from gemma_deploy.artifact.manifest import newest_artifact
 with ArtifactDir(Path(sys.argv[1]), key="k"):
     print("locked", flush=True)
     time.sleep(60)

@@ -5,14 +5,16 @@ import shutil
 
 import pytest
 
-from gemma_deploy.artifact.check import open_complete, open_whole
+from gemma_deploy.artifact.check import open_whole
 from gemma_deploy.artifact.commit import ArtifactDir
-from gemma_deploy.artifact.schema import inside
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime.genai_config import genai_config, read_genai_config
+from gemma_deploy.bounds import inside
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.cli import main
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.testing import TINY_CONFIGS
+from tests.manifests import plain_manifest
 
 OUTSIDE = ["../x", "../../x", "/etc/passwd", "a/../../x", "a/..", "..", ".", "", "/", "a//x", "./x", "x/", "a\0b"]
 
@@ -39,7 +41,7 @@ EDITS = {
     "params.0.file": lambda name: lambda m: m["params"][0].update(file=name),
     "parts.0.folder": lambda name: (
         lambda m: m["parts"].append(
-            {"folder": name, "stage": "top", "layers": [0, 1], "rank": 0, "ranks": 1, "contract": {}}
+            {"folder": name, "stage": "top", "layers": [0, 1], "rank": 0, "ranks": 1, "contract": m["contract"]}
         )
     ),
     "contract.graphs": lambda name: lambda m: m["contract"]["graphs"].update({name: {"inputs": [], "outputs": []}}),
@@ -52,7 +54,7 @@ def test_a_manifest_that_names_something_outside_is_refused(demo_copy, where, na
     open_whole(demo_copy)
     change(demo_copy, EDITS[where](name))
     with pytest.raises(ArtifactError, match="is damaged") as caught:
-        open_complete(demo_copy)
+        Artifact.open(demo_copy)
     assert any(problem.startswith(where) for problem in caught.value.problems), caught.value.problems
 
 
@@ -76,7 +78,7 @@ def test_links_that_lead_out_are_refused(demo_copy, name):
         file.rename(elsewhere / name)
     file.symlink_to(elsewhere / name)
     with pytest.raises(ArtifactError, match="links lead out of it") as caught:
-        open_complete(demo_copy)
+        Artifact.open(demo_copy)
     assert caught.value.problems == (f"{name} leads to {elsewhere / name}",)
 
 
@@ -86,23 +88,22 @@ def test_so_are_folders_and_links_that_lead_nowhere(demo_copy):
     (demo_copy / "gone").symlink_to("../nowhere")
     (demo_copy / "round").symlink_to("round")
     with pytest.raises(ArtifactError) as caught:
-        open_complete(demo_copy)
+        Artifact.open(demo_copy)
     assert [problem.split(" leads")[0] for problem in caught.value.problems] == ["deep/bottom", "gone"]
 
 
 def test_links_inside_and_to_the_artifact_are_no_matter(demo_copy):
     (demo_copy / "inner").symlink_to("manifest.json")
     (demo_copy.parent / "link").symlink_to(demo_copy)
-    assert open_complete(demo_copy.parent / "link").manifest["name"]
+    assert Artifact.open(demo_copy.parent / "link").manifest.name
 
 
 @pytest.mark.parametrize("files", [[], "x", 3, {"a": 3}, {"a": {"bytes": "1", "sha256": ""}}, {"../a": {}}, None])
 def test_a_list_of_files_that_is_none_is_a_damaged_artifact_for_compile(tmp_path, files):
     out = tmp_path / "a"
     out.mkdir()
-    keys = {"format_version": 2, "name": "n", "scheme": "fp32", "contract": {}, "params": [], "model": {}, "key": "k"}
-    (out / "manifest.json").write_text(json.dumps(keys | {"files": files}))
-    with pytest.raises(ArtifactError, match="a damaged one"), ArtifactDir(out, key="k"):
+    (out / "manifest.json").write_text(json.dumps(plain_manifest(key="k") | {"files": files}))
+    with pytest.raises(ArtifactError, match="is damaged"), ArtifactDir(out, key="k"):
         pytest.fail("begun")
     shutil.move(out, tmp_path / "a.partial")
     with pytest.raises(Exception, match="will not be touched"), ArtifactDir(out, key="k"):

@@ -7,13 +7,14 @@ from dataclasses import asdict
 
 import pytest
 
-from gemma_deploy.artifact.manifest import op_census
+from gemma_deploy.artifact.manifest import Manifest, op_census
 from gemma_deploy.artifact.report import write_report
 from gemma_deploy.backends import backend_of
 
 
 def ledger_of(manifest):
-    return [asdict(entry) for entry in backend_of(manifest).ledger(manifest)]
+    found = Manifest.of(manifest)
+    return [asdict(entry) for entry in backend_of(found).ledger(found)]
 
 
 @pytest.fixture(scope="module")
@@ -55,24 +56,24 @@ def test_same_numbers_same_bytes(manifest, tmp_path):
     pages = set()
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        pages.add(write_report(tmp_path / name, manifest).read_bytes())
+        pages.add(write_report(tmp_path / name, Manifest.of(manifest)).read_bytes())
     assert len(pages) == 1
 
 
 def test_names_from_outside_are_escaped(manifest, tmp_path):
     evil = copy.deepcopy(manifest)
     evil["name"] = evil["checkpoint"]["path"] = "<script>alert(1)</script>"
-    assert "<script>" not in write_report(tmp_path, evil).read_text()
+    assert "<script>" not in write_report(tmp_path, Manifest.of(evil)).read_text()
 
 
 def test_a_failed_gate_and_a_gate_that_never_ran_are_said(manifest, tmp_path):
     failed = copy.deepcopy(manifest)
     failed["parity"]["passed"] = failed["parity"]["lines"][0]["passed"] = False
     failed["parity"]["divergence"] = {"text": "first differs in model.layers.2.mlp.down_proj"}
-    page = write_report(tmp_path, failed).read_text()
+    page = write_report(tmp_path, Manifest.of(failed)).read_text()
     assert ">FAILED</p>" in page
     assert "model.layers.2.mlp.down_proj" in page
-    page = write_report(tmp_path, manifest | {"parity": None}).read_text()
+    page = write_report(tmp_path, Manifest.of(manifest | {"parity": None})).read_text()
     assert "nothing is proven about this artifact" in page
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import onnx
 import pytest
 
-from gemma_deploy.artifact.manifest import Artifact
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime import head
 from gemma_deploy.cli import main
 from gemma_deploy.errors import ArtifactError
@@ -64,7 +64,7 @@ def change_graph(path, change, name="iter1.onnx"):
 def test_a_whole_artifact_passes_and_has_exactly_the_files_of_the_contract(demo_artifact):
     assert {file.name for file in demo_artifact.iterdir()} == FILES
     checked = verify(demo_artifact)
-    rows = len(Artifact.open(demo_artifact).params.rows)
+    rows = len(Artifact.open(demo_artifact).manifest.params)
     assert any(f"{rows} tensors" in line for line in checked)
     assert sum("full check" in line for line in checked) == 2
 
@@ -72,7 +72,7 @@ def test_a_whole_artifact_passes_and_has_exactly_the_files_of_the_contract(demo_
 def test_progress_reaches_the_end(demo_artifact):
     seen = []
     verify(demo_artifact, progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1][0] == sum(row.nbytes for row in Artifact.open(demo_artifact).params.rows)
+    assert seen[-1][0] == sum(row.nbytes for row in Artifact.open(demo_artifact).manifest.params)
 
 
 @pytest.mark.parametrize("name", sorted(FILES - {"manifest.json", "params.safetensors"}))
@@ -84,7 +84,7 @@ def test_one_flipped_bit_in_any_file_is_named(demo_copy, name):
 
 @pytest.mark.parametrize("which", [0, 7, -1])
 def test_one_flipped_bit_in_a_tensor_names_the_tensor(demo_copy, which):
-    row = Artifact.open(demo_copy).params.rows[which]
+    row = Artifact.open(demo_copy).manifest.params[which]
     flip(demo_copy / "params.safetensors", row.offset + row.nbytes - 1, bit=6)
     (problem,) = problems(demo_copy)
     assert problem.startswith(f"{row.name}: sha256 is")
@@ -114,7 +114,7 @@ def test_everything_wrong_is_told_at_once(demo_copy):
     (demo_copy / "tokenizer.json").unlink()
     (demo_copy / "notes.txt").write_text("mine")
     flip(demo_copy / "config.json", 3)
-    row = Artifact.open(demo_copy).params.rows[0]
+    row = Artifact.open(demo_copy).manifest.params[0]
     flip(demo_copy / "params.safetensors", row.offset)
     found = "\n".join(problems(demo_copy))
     parts = ("tokenizer.json is missing", "notes.txt does not belong", "config.json: sha256", f"{row.name}: sha256")
@@ -149,7 +149,7 @@ def test_keys_missing_from_the_manifest_are_listed(demo_copy):
     change_manifest(demo_copy, lambda manifest: [manifest.pop(key) for key in ("contract", "params")])
     with pytest.raises(ArtifactError) as caught:
         verify(demo_copy)
-    assert caught.value.problems == ("contract", "params")
+    assert caught.value.problems == ("contract: field required", "params: field required")
 
 
 def test_an_unfinished_directory_and_none_at_all(demo_copy, tmp_path):
@@ -266,7 +266,7 @@ def shown_as(path, name, start, length):
 
 
 def row_of(path, name):
-    return Artifact.open(path).params[name]
+    return Artifact.open(path).manifest.table[name]
 
 
 QKV = "model.layers.0.self_attn.qkv_proj.blocks"
@@ -294,7 +294,7 @@ def test_a_view_that_cuts_a_row(viewed_copy, start, length):
 
 
 def test_a_view_behind_the_file_or_of_nothing(viewed_copy):
-    last = max(Artifact.open(viewed_copy).params.rows, key=lambda row: row.offset)
+    last = max(Artifact.open(viewed_copy).manifest.params, key=lambda row: row.offset)
     shown_as(viewed_copy, QKV, last.offset, last.nbytes + 64)
     assert any(problem.startswith("model.onnx: ") for problem in problems(viewed_copy))
     shown_as(viewed_copy, QKV, last.offset, 0)

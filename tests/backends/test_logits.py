@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from gemma_deploy.artifact.manifest import Artifact
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime import source
 from gemma_deploy.backends.onnxruntime.genai import GenaiModel, GenaiSession
 from gemma_deploy.backends.onnxruntime.lookup import LookupModel

@@ -16,6 +16,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from gemma_deploy import compile as compiler
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends import backend, backend_of
 from gemma_deploy.backends.onnxruntime.backend import OnnxRuntime, chosen_kernels
 from gemma_deploy.backends.onnxruntime.decoder import linears_of
@@ -47,7 +48,8 @@ FILES = {
 
 
 def ledger_of(manifest):
-    return [asdict(entry) for entry in backend_of(manifest).ledger(manifest)]
+    found = Manifest.of(manifest)
+    return [asdict(entry) for entry in backend_of(found).ledger(found)]
 
 
 def write_recipe(folder, checkpoint, dtype="int8", quantize=None, compile_keys=None, context=64):

@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from gemma_deploy.artifact.manifest import Artifact
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime import genai, window
 from gemma_deploy.backends.onnxruntime.apart import exact
 from gemma_deploy.backends.onnxruntime.genai import GenaiModel, GenaiSession

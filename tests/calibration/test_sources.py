@@ -8,9 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from gemma_deploy.recipe.mix import Part
 
 from gemma_deploy.calibration.located import locate
+from gemma_deploy.calibration.mix import Part
 from gemma_deploy.calibration.sources import SOURCES, c4, ceval
 from gemma_deploy.errors import CalibrationError
 from gemma_deploy.paths import calib_dir

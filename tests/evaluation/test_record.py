@@ -8,9 +8,11 @@ import re
 import pytest
 
 from gemma_deploy.artifact import report
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.artifact.plots import range_plot, sqnr_plot
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.evaluation import record as records
+from gemma_deploy.params.table import ParamRow
 from gemma_deploy.verifying import verify
 from gemma_deploy.workdir import Lock
 from tests.evaluation.conftest import run
@@ -163,7 +165,7 @@ def test_a_result_that_is_not_finite_and_names_from_outside_are_shown_as_such(ar
     evil = copy.deepcopy(found)
     evil["settings"]["text"] = "<script>alert(1)</script>"
     evil |= {"perplexity": None, "perplexity_error": None, "kl_mean": None}
-    page = report.report_page(json.loads((artifact / "manifest.json").read_text()), [evil])
+    page = report.report_page(Artifact.open(artifact).manifest, [evil])
     assert "<script>" not in page
     assert '<td class="n">- &plusmn; -</td>' in page
 
@@ -180,7 +182,10 @@ def test_the_picture_of_ranges():
 
 def test_of_ranks_the_lowest_sqnr_is_drawn():
     def rows(*values):
-        return [{"name": "model.layers.0.mlp.up_proj.weight", "sqnr_db": value} for value in values]
+        return [
+            ParamRow("model.layers.0.mlp.up_proj.weight", "int8", (1,), 0, 1, "", "int8_per_channel", value)
+            for value in values
+        ]
 
     assert sqnr_plot(rows(41.0, 39.0)) == sqnr_plot(rows(39.0)) != sqnr_plot(rows(41.0))
     assert sqnr_plot(rows(None)) == ""

@@ -12,6 +12,7 @@ from gemma_deploy.params import ParamTable, build_plan, damaged_rows, finished_t
 from gemma_deploy.params.overlay import Stored
 from gemma_deploy.parity.stored import StoredWeights
 from gemma_deploy.schemes import CodeForm, Codes, Storage
+from tests.manifests import manifest
 from tests.params.make import patch_value, read_raw, tiny, to_bf16_bits, widen
 from tests.quantization.test_rtn import numpy_rtn
 
@@ -369,15 +370,14 @@ def test_stored_weights_read_codes_of_every_kind_back(tmp_path, bits, group, qua
     source = Quantized(checkpoint, bits, group) if quantized else checkpoint
     options = {"quantized": source.stored} if quantized else {}
     _, table, _ = written(source, tmp_path / "params.safetensors", storage=storage, form=form, **options)
-    manifest = {
-        "recipe": {"frontend": {"model_kwargs": {"tp": 1}}},
-        "contract": {"context": 48},
-        "scheme": "w8a16",
-        "storage": storage.to_json(),
-        "kernels": {"integer": form.turned} if form.unsigned else None,
-        "params": table.moved("params.safetensors").to_json(),
-    }
-    stored = StoredWeights(checkpoint, tmp_path, manifest)
+    found = manifest(
+        contract={"context": 48},
+        scheme="w8a16",
+        storage=storage.to_json(),
+        kernels={"integer": form.turned} if form.unsigned else None,
+        params=table.moved("params.safetensors").to_json(),
+    )
+    stored = StoredWeights(checkpoint, tmp_path, found)
     raw = read_raw(tmp_path / "c" / "model.safetensors")
     names = [f"model.layers.1.{name}_proj.weight" for name in ("mlp.up", "mlp.down", "self_attn.k", "self_attn.v")]
     assert raw[names[2]][1].shape == (64, 64)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import yaml
 
-from gemma_deploy.artifact.manifest import Artifact
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.proving import run_parity
 from gemma_deploy.recipe import Recipe
 from tests import making

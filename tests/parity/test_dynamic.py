@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 import yaml
 
-from gemma_deploy.artifact.manifest import Artifact
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.base import PARAMS
 from gemma_deploy.backends.onnxruntime.decoder import build_decoder
 from gemma_deploy.backends.onnxruntime.options import Kernels
@@ -85,12 +85,12 @@ def rebuild(artifact, wide):
     opened = Artifact.open(artifact)
     config = ModelConfig.from_dict(json.loads((artifact / "config.json").read_text()), "config.json")
     kernels = Kernels(integer=True, wide=frozenset(wide))
-    ir.save(build_decoder(config, kernels, opened.params.rows, PARAMS, 8.0), artifact / "model.onnx")
+    ir.save(build_decoder(config, kernels, opened.manifest.params, PARAMS, 8.0), artifact / "model.onnx")
 
 
 def gate(artifact, **options):
-    manifest = json.loads((artifact / "manifest.json").read_text())
-    checkpoint = manifest["recipe"]["frontend"]["checkpoint"]
+    manifest = Artifact.open(artifact).manifest
+    checkpoint = manifest.recipe.frontend.checkpoint
     return run_parity(artifact, checkpoint, manifest=manifest, prompt_tokens=24, decode_tokens=4, **options)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from gemma_deploy.params.table import ParamRow
 from gemma_deploy.parity.compare import ParityResult, judged
 from gemma_deploy.parity.gates import GATES, TWINS, Gate, headroom_line, judge, sqnr_line
 from gemma_deploy.parity.metrics import Comparison, compare_logits
@@ -124,7 +125,7 @@ def test_headroom_of_nothing_is_no_headroom():
 
 
 def quantized(name, decibels, energy=1.0):
-    return {"name": name, "sqnr_db": decibels, "signal_energy": energy}
+    return ParamRow(name, "int8", (1,), 0, 1, "", "int8_per_channel", decibels, energy)
 
 
 @pytest.mark.parametrize(("decibels", "passed"), [(38.01, True), (37.9, False), (math.nan, False)])
@@ -133,7 +134,7 @@ def test_the_worst_layer_must_keep_its_signal(decibels, passed):
         quantized("model.layers.0.mlp.up_proj.weight", 44.0),
         quantized("model.layers.11.mlp.up_proj.weight", decibels),
         quantized("model.embed_tokens.weight", 10.0),  # judged by KL
-        {"name": "model.norm.weight", "sqnr_db": None, "signal_energy": None},
+        quantized("model.norm.weight", None, None),
     ]
     got = sqnr_line(rows)
     assert got.passed is passed

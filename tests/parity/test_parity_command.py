@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gemma_deploy.compile as compiler
-from gemma_deploy.artifact.manifest import Artifact
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.base import Exported
 from gemma_deploy.cli import main
 from gemma_deploy.errors import GateError
@@ -46,18 +46,17 @@ def run(capfd, *arguments):
 
 
 def test_the_gate_of_compile_passes_on_text_and_its_measures_are_kept(demo):
-    manifest = Artifact.open(demo).manifest
-    parity = manifest["parity"]
-    assert parity["passed"] is True
-    compared = {(row["reference"], row["test"], row["case"], row["phase"]) for row in parity["measures"]}
+    parity = Artifact.open(demo).manifest.parity
+    assert parity.passed is True
+    compared = {(row["reference"], row["test"], row["case"], row["phase"]) for row in parity.measures}
     pairs = {("hf", "patched"), ("patched w8a16", "strict"), ("hf", "strict")}
     phases = {(case, phase) for case in ("text", "random") for phase in ("prefill", "decode")}
     assert compared == {(*pair, *phase) for pair in pairs for phase in phases}
-    names = [line["name"].split(" (")[0] for line in parity["lines"]]
+    names = [line["name"].split(" (")[0] for line in parity.lines]
     assert {"relative error", "mean KL", "inf or NaN logits"} <= set(names)
-    kl = next(line for line in parity["lines"] if line["name"] == "mean KL")
+    kl = next(line for line in parity.lines if line["name"] == "mean KL")
     assert 0 < kl["value"] <= kl["limit"] == 0.01
-    assert parity["effect"]["tokens"] == "text"
+    assert parity.effect["tokens"] == "text"
     assert "passed" in (demo / "report.html").read_text()
 
 
@@ -75,7 +74,7 @@ def test_the_newest_artifact_json_and_html(demo, capfd, tmp_path):
     code, out, err = run(capfd, *arguments)
     assert code == 0, out + err
     assert out.endswith("parity  passed\n")
-    assert out.count("ok    ") == len(Artifact.open(demo).manifest["parity"]["lines"])
+    assert out.count("ok    ") == len(Artifact.open(demo).manifest.parity.lines)
     assert "running strict ..." in err
     found = json.loads(json_file.read_text())
     assert (found["title"], found["passed"], found["divergence"]) == (str(workspace / "a"), True, None)
@@ -284,10 +283,10 @@ def test_an_open_gate_commits_and_says_what_it_found(broken_export, capfd, tmp_p
     assert "parity  FAILED  " in out
     artifact = tmp_path / "workspace" / "open"
     manifest = Artifact.open(artifact).manifest
-    assert manifest["recipe"]["parity"]["gate"] is False
-    assert manifest["parity"]["passed"] is False
-    assert manifest["parity"]["divergence"]["phase"] == "decode"
-    assert "model.layers.0.self_attn" in manifest["parity"]["divergence"]["module"]
+    assert manifest.recipe.parity.model_dump()["gate"] is False
+    assert manifest.parity.passed is False
+    assert manifest.parity.divergence["phase"] == "decode"
+    assert "model.layers.0.self_attn" in manifest.parity.divergence["module"]
     assert "FAILED" in (artifact / "report.html").read_text()
     assert run(capfd, "parity", artifact, "--no-fast", *SMALL)[0] == 1
 
@@ -296,10 +295,10 @@ def test_without_parity_the_manifest_says_that_nothing_is_proven(broken_export, 
     recipe_file = tmp_path / "unproven.yaml"
     write_recipe(recipe_file, broken_export)
     result = compiler.compile_recipe(Recipe.load(recipe_file), parity=False)
-    assert Artifact.open(result.path).manifest["parity"] is None
+    assert Artifact.open(result.path).manifest.parity is None
     with pytest.raises(GateError):  # asked again with the gate on: not taken for done
         compiler.compile_recipe(Recipe.load(recipe_file))
-    assert Artifact.open(result.path).manifest["parity"] is None
+    assert Artifact.open(result.path).manifest.parity is None
 
 
 def test_a_checkpoint_that_was_moved_is_named_with_an_option(finished, capfd, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from gemma_deploy.artifact import Artifact
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import main
 from gemma_deploy.parity.gates import STORED_WEIGHTS
@@ -59,9 +59,9 @@ def compiled(once):
 
 def line_of(artifact, checkpoint=None):
     manifest = Artifact.open(artifact).manifest
-    opened = Checkpoint.open(checkpoint or manifest["recipe"]["frontend"]["checkpoint"])
+    opened = Checkpoint.open(checkpoint or manifest.recipe.frontend.checkpoint)
     stored = StoredWeights(opened, artifact, manifest)
-    return weights_line(opened, stored, folded=manifest["scheme"] in QUANTIZERS, embed_scale="exact")
+    return weights_line(opened, stored, folded=manifest.scheme in QUANTIZERS, embed_scale="exact")
 
 
 SLOW = [

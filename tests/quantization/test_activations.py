@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.tvm_vacc.backend import StaticPair
 from gemma_deploy.backends.tvm_vacc.rounding import differing_values, rounded, rounded_linears, rounding_lines
 from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
@@ -190,7 +191,10 @@ def test_the_artifact_computes_transformers_with_rounded_inputs(artifact, checkp
     from transformers import AutoModelForCausalLM
 
     manifest = json.loads((artifact / "manifest.json").read_text())
-    kept, stored = set(manifest["quantization"]["activations"]["kept"]), StoredWeights(checkpoint, artifact, manifest)
+    kept, stored = (
+        set(manifest["quantization"]["activations"]["kept"]),
+        StoredWeights(checkpoint, artifact, Manifest.of(manifest)),
+    )
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, attn_implementation="eager", dtype=torch.float32)
     for name in stored.tensors:
         rows = stored.rows(name, 0, stored.tensors[name].shape[0])
@@ -244,7 +248,7 @@ def broken_copy(artifact, folder, change):
 
 
 def lines_of(artifact, manifest):
-    return {line.comparison.split()[0]: line for line in rounding_lines(artifact, manifest)}
+    return {line.comparison.split()[0]: line for line in rounding_lines(artifact, Manifest.of(manifest))}
 
 
 def test_a_linear_that_is_not_rounded_makes_the_gate_red(artifact, tmp_path):

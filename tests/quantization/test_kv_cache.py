@@ -10,6 +10,7 @@ import yaml
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.tvm_vacc.contract import read_contract
 from gemma_deploy.backends.tvm_vacc.rounding import cache_codes, rounding_lines
 from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
@@ -88,7 +89,7 @@ def test_compiles_proven_with_half_the_bytes(compiled, model_type, kind, dtype, 
     assert lines["caches = codes that attention reads"]["passed"]
     assert any("unrounded" in name for name in lines)
     assert any("int8, with a float16 scale" in entry["what"] for entry in manifest["ledger"])
-    config, contract = checkpoint.config, read_contract(artifact, manifest)
+    config, contract = checkpoint.config, read_contract(artifact, Manifest.of(manifest))
     slots = contract.batch * contract.context * config.num_hidden_layers
     float16 = 2 * 2 * slots * config.num_key_value_heads * config.head_dim
     # Codes take half; a scale of two bytes comes on top of head_dim codes (16 here, 256 in real models: 0.8 %).
@@ -116,7 +117,7 @@ def test_it_computes_transformers_with_such_a_cache(compiled, model_type):
     kind = "w8a16+kv8" if model_type != "gemma3_text" else "w8a16_gptq+kv8"
     artifact, checkpoint = compiled(model_type, kind)
     manifest = json.loads((artifact / "manifest.json").read_text())
-    stored = StoredWeights(checkpoint, artifact, manifest)
+    stored = StoredWeights(checkpoint, artifact, Manifest.of(manifest))
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, attn_implementation="eager", dtype=torch.float32)
     for name in stored.tensors:
         model.get_parameter(name).data = torch.from_numpy(stored.rows(name, 0, stored.tensors[name].shape[0]))
@@ -230,7 +231,7 @@ def broken(artifact, folder, change, graph="iter1"):
     (folder / f"{graph}.onnx").unlink()
     ir.save(model, folder / f"{graph}.onnx")
     manifest = json.loads((artifact / "manifest.json").read_text())
-    return {line.comparison.split()[0]: line.passed for line in rounding_lines(folder, manifest)}
+    return {line.comparison.split()[0]: line.passed for line in rounding_lines(folder, Manifest.of(manifest))}
 
 
 def test_attention_that_reads_the_exact_key_makes_the_gate_red(compiled, tmp_path):

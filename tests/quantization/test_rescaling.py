@@ -7,6 +7,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.artifact.report import headroom_rows
 from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.cli import main
@@ -120,7 +121,6 @@ def test_json_and_back():
     chosen = Rescaling({"a.in": 3, "b.out": 0}, ("mlp",), {"a.in": 9.5})
     again = Rescaling.from_json(json.loads(json.dumps(chosen.to_json())))
     assert (again.of("a.in"), again.of("b.out"), again.wide, again.absmax) == (3, 0, ("mlp",), {"a.in": 9.5})
-    assert Rescaling.of_manifest({"rescaling": None}) == Rescaling()
 
 
 def plant(folder, model_type, gate=1.0):
@@ -169,7 +169,7 @@ def test_a_model_that_reaches_a_million_compiles_and_stays_exact(tmp_path, model
     code, artifact, said = compiled(tmp_path, plant(tmp_path / "checkpoint", model_type), capsys)
     assert code == 0, said.err
     manifest = json.loads((artifact / "manifest.json").read_text())
-    chosen = Rescaling.of_manifest(manifest)
+    chosen = Manifest.of(manifest).rescaling
     assert max(chosen.absmax.values()) > 1e6
     assert chosen.residual >= 6
     assert chosen.wide == ()

@@ -9,6 +9,7 @@ from gemma_deploy.backends.tvm_vacc.runner import GROWTH, StaticRunner
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import ArtifactError, UsageError
 from tests.exporting import DYNAMIC_SIZES, contract_of
+from tests.manifests import manifest
 
 (P, C), VOCAB = DYNAMIC_SIZES, 512
 
@@ -20,13 +21,13 @@ def made(artifacts, request):
     checkpoint = path.parent / "checkpoint"
     contract = contract_of(Checkpoint.open(checkpoint).config, "fp32", dynamic=True)
     stock = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager", dtype=torch.float32).eval()
-    return path, {"contract": contract.to_json()}, stock
+    return path, manifest(contract=contract.to_json()), stock
 
 
 @pytest.fixture
 def runner(made):
-    path, manifest, _ = made
-    return StaticRunner(path, "strict", 1, manifest=manifest)
+    path, found, _ = made
+    return StaticRunner(path, "strict", 1, manifest=found)
 
 
 def expected(stock, sequences, lengths):

@@ -8,6 +8,7 @@ from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
 from gemma_deploy.errors import UsageError
 from gemma_deploy.runtime import Sampler, Tokenizer
 from gemma_deploy.runtime.generate import GenerationStats, stop_token_ids
+from tests.manifests import manifest
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,10 @@ def scripted(tokenizer, text, **kwargs):
 
 
 def test_the_stop_token_ends_it_and_is_not_text(tokenizer):
-    runner, stats = scripted(tokenizer, "the list", manifest={"model": {"eos_token_ids": [1, 5]}}), GenerationStats()
+    runner, stats = (
+        scripted(tokenizer, "the list", manifest=manifest(model={"eos_token_ids": [1, 5]})),
+        GenerationStats(),
+    )
     pieces = list(stream(runner, tokenizer, "a", stats=stats))
     assert "".join(pieces) == "the list"
     assert (stats.finish, stats.prompt_tokens) == ("stop", 2)
@@ -60,12 +64,11 @@ def test_the_stop_token_ends_it_and_is_not_text(tokenizer):
 def test_every_stop_token_counts_and_none_can_be_asked_for(tokenizer):
     for stops, expected in (((5,), "a"), ((), "ab"), (tokenizer.encode("b")[1:], "a")):
         ids = [*tokenizer.encode("a")[1:], 5, *tokenizer.encode("b")[1:], 1, 1]
-        runner = Scripted(ids, tokenizer.vocab_size, manifest={"model": {"eos_token_ids": [1]}})
+        runner = Scripted(ids, tokenizer.vocab_size, manifest=manifest(model={"eos_token_ids": [1]}))
         got = "".join(stream(runner, tokenizer, "x", max_new_tokens=3, stop_ids=stops))
         assert got == expected
-    assert stop_token_ids(None) == stop_token_ids({}) == stop_token_ids({"model": {"eos_token_ids": None}}) == ()
-    assert stop_token_ids({"model": {"eos_token_ids": [1, 106]}}) == (1, 106)
-    assert stop_token_ids({"model": {"eos_token_ids": 1}}) == (1,)
+    assert stop_token_ids(None) == stop_token_ids(manifest(model={"eos_token_ids": []})) == ()
+    assert stop_token_ids(manifest(model={"eos_token_ids": [1, 106]})) == (1, 106)
 
 
 def test_the_length_ends_it_without_a_step_too_many(tokenizer):

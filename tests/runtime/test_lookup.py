@@ -5,13 +5,14 @@ import functools
 import numpy as np
 import pytest
 
-from gemma_deploy.artifact.manifest import Artifact
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime import lookup
 from gemma_deploy.backends.onnxruntime.lookup import Greedy, History, LookupModel, LookupSequence
 from gemma_deploy.cli import main
 from gemma_deploy.errors import DeployError, UsageError
 from gemma_deploy.runtime import Tokenizer
 from gemma_deploy.runtime.generate import GenerationStats
+from tests.manifests import manifest
 
 COUNT = 40  # with the prompt nine windows of 8
 
@@ -186,7 +187,7 @@ def test_what_does_not_fit_is_refused(genai_artifact):
     with pytest.raises(UsageError, match="9999"):
         lookup.stream(model, tokenizer, [2, 9999])
     with pytest.raises(UsageError, match="--lookup is for CPUs"):
-        LookupModel(artifact, {"recipe": {"backend": {"dtype": "bf16"}}})
+        LookupModel(artifact, manifest(recipe={"backend": {"dtype": "bf16"}}))
     with pytest.raises(DeployError, match="nan"):
         lookup.best_of(np.array([1.0, np.nan]), artifact)
 

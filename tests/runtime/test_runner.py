@@ -10,9 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
 from gemma_deploy.backends.tvm_vacc.sessions import open_session
 from gemma_deploy.errors import ArtifactError, UsageError
+from tests.manifests import plain_manifest
 
 P, C, STEPS, VOCAB = 32, 80, 34, 512
 LENGTHS = (32, 13)  # one fills P, one is left-padded; both longer than the window of 8
@@ -211,11 +213,11 @@ def test_steps_that_do_not_fit(artifact):
 
 
 def manifest_of(runner):
-    """The contract part of a manifest, as graph/contract.py writes it."""
+    """A manifest with the runner's contract, as graph/contract.py writes it."""
     port = lambda p: {"name": p.name, "dtype": p.dtype, "shape": list(p.shape)}  # noqa: E731
     batch, vocab = runner.batch, runner.contract.vocab_size
-    return {
-        "contract": {
+    return plain_manifest(
+        contract={
             "graphs": {
                 "iter0": {
                     "inputs": [{"name": "input_ids", "dtype": "int64", "shape": [batch, P]}],
@@ -230,25 +232,25 @@ def manifest_of(runner):
                 },
             }
         }
-    }
+    )
 
 
 def test_contract_of_the_manifest_is_that_of_the_graphs(copy):
     unfinished = StaticRunner(copy, threads=1)
     manifest = manifest_of(unfinished)
-    assert StaticRunner(copy, threads=1, manifest=manifest).contract == unfinished.contract
+    assert StaticRunner(copy, threads=1, manifest=Manifest.of(manifest)).contract == unfinished.contract
     (copy / "manifest.json").write_text(json.dumps(manifest))
     finished = StaticRunner(copy, threads=1)
     assert finished.contract == unfinished.contract
     assert finished.contract.cache_bytes == 14 * 2 * 2 * C * 32 * 4
-    assert finished.manifest == manifest
+    assert finished.manifest == Manifest.of(manifest)
 
 
 def test_graphs_of_another_artifact_are_refused(copy):
     manifest = manifest_of(StaticRunner(copy, threads=1))
     for port in manifest["contract"]["graphs"]["iter1"]["inputs"][1:]:
         port["dtype"] = "float16"
-    runner = StaticRunner(copy, threads=1, manifest=manifest)
+    runner = StaticRunner(copy, threads=1, manifest=Manifest.of(manifest))
     with pytest.raises(ArtifactError) as caught:
         runner.prefill([[2], [2]])
     assert "graph and manifest disagree" in str(caught.value)
@@ -257,7 +259,7 @@ def test_graphs_of_another_artifact_are_refused(copy):
     for port in manifest["contract"]["graphs"]["iter1"]["inputs"][1:]:
         port["shape"][2] = 96
     with pytest.raises(ArtifactError, match="the caches do not fit the attention mask"):
-        StaticRunner(copy, threads=1, manifest=manifest)
+        StaticRunner(copy, threads=1, manifest=Manifest.of(manifest))
 
 
 def test_directories_that_are_no_artifact(copy, tmp_path):
@@ -267,8 +269,8 @@ def test_directories_that_are_no_artifact(copy, tmp_path):
     for text, message in (
         ("{", "is not JSON"),
         ("[]", "holds a list, expected an object"),
-        ("{}", "has no contract of iter0 and iter1"),
-        ('{"contract": {"graphs": {"iter0": {}}}}', "has no contract of iter0 and iter1"),
+        ("{}", "format_version is None"),
+        (json.dumps(plain_manifest()), "has no contract of iter0 and iter1"),
     ):
         file.write_text(text)
         with pytest.raises(ArtifactError, match=message):

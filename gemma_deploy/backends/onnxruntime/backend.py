@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.base import PARAMS, Export, Exported, ExportJob, Proof
 from gemma_deploy.backends.onnxruntime.decoder import build_decoder, embedding_scale, linears_of
 from gemma_deploy.backends.onnxruntime.genai_config import CONFIG_FILE, genai_config
@@ -32,7 +33,7 @@ from gemma_deploy.quantization.budget import INTEGER_PRODUCTS
 from gemma_deploy.schemes import CodeForm, block_problems
 
 if TYPE_CHECKING:
-    from gemma_deploy.artifact.ledger import LedgerEntry
+    from gemma_deploy.artifact.manifest import LedgerEntry
     from gemma_deploy.parity.compare import ParityResult
     from gemma_deploy.parity.sources import Source
 
@@ -174,7 +175,7 @@ class OnnxRuntime:
         chosen = chosen_kernels(spec, config, kept)
         return asdict(chosen) | {"wide": sorted(chosen.wide)}
 
-    def ledger(self, manifest: Mapping[str, Any]) -> list[LedgerEntry]:
+    def ledger(self, manifest: Manifest) -> list[LedgerEntry]:
         """See `Backend`."""
         from gemma_deploy.backends.onnxruntime.ledger import ledger_of
 
@@ -186,13 +187,13 @@ class OnnxRuntime:
 
         prove_graph(proof, result)
 
-    def source(self, artifact: Path, manifest: Mapping[str, Any], kernels: str = "strict") -> Source:
+    def source(self, artifact: Path, manifest: Manifest, kernels: str = "strict") -> Source:
         """The graph made exact, or with the kernels it ships."""
         from gemma_deploy.backends.onnxruntime.source import DynamicSource
 
         return DynamicSource(artifact, "strict" if kernels == "strict" else "shipped")
 
-    def rounds(self, manifest: Mapping[str, Any]) -> bool:
+    def rounds(self, manifest: Manifest) -> bool:
         """Never: exact arithmetic leaves no rounding but that of the weights."""
         return False
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gemma_deploy.artifact.schema import Count, Size
 from gemma_deploy.backends.onnxruntime.options import GRAPH
 from gemma_deploy.backends.onnxruntime.window import windowed_layers
+from gemma_deploy.bounds import Count, Size
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.reading import FileKind, read_object

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from gemma_deploy.artifact.ledger import LedgerEntry, Words, context_entries, shared_entries
-from gemma_deploy.backends.onnxruntime.options import ALL, LAST
+from gemma_deploy.artifact.manifest import Manifest
+from gemma_deploy.backends.onnxruntime.options import ALL
 
 WORDS = Words(
     to_nearest="what kernels do to activations is listed below",
@@ -14,7 +14,7 @@ WORDS = Words(
 )
 
 
-def ledger_of(manifest: Mapping[str, Any]) -> list[LedgerEntry]:
+def ledger_of(manifest: Manifest) -> list[LedgerEntry]:
     """All entries of an artifact."""
     last = LedgerEntry(
         "prefill returns the last position's logits only",
@@ -25,16 +25,16 @@ def ledger_of(manifest: Mapping[str, Any]) -> list[LedgerEntry]:
         *shared_entries(manifest, WORDS),
         *_kernels(manifest),
         *context_entries(manifest, "rotary tables; genai_config.json"),
-        *([] if manifest["contract"].get("logits", LAST) == ALL else [last]),
+        *([] if manifest.contract.logits == ALL else [last]),
     ]
 
 
-def _kernels(manifest: Mapping[str, Any]) -> list[LedgerEntry]:
+def _kernels(manifest: Manifest) -> list[LedgerEntry]:
     """What ONNX Runtime's int8 kernels round besides the weights; the effect, of all of them, is against float32."""
-    kernels = manifest.get("kernels")
+    kernels = manifest.kernels
     if not kernels:
         return []
-    rows = (manifest.get("parity") or {}).get("measures", ())
+    rows = manifest.parity.measures if manifest.parity else ()
     pairs = [row for row in rows if (row["reference"], row["test"]) == ("strict", "shipped")]
     found = {row["phase"]: row for row in reversed(pairs)}  # of text, which comes first, where there is any
     measures = ("case", "positions", "kl_mean", "top1", "overturned")
@@ -43,14 +43,14 @@ def _kernels(manifest: Mapping[str, Any]) -> list[LedgerEntry]:
     }
     entries = [
         LedgerEntry(
-            f"activations rounded to 8 bits, a scale for each token and {kernels['block']} input channels (or group of "
+            f"activations rounded to 8 bits, a scale for each token and {kernels.block} input channels (or group of "
             "grouped weights)",
-            "MatMulNBits of the LM head" if kernels["integer"] else "MatMulNBits of every linear and of the LM head",
+            "MatMulNBits of the LM head" if kernels.integer else "MatMulNBits of every linear and of the LM head",
             "accuracy level 4, the only one that runs at the speed of the memory",
             effects["decode"],
         )
     ]
-    if candidates := kernels.get("candidates"):
+    if candidates := kernels.candidates:
         entries.append(
             LedgerEntry(
                 f"logits of all but the {candidates} likeliest tokens are those of the high half of every code",
@@ -60,8 +60,8 @@ def _kernels(manifest: Mapping[str, Any]) -> list[LedgerEntry]:
                 effects["decode"],
             )
         )
-    if kernels["integer"]:
-        wide, linears = kernels["wide"], 7 * manifest["model"]["num_hidden_layers"]
+    if kernels.integer:
+        wide, linears = kernels.wide, 7 * manifest.model.num_hidden_layers
         but = f"; to 14 bits before {len(wide)} linears ({', '.join(wide)})" if wide else ""
         how = "14 bits with a scale per token" if len(wide) == linears else f"8 bits with a scale per token{but}"
         entries.append(

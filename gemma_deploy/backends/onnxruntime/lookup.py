@@ -16,10 +16,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.onnxruntime.options import GRAPH
 from gemma_deploy.backends.onnxruntime.window import CACHES, capacity_of, empty_caches, most_ahead
 from gemma_deploy.errors import ArtifactError, DeployError, UsageError
@@ -85,12 +85,12 @@ class LookupModel:
         UsageError: an artifact for a GPU. ArtifactError: a file is missing or damaged, or refused by ONNX Runtime.
     """
 
-    def __init__(self, artifact_dir: str | Path, manifest: dict[str, Any], threads: int = 0) -> None:
+    def __init__(self, artifact_dir: str | Path, manifest: Manifest, threads: int = 0) -> None:
         from gemma_deploy.backends.onnxruntime.several import last_positions
         from gemma_deploy.backends.onnxruntime.window import windows_of
 
         self.path = Path(artifact_dir).resolve()
-        dtype = manifest["recipe"]["backend"]["dtype"]
+        dtype = manifest.recipe.backend.dtype
         if dtype not in NEAR_TIE:
             raise UsageError(
                 f"--lookup is for CPUs, and this artifact's dtype is {dtype}",
@@ -98,9 +98,9 @@ class LookupModel:
                 expected="backend.dtype fp32 or int8",
                 next_step="leave --lookup out",
             )
-        integer = (manifest.get("kernels") or {}).get("integer")
+        integer = manifest.kernels is not None and manifest.kernels.integer
         self.near_tie, self.stop_ids = NEAR_TIE["integer" if integer else dtype], frozenset(stop_token_ids(manifest))
-        self.context_length = int(manifest["contract"]["context"])
+        self.context_length = manifest.contract.context
         started = time.perf_counter()
         model = load_file(self.path / GRAPH)
         with as_compiled(self.path / GRAPH):

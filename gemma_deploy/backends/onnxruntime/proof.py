@@ -15,12 +15,12 @@ from gemma_deploy.parity.torch_sources import torch_sources
 def prove_graph(proof: Proof, result: ParityResult) -> None:
     """Compare and judge; see `Backend.prove`."""
     artifact, opened, manifest, cases = proof.artifact, proof.checkpoint, proof.manifest, proof.cases
-    scheme = str(manifest["scheme"])
-    on_cpu, logits = scheme != "bf16", str(manifest["contract"].get("logits", LAST))
+    scheme = manifest.scheme
+    on_cpu, logits = scheme != "bf16", manifest.contract.logits or LAST
     strict, shipped = DynamicSource(artifact, "strict"), DynamicSource(artifact, "shipped")
     hf, patched, twin = torch_sources(opened, artifact, manifest)
     sources: dict[str, Source] = {source.name: source for source in (hf, patched, twin, strict)}
-    gates = dynamic_gates(scheme, bool((manifest.get("kernels") or {}).get("candidates")))
+    gates = dynamic_gates(scheme, manifest.kernels is not None and manifest.kernels.candidates > 0)
     pairs = list(dict.fromkeys([gate.pair for gate in gates] + [(hf.name, "strict")]))
     if on_cpu:
         sources[shipped.name] = shipped
@@ -35,8 +35,8 @@ def prove_graph(proof: Proof, result: ParityResult) -> None:
             "computed in float32 on the bfloat16 weights: ONNX Runtime has no such kernels for a CPU, so those of a "
             "GPU provider were not run"
         )
-    if manifest.get("kernels"):
-        result.lines.append(wide_line(artifact, manifest["kernels"]))
+    if manifest.kernels:
+        result.lines.append(wide_line(artifact, manifest.kernels))
     result.measures = measures_of(found)
     result.effect = effect_of(found[hf.name, "shipped" if on_cpu else "strict"], cases)
     if not result.passed:

@@ -7,7 +7,7 @@ included, is `whole_logits`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
+from gemma_deploy.artifact.manifest import KernelsRecord
 from gemma_deploy.backends.onnxruntime.apart import drop_unread, every_position, exact
 from gemma_deploy.backends.onnxruntime.decoder import LOGITS, NORMED
 from gemma_deploy.backends.onnxruntime.linears import product_of
@@ -187,14 +188,14 @@ def largest_error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max()) / max(1.0, float(np.abs(expected).max()))
 
 
-def wide_line(path: Path, kernels: Mapping[str, Any]) -> Line:
+def wide_line(path: Path, kernels: KernelsRecord) -> Line:
     """Which linears of integer products have 14-bit activations, by the graph and by the manifest."""
     nodes = list(load_file(Path(path) / GRAPH).graph)
     integer = any(node.op_type == "MatMulIntegerToFloat" for node in nodes)
     made = {str(value.name) for node in nodes for value in node.outputs}
     found = {name.removesuffix(".low") for name in made if name.endswith(".low")}
-    listed = {product_of(module) for module in kernels["wide"]} if kernels["integer"] else set()
-    wrong = len(found ^ listed) + int(integer != kernels["integer"])
+    listed = {product_of(module) for module in kernels.wide} if kernels.integer else set()
+    wrong = len(found ^ listed) + int(integer != kernels.integer)
     return Line("linears of 14-bit activations = those listed", "others", wrong, 0, wrong == 0)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict
 
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.base import PARAMS, Export, ExportJob, Proof
 from gemma_deploy.backends.spec import BuildSpec, Options
 from gemma_deploy.checkpoint import ModelConfig
@@ -17,7 +18,7 @@ from gemma_deploy.quantization.budget import FLOAT_PRODUCTS
 from gemma_deploy.schemes import CodeForm
 
 if TYPE_CHECKING:
-    from gemma_deploy.artifact.ledger import LedgerEntry
+    from gemma_deploy.artifact.manifest import LedgerEntry
     from gemma_deploy.parity.compare import ParityResult
     from gemma_deploy.parity.sources import Source
 
@@ -98,7 +99,7 @@ class StaticPair:
         """The vendor's compiler picks them."""
         return None
 
-    def ledger(self, manifest: Mapping[str, Any]) -> list[LedgerEntry]:
+    def ledger(self, manifest: Manifest) -> list[LedgerEntry]:
         """See `Backend`."""
         from gemma_deploy.backends.tvm_vacc.ledger import ledger_of
 
@@ -110,13 +111,13 @@ class StaticPair:
 
         prove_pair(proof, result)
 
-    def source(self, artifact: Path, manifest: Mapping[str, Any], kernels: str = "strict") -> Source:
+    def source(self, artifact: Path, manifest: Manifest, kernels: str = "strict") -> Source:
         """The graphs to the letter."""
         from gemma_deploy.backends.tvm_vacc.segments import StrictSource
 
         return StrictSource(artifact, manifest)
 
-    def rounds(self, manifest: Mapping[str, Any]) -> bool:
+    def rounds(self, manifest: Manifest) -> bool:
         """With rounded activations (w8a8) or an int8 cache."""
         from gemma_deploy.backends.tvm_vacc.rounding import rounds
 

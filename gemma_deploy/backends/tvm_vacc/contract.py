@@ -5,22 +5,21 @@ Used by the runner; the writing side is graph/contract.py, which this package do
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gemma_deploy import reading
+from gemma_deploy.artifact.manifest import MANIFEST, ContractRecord, Manifest
+from gemma_deploy.artifact.opened import manifest_of
 from gemma_deploy.errors import ArtifactError
-from gemma_deploy.partition.parts import FOLDER
+from gemma_deploy.graph.contract import Port
+from gemma_deploy.reading import exists
 from gemma_deploy.runtime.limits import REBUILD
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-MANIFEST = "manifest.json"
-MANIFEST_FILE = reading.FileKind(ArtifactError, "what `gemma-deploy compile` wrote", REBUILD, whole_characters=True)
 Stages = Sequence[Sequence[str]]  # folders of the ranks of each stage; none of an undivided artifact
 GRAPHS = ("iter0", "iter1")
 DTYPES = {1: "float32", 10: "float16", 7: "int64", 3: "int8"}  # ONNX's numbers
@@ -31,15 +30,6 @@ KINDS = {  # ORT's names
     "tensor(int8)": "int8",
 }
 CACHE_DTYPES = ("float32", "float16", "int8")
-
-
-@dataclass(frozen=True)
-class Port:
-    """One graph input or output; a free dimension of a dynamic graph has a name."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
@@ -102,14 +92,14 @@ class StaticContract:
         return total
 
 
-def read_manifest(path: Path) -> dict[str, Any] | None:
+def read_manifest(path: Path) -> Manifest | None:
     """manifest.json of an artifact, None when it has none yet (an artifact that is still being made).
 
     Raises:
-        ArtifactError: not a directory of an artifact, or the manifest is not JSON.
+        ArtifactError: not a directory of an artifact, or the manifest is damaged.
     """
     file = path / MANIFEST
-    if not reading.exists(file):
+    if not exists(file):
         missing = [f"{graph}.onnx" for graph in GRAPHS if not (path / f"{graph}.onnx").exists()]
         if missing:
             raise ArtifactError(
@@ -119,54 +109,36 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
                 next_step="make one with `gemma-deploy compile RECIPE`",
             )
         return None
-    return reading.read_object(file, MANIFEST_FILE)
+    return manifest_of(file)
 
 
-def stages_of(manifest: Mapping[str, Any] | None) -> tuple[tuple[str, ...], ...]:
-    """Folders of a divided artifact, the ranks of each stage together; () of an undivided one.
-
-    Raises:
-        ArtifactError: a folder that no compile makes.
-    """
+def stages_of(manifest: Manifest | None) -> tuple[tuple[str, ...], ...]:
+    """Folders of a divided artifact, the ranks of each stage together; () of an undivided one."""
     stages: dict[str, list[str]] = {}
-    for part in (manifest or {}).get("parts") or ():
-        folder = str(part["folder"])
-        if not re.fullmatch(FOLDER, folder):
-            raise ArtifactError(f"{folder!r} is no part of an artifact", where=MANIFEST, next_step=REBUILD)
-        stages.setdefault(str(part["stage"]), []).append(folder)
+    for part in manifest.parts if manifest else ():
+        stages.setdefault(part.stage, []).append(part.folder)
     return tuple(map(tuple, stages.values()))
 
 
-def read_contract(path: Path, manifest: Mapping[str, Any] | None) -> StaticContract:
+def read_contract(path: Path, manifest: Manifest | None) -> StaticContract:
     """The contract of an artifact.
 
     Raises:
         ArtifactError: the manifest has no contract, or not that of static graphs.
     """
     if manifest is None:
-        return _contract({graph: _ports_in_file(path / f"{graph}.onnx") for graph in GRAPHS}, path, {})
-    try:
-        graphs = manifest["contract"]["graphs"]
-        ports = {
-            graph: {
-                port["name"]: Port(port["name"], port["dtype"], tuple(map(_dimension, port["shape"])))
-                for side in ("inputs", "outputs")
-                for port in graphs[graph][side]
-            }
-            for graph in GRAPHS
-        }
-    except (KeyError, TypeError, ValueError) as error:
+        return _contract({graph: _ports_in_file(path / f"{graph}.onnx") for graph in GRAPHS}, path, None)
+    graphs = manifest.contract.graphs
+    missing = [graph for graph in GRAPHS if graph not in graphs]
+    if missing:
         raise ArtifactError(
-            f"has no contract of iter0 and iter1 ({type(error).__name__}: {error})",
+            f"has no contract of {' and '.join(missing)}",
             where=str(path / MANIFEST),
             expected="contract.graphs.{iter0,iter1}.{inputs,outputs} with name, dtype and shape",
             next_step=REBUILD,
-        ) from error
-    return _contract(ports, path, manifest["contract"])
-
-
-def _dimension(dim: Any) -> int | str:
-    return dim if isinstance(dim, str) else int(dim)
+        )
+    ports = {graph: {port.name: port for port in (*graphs[graph].inputs, *graphs[graph].outputs)} for graph in GRAPHS}
+    return _contract(ports, path, manifest.contract)
 
 
 def check_session(session: ort.InferenceSession, contract: StaticContract, graph: str, where: Path) -> None:
@@ -188,7 +160,7 @@ def check_session(session: ort.InferenceSession, contract: StaticContract, graph
         raise ArtifactError("graph and manifest disagree", where=str(where), problems=problems, next_step=REBUILD)
 
 
-def _contract(ports: Mapping[str, Mapping[str, Port]], path: Path, sizes: Mapping[str, Any]) -> StaticContract:
+def _contract(ports: Mapping[str, Mapping[str, Port]], path: Path, sizes: ContractRecord | None) -> StaticContract:
     """From ports; the sizes of dynamic graphs are in the manifest alone."""
     try:
         batch, prefill = ports["iter0"]["input_ids"].shape
@@ -197,7 +169,9 @@ def _contract(ports: Mapping[str, Mapping[str, Port]], path: Path, sizes: Mappin
         vocab_size = ports["iter1"]["logits"].shape[-1]
         dynamic = not all(isinstance(size, int) for size in (batch, prefill, columns))
         if dynamic:
-            batch, prefill, context = (sizes[key] for key in ("batch", "prefill", "context"))
+            if sizes is None:
+                raise KeyError("contract")
+            batch, prefill, context = sizes.batch, sizes.prefill, sizes.context
             shapes = [(batch, port.shape[1], context, port.shape[3]) for port in caches]
             caches = tuple(replace(port, shape=shape) for port, shape in zip(caches, shapes, strict=True))
         else:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from gemma_deploy.artifact.ledger import LedgerEntry, Words, context_entries, measured_effect, shared_entries
+from gemma_deploy.artifact.manifest import Manifest
 
 
-def ledger_of(manifest: Mapping[str, Any]) -> list[LedgerEntry]:
+def ledger_of(manifest: Manifest) -> list[LedgerEntry]:
     """All entries of an artifact."""
-    effect = measured_effect(manifest.get("parity")) if manifest["scheme"] == "fp32" else {}
+    effect = measured_effect(manifest) if manifest.scheme == "fp32" else {}
     to_nearest = "a 16-bit target rounds activations as well, which this graph does not"
     return [
         *shared_entries(manifest, Words(to_nearest, _linears_read(manifest))),
@@ -30,22 +30,22 @@ def ledger_of(manifest: Mapping[str, Any]) -> list[LedgerEntry]:
     ]
 
 
-def _linears_read(manifest: Mapping[str, Any]) -> str:
-    rounding = (manifest.get("quantization") or {}).get("activations")
+def _linears_read(manifest: Manifest) -> str:
+    rounding = manifest.activations
     if rounding is None:
         return "activations and "
-    kept = rounding["kept"]
+    kept = rounding.kept
     but = f", but not those of {len(kept)} linears that would lose most ({', '.join(kept)})" if kept else ""
     return f"their inputs are rounded to 8 bits with a scale per token{but}; other activations and "
 
 
-def _division(manifest: Mapping[str, Any], effect: dict[str, Any]) -> list[LedgerEntry]:
+def _division(manifest: Manifest, effect: dict[str, Any]) -> list[LedgerEntry]:
     """What ranks and stages change: the order of sums, and where things lie."""
-    parts, model = manifest["parts"], manifest["model"]
-    ranks = parts[0]["ranks"] if parts else 1
+    parts, heads = manifest.parts, manifest.model.num_key_value_heads
+    ranks = parts[0].ranks if parts else 1
     entries = []
     if ranks > 1:
-        total = parts[0]["contract"]["kv_heads"] * ranks
+        total = parts[0].contract.kv_heads * ranks
         entries.append(
             LedgerEntry(
                 f"o_proj and down_proj are summed over {ranks} ranks, in float32",
@@ -54,20 +54,20 @@ def _division(manifest: Mapping[str, Any], effect: dict[str, Any]) -> list[Ledge
                 effect,
             )
         )
-        if total != model["num_key_value_heads"]:
+        if total != heads:
             entries.append(
                 LedgerEntry(
-                    f"{model['num_key_value_heads']} key/value heads are stored as {total}",
+                    f"{heads} key/value heads are stored as {total}",
                     "k_proj, v_proj and the cache of every layer",
                     "model_kwargs.tp; a head that several ranks read is repeated in each, its values do not change",
                 )
             )
-    stages = list(dict.fromkeys(part["stage"] for part in parts))
+    stages = list(dict.fromkeys(part.stage for part in parts))
     if len(stages) > 1:
         entries.append(
             LedgerEntry(
                 f"cut into {len(stages)} stages in front of layers "
-                + ", ".join(str(first) for first in sorted({part["layers"][0] for part in parts}) if first),
+                + ", ".join(str(first) for first in sorted({part.layers[0] for part in parts}) if first),
                 ", ".join(stages),
                 "split.points; hidden states pass unrounded, a tied table lies in the first and the last stage",
             )

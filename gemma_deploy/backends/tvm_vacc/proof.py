@@ -17,11 +17,11 @@ from gemma_deploy.parity.torch_sources import torch_sources
 def prove_pair(proof: Proof, result: ParityResult) -> None:
     """Compare and judge; see `Backend.prove`."""
     artifact, opened, manifest, cases = proof.artifact, proof.checkpoint, proof.manifest, proof.cases
-    scheme = str(manifest["scheme"])
+    scheme = manifest.scheme
     strict = StrictSource(artifact, manifest)
     hf, patched, twin = torch_sources(opened, artifact, manifest)
     sources: dict[str, Source] = {source.name: source for source in (hf, patched, twin, strict)}
-    gates = gates_of(scheme, bool(manifest.get("int8_cache")))
+    gates = gates_of(scheme, manifest.int8_cache)
     rounding = rounding_lines(artifact, manifest)
     repeating = StrictSource(artifact, manifest, rounding=False) if rounding else strict
     sources[repeating.name] = repeating

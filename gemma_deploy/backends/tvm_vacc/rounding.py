@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from gemma_deploy.architectures import input_groups
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.tvm_vacc.strict import lower
 from gemma_deploy.graph.functions import DEQUANTIZE_CACHE, DOMAIN, PER_TOKEN, QUANTIZE_CACHE
 from gemma_deploy.parity.gates import Line
@@ -22,31 +22,30 @@ TOKENS, CHANNELS = 64, 257
 PARTS = ("key", "value")
 
 
-def rounds(manifest: Mapping[str, Any]) -> bool:
+def rounds(manifest: Manifest) -> bool:
     """Whether activations or the cache are rounded to codes inside the graphs."""
-    return bool(manifest.get("int8_cache")) or _activations(manifest) is not None
+    return manifest.int8_cache or manifest.activations is not None
 
 
-def rounding_lines(artifact: Path, manifest: Mapping[str, Any]) -> list[Line]:
+def rounding_lines(artifact: Path, manifest: Manifest) -> list[Line]:
     """Two gates for rounded activations, two for an int8 cache.
 
     Raises:
         ArtifactError: a graph is missing or damaged.
     """
-    activations, cache = _activations(manifest), bool(manifest.get("int8_cache"))
+    activations, cache = manifest.activations, manifest.int8_cache
     if not rounds(manifest):
         return []
-    folders = [part["folder"] for part in manifest["parts"]] or ["."]
-    layers = {part["folder"]: range(*part["layers"]) for part in manifest["parts"]}
+    layers = {part.folder: range(*part.layers) for part in manifest.parts}
     misplaced = different = uncached = other_codes = 0
-    for folder in folders:
-        own = layers.get(folder, range(manifest["model"]["num_hidden_layers"]))
+    for folder in manifest.folders:
+        own = layers.get(folder, range(manifest.model.num_hidden_layers))
         for graph in ("iter0", "iter1"):
             model = load_file(artifact / folder / f"{graph}.onnx")
             if activations is not None:
                 linears = [linear for group in input_groups() for linear in group.readers]
                 expected = {f"model.layers.{i}.{linear}" for i in own for linear in linears}
-                expected -= set(activations["kept"])
+                expected -= set(activations.kept)
                 misplaced += len(expected.symmetric_difference(rounded_linears(model)))
                 different += differing_values(model)
             if cache:
@@ -64,11 +63,6 @@ def rounding_lines(artifact: Path, manifest: Mapping[str, Any]) -> list[Line]:
             Line("codes and scales of the cache = NumPy", "values that differ", other_codes, 0, other_codes == 0),
         ]
     return lines
-
-
-def _activations(manifest: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    found: Mapping[str, Any] | None = (manifest.get("quantization") or {}).get("activations")
-    return found
 
 
 def _is_cached(model: ir.Model, layer: int, part: str, graph: str) -> bool:

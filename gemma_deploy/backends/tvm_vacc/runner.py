@@ -9,12 +9,13 @@ Session and contract come from session.py and contract.py; which token comes nex
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.tvm_vacc.contract import check_session, read_contract, read_manifest, stages_of
 from gemma_deploy.backends.tvm_vacc.sessions import Mode, load_graph, open_session
 from gemma_deploy.errors import UsageError
@@ -67,13 +68,13 @@ class StaticRunner:
         threads: int = 0,
         outputs: Sequence[str] = (),
         *,
-        manifest: Mapping[str, Any] | None = None,
+        manifest: Manifest | None = None,
         one_prompt: bool = False,
     ) -> None:
         self.path = Path(artifact_dir)
         self.mode: Mode = mode
         self.threads = threads
-        self.manifest: Mapping[str, Any] | None = manifest if manifest is not None else read_manifest(self.path)
+        self.manifest: Manifest | None = manifest if manifest is not None else read_manifest(self.path)
         self.contract = read_contract(self.path, self.manifest)
         self._stages = stages_of(self.manifest)
         self.one_prompt = one_prompt

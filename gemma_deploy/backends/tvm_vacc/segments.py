@@ -9,14 +9,14 @@ nothing is rebuilt. Differs from running the whole graph in the number of rows o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from gemma_deploy.architectures import branches
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.tvm_vacc.contract import Port, StaticContract, read_contract, read_manifest, stages_of
 from gemma_deploy.backends.tvm_vacc.cutting import DECODE_INPUTS, EMBEDDED, LOGITS, NORMED, Cutter, by_position
 from gemma_deploy.machine import give_memory_back
@@ -85,12 +85,12 @@ class StrictSource:
             so what is around it can be proven without it alone.
     """
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any] | None = None, rounding: bool = True) -> None:
+    def __init__(self, path: Path, manifest: Manifest | None = None, rounding: bool = True) -> None:
         self.name = "strict" if rounding else UNROUNDED
         self.path = Path(path).resolve()
         manifest = manifest if manifest is not None else read_manifest(self.path)
         self.contract = read_contract(self.path, manifest)
-        self.rescaling = Rescaling.of_manifest(manifest or {})
+        self.rescaling = (manifest and manifest.rescaling) or Rescaling()
         stages = stages_of(manifest)
         self.graphs = {graph: Cutter(self.path, graph, stages, rounding) for graph in ("iter0", "iter1")}
         if not rounding:  # codes have become what they stand for
