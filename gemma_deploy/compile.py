@@ -1,19 +1,21 @@
 """The compiler: one recipe and one checkpoint become one verified artifact. Read `compile_recipe` top to bottom.
 
 Stages write into NAME.partial and are skipped when what they would read is what it was; the directory is renamed only
-when the gate has passed, so nothing that looks finished was ever left unfinished or unproven.
+when the gate has passed, so nothing that looks finished was ever left unfinished or unproven. Of a finished artifact
+that lacks a measurement alone, that is made and nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gemma_deploy.artifact.commit import ArtifactDir
-from gemma_deploy.artifact.manifest import GateRecord
-from gemma_deploy.artifact.report import write_report
-from gemma_deploy.calibration.pipeline import dataset_record
+from gemma_deploy.artifact.manifest import GateRecord, Manifest
+from gemma_deploy.artifact.report import REPORT, write_report
+from gemma_deploy.calibration.pipeline import Request, dataset_record
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import GateError
 from gemma_deploy.job import Job
@@ -32,7 +34,7 @@ from gemma_deploy.stages.clock import StageClock, StageTiming
 from gemma_deploy.stages.files import write_model_files
 from gemma_deploy.stages.gate import advice, run_gate
 from gemma_deploy.stages.graphs import Graphs
-from gemma_deploy.stages.keys import stage_keys
+from gemma_deploy.stages.keys import StageKeys, stage_keys
 from gemma_deploy.stages.parameters import places_of, write_parameters
 from gemma_deploy.stages.record import describe
 from gemma_deploy.workdir import refuse_directory
@@ -85,66 +87,81 @@ def compile_recipe(
         request = calibration_request(job)
         dataset = None if request is None else dataset_record(job.checkpoint, request)
         keys = stage_keys(job, dataset)
-        work = ArtifactDir(job.out, key=keys.artifact, force=force, proven=parity)
-        room = not work.is_up_to_date() and preflight(job, parity=parity).has_room_beside
+        work = ArtifactDir(job.out, key=keys.artifact, wanted=keys.measured(gate=parity), force=force)
+        room = not work.is_up_to_date() and preflight(job, parity=parity, built=work.known is not None).has_room_beside
     with work as artifact:
         if artifact.finished:
             return CompileResult(job.out, tuple(clock.done), True, artifact.manifest.parity)
-        rescaling = quantized = None
-        source: Checkpoint | Overlay = job.checkpoint
-        if keys.ranges:
-            with clock.stage("ranges") as stage:
-                rescaling, stage.skipped = choose_rescaling(job, request, artifact.path, keys.ranges)
-        if keys.quantize and request is not None:
-            with clock.stage("quantize"):
-                tick = clock.ticks("quantize", "layers", of=job.config.num_hidden_layers)
-                quantized = quantize_weights(job, request, artifact.path, keys.quantize, tick)
-                source = quantized.source
-        if keys.cache and request is not None:
-            with clock.stage("cache") as stage:
-                tick = clock.ticks("cache", "layers", of=job.config.num_hidden_layers)
-                source, stage.skipped = calibrate_cache(job, request, artifact.path, keys.cache, tick)
-        kept = quantized.kept if quantized else None
-        places = places_of(job, source, rescaling)
-        with Graphs(job, artifact.path, places, rescaling=rescaling, kept=kept, beside=room) as graphs:
-            with clock.stage("parameters") as stage:
-                table = write_parameters(job, source, artifact.path, rescaling, clock.ticks("parameters", BYTES))
-                stage.bytes = sum(file.file_bytes for file in table.files.values())
-            with clock.stage("graphs") as stage:
-                peak = graphs.write()
-                stage.child_rss_bytes, stage.skipped, stage.beside = peak or 0, peak is None, graphs.is_beside
-                stage.bytes = sum((artifact.path / file).stat().st_size for file in job.graph_files)
-        with clock.stage("files"):
-            write_model_files(job, artifact.path)
-        manifest = describe(
-            job,
-            artifact.path,
-            key=keys.artifact,
-            dataset=dataset,
-            table=table,
-            rescaling=rescaling,
-            quantized=quantized,
-        )
-        if keys.sensitivity and quantized:
+        if artifact.known is None:
+            manifest, files = _build(job, request, dataset, keys, artifact.path, clock, room)
+        else:
+            manifest = artifact.known.but(recipe=job.record)
+            files = set(manifest.files)
+        if keys.sensitivity and request and manifest.keys.get("sensitivity") != keys.sensitivity:
             with clock.stage("sensitivity") as stage:
                 tick = clock.ticks("sensitivity", "layers")
-                found, stage.skipped = layer_sensitivity(
-                    job.checkpoint, manifest, quantized.window, artifact.path, keys.sensitivity, tick
-                )
-            manifest = manifest.but(sensitivity=found)
+                found, stage.skipped = layer_sensitivity(job, request, manifest, artifact.path, keys.sensitivity, tick)
+            manifest = manifest.measured("sensitivity", keys.sensitivity, sensitivity=found)
         result = None
-        if parity:
+        if parity and manifest.keys.get("gate") != keys.gate:
             with clock.stage("parity"):
                 result = run_gate(job, artifact.path, manifest, lambda what: clock.watcher.said("parity", what))
-            manifest = manifest.but(parity=result.to_json())
+            manifest = manifest.measured("gate", keys.gate, parity=result.to_json())
             manifest = manifest.but(ledger=job.backend.ledger(manifest))
-        manifest = manifest.but(stages=clock.done)
+        manifest = manifest.but(stages=clock.with_those_before(manifest.stages))
         write_report(artifact.path, manifest)
         if result is not None and not result.passed and job.proof.gate:
             raise GateError(
                 "the artifact does not compute the model: " + "; ".join(result.failures()),
                 where=str(artifact.path),
-                next_step=f"read {artifact.path / 'report.html'}; " + advice(job.scheme, result),
+                next_step=f"read {artifact.path / REPORT}; " + advice(job.scheme, result),
             )
-        artifact.commit(manifest)
+        artifact.commit(manifest, files | {REPORT})
     return CompileResult(job.out, tuple(clock.done), False, manifest.parity)
+
+
+def _build(
+    job: Job,
+    request: Request | None,
+    dataset: Mapping[str, Any] | None,
+    keys: StageKeys,
+    out: Path,
+    clock: StageClock,
+    room: bool,
+) -> tuple[Manifest, set[str]]:
+    """Everything an artifact holds but what is measured about it.
+
+    Args:
+        request: the calibration text, `dataset` its record; room: for the export beside the parameters.
+
+    Returns:
+        The manifest so far, and every file by its path in `out`.
+    """
+    rescaling = quantized = None
+    source: Checkpoint | Overlay = job.checkpoint
+    if keys.ranges:
+        with clock.stage("ranges") as stage:
+            rescaling, stage.skipped = choose_rescaling(job, request, out, keys.ranges)
+    if keys.quantize and request is not None:
+        with clock.stage("quantize"):
+            tick = clock.ticks("quantize", "layers", of=job.config.num_hidden_layers)
+            quantized = quantize_weights(job, request, out, keys.quantize, tick)
+            source = quantized.source
+    if keys.cache and request is not None:
+        with clock.stage("cache") as stage:
+            tick = clock.ticks("cache", "layers", of=job.config.num_hidden_layers)
+            source, stage.skipped = calibrate_cache(job, request, out, keys.cache, tick)
+    kept = quantized.kept if quantized else None
+    places = places_of(job, source, rescaling)
+    with Graphs(job, out, places, rescaling=rescaling, kept=kept, beside=room) as graphs:
+        with clock.stage("parameters") as stage:
+            table = write_parameters(job, source, out, rescaling, clock.ticks("parameters", BYTES))
+            stage.bytes = sum(file.file_bytes for file in table.files.values())
+        with clock.stage("graphs") as stage:
+            peak = graphs.write()
+            stage.child_rss_bytes, stage.skipped, stage.beside = peak or 0, peak is None, graphs.is_beside
+            stage.bytes = sum((out / file).stat().st_size for file in job.graph_files)
+    with clock.stage("files"):
+        beside = write_model_files(job, out)
+    manifest = describe(job, out, keys=keys, dataset=dataset, table=table, rescaling=rescaling, quantized=quantized)
+    return manifest, {*table.files, *job.graph_files, *beside}

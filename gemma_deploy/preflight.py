@@ -73,7 +73,7 @@ class Plan:
     @property
     def peak_ram_bytes(self) -> int:
         """Memory of the largest stage."""
-        return max(stage.ram_bytes for stage in self.stages)
+        return max((stage.ram_bytes for stage in self.stages), default=0)
 
     @property
     def has_room_beside(self) -> bool:
@@ -98,13 +98,13 @@ class Plan:
         return plain | {key: list(plain[key]) for key in ("stages", "shortfalls", "notes")}
 
 
-def preflight(job: Job, *, parity: bool = True, machine: Machine | None = None) -> Plan:
-    """Refuse a job this machine cannot finish, before any work.
+def preflight(job: Job, *, parity: bool = True, built: bool = False, machine: Machine | None = None) -> Plan:
+    """Refuse a job this machine cannot finish, before any work; see `make_plan`.
 
     Raises:
         PreflightError: lists everything that is short, with the figures.
     """
-    plan = make_plan(job, parity=parity, machine=machine)
+    plan = make_plan(job, parity=parity, built=built, machine=machine)
     if plan.shortfalls:
         raise PreflightError(
             "this machine cannot do the job as asked",
@@ -115,32 +115,35 @@ def preflight(job: Job, *, parity: bool = True, machine: Machine | None = None) 
     return plan
 
 
-def make_plan(job: Job, *, parity: bool = True, machine: Machine | None = None) -> Plan:
+def make_plan(job: Job, *, parity: bool = True, built: bool = False, machine: Machine | None = None) -> Plan:
     """Estimate every stage; shortfalls are listed in the plan, not raised.
 
     Args:
-        parity: whether the gate runs at the end.
+        parity: whether the gate runs at the end; built: everything is made, only to be measured.
         machine: what the machine has; measured when None.
     """
     machine = machine or Machine.measure(job.out)
     tensors = _needed(job.checkpoint)
     elements = sum(prod(tensor.shape) for tensor in tensors.values())
     parameters = parameter_bytes(job)
-    stages = [_ranges_stage(job, tensors, elements)] if job.scheme.weights == "fp16" else []
-    if job.scheme.calibrated:
-        stages.append(_quantize_stage(job, tensors, machine))
-    elif job.scheme.int8_cache:
-        stages.append(_cache_stage(job, tensors, machine))
-    stages += [
-        _params_stage(job, tensors, elements, parameters, machine),
-        job.backend.graphs_estimate(),
-    ]
+    stages = [] if built else _building_stages(job, tensors, elements, parameters, machine)
     if job.quantizer.sensitivity:
         stages.append(_sensitivity_stage(job.config, tensors))
     if parity:
         stages.append(_parity_stage(job, tensors, elements))
     drafted = Plan(job.name, str(job.scheme), job.out, parameters, tuple(stages), machine, (), ())
     return replace(drafted, shortfalls=_shortfalls(drafted, job), notes=_notes(job.checkpoint))
+
+
+def _building_stages(
+    job: Job, tensors: Mapping[str, TensorInfo], elements: int, parameters: int, machine: Machine
+) -> list[StageEstimate]:
+    stages = [_ranges_stage(job, tensors, elements)] if job.scheme.weights == "fp16" else []
+    if job.scheme.calibrated:
+        stages.append(_quantize_stage(job, tensors, machine))
+    elif job.scheme.int8_cache:
+        stages.append(_cache_stage(job, tensors, machine))
+    return [*stages, _params_stage(job, tensors, elements, parameters, machine), job.backend.graphs_estimate()]
 
 
 def _needed(checkpoint: Checkpoint) -> dict[str, TensorInfo]:

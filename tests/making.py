@@ -5,6 +5,7 @@ import shutil
 from gemma_deploy.artifact.commit import ArtifactDir
 from gemma_deploy.job import Job
 from gemma_deploy.stages.files import write_model_files
+from gemma_deploy.stages.keys import stage_keys
 from gemma_deploy.stages.parameters import write_parameters
 from gemma_deploy.stages.record import describe
 
@@ -16,7 +17,9 @@ def finish(recipe, graphs, out):
         table = write_parameters(job, job.checkpoint, directory.path)
         for graph in job.graph_files:
             shutil.copy(graphs / graph, directory.path)
-        write_model_files(job, directory.path)
-        manifest = describe(job, directory.path, key="test", dataset=None, table=table, rescaling=None, quantized=None)
-        directory.commit(manifest)
+        beside = write_model_files(job, directory.path)
+        manifest = describe(
+            job, directory.path, keys=stage_keys(job, None), dataset=None, table=table, rescaling=None, quantized=None
+        )
+        directory.commit(manifest, {*table.files, *job.graph_files, *beside})
     return out

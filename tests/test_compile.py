@@ -16,6 +16,8 @@ from gemma_deploy import compile as compiler
 from gemma_deploy.backends.base import Exported
 from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
+from gemma_deploy.parity.compare import ParityResult
+from gemma_deploy.parity.gates import Line
 from gemma_deploy.provenance import Code
 from gemma_deploy.stages.gate import advice
 from gemma_deploy.testing import write_tiny_checkpoint
@@ -155,13 +157,46 @@ def test_a_second_run_writes_nothing(copied, capsys):
     assert snapshot(workspace) == before
 
 
-def test_a_second_run_with_the_gate_proves_what_was_not_proven(copied, capsys):
+def nothing_is_built(monkeypatch):
+    for stage in ("write_parameters", "places_of", "write_model_files", "Graphs"):
+        monkeypatch.setattr(compiler, stage, lambda *arguments, stage=stage, **options: pytest.fail(stage))
+
+
+def test_a_second_run_with_the_gate_runs_the_gate_alone(copied, checkpoint, monkeypatch, capsys):
     recipe, workspace = copied
+    written = (workspace / NAME / "params.safetensors").stat()
+    nothing_is_built(monkeypatch)
     assert main(["compile", str(recipe)]) == 0
     manifest = json.loads((workspace / NAME / "manifest.json").read_text())
     assert manifest["parity"]["passed"] is True
     assert "parity  passed" in capsys.readouterr().out
     assert names(workspace) == [NAME]
+    assert [one["name"] for one in manifest["stages"]] == ["parameters", "graphs", "files", "check", "parity"]
+    again = (workspace / NAME / "params.safetensors").stat()
+    assert (again.st_ino, again.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
+    assert main(["verify", str(workspace / NAME)]) == 0
+    # Another proof is asked for: it runs alone as well. The same one: nothing does.
+    write_recipe(recipe.parent, checkpoint, parity={"prompt_tokens": 20, "decode_tokens": 2})
+    assert main(["compile", str(recipe)]) == 0
+    changed = json.loads((workspace / NAME / "manifest.json").read_text())
+    assert changed["recipe"]["parity"]["prompt_tokens"] == 20
+    assert changed["keys"]["gate"] != manifest["keys"]["gate"]
+    assert changed["key"] == manifest["key"]
+    capsys.readouterr()
+    assert main(["compile", str(recipe)]) == 0
+    assert "nothing has changed" in capsys.readouterr().out
+
+
+def test_a_gate_that_fails_leaves_the_unproven_artifact(copied, monkeypatch, capsys):
+    recipe, workspace = copied
+    before = snapshot(workspace / NAME)
+    nothing_is_built(monkeypatch)
+    failed = ParityResult(lines=[Line("hf = strict", "mean KL", 1.0, 0.01, False)])
+    monkeypatch.setattr(compiler, "run_gate", lambda *arguments: failed)
+    assert main(["compile", str(recipe)]) == 1
+    assert "does not compute the model" in capsys.readouterr().err
+    assert snapshot(workspace / NAME) == before
+    assert (workspace / f"{NAME}.partial/report.html").exists()
 
 
 def change_recipe(recipe, checkpoint, monkeypatch):

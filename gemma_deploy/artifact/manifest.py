@@ -292,6 +292,10 @@ class Manifest(Record):
         """The same with other values, each as JSON or of its field's type."""
         return self.of(self.to_json() | {key: to_jsonable_python(value) for key, value in changes.items()})
 
+    def measured(self, stage: str, key: str, **results: Any) -> Manifest:
+        """The same with what a stage measured, and its key."""
+        return self.but(keys=self.keys | {stage: key}, **results)
+
     @cached_property
     def table(self) -> ParamTable:
         """Of all parameter files."""

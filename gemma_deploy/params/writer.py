@@ -16,7 +16,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from gemma_deploy.checkpoint import Checkpoint
@@ -28,6 +27,7 @@ from gemma_deploy.params.plan import ParamSpec
 from gemma_deploy.params.stream import BadTensorError, Buffers, Job, run_job
 from gemma_deploy.params.table import ParamRow, ParamTable, hash_span, in_file_order
 from gemma_deploy.progress import Tick
+from gemma_deploy.provenance import code_of
 from gemma_deploy.writing import sync
 
 logger = logging.getLogger(__name__)
@@ -263,13 +263,8 @@ def _key(plan: Sequence[ParamSpec], layout: Layout, fingerprint: str) -> str:
     digest = hashlib.sha256(json.dumps([asdict(spec) for spec in plan], sort_keys=True).encode())
     digest.update(layout.header)
     digest.update(fingerprint.encode())
-    package = Path(__file__).resolve().parents[1]
-    for part in ("checkpoint", "params", "partition", "quantization"):
-        for source in sorted((package / part).glob("*.py")):
-            digest.update(f"\0{part}/{source.name}\0".encode() + source.read_bytes())
-    for name in ("torch", "numpy", "gguf"):
-        with contextlib.suppress(PackageNotFoundError):
-            digest.update(f"\0{name} {version(name)}".encode())
+    code = code_of((__name__,))
+    digest.update(f"{code.sha256} {code.versions}".encode())
     return digest.hexdigest()
 
 

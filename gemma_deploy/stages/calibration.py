@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.calibration.address import require_cluster
 from gemma_deploy.calibration.pipeline import Request, fit_to_sample, make_windows
-from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError, DeployError
 from gemma_deploy.job import Job
 from gemma_deploy.machine import give_memory_back
@@ -38,7 +37,6 @@ class Quantized:
     Args:
         source: the checkpoint with what replaces its weights; settings: of the solver.
         layers, table: what came of each.
-        window: the first of the calibration text, token ids.
         kept: linears whose inputs are not rounded, the others' are; None where none are.
     """
 
@@ -46,7 +44,6 @@ class Quantized:
     settings: Mapping[str, Any]
     layers: Sequence[Mapping[str, Any]]
     table: Mapping[str, Any]
-    window: Sequence[int]
     kept: tuple[str, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -146,7 +143,7 @@ def quantize_weights(job: Job, request: Request, out: Path, key: str, progress: 
     used = asdict(settings) | {"true_sequential": choices.true_sequential}
     give_memory_back()
     source = Overlay(checkpoint, [*files, table_file(folder)], records)
-    return Quantized(source, used, records, table, windows.ids[0].tolist(), kept)
+    return Quantized(source, used, records, table, kept)
 
 
 def solver_settings(job: Job) -> Settings:
@@ -203,9 +200,9 @@ def calibrate_cache(job: Job, request: Request, out: Path, key: str, progress: T
 
 
 def layer_sensitivity(
-    checkpoint: Checkpoint,
+    job: Job,
+    request: Request,
     manifest: Manifest,
-    window: Sequence[int],
     out: Path,
     key: str,
     progress: Tick | None,
@@ -221,9 +218,11 @@ def layer_sensitivity(
     from gemma_deploy.parity.sensitivity import measure_sensitivity
     from gemma_deploy.parity.stored import StoredWeights
 
+    window = make_windows(job.checkpoint, request).ids[0].tolist()
+    give_memory_back()  # of the tokenizer
     found = measure_sensitivity(
-        checkpoint,
-        StoredWeights(checkpoint, out, manifest),
+        job.checkpoint,
+        StoredWeights(job.checkpoint, out, manifest),
         window,
         out / QUANTIZED,
         embed_scale=manifest.embed_scale,

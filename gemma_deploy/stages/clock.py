@@ -6,10 +6,8 @@ Measures and tells, decides nothing.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from typing import Any
 
 from gemma_deploy.estimates import StageTiming
 from gemma_deploy.machine import peak_rss_bytes, rss_bytes
@@ -50,6 +48,7 @@ class StageClock:
         """See `progress.ticks`."""
         return ticks(self.watcher, stage, unit, of=of)
 
-    def to_json(self) -> list[dict[str, Any]]:
-        """Plain data for the manifest."""
-        return [asdict(timing) for timing in self.done]
+    def with_those_before(self, before: Sequence[StageTiming]) -> list[StageTiming]:
+        """What was done now, behind what an earlier run did of the other stages."""
+        names = {timing.name for timing in self.done}
+        return [*(timing for timing in before if timing.name not in names), *self.done]

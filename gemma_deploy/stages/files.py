@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 
 from gemma_deploy.job import Job
-from gemma_deploy.staging import write_tokenizer
+from gemma_deploy.text.saving import write_tokenizer
 
 
-def write_model_files(job: Job, out: Path) -> None:
-    """config.json, generation_config.json, the back end's own and the tokenizer, as files of the artifact's own."""
+def write_model_files(job: Job, out: Path) -> list[str]:
+    """config.json, generation_config.json, the back end's own and the tokenizer, as files of the artifact's own.
+
+    Returns:
+        Their names.
+    """
     config = job.config
     (out / "config.json").write_text(json.dumps(job.checkpoint.config_dict(), indent=2, sort_keys=True) + "\n")
     generation = {
@@ -21,4 +25,5 @@ def write_model_files(job: Job, out: Path) -> None:
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     for name, content in job.backend.files(job.spec, config).items():
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
-    write_tokenizer(job.checkpoint, out, link=False)
+    written = write_tokenizer(job.checkpoint, out, link=False)
+    return ["config.json", "generation_config.json", *job.backend.files(job.spec, config), *written]

@@ -20,6 +20,7 @@ PARAMETERS = ("gemma_deploy.params.writer",)
 FILES = ("gemma_deploy.stages.files",)
 SENSITIVITY = ("gemma_deploy.parity.sensitivity",)
 GATE = ("gemma_deploy.proving.prove",)
+MEASURING = ("sensitivity", "gate")
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,14 @@ class StageKeys:
         """Of everything an artifact holds but what is measured about it."""
         return digest([self.parameters, self.graphs, self.files])
 
-    def to_json(self) -> dict[str, str]:
-        """Stage -> key, of the stages there are."""
-        return {stage: key for stage, key in asdict(self).items() if key is not None}
+    def built(self) -> dict[str, str]:
+        """Stage -> key, of the stages there are that make what an artifact holds."""
+        return {stage: key for stage, key in asdict(self).items() if key is not None and stage not in MEASURING}
+
+    def measured(self, *, gate: bool) -> dict[str, str]:
+        """Stage -> key, of those that measure; gate: whether that runs."""
+        asked = {"sensitivity": self.sensitivity, "gate": self.gate if gate else None}
+        return {stage: key for stage, key in asked.items() if key is not None}
 
 
 def stage_keys(job: Job, dataset: Mapping[str, Any] | None) -> StageKeys:

@@ -13,13 +13,14 @@ from gemma_deploy.params import ParamTable
 from gemma_deploy.partition import Part
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.stages.calibration import Quantized
+from gemma_deploy.stages.keys import StageKeys
 
 
 def describe(
     job: Job,
     out: Path,
     *,
-    key: str,
+    keys: StageKeys,
     dataset: Mapping[str, Any] | None,
     table: ParamTable,
     rescaling: Rescaling | None,
@@ -31,7 +32,8 @@ def describe(
         {
             "format_version": FORMAT_VERSION,
             "name": job.name,
-            "key": key,
+            "key": keys.artifact,
+            "keys": keys.built(),
             "tool": tool_versions(),
             "recipe": dict(job.record),
             "carried_for_the_vendor": list(job.carried),

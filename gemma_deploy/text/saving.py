@@ -18,7 +18,7 @@ from gemma_deploy.writing import whole_file, write_bytes
 log = logging.getLogger(__name__)
 
 
-def write_tokenizer(checkpoint: Checkpoint, out: Path, *, link: bool = True) -> None:
+def write_tokenizer(checkpoint: Checkpoint, out: Path, *, link: bool = True) -> list[str]:
     """Put the tokenizer's files into `out`; a warning is logged where the checkpoint has none.
 
     A vocabulary inside a GGUF file is written as the files that transformers makes of it, and one of SentencePiece
@@ -28,6 +28,9 @@ def write_tokenizer(checkpoint: Checkpoint, out: Path, *, link: bool = True) -> 
         checkpoint: the model.
         out: a directory.
         link: as links where nothing of the name is there; else as copies in the place of what is there.
+
+    Returns:
+        The files, by their path in `out`.
     """
     files = checkpoint.tokenizer_files()
     for file in files:
@@ -51,6 +54,7 @@ def write_tokenizer(checkpoint: Checkpoint, out: Path, *, link: bool = True) -> 
         write_bytes(out / name, data)
     if not names and not (out / TOKENIZER).exists():
         log.warning("%s: no tokenizer; text cannot be tokenized with it", checkpoint.path)
+    return [*(file.relative_to(checkpoint.tokenizer_dir()).as_posix() for file in files), *made]
 
 
 def link_file(source: Path, target: Path) -> None:

@@ -1,5 +1,6 @@
 """The directory of a compile: locked, continued only under its own key, whole or not there."""
 
+import errno
 import json
 import os
 import subprocess
@@ -14,16 +15,16 @@ from gemma_deploy.errors import ArtifactError, BusyError, DeployError, UsageErro
 from tests.killing import killer
 from tests.manifests import manifest
 
-PROVEN = {"passed": True, "summary": "passed", "lines": []}
 
-
-def make(out, key="k", parity=PROVEN, **options):
-    """A compile whose only stage writes one file, unless the artifact is finished."""
+def make(out, key="k", **options):
+    """A compile that writes one file and takes what is wanted for measured, unless the artifact is finished."""
     with ArtifactDir(out, key=key, **options) as directory:
         if directory.finished:
             return False
-        (directory.path / "iter0.onnx").write_text(key)
-        directory.commit(manifest(key=key, parity=parity))
+        if directory.known is None:
+            (directory.path / "iter0.onnx").write_text(key)
+        keys = {} if directory.known is None else directory.known.keys
+        directory.commit(manifest(key=key, keys=keys | directory.wanted), {"iter0.onnx"})
     return True
 
 
@@ -60,21 +61,59 @@ def test_what_is_no_artifact_is_not_touched(tmp_path):
     assert (tmp_path / "a/thesis.txt").read_text() == "years of work"
 
 
-def test_unproven_is_not_enough_where_proof_is_asked_for(tmp_path):
-    make(tmp_path / "a", parity=None)
+def test_unproven_is_not_enough_where_proof_is_asked_for_and_no_file_is_written_again(tmp_path):
+    gate = {"gate": "1"}
+    make(tmp_path / "a")
+    file = tmp_path / "a/iter0.onnx"
+    inode = file.stat().st_ino
     assert not make(tmp_path / "a")
-    assert make(tmp_path / "a", proven=True)
-    assert not make(tmp_path / "a", proven=True)
+    assert make(tmp_path / "a", wanted=gate)
+    assert file.stat().st_ino == inode
+    assert not make(tmp_path / "a", wanted=gate)
+    assert not make(tmp_path / "a")  # more than asked for
+    assert make(tmp_path / "a", wanted={"gate": "2"})  # another text
+    assert make(tmp_path / "a", wanted={"gate": "2", "sensitivity": "3"})
+    assert (file.stat().st_ino, file.read_text()) == (inode, "k")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
 
 
-def test_an_unfinished_directory_is_continued_under_its_key_only(tmp_path):
+def test_measured_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    make(tmp_path / "a")
+    assert make(tmp_path / "a", wanted={"gate": "1"})
+    assert (tmp_path / "a/iter0.onnx").read_text() == "k"
+
+
+def test_a_measurement_that_fails_leaves_the_artifact_as_it_was(tmp_path):
+    make(tmp_path / "a")
+    before = (tmp_path / "a/manifest.json").read_bytes()
+
+    def measure():
+        with ArtifactDir(tmp_path / "a", key="k", wanted={"gate": "1"}) as directory:
+            assert directory.known.key == "k"
+            assert (directory.path / "iter0.onnx").read_text() == "k"
+            raise ValueError("too large")
+
+    with pytest.raises(ValueError, match="too large"):
+        measure()
+    assert (tmp_path / "a/manifest.json").read_bytes() == before
+    assert not make(tmp_path / "a")
+    assert make(tmp_path / "a", wanted={"gate": "1"})
+
+
+def test_an_unfinished_directory_is_continued_and_what_no_stage_made_goes(tmp_path):
+    """Stages know their work by keys of their own, so other inputs find what is theirs too."""
     for key in ("k", "other"):
         with ArtifactDir(tmp_path / "a", key=key) as directory:
-            assert not (directory.path / "done").exists()
-            (directory.path / "done").touch()
-    with ArtifactDir(tmp_path / "a", key="other") as directory:
-        assert (directory.path / "done").exists()
+            assert (directory.path / "deep/done").exists() == (key == "other")
+            (directory.path / "deep").mkdir(exist_ok=True)
+            (directory.path / "deep/done").touch()
     assert not (tmp_path / "a").exists()
+    make(tmp_path / "a", "other")
+    assert sorted(entry.name for entry in (tmp_path / "a").iterdir()) == ["iter0.onnx", "manifest.json"]
 
 
 def replace(out):

@@ -9,23 +9,20 @@ Nodes need no common disk: weights and hidden states go through Ray's object sto
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
 import logging
 import socket
 import tempfile
 from collections.abc import Generator, Iterable
-from functools import cache
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 
-from gemma_deploy import paths
 from gemma_deploy.calibration.address import require_cluster, unreachable
 from gemma_deploy.calibration.executors.ordered import in_order, one_torch_thread
 from gemma_deploy.calibration.shards import LayerPass, Model, Work, description, frame_of
 from gemma_deploy.errors import CalibrationError, DeployError
+from gemma_deploy.provenance import code_of
 
 
 class RayCluster:
@@ -80,7 +77,7 @@ class RayCluster:
         """See `Executor`. A task whose process or node dies is run again elsewhere, up to three times."""
         ray, model, index = self.ray, *description(layer)
         tensors = ray.put({name: tensor.numpy() for name, tensor in layer.tensors().items()})
-        head = ray.put((work, model, index, versions()))
+        head = ray.put((work, model, index, versions(work)))
         begun: set[Any] = set()
 
         def submit(item: Any) -> Any:
@@ -109,25 +106,18 @@ class RayCluster:
                     ray.cancel(ref)
 
 
-@cache
-def versions() -> dict[str, str]:
-    """What must be the same on every node: this code, the patched model, and the library that multiplies."""
-    digest = hashlib.sha256()
-    for root in (paths.PACKAGE, paths.source_code_dir()):
-        for file in sorted(root.rglob("*.py")):
-            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
-    return {
-        "gemma-deploy": digest.hexdigest()[:12],
-        **{name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-    }
+def versions(work: Work) -> dict[str, Any]:
+    """What must be the same on every node: the code that does the work, and its libraries."""
+    code = code_of((__name__, work.__module__))
+    return {"gemma-deploy": code.sha256[:12], **code.versions}
 
 
-def _call(head: tuple[Work, Model, int, dict[str, str]], tensors: dict[str, Any], item: Any) -> Any:
+def _call(head: tuple[Work, Model, int, dict[str, Any]], tensors: dict[str, Any], item: Any) -> Any:
     """On a node: do it; an explained error is an answer, so that it comes back whole."""
     work, model, index, expected = head
-    if versions() != expected:
+    if versions(work) != expected:
         return CalibrationError(
-            f"this Ray node has {versions()}",
+            f"this Ray node has {versions(work)}",
             where=socket.gethostname(),
             expected=str(expected),
             next_step="install the same versions on every node",
