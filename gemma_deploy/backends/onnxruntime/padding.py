@@ -28,7 +28,7 @@ class Tokens:
         total: [1] int32, its total_sequence_length: columns of the mask.
         read: [B] int32, its query_seqlens: real tokens among the new ones; None where all caches are whole.
         wanted: [B, N, 1] int64, places in `ids` of the tokens whose logits the graph gives: each row's last real one,
-            or all of them in the order in which they were given. -1, the end, where there is no real token.
+            or all of them in the order in which they were given. Where a row has no real token, one of its padding.
     """
 
     ids: ir.Value
@@ -71,7 +71,7 @@ def real_tokens_first(nodes: Nodes, ids: ir.Value, mask: ir.Value, *, windowed: 
         seqlens=nodes.one("Cast", [seqlens], "seqlens_k", to=INT32),
         total=nodes.one("Cast", [columns], "total_sequence_length", to=INT32),
         read=nodes.one("Cast", [read], "query_seqlens", to=INT32) if windowed else None,
-        wanted=_every_place(nodes, seen) if every else _last_place(nodes, found),
+        wanted=_every_place(nodes, seen) if every else _last_place(nodes, read if windowed else found),
     )
 
 
@@ -93,9 +93,14 @@ def _last_place(nodes: Nodes, found: ir.Value) -> ir.Value:
 
 
 def _every_place(nodes: Nodes, seen: ir.Value) -> ir.Value:
-    """[B, S, 1]: a token goes behind the real ones before it; padding is told what the last of those gives."""
+    """[B, S, 1]: a token goes behind the real ones before it; padding is told what the last of those gives.
+
+    What stands before the first real token is told what that gives: GroupQueryAttention computes nothing for the places
+    behind a row's real tokens where query_seqlens keeps them out of the cache.
+    """
     count = nodes.one("CumSum", [seen, nodes.constant(np.int64(1), "int64.scalar.1")], "count_so_far")
-    return nodes.one("Unsqueeze", [nodes.one("Sub", [count, nodes.numbers(1)], "place"), nodes.numbers(2)], "places_of")
+    place = nodes.one("Max", [nodes.one("Sub", [count, nodes.numbers(1)], "behind"), nodes.numbers(0)], "place")
+    return nodes.one("Unsqueeze", [place, nodes.numbers(2)], "places_of")
 
 
 def _order(nodes: Nodes, seen: ir.Value, new: ir.Value) -> ir.Value:
