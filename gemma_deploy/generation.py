@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.errors import UsageError
 
 if TYPE_CHECKING:
+    from gemma_deploy.artifact.manifest import Manifest
     from gemma_deploy.runtime.generate import GenerationStats
 
 INTERRUPTED = 130

@@ -102,7 +102,7 @@ CHECKPOINTS = {
     ),
     "model_type unknown": (
         make.config_with(model_type="llama"),
-        (CONFIG, "unknown model_type 'llama'", "expected: one of gemma, gemma2, gemma3_text", "next: pass a Gemma"), 1,
+        (CONFIG, "unknown model_type 'llama'", "expected: one of gemma, gemma2, gemma3_text", "next: pass a text"), 1,
     ),
     "heads do not divide": (
         make.config_with(num_key_value_heads=3),
@@ -486,7 +486,7 @@ ARTIFACTS = {
     "tokenizer missing": (
         make.without("tokenizer.json"),
         dict.fromkeys([VERIFY, INSPECT], ("tokenizer.json is missing", AGAIN))
-        | {RUN: ("/tokenizer.json: the tokenizer is missing", "next: copy it there")},
+        | {RUN: ("/tokenizer.json: the tokenizer is missing", "next: copy tokenizer.json")},
     ),
     "manifest missing": (
         make.without("manifest.json"), dict.fromkeys([VERIFY, RUN, PARITY, INSPECT], NO_MANIFEST)

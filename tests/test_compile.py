@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 from gemma_deploy import compile as compiler
-from gemma_deploy.backends.base import Exported
 from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
 from gemma_deploy.parity.compare import ParityResult
@@ -22,6 +21,7 @@ from gemma_deploy.provenance import Code
 from gemma_deploy.stages.gate import advice
 from gemma_deploy.testing import write_tiny_checkpoint
 from gemma_deploy.workdir import Lock
+from tests.exported import exported_before
 from tests.exporting import export_in_this_process
 
 NAME = "tiny"
@@ -57,17 +57,6 @@ def checkpoint(made):
 @pytest.fixture(scope="module")
 def finished(made):
     return made / "workspace" / NAME
-
-
-def exported_before(finished):
-    """`worker.export_apart` without an export: the graphs of the finished artifact."""
-    contract = json.loads((finished / "manifest.json").read_text())["contract"]
-
-    def export(task):
-        assert json.loads(json.dumps(task.contract.to_json())) == contract
-        return Exported({f"{name}.onnx": (finished / f"{name}.onnx").read_bytes() for name in contract["graphs"]}, 1)
-
-    return export
 
 
 @pytest.fixture(autouse=True)
@@ -284,7 +273,9 @@ import importlib, json, os, pathlib, signal, sys
 import torch
 from gemma_deploy.cli import main
 from gemma_deploy.provenance import Code
-from tests.test_compile import exported_before, worker
+from gemma_deploy.graph import worker
+from tests.exported import exported_before
+assert "onnxruntime" not in sys.modules
 Code.sha256 = "this"
 worker.export_apart = exported_before(pathlib.Path(sys.argv[1]))
 for line in sys.stdin:

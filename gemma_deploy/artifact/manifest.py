@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 from pydantic_core import to_jsonable_python
 
 from gemma_deploy.bounds import Bytes, Count, Index, Inside, Layers, Plain, Size
@@ -149,6 +149,10 @@ class ContractRecord(Open):
     dynamic: bool
     logits: str | None = None
     graphs: dict[Graph, GraphRecord]
+
+    @model_serializer(mode="wrap")
+    def _without_what_has_no_value(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in plain(self).items() if value is not None}
 
 
 class PartRecord(Record):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from gemma_deploy.artifact.manifest import GraphRecord, Manifest
-from gemma_deploy.params.table import lowest_sqnr
+if TYPE_CHECKING:
+    from gemma_deploy.artifact.manifest import GraphRecord, Manifest
 
 MIB = 1 << 20
 EPILOG = """\b
@@ -59,6 +59,7 @@ def command(path: str, params: bool, as_json: bool) -> None:
 def artifact_facts(manifest: Manifest) -> dict[str, Any]:
     """The manifest without its longest parts, and sums over them."""
     from gemma_deploy.artifact.report import sensitive_rows
+    from gemma_deploy.params.table import lowest_sqnr
 
     contract, parity, worst = manifest.contract, manifest.parity, lowest_sqnr(manifest.params)
     return {

@@ -51,16 +51,16 @@ def prompts():
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_artifact_is_proven_at_every_position_and_says_what_it_is_not_for(compiled, kind):
     manifest = Artifact.open(compiled(kind)).manifest
-    assert manifest["parity"]["passed"] is True
-    compared = {line["comparison"] for line in manifest["parity"]["lines"]}
+    assert manifest.parity.passed is True
+    compared = {line.comparison for line in manifest.parity.lines}
     assert (EVERY in compared, PARTS in compared) == (True, False)
     verify(compiled(kind))
-    contract = manifest["contract"]
-    (logits,) = (port for port in contract["graphs"]["model"]["outputs"] if port["name"] == "logits")
-    assert (logits["shape"], contract["logits"]) == (["batch", "sequence", 512], "all")
-    assert not any("logits only" in entry["what"] for entry in manifest["ledger"])
-    assert manifest["carried_for_the_vendor"] == []
-    said = " ".join(contract["not_for"])
+    contract = manifest.contract
+    (logits,) = (port for port in contract.graphs["model"].outputs if port.name == "logits")
+    assert (logits.shape, contract.logits) == (("batch", "sequence", 512), "all")
+    assert not any("logits only" in entry.what for entry in manifest.ledger)
+    assert manifest.carried_for_the_vendor == ()
+    said = " ".join(contract.not_for)
     assert "2048 bytes" in said
     assert "Engine" not in said
     assert "padded on the left in onnxruntime-genai's Generator" in said

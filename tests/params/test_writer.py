@@ -11,6 +11,7 @@ from gemma_deploy.errors import ParamsError
 from gemma_deploy.params import ParamTable, build_plan, damaged_rows, finished_table, write_params
 from gemma_deploy.params.overlay import Stored
 from gemma_deploy.parity.stored import StoredWeights
+from gemma_deploy.provenance import Code
 from gemma_deploy.schemes import CodeForm, Codes, Storage
 from tests.manifests import manifest
 from tests.params.make import patch_value, read_raw, tiny, to_bf16_bits, widen
@@ -168,7 +169,7 @@ def test_what_changed_is_written_anew(tmp_path, monkeypatch, change):
     elif change == "context":
         options["context"] = 64
     elif change == "code":
-        monkeypatch.setattr("gemma_deploy.params.writer.version", lambda name: "another")
+        monkeypatch.setattr("gemma_deploy.params.writer.code_of", lambda names: Code(names, ()))
     else:
         path.write_bytes(before[:-1] + b"\x55")
     plan = planned(checkpoint, **options)

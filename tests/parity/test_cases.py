@@ -149,7 +149,7 @@ def test_asked_steps_that_do_not_fit_are_noted():
 
     checkpoint = SimpleNamespace(config=GEMMA, format="safetensors", tokenizer_files=list)
     notes = []
-    cases = cases_for(checkpoint, {"prefill": 16, "context": 20, "batch": 1}, None, 8, 32, notes)
+    cases = cases_for(checkpoint, SimpleNamespace(prefill=16, context=20, batch=1), None, 8, 32, notes)
     assert [case.steps for case in cases] == [4]
     assert notes[0].startswith("4 decode steps instead of 32")
     assert "no tokenizer" in notes[1]

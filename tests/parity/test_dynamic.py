@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 import yaml
 
+from gemma_deploy.artifact.manifest import KernelsRecord
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.base import PARAMS
 from gemma_deploy.backends.onnxruntime.decoder import build_decoder
@@ -278,26 +279,30 @@ def test_which_linears_have_14_bits(copy_of, wrong):
         rebuild(artifact, [*WIDE, "model.layers.3.self_attn.o_proj"])
     elif wrong == "lean":
         change_manifest(artifact, kernels=LEAN)
-    kernels = json.loads((artifact / "manifest.json").read_text())["kernels"]
+    kernels = Artifact.open(artifact).manifest.kernels
     line = wide_line(artifact, kernels)
     assert (line.comparison, line.passed) == (LISTED, wrong == "nothing")
     assert line.value == {"narrow": 1, "unlisted": 1, "lean": 3, "nothing": 0}[wrong]
 
 
+def kernels_of(**changes):
+    return KernelsRecord(**LEAN | {"wide": ()} | changes)
+
+
 def test_blocks_that_are_listed_as_integer_products(copy_of):
     artifact = copy_of("gemma", "lean")
-    assert wide_line(artifact, LEAN).passed
-    assert wide_line(artifact, LEAN | {"integer": True}).value == 1
-    assert wide_line(artifact, LEAN | {"integer": True, "wide": list(WIDE)}).value == 3
+    assert wide_line(artifact, kernels_of()).passed
+    assert wide_line(artifact, kernels_of(integer=True)).value == 1
+    assert wide_line(artifact, kernels_of(integer=True, wide=tuple(WIDE))).value == 3
 
 
 def test_by_default_every_linear_has_14_bits(built):
     artifact = built("gemma3_text", "int8")
-    kernels = json.loads((artifact / "manifest.json").read_text())["kernels"]
-    assert len(kernels["wide"]) == 7 * 4
+    kernels = Artifact.open(artifact).manifest.kernels
+    assert len(kernels.wide) == 7 * 4
     assert wide_line(artifact, kernels).passed
-    fewer = kernels | {"wide": [name for name in kernels["wide"] if not name.endswith("3.mlp.down_proj")]}
-    assert wide_line(artifact, fewer).value == 1
+    fewer = [name for name in kernels.wide if not name.endswith("3.mlp.down_proj")]
+    assert wide_line(artifact, kernels.model_copy(update={"wide": tuple(fewer)})).value == 1
 
 
 def test_a_linear_made_narrow_turns_the_gate_red(copy_of):

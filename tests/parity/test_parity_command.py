@@ -33,7 +33,7 @@ def demo(once):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(worker, "export_apart", export_in_this_process)
             result = compiler.compile_recipe(recipe, out=out)
-        assert result.parity["passed"]
+        assert result.parity.passed
 
     return once("demo-int8", make)
 
@@ -52,10 +52,10 @@ def test_the_gate_of_compile_passes_on_text_and_its_measures_are_kept(demo):
     pairs = {("hf", "patched"), ("patched w8a16", "strict"), ("hf", "strict")}
     phases = {(case, phase) for case in ("text", "random") for phase in ("prefill", "decode")}
     assert compared == {(*pair, *phase) for pair in pairs for phase in phases}
-    names = [line["name"].split(" (")[0] for line in parity.lines]
+    names = [line.name.split(" (")[0] for line in parity.lines]
     assert {"relative error", "mean KL", "inf or NaN logits"} <= set(names)
-    kl = next(line for line in parity.lines if line["name"] == "mean KL")
-    assert 0 < kl["value"] <= kl["limit"] == 0.01
+    kl = next(line for line in parity.lines if line.name == "mean KL")
+    assert 0 < kl.value <= kl.limit == 0.01
     assert parity.effect["tokens"] == "text"
     assert "passed" in (demo / "report.html").read_text()
 
@@ -285,8 +285,8 @@ def test_an_open_gate_commits_and_says_what_it_found(broken_export, capfd, tmp_p
     manifest = Artifact.open(artifact).manifest
     assert manifest.recipe.parity.model_dump()["gate"] is False
     assert manifest.parity.passed is False
-    assert manifest.parity.divergence["phase"] == "decode"
-    assert "model.layers.0.self_attn" in manifest.parity.divergence["module"]
+    assert manifest.parity.divergence.phase == "decode"
+    assert "model.layers.0.self_attn" in manifest.parity.divergence.module
     assert "FAILED" in (artifact / "report.html").read_text()
     assert run(capfd, "parity", artifact, "--no-fast", *SMALL)[0] == 1
 

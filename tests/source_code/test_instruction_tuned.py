@@ -14,6 +14,7 @@ from gemma_deploy.runtime.generate import stop_token_ids
 from gemma_deploy.stages.files import write_model_files
 from gemma_deploy.staging import stage_checkpoint
 from gemma_deploy.testing import write_tiny_checkpoint
+from tests.manifests import manifest
 from tests.runtime.make import SPECIAL, write_tokenizer
 
 MESSAGES = [
@@ -68,7 +69,7 @@ def test_the_artifact_and_the_staged_model_keep_every_stop_token(staged_tuned, t
     assert Checkpoint.open(tuned).config.eos_token_ids == (1, END_OF_TURN)
     write_model_files(Job.open(recipe_of(tuned)), tmp_path)
     assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [1, END_OF_TURN]
-    assert stop_token_ids({"model": Checkpoint.open(tuned).config.to_dict()}) == (1, END_OF_TURN)
+    assert stop_token_ids(manifest(model=Checkpoint.open(tuned).config.to_dict())) == (1, END_OF_TURN)
     assert json.loads((staged_tuned / "generation_config.json").read_text())["eos_token_id"] == [1, END_OF_TURN]
 
 

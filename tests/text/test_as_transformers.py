@@ -1,5 +1,6 @@
 """The tokenizer that transformers builds from the same files: the same ids, special tokens and size, file by file."""
 
+import importlib
 import json
 
 import pytest
@@ -177,7 +178,10 @@ def test_a_class_of_another_model_is_refused(tmp_path):
 @pytest.mark.parametrize("extra", [None, ["<|own|>"]])
 def test_a_lone_sentencepiece_model(tmp_path, monkeypatch, extra):
     """transformers asks for the sentencepiece package there, and then reads the file without it."""
-    monkeypatch.setattr("transformers.convert_slow_tokenizer.requires_backends", lambda *_: None)
+    module = importlib.import_module(
+        "transformers.convert_slow_tokenizer"
+    )  # transformers has a function of that name too
+    monkeypatch.setattr(module, "requires_backends", lambda *_: None)
     directory = copy_demo(tmp_path / "t", additional_special_tokens=extra)
     (directory / make.TOKENIZER).unlink()
     make.write_sentencepiece(directory / "tokenizer.model", make.pieces_of_demo())

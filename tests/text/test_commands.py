@@ -72,7 +72,7 @@ def compiled(root, template, **settings):
 def test_compile_refuses_damaged_files_before_it_computes(tmp_path, capfd, monkeypatch, options, name, content, said):
     recipe = compiled(tmp_path, TEMPLATE)
     (tmp_path / "checkpoint" / name).write_bytes(content)
-    monkeypatch.setattr("gemma_deploy.compile.stream_params", lambda *_: pytest.fail("it was computed"))
+    monkeypatch.setattr("gemma_deploy.compile.write_parameters", lambda *_: pytest.fail("it was computed"))
     code, _, err = run(capfd, "compile", recipe, *options)
     assert code == 1
     assert said in err
