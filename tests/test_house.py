@@ -87,6 +87,54 @@ def test_the_import_check_sees_what_it_should(part, source, wrong):
     assert len(backward_imports(part, source)) == wrong
 
 
+def circles(imports: dict[str, set[str]]) -> list[tuple[str, ...]]:
+    """Modules that import each other, be it by way of others: the strongly connected parts of a graph.
+
+    Args:
+        imports: what each module imports, by name.
+    """
+
+    def reached(module: str) -> set[str]:
+        found: set[str] = set()
+        waiting = [module]
+        while waiting:
+            new = imports[waiting.pop()] - found
+            found |= new
+            waiting += new
+        return found
+
+    reach = {module: reached(module) for module in imports}
+    in_circle = [module for module in imports if module in reach[module]]
+    return sorted({tuple(sorted(m for m in in_circle if m in reach[n] and n in reach[m])) for n in in_circle})
+
+
+def module_name(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def modules_imported(file: Path, known: set[str]) -> set[str]:
+    """Modules of ours that a file imports, inside functions and for type checkers too."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names & known or {node.module or ""}
+    return (found & known) - {module_name(file)}
+
+
+def test_no_modules_import_each_other():
+    known = {module_name(file) for file in MODULES}
+    assert not circles({module_name(file): modules_imported(file, known) for file in MODULES})
+
+
+def test_the_search_for_circles_sees_what_it_should():
+    imports = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set(), "f": {"g"}, "g": {"f", "e"}}
+    assert circles(imports) == [("a", "b", "c"), ("f", "g")]
+    assert not circles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
 def test_every_folder_with_modules_is_a_package_and_has_a_place_in_the_order():
     assert [str(f.parent) for f in MODULES if not (f.parent / "__init__.py").exists()] == []
     assert {part_of(file) for file in MODULES} - {"__init__"} <= set(ORDER)

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import nn
 
 from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.calibration.states import parts_of
-
-if TYPE_CHECKING:
-    from gemma_deploy.calibration.shards import LayerPass
 
 Seen = Callable[[str, torch.Tensor], None]
 
@@ -38,13 +36,26 @@ class Route:
 ENTERED = Route()
 
 
+class Walkable(Protocol):
+    """A layer with its weights, as `walk` needs it."""
+
+    module: nn.Module
+    spec: LayerSpec
+
+    def attention_inputs(self) -> tuple[Any, ...]:
+        """What the attention takes besides hidden states: rotary tables and mask."""
+
+    def read_at(self, point: str, module: nn.Module, x: torch.Tensor, *inputs: Any) -> torch.Tensor:
+        """What the linear `point` reads [1, seqlen, channels] when `module` is given `x`."""
+
+
 def state_columns(layer: LayerSpec, point: str) -> int:
     """Values of a token when a point was reached."""
     waiting = {branch.output for branch in layer.branches}
     return layer.hidden_size + (layer.linear(point).in_features if point in waiting else 0)
 
 
-def walk(layer: LayerPass, state: np.ndarray, route: Route, stop: str | None, seen: Seen) -> tuple[torch.Tensor, ...]:
+def walk(layer: Walkable, state: np.ndarray, route: Route, stop: str | None, seen: Seen) -> tuple[torch.Tensor, ...]:
     """Take a window from one point to another.
 
     Args:
