@@ -10,7 +10,7 @@ GIB, MIB = 1 << 30, 1 << 20
 
 # Peak RSS of a stage beyond its data, measured with transformers 5.23, torch 2.13 CPU on 2 cores of AMD Milan:
 BASE_BYTES = int(0.45 * GIB)  # torch and numpy imported (torch alone: 0.34)
-EXPORT_BYTES = int(0.55 * GIB)  # a gemma-2b-shaped decode graph traced and converted (docs/design.md)
+EXPORT_BYTES = int(0.55 * GIB)  # a gemma-2b-shaped decode graph traced and converted (docs/design.md 3)
 BLOCK_BYTES = 64 * MIB  # one row block as float32; source rows, codes and a temporary come to as much again
 BLOCK_COPIES = 3
 GRAPH_BYTES = 8 * MIB  # both .onnx files, manifest, report
@@ -19,7 +19,7 @@ READ_BYTES_PER_S = 2.0e9
 WRITE_BYTES_PER_S = 0.8e9
 CAST_BYTES_PER_S = 1.5e9  # float32 bytes cast and hashed
 QUANTIZE_BYTES_PER_S = 0.45e9  # float32 bytes rounded to int8 per row, with SQNR
-FLOPS_PER_S = 1.0e11  # float32 GEMM on 2 cores (117 measured; torch 113, ORT 151 in the design notes)
+FLOPS_PER_S = 1.0e11  # float32 GEMM on 2 cores (117 measured; torch 113, ORT 151: docs/design.md 3)
 STREAM_BYTES_PER_S = 1.0e9  # float32 bytes read from the checkpoint, widened and multiplied, a matrix at a time
 IMPORT_SECONDS = 4.0
 EXPORT_SECONDS = 6.0

@@ -1,6 +1,6 @@
 """A directory transformers can load as remote code: links to the weights, our modeling files, the checkpoint's config.
 
-Third step of the data path (design 2, step 4). The checkpoint's own config.json is kept; only `auto_map` and the
+Third step of the data path (docs/design.md 2). The checkpoint's own config.json is kept; only `auto_map` and the
 patch's switches are added (the generation's row says which). Weights are never copied, except out of a GGUF file.
 """
 

@@ -1,7 +1,7 @@
 """A checkpoint on disk: config and lazy tensor index. Opening it checks everything but the values of weights.
 
-Second step of the data path (design 2). Directories of safetensors, single or sharded, and .gguf files look the same
-from here on: Hugging Face tensor names, float32 row blocks.
+Second step of the data path (docs/design.md 2). Directories of safetensors, single or sharded, and .gguf files look
+the same from here on: Hugging Face tensor names, float32 row blocks.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from gemma_deploy.recipe import Recipe
 
 PER_KIND = 2  # rows of the table for each kind of point
-# (windows, tokens): of a user's file as in design 4.1; the bundled samples are smaller, and so is the demo's context.
+# (windows, tokens): of a user's file as in docs/design.md 4.1; the bundled samples are smaller, and so is the demo's
+# context.
 OF_A_FILE, OF_THE_SAMPLE = (128, 1024), (32, 128)
 LOG_WIDTH = 110
 EPILOG = """\b

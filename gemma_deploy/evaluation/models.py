@@ -40,7 +40,7 @@ class Model:
         kind: what it is; scheme: how its weights are stored ("fp32" of a checkpoint: what it is computed in).
         batch: rows that run together, no fewer; width: positions a row costs, None for as many as it has.
         longest: tokens of a prompt at most.
-        embed_scale: rounding of the embedding scale, see gemma_facts.
+        embed_scale: rounding of the embedding scale, see docs/gemma-facts.md.
         artifact, checkpoint: whichever it is.
         kernels: of an artifact, what computes it.
     """

@@ -1,4 +1,4 @@
-"""Names, dtypes and shapes at the border of the graphs (design 4.3), written once.
+"""Names, dtypes and shapes at the border of the graphs (docs/design.md 4.3), written once.
 
 iter0: input_ids, attention_mask, position_ids [B,P] -> logits [B,1,V], present.{i}.key/value [B,Hk,P,D].
 iter1: input_ids, position_ids [B,1], attention_mask [B,C+1], past_key_values.{i}.key/value [B,Hk,C,D] ->

@@ -45,7 +45,7 @@ def export_graphs(
     """Both graphs of an undivided model.
 
     Args:
-        embed_scale: `exact` or `bf16`, see gemma_facts.
+        embed_scale: `exact` or `bf16`, see docs/gemma-facts.md.
         rescaling: of float16 graphs.
 
     Raises:

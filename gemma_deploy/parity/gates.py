@@ -1,4 +1,4 @@
-"""Which measured number decides, and where its limit is. One row per gate; design section 6 gives the limits.
+"""Which measured number decides, and where its limit is. One row per gate; docs/proof-and-ledger.md has them all.
 
 A limit may be loosened only with the measured value, the mechanism, and the bisect result written beside it.
 """

@@ -38,7 +38,7 @@ class TorchSource:
         checkpoint: open checkpoint, or the weights of an artifact.
         kind: `hf` is transformers' class with eager attention, `patched` the one of source_code/.
         weighting: the weights: as they are, matrices rounded to bfloat16, or int8 per row by `quantize(8)`.
-        embed_scale: rounding of the embedding scale, see gemma_facts; given to `hf` through its embedding rows.
+        embed_scale: rounding of the embedding scale, see docs/gemma-facts.md; given to `hf` through its embedding rows.
         dtype: of weights and arithmetic.
         name: instead of one made from the above.
     """

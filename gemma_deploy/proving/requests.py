@@ -72,7 +72,7 @@ def artifact_stage(path: Path, checkpoint: str | None, request: Request) -> Pari
 def patched_stage(checkpoint: str, request: Request) -> ParityResult:
     """Prove hf = patched in torch: config, tokenizer, base model and causal LM, float32 and bfloat16.
 
-    No artifact is needed. The gates are what a port to another framework has to show (design section 6).
+    No artifact is needed. The gates are what a port to another framework has to show (docs/design.md 6).
     """
     from gemma_deploy.parity import alignment
     from gemma_deploy.parity.reference import TorchSource

@@ -59,7 +59,7 @@ def test_logits_equal_the_stock_model(artifacts, model_type, mode, sequences):
     artifact = artifacts(model_type, "fp32")
     expected = stock_logits(artifact.parent / "checkpoint", sequences)
     got = forced(StaticRunner(artifact, mode, 1), sequences)
-    # The gate of fp32 (design section 6); 1.2e-6 was measured.
+    # The gate of fp32 (docs/proof-and-ledger.md); 1.2e-6 was measured.
     assert np.abs(got - expected).max() <= 1e-5 * max(1.0, np.abs(expected).max())
 
 

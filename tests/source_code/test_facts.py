@@ -1,6 +1,6 @@
 """Every fact of what Gemma computes, broken once: the comparison with the stock eager class must see each of them.
 
-The facts and who got them wrong: rows of the table in README, "What Gemma computes". Each breakage is what some public
+The facts and who got them wrong: rows of the table in docs/gemma-facts.md. Each breakage is what some public
 tool does or did.
 """
 

@@ -125,7 +125,7 @@ def test_base_model_loads(checkpoint_dir, staged_dir, prompt):
 def test_embedding_scale_is_rounded_as_recorded(staged_dir):
     _, patched = None, AutoModelForCausalLM.from_pretrained(staged_dir, trust_remote_code=True)
     module = __import__(type(patched).__module__.rsplit(".", 1)[0] + ".layers_vacc", fromlist=["rounded_sqrt"])
-    table = {640: 25.25, 3072: 55.5, 3584: 59.75, 4608: 68.0}  # gemma_facts
+    table = {640: 25.25, 3072: 55.5, 3584: 59.75, 4608: 68.0}  # docs/gemma-facts.md
     for hidden, expected in table.items():
         assert module.rounded_sqrt(hidden, torch.bfloat16, "exact") == expected
         assert module.rounded_sqrt(hidden, torch.float32, "bf16") == expected

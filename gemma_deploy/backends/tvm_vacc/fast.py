@@ -13,7 +13,7 @@ import onnx_ir as ir
 MICROSOFT = "com.microsoft"
 BLOCK = 32  # weights that share a scale in the kernel: what ORT chooses for a scale per channel
 LINEARS = ("QuantizedLinearPerChannel", "QuantizedLinearPerGroup")
-INT8_ACTIVATIONS = 4  # accuracy_level; 0 and 1 are a hundred times slower (design section 3)
+INT8_ACTIVATIONS = 4  # accuracy_level; 0 and 1 are a hundred times slower (docs/design.md 3)
 
 
 def lower(model: ir.Model, arrays: dict[str, np.ndarray]) -> list[str]:

@@ -8,7 +8,7 @@ from gemma_deploy.backends.tvm_vacc.segments import UNROUNDED
 from gemma_deploy.parity.gates import GATES, Gate
 from gemma_deploy.schemes import Scheme
 
-# What an int8 cache may add: five times what it adds on the real 270M (see README).
+# What an int8 cache may add: five times what it adds on the real 270M (docs/quantization.md).
 CACHE_LIMITS = {"kl_mean": 0.002, "ppl_delta": 0.002}
 
 
