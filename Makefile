@@ -7,7 +7,7 @@ STAMP = $(VENV)/.installed
 DEMO = gemma-demo-int8-128-256
 PROMPT ?= Return the
 
-.PHONY: demo test test-real coverage lint clean
+.PHONY: demo test test-real coverage lint docs clean
 
 $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,10 @@ coverage: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Tables in docs/ that follow from the code.
+docs: $(STAMP)
+	$(BIN)/python scripts/make_docs.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info
