@@ -27,12 +27,12 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from gemma_deploy.artifact.opened import Artifact
+from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.calibration.pipeline import Request, make_windows
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.evaluation.models import open_model
 from gemma_deploy.evaluation.texts import make_windows as text_windows
 from gemma_deploy.evaluation.texts import read_text
-from gemma_deploy.parity.stored import StoredWeights
 
 ROOT = Path(__file__).resolve().parent.parent
 # What pip installs.
@@ -107,7 +107,7 @@ def weights_of(result: dict[str, Any], checkpoint: Checkpoint) -> Weights:
     """Linears, and of ours the norms that absorbed factors, as float32 by name; None for what is unchanged."""
     if "artifact" in result:
         artifact = Artifact.open(Path(result["artifact"]))
-        stored = StoredWeights(checkpoint, artifact.path, artifact.manifest)
+        stored = ArtifactWeights(checkpoint.config, artifact.path, artifact.manifest)
 
         def ours(name: str) -> torch.Tensor | None:
             inside = name.startswith("model.layers.") and name in stored.tensors

@@ -16,10 +16,9 @@ from gemma_deploy.artifact.commit import ArtifactDir
 from gemma_deploy.artifact.manifest import GateRecord, Manifest
 from gemma_deploy.artifact.report import REPORT, write_report
 from gemma_deploy.calibration.pipeline import Request, dataset_record
-from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.errors import GateError
 from gemma_deploy.job import Job
-from gemma_deploy.params.overlay import Overlay
 from gemma_deploy.preflight import Plan, make_plan, preflight
 from gemma_deploy.progress import BYTES, Watcher
 from gemma_deploy.recipe import Recipe
@@ -138,7 +137,7 @@ def _build(
         The manifest so far, and every file by its path in `out`.
     """
     rescaling = quantized = None
-    source: Checkpoint | Overlay = job.checkpoint
+    source: WeightSource = job.checkpoint
     if keys.ranges:
         with clock.stage("ranges") as stage:
             rescaling, stage.skipped = choose_rescaling(job, request, out, keys.ranges)

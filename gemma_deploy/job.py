@@ -123,7 +123,7 @@ class Job:
         """
         check_built(recipe)
         checkpoint, spec = Checkpoint.open(resolve_checkpoint(recipe.frontend.checkpoint)), recipe.spec
-        check_against_model(recipe, checkpoint.config, _model_problems(spec, checkpoint.config))
+        check_against_model(recipe, checkpoint.config.max_position_embeddings, _model_problems(spec, checkpoint.config))
         text = check_text(checkpoint)
         give_memory_back()  # of the tokenizer
         for note in dict.fromkeys((*checkpoint.notes, *checkpoint.config.warnings, *text.notes)):

@@ -123,7 +123,7 @@ def make_plan(job: Job, *, parity: bool = True, built: bool = False, machine: Ma
         machine: what the machine has; measured when None.
     """
     machine = machine or Machine.measure(job.out)
-    tensors = _needed(job.checkpoint)
+    tensors = job.checkpoint.tensors
     elements = sum(prod(tensor.shape) for tensor in tensors.values())
     parameters = parameter_bytes(job)
     stages = [] if built else _building_stages(job, tensors, elements, parameters, machine)
@@ -144,12 +144,6 @@ def _building_stages(
     elif job.scheme.int8_cache:
         stages.append(_cache_stage(job, tensors, machine))
     return [*stages, _params_stage(job, tensors, elements, parameters, machine), job.backend.graphs_estimate()]
-
-
-def _needed(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-    """Tensors that become parameters: an LM head stored beside a tied table is not one."""
-    tied = checkpoint.config.tie_word_embeddings
-    return {name: one for name, one in checkpoint.tensors.items() if not (tied and name == "lm_head.weight")}
 
 
 def parameter_bytes(job: Job) -> int:

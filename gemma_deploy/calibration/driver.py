@@ -5,17 +5,17 @@ Third step of calibration. The passes themselves are in ranges.py and quantizati
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from gemma_deploy.calibration.states import HiddenStates
-from gemma_deploy.checkpoint import ModelConfig, TensorInfo
+from gemma_deploy.checkpoint import ModelConfig, WeightSource
 from gemma_deploy.errors import CalibrationError
 from gemma_deploy.patched import patched_stack
 
@@ -35,33 +35,18 @@ def template_stack(config: ModelConfig, embed_scale: str) -> tuple[Any, tuple[st
     return stack, tuple(layer.template for layer in templates)
 
 
-class Weights(Protocol):
-    """A checkpoint, or what looks like one."""
-
-    @property
-    def path(self) -> Path:
-        """For messages."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """By name."""
-
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) as float32."""
-
-
-def embed(checkpoint: Weights, ids: np.ndarray, scale: float, states: HiddenStates) -> None:
+def embed(checkpoint: WeightSource, ids: np.ndarray, scale: float, states: HiddenStates) -> None:
     """Fill `states` with scaled embedding rows, reading only the rows that occur."""
     for window, tokens in enumerate(ids):
         unique, inverse = np.unique(tokens, return_inverse=True)
         rows = np.concatenate([checkpoint.rows(TABLE, int(token), int(token) + 1) for token in unique])
         hidden = torch.from_numpy(rows)[torch.from_numpy(inverse)] * scale
-        refuse_nonfinite(hidden, checkpoint, TABLE.removesuffix(".weight"), window)
+        refuse_nonfinite(hidden, checkpoint.path, TABLE.removesuffix(".weight"), window)
         states.write(window, hidden.numpy())
 
 
 @contextmanager
-def loaded(module: nn.Module, checkpoint: Weights, name: str) -> Iterator[None]:
+def loaded(module: nn.Module, checkpoint: WeightSource, name: str) -> Iterator[None]:
     """Give a meta module the weights of `name` for the time of the block, and none after it."""
     try:
         for suffix in list(module.state_dict()):
@@ -74,20 +59,19 @@ def loaded(module: nn.Module, checkpoint: Weights, name: str) -> Iterator[None]:
         module.to("meta")
 
 
-class Placed(Protocol):
-    """Something read from a checkpoint."""
+def refuse_nonfinite(hidden: torch.Tensor, path: Path, module: str, window: int) -> None:
+    """Refuse a hidden state that is no number.
 
-    @property
-    def path(self) -> Path:
-        """The checkpoint's."""
+    Args:
+        path: of the checkpoint; module: that gave it.
 
-
-def refuse_nonfinite(hidden: torch.Tensor, checkpoint: Placed, module: str, window: int) -> None:
-    """Raise CalibrationError where a hidden state is no number."""
+    Raises:
+        CalibrationError: it holds NaN or infinity.
+    """
     if not bool(torch.isfinite(hidden).all()):
         raise CalibrationError(
             f"gives NaN or infinity in window {window}",
             where=module,
             expected="finite activations in float32",
-            next_step=f"its weights in {checkpoint.path} are damaged: copy or download them again",
+            next_step=f"its weights in {path} are damaged: copy or download them again",
         )

@@ -78,7 +78,7 @@ def run_layers(
         with loaded(frame.stack.norm, checkpoint, "model.norm"):
             for window in range(nsamples):
                 hidden = frame.stack.norm(torch.from_numpy(states.read(window))[None])
-                refuse_nonfinite(hidden, checkpoint, "model.norm", window)
+                refuse_nonfinite(hidden, checkpoint.path, "model.norm", window)
                 head.update(hidden)
     return ranges
 
@@ -101,7 +101,7 @@ def _pass(layer: LayerPass, task: _Task) -> tuple[Ranges, Carried | None]:
 
     for window in task.shard.windows:
         hidden = layer.run(task.shard.states.read(window), lambda linear, x: seen(f"{layer.name}.{linear}.in", x))
-        refuse_nonfinite(hidden, layer, layer.name, window)
+        refuse_nonfinite(hidden, layer.path, layer.name, window)
         seen(f"{layer.name}.out", hidden)
         if task.target is None:
             rows.append(hidden[0].numpy())

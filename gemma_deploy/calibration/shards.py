@@ -259,7 +259,7 @@ def advance(
             hidden = layer.run(state, cached=cached)
         else:
             (hidden,) = walk(layer, state, route, None, lambda point, x: None)
-        refuse_nonfinite(hidden, layer, layer.name, window)
+        refuse_nonfinite(hidden, layer.path, layer.name, window)
         target.write(window, hidden[0].numpy())
 
 

@@ -1,14 +1,16 @@
 """Checkpoints: config and lazy tensors. Imports no torch."""
 
-from gemma_deploy.checkpoint.checkpoint import Checkpoint, TensorInfo, resolve_checkpoint
+from gemma_deploy.checkpoint.checkpoint import Checkpoint, resolve_checkpoint
 from gemma_deploy.checkpoint.config import ModelConfig, Rope
 from gemma_deploy.checkpoint.expected import expected_tensors
+from gemma_deploy.checkpoint.source import TensorInfo, WeightSource
 
 __all__ = [
     "Checkpoint",
     "ModelConfig",
     "Rope",
     "TensorInfo",
+    "WeightSource",
     "expected_tensors",
     "resolve_checkpoint",
 ]

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from gemma_deploy.checkpoint.config import LM_HEAD, TABLE, ModelConfig
 from gemma_deploy.checkpoint.expected import expected_tensors
 from gemma_deploy.checkpoint.index import (
     INDEX_NAME,
+    MERGE_ADAPTER,
     locate_shards,
     read_json,
     read_shards,
@@ -27,8 +28,12 @@ from gemma_deploy.checkpoint.index import (
     refuse_other_formats,
 )
 from gemma_deploy.checkpoint.naming import PREFIX, name_tensors
-from gemma_deploy.checkpoint.safetensors_reader import readable
-from gemma_deploy.errors import CheckpointError
+from gemma_deploy.checkpoint.safetensors_reader import Entry, SafetensorsFile, readable
+from gemma_deploy.checkpoint.source import TensorInfo
+from gemma_deploy.errors import CheckpointError, NotBuiltError
+
+if TYPE_CHECKING:
+    from gemma_deploy.checkpoint.gguf_reader import GgufEntry, GgufFile
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -47,42 +52,15 @@ TOKENIZER_FILE = reading.FileKind(
 COMPARED_BYTES = 8 << 20  # of a head and of a table beside it at a time
 
 
-class WeightsFile(Protocol):
-    """What a format gives: named entries, float32 rows, rows as stored, and the size of its header."""
-
-    path: Path
-    header_bytes: int
-    entries: dict[str, Any]
-
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows as float32."""
-        ...
-
-    def raw_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows as stored."""
-        ...
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor: its Hugging Face name, shape, dtype as stored, file, and bytes stored."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    file: Path
-    nbytes: int
-
-
 @dataclass(frozen=True)
 class Place:
     """Where a tensor is: an open file, and its name there."""
 
-    file: WeightsFile
+    file: SafetensorsFile | GgufFile
     name: str
 
     @property
-    def entry(self) -> Any:
+    def entry(self) -> Entry | GgufEntry:
         """Shape, dtype and byte offsets."""
         return self.file.entries[self.name]
 
@@ -108,12 +86,23 @@ class Checkpoint:
     _config_bytes: bytes
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
+    def open(cls, path: str | Path, adapter: str | Path | None = None) -> Checkpoint:
         """Open a directory of safetensors or a .gguf file and check all of it but the values.
+
+        Args:
+            path: of the directory or file, or `demo`.
+            adapter: a directory of weights to be added to the checkpoint's.
 
         Raises:
             CheckpointError: everything missing, unexpected or misshaped, in one message.
+            NotBuiltError: there is an adapter, which this version does not merge.
         """
+        if adapter is not None:
+            raise NotBuiltError(
+                "merging an adapter is not built yet",
+                where=str(adapter),
+                next_step=MERGE_ADAPTER.format("the merged one"),
+            )
         path = resolve_checkpoint(str(path))
         if absent := reading.why_absent(path):
             raise CheckpointError(
@@ -133,6 +122,10 @@ class Checkpoint:
     def raw_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """The same rows as stored: bfloat16 as uint16, GGUF blocks as uint8 [stop - start, bytes]."""
         return self._places[name].raw_rows(start, stop)
+
+    def embedding_scale(self) -> np.ndarray | None:
+        """None: rows are multiplied by sqrt(hidden_size) alone."""
+        return None
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
@@ -224,7 +217,7 @@ def _assemble(
     path: Path,
     kind: str,
     config: ModelConfig,
-    files: Mapping[str, WeightsFile],
+    files: Mapping[str, SafetensorsFile] | Mapping[str, GgufFile],
     config_bytes: bytes,
 ) -> Checkpoint:
     """Compare what is there with what the config calls for."""

@@ -15,7 +15,7 @@ from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.calibration.points import cache_factor_names
 from gemma_deploy.checkpoint import ModelConfig, Rope, expected_tensors
 from gemma_deploy.checkpoint.config import TABLE
-from gemma_deploy.params.overlay import Stored
+from gemma_deploy.params.quantized import COLUMN_SCALE, OutputError
 from gemma_deploy.partition import Part, whole
 from gemma_deploy.partition.ranks import Blocks, row_blocks, sharding
 from gemma_deploy.quantization.rescaling import Rescaling
@@ -31,7 +31,6 @@ ITEM_BITS: dict[Dtype, int] = {
 CODE_DTYPES: dict[tuple[int, bool], Dtype] = {
     (8, False): "int8", (4, False): "int4", (8, True): "uint8", (4, True): "uint4",
 }  # fmt: skip
-COLUMN_SCALE = "model.embed_tokens.column_scale"
 # Norm weights are float32 everywhere: the norm computes in float32.
 MATRIX_DTYPE: dict[Form, Dtype] = {
     "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "w8a16": "int8", "w8a16_folded": "int8",
@@ -46,12 +45,10 @@ class ParamSpec:
     The kind `stored` is copied as it is.
 
     Args:
-        shift: the source is multiplied by 2**shift.
-        gain_exponent: of a norm, whose gain (gain_offset + weight) is divided by 2**gain_exponent.
         rows: blocks [start, stop) of the source's rows that are taken, in order; () for all of them.
         columns: [start, stop) of the source's columns. Scales are those of whole rows.
         turned: the file has columns where the source has rows; `shape` is the file's.
-        stored: of a matrix that a calibrated quantizer made.
+        output_error: of a matrix that a calibrated quantizer made.
     """
 
     name: str
@@ -61,13 +58,10 @@ class ParamSpec:
     source: str | None = None
     rope: Rope | None = None
     value: float | None = None
-    shift: int = 0
-    gain_exponent: int = 0
-    gain_offset: float = 1.0
     rows: Blocks = ()
     columns: tuple[int, int] | None = None
     turned: bool = False
-    stored: Stored | None = None
+    output_error: OutputError | None = None
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +75,7 @@ def build_plan(
     context_length: int,
     rescaling: Rescaling | None = None,
     part: Part | None = None,
-    quantized: Mapping[str, Stored] | None = None,
+    quantized: Mapping[str, OutputError] | None = None,
     storage: Storage | None = None,
     int8_cache: bool = False,
     form: CodeForm | None = None,
@@ -95,16 +89,16 @@ def build_plan(
             w8a16_folded is w8a16 with one more scale, of each column that the embedding gives, where the table is the
             LM head's matrix as well and has one scale per row.
         context_length: positions the rotary half tables [context_length, head_dim / 2] cover.
-        rescaling: powers of two folded into what fp16 stores.
+        rescaling: of the source, which eps and scale factors take into account.
         part: only what this part of a divided artifact holds. Names are the whole model's.
-        quantized: matrices whose codes and scales the source holds already (`Overlay.stored`).
+        quantized: matrices whose codes and scales the source holds already (`QuantizedCheckpoint.output_errors`).
         storage: bits and groups of the int8 schemes' codes; int8 per row by default.
         int8_cache: factors of the channels of keys and values, which the source holds as well.
         form: how codes lie in the file; signed by default.
     """
     storage, form = storage or Storage(), form or CodeForm()
     rescaling, part = rescaling or Rescaling(), part or Part(whole(config.num_hidden_layers))
-    span, offset = part.span, config.architecture.norm_offset
+    span = part.span
     layers = config.layers[span.start : span.stop]
     specs: list[ParamSpec] = []
     for name, shape in expected_tensors(config).items():
@@ -112,8 +106,7 @@ def build_plan(
             continue
         module = name.removesuffix(".weight")
         if len(shape) == 1:
-            gain = rescaling.of(f"{module}.out")
-            specs.append(ParamSpec(name, shape, "float32", "cast", name, gain_exponent=gain, gain_offset=offset))
+            specs.append(ParamSpec(name, shape, "float32", "cast", name))
             if scheme == "fp16":
                 eps = config.rms_norm_eps * 4.0 ** -rescaling.of(f"{module}.in")
                 specs.append(ParamSpec(f"{module}.eps", (1,), "float32", "constant", value=eps))
@@ -123,7 +116,7 @@ def build_plan(
             scales = f"{module}.scale"
             turned = form.turned and ".layers." in name
             dtype, lies = CODE_DTYPES[codes.bits, form.unsigned and not turned], shape[::-1] if turned else shape
-            specs.append(ParamSpec(name, lies, dtype, kinds[0], name, turned=turned, stored=made))
+            specs.append(ParamSpec(name, lies, dtype, kinds[0], name, turned=turned, output_error=made))
             source = scales if made else name
             specs.append(ParamSpec(scales, codes.scale_shape(shape), "float32", kinds[1], source))
             folded = scheme == "w8a16_folded" and codes.groupsize is None and config.tie_word_embeddings
@@ -132,8 +125,7 @@ def build_plan(
         elif MATRIX_DTYPE[scheme] == "int8":
             specs.append(ParamSpec(name, shape, "float16", "cast", name))
         else:
-            shift = rescaling.linear_shift(module) if ".layers." in name else 0
-            specs.append(ParamSpec(name, shape, MATRIX_DTYPE[scheme], "cast", name, shift=shift))
+            specs.append(ParamSpec(name, shape, MATRIX_DTYPE[scheme], "cast", name))
     if scheme == "fp16":
         specs += [_attention_scale(layer, rescaling) for layer in layers]
     if int8_cache:

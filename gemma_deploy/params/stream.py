@@ -11,33 +11,18 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from gemma_deploy.checkpoint import TensorInfo
+from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.params.constants import constant_rows
 from gemma_deploy.params.plan import ITEM_BITS, ParamSpec
 from gemma_deploy.params.table import ParamRow
 from gemma_deploy.quantization.rtn import quantize_rows_, row_scales, sqnr_db
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
 
 RAW_DTYPES = ("bfloat16", "float16", "float32")  # the others (GGUF blocks, float64) are read as float32
-
-
-class Source(Protocol):
-    """What is needed of a checkpoint."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]: ...  # noqa: D102
-
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray: ...  # noqa: D102
-
-    def raw_rows(self, name: str, start: int, stop: int) -> np.ndarray: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -115,7 +100,7 @@ class Sink:
 
 
 def run_job(
-    job: Job, source: Source, fd: int, buffers: Buffers, block_bytes: int, wrote: Callable[[int], None]
+    job: Job, source: WeightSource, fd: int, buffers: Buffers, block_bytes: int, wrote: Callable[[int], None]
 ) -> list[ParamRow]:
     """Write one job's tensors.
 
@@ -149,7 +134,7 @@ def _write_constant(sink: Sink, buffers: Buffers, block_bytes: int) -> ParamRow:
     return sink.row()
 
 
-def _write_stored(sink: Sink, source: Source, buffers: Buffers, block_bytes: int) -> ParamRow:
+def _write_stored(sink: Sink, source: WeightSource, buffers: Buffers, block_bytes: int) -> ParamRow:
     import torch
 
     spec = sink.spec
@@ -159,8 +144,8 @@ def _write_stored(sink: Sink, source: Source, buffers: Buffers, block_bytes: int
         block = torch.from_numpy(source.raw_rows(info.name, start, stop))
         block = _columns(block, spec, buffers)
         sink.write_rows(as_stored(block, spec), buffers)
-    stored = spec.stored
-    return sink.row(stored.sqnr_db, float(f"{stored.energy:.7g}")) if stored else sink.row()
+    error = spec.output_error
+    return sink.row(error.sqnr_db, float(f"{error.energy:.7g}")) if error else sink.row()
 
 
 def as_stored(block: torch.Tensor, spec: ParamSpec) -> torch.Tensor:
@@ -185,7 +170,7 @@ def pack_int4(codes: torch.Tensor) -> torch.Tensor:
 
 def _write_cast(sink: Sink, blocks: Iterator[tuple[torch.Tensor, torch.Tensor]], buffers: Buffers) -> ParamRow:
     for block, _ in blocks:
-        sink.write(_narrow(_rescaled(_columns(block, sink.spec, buffers), sink.spec, buffers), sink.spec, buffers))
+        sink.write(_narrow(_columns(block, sink.spec, buffers), sink.spec, buffers))
     return sink.row()
 
 
@@ -195,17 +180,6 @@ def _columns(block: torch.Tensor, spec: ParamSpec, buffers: Buffers) -> torch.Te
         return block
     part = block[:, slice(*spec.columns)]
     return buffers.take("columns", tuple(part.shape), block.dtype).copy_(part)
-
-
-def _rescaled(block: torch.Tensor, spec: ParamSpec, buffers: Buffers) -> torch.Tensor:
-    """The block with its power of two: exact in float32, but for the last bit of a norm's weight next to -1."""
-    import torch
-
-    if spec.gain_exponent:
-        return ((spec.gain_offset + block.double()) * 2.0**-spec.gain_exponent - spec.gain_offset).float()
-    if spec.shift:
-        return buffers.take("wide", tuple(block.shape), torch.float32).copy_(block).mul_(2.0**spec.shift)
-    return block
 
 
 def _write_int8(
@@ -247,7 +221,7 @@ def _narrow(block: torch.Tensor, spec: ParamSpec, buffers: Buffers) -> torch.Ten
 
 
 def _checked_blocks(
-    source: Source, spec: ParamSpec, buffers: Buffers, block_bytes: int
+    source: WeightSource, spec: ParamSpec, buffers: Buffers, block_bytes: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Blocks [rows, cols] as stored, with each row's largest magnitude [rows].
 
@@ -272,7 +246,7 @@ def _checked_blocks(
         bits = buffers.take("bits", (stop - start, cols), integer)
         top = torch.bitwise_and(block.view(integer), mask, out=bits).amax(1)
         absmax = top.view(dtype)
-        bad.look(start, top > finite, absmax.float() * 2.0**spec.shift)
+        bad.look(start, top > finite, absmax.float())
         if not bad.count:
             yield block, absmax
     bad.refuse()

@@ -18,11 +18,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 
-from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.errors import ParamsError
 from gemma_deploy.params.journal import Journal, read_finished
 from gemma_deploy.params.layout import Layout, lay_out
-from gemma_deploy.params.overlay import Overlay
 from gemma_deploy.params.plan import ParamSpec
 from gemma_deploy.params.stream import BadTensorError, Buffers, Job, run_job
 from gemma_deploy.params.table import ParamRow, ParamTable, hash_span, in_file_order
@@ -41,7 +40,7 @@ MOST_BAD = 20
 
 
 def write_params(
-    checkpoint: Checkpoint | Overlay,
+    checkpoint: WeightSource,
     plan: Sequence[ParamSpec],
     out_path: Path,
     *,
@@ -88,7 +87,7 @@ def write_params(
 
 
 def finished_table(
-    checkpoint: Checkpoint, plan: Sequence[ParamSpec], out_path: Path, journal: Path
+    checkpoint: WeightSource, plan: Sequence[ParamSpec], out_path: Path, journal: Path
 ) -> ParamTable | None:
     """The table of a file that `write_params` would leave alone, else None. Reads no tensor and changes nothing."""
     layout = lay_out(plan)
@@ -96,7 +95,7 @@ def finished_table(
     return in_file_order(rows) if _is_finished(record, out_path, layout) else None
 
 
-def refuse_bad_tensors(checkpoint: Checkpoint, plan: Sequence[ParamSpec], *, block_bytes: int = BLOCK_BYTES) -> None:
+def refuse_bad_tensors(checkpoint: WeightSource, plan: Sequence[ParamSpec], *, block_bytes: int = BLOCK_BYTES) -> None:
     """Read everything the plan reads and write nothing.
 
     Raises:
@@ -122,7 +121,7 @@ class _Run:
     """One file being written."""
 
     def __init__(
-        self, checkpoint: Checkpoint | Overlay, plan: Sequence[ParamSpec], layout: Layout, out_path: Path, log: Journal
+        self, checkpoint: WeightSource, plan: Sequence[ParamSpec], layout: Layout, out_path: Path, log: Journal
     ) -> None:
         self.checkpoint, self.layout, self.out_path, self.log = checkpoint, layout, out_path, log
         self.partial = out_path.with_name(out_path.name + ".partial")
@@ -235,7 +234,7 @@ class _Run:
         return in_file_order([row for rows in self.log.finished.values() for row in rows])
 
 
-def _bad_tensors(checkpoint: Checkpoint | Overlay, bad: Sequence[str], *, all_of_them: bool) -> ParamsError:
+def _bad_tensors(checkpoint: WeightSource, bad: Sequence[str], *, all_of_them: bool) -> ParamsError:
     return ParamsError(
         f"{len(bad)} tensor(s){'' if all_of_them else ' or more'} hold values that cannot be stored",
         where=str(checkpoint.path),

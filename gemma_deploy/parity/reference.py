@@ -17,12 +17,11 @@ import torch
 from accelerate import cpu_offload, init_empty_weights
 from torch import nn
 
-from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.errors import NotBuiltError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.sources import Features
-from gemma_deploy.parity.stored import StoredWeights
 from gemma_deploy.patched import configured, patched_causal, patched_module
 
 Weighting = Literal["fp32", "bf16", "w8a16"]
@@ -45,7 +44,7 @@ class TorchSource:
 
     def __init__(
         self,
-        checkpoint: Checkpoint | StoredWeights,
+        checkpoint: WeightSource,
         kind: Literal["hf", "patched"],
         weighting: Weighting = "fp32",
         embed_scale: str = "exact",
@@ -220,7 +219,7 @@ class Weights(Mapping[str, torch.Tensor]):
                 checkpoint.config.hidden_size, torch.float32, self.source.embed_scale
             )
             rows = (rows * (rounded / float(np.float32(checkpoint.config.hidden_size**0.5)))).astype(np.float32)
-        scale = checkpoint.embedding_scale() if isinstance(checkpoint, StoredWeights) else None
+        scale = checkpoint.embedding_scale()
         if scale is not None:  # the model multiplies by the root itself
             root = patched_module("layers_vacc").rounded_sqrt(
                 checkpoint.config.hidden_size, torch.float32, self.source.embed_scale

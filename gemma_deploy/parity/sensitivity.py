@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from gemma_deploy.calibration.driver import Weights, embed, loaded
+from gemma_deploy.artifact.weights import ArtifactWeights
+from gemma_deploy.calibration.driver import embed, loaded
 from gemma_deploy.calibration.shards import Frame, LayerPass, Model
 from gemma_deploy.calibration.states import HiddenStates
-from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint import Checkpoint, WeightSource
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.reference import TorchSource
-from gemma_deploy.parity.stored import StoredWeights
 from gemma_deploy.progress import Tick
 
 TOKENS = 256  # of one window; the six worst layers of the real 270M are among its seven worst on 1024 (65 s, 265 s)
@@ -32,7 +32,7 @@ TABLE = "model.embed_tokens"
 @torch.inference_mode()
 def measure_sensitivity(
     checkpoint: Checkpoint,
-    stored: StoredWeights,
+    stored: ArtifactWeights,
     ids: Sequence[int],
     scratch: Path,
     *,
@@ -71,7 +71,7 @@ def measure_sensitivity(
             if progress is not None:
                 progress(index + 1, count)
         normed = []
-        sources: list[tuple[Weights, Sequence[int]]] = [(checkpoint, range(count + 1)), (stored, [table])]
+        sources: list[tuple[WeightSource, Sequence[int]]] = [(checkpoint, range(count + 1)), (stored, [table])]
         for source, rows in sources:
             with loaded(frame.stack.norm, source, "model.norm"):
                 normed += [frame.stack.norm(torch.from_numpy(states.read(i))[None])[0] for i in rows]
@@ -81,7 +81,7 @@ def measure_sensitivity(
 
 def _embed_both(
     checkpoint: Checkpoint,
-    stored: StoredWeights,
+    stored: ArtifactWeights,
     tokens: Sequence[int],
     frame: Frame,
     embed_scale: str,
@@ -94,7 +94,7 @@ def _embed_both(
     ids = np.array([tokens])
     columns = stored.embedding_scale()
     with ExitStack() as stack:
-        sources: tuple[Weights, Weights] = (checkpoint, stored)
+        sources: tuple[WeightSource, WeightSource] = (checkpoint, stored)
         for row, source in zip(rows, sources, strict=True):
             one = stack.enter_context(closing(HiddenStates((1, *states.shape[1:]), scratch / f"embedded-{row}.f32", 0)))
             embed(source, ids, scale, one)

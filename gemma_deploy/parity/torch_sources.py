@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from gemma_deploy.artifact.manifest import Manifest
+from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.parity.gates import TWINS
 from gemma_deploy.parity.reference import TorchSource
-from gemma_deploy.parity.stored import StoredWeights
 from gemma_deploy.schemes import Scheme, Storage
 
 
@@ -23,5 +23,6 @@ def torch_sources(
     if scheme == "w8a16" and manifest.storage == Storage():
         twin = TorchSource(opened, "patched", "w8a16", scale)
     elif Scheme(scheme).codes:
-        twin = TorchSource(StoredWeights(opened, artifact, manifest), "patched", "fp32", scale, name=TWINS[scheme])
+        weights = ArtifactWeights(opened.config, artifact, manifest)
+        twin = TorchSource(weights, "patched", "fp32", scale, name=TWINS[scheme])
     return hf, patched, twin

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.checkpoint.config import TABLE
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.gates import STORED_WEIGHTS, Line
-from gemma_deploy.parity.stored import StoredWeights
 from gemma_deploy.patched import patched_module
 from gemma_deploy.quantization.folding import shared_rows
 
@@ -49,7 +49,7 @@ class Difference:
         return LIMITS[self.dtype]
 
 
-def weights_line(checkpoint: Checkpoint, stored: StoredWeights, *, folded: bool, embed_scale: str) -> Line:
+def weights_line(checkpoint: Checkpoint, stored: ArtifactWeights, *, folded: bool, embed_scale: str) -> Line:
     """The tensor that is off most, measured by its limit.
 
     Args:
@@ -67,7 +67,7 @@ def weights_line(checkpoint: Checkpoint, stored: StoredWeights, *, folded: bool,
 
 
 def differences(
-    checkpoint: Checkpoint, stored: StoredWeights, *, folded: bool, embed_scale: str
+    checkpoint: Checkpoint, stored: ArtifactWeights, *, folded: bool, embed_scale: str
 ) -> Iterator[Difference]:
     """Every tensor in model order; a block of rows of both is in memory. See `weights_line`."""
     compared = _Compared(checkpoint, stored)
@@ -108,7 +108,7 @@ class _Compared:
     """The two sets of weights."""
 
     checkpoint: Checkpoint
-    stored: StoredWeights
+    stored: ArtifactWeights
 
     def gains(self, norm: str) -> tuple[np.ndarray, np.ndarray]:
         """What a norm multiplies by, [hidden] float64: the checkpoint's and the artifact's."""

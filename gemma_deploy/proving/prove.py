@@ -6,12 +6,12 @@ import logging
 from pathlib import Path
 
 from gemma_deploy.artifact.manifest import Manifest
+from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.backends import backend_of
 from gemma_deploy.backends.base import Proof
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.parity.compare import ParityResult, Report, cases_for
 from gemma_deploy.parity.gates import sqnr_line
-from gemma_deploy.parity.stored import StoredWeights
 from gemma_deploy.parity.weights import weights_line
 from gemma_deploy.schemes import QUANTIZERS
 
@@ -47,7 +47,7 @@ def run_parity(
     proof = Proof(artifact, opened, manifest, tuple(cases), fast, report)
     backend_of(manifest).prove(proof, result)
     report("comparing weights")
-    stored = StoredWeights(opened, artifact, manifest)
+    stored = ArtifactWeights(opened.config, artifact, manifest)
     folded = manifest.scheme in QUANTIZERS
     result.lines.append(weights_line(opened, stored, folded=folded, embed_scale=manifest.embed_scale))
     if manifest.storage and manifest.storage.linears.bits == 8:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 from gemma_deploy.backends import backend
 from gemma_deploy.calibration.mix import read_mix
@@ -211,28 +210,21 @@ def cluster_is_an_address(recipe: RecipeSections) -> Found:
         yield ("workspace", "cluster"), f"got '{address}', expected auto, HOST:PORT or ray://HOST:PORT"
 
 
-class ModelFacts(Protocol):
-    """The part of `checkpoint.ModelConfig` the recipe is checked against, by its names in config.json."""
-
-    @property
-    def max_position_embeddings(self) -> int:
-        """Longest context the model was made for."""
-
-
-def check_against_model(recipe: RecipeSections, config: ModelFacts, also: Sequence[str] = ()) -> None:
+def check_against_model(recipe: RecipeSections, max_position_embeddings: int, also: Sequence[str] = ()) -> None:
     """Refuse a recipe the model cannot follow.
 
     Args:
+        max_position_embeddings: longest context the model was made for.
         also: problems found elsewhere (`partition.division_problems`), told together with these.
 
     Raises:
         RecipeError: lists every key that contradicts the checkpoint's config.
     """
     problems = list(also)
-    if recipe.context_length > config.max_position_embeddings:
+    if recipe.context_length > max_position_embeddings:
         problems.append(
             f"frontend.shape.input_ids: context length {recipe.context_length} is longer than the model's "
-            f"max_position_embeddings {config.max_position_embeddings}"
+            f"max_position_embeddings {max_position_embeddings}"
         )
     if problems:
         raise RecipeError(

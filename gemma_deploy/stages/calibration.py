@@ -16,7 +16,7 @@ from gemma_deploy.calibration.pipeline import Request, fit_to_sample, make_windo
 from gemma_deploy.errors import CheckpointError, DeployError
 from gemma_deploy.job import Job
 from gemma_deploy.machine import give_memory_back
-from gemma_deploy.params.overlay import Overlay
+from gemma_deploy.params.quantized import QuantizedCheckpoint
 from gemma_deploy.progress import Tick
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.reading import FileKind, read_object
@@ -40,7 +40,7 @@ class Quantized:
         kept: linears whose inputs are not rounded, the others' are; None where none are.
     """
 
-    source: Overlay
+    source: QuantizedCheckpoint
     settings: Mapping[str, Any]
     layers: Sequence[Mapping[str, Any]]
     table: Mapping[str, Any]
@@ -142,7 +142,7 @@ def quantize_weights(job: Job, request: Request, out: Path, key: str, progress: 
         kept = linears_to_keep(records, checkpoint.config, budget.with_share(choices.keep_a16))
     used = asdict(settings) | {"true_sequential": choices.true_sequential}
     give_memory_back()
-    source = Overlay(checkpoint, [*files, table_file(folder)], records)
+    source = QuantizedCheckpoint(checkpoint, [*files, table_file(folder)], records)
     return Quantized(source, used, records, table, kept)
 
 
@@ -164,7 +164,9 @@ def solver_settings(job: Job) -> Settings:
     )
 
 
-def calibrate_cache(job: Job, request: Request, out: Path, key: str, progress: Tick | None) -> tuple[Overlay, bool]:
+def calibrate_cache(
+    job: Job, request: Request, out: Path, key: str, progress: Tick | None
+) -> tuple[QuantizedCheckpoint, bool]:
     """Factors of an int8 cache where the weights are rounded to nearest: the checkpoint's own keys and values.
 
     Returns:
@@ -196,7 +198,7 @@ def calibrate_cache(job: Job, request: Request, out: Path, key: str, progress: T
                 progress=progress,
             )
         give_memory_back()
-    return Overlay(checkpoint, [file], []), done
+    return QuantizedCheckpoint(checkpoint, [file], []), done
 
 
 def layer_sensitivity(
@@ -215,14 +217,14 @@ def layer_sensitivity(
     done = out / "sensitivity.json"
     if (record := _known(done, key)) is not None:
         return record, True
+    from gemma_deploy.artifact.weights import ArtifactWeights
     from gemma_deploy.parity.sensitivity import measure_sensitivity
-    from gemma_deploy.parity.stored import StoredWeights
 
     window = make_windows(job.checkpoint, request).ids[0].tolist()
     give_memory_back()  # of the tokenizer
     found = measure_sensitivity(
         job.checkpoint,
-        StoredWeights(job.checkpoint, out, manifest),
+        ArtifactWeights(job.config, out, manifest),
         window,
         out / QUANTIZED,
         embed_scale=manifest.embed_scale,

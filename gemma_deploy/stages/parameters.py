@@ -5,23 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from gemma_deploy.backends.base import PARAMS
-from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.job import Job
 from gemma_deploy.params import ParamRow, ParamSpec, ParamTable, build_plan, write_params
 from gemma_deploy.params.layout import Place, places
-from gemma_deploy.params.overlay import Overlay
+from gemma_deploy.params.quantized import QuantizedCheckpoint
+from gemma_deploy.params.rescaled import RescaledCheckpoint
 from gemma_deploy.progress import Tick
 from gemma_deploy.quantization.rescaling import Rescaling
 
 
-def plans_of(job: Job, source: Checkpoint | Overlay, rescaling: Rescaling | None = None) -> list[tuple[ParamSpec, ...]]:
+def plans_of(job: Job, source: WeightSource, rescaling: Rescaling | None = None) -> list[tuple[ParamSpec, ...]]:
     """What the parameter file of each part holds.
 
     Args:
         source: weights; those that are quantized already are copied as they are.
-        rescaling: of float16.
+        rescaling: of float16; the plan's constants take it into account.
     """
-    stored = source.stored if isinstance(source, Overlay) else None
+    made = source.output_errors if isinstance(source, QuantizedCheckpoint) else None
     return [
         build_plan(
             job.config,
@@ -29,7 +30,7 @@ def plans_of(job: Job, source: Checkpoint | Overlay, rescaling: Rescaling | None
             job.spec.context,
             rescaling,
             part,
-            stored,
+            made,
             job.storage,
             job.scheme.int8_cache,
             job.code_form,
@@ -38,9 +39,7 @@ def plans_of(job: Job, source: Checkpoint | Overlay, rescaling: Rescaling | None
     ]
 
 
-def places_of(
-    job: Job, source: Checkpoint | Overlay, rescaling: Rescaling | None = None
-) -> dict[str, tuple[Place, ...]]:
+def places_of(job: Job, source: WeightSource, rescaling: Rescaling | None = None) -> dict[str, tuple[Place, ...]]:
     """Where every tensor of each parameter file will lie, in the order of the file."""
     plans = plans_of(job, source, rescaling)
     return {
@@ -51,7 +50,7 @@ def places_of(
 
 def write_parameters(
     job: Job,
-    source: Checkpoint | Overlay,
+    source: WeightSource,
     out: Path,
     rescaling: Rescaling | None = None,
     progress: Tick | None = None,
@@ -59,6 +58,7 @@ def write_parameters(
     """Write the parameter files and return the table of all of them.
 
     Args:
+        source: the weights, before `rescaling` is applied to them.
         out: the artifact's directory; progress: called with (bytes written, bytes in all).
 
     Raises:
@@ -66,6 +66,7 @@ def write_parameters(
     """
     plans = plans_of(job, source, rescaling)
     total = sum(spec.nbytes for plan in plans for spec in plan)
+    source = source if rescaling is None else RescaledCheckpoint(source, rescaling)
     rows: list[ParamRow] = []
     for part, plan in zip(job.parts, plans, strict=True):
         before = sum(row.nbytes for row in rows)

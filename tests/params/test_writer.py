@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.checkpoint import TensorInfo
 from gemma_deploy.errors import ParamsError
 from gemma_deploy.params import ParamTable, build_plan, damaged_rows, finished_table, write_params
-from gemma_deploy.params.overlay import Stored
-from gemma_deploy.parity.stored import StoredWeights
+from gemma_deploy.params.quantized import OutputError
 from gemma_deploy.provenance import Code
 from gemma_deploy.schemes import CodeForm, Codes, Storage
 from tests.manifests import manifest
@@ -284,14 +284,14 @@ class Quantized:
 
     def __init__(self, checkpoint, bits, group=None):
         self.checkpoint, self.path, self.config = checkpoint, checkpoint.path, checkpoint.config
-        self.codes, self.tensors, self.stored = {}, dict(checkpoint.tensors), {}
+        self.codes, self.tensors, self.output_errors = {}, dict(checkpoint.tensors), {}
         rng, most = np.random.default_rng(4), 2 ** (bits - 1) - 1
         for name, info in checkpoint.tensors.items():
             if ".layers." in name and len(info.shape) == 2:
                 scales = Codes(bits, group).scale_shape(info.shape)
                 self._add(name, rng.integers(-most, most + 1, info.shape, np.int8), "int8")
                 self._add(name.replace(".weight", ".scale"), rng.uniform(0.01, 1, scales).astype(np.float32), "float32")
-                self.stored[name] = Stored(30.0, 1.0)
+                self.output_errors[name] = OutputError(30.0, 1.0)
 
     def _add(self, name, values, dtype):
         self.codes[name] = values
@@ -314,7 +314,7 @@ def test_unsigned_codes_are_the_signed_ones_with_their_high_bit_turned(tmp_path,
     source, options = checkpoint, {}
     if bits == 4:
         source = Quantized(checkpoint, 4, 32)
-        options = {"storage": Storage(Codes(4, 32), Codes(8, 32)), "quantized": source.stored}
+        options = {"storage": Storage(Codes(4, 32), Codes(8, 32)), "quantized": source.output_errors}
     signed, table, _ = written(source, tmp_path / "signed.safetensors", **options)
     unsigned, other, _ = written(source, tmp_path / "unsigned.safetensors", form=UNSIGNED, **options)
     turned = {"int8": 0x80, "int4": 0x88, "float32": 0}
@@ -339,7 +339,7 @@ def test_turned_codes_are_the_signed_ones_transposed(tmp_path, made, block_bytes
     """Of linears, rounded here or by a quantizer; the table is unsigned and lies as it did, scales too."""
     checkpoint = tiny(tmp_path / "c", "gemma3_text")
     source = Quantized(checkpoint, 8) if made == "stored" else checkpoint
-    options = {"quantized": getattr(source, "stored", None), "block_bytes": block_bytes}
+    options = {"quantized": getattr(source, "output_errors", None), "block_bytes": block_bytes}
     signed, table, _ = written(source, tmp_path / "signed.safetensors", **options)
     turned, other, _ = written(source, tmp_path / "turned.safetensors", form=TURNED_FORM, **options)
     seen = set()
@@ -369,7 +369,7 @@ def test_stored_weights_read_codes_of_every_kind_back(tmp_path, bits, group, qua
     checkpoint = tiny(tmp_path / "c", "gemma2")
     storage = Storage(Codes(bits, group), Codes(8, 32))
     source = Quantized(checkpoint, bits, group) if quantized else checkpoint
-    options = {"quantized": source.stored} if quantized else {}
+    options = {"quantized": source.output_errors} if quantized else {}
     _, table, _ = written(source, tmp_path / "params.safetensors", storage=storage, form=form, **options)
     found = manifest(
         contract={"context": 48},
@@ -378,7 +378,7 @@ def test_stored_weights_read_codes_of_every_kind_back(tmp_path, bits, group, qua
         kernels={"integer": form.turned} if form.unsigned else None,
         params=table.moved("params.safetensors").to_json(),
     )
-    stored = StoredWeights(checkpoint, tmp_path, found)
+    stored = ArtifactWeights(checkpoint.config, tmp_path, found)
     raw = read_raw(tmp_path / "c" / "model.safetensors")
     names = [f"model.layers.1.{name}_proj.weight" for name in ("mlp.up", "mlp.down", "self_attn.k", "self_attn.v")]
     assert raw[names[2]][1].shape == (64, 64)

@@ -9,12 +9,12 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from gemma_deploy.artifact.manifest import Manifest
+from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.calibration.pipeline import Request, make_windows
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
 from gemma_deploy.parity import sensitivity
-from gemma_deploy.parity.stored import StoredWeights
 from gemma_deploy.testing import write_tiny_checkpoint
 from tests.calibration.make import write_tokenizer
 from tests.exporting import export_in_this_process
@@ -65,7 +65,7 @@ def compiled(tmp_path_factory):
 def test_it_is_what_transformers_loses(compiled, model_type, quantize):
     artifact, checkpoint = compiled(model_type, **quantize)
     manifest = json.loads((artifact / "manifest.json").read_text())
-    found, stored = manifest["sensitivity"], StoredWeights(checkpoint, artifact, Manifest.of(manifest))
+    found, stored = manifest["sensitivity"], ArtifactWeights(checkpoint.config, artifact, Manifest.of(manifest))
     window = make_windows(checkpoint, Request("c4:4", None, 4, 64)).ids[0]
     assert found["tokens"] == len(window) == 64  # eight attention windows
 
@@ -138,7 +138,7 @@ def test_one_layer_is_in_memory_at_a_time_and_no_file_is_left(compiled, tmp_path
     seen = []
     sensitivity.measure_sensitivity(
         checkpoint,
-        StoredWeights(checkpoint, artifact, Manifest.of(manifest)),
+        ArtifactWeights(checkpoint.config, artifact, Manifest.of(manifest)),
         [2, *range(3, 60)],
         tmp_path,
         progress=lambda *step: seen.append(step),

@@ -9,10 +9,10 @@ import yaml
 from safetensors.numpy import load_file
 
 from gemma_deploy.artifact.opened import Artifact
+from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import main
 from gemma_deploy.parity.gates import STORED_WEIGHTS
-from gemma_deploy.parity.stored import StoredWeights
 from gemma_deploy.parity.weights import LIMITS, weights_line
 from gemma_deploy.schemes import QUANTIZERS
 from gemma_deploy.testing import write_tiny_checkpoint
@@ -60,7 +60,7 @@ def compiled(once):
 def line_of(artifact, checkpoint=None):
     manifest = Artifact.open(artifact).manifest
     opened = Checkpoint.open(checkpoint or manifest.recipe.frontend.checkpoint)
-    stored = StoredWeights(opened, artifact, manifest)
+    stored = ArtifactWeights(opened.config, artifact, manifest)
     return weights_line(opened, stored, folded=manifest.scheme in QUANTIZERS, embed_scale="exact")
 
 

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from gemma_deploy.artifact.manifest import Manifest
+from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.backends.tvm_vacc.backend import StaticPair
 from gemma_deploy.backends.tvm_vacc.rounding import differing_values, rounded, rounded_linears, rounding_lines
 from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
@@ -18,7 +19,6 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
 from gemma_deploy.parity.cases import Case
-from gemma_deploy.parity.stored import StoredWeights
 from gemma_deploy.quantization.budget import Budget
 from gemma_deploy.quantization.equalize import column_factors, token_gains
 from gemma_deploy.quantization.keeping import linears_to_keep
@@ -193,7 +193,7 @@ def test_the_artifact_computes_transformers_with_rounded_inputs(artifact, checkp
     manifest = json.loads((artifact / "manifest.json").read_text())
     kept, stored = (
         set(manifest["quantization"]["activations"]["kept"]),
-        StoredWeights(checkpoint, artifact, Manifest.of(manifest)),
+        ArtifactWeights(checkpoint.config, artifact, Manifest.of(manifest)),
     )
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, attn_implementation="eager", dtype=torch.float32)
     for name in stored.tensors:

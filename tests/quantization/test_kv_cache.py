@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from gemma_deploy.artifact.manifest import Manifest
+from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.backends.tvm_vacc.contract import read_contract
 from gemma_deploy.backends.tvm_vacc.rounding import cache_codes, rounding_lines
 from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
@@ -19,7 +20,6 @@ from gemma_deploy.checkpoint import Checkpoint, ModelConfig
 from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
 from gemma_deploy.parity.cases import Case
-from gemma_deploy.parity.stored import StoredWeights
 from gemma_deploy.quantization.cache import cache_factors
 from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
 from gemma_deploy.verifying import verify
@@ -117,7 +117,7 @@ def test_it_computes_transformers_with_such_a_cache(compiled, model_type):
     kind = "w8a16+kv8" if model_type != "gemma3_text" else "w8a16_gptq+kv8"
     artifact, checkpoint = compiled(model_type, kind)
     manifest = json.loads((artifact / "manifest.json").read_text())
-    stored = StoredWeights(checkpoint, artifact, Manifest.of(manifest))
+    stored = ArtifactWeights(checkpoint.config, artifact, Manifest.of(manifest))
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, attn_implementation="eager", dtype=torch.float32)
     for name in stored.tensors:
         model.get_parameter(name).data = torch.from_numpy(stored.rows(name, 0, stored.tensors[name].shape[0]))

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gemma_deploy import calibrated
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.quantization.layers import layer_file, quantize_layers
 from gemma_deploy.quantization.passage import Passage
@@ -14,6 +13,7 @@ from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.quantization.solver import Settings
 from gemma_deploy.quantization.table import scale_table
 from gemma_deploy.schemes import Codes
+from gemma_deploy.stages.calibration import choose_rescaling, layer_sensitivity
 from gemma_deploy.testing import write_tiny_checkpoint
 
 LAYERS, PASSES = 3, 5
@@ -125,23 +125,22 @@ RECORDS = ['{"key": "k", "expo', "", "[]", '{"exponents": {}}', "\0" * 40, '{"ke
 
 @pytest.mark.parametrize("text", RECORDS)
 def test_a_rescaling_that_was_cut_short_is_measured_again(tmp_path, monkeypatch, text):
-    recipe = SimpleNamespace(
-        context_length=8, frontend=SimpleNamespace(model_kwargs=SimpleNamespace(embed_scale="exact"))
-    )
+    job = SimpleNamespace(checkpoint=None, spec=SimpleNamespace(context=8, embed_scale="exact"))
     monkeypatch.setattr("gemma_deploy.parity.maxima.measure_rescaling", lambda *_, **__: Rescaling({"a": 1}))
     (tmp_path / "rescaling.json").write_text(text)
     for reused in (False, True):
-        found = calibrated.choose_rescaling(recipe, None, None, tmp_path, "k")
+        found = choose_rescaling(job, None, tmp_path, "k")
         assert found == (Rescaling({"a": 1}), reused)
 
 
 @pytest.mark.parametrize("text", RECORDS)
 def test_a_sensitivity_that_was_cut_short_is_measured_again(tmp_path, monkeypatch, text):
     monkeypatch.setattr("gemma_deploy.parity.sensitivity.measure_sensitivity", lambda *_, **__: {"layers": [0.5]})
-    monkeypatch.setattr("gemma_deploy.parity.stored.StoredWeights", lambda *_: None)
-    manifest = {"recipe": {"frontend": {"model_kwargs": {"embed_scale": "exact"}}}}
+    monkeypatch.setattr("gemma_deploy.artifact.weights.ArtifactWeights", lambda *_: None)
+    monkeypatch.setattr("gemma_deploy.stages.calibration.make_windows", lambda *_: SimpleNamespace(ids=np.array([[2]])))
+    job, made = SimpleNamespace(checkpoint=None, config=None), SimpleNamespace(embed_scale="exact")
     (tmp_path / "sensitivity.json").write_text(text)
     for reused in (False, True):
-        found = calibrated.layer_sensitivity(None, manifest, [2], tmp_path, "k", None)
+        found = layer_sensitivity(job, None, made, tmp_path, "k", None)
         assert found == ({"layers": [0.5]}, reused)
     assert json.loads((tmp_path / "sensitivity.json").read_text()) == {"layers": [0.5], "key": "k"}

@@ -13,6 +13,7 @@ from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
 from gemma_deploy.params import build_plan
+from gemma_deploy.params.rescaled import exponent_of
 from gemma_deploy.parity import maxima
 from gemma_deploy.quantization.rescaling import FP16_MAX, Rescaling, choose, needed
 from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
@@ -109,11 +110,11 @@ def test_what_is_folded_into_parameters(model_type):
             scale = 2.0 ** (chosen.of(f"{module}.q_{after}.out") + chosen.of(f"{module}.k_{after}.out"))
             assert spec.value == config.query_pre_attn_scalar**-0.5 * scale
         elif "norm" in name:
-            assert spec.gain_exponent == chosen.of(f"{module}.out")
+            assert exponent_of(name, 1, chosen) == chosen.of(f"{module}.out")
         elif "_proj" in name:
-            assert spec.shift == chosen.of(f"{module}.in") - chosen.of(f"{module}.out")
+            assert exponent_of(name, 2, chosen) == chosen.of(f"{module}.in") - chosen.of(f"{module}.out")
         else:
-            assert (spec.shift, spec.gain_exponent) == (0, 0)  # the table: its scale is a scalar of the graph
+            assert exponent_of(name, len(spec.shape), chosen) == 0  # the table: its scale is a scalar of the graph
     assert build_plan(config, "fp32", 64) == build_plan(config, "fp32", 64, Rescaling())
 
 

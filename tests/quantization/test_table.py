@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.params import build_plan
-from gemma_deploy.params.overlay import Overlay
+from gemma_deploy.params.quantized import QuantizedCheckpoint
 from gemma_deploy.quantization import table as table_module
 from gemma_deploy.quantization.layers import quantize_layers
 from gemma_deploy.quantization.solver import Settings
@@ -29,13 +29,13 @@ def doubled(monkeypatch):
     return factors.numpy()
 
 
-def overlay_of(tmp_path, tied):
+def quantized_of(tmp_path, tied):
     checkpoint = Checkpoint.open(
         write_tiny_checkpoint(tmp_path / "ck", "gemma3_text", num_hidden_layers=2, tie_word_embeddings=tied)
     )
     quantize_layers(checkpoint, IDS, Settings(), tmp_path / "q", key="k")
     scale_table(checkpoint, IDS.shape, tmp_path / "q", codes=Codes())
-    return checkpoint, Overlay(checkpoint, [table_file(tmp_path / "q")], [])
+    return checkpoint, QuantizedCheckpoint(checkpoint, [table_file(tmp_path / "q")], [])
 
 
 def rows(source, name):
@@ -44,7 +44,7 @@ def rows(source, name):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_transformers_gives_the_checkpoints_logits_with_the_scaled_matrices(tmp_path, doubled, tied):
-    checkpoint, overlay = overlay_of(tmp_path, tied)
+    checkpoint, quantized = quantized_of(tmp_path, tied)
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint.path, dtype=torch.float32, attn_implementation="eager"
     ).eval()
@@ -52,24 +52,24 @@ def test_transformers_gives_the_checkpoints_logits_with_the_scaled_matrices(tmp_
     with torch.inference_mode():
         expected = model(ids).logits
         if tied:  # embedding and head have different matrices for a moment
-            model.lm_head.weight = torch.nn.Parameter(torch.from_numpy(rows(overlay, TABLE).copy()))
-            factor = rows(overlay, COLUMN_SCALE) / np.float32(64) ** 0.5
-            model.model.embed_tokens.weight.copy_(torch.from_numpy(rows(overlay, TABLE) * factor))
+            model.lm_head.weight = torch.nn.Parameter(torch.from_numpy(rows(quantized, TABLE).copy()))
+            factor = rows(quantized, COLUMN_SCALE) / np.float32(64) ** 0.5
+            model.model.embed_tokens.weight.copy_(torch.from_numpy(rows(quantized, TABLE) * factor))
         else:
-            model.lm_head.weight.copy_(torch.from_numpy(rows(overlay, HEAD).copy()))
-            model.model.embed_tokens.weight.copy_(torch.from_numpy(rows(overlay, TABLE).copy()))
-        model.model.norm.weight.copy_(torch.from_numpy(rows(overlay, NORM).copy()))
+            model.lm_head.weight.copy_(torch.from_numpy(rows(quantized, HEAD).copy()))
+            model.model.embed_tokens.weight.copy_(torch.from_numpy(rows(quantized, TABLE).copy()))
+        model.model.norm.weight.copy_(torch.from_numpy(rows(quantized, NORM).copy()))
         found = model(ids).logits
     # 1 + w is rounded once more: a few ulp
     assert float((found - expected).abs().max()) <= 2e-6 * float(expected.abs().max())
 
 
 def test_an_untied_head_is_scaled_and_the_table_is_not(tmp_path, doubled):
-    checkpoint, overlay = overlay_of(tmp_path, tied=False)
-    np.testing.assert_array_equal(rows(overlay, HEAD), rows(checkpoint, HEAD) * doubled)
-    np.testing.assert_array_equal(rows(overlay, TABLE), rows(checkpoint, TABLE))
-    assert overlay.tensors[HEAD].dtype == "float32"
-    assert COLUMN_SCALE not in overlay.tensors
+    checkpoint, quantized = quantized_of(tmp_path, tied=False)
+    np.testing.assert_array_equal(rows(quantized, HEAD), rows(checkpoint, HEAD) * doubled)
+    np.testing.assert_array_equal(rows(quantized, TABLE), rows(checkpoint, TABLE))
+    assert quantized.tensors[HEAD].dtype == "float32"
+    assert COLUMN_SCALE not in quantized.tensors
 
 
 @pytest.mark.parametrize("tied", [True, False])

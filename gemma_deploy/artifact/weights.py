@@ -1,6 +1,6 @@
 """The weights an artifact holds, put together and dequantized.
 
-A calibrated scheme's torch reference computes with them, and weights.py compares them with the checkpoint's.
+A calibrated scheme's torch reference computes with them, and parity/weights.py compares them with the checkpoint's.
 
 Read from the parameter files alone, through the plan that says which rows and columns each rank and stage has, and the
 manifest's table that says where they lie.
@@ -8,40 +8,48 @@ manifest's table that says where they lie.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 
 from gemma_deploy.artifact.manifest import Manifest
-from gemma_deploy.checkpoint import Checkpoint, TensorInfo
+from gemma_deploy.checkpoint import ModelConfig, TensorInfo
+from gemma_deploy.checkpoint.expected import expected_tensors
 from gemma_deploy.params.plan import COLUMN_SCALE, ParamSpec, build_plan
+from gemma_deploy.params.rescaled import exponent_of, rescaled
 from gemma_deploy.params.table import ParamRow
 from gemma_deploy.partition import parts_of
+from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import CodeForm, Scheme, Storage
 
 
-class StoredWeights:
-    """Looks like the checkpoint, with the artifact's own numbers.
+class ArtifactWeights:
+    """A `WeightSource` with the artifact's numbers, under the names and in the shapes of the checkpoint, float32.
 
     Args:
-        checkpoint: gives config and names; none of its weights are read.
+        config: of the checkpoint.
         artifact: directory; manifest: its manifest, or what will become it.
     """
 
-    def __init__(self, checkpoint: Checkpoint, artifact: Path, manifest: Manifest) -> None:
-        self.config, self.path, self.tensors = checkpoint.config, artifact, checkpoint.tensors
+    def __init__(self, config: ModelConfig, artifact: Path, manifest: Manifest) -> None:
+        self.config, self.path, self._table = config, artifact, manifest.table
+        self.tensors = {
+            name: TensorInfo(name, shape, "float32", artifact, 4 * math.prod(shape))
+            for name, shape in expected_tensors(config).items()
+        }
         recipe, context = manifest.recipe, manifest.contract.context
         rows = {(row.file, row.name): row for row in manifest.params}
         parts = parts_of(self.config.num_hidden_layers, recipe.split.points, recipe.frontend.model_kwargs.tp)
         scheme = Scheme(manifest.scheme).form
         storage = manifest.storage or Storage()
-        rescaling = manifest.rescaling
+        self._rescaling = manifest.rescaling or Rescaling()
         form = CodeForm(turned=manifest.kernels is not None and manifest.kernels.integer)
         self._scales: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[str, list[tuple[Path, ParamRow, ParamSpec]]] = {}
         for part in parts:
             file = part.file("params.safetensors")
-            for spec in build_plan(self.config, scheme, context, rescaling, part, storage=storage, form=form):
+            for spec in build_plan(self.config, scheme, context, part=part, storage=storage, form=form):
                 if spec.source is not None:
                     row = rows[file, spec.name]
                     self._pieces.setdefault(spec.name, []).append((artifact / file, row, spec))
@@ -55,12 +63,8 @@ class StoredWeights:
         """Rows [start, stop) as float32, codes times their scale, powers of two of a float16 artifact undone."""
         info: TensorInfo = self.tensors[name]
         values = self._gather(name, info.shape, start, stop)
-        spec = self._pieces[name][0][2]
-        if spec.gain_exponent:
-            gains = (spec.gain_offset + values.astype(np.float64)) * 2.0**spec.gain_exponent
-            values = (gains - spec.gain_offset).astype(np.float32)
-        elif spec.shift:
-            values *= np.float32(2.0**-spec.shift)
+        if exponent_of(name, values.ndim, self._rescaling):
+            values = rescaled(values, name, self._rescaling, self.config.architecture.norm_offset, undo=True)
         scale = f"{name.removesuffix('.weight')}.scale"
         if scale not in self._scales:
             return values
@@ -68,6 +72,14 @@ class StoredWeights:
         grouped = values.reshape(*scales.shape, -1)
         dequantized: np.ndarray = (grouped * scales[..., None]).reshape(values.shape)
         return dequantized
+
+    def raw_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """The same."""
+        return self.rows(name, start, stop)
+
+    def fingerprint(self) -> str:
+        """Of the table of what the files hold."""
+        return self._table.digest
 
     def dtype(self, name: str) -> str:
         """Type of a tensor's numbers in the file; codes are int8 or int4, whatever their zero point."""

@@ -1,4 +1,4 @@
-"""A checkpoint seen through the quantizer's results: codes, scales and folded norms replace what they were made from.
+"""A checkpoint with the quantizer's results: codes, scales and folded norms in the place of what they were made from.
 
 The matrix that the LM head reads (the token table where they are tied) has its columns scaled.
 
@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from gemma_deploy.checkpoint import Checkpoint, TensorInfo
+from gemma_deploy.checkpoint import TensorInfo, WeightSource
 
-FACTORS = "factors"
+FACTORS, COLUMN_SCALE = "factors", "model.embed_tokens.column_scale"
 DTYPES = {"I8": "int8", "F32": "float32"}
 
 
 @dataclass(frozen=True)
-class Stored:
-    """What the plan needs to know of a matrix that is quantized already.
+class OutputError:
+    """What quantizing a matrix did to the output of its linear.
 
     Args:
         sqnr_db: of the linear's output on the calibration text, in dB; None without an error.
@@ -36,16 +36,19 @@ class Stored:
     energy: float
 
 
-class Overlay:
-    """A `Source` over a checkpoint and the files of `quantize_layers`.
+class QuantizedCheckpoint:
+    """A `WeightSource` over a checkpoint and the files of `quantize_layers`.
 
     Args:
         checkpoint: what is not replaced.
         files: one per layer, and that of the table.
         records: what was written about each layer.
+
+    Attributes:
+        output_errors: of the matrices whose codes it has, by name.
     """
 
-    def __init__(self, checkpoint: Checkpoint, files: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, checkpoint: WeightSource, files: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> None:
         self._factors: np.ndarray | None = None
         self.checkpoint, self.path, self.config = checkpoint, checkpoint.path, checkpoint.config
         self._files: dict[str, Path] = {}
@@ -64,8 +67,8 @@ class Overlay:
         if self._factors is not None:
             head = checkpoint.tensors[checkpoint.config.head_weight]
             self.tensors[head.name] = replace(head, dtype="float32", nbytes=4 * math.prod(head.shape))
-        self.stored = {
-            f"{record['layer']}.{linear}.weight": Stored(_sqnr_db(found["signal"], found["loss"]), found["signal"])
+        self.output_errors = {
+            f"{record['layer']}.{linear}.weight": OutputError(_sqnr_db(found["signal"], found["loss"]), found["signal"])
             for record in records
             for linear, found in record["tensors"].items()
         }
@@ -86,6 +89,12 @@ class Overlay:
         with safe_open(self._files[name], framework="np") as opened:
             rows: np.ndarray = opened.get_slice(name)[start:stop]
         return rows
+
+    def embedding_scale(self) -> np.ndarray | None:
+        """Of a table whose columns were multiplied by factors."""
+        if COLUMN_SCALE not in self.tensors:
+            return self.checkpoint.embedding_scale()
+        return self.rows(COLUMN_SCALE, 0, self.config.hidden_size)
 
     def _is_scaled(self, name: str) -> bool:
         return self._factors is not None and name == self.config.head_weight
