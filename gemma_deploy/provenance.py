@@ -21,10 +21,11 @@ from gemma_deploy import paths
 
 PACKAGE = "gemma_deploy"
 PATCHED = f"{PACKAGE}.patched"  # imports source_code/, which lies beside the package
-# Say how errors, clocks, memory, children and temporary files are handled; no result depends on that.
-NEUTRAL = frozenset(
-    f"{PACKAGE}.{name}" for name in ("errors", "machine", "progress", "child", "reading", "paths", "workdir", "writing")
-)
+# Say how errors, clocks, memory, children and temporary files are handled, or draw; no result depends on that.
+_HANDLING = ("errors", "machine", "progress", "child", "reading", "paths", "workdir", "writing", "calibration.picture")
+# Counts where a checkpoint is a GGUF file, in `Checkpoint.weights_fingerprint`, and for no other.
+_ONE_FORMAT = ("checkpoint.gguf_reader",)
+NEUTRAL = frozenset(f"{PACKAGE}.{name}" for name in (*_HANDLING, *_ONE_FORMAT))
 DISTRIBUTIONS = {"yaml": "PyYAML", "onnxruntime_genai": "onnxruntime-genai", "PIL": "pillow"}
 _FROM = re.compile(r"^[ \t]*from[ \t]+([\w.]+)[ \t]+import[ \t]+(\([^)]*\)|[^\n#]+)", re.MULTILINE)
 _WHOLE = re.compile(r"^[ \t]*import[ \t]+([^\n#]+)", re.MULTILINE)
@@ -99,7 +100,7 @@ def code_of(roots: tuple[str, ...]) -> Code:
             raise LookupError(root)
     while waiting:
         name = waiting.pop()
-        if name in found or name in NEUTRAL:
+        if name in found or (name in NEUTRAL and name not in roots):
             continue
         found[name] = None
         for imported in _imports(name):

@@ -77,7 +77,7 @@ class ArtifactWeights:
         """The same."""
         return self.rows(name, start, stop)
 
-    def fingerprint(self) -> str:
+    def weights_fingerprint(self) -> str:
         """Of the table of what the files hold."""
         return self._table.digest
 

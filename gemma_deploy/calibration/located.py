@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gemma_deploy import paths
 from gemma_deploy.calibration.mix import HubPlace, Part
 from gemma_deploy.calibration.sources import SOURCES, Source, hub
 from gemma_deploy.calibration.sources.reading import Row, explained
@@ -87,7 +86,7 @@ def locate(parts: Iterable[Part], nsamples: int) -> tuple[Located, ...]:
         if isinstance(part.place, HubPlace):
             place = hub.pin(part.place, SOURCES[part.name].hub)
         else:
-            place = part.place or paths.calib_dir() / SOURCES[part.name].bundled
+            place = part.place or SOURCES[part.name].sample
         found = Located(part.name, part.windows or nsamples, len(parts) > 1, place, part.place is None)
         _ = found.identity
         return found

@@ -190,7 +190,7 @@ def describe_inputs(checkpoint: Checkpoint, request: Request, found: Sequence[Lo
     code = code_of(CODE)
     return {
         **describe_dataset(checkpoint, request, found),
-        "checkpoint": {"fingerprint": checkpoint.fingerprint(), "model_type": checkpoint.config.model_type},
+        "checkpoint": {"fingerprint": checkpoint.weights_fingerprint(), "model_type": checkpoint.config.model_type},
         "embed_scale": request.embed_scale,
         "code": {"sha256": code.sha256, "libraries": code.versions},
     }

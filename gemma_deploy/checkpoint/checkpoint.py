@@ -31,8 +31,11 @@ from gemma_deploy.checkpoint.naming import PREFIX, name_tensors
 from gemma_deploy.checkpoint.safetensors_reader import Entry, SafetensorsFile, readable
 from gemma_deploy.checkpoint.source import TensorInfo
 from gemma_deploy.errors import CheckpointError, NotBuiltError
+from gemma_deploy.provenance import code_of
 
 if TYPE_CHECKING:
+    from hashlib import _Hash as _Digest
+
     from gemma_deploy.checkpoint.gguf_reader import GgufEntry, GgufFile
 
 TOKENIZER_FILES = (
@@ -45,6 +48,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 MORE_TEMPLATES = "additional_chat_templates"
+GENERATION = "generation_config.json"
+GGUF_READER = "gemma_deploy.checkpoint.gguf_reader"
 FINGERPRINT_BYTES = 1 << 20
 TOKENIZER_FILE = reading.FileKind(
     CheckpointError, "a file of the model's tokenizer", "copy it again from where the weights came from"
@@ -152,12 +157,37 @@ class Checkpoint:
         return found if any(path.name in TOKENIZER_FILES[:2] for path in found) else []
 
     def fingerprint(self, *, times: bool = True) -> str:
-        """Sha256 over config, tokenizer, and each weight file's name, size, time, header and first MiB.
+        """Sha256 over config, generation config, tokenizer, and each weight file's name, size, time, header, first MiB.
 
         Args:
             times: without them a copy of the files has the same fingerprint; a change behind the first MiB too.
         """
         digest = hashlib.sha256(self._config_bytes)
+        self._add_weight_files(digest, times=times)
+        self._add_text_files(digest)
+        return digest.hexdigest()
+
+    def weights_fingerprint(self) -> str:
+        """Of config and weights alone: files as in `fingerprint`, where each tensor lies, and of GGUF what reads it."""
+        digest = hashlib.sha256(self._config_bytes)
+        self._add_weight_files(digest, times=True)
+        for name, place in sorted(self._places.items()):
+            digest.update(f"\0{name}\0{self.local_name(place.file.path)}\0{place.name}".encode())
+        if self.format == "gguf":
+            reader = code_of((GGUF_READER,))
+            digest.update(f"\0{reader.sha256} {reader.versions}".encode())
+        return digest.hexdigest()
+
+    def text_fingerprint(self) -> str:
+        """Of the files that say how text becomes tokens and where it ends: tokenizer, templates, generation config."""
+        digest = hashlib.sha256(self._config_bytes)
+        if self.format == "gguf":  # the header holds what the files beside it do not
+            with open(self.path, "rb") as file:
+                digest.update(file.read(max(place.file.header_bytes for place in self._places.values()) + 8))
+        self._add_text_files(digest)
+        return digest.hexdigest()
+
+    def _add_weight_files(self, digest: _Digest, *, times: bool) -> None:
         headers = {place.file.path: place.file.header_bytes for place in self._places.values()}
         for path in self.weight_files:
             stat = path.stat()
@@ -166,10 +196,15 @@ class Checkpoint:
             with open(path, "rb") as file:
                 for _ in range(0, max(FINGERPRINT_BYTES, headers[path] + 8), FINGERPRINT_BYTES):
                     digest.update(file.read(FINGERPRINT_BYTES))
+
+    def _add_text_files(self, digest: _Digest) -> None:
         for path in self.tokenizer_files():
             digest.update(f"\0{path.name}\0".encode())
             digest.update(reading.read_bytes(path, TOKENIZER_FILE))
-        return digest.hexdigest()
+        generation = self.path / GENERATION
+        if self.format != "gguf" and reading.exists(generation):
+            digest.update(f"\0{GENERATION}\0".encode())
+            digest.update(read_json(generation)[1])
 
 
 def resolve_checkpoint(spec: str) -> Path:
@@ -203,7 +238,7 @@ def _open_directory(cls: type[Checkpoint], path: Path) -> Checkpoint:
 
 def _with_generation_stops(config: ModelConfig, path: Path) -> ModelConfig:
     """Add generation_config.json's stop tokens: instruction-tuned Gemmas say <end_of_turn> only there."""
-    file = path / "generation_config.json"
+    file = path / GENERATION
     if not reading.exists(file):
         return config
     value = read_json(file)[0].get("eos_token_id")

@@ -48,7 +48,7 @@ class WeightSource(Protocol):
     def raw_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """The same rows as stored, in the dtype of `tensors`: bfloat16 as uint16, GGUF blocks as uint8."""
 
-    def fingerprint(self) -> str:
+    def weights_fingerprint(self) -> str:
         """Changes when what is read may change."""
 
     def embedding_scale(self) -> np.ndarray | None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from gemma_deploy import paths
 from gemma_deploy.calibration.sources import SOURCES, ceval
 from gemma_deploy.calibration.sources.reading import Row
 from gemma_deploy.errors import CalibrationError, DeployError, UsageError
@@ -73,7 +72,7 @@ def read(
     Raises:
         CalibrationError: the archive is damaged, or lacks the split, answers or examples; UsageError: no such subject.
     """
-    path = paths.calib_dir() / SOURCES["ceval"].bundled if path is None else path
+    path = SOURCES["ceval"].sample if path is None else path
     found = ceval.questions(path, split)
     if not found:
         raise CalibrationError(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from gemma_deploy import paths, reading
+from gemma_deploy import reading
 from gemma_deploy.errors import UsageError
 from gemma_deploy.evaluation.models import Tokens
 
@@ -58,7 +58,7 @@ def read_text(file: Path | None) -> tuple[str, str]:
 
     if file is None:
         source = SOURCES["c4"]
-        texts = source.texts(paths.calib_dir() / source.bundled)
+        texts = source.texts(source.sample)
         return "\n\n".join(islice(texts, BUNDLED_TEXTS)), f"bundled {source.bundled}"
     text = reading.read_text(file, reading.text_kind("--text"))
     if not text.strip():

@@ -99,9 +99,9 @@ class QuantizedCheckpoint:
     def _is_scaled(self, name: str) -> bool:
         return self._factors is not None and name == self.config.head_weight
 
-    def fingerprint(self) -> str:
+    def weights_fingerprint(self) -> str:
         """Of the checkpoint and of every replaced tensor's file."""
-        digest = hashlib.sha256(self.checkpoint.fingerprint().encode())
+        digest = hashlib.sha256(self.checkpoint.weights_fingerprint().encode())
         for file in sorted(set(self._files.values())):
             with file.open("rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())

@@ -43,10 +43,10 @@ class RescaledCheckpoint:
         changed = self._is_changed(self.source.tensors[name])
         return (self.rows if changed else self.source.raw_rows)(name, start, stop)
 
-    def fingerprint(self) -> str:
+    def weights_fingerprint(self) -> str:
         """Of the source and of the exponents."""
         exponents = json.dumps(self.rescaling.to_json()["exponents"], sort_keys=True)
-        return hashlib.sha256(f"{self.source.fingerprint()} {exponents}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.source.weights_fingerprint()} {exponents}".encode()).hexdigest()
 
     def embedding_scale(self) -> np.ndarray | None:
         """The source's: the graph divides the embedding's output."""

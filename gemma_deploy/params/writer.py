@@ -69,7 +69,7 @@ def write_params(
             changed on the way.
     """
     layout = lay_out(plan)
-    fingerprint = checkpoint.fingerprint()
+    fingerprint = checkpoint.weights_fingerprint()
     with _disk_errors(out_path, layout), contextlib.closing(Journal(journal, _key(plan, layout, fingerprint))) as log:
         if _is_finished(log.file, out_path, layout):
             return in_file_order([row for rows in log.finished.values() for row in rows])
@@ -77,7 +77,7 @@ def write_params(
         if not _is_finished(log.file, run.partial, layout):
             run.prepare()
             run.write(workers, block_bytes, progress)
-            if checkpoint.fingerprint() != fingerprint:
+            if checkpoint.weights_fingerprint() != fingerprint:
                 raise ParamsError(
                     "the checkpoint changed while it was read",
                     where=str(checkpoint.path),
@@ -91,7 +91,7 @@ def finished_table(
 ) -> ParamTable | None:
     """The table of a file that `write_params` would leave alone, else None. Reads no tensor and changes nothing."""
     layout = lay_out(plan)
-    rows, record = read_finished(journal, _key(plan, layout, checkpoint.fingerprint()))
+    rows, record = read_finished(journal, _key(plan, layout, checkpoint.weights_fingerprint()))
     return in_file_order(rows) if _is_finished(record, out_path, layout) else None
 
 

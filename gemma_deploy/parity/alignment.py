@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemma_deploy import paths
 from gemma_deploy.architectures import SWITCHES
 from gemma_deploy.calibration.sources import SOURCES
 from gemma_deploy.checkpoint import Checkpoint
@@ -53,7 +52,7 @@ def tokenizer_lines(checkpoint: Checkpoint, text: Path | None, notes: list[str])
         notes.append("no tokenizer files of transformers' own beside the checkpoint: tokenizers are not compared")
         return []
     source = SOURCES["c4"]
-    texts = list(islice(source.texts(paths.calib_dir() / source.bundled), TEXTS))
+    texts = list(islice(source.texts(source.sample), TEXTS))
     if text is not None:
         texts.append(read_text(text, text_kind("--text")))
     with tempfile.TemporaryDirectory() as scratch:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from gemma_deploy import paths
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import UsageError
 from gemma_deploy.machine import give_memory_back
@@ -227,7 +226,7 @@ def text_tokens(checkpoint: Checkpoint, text: str | Path | None, wanted: int, no
         whole = read_text(text, text_kind("parity.text or --text"))
     else:
         source = SOURCES["c4"]
-        whole = "\n\n".join(islice(source.texts(paths.calib_dir() / source.bundled), 1 + wanted // 16))
+        whole = "\n\n".join(islice(source.texts(source.sample), 1 + wanted // 16))
     limit = 16 * wanted + 4096  # characters; no tokenizer of this family makes fewer tokens of real text
     ids = Tokenizer.of(checkpoint).encode_more(whole[:limit])
     give_memory_back()  # 200 MiB of a vocabulary of 262,144

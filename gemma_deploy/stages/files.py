@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gemma_deploy.job import Job
 from gemma_deploy.text.saving import write_tokenizer
+
+if TYPE_CHECKING:
+    from gemma_deploy.job import Job
 
 
 def write_model_files(job: Job, out: Path) -> list[str]:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_deploy.calibration.pipeline import tokenizer_sha256
+from gemma_deploy.calibration.sources import SOURCES
 from gemma_deploy.job import Job
 from gemma_deploy.params.layout import Place
 from gemma_deploy.provenance import digest, stage_key
 from gemma_deploy.quantization.rescaling import Rescaling
+from gemma_deploy.reading import open_regular
 
 # Modules that do the work of a stage; what they import counts as well (provenance.py).
 RANGES = ("gemma_deploy.parity.maxima",)
-QUANTIZE = ("gemma_deploy.quantization.layers", "gemma_deploy.quantization.table", "gemma_deploy.quantization.keeping")
-CACHE = ("gemma_deploy.quantization.cache",)
+TEXT = "gemma_deploy.calibration.pipeline"  # reads and cuts what a stage calibrates on
+QUANTIZE = (
+    *("gemma_deploy.quantization.layers", "gemma_deploy.quantization.table", "gemma_deploy.quantization.keeping"),
+    TEXT,
+)
+CACHE = ("gemma_deploy.quantization.cache", TEXT)
 PARAMETERS = ("gemma_deploy.params.writer",)
 FILES = ("gemma_deploy.stages.files",)
-SENSITIVITY = ("gemma_deploy.parity.sensitivity",)
+SENSITIVITY = ("gemma_deploy.parity.sensitivity", TEXT)
 GATE = ("gemma_deploy.proving.prove",)
 MEASURING = ("sensitivity", "gate")
 
@@ -57,7 +65,7 @@ def stage_keys(job: Job, dataset: Mapping[str, Any] | None) -> StageKeys:
     Args:
         dataset: the calibration text as `dataset_record` describes it, None where the job looks at none.
     """
-    spec, scheme, weights = job.spec, job.scheme, job.checkpoint.fingerprint()
+    spec, scheme, weights = job.spec, job.scheme, job.checkpoint.weights_fingerprint()
     text = None if dataset is None else dataset["fingerprint"]
     looked = {"weights": weights, "text": text, "embed_scale": spec.embed_scale}
     ranges = quantize = cache = sensitivity = None
@@ -73,8 +81,7 @@ def stage_keys(job: Job, dataset: Mapping[str, Any] | None) -> StageKeys:
     reads = {name: key for name, key in (("ranges", ranges), ("quantize", quantize), ("cache", cache)) if key}
     parameters = stage_key("parameters", code=PARAMETERS, inputs={"weights": weights, **_asked(job)}, reads=reads)
     graphs = stage_key("graphs", code=job.backend.code, inputs=_of_graphs(job), reads=reads)
-    beside = {"checkpoint": weights, "backend": spec.backend}
-    files = stage_key("files", code=FILES, inputs=beside, reads={"graphs": graphs})
+    files = stage_key("files", code=FILES, inputs=_beside(job))
     if job.quantizer.sensitivity:
         sensitivity = stage_key(
             "sensitivity", code=SENSITIVITY, inputs=looked, reads={"parameters": parameters, **reads}
@@ -84,9 +91,10 @@ def stage_keys(job: Job, dataset: Mapping[str, Any] | None) -> StageKeys:
         code=(*GATE, *job.backend.proof_code),
         inputs={
             "weights": weights,
+            "tokenizer": tokenizer_sha256(job.checkpoint),
             "prompt_tokens": job.proof.prompt_tokens,
             "decode_tokens": job.proof.decode_tokens,
-            "text": None if job.proof.text is None else _sha256(Path(job.proof.text)),
+            "text": _sha256(SOURCES["c4"].sample if job.proof.text is None else Path(job.proof.text)),
         },
         reads={"parameters": parameters, "graphs": graphs},
     )
@@ -116,6 +124,18 @@ def _of_graphs(job: Job) -> dict[str, Any]:
         "contract": job.contract.to_json(),
         "backend": spec.backend,
         "options": spec.options.model_dump(),
+        "kernels": job.backend.kernels(spec, job.config, None),
+    }
+
+
+def _beside(job: Job) -> dict[str, Any]:
+    """What the files beside graphs and parameters say."""
+    config = job.config
+    return {
+        "config": job.checkpoint.config_dict(),
+        "tokens": [config.bos_token_id, config.eos_token_ids, config.pad_token_id],
+        "text": job.checkpoint.text_fingerprint(),
+        "backend": job.backend.files(job.spec, config),
     }
 
 
@@ -141,9 +161,8 @@ def _facts(job: Job) -> dict[str, Any]:
 
 def _sha256(file: Path) -> str | None:
     """Of a text; None where it cannot be read, which the gate tells with its name."""
-    import hashlib
-
     try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+        with open_regular(file) as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError:
         return None

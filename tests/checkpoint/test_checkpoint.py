@@ -211,10 +211,11 @@ def test_tokenizer_files(tmp_path):
     assert [path.name for path in found] == ["tokenizer.json", "tokenizer_config.json"]
 
 
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"])
 def test_fingerprint_sees_every_file(tmp_path, file):
     write_checkpoint(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
+    for name in ("tokenizer.json", "generation_config.json"):
+        (tmp_path / name).write_text("{}")
     before = Checkpoint.open(tmp_path).fingerprint()
     assert Checkpoint.open(tmp_path).fingerprint() == before
     content = (tmp_path / file).read_bytes()

@@ -83,11 +83,11 @@ def test_a_source_of_weights(sources, checkpoint, kind):
 
 
 def test_sources_are_told_apart(sources, checkpoint):
-    found = {kind: source.fingerprint() for kind, source in sources.items()}
+    found = {kind: source.weights_fingerprint() for kind, source in sources.items()}
     assert len(set(found.values())) == len(found)
-    assert found == {kind: source.fingerprint() for kind, source in sources.items()}
+    assert found == {kind: source.weights_fingerprint() for kind, source in sources.items()}
     other = Rescaling(EXPONENTS | {f"{LAYER}mlp.up_proj.out": 4})
-    assert RescaledCheckpoint(checkpoint, other).fingerprint() != found["rescaled"]
+    assert RescaledCheckpoint(checkpoint, other).weights_fingerprint() != found["rescaled"]
 
 
 def test_powers_of_two_in_the_weights(sources, checkpoint):

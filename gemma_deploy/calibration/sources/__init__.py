@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from gemma_deploy import paths
 from gemma_deploy.calibration.sources import alpaca, c4, ceval
 from gemma_deploy.calibration.sources.hub import HubSet
 from gemma_deploy.calibration.sources.reading import Row, Turns
@@ -30,6 +31,11 @@ class Source:
     bundled: str
     hub: HubSet
     turns: Callable[[Row], Turns] | None = None
+
+    @property
+    def sample(self) -> Path:
+        """The bundled sample."""
+        return paths.calib_dir() / self.bundled
 
     def texts(self, path: Path) -> Iterator[str]:
         """Plain texts of a file."""
