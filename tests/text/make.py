@@ -68,6 +68,7 @@ def pieces_of_demo() -> list[tuple[str, float, int]]:
     vocabulary = json.loads((DEMO / TOKENIZER).read_text(encoding="utf-8"))["model"]["vocab"]
     ordered = sorted(vocabulary, key=vocabulary.__getitem__)
     kinds = {"<unk>": 2, "<pad>": 3, "<eos>": 3, "<bos>": 3, "<mask>": 4, "<start_of_turn>": 3, "<end_of_turn>": 3}
+    kinds |= {ordered[700]: 4, ordered[701]: 4}
     bytes_ = {f"<0x{byte:02X}>" for byte in range(256)}
     return [(text, -float(number), kinds.get(text, 6 if text in bytes_ else 1)) for number, text in enumerate(ordered)]
 

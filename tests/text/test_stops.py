@@ -83,6 +83,16 @@ def test_the_token_behind_a_reply(tmp_path, template, token):
     assert end_of_turn(Tokenizer(directory)).token == token
 
 
+def test_line_breaks_that_are_tokens_of_their_own_end_nothing(tmp_path):
+    """As in every Gemma: runs of line breaks were added to the vocabulary."""
+    directory = make.copy_demo(tmp_path / "t", extra_special_tokens=["\n\n"], additional_special_tokens=None)
+    make.edit(directory / "config.json", {"vocab_size": 4097})
+    (directory / "chat_template.jinja").write_text(turns("\n\n<end_of_turn>"))
+    tokenizer = Tokenizer(directory)
+    assert tokenizer.id_of("\n\n") in tokenizer.added_ids
+    assert end_of_turn(tokenizer).token == END
+
+
 def test_the_end_of_a_turn_of_gemma_4(tmp_path):
     directory = make.copy_demo(
         tmp_path / "t", extra_special_tokens=["<|turn>", "<turn|>"], additional_special_tokens=None
