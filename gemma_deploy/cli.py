@@ -143,6 +143,15 @@ def _run(argv: list[str] | None) -> Any:
         return error.exit_code
 
 
+def _is_nowhere() -> bool:
+    """Whether the current directory was deleted."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
 def _refusal(error: Exception) -> DeployError | None:
     """What the machine refused, or None for an error that may be a bug."""
     number = error.errno if isinstance(error, OSError) else None
@@ -155,6 +164,10 @@ def _refusal(error: Exception) -> DeployError | None:
         )
     if not isinstance(error, OSError) or number is None:
         return None
+    if number == errno.ENOENT and _is_nowhere():
+        return DeployError("the current directory was deleted", next_step="go to one that is there (cd)")
+    if number == errno.ENOENT and "temporary directory" in str(error):
+        return DeployError(str(error.strerror), next_step="set TMPDIR to a directory that you may write to")
     step = VANISHED if number == errno.ENOENT and error.filename else REFUSALS.get(number)
     if step is None:
         return None

@@ -31,7 +31,7 @@ OPTIONS = (
         "--top-p", type=float, default=1.0, show_default=True, help="Draw from the most probable that make up P."
     ),
     click.option("--seed", type=int, help="Same seed, same text  [default: another text every time]"),
-    click.option("--threads", type=click.IntRange(min=0), default=0, show_default=True, help="0 takes all cores."),
+    click.option("--threads", type=click.IntRange(0, 1024), default=0, show_default=True, help="0 takes all cores."),
 )
 
 

@@ -44,7 +44,7 @@ class Machine:
             ram_bytes=ram,
             ram_source=source,
             disk_free_bytes=shutil.disk_usage(parent).free,
-            cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            cpus=usable_cpus(),
             writable=parent.is_dir() and os.access(parent, os.W_OK | os.X_OK),
         )
 
@@ -107,6 +107,11 @@ def nearest_existing(path: Path) -> Path:
     """`path`, or the first directory above it that exists."""
     path = path.absolute()
     return next(place for place in (path, *path.parents) if exists(place))
+
+
+def usable_cpus() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gib(count: int) -> str:

@@ -82,6 +82,22 @@ def test_every_figure_comes_from_its_own_measurement(artifact, quick):
     assert len(told) == 6
 
 
+def test_all_cores_unless_told_otherwise(artifact, quick, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(figures, "bandwidth_bytes_s", lambda threads: seen.append(threads) or 1e9)
+    monkeypatch.setattr(figures, "usable_cpus", lambda: 3)
+    arguments = ["--prompt-tokens", "8", "--decode-tokens", "2", "--repeat", "1", "--contexts", "none"]
+    assert main(["bench", str(artifact), *arguments]) == 0
+    assert {job.threads for job in quick} == {0}  # as in `run`: the runtime counts the cores itself
+    assert seen == [3, 3]
+    assert "3 threads (all cores)" in capsys.readouterr().out
+    assert main(["bench", str(artifact), *arguments, "--threads", "1"]) == 0
+    assert {job.threads for job in quick} == {0, 1}
+    said = capsys.readouterr().out
+    assert "1 threads" in said
+    assert "all cores" not in said
+
+
 def test_stop_tokens_end_no_measurement(artifact, monkeypatch):
     job = process.Job("warm", str(artifact), True, 1, [8], 30)
     engine = process._Genai(job)

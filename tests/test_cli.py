@@ -170,6 +170,26 @@ def test_other_errors_of_those_kinds_are_none_of_memory(monkeypatch, error):
         fail_with(monkeypatch, error)
 
 
+def test_a_current_directory_that_is_gone_is_said(monkeypatch, capsys, tmp_path):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert fail_with(monkeypatch, FileNotFoundError(errno.ENOENT, "No such file or directory")) == 1
+    assert capsys.readouterr().err.startswith("error: the current directory was deleted\n  next: go to one")
+
+
+def test_no_place_for_temporary_files_is_said(monkeypatch, capsys):
+    error = FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+    assert fail_with(monkeypatch, error) == 1
+    assert "next: set TMPDIR" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["run", "x", "-p", "a"], ["bench", "x"], ["chat", "x"]])
+def test_threads_without_measure_are_refused(arguments, capsys):
+    assert main([*arguments, "--threads", "100000"]) == 2
+    assert "<=1024" in capsys.readouterr().err
+
+
 def shell(line, **environment):
     """A line in sh in which $G runs the program."""
     program = f"{sys.executable} -m gemma_deploy.cli"

@@ -20,6 +20,7 @@ from gemma_deploy.backends.tvm_vacc.contract import StaticContract, read_contrac
 from gemma_deploy.bench.memory import artifact_bytes, bandwidth_bytes_s, weight_bytes
 from gemma_deploy.bench.process import Job, arguments
 from gemma_deploy.errors import DeployError, UsageError
+from gemma_deploy.machine import usable_cpus
 
 DECODE_AFTER = 128  # tokens of context at which decode_tok_s is measured
 LIBRARIES = ("gemma-deploy", "onnxruntime", "onnxruntime-genai")
@@ -68,7 +69,7 @@ def measure(
     prompt_tokens: int = 512,
     decode_tokens: int = 64,
     repeat: int = 5,
-    threads: int = 2,
+    threads: int = 0,
     contexts: Sequence[int] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -79,6 +80,7 @@ def measure(
     Args:
         prompt_tokens: of the prompt whose prefill and first token are timed.
         decode_tokens: steps that are timed.
+        threads: of one operator; 0 for as many as there are cores.
         contexts: prompt lengths to measure both at; those that do not fit are left out, and named in `left_out`.
         say: told what begins.
 
@@ -102,7 +104,7 @@ def measure(
 
     load_average = os.getloadavg()[0]
     say("memory bandwidth")
-    bandwidth = bandwidth_bytes_s(threads)
+    bandwidth = bandwidth_bytes_s(threads or usable_cpus())
     say(f"load and first token of a cold process, {repeat} times")
     cold = [job("cold", [prompt_tokens], decode_tokens) for _ in range(repeat)]
     say(f"prefill of {prompt_tokens} tokens, and {decode_tokens} steps after {after}")
@@ -115,7 +117,7 @@ def measure(
         point = job("warm", [length], steps, repeat)["points"][0]
         speeds = {key: _median(point[key]) for key in ("prefill_tok_s", "decode_tok_s")}
         points.append({"tokens": length, "decode_steps": steps, **speeds})
-    bandwidth = max(bandwidth, bandwidth_bytes_s(threads))
+    bandwidth = max(bandwidth, bandwidth_bytes_s(threads or usable_cpus()))
     read, speed = weight_bytes(artifact) + room.cache_bytes, _median(decode)
     return {
         "artifact": artifact.manifest.name,
@@ -124,7 +126,8 @@ def measure(
         "decode_after_tokens": after,
         "decode_tokens": decode_tokens,
         "repeat": repeat,
-        "threads": threads,
+        "threads": threads or usable_cpus(),
+        "all_cores": threads == 0,
         **{key: _median([one[key] for one in cold]) for key in ("load_s", "tokenizer_s", "ttft_s")},
         "peak_rss_bytes": max(one["peak_rss_bytes"] for one in cold),
         "prefill_tok_s": _median(prefill),

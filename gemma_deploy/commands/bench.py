@@ -39,7 +39,7 @@ def lengths(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--decode-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--repeat", type=click.IntRange(min=1), default=5, show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
+@click.option("--threads", type=click.IntRange(0, 1024), default=0, show_default=True, help="0 takes all cores.")
 @click.option("--contexts", callback=lengths, metavar="N,N", default="128,512,2048,8192", show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures there.")
 @click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw speed over context length there.")
@@ -106,9 +106,8 @@ def _table(measured: Mapping[str, Any]) -> Table:
 
     from gemma_deploy.machine import size
 
-    table = Table(
-        title=f"{measured['artifact']}, {measured['runtime']}, {measured['threads']} threads", show_header=False
-    )
+    threads = f"{measured['threads']} threads{' (all cores)' if measured['all_cores'] else ''}"
+    table = Table(title=f"{measured['artifact']}, {measured['runtime']}, {threads}", show_header=False)
     share, decode = measured["share_of_bandwidth"], measured["decode_tok_s"]
     rows = {
         f"prefill of {measured['prompt_tokens']} tokens": f"{measured['prefill_tok_s']:.1f} tokens/s",

@@ -32,7 +32,7 @@ def _points(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 @click.option("--points", callback=_points, metavar="A,B", help="Layers that begin a new part.")
 @click.option("--parts", type=click.IntRange(2), help="Choose points that balance the bytes of this many parts.  [3]")
 @click.option("--force", is_flag=True, help="Replace a split model made before.")
-@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Tensors written at a time.")
+@click.option("--workers", type=click.IntRange(1, 256), default=2, show_default=True, help="Tensors written at a time.")
 def command(
     checkpoint: str, out: Path | None, points: tuple[int, ...] | None, parts: int | None, force: bool, workers: int
 ) -> None:
