@@ -99,6 +99,7 @@ class Traced:
         free = {graph: dynamic_dimensions(skeletons[graph], graph) for graph in GRAPHS} if contract.dynamic else None
         model = trace(pair, (args,), None if free is None else (free,))
         inputs = [value.name or "" for value in model.graph.inputs]
+        traced = len(model.graph)
         hidden = hide_weights(model, parameter_names(pair, config))
         folded = fold_constants(model)
         named = name_module_outputs(model)
@@ -106,8 +107,9 @@ class Traced:
         outputs = [value.name or "" for value in model.graph.outputs]
         self.model, removed = simplify(model, used_functions(model, OPSET))
         log.debug(
-            "%d weights, %d nodes folded, %d module outputs named, %d nodes widened, %d simplified away, %.2f s",
-            hidden, folded, named, widened, removed, time.perf_counter() - started,
+            "%d nodes traced: %d weights hidden, %d nodes folded, %d module outputs named, %d operators widened, "
+            "%d nodes simplified away; %d left, %.2f s",
+            traced, hidden, folded, named, widened, removed, len(self.model.graph), time.perf_counter() - started,
         )  # fmt: skip
         names = iter(inputs), iter(outputs)
         parts = {graph: parts_of(skeletons[graph], *names, graph) for graph in GRAPHS}
@@ -121,14 +123,19 @@ class Traced:
     def _stamped(self, graph: str, part: Part) -> ir.Model:
         contract = self.contract.of_part(part)
         model = stamp.stamp(self.model, self.templates[graph], self.config.layers, contract.computed, graph)
+        caches = rounded = 0
         if contract.cache_dtype == "int8":
-            quantize_cache(model, contract, graph, self.config.layers)
+            caches = quantize_cache(model, contract, graph, self.config.layers)
         if part.ranks > 1 and contract.embeds:
             first = model.graph.initializers["model.embed_tokens.first_row"]
             rows = self.config.vocab_size // part.ranks
             first.const_value = ir.tensor([part.rank * rows], dtype=ir.DataType.INT64, name=first.name)
         if self.kept is not None:
-            round_activations(model, self.kept)
+            rounded = round_activations(model, self.kept)
+        log.debug(
+            "%s stamped: %d nodes, %d int8 caches, %d inputs of linears rounded",
+            part.file(graph), len(model.graph), caches, rounded,
+        )  # fmt: skip
         model.opset_imports.update({node.domain: 1 for node in model.graph if node.domain})
         for function in used_functions(model, OPSET):
             model.functions[function.identifier()] = function

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import pickle
 import sys
 from collections.abc import Sequence
@@ -97,7 +98,9 @@ class ExportProcess:
                 where="export stage",
                 next_step="if it was killed for memory (signal 9), free some; else report it with the lines above",
             )
-        answer, peak = pickle.loads(found)  # our own child's
+        answer, peak, said = pickle.loads(found)  # our own child's
+        for logger, level, message in said:
+            logging.getLogger(logger).log(level, "%s", message)
         if isinstance(answer, DeployError):
             raise answer
         return answer, peak
@@ -113,17 +116,33 @@ def export_apart(task: Task) -> ExportProcess:
     return ExportProcess(task)
 
 
+class _Said(logging.Handler):
+    """What the child's modules log, for the parent to show as it is set up to: (logger, level, message)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[str, int, str]] = []
+        logger = logging.getLogger("gemma_deploy")
+        logger.addHandler(self)
+        logger.setLevel(logging.DEBUG)
+        logger.propagate = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append((record.name, record.levelno, record.getMessage()))
+
+
 def main() -> None:
     """The child: read a task, answer with graphs or with the error that stands for them."""
     from gemma_deploy.machine import peak_rss_bytes
 
+    said = _Said()
     with child.answering() as out:
         answer: dict[str, bytes] | DeployError
         try:
             answer = export_here(pickle.load(sys.stdin.buffer))
         except DeployError as error:
             answer = error
-        pickle.dump((answer, peak_rss_bytes()), out)
+        pickle.dump((answer, peak_rss_bytes(), said.lines), out)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.stages.graph_cache import GraphCache
 from gemma_deploy.stages.keys import graph_cache_key
 
+log = logging.getLogger(__name__)
 DONE = "graphs.done"
 
 
@@ -80,7 +82,9 @@ class Graphs:
         give_memory_back()  # of the parameters' row blocks
         peak = 0
         files = self._cached
-        if files is None:
+        if files is not None:
+            log.debug("graphs as an earlier compile made them (%s)", self._key[:12])
+        else:
             self._running = self._running or self._job.backend.export(self._export)
             files, peak = self._running.result()
         for file, graph in files.items():

@@ -1,9 +1,12 @@
 """The export in a process of its own: the same bytes, errors whole, a dead child explained."""
 
+import logging
 import pickle
+import re
 import sys
 from dataclasses import replace
 
+import onnx
 import pytest
 
 from gemma_deploy.checkpoint import Checkpoint
@@ -31,6 +34,34 @@ def test_the_child_gives_the_same_bytes(task, monkeypatch):
     graphs, peak = export_apart(task).result()
     assert graphs == export_here(task)
     assert peak > 100 << 20  # it did import torch
+
+
+def test_what_the_passes_did_is_logged_in_the_parent(task, caplog):
+    """A child has no console of its own."""
+
+    def said():
+        lines = [(one.name, one.getMessage()) for one in caplog.records if one.name.startswith("gemma_deploy.")]
+        caplog.clear()
+        return [re.sub(r"[\d.]+ s$", "", text) for _, text in lines]  # but for how long it took
+
+    with caplog.at_level(logging.DEBUG, "gemma_deploy"):
+        graphs = export_here(task)
+        here = said()
+        export_apart(task).result()
+    assert said() == here
+    counts = re.fullmatch(
+        r"(\d+) nodes traced: (\d+) weights hidden, (\d+) nodes folded, (\d+) module outputs named, (\d+) operators "
+        r"widened, (\d+) nodes simplified away; (\d+) left, ",
+        here[0],
+    )
+    traced, hidden, folded, named, widened, simplified, left = map(int, counts.groups())
+    assert traced - folded - simplified == left > 100
+    assert hidden == 21  # of the one kind of layer there is, embedding and norm, in both graphs
+    assert named > 20
+    assert widened == 0  # of float16 alone
+    nodes = {name.removesuffix(".onnx"): len(onnx.load_from_string(graph).graph.node) for name, graph in graphs.items()}
+    none = "0 int8 caches, 0 inputs of linears rounded"
+    assert here[1:] == [f"{name} stamped: {count} nodes, {none}" for name, count in nodes.items()]
 
 
 def test_an_error_comes_back_whole(task):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from gemma_deploy.parity.compare import ParityResult
     from gemma_deploy.parity.sources import Source
 
+log = logging.getLogger(__name__)
 # Tokens of a prompt that run together: activations of a longer piece are all alive at once, and attention computes what
 # it masks; products of a shorter one are slower (real 270M, fast, 1,900 tokens: 1176, 1333, 1294 and 1218 tokens/s in
 # pieces of 256, 512, 1024 and whole).
@@ -157,6 +159,7 @@ class OnnxRuntime:
         spec, config = job.spec, job.config
         scale = embedding_scale(config.hidden_size, spec.embed_scale)
         model = build_decoder(config, chosen_kernels(spec, config, job.kept), job.tensors[PARAMS], PARAMS, scale)
+        log.debug("%s built: %d nodes", GRAPH, len(model.graph))
         return Exported({GRAPH: serialized(model)})
 
     def files(self, spec: BuildSpec, config: ModelConfig) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,9 @@
-"""onnxsim on the weightless skeleton: what folding leaves (shape chains, slices, transposes) goes here."""
+"""onnxsim on the weightless skeleton, for what folding leaves: nothing, in the exports there are (onnxsim 0.8.1).
+
+Of 426 to 1615 traced nodes, folding leaves 171 to 623, of which onnxsim removes none. Run first it removes 199 to 939
+and folding the rest, down to the same operators; but it drops the metadata of nodes, from which name_outputs.py tells
+what each module returns, and renames what it merges. So it runs last.
+"""
 
 from __future__ import annotations
 
