@@ -24,10 +24,10 @@ from gemma_deploy.progress import BYTES, Watcher
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.stages.calibration import (
     calibrate_cache,
-    calibration_request,
     choose_rescaling,
     layer_sensitivity,
     quantize_weights,
+    with_text,
 )
 from gemma_deploy.stages.clock import StageClock, StageTiming
 from gemma_deploy.stages.files import write_model_files
@@ -56,7 +56,8 @@ class CompileResult:
 
 def plan_recipe(recipe: Recipe, *, out: Path | None = None, parity: bool = True) -> Plan:
     """What `--dry-run` shows: every stage with its estimates, shortfalls included."""
-    return make_plan(Job.open(recipe, out), parity=parity)
+    job, request = with_text(Job.open(recipe, out))
+    return make_plan(job, parity=parity, request=request)
 
 
 def compile_recipe(
@@ -83,11 +84,14 @@ def compile_recipe(
     with clock.stage("check"):
         job = Job.open(recipe, out)
         refuse_directory(job.out, "--out")
-        request = calibration_request(job)
+        job, request = with_text(job)
         dataset = None if request is None else dataset_record(job.checkpoint, request)
         keys = stage_keys(job, dataset)
         work = ArtifactDir(job.out, key=keys.artifact, wanted=keys.measured(gate=parity), force=force)
-        room = not work.is_up_to_date() and preflight(job, parity=parity, built=work.known is not None).has_room_beside
+        room = (
+            not work.is_up_to_date()
+            and preflight(job, parity=parity, built=work.known is not None, request=request).has_room_beside
+        )
     with work as artifact:
         if artifact.finished:
             return CompileResult(job.out, tuple(clock.done), True, artifact.manifest.parity)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,15 @@ class Job:
             ),
             record=recipe.resolved(),
             carried=recipe.vendor_keys(),
+        )
+
+    def with_windows(self, nsamples: int, seqlen: int) -> Job:
+        """The same, calibrated on so many windows of so many tokens, whatever the defaults say; the record too."""
+        dataset = {**self.record["dataset"], "nsamples": nsamples, "seqlen": seqlen}
+        return replace(
+            self,
+            dataset=replace(self.dataset, nsamples=nsamples, seqlen=seqlen),
+            record={**self.record, "dataset": dataset},
         )
 
     @property

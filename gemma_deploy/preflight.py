@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from gemma_deploy.calibration.pipeline import Request
 from gemma_deploy.calibration.points import TOKENS
 from gemma_deploy.calibration.room import memory_bytes, workers_bytes
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig, TensorInfo
@@ -98,13 +99,20 @@ class Plan:
         return plain | {key: list(plain[key]) for key in ("stages", "shortfalls", "notes")}
 
 
-def preflight(job: Job, *, parity: bool = True, built: bool = False, machine: Machine | None = None) -> Plan:
+def preflight(
+    job: Job,
+    *,
+    parity: bool = True,
+    built: bool = False,
+    machine: Machine | None = None,
+    request: Request | None = None,
+) -> Plan:
     """Refuse a job this machine cannot finish, before any work; see `make_plan`.
 
     Raises:
         PreflightError: lists everything that is short, with the figures.
     """
-    plan = make_plan(job, parity=parity, built=built, machine=machine)
+    plan = make_plan(job, parity=parity, built=built, machine=machine, request=request)
     if plan.shortfalls:
         raise PreflightError(
             "this machine cannot do the job as asked",
@@ -115,18 +123,26 @@ def preflight(job: Job, *, parity: bool = True, built: bool = False, machine: Ma
     return plan
 
 
-def make_plan(job: Job, *, parity: bool = True, built: bool = False, machine: Machine | None = None) -> Plan:
+def make_plan(
+    job: Job,
+    *,
+    parity: bool = True,
+    built: bool = False,
+    machine: Machine | None = None,
+    request: Request | None = None,
+) -> Plan:
     """Estimate every stage; shortfalls are listed in the plan, not raised.
 
     Args:
         parity: whether the gate runs at the end; built: everything is made, only to be measured.
         machine: what the machine has; measured when None.
+        request: text that float16 looks at, where it looks at any.
     """
     machine = machine or Machine.measure(job.out)
     tensors = job.checkpoint.tensors
     elements = sum(prod(tensor.shape) for tensor in tensors.values())
     parameters = parameter_bytes(job)
-    stages = [] if built else _building_stages(job, tensors, elements, parameters, machine)
+    stages = [] if built else _building_stages(job, tensors, elements, parameters, machine, request)
     if job.quantizer.sensitivity:
         stages.append(_sensitivity_stage(job.config, tensors))
     if parity:
@@ -136,9 +152,14 @@ def make_plan(job: Job, *, parity: bool = True, built: bool = False, machine: Ma
 
 
 def _building_stages(
-    job: Job, tensors: Mapping[str, TensorInfo], elements: int, parameters: int, machine: Machine
+    job: Job,
+    tensors: Mapping[str, TensorInfo],
+    elements: int,
+    parameters: int,
+    machine: Machine,
+    request: Request | None,
 ) -> list[StageEstimate]:
-    stages = [_ranges_stage(job, tensors, elements)] if job.scheme.weights == "fp16" else []
+    stages = [_ranges_stage(job, tensors, elements, request)] if job.scheme.weights == "fp16" else []
     if job.scheme.calibrated:
         stages.append(_quantize_stage(job, tensors, machine))
     elif job.scheme.int8_cache:
@@ -177,9 +198,10 @@ def _params_stage(
     )
 
 
-def _ranges_stage(job: Job, tensors: Mapping[str, TensorInfo], elements: int) -> StageEstimate:
+def _ranges_stage(job: Job, tensors: Mapping[str, TensorInfo], elements: int, request: Request | None) -> StageEstimate:
     """As the gate's torch side: a block of one matrix at a time, activations of a few windows."""
-    config, windows, seqlen = job.config, TEXT_WINDOWS + 1, min(SEQLEN, job.spec.context)
+    config, seqlen = job.config, request.seqlen if request else min(SEQLEN, job.spec.context)
+    windows = (request.nsamples if request else TEXT_WINDOWS) + 1  # and one of random tokens
     layers = sum(prod(tensor.shape) for name, tensor in tensors.items() if ".layers." in name)
     activations = 4 * windows * seqlen * (3 * config.intermediate_size + 2 * config.num_attention_heads * seqlen)
     flops = 2.0 * layers * windows * seqlen

@@ -60,3 +60,16 @@ def test_what_is_neither_is_refused_in_a_sentence(tmp_path, capsys):
     assert "there is no such file or directory" in output.err
     assert "next:" in output.err
     assert "Traceback" not in output.err
+
+
+def test_what_a_graph_is_not_for_is_shown(genai_artifact, capsys):
+    artifact = genai_artifact("gemma")
+    capsys.readouterr()
+    code, output = shown(capsys, artifact)
+    assert code == 0
+    said = json.loads((artifact / "manifest.json").read_text())["contract"]["not_for"]
+    assert len(said) == 3
+    words = " ".join(output.out.replace("│", " ").split())
+    for sentence in said:
+        assert sentence.split(" (")[0] in words
+    assert "not for" in words

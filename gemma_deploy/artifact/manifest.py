@@ -138,6 +138,7 @@ class ContractRecord(Open):
 
     Args:
         logits: of ONNX Runtime's graph: of the `last` token or of `all`.
+        not_for: what a caller may try that is refused or goes wrong, as sentences.
     """
 
     batch: Size
@@ -148,6 +149,7 @@ class ContractRecord(Open):
     head_dim: Size
     dynamic: bool
     logits: str | None = None
+    not_for: tuple[str, ...] = ()
     graphs: dict[Graph, GraphRecord]
 
     @model_serializer(mode="wrap")

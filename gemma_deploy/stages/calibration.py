@@ -79,6 +79,18 @@ def calibration_request(job: Job) -> Request | None:
     return None
 
 
+def with_text(job: Job) -> tuple[Job, Request | None]:
+    """The job and its text; where windows pass through the quantizer, it names as many of them as there are.
+
+    Raises:
+        See `calibration_request`.
+    """
+    request = calibration_request(job)
+    if request is None or job.scheme.weights == "fp16":  # float16 looks at a few of them
+        return job, request
+    return job.with_windows(request.nsamples, request.seqlen), request
+
+
 def choose_rescaling(job: Job, request: Request | None, out: Path, key: str) -> tuple[Rescaling, bool]:
     """Largest activations on calibration text, and the powers of two that bring them into float16.
 
