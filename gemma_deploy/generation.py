@@ -1,4 +1,4 @@
-"""What `run` and `chat` share: options of sampling, who runs an artifact, and the line of statistics."""
+"""What `run` and `chat` share: options of sampling, standard input, and the line of statistics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import click
 from gemma_deploy.errors import UsageError
 
 if TYPE_CHECKING:
-    from gemma_deploy.artifact.manifest import Manifest
     from gemma_deploy.runtime.generate import GenerationStats
 
 INTERRUPTED = 130
@@ -21,6 +20,7 @@ ENDED = {
     "stop": "the model ended its text",
     "length": "--max-new-tokens is reached",
     "context": "the context is full",
+    "cancelled": "cancelled",
     None: "interrupted",
 }
 OPTIONS = (
@@ -40,13 +40,6 @@ def generation_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(OPTIONS):
         function = option(function)
     return function
-
-
-def runs_in_genai(manifest: Manifest) -> bool:
-    """Whether onnxruntime-genai runs an artifact, and not our own runner."""
-    from gemma_deploy.backends import backend_of
-
-    return backend_of(manifest).runs_in_genai
 
 
 def read_stdin(*, line: bool = False) -> str:

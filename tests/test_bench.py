@@ -1,7 +1,7 @@
 """`gemma-deploy bench`: every figure on both run times, the formulas, and what is refused before measuring."""
 
-import importlib.util
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,7 +10,9 @@ from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime.genai import GenaiSession
 from gemma_deploy.bench import figures, memory, picture, process
 from gemma_deploy.cli import main
+from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import DeployError, UsageError
+from tests.runtime.test_genai import without_genai
 
 KEYS = {
     "load_s", "prefill_tok_s", "decode_tok_s", "ttft_s", "peak_rss_bytes", "artifact_bytes", "bytes_per_token",
@@ -57,10 +59,15 @@ def test_the_command_measures_in_processes_of_their_own(artifact, capfd, tmp_pat
 
 
 def test_every_figure_comes_from_its_own_measurement(artifact, quick):
-    opened = Artifact.open(artifact)
     told = []
     measured = figures.measure(
-        opened, prompt_tokens=40, decode_tokens=4, repeat=3, threads=1, contexts=(8, 126, 128, 129), say=told.append
+        open_engine(artifact),
+        prompt_tokens=40,
+        decode_tokens=4,
+        repeat=3,
+        threads=1,
+        contexts=(8, 126, 128, 129),
+        say=told.append,
     )
     kinds = [(job.kind, job.lengths, job.decode_tokens, job.repeat) for job in quick]
     assert kinds == [
@@ -99,26 +106,24 @@ def test_all_cores_unless_told_otherwise(artifact, quick, monkeypatch, capsys):
 
 
 def test_stop_tokens_end_no_measurement(artifact, monkeypatch):
-    job = process.Job("warm", str(artifact), True, 1, [8], 30)
-    engine = process._Genai(job)
-    first = engine.say([5] * 8, 31).tokens
-    engine.model.stop_ids = frozenset()
+    subject = process.Subject(str(artifact), 1)
+    first = subject.say([5] * 8, 31).tokens
     lengths = []
     original = GenaiSession.__init__
     monkeypatch.setattr(
         GenaiSession, "__init__", lambda self, *a, **k: lengths.append(k["min_length"]) or original(self, *a, **k)
     )
-    assert len(engine.say([5] * 8, 31).tokens) == len(first) == 31
+    assert len(subject.say([5] * 8, 31).tokens) == len(first) == 31
     assert lengths == [39]
 
 
 def test_static_artifacts_are_measured_at_their_own_length(demo_artifact, quick):
     opened = Artifact.open(demo_artifact)
-    measured = figures.measure(opened, decode_tokens=3, repeat=1, threads=1, contexts=(64, 128))
+    measured = figures.measure(open_engine(opened), decode_tokens=3, repeat=1, threads=1, contexts=(64, 128))
     assert (measured["prompt_tokens"], measured["decode_after_tokens"], measured["runtime"]) == (128, 128, "static")
     assert (measured["contexts"], measured["left_out"]) == ([], [64, 128])
     assert all(measured[key] > 0 for key in KEYS)
-    cache = figures.limits(opened).cache_bytes
+    cache = open_engine(opened).limits.cache_bytes
     assert measured["bytes_per_token"] == memory.weight_bytes(opened) + cache
     assert cache == 2 * 256 * 4 * sum(shape_of(opened, "key"))
 
@@ -150,8 +155,10 @@ def test_bandwidth_is_measured_and_its_failure_explained(monkeypatch):
 
 
 def test_a_process_that_fails_is_explained(artifact, tmp_path):
+    copy = shutil.copytree(artifact, tmp_path / "copy")
+    (copy / "genai_config.json").unlink()
     with pytest.raises(DeployError, match=r"exit code 1\n  - error: .*genai_config.json: is missing"):
-        figures._apart(process.Job("cold", str(tmp_path), True, 1, [8], 1))
+        figures._apart(process.Job("cold", str(copy), 1, [8], 1))
 
 
 @pytest.mark.parametrize(
@@ -175,10 +182,23 @@ def test_refused_before_anything_is_measured(artifact, capfd, monkeypatch, argum
     assert message in capfd.readouterr().err.replace("\n", " ").replace("  ", " ")
 
 
-def test_without_the_package_nothing_is_measured(artifact, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+def test_without_the_package_onnx_runtime_itself_is_measured(artifact, monkeypatch, quick):
+    without_genai(monkeypatch)
+    monkeypatch.setattr(GenaiSession, "__init__", lambda *_, **__: pytest.fail("genai was opened"))
+    measured = figures.measure(open_engine(artifact), prompt_tokens=8, decode_tokens=2, repeat=1)
+    assert measured["runtime"] == "onnxruntime"
+    assert all(measured[key] > 0 for key in KEYS)
+
+
+def test_without_the_package_an_artifact_for_a_gpu_is_not_measured(artifact, monkeypatch, quick):
+    without_genai(monkeypatch)
+    opened = Artifact.open(artifact)
+    recipe = opened.manifest.recipe.model_dump()
+    recipe["backend"]["dtype"] = "bf16"
+    engine = open_engine(replace(opened, manifest=opened.manifest.but(recipe=recipe)))
     with pytest.raises(UsageError, match="onnxruntime-genai is not installed here"):
-        figures.measure(Artifact.open(artifact), prompt_tokens=8, decode_tokens=2)
+        figures.measure(engine, prompt_tokens=8, decode_tokens=2)
+    assert quick == []
 
 
 def test_nothing_to_draw_is_said(tmp_path):

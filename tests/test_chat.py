@@ -76,7 +76,11 @@ class Recorded:
     path, manifest, load_seconds, batch, prefill_length, context_length, remaining = "p", None, 0.0, 1, 64, 99, 99
 
     def __init__(self, token, vocab_size):
+        from types import SimpleNamespace
+
         import numpy as np
+
+        self.contract = SimpleNamespace(vocab_size=vocab_size)
 
         self.prompts, self.logits = [], np.eye(vocab_size, dtype=np.float32)[[token]]
 

@@ -26,7 +26,8 @@ ORDER = (
     *("errors", "bounds", "reading", "paths", "writing", "workdir", "child", "provenance"),
     *("machine", "tables", "progress", "estimates"),
     *("architectures", "schemes", "checkpoint", "text", "staging", "partition", "patched"),
-    *("calibration", "quantization", "graph", "params", "split", "artifact", "runtime", "parity", "backends"),
+    *("calibration", "quantization", "graph", "params", "split", "artifact", "parity", "runtime", "backends"),
+    "engine",
     *("proving", "verifying", "evaluation", "bench"),
     *("recipe", "job", "preflight", "stages", "compile", "generation", "commands", "cli", "testing"),
 )

@@ -20,9 +20,10 @@ from gemma_deploy.schemes import CodeForm
 
 if TYPE_CHECKING:
     from gemma_deploy.artifact.manifest import LedgerEntry
+    from gemma_deploy.artifact.opened import Artifact
     from gemma_deploy.parity.cases import Case
     from gemma_deploy.parity.compare import ParityResult, Report
-    from gemma_deploy.parity.sources import Source
+    from gemma_deploy.runtime.engine import Engine
 
 PARAMS = "params.safetensors"
 
@@ -128,8 +129,8 @@ class Backend(Protocol):
         """Whether an initializer may show several tensors of the parameter file, or some rows of one."""
 
     @property
-    def runs_in_genai(self) -> bool:
-        """Whether onnxruntime-genai runs its artifacts."""
+    def no_lookup(self) -> str:
+        """Why its artifacts are not decoded with lookahead, for a message; "" where they are."""
 
     def contradictions(self, spec: BuildSpec) -> Iterator[tuple[tuple[str, ...], str]]:
         """Keys of a recipe that make no sense together, as (path of the key, sentence)."""
@@ -171,16 +172,8 @@ class Backend(Protocol):
             DeployError: a source could not run.
         """
 
-    def source(self, artifact: Path, manifest: Manifest, kernels: str = "strict") -> Source:
-        """The artifact as something that is compared.
-
-        Args:
-            kernels: `strict` computes what the weights stand for; others are those in `kernel_names`.
-        """
-
-    @property
-    def kernel_names(self) -> Sequence[str]:
-        """What `source` takes; the first is what an evaluation takes unless told otherwise."""
+    def engine(self, artifact: Artifact, *, threads: int = 0, strict: bool = False, one_reply: bool = False) -> Engine:
+        """An artifact, open; see `open_engine` of gemma_deploy/engine.py."""
 
     def rounds(self, manifest: Manifest) -> bool:
         """Whether strict graphs round activations or the cache, so that two of them repeat no number."""

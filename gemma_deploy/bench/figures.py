@@ -7,18 +7,15 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from gemma_deploy import child
 from gemma_deploy.artifact.opened import Artifact
-from gemma_deploy.backends import backend_of
-from gemma_deploy.backends.onnxruntime.genai import require_genai
-from gemma_deploy.backends.tvm_vacc.contract import StaticContract, read_contract
 from gemma_deploy.bench.memory import artifact_bytes, bandwidth_bytes_s, weight_bytes
 from gemma_deploy.bench.process import Job, arguments
+from gemma_deploy.engine import Engine, Limits
 from gemma_deploy.errors import DeployError, UsageError
 from gemma_deploy.machine import usable_cpus
 
@@ -26,45 +23,18 @@ DECODE_AFTER = 128  # tokens of context at which decode_tok_s is measured
 LIBRARIES = ("gemma-deploy", "onnxruntime", "onnxruntime-genai")
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What an artifact can be asked.
-
-    Args:
-        prompt: the longest prompt; context: tokens there may be in all.
-        fixed: every prompt costs as much as the longest.
-        cache_bytes: that every step reads, whatever the context.
-    """
-
-    prompt: int
-    context: int
-    fixed: bool = False
-    cache_bytes: int = 0
-
-
-def limits(artifact: Artifact) -> Limits:
-    """Of an artifact of either kind."""
-    if backend_of(artifact.manifest).runs_in_genai:
-        context = artifact.manifest.contract.context
-        return Limits(context - 1, context)
-    contract: StaticContract = read_contract(artifact.path, artifact.manifest)
-    if contract.dynamic:
-        return Limits(contract.prefill, contract.context)
-    return Limits(contract.prefill, contract.context, True, contract.cache_bytes)
-
-
-def lengths_that_fit(artifact: Artifact, lengths: Sequence[int]) -> list[int]:
+def lengths_that_fit(engine: Engine, lengths: Sequence[int]) -> list[int]:
     """Prompts that an artifact takes, of these lengths; static graphs take one, which is measured anyway.
 
     A prompt as long as the whole context leaves out its last token: the answer needs a place.
     """
-    room = limits(artifact)
+    room = engine.limits
     most = room.context if room.prompt == room.context - 1 else room.prompt
     return [] if room.fixed else sorted({min(length, room.prompt) for length in lengths if length <= most})
 
 
 def measure(
-    artifact: Artifact,
+    engine: Engine,
     *,
     prompt_tokens: int = 512,
     decode_tokens: int = 64,
@@ -73,7 +43,7 @@ def measure(
     contexts: Sequence[int] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """All figures of an artifact, medians of `repeat`.
+    """All figures of an artifact, medians of `repeat`; each process opens it anew.
 
     With static graphs every prompt is P tokens long, and decoding is measured after it.
 
@@ -85,22 +55,21 @@ def measure(
         say: told what begins.
 
     Raises:
-        UsageError: the artifact has no room for the prompt or the steps, or onnxruntime-genai is not installed.
+        UsageError: the artifact has no room for the prompt or the steps, or what computes it is not installed.
         DeployError: a process failed.
     """
-    genai, room = backend_of(artifact.manifest).runs_in_genai, limits(artifact)
-    if genai:
-        require_genai(str(artifact.path))
+    artifact, room = engine.artifact, engine.limits
+    engine.check_runtime()
     if room.fixed:
         prompt_tokens = after = room.prompt
         decode_tokens = min(decode_tokens, room.context - room.prompt)
     else:
         _refuse_too_long(artifact, room, prompt_tokens, decode_tokens)
         after = min(DECODE_AFTER, room.prompt, room.context - decode_tokens - 1)
-    wanted = lengths_that_fit(artifact, contexts)
+    wanted = lengths_that_fit(engine, contexts)
 
     def job(kind: str, lengths: Sequence[int], steps: int, times: int = 1) -> dict[str, Any]:
-        return _apart(Job(kind, str(artifact.path), genai, threads, list(lengths), steps, times))
+        return _apart(Job(kind, str(artifact.path), threads, list(lengths), steps, times))
 
     load_average = os.getloadavg()[0]
     say("memory bandwidth")
@@ -121,7 +90,7 @@ def measure(
     read, speed = weight_bytes(artifact) + room.cache_bytes, _median(decode)
     return {
         "artifact": artifact.manifest.name,
-        "runtime": "onnxruntime-genai" if genai else "static",
+        "runtime": engine.runtime,
         "prompt_tokens": prompt_tokens,
         "decode_after_tokens": after,
         "decode_tokens": decode_tokens,
@@ -136,9 +105,9 @@ def measure(
         "weight_bytes": sum(row.nbytes for row in artifact.manifest.table.rows),
         "bytes_per_token": read,
         "bandwidth_bytes_s": bandwidth,
-        "share_of_bandwidth": None if speed is None else read * speed / _rows(artifact) / bandwidth,
+        "share_of_bandwidth": None if speed is None else read * speed / room.rows / bandwidth,
         "contexts": points,
-        "left_out": sorted({length for length in contexts if not lengths_that_fit(artifact, [length])}),
+        "left_out": sorted({length for length in contexts if not lengths_that_fit(engine, [length])}),
         "context_length": room.context,
         "prompt_limit": room.prompt,
         "samples": {"prefill_tok_s": prefill, "decode_tok_s": decode, "cold": cold},
@@ -173,11 +142,6 @@ def _apart(job: Job) -> dict[str, Any]:
 
 def _median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
-
-
-def _rows(artifact: Artifact) -> int:
-    """Sequences that a decode step serves while it reads the weights once."""
-    return 1 if backend_of(artifact.manifest).runs_in_genai else artifact.manifest.contract.batch
 
 
 def _processor() -> str:

@@ -54,17 +54,17 @@ def command(
     plot_file: Path | None,
 ) -> None:
     """Measure ARTIFACT on this machine."""
-    from gemma_deploy.artifact.check import open_whole
     from gemma_deploy.bench import figures, picture
+    from gemma_deploy.engine import open_engine
     from gemma_deploy.tables import console
     from gemma_deploy.writing import finite, write_json
 
     _check_places(json_file, plot_file, picture.KINDS)
-    opened = open_whole(artifact, hashes=True)
-    if plot_file is not None and not figures.lengths_that_fit(opened, contexts):
+    engine = open_engine(artifact, threads=threads)
+    if plot_file is not None and not figures.lengths_that_fit(engine, contexts):
         raise click.UsageError("--plot has nothing to draw: this artifact takes none of the lengths in --contexts")
     measured = figures.measure(
-        opened,
+        engine,
         prompt_tokens=prompt_tokens,
         decode_tokens=decode_tokens,
         repeat=repeat,

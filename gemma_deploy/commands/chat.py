@@ -14,14 +14,12 @@ from gemma_deploy.generation import (
     generation_options,
     keep_bytes_of_stdin,
     read_stdin,
-    runs_in_genai,
     summary,
 )
 
 if TYPE_CHECKING:
-    from gemma_deploy.artifact.opened import Artifact
-    from gemma_deploy.runtime import Sampling, Tokenizer
-    from gemma_deploy.runtime.chat import Conversation, Session
+    from gemma_deploy.runtime.chat import Conversation
+    from gemma_deploy.runtime.engine import Session
 
 log = logging.getLogger(__name__)
 ASK = "> "
@@ -55,20 +53,18 @@ def command(
     stats: bool,
 ) -> None:
     """Talk with ARTIFACT through its chat template; the conversation is kept from turn to turn."""
-    from gemma_deploy.artifact.check import open_whole
+    from gemma_deploy.engine import open_engine
     from gemma_deploy.errors import UsageError
-    from gemma_deploy.runtime import Sampling, Tokenizer
+    from gemma_deploy.runtime import Sampling
     from gemma_deploy.runtime.chat import Conversation
-    from gemma_deploy.runtime.generate import stop_token_ids
     from gemma_deploy.text import unended
 
     sampling = Sampling(temperature, top_k, top_p, seed)
-    opened = open_whole(artifact, hashes=True)
-    tokenizer = Tokenizer(artifact)
-    conversation = Conversation(tokenizer, system)
-    if note := unended(tokenizer, stop_token_ids(opened.manifest)):
+    engine = open_engine(artifact, threads=threads)
+    conversation = Conversation(engine.tokenizer, system)
+    if note := unended(engine.tokenizer, engine.stop_ids):
         log.warning("%s", note)
-    session = _open(opened, tokenizer, sampling, threads)
+    session = engine.session(sampling)
     keep_bytes_of_stdin()
     while (text := _read()) is not None:
         if text == RESET:
@@ -82,17 +78,6 @@ def command(
                 if not sys.stdin.isatty():
                     raise  # nobody is there to read it and go on
                 click.echo(f"error: {error}\n  or: {RESET} forgets the conversation", err=True)
-
-
-def _open(artifact: Artifact, tokenizer: Tokenizer, sampling: Sampling, threads: int) -> Session:
-    from gemma_deploy.backends.onnxruntime.genai import GenaiModel, GenaiSession
-    from gemma_deploy.backends.tvm_vacc.generate import StaticSession
-    from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
-
-    if runs_in_genai(artifact.manifest):
-        return GenaiSession(GenaiModel(artifact.path, threads), tokenizer, sampling)
-    runner = StaticRunner(artifact.path, "fast", threads, manifest=artifact.manifest)
-    return StaticSession(runner, tokenizer, sampling.sampler())
 
 
 def _read() -> str | None:

@@ -13,16 +13,13 @@ from gemma_deploy.generation import (
     generation_options,
     keep_bytes_of_stdin,
     read_stdin,
-    runs_in_genai,
     summary,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from gemma_deploy.artifact.opened import Artifact
     from gemma_deploy.runtime import Sampling
-    from gemma_deploy.runtime.generate import GenerationStats, Prompt
+    from gemma_deploy.runtime.generate import Prompt
 
 log = logging.getLogger(__name__)
 EPILOG = """\b
@@ -33,8 +30,8 @@ Examples:
   gemma-deploy run workspace/NAME --chat -p - --lookup --stats < text_to_correct.txt
   echo "The list of" | gemma-deploy run workspace/NAME -p - --strict
 
-Artifacts of `backend.type: onnxruntime` run in onnxruntime-genai. The text goes to standard output, everything else to
-standard error.
+Artifacts of `backend.type: onnxruntime` run in onnxruntime-genai where that is installed, or else in ONNX Runtime
+itself. The text goes to standard output, everything else to standard error.
 """
 
 
@@ -65,8 +62,10 @@ def command(
     Weights are not hashed at every start: `gemma-deploy verify` does that.
     """
     from gemma_deploy.artifact.check import open_whole
+    from gemma_deploy.engine import open_engine
     from gemma_deploy.runtime import Sampling
     from gemma_deploy.runtime.generate import GenerationStats
+    from gemma_deploy.text import unended
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     opened = open_whole(artifact, hashes=True)
@@ -77,7 +76,10 @@ def command(
     text: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
     if lookup:
         _refuse_lookup(opened, sampling, strict)
-    pieces = _pieces(opened, text, max_new_tokens, sampling, threads, strict, lookup, done)
+    engine = open_engine(opened, threads=threads, strict=strict, one_reply=True)
+    if chat and (note := unended(engine.tokenizer, engine.stop_ids)):
+        log.warning("%s", note)
+    pieces = engine.stream(text, sampling=sampling, max_new_tokens=max_new_tokens, lookup=lookup, stats=done)
     waiting, interrupted = "" if chat else prompt, False  # a prompt is shown when its continuation begins
     try:
         for piece in pieces:
@@ -92,55 +94,12 @@ def command(
         raise click.exceptions.Exit(INTERRUPTED)
 
 
-def _pieces(
-    artifact: Artifact,
-    text: Prompt,
-    max_new_tokens: int,
-    sampling: Sampling,
-    threads: int,
-    strict: bool,
-    lookup: bool,
-    done: GenerationStats,
-) -> Iterator[str]:
-    from gemma_deploy.backends.onnxruntime import genai
-    from gemma_deploy.backends.onnxruntime import lookup as ahead
-    from gemma_deploy.backends.onnxruntime.genai import GenaiModel
-    from gemma_deploy.backends.tvm_vacc import generate
-    from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
-    from gemma_deploy.errors import UsageError
-    from gemma_deploy.runtime import Tokenizer
-    from gemma_deploy.runtime.generate import stop_token_ids
-    from gemma_deploy.text import unended
-
-    tokenizer = Tokenizer(artifact.path)
-    if not isinstance(text, str) and (note := unended(tokenizer, stop_token_ids(artifact.manifest))):
-        log.warning("%s", note)
-    if lookup:
-        searched = ahead.LookupModel(artifact.path, artifact.manifest, threads)
-        return ahead.stream(searched, tokenizer, text, max_new_tokens=max_new_tokens, stats=done)
-    if runs_in_genai(artifact.manifest):
-        if strict:
-            raise UsageError(
-                "--strict is for static artifacts: this one is computed by the operators that its graph names",
-                where=str(artifact.path),
-                next_step="leave --strict out",
-            )
-        model = GenaiModel(artifact.path, threads)
-        return genai.stream(model, tokenizer, text, max_new_tokens=max_new_tokens, sampling=sampling, stats=done)
-    runner = StaticRunner(
-        artifact.path, "strict" if strict else "fast", threads, manifest=artifact.manifest, one_prompt=True
-    )
-    return generate.stream(
-        runner, tokenizer, text, max_new_tokens=max_new_tokens, sampler=sampling.sampler(), stats=done
-    )
-
-
 def _refuse_lookup(artifact: Artifact, sampling: Sampling, strict: bool) -> None:
+    from gemma_deploy.backends import backend_of
     from gemma_deploy.errors import UsageError
 
-    problems = []
-    if not runs_in_genai(artifact.manifest):
-        problems.append("this artifact is static: its decode graph takes one token")
+    no_lookup = backend_of(artifact.manifest).no_lookup
+    problems = [no_lookup] if no_lookup else []
     if sampling.temperature > 0:
         problems.append(f"--temperature {sampling.temperature:g}: what is drawn at random cannot be looked up")
     if strict:

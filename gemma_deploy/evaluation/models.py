@@ -15,8 +15,8 @@ import numpy as np
 from gemma_deploy.artifact.check import PARAMS, byte_problems, open_whole, refuse
 from gemma_deploy.artifact.manifest import MANIFEST
 from gemma_deploy.artifact.opened import Artifact
-from gemma_deploy.backends import backend_of
 from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import CheckpointError, UsageError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
@@ -185,16 +185,9 @@ def _without(bos: int, ids: Sequence[int]) -> list[int]:
 
 def _open_artifact(path: Path, kernels: str | None = None) -> Model:
     artifact = open_whole(path)
-    backend = backend_of(artifact.manifest)
-    if kernels is not None and kernels not in backend.kernel_names:
-        raise UsageError(
-            f"its graphs name no kernels, so there is no '{kernels}' to evaluate",
-            where=str(path),
-            expected="an artifact of backend.type onnxruntime",
-            next_step="leave --kernels out, or say strict",
-        )
+    engine = open_engine(artifact)
+    source = engine.source(kernels)
     refuse(artifact, byte_problems(artifact))  # the figures of a damaged one would be believed
-    kernels = kernels or backend.kernel_names[0]
     contract = artifact.manifest.contract
     dynamic = contract.dynamic
     return Model(
@@ -206,9 +199,9 @@ def _open_artifact(path: Path, kernels: str | None = None) -> Model:
         contract.prefill,
         contract.vocab_size,
         artifact.manifest.embed_scale,
-        backend.source(path, artifact.manifest, kernels),
+        source,
         artifact=artifact,
-        kernels=kernels,
+        kernels=kernels or engine.kernel_names[0],
     )
 
 

@@ -15,6 +15,7 @@ from gemma_deploy.artifact.manifest import ProofRecord
 from gemma_deploy.artifact.opened import Artifact, newest_artifact
 from gemma_deploy.backends import backend_of
 from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint
+from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import UsageError
 from gemma_deploy.parity.cases import GivenSizes
 from gemma_deploy.parity.compare import ParityResult, cases_for, compare_sources, judged, measures_of
@@ -124,8 +125,7 @@ def two_artifacts(path: Path, other: Path, checkpoint: str | None, request: Requ
     result = ParityResult()
     prompt, decode = request.lengths(test.manifest.recipe.parity)
     cases = cases_for(opened, test.manifest.contract, request.text, prompt, decode, result.notes)
-    opened_as = {"reference": reference, "strict": test}
-    sources = {name: backend_of(one.manifest).source(one.path, one.manifest) for name, one in opened_as.items()}
+    sources = {"reference": open_engine(reference).source("strict"), "strict": open_engine(test).source("strict")}
     pair = ("reference", "strict")
     found = compare_sources(sources, [pair], cases, opened.config.vocab_size, request.report)
     forms = [(one.scheme, one.int8_cache, backend_of(one).rounds(one)) for one in (test.manifest, reference.manifest)]

@@ -1,4 +1,4 @@
-"""Conversations: which tokens a message adds to those the model has seen, and sessions that go on from turn to turn.
+"""Conversations: which tokens a message adds to those the model has seen; an engine's session goes on with them.
 
 What a model said stays as the tokens it chose, which are not always those its text would be given again.
 """
@@ -6,30 +6,11 @@ What a model said stays as the tokens it chose, which are not always those its t
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 from gemma_deploy.errors import UsageError
-from gemma_deploy.runtime.generate import GenerationStats
 from gemma_deploy.text import Tokenizer
 
 NO_SYSTEM = "leave --system out, and say it in the first message"
-
-
-class Session(Protocol):
-    """A sequence of tokens that a model goes on with; `GenaiSession` and `StaticSession`."""
-
-    def reset(self) -> None:
-        """Forget everything."""
-
-    def reply(
-        self, ids: Sequence[int], *, max_new_tokens: int = 128, stats: GenerationStats | None = None
-    ) -> Iterator[str]:
-        """Add tokens, and yield what the model says to them.
-
-        Raises:
-            UsageError: there is no room for them; the sequence is as it was.
-        """
 
 
 class Conversation:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.errors import UsageError
-from gemma_deploy.text import TextStream, Tokenizer
+from gemma_deploy.text import StopStrings, TextStream, Tokenizer
 
 log = logging.getLogger(__name__)
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
@@ -22,7 +22,9 @@ class GenerationStats:
 
     Args:
         tokens: generated ids, the stop token not among them.
-        finish: "stop": the model ended; "length": max_new_tokens; "context": the cache is full; None: interrupted.
+        finish: "stop": the model or a stop string ended it; "length": max_new_tokens; "context": the cache is full;
+            "cancelled": somebody asked for that; None: interrupted.
+        stop_string: the one that ended it; its tokens are among `tokens`, its text was not yielded.
         load_seconds: opening the sessions; counted in neither of the others.
         prefill_seconds: until the first token's logits; decode_seconds: all steps after it.
         steps: of the graph after the first token where one may give several (lookup.py); 0 where each gives one.
@@ -30,7 +32,8 @@ class GenerationStats:
 
     prompt_tokens: int = 0
     tokens: list[int] = field(default_factory=list)
-    finish: Literal["stop", "length", "context"] | None = None
+    finish: Literal["stop", "length", "context", "cancelled"] | None = None
+    stop_string: str | None = None
     load_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -93,6 +96,8 @@ def speak(
     max_new_tokens: int,
     stops: Container[int],
     full: Callable[[], int | None],
+    strings: StopStrings | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> Iterator[str]:
     """Take tokens until the text ends, and yield it in pieces.
 
@@ -100,28 +105,53 @@ def speak(
         steps: tokens of one step after another; what it adds to `stats.load_seconds` meanwhile is not its speed.
         stops: tokens that end the text, and are not of it.
         full: asked after every step: how many slots the context has, None while there is room.
+        strings: texts that end the text, and are not of it.
+        cancelled: asked before every step and after every token: whether the text is to end here.
     """
+    strings = strings if strings is not None else StopStrings()
     while stats.finish is None:
-        loaded, started = stats.load_seconds, time.perf_counter()
-        taken = next(steps)
-        seconds = time.perf_counter() - started - (stats.load_seconds - loaded)
-        if stats.tokens:
-            stats.decode_seconds += seconds
-        else:
-            stats.prefill_seconds = seconds
+        if cancelled():
+            stats.finish = "cancelled"
+            break
+        taken = _timed(steps, stats)
         for token in taken:
             if token in stops:
                 stats.finish = "stop"
                 break
             stats.tokens.append(token)
-            if piece := text.push(token):
+            if piece := strings.push(text.push(token)):
                 yield piece
-            if len(stats.tokens) == max_new_tokens:
-                stats.finish = "length"
+            if ended := _ended(stats, max_new_tokens, strings, cancelled):
+                stats.finish = ended
                 break
         else:
             if slots := full():
                 stats.finish = "context"
                 log.warning("the context of %d slots is full: the text ends here", slots)
-    if piece := text.flush():
+    if piece := strings.push(text.flush()) + strings.flush():
         yield piece
+    if strings.found is not None:  # perhaps in what was held back to the end
+        stats.finish, stats.stop_string = "stop", strings.found
+
+
+def _timed(steps: Iterator[Sequence[int]], stats: GenerationStats) -> Sequence[int]:
+    """The tokens of the next step; its seconds are counted."""
+    loaded, started = stats.load_seconds, time.perf_counter()
+    taken = next(steps)
+    seconds = time.perf_counter() - started - (stats.load_seconds - loaded)
+    if stats.tokens:
+        stats.decode_seconds += seconds
+    else:
+        stats.prefill_seconds = seconds
+    return taken
+
+
+def _ended(
+    stats: GenerationStats, max_new_tokens: int, strings: StopStrings, cancelled: Callable[[], bool]
+) -> Literal["stop", "length", "cancelled"] | None:
+    """Why a text ends after a token; None where it goes on."""
+    if strings.found is not None:
+        return "stop"
+    if len(stats.tokens) == max_new_tokens:
+        return "length"
+    return "cancelled" if cancelled() else None

@@ -1,7 +1,6 @@
 """onnxruntime-genai on our artifacts: transformers' tokens, past the window and from turn to turn; refusals."""
 
 import functools
-import importlib.util
 import json
 import shutil
 
@@ -9,12 +8,14 @@ import numpy as np
 import psutil
 import pytest
 
-from gemma_deploy.backends.onnxruntime import genai
 from gemma_deploy.backends.onnxruntime.genai import GenaiModel, GenaiSession
 from gemma_deploy.cli import main
+from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import ArtifactError, DeployError, UsageError
 from gemma_deploy.runtime import Sampling, Tokenizer
 from gemma_deploy.runtime.generate import GenerationStats
+from gemma_deploy.text import TextStream
+from tests.runtime.make import compile_tiny
 
 VOCAB, PROMPT, CONTEXT = 512, 30, 128  # nearly four windows of 8
 
@@ -64,9 +65,15 @@ def eager(artifact, **changes):
     return generate
 
 
+def stream(model, tokenizer, ids, count=128, sampling=None, stats=None):
+    """In a session made for that alone."""
+    session = GenaiSession(model, tokenizer, sampling, max_length=len(ids) + count)
+    return session.reply(ids, max_new_tokens=count, stats=stats)
+
+
 def tokens_of(model, tokenizer, ids, count, sampling=None):
     stats = GenerationStats()
-    for _ in genai.stream(model, tokenizer, ids, max_new_tokens=count, sampling=sampling, stats=stats):
+    for _ in stream(model, tokenizer, ids, count, sampling, stats):
         pass
     return stats.tokens
 
@@ -132,12 +139,12 @@ def test_a_stop_token_ends_a_reply_and_is_not_kept(copy, tokenizer, model, promp
     assert said(session, more, 1).tokens == tokens_of(model, tokenizer, prompts[0] + kept + more, 1)
 
 
-def test_text_begins_with_one_bos_and_messages_go_through_the_template(model, tokenizer, monkeypatch):
-    read = []
+def test_text_begins_with_one_bos_and_messages_go_through_the_template(artifact, tokenizer, monkeypatch):
+    read, engine = [], open_engine(artifact, threads=1)
     monkeypatch.setattr(GenaiSession, "reply", lambda self, ids, **_: read.append(ids))
     messages = [{"role": "user", "content": "a"}]
     for prompt in ("the list", "<bos>the list", messages, np.array([5, 6])):
-        genai.stream(model, tokenizer, prompt)
+        engine.stream(prompt)
     assert read[0] == read[1] == [tokenizer.bos_id, *tokenizer.encode_more("the list")]
     assert read[2:] == [tokenizer.encode_chat(messages), [5, 6]]
 
@@ -149,13 +156,14 @@ def test_the_full_context_ends_it(model, tokenizer, caplog):
     assert f"the context of {CONTEXT} slots is full" in caplog.text
 
 
-def test_what_does_not_fit_is_refused_and_changes_nothing(model, tokenizer):
+def test_what_does_not_fit_is_refused_and_changes_nothing(artifact, model, tokenizer):
+    engine = open_engine(artifact, threads=1)
     with pytest.raises(UsageError, match=r"the prompt has 128 tokens, this artifact's context is 128 tokens"):
-        genai.stream(model, tokenizer, [5] * CONTEXT)
+        engine.stream([5] * CONTEXT)
     with pytest.raises(UsageError, match="max_new_tokens is 0"):
-        genai.stream(model, tokenizer, "x", max_new_tokens=0)
+        engine.stream("x", max_new_tokens=0)
     with pytest.raises(UsageError, match="the prompt is empty"):
-        genai.stream(model, tokenizer, [])
+        engine.stream([])
     session = GenaiSession(model, tokenizer)
     said(session, [5] * 100, 1)
     with pytest.raises(UsageError, match=r"with 27 more tokens on 101, this artifact's context"):
@@ -181,11 +189,11 @@ def test_sampling_is_seeded_and_bounded(model, tokenizer, prompts):
         draw(1.0, 0, 1.0, 2**31)
 
 
-def test_statistics_tell_loading_prompt_and_steps_apart(model, tokenizer, prompts):
-    stats = GenerationStats()
-    for _ in genai.stream(model, tokenizer, prompts[0], max_new_tokens=5, stats=stats):
+def test_statistics_tell_loading_prompt_and_steps_apart(artifact, prompts):
+    stats, engine = GenerationStats(), open_engine(artifact, threads=1)
+    for _ in engine.stream(prompts[0], max_new_tokens=5, stats=stats):
         pass
-    assert stats.load_seconds == model.load_seconds > 0
+    assert stats.load_seconds == engine.load_seconds > 0
     assert stats.prefill_seconds > 0
     assert stats.tokens_per_second == pytest.approx(4 / stats.decode_seconds)
 
@@ -209,7 +217,7 @@ def test_overflow_is_no_answer(copy, tokenizer):
         file.seek(row["offset"])
         file.write(np.full(row["nbytes"] // 4, np.nan, np.float32).tobytes())
     with pytest.raises(DeployError, match="the model gave nan as its largest logit"):
-        next(genai.stream(GenaiModel(copy, 1), tokenizer, "the"))
+        next(stream(GenaiModel(copy, 1), tokenizer, tokenizer.encode("the")))
 
 
 def nan_from(artifact, position):
@@ -232,15 +240,34 @@ def test_a_model_that_overflows_in_its_answer_ends_in_a_sentence(copy, artifact,
     right = tokens_of(model, tokenizer, [2, 30, 40], 60, sampling)
     assert len(right) == 60
     with pytest.raises(DeployError, match="the model gave nan as its largest logit") as caught:
-        for _ in genai.stream(opened, tokenizer, [2, 30, 40], max_new_tokens=60, sampling=sampling, stats=stats):
+        for _ in stream(opened, tokenizer, [2, 30, 40], 60, sampling, stats):
             pass
     assert "after 51 tokens" in str(caught.value)
     assert stats.tokens == right[: 51 - 3]  # the last of them stands at position 50, and was read
     assert "gemma-deploy parity" in caught.value.next_step
 
 
-def test_without_the_package_the_next_step_is_to_install_it(artifact, monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+def without_genai(monkeypatch):
+    """As where the package is not installed."""
+    monkeypatch.setattr("gemma_deploy.backends.onnxruntime.engine.genai_installed", lambda: False)
+    monkeypatch.setattr("gemma_deploy.backends.onnxruntime.genai.genai_installed", lambda: False)
+
+
+def test_without_the_package_onnx_runtime_gives_the_same_text_and_that_is_said(artifact, monkeypatch, capfd, caplog):
+    words = [artifact, "-p", "the list", "-n", 12, "--threads", 1]
+    expected = run(capfd, *words)
+    without_genai(monkeypatch)
+    monkeypatch.setattr(GenaiModel, "__init__", lambda *_: pytest.fail("genai was opened"))
+    assert run(capfd, *words)[:2] == expected[:2]
+    said = [record.message for record in caplog.records]
+    assert said == [
+        'onnxruntime-genai is not installed: ONNX Runtime itself runs this artifact (pip install "gemma-deploy[genai]")'
+    ]
+
+
+def test_what_only_genai_runs_is_refused_without_it(tmp_path, monkeypatch, capsys):
+    artifact = compile_tiny(tmp_path, "gemma", {"type": "onnxruntime", "dtype": "bf16"})
+    without_genai(monkeypatch)
     assert main(["run", str(artifact), "-p", "x"]) == 2
     said = capsys.readouterr().err
     assert said.endswith('onnxruntime-genai is not installed here\n  next: pip install "gemma-deploy[genai]"\n')
@@ -271,7 +298,7 @@ def run(capfd, *arguments):
 
 def test_run_prints_prompt_and_text(artifact, model, tokenizer, capfd):
     code, out, err = run(capfd, artifact, "-p", "the list", "-n", 9, "--threads", 1, "--stats")
-    expected = "".join(genai.stream(model, tokenizer, "the list", max_new_tokens=9))
+    expected = "".join(stream(model, tokenizer, tokenizer.encode("the list"), 9))
     assert (code, out) == (0, f"the list{expected}\n")
     assert f"{len(tokenizer.encode('the list'))} prompt tokens in" in err
     assert err.endswith("; --max-new-tokens is reached\n")
@@ -286,14 +313,14 @@ def test_run_refuses_what_is_for_static_artifacts(artifact, capfd):
 
 
 def test_ctrl_c_ends_the_line_and_the_program(artifact, capfd, monkeypatch):
-    push = genai.TextStream.push
+    push = TextStream.push
 
     def interrupted(text, token):
         if len(text._ids) == 4:
             raise KeyboardInterrupt
         return push(text, token)
 
-    monkeypatch.setattr(genai.TextStream, "push", interrupted)
+    monkeypatch.setattr(TextStream, "push", interrupted)
     code, out, err = run(capfd, artifact, "-p", "the", "--threads", 1, "--stats")
     assert (code, out[:3], out[-1]) == (130, "the", "\n")
     assert err.endswith("; interrupted\n")

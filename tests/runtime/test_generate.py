@@ -1,14 +1,22 @@
 """Where a generation stops, what it yields and what it counts; with a scripted model and with a real artifact."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from gemma_deploy.backends.tvm_vacc.generate import stream
+from gemma_deploy.backends.tvm_vacc.generate import StaticSession
 from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
 from gemma_deploy.errors import UsageError
 from gemma_deploy.runtime import Sampler, Tokenizer
-from gemma_deploy.runtime.generate import GenerationStats, stop_token_ids
+from gemma_deploy.runtime.generate import GenerationStats, encoded, stop_token_ids
 from tests.manifests import manifest
+
+
+def stream(runner, tokenizer, prompt, *, sampler=None, stop_ids=None, **options):
+    """What is said to a prompt of any kind."""
+    session = StaticSession(runner, tokenizer, sampler, stop_ids=stop_ids)
+    return session.reply(encoded(tokenizer, prompt), **options)
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +32,7 @@ class Scripted:
 
     def __init__(self, tokens, vocab_size, manifest=None, room=1000):
         self.script, self.vocab_size, self.manifest, self.remaining = list(tokens), vocab_size, manifest, room
+        self.contract = SimpleNamespace(vocab_size=vocab_size)
         self.fed = []
 
     def _next(self):

@@ -7,10 +7,12 @@ import pytest
 
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime import lookup
+from gemma_deploy.backends.onnxruntime.engine import OrtSession
 from gemma_deploy.backends.onnxruntime.lookup import Greedy, History, LookupModel, LookupSequence
 from gemma_deploy.cli import main
+from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import DeployError, UsageError
-from gemma_deploy.runtime import Tokenizer
+from gemma_deploy.runtime import Sampling, Tokenizer
 from gemma_deploy.runtime.generate import GenerationStats
 from tests.manifests import manifest
 
@@ -159,7 +161,8 @@ def test_a_text_ends_at_its_stop_token_its_length_or_the_context(genai_artifact,
 
     def said(count):
         stats = GenerationStats()
-        for _ in lookup.stream(model, tokenizer, prompts[0], max_new_tokens=count, stats=stats):
+        session = OrtSession(model, tokenizer, max_length=len(prompts[0]) + count, lookup=True)
+        for _ in session.reply(prompts[0], max_new_tokens=count, stats=stats):
             pass
         return stats
 
@@ -179,13 +182,15 @@ def test_a_text_ends_at_its_stop_token_its_length_or_the_context(genai_artifact,
 
 def test_what_does_not_fit_is_refused(genai_artifact):
     artifact = genai_artifact("gemma3_text")
-    model, tokenizer = opened(artifact), Tokenizer(artifact)
+    engine = open_engine(artifact, threads=1)
     with pytest.raises(UsageError, match="the prompt has 128 tokens"):
-        lookup.stream(model, tokenizer, [2] * 128)
+        engine.stream([2] * 128, lookup=True)
     with pytest.raises(UsageError, match="max_new_tokens is 0"):
-        lookup.stream(model, tokenizer, [2], max_new_tokens=0)
+        engine.stream([2], max_new_tokens=0, lookup=True)
     with pytest.raises(UsageError, match="9999"):
-        lookup.stream(model, tokenizer, [2, 9999])
+        engine.stream([2, 9999], lookup=True)
+    with pytest.raises(UsageError, match="what is drawn at random cannot be looked up"):
+        engine.stream([2], sampling=Sampling(temperature=1), lookup=True)
     with pytest.raises(UsageError, match="--lookup is for CPUs"):
         LookupModel(artifact, manifest(recipe={"backend": {"dtype": "bf16"}}))
     with pytest.raises(DeployError, match="nan"):

@@ -114,8 +114,8 @@ def test_one_prompt_runner_reopens_its_prefill_session(artifact, sequences):
     runner, kept = (StaticRunner(artifact, "strict", 1, one_prompt=one) for one in (True, False))
     for _ in range(2):
         np.testing.assert_array_equal(forced(runner, sequences, 2), forced(kept, sequences, 2))
-    assert runner._prefill_session is None
-    assert kept._prefill_session is not None
+    assert list(runner.graphs._opened) == ["iter1"]
+    assert list(kept.graphs._opened) == ["iter0", "iter1"]
 
 
 def test_buffers_stay_where_they_are(artifact, sequences):

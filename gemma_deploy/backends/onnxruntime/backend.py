@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_deploy.artifact.manifest import Manifest
@@ -35,8 +34,9 @@ from gemma_deploy.schemes import CodeForm, block_problems
 
 if TYPE_CHECKING:
     from gemma_deploy.artifact.manifest import LedgerEntry
+    from gemma_deploy.artifact.opened import Artifact
     from gemma_deploy.parity.compare import ParityResult
-    from gemma_deploy.parity.sources import Source
+    from gemma_deploy.runtime.engine import Engine
 
 log = logging.getLogger(__name__)
 # Tokens of a prompt that run together: activations of a longer piece are all alive at once, and attention computes what
@@ -100,8 +100,7 @@ class OnnxRuntime:
 
     graphs: Sequence[str] = (MODEL,)
     shares_tensors = True
-    runs_in_genai = True
-    kernel_names: Sequence[str] = ("shipped", "strict")
+    no_lookup = ""
     options: type[Options] = OrtOptions
     unrounded_inputs = INTEGER_PRODUCTS
     table_in_groups = True  # its kernels have scales per group in any case
@@ -190,11 +189,11 @@ class OnnxRuntime:
 
         prove_graph(proof, result)
 
-    def source(self, artifact: Path, manifest: Manifest, kernels: str = "strict") -> Source:
-        """The graph made exact, or with the kernels it ships."""
-        from gemma_deploy.backends.onnxruntime.source import DynamicSource
+    def engine(self, artifact: Artifact, *, threads: int = 0, strict: bool = False, one_reply: bool = False) -> Engine:
+        """In onnxruntime-genai, or in ONNX Runtime itself where that is not installed."""
+        from gemma_deploy.backends.onnxruntime.engine import open_engine
 
-        return DynamicSource(artifact, "strict" if kernels == "strict" else "shipped")
+        return open_engine(artifact, threads=threads, strict=strict)
 
     def rounds(self, manifest: Manifest) -> bool:
         """Never: exact arithmetic leaves no rounding but that of the weights."""

@@ -18,11 +18,12 @@ import numpy as np
 
 from gemma_deploy.backends.onnxruntime.genai_config import CONFIG_FILE, read_genai_config
 from gemma_deploy.errors import NO_MEMORY, ArtifactError, DeployError, UsageError
-from gemma_deploy.runtime.generate import GenerationStats, Prompt, check_context, check_length, encoded, speak
+from gemma_deploy.runtime.engine import Session
+from gemma_deploy.runtime.generate import GenerationStats, check_context
 from gemma_deploy.runtime.limits import REBUILD, check_tokens
 from gemma_deploy.runtime.sampling import Sampling
 from gemma_deploy.runtime.session import PARAMS, VERIFY
-from gemma_deploy.text import TextStream, Tokenizer
+from gemma_deploy.text import Tokenizer
 
 INSTALL = 'pip install "gemma-deploy[genai]"'
 LARGEST_SEED = 2**31 - 1  # genai's is an int
@@ -98,7 +99,7 @@ class GenaiModel:
             return og.Generator(self._model, parameters)
 
 
-class GenaiSession:
+class GenaiSession(Session):
     """One sequence in genai's cache: every reply goes on where the last one ended.
 
     Args:
@@ -117,85 +118,54 @@ class GenaiSession:
         max_length: int | None = None,
         min_length: int = 0,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        super().__init__(tokenizer, model.path, model.stop_ids)
+        self.model = model
         self.sampling = sampling if sampling is not None else Sampling()
         self.max_length = min(max(max_length or model.context_length, model.window), model.context_length)
         self.min_length = min_length
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """See `Session`."""
         self._generator = self.model.generator(self.sampling, self.max_length, self.min_length)
 
     @property
     def ids(self) -> list[int]:
-        """The sequence so far, stop tokens not among it."""
+        """See `Session`."""
         return [int(token) for token in self._generator.get_sequence(0)] if self._generator.token_count() else []
 
-    def reply(
-        self, ids: Sequence[int], *, max_new_tokens: int = 128, stats: GenerationStats | None = None
-    ) -> Iterator[str]:
-        """Add tokens to the sequence and yield what the model says to them; see `stream` in generate.py.
+    def read(self, ids: Sequence[int]) -> np.ndarray:
+        """See `Session`."""
+        self._admitted(ids)
+        self._append(ids)
+        with _explained(self.path):
+            return np.array(self._generator.get_logits()[0, -1], np.float32)
 
-        Raises:
-            UsageError: the context has no room for them and an answer, or they are no tokens of this model; the
-                sequence is as it was.
-        """
-        check_length(max_new_tokens)
-        if not ids:
-            raise UsageError(
-                "the prompt is empty: it needs at least the BOS token",
-                where=str(self.model.path),
-                next_step="put BOS in front of the prompt, as the artifact's tokenizer does",
-            )
-        check_context(len(ids), self.model.context_length, str(self.model.path), self._generator.token_count())
+    def _admit(self, ids: list[int]) -> int:
+        check_context(len(ids), self.model.context_length, str(self.path), self._generator.token_count())
         check_tokens(ids, self.model.vocab_size, "prompt")
-        stats = stats if stats is not None else GenerationStats()
-        stats.prompt_tokens = len(ids)
-        return speak(
-            self._steps(list(ids)),
-            TextStream(self.tokenizer),
-            stats,
-            max_new_tokens=max_new_tokens,
-            stops=self.model.stop_ids,
-            full=lambda: self.max_length if self._generator.is_done() else None,
-        )
+        return len(ids)
 
-    def _steps(self, ids: list[int]) -> Iterator[Sequence[int]]:
+    def _full(self) -> int | None:
+        return self.max_length if self._generator.is_done() else None
+
+    def _append(self, ids: Sequence[int]) -> None:
         generator = self._generator
-        with _explained(self.model.path):
+        with _explained(self.path):
             if generator.token_count():
                 # genai may have chosen the last token but not read it: without this it never would, nor shift what
                 # follows. Rewinding to read it again is no way: caches of a window do not give up what they have read.
                 generator.get_logits()
             generator.append_tokens(np.asarray(ids, np.int32))
+
+    def _steps(self, ids: list[int], stats: GenerationStats) -> Iterator[Sequence[int]]:
+        generator = self._generator
+        self._append(ids)
         while True:
-            with _explained(self.model.path):
-                _refuse_overflow(generator, self.model.path)
+            with _explained(self.path):
+                _refuse_overflow(generator, self.path)
                 generator.generate_next_token()
             yield [int(generator.get_next_tokens()[0])]
-
-
-def stream(
-    model: GenaiModel,
-    tokenizer: Tokenizer,
-    prompt: Prompt,
-    *,
-    max_new_tokens: int = 128,
-    sampling: Sampling | None = None,
-    stats: GenerationStats | None = None,
-) -> Iterator[str]:
-    """As `stream` in generate.py, by genai.
-
-    Raises:
-        UsageError: the context has no room for prompt and answer. Raised at once, before the first piece.
-    """
-    check_length(max_new_tokens)
-    ids = encoded(tokenizer, prompt)
-    session = GenaiSession(model, tokenizer, sampling, max_length=len(ids) + max_new_tokens)
-    stats = stats if stats is not None else GenerationStats()
-    stats.load_seconds = model.load_seconds
-    return session.reply(ids, max_new_tokens=max_new_tokens, stats=stats)
 
 
 @contextmanager
@@ -211,13 +181,18 @@ def _explained(path: Path) -> Iterator[None]:
         ) from error
 
 
+def genai_installed() -> bool:
+    """Whether the package is there; it is not imported."""
+    return importlib.util.find_spec("onnxruntime_genai") is not None
+
+
 def require_genai(where: str) -> None:
     """Refuse when the package is not there.
 
     Raises:
         UsageError: it is not installed.
     """
-    if importlib.util.find_spec("onnxruntime_genai") is None:
+    if not genai_installed():
         raise UsageError("onnxruntime-genai is not installed here", where=where, next_step=INSTALL)
 
 

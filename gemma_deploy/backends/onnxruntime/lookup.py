@@ -14,7 +14,7 @@ Runtime's, on the artifact's graph with another choice of positions (backends/on
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,20 +23,11 @@ from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.onnxruntime.options import GRAPH
 from gemma_deploy.backends.onnxruntime.window import CACHES, capacity_of, empty_caches, most_ahead
 from gemma_deploy.errors import ArtifactError, DeployError, UsageError
-from gemma_deploy.runtime.generate import (
-    GenerationStats,
-    Prompt,
-    check_context,
-    check_length,
-    encoded,
-    speak,
-    stop_token_ids,
-)
-from gemma_deploy.runtime.limits import check_tokens
+from gemma_deploy.runtime.generate import stop_token_ids
 from gemma_deploy.runtime.session import VERIFY, as_compiled, load_file, open_graph
-from gemma_deploy.text import TextStream, Tokenizer
 
 MOST_TOKENS = 8  # in a step, the newest one and those guessed
+TOGETHER = 512  # tokens of a prompt, see CHUNKS in backend.py
 LONGEST, SHORTEST = 3, 2  # tokens that must have occurred before
 # Logits. Alone and among others the lead of a token differs by 2e-5 in fp32; with int8 kernels, real 270M, 440 tokens
 # of WikiText-2, by 0.06 (median), 0.3 to 0.4 (99 %), 0.7 (most); where the head alone is such a kernel, and linears are
@@ -136,6 +127,12 @@ class LookupSequence:
         counts = (most_ahead(self.length, window, capacity_of(window), wanted) for window in self._windows)
         return min(counts, default=wanted)
 
+    def read(self, tokens: Sequence[int]) -> np.ndarray:
+        """As `feed`, any number of tokens: in pieces, whose activations alone are alive at once."""
+        for start in range(0, len(tokens), TOGETHER):
+            rows = self.feed(tokens[start : start + TOGETHER])
+        return rows
+
     def feed(self, tokens: Sequence[int]) -> np.ndarray:
         """Read tokens behind the `length` that count; logits [min(tokens, MOST_TOKENS), V] of the last of them."""
         binding = self.model.session.io_binding()
@@ -156,21 +153,25 @@ class Greedy:
     """Greedy decoding that looks ahead.
 
     Args:
-        ids: the prompt; room: tokens there may be in all.
+        ids: the prompt, and what was before it; room: tokens there may be in all.
+        sequence: which has read some of them already, the last not among those; a new one by default.
 
     Attributes:
         steps: of the graph after the prompt; guessed, right: tokens that were fed ahead, and that were.
     """
 
-    def __init__(self, model: LookupModel, ids: Sequence[int], room: int) -> None:
+    def __init__(
+        self, model: LookupModel, ids: Sequence[int], room: int, sequence: LookupSequence | None = None
+    ) -> None:
         self.model, self.history, self.room = model, History(ids), room
-        self.sequence = LookupSequence(model, room)
+        self.sequence = sequence if sequence is not None else LookupSequence(model, room)
         self.steps = self.guessed = self.right = 0
         self._ahead = MOST_TOKENS // 2  # tokens to guess next time
 
     def first(self) -> int:
         """Read the prompt and choose a token."""
-        return self._take(best_of(self.sequence.feed(self.history.ids)[-1], self.model.path)[0])
+        rows = self.sequence.read(self.history.ids[self.sequence.length :])
+        return self._take(best_of(rows[-1], self.model.path)[0])
 
     def next(self) -> list[int]:
         """Tokens of one step, one at least."""
@@ -198,45 +199,6 @@ class Greedy:
     def _take(self, token: int) -> int:
         self.history.append(token)
         return token
-
-
-def stream(
-    model: LookupModel,
-    tokenizer: Tokenizer,
-    prompt: Prompt,
-    *,
-    max_new_tokens: int = 128,
-    stats: GenerationStats | None = None,
-) -> Iterator[str]:
-    """As `stream` in generate.py, greedy.
-
-    Raises:
-        UsageError: the context has no room for prompt and answer. Raised at once, before the first piece.
-    """
-    check_length(max_new_tokens)
-    ids = encoded(tokenizer, prompt)
-    check_context(len(ids), model.context_length, str(model.path))
-    check_tokens(ids, model.vocab_size, "prompt")
-    stats = stats if stats is not None else GenerationStats()
-    stats.prompt_tokens, stats.load_seconds = len(ids), model.load_seconds
-    room = min(len(ids) + max_new_tokens, model.context_length)
-    greedy = Greedy(model, ids, room)
-    return speak(
-        _steps(greedy, stats),
-        TextStream(tokenizer),
-        stats,
-        max_new_tokens=max_new_tokens,
-        stops=model.stop_ids,
-        full=lambda: room if len(greedy.history.ids) == room else None,
-    )
-
-
-def _steps(greedy: Greedy, stats: GenerationStats) -> Iterator[Sequence[int]]:
-    yield [greedy.first()]
-    while True:
-        taken = greedy.next()
-        stats.steps = greedy.steps
-        yield taken
 
 
 def best_of(logits: np.ndarray, where: Path) -> tuple[int, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict
@@ -19,8 +18,9 @@ from gemma_deploy.schemes import CodeForm
 
 if TYPE_CHECKING:
     from gemma_deploy.artifact.manifest import LedgerEntry
+    from gemma_deploy.artifact.opened import Artifact
     from gemma_deploy.parity.compare import ParityResult
-    from gemma_deploy.parity.sources import Source
+    from gemma_deploy.runtime.engine import Engine
 
 
 class VaccOptions(Options):
@@ -34,8 +34,7 @@ class StaticPair:
 
     graphs: Sequence[str] = GRAPHS
     shares_tensors = False
-    runs_in_genai = False
-    kernel_names: Sequence[str] = ("strict",)
+    no_lookup = "this artifact is static: its decode graph takes one token"
     options: type[Options] = VaccOptions
     table_in_groups = False
     unrounded_inputs = FLOAT_PRODUCTS
@@ -111,11 +110,11 @@ class StaticPair:
 
         prove_pair(proof, result)
 
-    def source(self, artifact: Path, manifest: Manifest, kernels: str = "strict") -> Source:
-        """The graphs to the letter."""
-        from gemma_deploy.backends.tvm_vacc.segments import StrictSource
+    def engine(self, artifact: Artifact, *, threads: int = 0, strict: bool = False, one_reply: bool = False) -> Engine:
+        """The two graphs in ONNX Runtime."""
+        from gemma_deploy.backends.tvm_vacc.engine import StaticEngine
 
-        return StrictSource(artifact, manifest)
+        return StaticEngine(artifact, threads=threads, strict=strict, one_reply=one_reply)
 
     def rounds(self, manifest: Manifest) -> bool:
         """With rounded activations (w8a8) or an int8 cache."""

@@ -1,96 +1,99 @@
-"""Text from the static pair: a prompt read once, then a token at a time; sessions that go on from turn to turn."""
+"""A sequence on the static pair: its prompt is read whole, then a token at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+
+import numpy as np
 
 from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
 from gemma_deploy.errors import UsageError
-from gemma_deploy.runtime.generate import GenerationStats, Prompt, check_length, encoded, speak, stop_token_ids
+from gemma_deploy.runtime.engine import Session
+from gemma_deploy.runtime.generate import GenerationStats, stop_token_ids
+from gemma_deploy.runtime.limits import check_tokens
 from gemma_deploy.runtime.sampling import Sampler
-from gemma_deploy.text import TextStream, Tokenizer
+from gemma_deploy.text import Tokenizer
 
 
-def stream(
-    runner: StaticRunner,
-    tokenizer: Tokenizer,
-    prompt: Prompt,
-    *,
-    max_new_tokens: int = 128,
-    sampler: Sampler | None = None,
-    stop_ids: Sequence[int] | None = None,
-    stats: GenerationStats | None = None,
-) -> Iterator[str]:
-    """Generate and yield text. Joined, the pieces are the text of all tokens; no piece ends inside a character.
+class StaticSession(Session):
+    """On our own runner: every reply reads all of the sequence again, for static graphs take prompts whole.
 
     Args:
-        runner: of any batch; every row gets the same prompt and the first is read.
-        tokenizer: of the same artifact.
-        prompt: a text to continue, chat messages to answer, or token ids as they are.
-        max_new_tokens: at most so many.
+        runner: of any batch; every row gets the same tokens and the first is read.
         sampler: greedy by default.
-        stop_ids: any of these ends it; `stop_token_ids` of the artifact by default.
-        stats: filled in while it runs.
-
-    Raises:
-        UsageError: the prompt is longer than P, or max_new_tokens is below 1. Raised at once, before the first piece.
+        stop_ids: tokens that end a reply; by default those of the artifact.
     """
-    check_length(max_new_tokens)
-    ids = encoded(tokenizer, prompt)
-    if len(ids) > runner.prefill_length:
-        raise UsageError(
-            f"the prompt has {len(ids)} tokens, this artifact takes {runner.prefill_length} at most",
-            where=str(runner.path),
-            next_step="shorten it, or compile with a longer first length in frontend.shape.input_ids",
-        )
-    stops = frozenset(stop_ids if stop_ids is not None else stop_token_ids(runner.manifest))
-    stats = stats if stats is not None else GenerationStats()
-    stats.prompt_tokens = len(ids)
-    return speak(
-        _steps(runner, ids, sampler or Sampler(), stats),
-        TextStream(tokenizer),
-        stats,
-        max_new_tokens=max_new_tokens,
-        stops=stops,
-        full=lambda: None if runner.remaining else runner.context_length,
-    )
 
-
-class StaticSession:
-    """On our own runner: every reply reads all of the sequence again, for static graphs take prompts whole."""
-
-    def __init__(self, runner: StaticRunner, tokenizer: Tokenizer, sampler: Sampler | None = None) -> None:
-        self.runner, self.tokenizer, self.sampler = runner, tokenizer, sampler
-        self.ids: list[int] = []
+    def __init__(
+        self,
+        runner: StaticRunner,
+        tokenizer: Tokenizer,
+        sampler: Sampler | None = None,
+        *,
+        stop_ids: Collection[int] | None = None,
+    ) -> None:
+        super().__init__(tokenizer, runner.path, stop_token_ids(runner.manifest) if stop_ids is None else stop_ids)
+        self.runner = runner
+        self.sampler = sampler if sampler is not None else Sampler()
+        self.reset()
 
     def reset(self) -> None:
         """See `Session`."""
-        self.ids = []
+        self._ids: list[int] = []
+        self._answer: Sequence[int] = ()  # of the last reply, as far as it came
+        self._fed: list[int] = []  # what the runner has read
 
-    def reply(
-        self, ids: Sequence[int], *, max_new_tokens: int = 128, stats: GenerationStats | None = None
-    ) -> Iterator[str]:
+    @property
+    def ids(self) -> list[int]:
         """See `Session`."""
-        stats = stats if stats is not None else GenerationStats()
-        sequence = [*self.ids, *ids]
-        pieces = stream(
-            self.runner, self.tokenizer, sequence, max_new_tokens=max_new_tokens, sampler=self.sampler, stats=stats
-        )
-        return self._kept(pieces, sequence, stats)
+        return [*self._ids, *self._answer]
 
-    def _kept(self, pieces: Iterator[str], sequence: list[int], stats: GenerationStats) -> Iterator[str]:
-        try:
-            yield from pieces
-        finally:  # also of a reply that was interrupted
-            self.ids = [*sequence, *stats.tokens]
+    def read(self, ids: Sequence[int]) -> np.ndarray:
+        """See `Session`; a token behind a sequence that was read is one step."""
+        before = self.ids
+        if before and self._fed == before and len(ids) <= self.runner.remaining:
+            check_tokens(ids, self.runner.contract.vocab_size, "tokens")
+            for token in ids:
+                logits = self._step(token)
+        else:
+            self._admitted(ids)
+            logits = self._prefill([*before, *ids])
+        self._ids, self._answer = [*before, *ids], ()
+        return logits[0]
 
+    def _admit(self, ids: list[int]) -> int:
+        count, most = len(self.ids) + len(ids), self.runner.prefill_length
+        if count > most:
+            raise UsageError(
+                f"the prompt has {count} tokens, this artifact takes {most} at most",
+                where=str(self.path),
+                next_step="shorten it, or compile with a longer first length in frontend.shape.input_ids",
+            )
+        check_tokens(ids, self.runner.contract.vocab_size, "prompt")
+        return count
 
-def _steps(runner: StaticRunner, ids: list[int], sampler: Sampler, stats: GenerationStats) -> Iterator[Sequence[int]]:
-    loaded = runner.load_seconds
-    runner.reset()
-    logits = runner.prefill([ids] * runner.batch)
-    while True:
-        stats.load_seconds, loaded = stats.load_seconds + runner.load_seconds - loaded, runner.load_seconds
-        token = sampler(logits[:1])[0]
-        yield [token]
-        logits = runner.step([token] * runner.batch)
+    def _full(self) -> int | None:
+        return None if self.runner.remaining else self.runner.context_length
+
+    def _steps(self, ids: list[int], stats: GenerationStats) -> Iterator[Sequence[int]]:
+        self._ids, self._answer = [*self.ids, *ids], stats.tokens
+        loaded = self.runner.load_seconds
+        logits = self._prefill(self._ids)
+        while True:
+            stats.load_seconds += self.runner.load_seconds - loaded
+            token = self.sampler(logits[:1])[0]
+            yield [token]
+            loaded = self.runner.load_seconds
+            logits = self._step(token)
+
+    def _prefill(self, ids: list[int]) -> np.ndarray:
+        self._fed = []
+        self.runner.reset()
+        logits = self.runner.prefill([ids] * self.runner.batch)
+        self._fed = list(ids)
+        return logits
+
+    def _step(self, token: int) -> np.ndarray:
+        logits = self.runner.step([token] * self.runner.batch)
+        self._fed.append(token)
+        return logits

@@ -3,11 +3,12 @@
 With static graphs the cache has its size from the start. With dynamic ones prompts are padded to the longest of them,
 and the cache starts little larger than that and grows by whole blocks of slots.
 
-Session and contract come from session.py and contract.py; which token comes next is decided in sampling.py.
+Sessions and contract come from sessions.py and contract.py; which token comes next is decided in sampling.py.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,24 +42,21 @@ class _Decoder(NamedTuple):
     extra: list[str]
 
 
-class StaticRunner:
-    """Prefill and decode graphs with their caches.
+class StaticGraphs:
+    """Prefill and decode graphs, each opened when it is first needed; runners of one artifact may share them.
 
     Args:
         artifact_dir: directory with iter0.onnx, iter1.onnx, params.safetensors and (when finished) manifest.json. The
             parts of a divided artifact run joined, in one session on this machine.
-        mode: see session.py.
+        mode: see sessions.py.
         threads: of one operator; 0 for as many as there are cores.
-        outputs: inner values (`MODULE.out`) to keep in `values` after every call; those a graph lacks are left out.
+        outputs: inner values (`MODULE.out`) to return after every call; those a graph lacks are left out.
         manifest: the manifest of an artifact that is not finished.
         one_prompt: give the prefill session's memory back after each prefill. Fast int8 sessions hold the weights once
             more each, packed for their kernel.
 
     Attributes:
-        values: name -> float32 array of the last call, for each of `outputs`.
-        lengths: [B] real tokens seen per row, padding not counted.
-        position: cache slots filled, padding counted; P after a prefill.
-        load_seconds: spent opening sessions so far; they are opened when first needed.
+        load_seconds: spent opening sessions so far.
     """
 
     def __init__(
@@ -71,23 +69,90 @@ class StaticRunner:
         manifest: Manifest | None = None,
         one_prompt: bool = False,
     ) -> None:
-        self.path = Path(artifact_dir)
-        self.mode: Mode = mode
-        self.threads = threads
+        self.path, self.mode, self.threads = Path(artifact_dir), mode, threads
         self.manifest: Manifest | None = manifest if manifest is not None else read_manifest(self.path)
         self.contract = read_contract(self.path, self.manifest)
-        self._stages = stages_of(self.manifest)
         self.one_prompt = one_prompt
         self.load_seconds = 0.0
-        self._arrays: dict[str, np.ndarray] = {}
+        self._stages = stages_of(self.manifest)
         self._outputs = list(dict.fromkeys(outputs))
-        self._prefill_session: ort.InferenceSession | None = None
-        self._decoder: _Decoder | None = None
+        self._arrays: dict[str, np.ndarray] = {}
+        self._opened: dict[str, tuple[ort.InferenceSession, list[str]]] = {}
+        self._opening = threading.Lock()
+
+    def session(self, graph: str) -> tuple[ort.InferenceSession, list[str]]:
+        """The session of `iter0` or `iter1`, and the inner values that it returns.
+
+        Raises:
+            ArtifactError: a file is missing or damaged, or is not what the manifest says.
+        """
+        with self._opening:
+            if graph not in self._opened:
+                self._opened[graph] = self._open(graph)
+            return self._opened[graph]
+
+    def prefilled(self) -> None:
+        """A prompt has been read."""
+        if self.one_prompt:
+            self._opened.pop("iter0", None)
+
+    def _open(self, graph: str) -> tuple[ort.InferenceSession, list[str]]:
+        file = self.path / f"{graph}.onnx"
+        extra = []
+        if self._outputs:
+            known = {value.name for node in load_graph(file, self._stages).graph for value in node.outputs}
+            extra = [name for name in self._outputs if name in known]
+        started = time.perf_counter()
+        session = open_session(file, self.mode, self.threads, extra, arrays=self._arrays, stages=self._stages)
+        self.load_seconds += time.perf_counter() - started
+        check_session(session, self.contract, graph, file)
+        return session, extra
+
+
+class StaticRunner:
+    """Prompts and their caches, on graphs of their own or shared ones.
+
+    Args:
+        artifact_dir, mode, threads, outputs, manifest, one_prompt: see `StaticGraphs`.
+
+    Attributes:
+        values: name -> float32 array of the last call, for each of `outputs`.
+        lengths: [B] real tokens seen per row, padding not counted.
+        position: cache slots filled, padding counted; P after a prefill.
+    """
+
+    def __init__(
+        self,
+        artifact_dir: str | Path,
+        mode: Mode = "fast",
+        threads: int = 0,
+        outputs: Sequence[str] = (),
+        *,
+        manifest: Manifest | None = None,
+        one_prompt: bool = False,
+    ) -> None:
+        graphs = StaticGraphs(artifact_dir, mode, threads, outputs, manifest=manifest, one_prompt=one_prompt)
+        self._take(graphs)
+
+    @classmethod
+    def on(cls, graphs: StaticGraphs) -> StaticRunner:
+        """One with caches of its own, on graphs that others use too."""
+        made = cls.__new__(cls)
+        made._take(graphs)
+        return made
+
+    def _take(self, graphs: StaticGraphs) -> None:
+        self.graphs, self.path, self.contract, self.manifest = graphs, graphs.path, graphs.contract, graphs.manifest
         self.values: dict[str, np.ndarray] = {}
-        self._decode_session: tuple[ort.InferenceSession, list[str]] | None = None
+        self._decoder: _Decoder | None = None
         self._sizes = self.contract
         self._caches = [] if self.contract.dynamic else self._empty_caches()
         self.reset()
+
+    @property
+    def load_seconds(self) -> float:
+        """Spent opening the graphs so far; they are opened when first needed."""
+        return self.graphs.load_seconds
 
     @property
     def batch(self) -> int:
@@ -140,17 +205,15 @@ class StaticRunner:
             start = width - len(prompt)
             ids[row, start:], mask[row, start:] = prompt, 1
             positions[row, start:] = np.arange(len(prompt))
-        if self._prefill_session is None:
-            self._prefill_session, self._prefill_extra = self._open("iter0")
-        session = self._prefill_session
-        names = ["logits", *self._present_names(), *self._prefill_extra]
+        session, extra = self.graphs.session("iter0")
+        names = ["logits", *self._present_names(), *extra]
         feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         logits, *rest = session.run(names, feeds)
-        if self.one_prompt:
-            self._prefill_session = session = None
+        del session
+        self.graphs.prefilled()
         for cache in self._caches:
             cache[:, :, :width] = rest.pop(0)
-        self.values = {name: value.astype(np.float32) for name, value in zip(self._prefill_extra, rest, strict=True)}
+        self.values = {name: value.astype(np.float32) for name, value in zip(extra, rest, strict=True)}
         self.position, self.lengths = width, mask.sum(axis=1)
         self._prompt_mask = mask
         if self._decoder is not None:
@@ -202,24 +265,10 @@ class StaticRunner:
         self.lengths = self.lengths + 1
         return decoder.logits[:, 0].copy()
 
-    def _open(self, graph: str) -> tuple[ort.InferenceSession, list[str]]:
-        file = self.path / f"{graph}.onnx"
-        extra = []
-        if self._outputs:
-            known = {value.name for node in load_graph(file, self._stages).graph for value in node.outputs}
-            extra = [name for name in self._outputs if name in known]
-        started = time.perf_counter()
-        session = open_session(file, self.mode, self.threads, extra, arrays=self._arrays, stages=self._stages)
-        self.load_seconds += time.perf_counter() - started
-        check_session(session, self.contract, graph, file)
-        return session, extra
-
     def _bind(self) -> _Decoder:
         import onnxruntime as ort
 
-        if self._decode_session is None:
-            self._decode_session = self._open("iter1")
-        session, extra = self._decode_session
+        session, extra = self.graphs.session("iter1")
         batch = self.batch
         ids, positions = np.zeros((batch, 1), np.int64), np.zeros((batch, 1), np.int64)
         mask = np.zeros((batch, self._sizes.context + 1), np.int64)

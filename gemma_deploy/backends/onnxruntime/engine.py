@@ -1,0 +1,236 @@
+"""How artifacts of `backend.type: onnxruntime` are run: in onnxruntime-genai, or in ONNX Runtime itself.
+
+genai is what users of these artifacts have, and comes as an extra. Where it is not installed, ONNX Runtime runs the
+same graph with a cache that is written in place; tokens are then drawn by sampling.py. Both look ahead (lookup.py) in
+ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gemma_deploy.artifact.opened import Artifact
+from gemma_deploy.backends.onnxruntime.genai import INSTALL, GenaiModel, GenaiSession, genai_installed, require_genai
+from gemma_deploy.backends.onnxruntime.lookup import NEAR_TIE, Greedy, LookupModel, LookupSequence
+from gemma_deploy.errors import UsageError
+from gemma_deploy.runtime.engine import Engine, Limits, Session
+from gemma_deploy.runtime.generate import GenerationStats, check_context
+from gemma_deploy.runtime.limits import check_tokens
+from gemma_deploy.runtime.sampling import Sampling
+from gemma_deploy.text import Tokenizer
+
+if TYPE_CHECKING:
+    from gemma_deploy.parity.sources import Source
+
+log = logging.getLogger(__name__)
+KERNELS = ("shipped", "strict")
+
+
+class OrtSession(Session):
+    """One sequence in ONNX Runtime, in a cache that is written in place.
+
+    Args:
+        sampling: greedy by default.
+        max_length: tokens there may be in all; the cache is made for as many. The model's context by default.
+        endless: no stop token ends a reply.
+        lookup: guess ahead; greedy only.
+
+    Raises:
+        UsageError: what is drawn at random cannot be looked up.
+    """
+
+    def __init__(
+        self,
+        model: LookupModel,
+        tokenizer: Tokenizer,
+        sampling: Sampling | None = None,
+        *,
+        max_length: int | None = None,
+        endless: bool = False,
+        lookup: bool = False,
+    ) -> None:
+        super().__init__(tokenizer, model.path, () if endless else model.stop_ids)
+        self.model, self.lookup = model, lookup
+        sampling = sampling if sampling is not None else Sampling()
+        if lookup and sampling.temperature > 0:
+            raise UsageError(
+                f"temperature {sampling.temperature:g}: what is drawn at random cannot be looked up",
+                where=str(model.path),
+                next_step="decode greedily (temperature 0), or without lookup",
+            )
+        self._sampler = sampling.sampler()
+        self.max_length = min(max_length or model.context_length, model.context_length)
+        self.reset()
+
+    def reset(self) -> None:
+        """See `Session`."""
+        self._ids: list[int] = []
+        self._answer: Sequence[int] = ()  # of the last reply, as far as it came
+        self._sequence = LookupSequence(self.model, self.max_length)
+
+    @property
+    def ids(self) -> list[int]:
+        """See `Session`."""
+        return [*self._ids, *self._answer]
+
+    def read(self, ids: Sequence[int]) -> np.ndarray:
+        """See `Session`."""
+        self._admitted(ids)
+        self._begin(ids, ())
+        return np.array(self._sequence.read(self._ids[self._sequence.length :])[-1], np.float32)
+
+    def _admit(self, ids: list[int]) -> int:
+        check_context(len(ids), self.max_length, str(self.path), len(self.ids))
+        check_tokens(ids, self.model.vocab_size, "prompt")
+        return len(ids)
+
+    def _full(self) -> int | None:
+        return self.max_length if len(self._ids) + len(self._answer) == self.max_length else None
+
+    def _begin(self, ids: Sequence[int], answer: Sequence[int]) -> None:
+        """Add tokens to the sequence; of a step that looked ahead, only what was said is kept."""
+        self._ids, self._answer = [*self.ids, *ids], answer
+        self._sequence.length = min(self._sequence.length, len(self._ids) - len(ids))
+
+    def _steps(self, ids: list[int], stats: GenerationStats) -> Iterator[Sequence[int]]:
+        self._begin(ids, stats.tokens)
+        yield from self._looked_up(stats) if self.lookup else self._one_by_one()
+
+    def _one_by_one(self) -> Iterator[Sequence[int]]:
+        sequence = self._sequence
+        rows = sequence.read(self._ids[sequence.length :])
+        while True:
+            token = self._sampler(rows[-1:])[0]
+            yield [token]
+            rows = sequence.feed([token])
+
+    def _looked_up(self, stats: GenerationStats) -> Iterator[Sequence[int]]:
+        greedy = Greedy(self.model, self._ids, self.max_length, self._sequence)
+        yield [greedy.first()]
+        while True:
+            taken = greedy.next()
+            stats.steps = greedy.steps
+            yield taken
+
+
+class OrtEngine(Engine):
+    """In ONNX Runtime itself, where onnxruntime-genai is not installed."""
+
+    runtime = "onnxruntime"
+    kernel_names: Sequence[str] = KERNELS
+
+    def __init__(self, artifact: Artifact, *, threads: int = 0) -> None:
+        super().__init__(artifact, threads=threads)
+        self._told = False
+
+    def check_runtime(self) -> None:
+        """See `Engine`.
+
+        Raises:
+            UsageError: an artifact for a GPU, which only genai runs.
+        """
+        if self.manifest.recipe.backend.dtype not in NEAR_TIE:
+            require_genai(str(self.path))
+        if not self._told:
+            log.warning("onnxruntime-genai is not installed: ONNX Runtime itself runs this artifact (%s)", INSTALL)
+        self._told = True
+
+    @functools.cached_property
+    def _graph(self) -> LookupModel:
+        return LookupModel(self.path, self.manifest, self.threads)
+
+    @property
+    def limits(self) -> Limits:
+        """See `Engine`: the cache grows with the sequence, and one token is left for the answer."""
+        context = self.manifest.contract.context
+        return Limits(context - 1, context)
+
+    @property
+    def load_seconds(self) -> float:
+        """See `Engine`."""
+        opened = self.__dict__.get("_graph")
+        return opened.load_seconds if opened is not None else 0.0
+
+    def session(
+        self,
+        sampling: Sampling | None = None,
+        *,
+        max_length: int | None = None,
+        endless: bool = False,
+        lookup: bool = False,
+    ) -> Session:
+        """See `Engine`."""
+        if not lookup:
+            self.check_runtime()
+        return self._session(sampling, max_length, endless, lookup)
+
+    def _session(self, sampling: Sampling | None, max_length: int | None, endless: bool, lookup: bool) -> Session:
+        with self._opening:
+            graph = self._graph
+        return OrtSession(graph, self.tokenizer, sampling, max_length=max_length, endless=endless, lookup=lookup)
+
+    def source(self, kernels: str | None = None) -> Source:
+        """See `Engine`: the graph made exact, or with the kernels it ships."""
+        from gemma_deploy.backends.onnxruntime.source import DynamicSource
+
+        return DynamicSource(self.path, "strict" if kernels == "strict" else "shipped")
+
+
+class GenaiEngine(OrtEngine):
+    """In onnxruntime-genai; what looks ahead in ONNX Runtime."""
+
+    runtime = "onnxruntime-genai"
+
+    def check_runtime(self) -> None:
+        """See `Engine`: it is there."""
+
+    @functools.cached_property
+    def _model(self) -> GenaiModel:
+        return GenaiModel(self.path, self.threads)
+
+    @property
+    def load_seconds(self) -> float:
+        """See `Engine`."""
+        opened = self.__dict__.get("_model")
+        return super().load_seconds + (opened.load_seconds if opened is not None else 0.0)
+
+    def session(
+        self,
+        sampling: Sampling | None = None,
+        *,
+        max_length: int | None = None,
+        endless: bool = False,
+        lookup: bool = False,
+    ) -> Session:
+        """See `Engine`."""
+        if lookup:
+            return self._session(sampling, max_length, endless, lookup)
+        with self._opening:
+            model = self._model
+        length = max_length or model.context_length
+        min_length = min(length, model.context_length) if endless else 0  # a stop token would end genai's generator
+        session = GenaiSession(model, self.tokenizer, sampling, max_length=length, min_length=min_length)
+        if endless:
+            session.stop_ids = frozenset()
+        return session
+
+
+def open_engine(artifact: Artifact, *, threads: int = 0, strict: bool = False) -> Engine:
+    """An artifact in genai where that is installed, and in ONNX Runtime where it is not.
+
+    Raises:
+        UsageError: `strict`, which is for the static pair.
+    """
+    if strict:
+        raise UsageError(
+            "--strict is for static artifacts: this one is computed by the operators that its graph names",
+            where=str(artifact.path),
+            next_step="leave --strict out",
+        )
+    kind = GenaiEngine if genai_installed() else OrtEngine
+    return kind(artifact, threads=threads)

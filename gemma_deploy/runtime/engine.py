@@ -1,0 +1,293 @@
+"""An artifact that is open, whatever back end made it: sessions that make text, with a cache each.
+
+`Engine` and `Session` hold what all back ends share; each has its own of both in its folder. `open_engine` of
+gemma_deploy/engine.py picks the right one.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gemma_deploy.artifact.manifest import Manifest
+from gemma_deploy.artifact.opened import Artifact
+from gemma_deploy.errors import UsageError
+from gemma_deploy.runtime.generate import GenerationStats, Prompt, check_length, encoded, speak
+from gemma_deploy.runtime.sampling import Sampling
+from gemma_deploy.text import ChatTemplate, StopStrings, TextStream, Tokenizer
+
+if TYPE_CHECKING:
+    from gemma_deploy.parity.sources import Source
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an artifact can be asked.
+
+    Args:
+        prompt: tokens of the longest prompt; context: tokens there may be in all, the answer included.
+        fixed: every prompt costs as much as the longest.
+        rows: sequences that a decode step computes together, whatever is asked for.
+        cache_bytes: of the key-value cache that every step reads, where that does not grow with the context.
+    """
+
+    prompt: int
+    context: int
+    fixed: bool = False
+    rows: int = 1
+    cache_bytes: int = 0
+
+
+class Session(ABC):
+    """One sequence of tokens that a model goes on with; its cache is its own.
+
+    Replies of one session follow each other: a new one ends the one before it. Sessions of one engine do not know of
+    each other, and may be driven from threads of their own.
+
+    Args:
+        tokenizer: of the artifact; path: of the artifact, for messages.
+        stop_ids: tokens that end a reply, and are not of it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, path: Path, stop_ids: Collection[int]) -> None:
+        self.tokenizer, self.path, self.stop_ids = tokenizer, path, frozenset(stop_ids)
+        self._ending = threading.Event()  # of the reply that is being made
+
+    @property
+    @abstractmethod
+    def ids(self) -> list[int]:
+        """The sequence so far: what was read and what was said, stop tokens not among it."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget everything."""
+
+    @abstractmethod
+    def read(self, ids: Sequence[int]) -> np.ndarray:
+        """Add tokens to the sequence; what the model makes of them.
+
+        Args:
+            ids: a prompt, or one token or more behind what there is.
+
+        Returns:
+            [V] float32: logits of the token that comes next.
+
+        Raises:
+            UsageError: there is no room for them; the sequence is as it was.
+        """
+
+    def reply(
+        self,
+        ids: Sequence[int],
+        *,
+        max_new_tokens: int = 128,
+        stop: Sequence[str] = (),
+        stats: GenerationStats | None = None,
+    ) -> Iterator[str]:
+        """Add tokens to the sequence, and yield what the model says to them.
+
+        Joined, the pieces are the text of all tokens before the stop; no piece ends inside a character.
+
+        Args:
+            ids: token ids; the first of a sequence is BOS (`Tokenizer.encode` and `Conversation` see to it).
+            max_new_tokens: at most so many.
+            stop: texts that end the reply and are not of it. Their tokens stay in the sequence.
+            stats: filled in while it runs.
+
+        Raises:
+            UsageError: there is no room for them and an answer, or they are no tokens of this model. Raised at once,
+                before the first piece; the sequence is as it was.
+            DeployError: while it runs: the model gave NaN or infinite logits.
+        """
+        check_length(max_new_tokens)
+        strings = StopStrings(stop)
+        stats = stats if stats is not None else GenerationStats()
+        stats.prompt_tokens = self._admitted(ids)
+        self._ending.set()
+        ending = self._ending = threading.Event()
+        return speak(
+            self._steps(list(ids), stats),
+            TextStream(self.tokenizer),
+            stats,
+            max_new_tokens=max_new_tokens,
+            stops=self.stop_ids,
+            full=self._full,
+            strings=strings,
+            cancelled=ending.is_set,
+        )
+
+    def cancel(self) -> None:
+        """End the reply that is being made after the token at hand; from any thread. Nothing where there is none."""
+        self._ending.set()
+
+    def _admitted(self, ids: Sequence[int]) -> int:
+        """How many tokens will be read so that the sequence has these too.
+
+        Raises:
+            UsageError: see `reply`.
+        """
+        if not len(ids):
+            raise UsageError(
+                "the prompt is empty: it needs at least the BOS token",
+                where=str(self.path),
+                next_step="put BOS in front of the prompt, as the artifact's tokenizer does",
+            )
+        return self._admit(list(ids))
+
+    @abstractmethod
+    def _admit(self, ids: list[int]) -> int:
+        """See `_admitted`."""
+
+    @abstractmethod
+    def _steps(self, ids: list[int], stats: GenerationStats) -> Iterator[Sequence[int]]:
+        """Add tokens to the sequence, and yield those of one step after another; `stats.tokens` has those said."""
+
+    @abstractmethod
+    def _full(self) -> int | None:
+        """How many slots the context has, None while there is room."""
+
+
+class Engine(ABC):
+    """An artifact that is open. Graphs are opened when they are first needed, and shared by its sessions.
+
+    Args:
+        artifact: whose files have been checked; threads: of one operator, 0 for as many as there are cores.
+
+    Attributes:
+        runtime: what computes it: `onnxruntime-genai`, `onnxruntime`, or `static` for the pair of graphs that ONNX
+            Runtime computes one after the other.
+        kernel_names: what `source` takes; the first is what an evaluation takes unless told otherwise.
+    """
+
+    runtime: str
+    kernel_names: Sequence[str]
+
+    def __init__(self, artifact: Artifact, *, threads: int = 0) -> None:
+        self.artifact, self.threads = artifact, threads
+        self._opening = threading.Lock()  # graphs are opened once, whoever asks first
+
+    @property
+    def path(self) -> Path:
+        """Of the artifact."""
+        return self.artifact.path
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the artifact."""
+        return self.artifact.manifest
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Of the artifact.
+
+        Raises:
+            ArtifactError: a file is missing or damaged.
+        """
+        return Tokenizer(self.path)
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The chat template, or one that refuses everything where the model has none.
+
+        Raises:
+            ArtifactError: its file is damaged.
+        """
+        return self.tokenizer.chat
+
+    @property
+    def vocab_size(self) -> int:
+        """V: logits of a token."""
+        return self.manifest.contract.vocab_size
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        return self.manifest.model.eos_token_ids
+
+    @abstractmethod
+    def check_runtime(self) -> None:
+        """See that what computes it is installed, and say so where it is not what is usual; `session` does.
+
+        Raises:
+            UsageError: it is not.
+        """
+
+    @property
+    @abstractmethod
+    def limits(self) -> Limits:
+        """What can be asked of it."""
+
+    @property
+    @abstractmethod
+    def load_seconds(self) -> float:
+        """What opening its graphs took, those that were needed so far."""
+
+    @abstractmethod
+    def session(
+        self,
+        sampling: Sampling | None = None,
+        *,
+        max_length: int | None = None,
+        endless: bool = False,
+        lookup: bool = False,
+    ) -> Session:
+        """A sequence of its own.
+
+        Args:
+            sampling: how tokens are chosen; greedy by default.
+            max_length: tokens there will be in all, at most; where a cache grows with that, it is made for as many.
+            endless: no stop token ends a reply: for measuring.
+            lookup: guess ahead where the text repeats itself; greedy only.
+
+        Raises:
+            UsageError: this back end does not look ahead, or not with this sampling.
+            ArtifactError: a graph is missing or damaged.
+        """
+
+    @abstractmethod
+    def source(self, kernels: str | None = None) -> Source:
+        """Logits at every position of many prompts, for comparisons; computed apart from all sessions.
+
+        Args:
+            kernels: one of `kernel_names`, None for the first of them; `strict` computes what the weights stand for.
+
+        Raises:
+            UsageError: there are no such kernels.
+        """
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        sampling: Sampling | None = None,
+        max_new_tokens: int = 128,
+        stop: Sequence[str] = (),
+        lookup: bool = False,
+        stats: GenerationStats | None = None,
+    ) -> Iterator[str]:
+        """What the model says to one prompt, in a session for that alone; see `Session.reply`.
+
+        Args:
+            prompt: a text to continue, chat messages to answer, or token ids as they are.
+            lookup: see `session`.
+
+        Raises:
+            UsageError, ArtifactError: see `session` and `Session.reply`; at once, before the first piece.
+        """
+        check_length(max_new_tokens)
+        ids = encoded(self.tokenizer, prompt)
+        session = self.session(sampling, max_length=len(ids) + max_new_tokens, lookup=lookup)
+        stats = stats if stats is not None else GenerationStats()
+        stats.load_seconds = self._loaded_for_stream()
+        return session.reply(ids, max_new_tokens=max_new_tokens, stop=stop, stats=stats)
+
+    def _loaded_for_stream(self) -> float:
+        """Of `stats.load_seconds`, what is spent before the first step."""
+        return self.load_seconds
