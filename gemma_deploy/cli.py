@@ -20,6 +20,7 @@ from gemma_deploy.errors import NO_MEMORY, DeployError
 
 # One row per command: its file in gemma_deploy/commands/ and the line shown by `--help`.
 COMMANDS = {
+    "recipes": "List the built-in recipes: what each is for, what it needs.",
     "compile": "Compile a recipe into a verified artifact.",
     "calibrate": "Tokenize calibration samples and measure activation ranges.",
     "parity": "Compare an artifact with its reference; fails when a gate fails.",
@@ -88,7 +89,8 @@ class LazyGroup(click.Group):
 
 EPILOG = """\b
 Examples:
-  gemma-deploy compile build_in/hf_gemma_int8.yaml
+  gemma-deploy recipes
+  gemma-deploy compile cpu-int8
   gemma-deploy calibrate --dataset c4
   gemma-deploy parity --backend onnxruntime
   gemma-deploy run workspace/NAME -p "The list"

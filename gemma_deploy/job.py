@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gemma_deploy.architectures import ROWS, architecture_of
 from gemma_deploy.backends import backend
 from gemma_deploy.backends.base import Backend
 from gemma_deploy.backends.spec import BuildSpec
@@ -128,6 +130,8 @@ class Job:
         give_memory_back()  # of the tokenizer
         for note in dict.fromkeys((*checkpoint.notes, *checkpoint.config.warnings, *text.notes)):
             log.warning("%s", note)
+        if misnamed := _other_generation(recipe.name, checkpoint.config.model_type):
+            log.warning("%s", misnamed)
         if repeated := repeated_heads(checkpoint.config, spec.ranks):
             log.info("%s", repeated)
         return cls.of(recipe, with_stops(checkpoint, text), out)
@@ -221,6 +225,15 @@ def _choices(recipe: Recipe) -> QuantizerChoices:
         keep_a16=args.keep_a16,
         sensitivity=recipe.sensitivity,
     )
+
+
+def _other_generation(name: str, model_type: str) -> str | None:
+    """A note about an artifact that would bear the name of another generation than its model's."""
+    own = architecture_of(model_type).gguf.name
+    for row in ROWS[1:]:  # every name may hold the first one's
+        if row.gguf.name != own and re.search(rf"(?<![a-z0-9]){row.gguf.name}(?![a-z0-9])", name.lower()):
+            return f"the artifact is called {name}, but the model is a {model_type}: set another with -s name=NAME"
+    return None
 
 
 def _model_problems(spec: BuildSpec, config: ModelConfig) -> list[str]:

@@ -19,7 +19,7 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.recipe import Recipe
 found = [paths.source_code_dir(), paths.calib_dir(), paths.build_in_dir(), paths.demo_checkpoint_dir()]
 files = [str(file.relative_to(paths.PACKAGE)) for folder in found for file in folder.rglob("*") if file.is_file()]
-recipe = Recipe.load(paths.build_in_dir() / "hf_gemma_int8.yaml", env={})
+recipe = Recipe.load("hf_gemma_int8", env={})
 print(json.dumps([str(paths.PACKAGE), files, Checkpoint.open(recipe.frontend.checkpoint).config.model_type]))
 """
 

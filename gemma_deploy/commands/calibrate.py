@@ -24,7 +24,7 @@ Examples:
   gemma-deploy calibrate --dataset ceval --path ceval-exam.zip --nsamples 64 --seqlen 512
   gemma-deploy calibrate --dataset c4:64,ceval:32,alpaca:32 --path ceval=ceval-exam.zip,c4=c4.json.gz
   gemma-deploy calibrate --dataset c4 --path hub:allenai/c4
-  gemma-deploy calibrate --dataset alpaca --recipe build_in/hf_gemma_int8.yaml --seed 1
+  gemma-deploy calibrate --dataset alpaca --recipe cpu-int8 --seed 1
 """
 
 
@@ -39,9 +39,7 @@ Examples:
     metavar="PLACE",
     help="A file, or hub to stream it; in a mix NAME=PLACE,NAME=PLACE  [default: the bundled samples]",
 )
-@click.option(
-    "--recipe", type=click.Path(path_type=Path), help="Take checkpoint, data set and workspace from a recipe."
-)
+@click.option("--recipe", metavar="FILE|NAME", help="Take checkpoint, data set and workspace from a recipe.")
 @click.option("--checkpoint", metavar="PATH", help="Directory, .gguf file or `demo`  [default: the recipe's, or demo]")
 @click.option("--nsamples", type=click.IntRange(min=1), help="Windows  [default: 128; 32 of the bundled sample]")
 @click.option(
@@ -57,7 +55,7 @@ Examples:
 def command(
     dataset: str | None,
     path: str | None,
-    recipe: Path | None,
+    recipe: str | None,
     checkpoint: str | None,
     nsamples: int | None,
     seqlen: int | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,17 +13,18 @@ if TYPE_CHECKING:
     from gemma_deploy.stages.clock import StageTiming
 
 MIB = 1 << 20
+log = logging.getLogger(__name__)
 EPILOG = """\b
 Examples:
-  gemma-deploy compile build_in/hf_gemma_int8.yaml
-  gemma-deploy compile build_in/hf_gemma_int8.yaml --checkpoint /models/gemma-2b --dry-run
-  gemma-deploy compile build_in/hf_gemma_fp16.yaml -s frontend.shape.input_ids=[[256],[512]] -s name=mine
-  gemma-deploy compile build_in/hf_gemma_fp32.yaml --dynamic
+  gemma-deploy compile cpu-int8
+  gemma-deploy compile cpu-int8 --checkpoint /models/gemma-2b --dry-run
+  gemma-deploy compile accelerator-fp16 -s frontend.shape.input_ids=[[256],[512]] -s name=mine
+  gemma-deploy compile accelerator-fp32 --dynamic
 """
 
 
 @click.command("compile", epilog=EPILOG)
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe")
 @click.option("-s", "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key.")
 @click.option("--checkpoint", metavar="PATH", help="Directory, .gguf file or `demo`, instead of the recipe's.")
 @click.option("--dynamic", is_flag=True, help="Free batch and lengths: short for -s frontend.shape.dynamic=true.")
@@ -31,7 +33,7 @@ Examples:
 @click.option("--dry-run", is_flag=True, help="Show memory, disk and time of every stage; do nothing.")
 @click.option("--parity/--no-parity", default=True, help="Run the gate at the end.  [default: parity]")
 def command(
-    recipe: Path,
+    recipe: str,
     overrides: tuple[str, ...],
     checkpoint: str | None,
     dynamic: bool,
@@ -40,7 +42,10 @@ def command(
     dry_run: bool,
     parity: bool,
 ) -> None:
-    """Compile RECIPE; exit 1 when the artifact does not compute the model."""
+    """Compile RECIPE, a YAML file or a name that `gemma-deploy recipes` lists.
+
+    Exit 1 when the artifact does not compute the model.
+    """
     from gemma_deploy import compile as compiler
     from gemma_deploy.errors import PreflightError
     from gemma_deploy.preflight import render
@@ -51,7 +56,7 @@ def command(
     overrides += ("frontend.shape.dynamic=true",) if dynamic else ()
     loaded = Recipe.load(recipe, overrides, checkpoint=checkpoint)
     if loaded.vendor_keys():
-        click.echo(f"carried for the vendor's compiler, not interpreted here: {', '.join(loaded.vendor_keys())}")
+        log.debug("carried for the vendor's compiler, not interpreted here: %s", ", ".join(loaded.vendor_keys()))
     if dry_run:
         plan = compiler.plan_recipe(loaded, out=out, parity=parity)
         console().print(render(plan))

@@ -8,6 +8,7 @@ from typing import Annotated, Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from gemma_deploy.recipe import guesses
 from gemma_deploy.recipe.document import Path, dotted
 
 _EXPECTED = {
@@ -118,10 +119,11 @@ def sentence(root: type[BaseModel], error: ErrorDetails, above: Path = ()) -> st
     if kind == "missing":
         return "missing, and required"
     got = f"got {describe(error['input'])}"
+    advice = guesses.advice((*above, *path), error["input"])
     if kind == "literal_error":
         allowed = [part.strip("' ") for part in str(context["expected"]).replace(" or ", ", ").split(", ")]
         close = nearest(str(error["input"]), allowed) if len(allowed) > 1 else None
-        hint = f"; did you mean `{close}`?" if close else ""
+        hint = f"; {advice}" if advice else f"; did you mean `{close}`?" if close else ""
         return f"{got}, expected {'one of ' if len(allowed) > 1 else ''}{', '.join(allowed)}{hint}"
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
@@ -130,4 +132,4 @@ def sentence(root: type[BaseModel], error: ErrorDetails, above: Path = ()) -> st
         return f"{got}, expected cpu, cuda or cuda:N"
     expected = _EXPECTED.get(kind, error["msg"])
     quote = ": put it in quotes" if kind == "string_type" and isinstance(error["input"], int | float) else ""
-    return f"{got}, expected {expected}{quote}"
+    return f"{got}, expected {expected}{quote}" + (f"; {advice}" if advice else "")

@@ -17,9 +17,9 @@ from gemma_deploy import reading
 from gemma_deploy.backends import backend
 from gemma_deploy.backends.spec import BuildSpec
 from gemma_deploy.errors import RecipeError
-from gemma_deploy.paths import build_in_dir
 from gemma_deploy.recipe import document as documents
 from gemma_deploy.recipe import sections, validation
+from gemma_deploy.recipe.catalogue import find_recipe
 from gemma_deploy.recipe.sections import RecipeSections
 from gemma_deploy.recipe.spec import scheme_of, spec_of
 from gemma_deploy.schemes import Scheme
@@ -27,7 +27,7 @@ from gemma_deploy.schemes import Scheme
 RECIPE_FILE = reading.FileKind(
     error=RecipeError,
     expected="a YAML recipe in UTF-8",
-    next_step="give the path of a recipe; build_in/ holds some to start from",
+    next_step="give the path of a recipe, or a name that `gemma-deploy recipes` lists",
     limit_bytes=4 * documents.MAX_CHARS,
 )
 
@@ -56,7 +56,7 @@ class Recipe(RecipeSections):
         """Read a recipe file.
 
         Args:
-            path: the YAML file.
+            path: the YAML file, or the name of a shipped recipe (catalogue.py).
             overrides: `a.b.c=value` strings, the value in YAML; later ones win.
             env: where `${VAR}` is looked up (the process environment by default).
             checkpoint: replaces `frontend.checkpoint` verbatim, and `frontend.type` with what its name says.
@@ -64,7 +64,7 @@ class Recipe(RecipeSections):
         Raises:
             RecipeError: the file cannot be read, or lists everything wrong in it.
         """
-        path = _shipped(Path(path))
+        path = find_recipe(path)
         text = reading.read_text(path, RECIPE_FILE, pipes=True)
         return cls.from_text(text, overrides, env, checkpoint=checkpoint, where=str(path))
 
@@ -90,7 +90,7 @@ class Recipe(RecipeSections):
                 f"the recipe has {len(problems)} problem{'s' if len(problems) != 1 else ''}",
                 where=where,
                 problems=problems,
-                next_step="correct the lines above; build_in/ holds working recipes",
+                next_step="correct the lines above; `gemma-deploy recipes` lists working ones",
             )
         return recipe
 
@@ -157,11 +157,3 @@ def _vendor(section: BaseModel, prefix: str) -> dict[str, Any]:
         elif _is_vendor(section, name) and name in section.model_fields_set:
             found[f"{prefix}{name}"] = value
     return found
-
-
-def _shipped(path: Path) -> Path:
-    """A name that starts with build_in means the shipped recipe, wherever one is, unless the file is there."""
-    if reading.exists(path) or path.is_absolute() or path.parts[:1] != ("build_in",):
-        return path
-    shipped = build_in_dir().joinpath(*path.parts[1:])
-    return shipped if reading.is_file(shipped) else path

@@ -16,7 +16,7 @@ from gemma_deploy.recipe import Recipe, check_against_model, check_built
 from gemma_deploy.schemes import QUANTIZE_TYPES
 
 BUILD_IN = Path(__file__).resolve().parents[2] / "build_in"
-NEXT = "\n  next: correct the lines above; build_in/ holds working recipes"
+NEXT = "\n  next: correct the lines above; `gemma-deploy recipes` lists working ones"
 
 MINIMAL = """\
 name: small
@@ -593,7 +593,7 @@ def test_aliases_and_nesting_are_bounded():
 
 
 def test_unreadable_files(tmp_path):
-    with pytest.raises(RecipeError, match=r"none\.yaml: cannot be read: No such file or directory"):
+    with pytest.raises(RecipeError, match=r"none\.yaml: there is no such file"):
         Recipe.load(tmp_path / "none.yaml")
     (tmp_path / "image.yaml").write_bytes(b"\xff\xd8")
     with pytest.raises(RecipeError, match=r"image\.yaml: is not UTF-8 text \(byte 0\)"):
