@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma_deploy.artifact.commit import ArtifactDir
 from gemma_deploy.artifact.manifest import GateRecord, Manifest
@@ -37,6 +37,9 @@ from gemma_deploy.stages.keys import StageKeys, stage_keys
 from gemma_deploy.stages.parameters import places_of, write_parameters
 from gemma_deploy.stages.record import describe
 from gemma_deploy.workdir import refuse_directory
+
+if TYPE_CHECKING:
+    from gemma_deploy.parity.compare import ParityResult
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ def compile_recipe(
     force: bool = False,
     parity: bool = True,
     on_stage: Callable[[StageTiming], None] | None = None,
+    on_gate: Callable[[ParityResult], None] | None = None,
     watcher: Watcher | None = None,
 ) -> CompileResult:
     """Compile a recipe.
@@ -75,7 +79,8 @@ def compile_recipe(
         out: the artifact's directory (`workspace.path`/NAME by default).
         force: replace an artifact made from other inputs.
         parity: run the gate; without it the manifest says that nothing was proven.
-        on_stage: called when a stage ends, well or not; watcher: told when a stage begins and how far it is.
+        on_stage: called when a stage ends, well or not; on_gate: called with the gate's result, passed or not, when it
+            ran; watcher: told when a stage begins and how far it is.
 
     Raises:
         DeployError: see errors.py; GateError when the numbers are wrong.
@@ -109,14 +114,17 @@ def compile_recipe(
         if parity and manifest.keys.get("gate") != keys.gate:
             with clock.stage("parity"):
                 result = run_gate(job, artifact.path, manifest, lambda what: clock.watcher.said("parity", what))
+            if on_gate is not None:
+                on_gate(result)
             manifest = manifest.measured("gate", keys.gate, parity=result.to_json())
             manifest = manifest.but(ledger=job.backend.ledger(manifest))
         manifest = manifest.but(stages=clock.with_those_before(manifest.stages))
         write_report(artifact.path, manifest)
         if result is not None and not result.passed and job.proof.gate:
             raise GateError(
-                "the artifact does not compute the model: " + "; ".join(result.failures()),
+                "the artifact does not compute the model",
                 where=str(artifact.path),
+                problems=result.failures(),
                 next_step=f"read {artifact.path / REPORT}; " + advice(job.scheme, result),
             )
         artifact.commit(manifest, files | {REPORT})

@@ -1,4 +1,4 @@
-"""report.html: what was built, how large, how far from the reference, in one self-contained page."""
+"""report.html: is it right, how large, how far from the reference; one self-contained page, the verdict first."""
 
 from __future__ import annotations
 
@@ -6,109 +6,40 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from gemma_deploy.artifact.manifest import Manifest
-from gemma_deploy.artifact.plots import range_plot, sensitivity_plot, sqnr_plot
+from gemma_deploy.artifact.pages import gate_values, rendered
+from gemma_deploy.artifact.plots import range_plot, sensitivity_plot, size_plot, sqnr_plot
+from gemma_deploy.calibration.words import calibration_sentence
 from gemma_deploy.params.table import lowest_sqnr
 from gemma_deploy.quantization.rescaling import FP16_MAX, Rescaling
+from gemma_deploy.tables import figure
 from gemma_deploy.writing import write_text
 
 FP16_MIN = 2.0**-24  # the smallest float16 above zero: a tensor of zeros has that much headroom
 MIB = 1 << 20
 REPORT = "report.html"
-
-TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ m.name }}</title>
-<style>
-body {font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; color: #222}
-table {border-collapse: collapse; margin: .5rem 0 1.5rem} td, th {border-bottom: 1px solid #ddd; padding: .2rem .8rem;
-text-align: left; vertical-align: top} td.n {text-align: right; font-variant-numeric: tabular-nums}
-.ok {color: #176d2c} .bad {color: #b00020; font-weight: 600} code {font-size: 90%}
-</style></head><body>
-<h1>{{ m.name }}</h1>
-<p>{{ m.model.model_type }}, {{ m.model.num_hidden_layers }} layers,
-{{ m.scheme }}{{ ', int8 KV cache' if m.int8_cache }}, prefill {{ m.contract.prefill }},
-context {{ m.contract.context }}, batch {{ m.contract.batch }}
-{{- ' (dynamic: any batch, these are the largest lengths)' if m.contract.dynamic }};
-checkpoint <code>{{ m.checkpoint.path }}</code>
-({{ m.checkpoint.format }}, fingerprint <code>{{ m.checkpoint.fingerprint[:16] }}</code>).</p>
-<h2>Parity</h2>
-{% if m.parity %}<p class="{{ 'ok' if m.parity.passed else 'bad' }}">{{ 'passed' if m.parity.passed else 'FAILED' }}</p>
-<table><tr><th>comparison</th><th>measure</th><th>value</th><th>limit</th><th></th></tr>
-{% for line in m.parity.lines %}<tr><td>{{ line.comparison }}</td><td>{{ line.name }}</td>
-<td class="n">{{ line.value }}</td><td class="n">{{ line.limit }}</td>
-<td class="{{ 'ok' if line.passed else 'bad' }}">{{ 'ok' if line.passed else 'FAILED' }}</td></tr>{% endfor %}</table>
-{% for note in m.parity.notes %}<p>{{ note }}</p>{% endfor %}
-{% if m.parity.divergence %}<p class="bad">{{ m.parity.divergence.text }}</p>{% endif %}
-{% else %}<p class="bad">not run: nothing is proven about this artifact</p>{% endif %}
-{% if results %}<h2>Evaluation</h2>
-{% for r in results if r.task == 'ppl' %}{% if loop.first %}
-<table><tr><th>text</th><th>windows</th><th>against</th><th>perplexity</th><th>of the reference</th>
-<th>mean KL, nats</th><th>top-1</th></tr>{% endif %}
-<tr><td>{{ r.settings.text }}</td><td>{{ r.settings.windowing }}</td><td>{{ r.against.path if r.against }}</td>
-<td class="n">{{ r.perplexity | given('%.4f') }} &plusmn; {{ r.perplexity_error | given('%.3f') }}</td>
-<td class="n">{% if r.against %}{{ r.perplexity_reference | given('%.4f') }} &plusmn;
-{{ r.perplexity_reference_error | given('%.3f') }}{% endif %}</td>
-<td class="n">{{ r.kl_mean | given('%.3g') if r.against }}</td>
-<td class="n">{{ r.top1 | given('%.4f') if r.against }}</td></tr>
-{% if loop.last %}</table>{% endif %}{% endfor %}
-{% for r in results if r.task == 'ceval' %}
-<p>C-Eval, {{ r.settings.split }}, {{ r.settings.shots }}-shot, {{ r.questions }} questions of
-{{ r.subjects | length }} subjects: accuracy {{ r.accuracy | given('%.3f') }} &plusmn;
-{{ r.accuracy_error | given('%.3f') }}, mean of the subjects {{ r.average_over_subjects | given('%.3f') }} &plusmn;
-{{ r.average_over_subjects_error | given('%.3f') }}{% if r.against %}; {{ r.against.path }} on the same questions
-{{ r.reference.accuracy | given('%.3f') }}, the same choice in {{ r.same_choice | given('%.3f') }}{% endif %}.</p>
-<table><tr><th>subject</th><th>questions</th><th>accuracy</th><th>standard error</th></tr>
-{% for name, s in r.subjects.items() %}<tr><td>{{ name }}</td><td class="n">{{ s.questions }}</td>
-<td class="n">{{ s.accuracy | given('%.3f') }}</td><td class="n">{{ s.accuracy_error | given('%.3f') }}</td></tr>
-{% endfor %}</table>{% endfor %}{% endif %}
-<h2>Ledger: where it may differ from the reference</h2>
-<table><tr><th>what</th><th>where</th><th>why</th><th>measured effect</th></tr>
-{% for e in m.ledger %}<tr><td>{{ e.what }}</td><td>{{ e.where }}</td><td>{{ e.why }}</td>
-<td>{% for k, v in e.effect.items() %}{{ k }} {{ v }}<br>{% endfor %}</td></tr>{% endfor %}</table>
-{% if m.parts %}<h2>Parts</h2>
-<table><tr><th>directory</th><th>layers</th><th>rank</th><th>takes</th><th>gives</th></tr>
-{% for p in m.parts %}<tr><td><code>{{ p.folder }}</code></td><td>{{ p.layers[0] }} to {{ p.layers[1] - 1 }}</td>
-<td>{{ p.rank }} of {{ p.ranks }}</td>
-<td>{{ 'input_ids' if p.contract.embeds else 'inputs_embeds' }}</td>
-<td>{{ 'logits' if p.contract.heads else 'hidden_states' }}</td></tr>{% endfor %}</table>{% endif %}
-<h2>Size</h2>
-<table><tr><th>kind</th><th>tensors</th><th>MiB</th></tr>
-{% for kind, count, mib in sizes %}<tr><td>{{ kind }}</td><td class="n">{{ count }}</td>
-<td class="n">{{ '%.2f' | format(mib) }}</td></tr>{% endfor %}</table>
-{% if headroom %}<h2>Headroom of float16</h2>
-<p>Largest magnitudes on calibration text, what they are divided by, and how far below 65504 they are then stored.
-{%- if m.rescaling.wide %} In float32 instead: {{ m.rescaling.wide | join(', ') }}.{% endif %}</p>
-<table><tr><th>tensor</th><th>largest</th><th>layer</th><th>divided by</th><th>least headroom</th></tr>
-{% for row in headroom %}<tr><td>{{ row.tensor }}</td><td class="n">{{ '%.4g' | format(row.largest) }}</td>
-<td class="n">{{ row.layer }}</td><td class="n">{{ row.divided }}</td>
-<td class="n">{{ '%.3g' | format(row.headroom) if row.headroom else 'float32' }}</td></tr>{% endfor %}</table>
-{% endif %}
-{% if sensitivity %}<h2>Sensitivity</h2>
-<p>Mean KL of the logits to float32 in nats a token, {{ sensitivity.tokens }} tokens of calibration text, when one layer
-alone is quantized{% if sensitivity.table is not none %}; the token table alone:
-{{ '%.3g' | format(sensitivity.table) }}{% endif %}.</p>
-{{ sensitivity_picture | safe }}
-<table><tr><th>layer</th><th>mean KL</th><th>lowest output SQNR, dB</th><th>of</th></tr>
-{% for row in sensitive %}<tr><td class="n">{{ row.layer }}</td><td class="n">{{ '%.3g' | format(row.kl) }}</td>
-<td class="n">{{ '%.2f' | format(row.sqnr_db) if row.sqnr_db is not none else '-' }}</td>
-<td>{{ row.linear }}</td></tr>{% endfor %}</table>{% endif %}
-{% if sqnr %}<h2>Weight SQNR per layer</h2>{{ sqnr | safe }}{% endif %}
-{% if ranges %}<h2>Activation ranges per layer</h2>
-<p>Largest magnitudes in float32, on {{ ranges_on }}.</p>{{ ranges | safe }}{% endif %}
-<h2>Operators</h2>
-<table><tr><th>operator</th>{% for g in m.op_census %}<th>{{ g }}</th>{% endfor %}</tr>
-{% for op in ops %}<tr><td>{{ op }}</td>{% for g in m.op_census %}<td class="n">{{ m.op_census[g].get(op, 0) }}</td>
-{% endfor %}</tr>{% endfor %}</table>
-<h2>Stages</h2>
-<table><tr><th>stage</th><th>seconds</th><th>peak RSS MiB</th><th>MiB written</th><th></th></tr>
-{% for s in m.stages %}<tr><td>{{ s.name }}</td><td class="n">{{ '%.2f' | format(s.seconds) }}</td>
-<td class="n">{{ '%.0f' | format(s.peak_rss_bytes / mib) }}</td><td class="n">{{ '%.1f' | format(s.bytes / mib) }}</td>
-<td>{{ 'was done' if s.skipped else '' }}</td></tr>{% endfor %}</table>
-<h2>Made with</h2><p>{% for k, v in m.tool.items() %}{{ k }} {{ v }}{{ ', ' if not loop.last }}{% endfor %}</p>
-</body></html>
-"""
+TEXT_HEADINGS = ("text", "windows", "against", "perplexity", "of the reference", "mean KL, nats", "same first token")
+# How the ledger's figures are called, and their units.
+EFFECTS = {
+    "tokens": ("on", ""),
+    "case": ("on", ""),
+    "positions": ("positions", ""),
+    "relative_error": ("relative error", ""),
+    "kl_mean": ("mean KL", " nats"),
+    "top1": ("same first token", "%"),
+    "overturned": ("largest lead overturned", ""),
+    "perplexity_change": ("perplexity change", "%"),
+    "perplexity_change_error": ("its standard error", "%"),
+    "lowest_sqnr_db": ("lowest SQNR of a matrix", " dB"),
+    "lowest_sqnr_tensor": ("which is", ""),
+    "lowest_output_sqnr_db": ("lowest SQNR of what a linear gives", " dB"),
+    "lowest_output_sqnr_tensor": ("which is", ""),
+    "activation_noise_db": ("noise of rounded activations", " dB"),
+    "loss_to_round_to_nearest": ("loss, beside rounding to nearest", "%"),
+    "tensors": ("tensors", ""),
+    "largest_exponent": ("largest exponent", ""),
+    "largest_exponent_tensor": ("which is", ""),
+}
 
 
 def write_report(folder: Path, manifest: Manifest) -> Path:
@@ -124,40 +55,156 @@ def report_page(manifest: Manifest, results: Sequence[Mapping[str, Any]] = ()) -
     Args:
         results: of `gemma-deploy eval`, as eval.json holds them.
     """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["given"] = lambda value, shape: "-" if value is None else shape % value
-    rescaling = manifest.rescaling or Rescaling()
+    rescaling, parity, losses = manifest.rescaling or Rescaling(), manifest.parity, manifest.sensitivity
     absmax: Mapping[str, float] = rescaling.absmax
     ranges_on = "calibration text"
     measured = [result for result in results if result.get("activation_absmax")]
     if not absmax and measured:
         absmax, ranges_on = measured[-1]["activation_absmax"], f"{measured[-1]['settings']['text']} (eval)"
-    page: str = environment.from_string(TEMPLATE).render(
+    gate = gate_values(parity, parity.measures) if parity else {"gate": (), "measures": ()}
+    graphs = tuple(manifest.op_census)
+    return rendered(
+        "report.html.j2",
         m=manifest,
-        sizes=_sizes(manifest),
-        ops=sorted({op for census in manifest.op_census.values() for op in census}),
-        mib=MIB,
-        sensitivity=manifest.sensitivity,
-        sensitivity_picture=sensitivity_plot(manifest.sensitivity.layers if manifest.sensitivity else ()),
-        sensitive=sensitive_rows(manifest),
+        **gate,
+        positions=parity.effect.get("positions") if parity else None,
+        positions_of=parity.effect.get("tokens") if parity else None,
+        facts=_facts(manifest),
+        use=_use(manifest),
+        not_for=manifest.contract.not_for,
+        results=results,
+        text_headings=TEXT_HEADINGS,
+        texts=[_text_row(result) for result in results if result["task"] == "ppl"],
+        exams=[_exam(result) for result in results if result["task"] == "ceval"],
+        sizes=size_plot(manifest.params),
         sqnr=sqnr_plot(manifest.params),
+        calibrated=manifest.whole_scheme.calibrated,
+        sensitivity=sensitivity_plot(losses.layers if losses else ()),
+        table_alone=f"{figure(losses.table)} nats" if losses and losses.table is not None else "",
+        sensitive=[
+            (str(row["layer"]), figure(row["kl"]), "-" if row["sqnr_db"] is None else figure(row["sqnr_db"]),
+             row["linear"])
+            for row in sensitive_rows(manifest)
+        ],
         ranges=range_plot(absmax),
         ranges_on=ranges_on,
-        results=results,
-        headroom=headroom_rows(rescaling),
+        headroom=[
+            (row["tensor"], figure(row["largest"]), row["layer"], row["divided"],
+             f"{figure(row['headroom'])} x" if row["headroom"] else "float32")
+            for row in headroom_rows(rescaling)
+        ],
+        ledger=[(entry.what, entry.where, entry.why, effect_text(entry.effect)) for entry in manifest.ledger],
+        parts=_parts(manifest),
+        stages=_stages(manifest),
+        op_headings=("operator", *graphs),
+        ops=[
+            (op, *(str(manifest.op_census[graph].get(op, 0)) for graph in graphs))
+            for op in sorted({op for census in manifest.op_census.values() for op in census})
+        ],
+        made_with=", ".join(f"{tool} {version}" for tool, version in manifest.tool.items()),
+    )  # fmt: skip
+
+
+def effect_text(effect: Mapping[str, Any]) -> str:
+    """Figures of the ledger for people: `mean KL 0.00231 nats, same first token 97.4%`."""
+    said = []
+    for key in sorted(effect, key=lambda key: list(EFFECTS).index(key) if key in EFFECTS else len(EFFECTS)):
+        value = effect[key]
+        name, unit = EFFECTS.get(key, (key.replace("_", " "), ""))
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            text = "no number" if value is None else str(value)
+        else:
+            text = f"{100 * value:.3g}%" if unit == "%" else f"{figure(value)}{unit}"
+        said.append(f"{name} {text}")
+    return ", ".join(said)
+
+
+def _facts(manifest: Manifest) -> list[tuple[str, str]]:
+    """What it is, at a glance."""
+    contract, model, recipe = manifest.contract, manifest.model, manifest.recipe
+    size = sum(facts.bytes for facts in manifest.files.values()) or sum(row.nbytes for row in manifest.params)
+    lengths = f"{contract.prefill} of a prompt, {contract.context} in all, batch {contract.batch}"
+    facts = [
+        ("model", f"{model.model_type}, {model.num_hidden_layers} layers"),
+        ("weights", manifest.scheme + (", int8 KV cache" if manifest.int8_cache else "")),
+        ("back end", recipe.backend.type),
+        ("size", f"{figure(size / MIB)} MiB"),
+        ("tokens", lengths + (" (any batch; these are the largest lengths)" if contract.dynamic else "")),
+        ("checkpoint", f"{manifest.checkpoint.path} ({manifest.checkpoint.format})"),
+        ("fingerprint", manifest.checkpoint.fingerprint[:16]),
+    ]
+    if manifest.calibration:
+        facts.append(("calibrated on", calibration_sentence(manifest.calibration)))
+    return facts
+
+
+def _use(manifest: Manifest) -> str:
+    """What a program that opens the graphs itself must know."""
+    bos = (manifest.model.model_extra or {}).get("bos_token_id")
+    if "genai_config.json" in manifest.files or manifest.kernels or manifest.contract.logits:
+        return f"In onnxruntime-genai, put BOS (id {bos}) in front of every prompt yourself: its tokenizer puts none."
+    return (
+        f"Prompts begin with BOS (id {bos}) and are padded on the left to {manifest.contract.prefill} tokens; "
+        "what the graphs take and give is listed by gemma-deploy inspect."
     )
-    return page
 
 
-def _sizes(manifest: Manifest) -> list[tuple[str, int, float]]:
-    groups: dict[str, list[int]] = {}
-    for row in manifest.params:
-        name = row.name
-        kind = "token table" if "embed_tokens" in name else "LM head" if name.startswith("lm_head") else "linears"
-        kind = "norms" if "norm" in name else "rotary tables" if "rotary_emb" in name else kind
-        kind = "attention scale factors" if name.endswith(".scaling") else kind
-        groups.setdefault(f"{kind}, {row.dtype}", []).append(row.nbytes)
-    return [(kind, len(sizes), sum(sizes) / MIB) for kind, sizes in sorted(groups.items())]
+def _text_row(result: Mapping[str, Any]) -> tuple[str, ...]:
+    """A perplexity under `TEXT_HEADINGS`."""
+    settings, against = result["settings"], result["against"]
+    other = (_plus(result, "perplexity_reference"), figure(result["kl_mean"])) if against else ("", "")
+    top1 = "-" if not against or result["top1"] is None else f"{result['top1']:.2%}"
+    beside = against["path"] if against else ""
+    return (settings["text"], settings["windowing"], beside, _plus(result, "perplexity"), *other, top1)
+
+
+def _exam(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A sentence about an exam, and a row for each subject."""
+    settings = result["settings"]
+    said = (
+        f"C-Eval, {settings['split']}, {settings['shots']}-shot, {result['questions']} questions of "
+        f"{len(result['subjects'])} subjects: accuracy {_plus(result, 'accuracy')}, mean of the subjects "
+        f"{_plus(result, 'average_over_subjects')}"
+    )
+    if result["against"]:
+        said += (
+            f"; {result['against']['path']} on the same questions {figure(result['reference']['accuracy'])}, "
+            f"the same choice in {figure(result['same_choice'])}"
+        )
+    rows = [
+        (name, figure(one["questions"]), figure(one["accuracy"]), figure(one["accuracy_error"]))
+        for name, one in result["subjects"].items()
+    ]
+    return {"sentence": f"{said}.", "rows": rows}
+
+
+def _plus(result: Mapping[str, Any], key: str) -> str:
+    """A figure and its standard error."""
+    value, error = result[key], result[f"{key}_error"]
+    if value is None:
+        return "-"
+    # Not three digits: two perplexities may differ in the fifth.
+    return f"{value:.3f} \u00b1 {'-' if error is None else figure(error)}"
+
+
+def _parts(manifest: Manifest) -> list[tuple[str, ...]]:
+    """Stages and ranks."""
+    rows: list[tuple[str, ...]] = []
+    for part in manifest.parts:
+        extra, (start, stop) = part.contract.model_extra or {}, part.layers
+        takes = "input_ids" if extra["embeds"] else "inputs_embeds"
+        gives = "logits" if extra["heads"] else "hidden_states"
+        rows.append((part.folder, f"{start} to {stop - 1}", f"{part.rank} of {part.ranks}", takes, gives))
+    return rows
+
+
+def _stages(manifest: Manifest) -> list[tuple[str, ...]]:
+    """What each stage took."""
+    return [
+        (one.name, f"{figure(one.seconds)} s", f"{one.peak_rss_bytes / MIB:,.0f} MiB",
+         f"{figure(one.bytes / MIB)} MiB" if one.bytes else "", "was done" if one.skipped else "")
+        for one in manifest.stages
+    ]  # fmt: skip
 
 
 def sensitive_rows(manifest: Manifest, most: int = 8) -> list[dict[str, Any]]:

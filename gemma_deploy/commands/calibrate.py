@@ -16,7 +16,6 @@ PER_KIND = 2  # rows of the table for each kind of point
 # (windows, tokens): of a user's file as in docs/design.md 4.1; the bundled samples are smaller, and so is the demo's
 # context.
 OF_A_FILE, OF_THE_SAMPLE = (128, 1024), (32, 128)
-LOG_WIDTH = 110
 EPILOG = """\b
 Examples:
   gemma-deploy calibrate --dataset c4
@@ -135,15 +134,12 @@ def _print_table(calibration: Calibration) -> None:
     from gemma_deploy.tables import console
 
     table = Table(title=f"largest ranges, {PER_KIND} of each kind of {len(calibration.ranges)} points")
-    table.add_column("point", no_wrap=True)
+    table.add_column("point", overflow="fold")
     for heading in ("absmax", "channel", "x median channel", "fp16 headroom"):
         table.add_column(heading, justify="right")
     for row in largest(calibration.ranges, PER_KIND):
         table.add_row(row.point, _number(row.absmax), str(row.channel), _number(row.outlier), _number(row.headroom))
-    shown = console()
-    if not shown.is_terminal:
-        shown.width = LOG_WIDTH  # rich takes 80 for a log and would cut the names
-    shown.print(table)
+    console().print(table)
 
 
 def _number(value: float) -> str:

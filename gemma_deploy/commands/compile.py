@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from gemma_deploy.artifact.gate_rows import Result
     from gemma_deploy.stages.clock import StageTiming
 
 MIB = 1 << 20
@@ -68,13 +69,29 @@ def command(
             )
         return
     result = compiler.compile_recipe(
-        loaded, out=out, force=force, parity=parity, on_stage=_print_stage, watcher=watch_on(sys.stderr)
+        loaded,
+        out=out,
+        force=force,
+        parity=parity,
+        on_stage=_print_stage,
+        on_gate=_print_gate,
+        watcher=watch_on(sys.stderr),
     )
     if result.reused:
         click.echo(f"nothing has changed: {result.path} is up to date")
-    verdict = "not run: nothing is proven" if result.parity is None else result.parity.summary
-    click.echo(f"parity  {verdict}")
+        if result.parity is not None:
+            _print_gate(result.parity)
+    if result.parity is None:
+        click.echo("parity  not run: nothing is proven")
     click.echo(f"artifact  {result.path}")
+
+
+def _print_gate(result: Result) -> None:
+    from gemma_deploy.artifact.gate_rows import HEADINGS, WORDS, gate_rows, headline
+    from gemma_deploy.tables import console, table_of
+
+    console().print(table_of(HEADINGS, gate_rows(result.lines), title="gate", words=WORDS))
+    click.echo(f"parity  {headline(result)}")
 
 
 def _print_stage(stage: StageTiming) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-LOG_WIDTH = 110
 OF_TASK = {"ppl": ("text", "windows", "seqlen"), "ceval": ("path", "split", "shots", "subjects", "limit")}
 EPILOG = """\b
 Examples:
@@ -165,20 +164,9 @@ def _show_exam(pair: Any, result: dict[str, Any]) -> None:
 
 
 def _table(headings: list[str], rows: list[list[str]]) -> None:
-    from rich.table import Table
+    from gemma_deploy.tables import console, table_of
 
-    from gemma_deploy.tables import console
-
-    table = Table()
-    for heading in headings:
-        first = heading == headings[0]
-        table.add_column(heading, justify="left" if first else "right", no_wrap=not first, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    shown = console()
-    if not shown.is_terminal:
-        shown.width = LOG_WIDTH
-    shown.print(table)
+    console().print(table_of(headings, rows))
 
 
 def _share(one: dict[str, Any], key: str) -> str:

@@ -58,7 +58,8 @@ def command(path: str, params: bool, as_json: bool) -> None:
 
 def artifact_facts(manifest: Manifest) -> dict[str, Any]:
     """The manifest without its longest parts, and sums over them."""
-    from gemma_deploy.artifact.report import sensitive_rows
+    from gemma_deploy.artifact.gate_rows import HEADINGS, gate_rows, headline
+    from gemma_deploy.artifact.report import effect_text, sensitive_rows
     from gemma_deploy.params.table import lowest_sqnr
 
     contract, parity, worst = manifest.contract, manifest.parity, lowest_sqnr(manifest.params)
@@ -70,7 +71,7 @@ def artifact_facts(manifest: Manifest) -> dict[str, Any]:
             "checkpoint": f"{manifest.checkpoint.path} ({manifest.checkpoint.format})",
             "batch, prefill, context": f"{contract.batch}, {contract.prefill}, {contract.context}"
             + (" (dynamic: any batch, largest lengths)" if contract.dynamic else ""),
-            "parity": parity.summary if parity else "not run: nothing is proven",
+            "parity": headline(parity) if parity else "not run: nothing is proven",
             "layers that cost most alone": ", ".join(
                 f"{row['layer']} (KL {row['kl']:.2g})" for row in sensitive_rows(manifest, 3)
             )
@@ -78,6 +79,7 @@ def artifact_facts(manifest: Manifest) -> dict[str, Any]:
             "lowest SQNR": f"{worst.sqnr_db:.2f} dB, {worst.name}" if worst else "nothing is quantized",
         },
         "not for": [{"what": sentence} for sentence in contract.not_for],
+        "gate": [dict(zip(HEADINGS, row, strict=True)) for row in gate_rows(parity.lines)] if parity else [],
         "parts": part_rows(manifest),
         "graphs": [port for graph, found in contract.graphs.items() for port in _ports(graph, found)],
         "parameters": sizes((row.dtype, row.nbytes) for row in manifest.params),
@@ -86,7 +88,7 @@ def artifact_facts(manifest: Manifest) -> dict[str, Any]:
             for op in sorted({op for census in manifest.op_census.values() for op in census})
         ],
         "ledger": [
-            {"what": entry.what, "where": entry.where, "effect": _plain(entry.effect)} for entry in manifest.ledger
+            {"what": entry.what, "where": entry.where, "effect": effect_text(entry.effect)} for entry in manifest.ledger
         ],
         "stages": [
             {"stage": one.name, "seconds": round(one.seconds, 2), "peak MiB": one.peak_rss_bytes // MIB}
@@ -166,18 +168,12 @@ def _ports(graph: str, record: GraphRecord) -> list[dict[str, Any]]:
     return rows
 
 
-def _plain(effect: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in effect.items()
-    )
-
-
 def _show(facts: dict[str, Any], tensors: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     from gemma_deploy.tables import console
 
-    shown = console(least_width=110)
+    shown = console(log_width=160)
     for title, part in {**facts, "tensors": tensors}.items():
         rows = [{"": key, " ": value} for key, value in part.items()] if isinstance(part, dict) else part
         if not rows:
@@ -187,7 +183,7 @@ def _show(facts: dict[str, Any], tensors: list[dict[str, Any]]) -> None:
         table = Table(title=title, title_justify="left", show_header=not isinstance(part, dict))
         for key in keys:
             number = all(isinstance(row.get(key), int | float) for row in rows)
-            table.add_column(key, justify="right" if number else "left", overflow="fold", no_wrap=key == "name")
+            table.add_column(key, justify="right" if number else "left", overflow="fold")
         for row in rows:
             table.add_row(*("" if row.get(key) is None else str(row[key]) for key in keys))
         shown.print(table)

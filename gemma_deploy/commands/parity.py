@@ -95,7 +95,7 @@ def command(
     if html_file is not None:
         write_text(html_file, requests.page(title, result))
     if not result.passed:
-        raise GateError("; ".join(result.failures()), where=title, next_step=advice)
+        raise GateError("a gate failed", where=title, problems=result.failures(), next_step=advice)
 
 
 def _say(line: str) -> None:
@@ -103,26 +103,23 @@ def _say(line: str) -> None:
 
 
 def _show(title: str, result: ParityResult) -> None:
-    from rich.table import Table
+    from gemma_deploy.artifact.gate_rows import HEADINGS, WORDS, gate_rows, headline
+    from gemma_deploy.tables import console, table_of
 
-    from gemma_deploy.tables import console
-
-    table = Table(title=title, title_justify="left")
     columns = {"relative": "rel. error", "kl_mean": "mean KL", "top1": "top-1", "greedy_prefix": "greedy",
                "ppl_delta": "perplexity"}  # fmt: skip
-    for heading in ("compared", "tokens", "n", *columns.values()):
-        table.add_column(heading, justify="left" if heading in ("compared", "tokens") else "right", no_wrap=True)
+    rows = []
     for row in result.measures:
         names = f"{row['reference']} = {row['test']}", f"{row['case']} {row['phase']}", str(row["positions"])
-        table.add_row(*names, *(_number(row[key], key) for key in columns))
-    console(least_width=100).print(table)
+        rows.append([*names, *(_number(row[key], key) for key in columns)])
+    shown = console()
+    shown.print(table_of(("compared", "tokens", "n", *columns.values()), rows, title=title, words=("tokens",)))
     for note in result.notes:
         click.echo(f"note: {note}")
-    for line in result.lines:
-        click.echo(f"{'ok    ' if line.passed else 'FAILED'}  {line}")
+    shown.print(table_of(HEADINGS, gate_rows(result.lines), title="gate", words=WORDS))
     if result.divergence:
         click.echo(f"where   {result.divergence['text']}")
-    click.echo(f"parity  {'passed' if result.passed else 'FAILED'}")
+    click.echo(f"parity  {headline(result)}")
 
 
 def _number(value: Any, key: str) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from gemma_deploy.artifact.gate_rows import at_least
 from gemma_deploy.params.table import ParamRow
 from gemma_deploy.parity.metrics import Metrics
 from gemma_deploy.quantization.rescaling import FP16_MAX, HEADROOM, Rescaling
@@ -49,7 +50,7 @@ class Line:
     passed: bool
 
     def __str__(self) -> str:
-        sign = ">=" if self.name.startswith(("headroom", "lowest")) else "<="
+        sign = ">=" if at_least(self.name) else "<="
         return f"{self.comparison}: {self.name} {self.value:.3g}, must be {sign} {self.limit:g}"
 
     def to_json(self) -> dict[str, Any]:

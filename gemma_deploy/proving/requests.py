@@ -9,10 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
-
 from gemma_deploy.artifact.manifest import ProofRecord
 from gemma_deploy.artifact.opened import Artifact, newest_artifact
+from gemma_deploy.artifact.pages import gate_values, rendered
 from gemma_deploy.backends import backend_of
 from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint
 from gemma_deploy.engine import open_engine
@@ -160,27 +159,7 @@ def checkpoint_of(artifact: Artifact, given: str | None) -> Checkpoint:
     return checkpoint
 
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>parity: {{ title }}</title>
-<style>body {font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; color: #222}
-table {border-collapse: collapse; margin: .5rem 0 1.5rem} td, th {border-bottom: 1px solid #ddd; padding: .2rem .6rem;
-text-align: left} td.n {text-align: right; font-variant-numeric: tabular-nums}
-.ok {color: #176d2c} .bad {color: #b00020; font-weight: 600}</style></head><body>
-<h1>{{ title }}</h1><p class="{{ 'ok' if r.passed else 'bad' }}">{{ 'passed' if r.passed else 'FAILED' }}</p>
-{% for note in r.notes %}<p>{{ note }}</p>{% endfor %}
-{% if r.divergence %}<p class="bad">{{ r.divergence.text }}</p>{% endif %}
-<h2>Gates</h2><table><tr><th>comparison</th><th>measure</th><th>value</th><th>limit</th><th></th></tr>
-{% for l in r.lines %}<tr><td>{{ l.comparison }}</td><td>{{ l.name }}</td><td class="n">{{ l.value }}</td>
-<td class="n">{{ l.limit }}</td><td class="{{ 'ok' if l.passed else 'bad' }}">{{ 'ok' if l.passed else 'FAILED' }}</td>
-</tr>{% endfor %}</table>
-<h2>Every measure</h2><table><tr>{% for key in r.measures[0] %}<th>{{ key }}</th>{% endfor %}</tr>
-{% for row in r.measures %}<tr>{% for value in row.values() %}<td class="n">{{ value }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></body></html>
-"""
-
-
 def page(title: str, result: ParityResult) -> str:
     """One self-contained HTML page."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(PAGE).render(title=title, r=result.to_json())
+    said = {"title": title, "passed": result.passed, "notes": result.notes, "divergence": result.divergence}
+    return rendered("parity.html.j2", **said, **gate_values(result, result.measures))

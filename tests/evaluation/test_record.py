@@ -44,12 +44,14 @@ def test_results_are_kept_in_the_artifact_which_stays_whole(artifact, text_file,
     assert text == json.loads((tmp_path / "ppl.json").read_text())
     assert (test["task"], test["questions"], "answers" in test) == ("ceval", 4, False)
     page = (artifact / "report.html").read_text()
-    assert f"{text['perplexity']:.4f} &plusmn; {text['perplexity_error']:.3f}" in page
-    assert f'<td class="n">{text["kl_mean"]:.3g}</td>' in page
+    assert f"{text['perplexity']:.3f} \u00b1 {text['perplexity_error']:.3g}" in page
+    assert f'<td data-label="mean KL, nats" class="n"><span>{text["kl_mean"]:.3g}</span>' in page
     assert text["settings"]["windowing"] in page
-    assert "C-Eval, val, 0-shot, 4 questions of\n2 subjects" in page
-    assert f'<tr><td>law</td><td class="n">2</td>\n<td class="n">{test["subjects"]["law"]["accuracy"]:.3f}</td>' in page
-    assert page.count("<svg") == 2, "SQNR and ranges"
+    assert "C-Eval, val, 0-shot, 4 questions of 2 subjects" in page
+    law = test["subjects"]["law"]["accuracy"]
+    cell = '<td data-label="{}" class="n"><span>{}</span></td>'
+    assert f"<span>law</span></td>{cell.format('questions', 2)}{cell.format('accuracy', f'{law:.3g}')}" in page
+    assert [name in page for name in ("SQNR by layer", "largest magnitude by layer")] == [True, True]
     assert not re.search(r"<(script|link|img)\b|@import|url\(http", page)
     assert {file.name for file in artifact.parent.iterdir()} == {"artifact", "ppl.json", "exam.zip"}, "no lock is left"
 
@@ -167,17 +169,19 @@ def test_a_result_that_is_not_finite_and_names_from_outside_are_shown_as_such(ar
     evil |= {"perplexity": None, "perplexity_error": None, "kl_mean": None}
     page = report.report_page(Artifact.open(artifact).manifest, [evil])
     assert "<script>" not in page
-    assert '<td class="n">- &plusmn; -</td>' in page
+    assert '<td data-label="perplexity" class="n"><span>-</span>' in page
 
 
 def test_the_picture_of_ranges():
     absmax = {f"model.layers.{n}.mlp.down_proj.in": 10.0**n for n in range(3)} | {"model.norm.out": 5.0}
-    svg = range_plot(absmax)
-    assert svg.startswith("<svg")
-    assert "<!-- down_proj input -->" in svg
-    assert "<!-- layer output -->" not in svg
-    assert range_plot(absmax) == svg, "same numbers, same bytes"
-    assert range_plot({"model.norm.out": 5.0}) == ""
+    chart = range_plot(absmax)
+    assert [line.name for line in chart.series] == ["down_proj input"]
+    lows = [mark.y for mark in chart.series[0].marks]
+    assert lows[0] - lows[1] == pytest.approx(lows[1] - lows[2], abs=0.2)  # tens are equally far apart
+    assert [mark.text for mark in chart.series[0].marks][2] == "down_proj input, layer 2: 100"
+    assert chart.rule.at < min(lows)  # far below the largest float16
+    assert range_plot(absmax) == chart, "same numbers, same picture"
+    assert range_plot({"model.norm.out": 5.0}) is None
 
 
 def test_of_ranks_the_lowest_sqnr_is_drawn():
@@ -188,4 +192,4 @@ def test_of_ranks_the_lowest_sqnr_is_drawn():
         ]
 
     assert sqnr_plot(rows(41.0, 39.0)) == sqnr_plot(rows(39.0)) != sqnr_plot(rows(41.0))
-    assert sqnr_plot(rows(None)) == ""
+    assert sqnr_plot(rows(None)) is None
