@@ -1,5 +1,10 @@
-"""Artifacts as `compile` leaves them before the manifest is written."""
+"""Exports of tests: each is done once and kept for the next run, as long as the code that makes it is the same.
 
+Tests that change that code with `monkeypatch` need an export of their own: `export_in_this_process`.
+"""
+
+import hashlib
+import os
 from pathlib import Path
 
 from gemma_deploy.backends.base import Exported
@@ -9,6 +14,8 @@ from gemma_deploy.graph.contract import GraphContract
 from gemma_deploy.graph.export import export_graphs
 from gemma_deploy.graph.external import attach_external, serialized, write_graph
 from gemma_deploy.params import build_plan, write_params
+from gemma_deploy.provenance import code_of
+from gemma_deploy.stages.graph_cache import GraphCache
 
 SIZES = 32, 80  # four windows of 8
 DYNAMIC_SIZES = 272, 288  # more than one block of the cache
@@ -19,20 +26,35 @@ def contract_of(config: ModelConfig, scheme, batch=2, dynamic=False) -> GraphCon
     return GraphContract.of(config, scheme, batch, *(DYNAMIC_SIZES if dynamic else SIZES), dynamic)
 
 
-_REMEMBERED: dict = {}
+KEPT = Path(os.environ.get("GEMMA_DEPLOY_TEST_CACHE") or Path(__file__).parent.parent / ".pytest_cache" / "exports")
 
 
-def remembered_export(config, *arguments):
-    """`export_graphs`, each export done once a process: for tests of what happens around it."""
-    key = (str(config), *arguments)
-    if key not in _REMEMBERED:
-        _REMEMBERED[key] = export_graphs(config, *arguments)
-    return {name: graph.clone() for name, graph in _REMEMBERED[key].items()}
+def kept(what: str, given, names, make) -> dict[str, bytes]:
+    """Files of an export: those of an earlier run where nothing that decides about them has changed, else `make()`.
+
+    Args:
+        what: the kind of export; given: all that it is made from, its `repr` says everything.
+        names: of the files.
+    """
+    code = code_of(("gemma_deploy.graph.worker",))
+    key = hashlib.sha256(repr((what, given, code.sha256, sorted(code.versions.items()))).encode()).hexdigest()
+    cache = GraphCache(KEPT)
+    files = cache.get(key, names)
+    if files is None:
+        files = make()
+        cache.put(key, files)
+    return files
 
 
 def export_in_this_process(task):
     """`worker.export_apart` without a process of its own."""
     return Exported(worker.export_here(task), 1)
+
+
+def export_once(task):
+    """`worker.export_apart`, without a process of its own and done once."""
+    names = [part.file(f"{name}.onnx") for part, _ in task.rows for name in task.contract.graph_names]
+    return Exported(kept("parts", task, names, lambda: worker.export_here(task)), 1)
 
 
 def write_artifact(checkpoint_dir, out: Path, scheme, *, batch=2, dynamic=False) -> None:
@@ -42,7 +64,12 @@ def write_artifact(checkpoint_dir, out: Path, scheme, *, batch=2, dynamic=False)
     contract = contract_of(checkpoint.config, scheme, batch, dynamic)
     plan = build_plan(checkpoint.config, scheme, contract.context)
     table = write_params(checkpoint, plan, out / "params.safetensors", journal=out / "params.journal")
-    graphs = export_graphs(checkpoint.config, scheme, contract)
-    attach_external(graphs, table.rows, "params.safetensors")
-    for name, graph in graphs.items():
-        write_graph(serialized(graph), out / f"{name}.onnx")
+
+    def make():
+        graphs = export_graphs(checkpoint.config, scheme, contract)
+        attach_external(graphs, table.rows, "params.safetensors")
+        return {f"{name}.onnx": serialized(graph) for name, graph in graphs.items()}
+
+    names = [f"{name}.onnx" for name in contract.graph_names]
+    for name, graph in kept("graphs", (checkpoint.config, scheme, contract, table.rows), names, make).items():
+        write_graph(graph, out / name)

@@ -20,7 +20,7 @@ from gemma_deploy.graph import worker
 from gemma_deploy.testing import write_tiny_checkpoint
 from gemma_deploy.verifying import verify
 from tests.calibration import make
-from tests.exporting import export_in_this_process
+from tests.exporting import export_once
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -182,7 +182,7 @@ def gemma(tmp_path, monkeypatch):
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     (tmp_path / "gemma" / "workspace").mkdir()
     monkeypatch.chdir(tmp_path / "gemma" / "workspace")
-    monkeypatch.setattr(worker, "export_apart", export_in_this_process)
+    monkeypatch.setattr(worker, "export_apart", export_once)
     return folder
 
 

@@ -28,7 +28,7 @@ from gemma_deploy.recipe import Recipe
 from gemma_deploy.testing import write_tiny_checkpoint
 from gemma_deploy.verifying import verify
 from tests.calibration.make import write_tokenizer
-from tests.exporting import export_in_this_process
+from tests.exporting import export_in_this_process, export_once
 
 RECIPE = """
 name: divided
@@ -51,7 +51,7 @@ def make_divided(folder):
     """Compile a Gemma 3 in two stages of two ranks each."""
     checkpoint = write_tiny_checkpoint(folder / "checkpoint", "gemma3_text")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "export_apart", export_in_this_process)
+        patch.setattr(worker, "export_apart", export_once)
         compile_recipe(recipe(checkpoint, points=[3], tp=2), out=folder / "artifact")
 
 
@@ -377,7 +377,7 @@ INT8_CACHE = ("bf16", "frontend.quantize.type=w16kv8", "dataset.name=c4:4", "dat
 )
 def test_in_float64_ranks_of_every_generation_are_the_whole(tmp_path, monkeypatch, model_type, tp, kind):
     """Gemma 1 has one KV head here and the others two: heads of their own, repeated twice, and four times."""
-    monkeypatch.setattr(worker, "export_apart", export_in_this_process)
+    monkeypatch.setattr(worker, "export_apart", export_once)
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", model_type)
     write_tokenizer(checkpoint)
     dtype, *overrides = kind

@@ -15,7 +15,7 @@ from gemma_deploy.params.stream import pack_int4
 from gemma_deploy.testing import write_tiny_checkpoint
 from gemma_deploy.verifying import verify
 from tests.calibration.make import write_tokenizer
-from tests.exporting import export_in_this_process
+from tests.exporting import export_once
 from tests.parity.breaking import change_tensor
 
 DOWN = "model.layers.1.mlp.down_proj"
@@ -24,7 +24,7 @@ TABLE = "model.embed_tokens"
 
 @pytest.fixture(autouse=True)
 def _no_child(monkeypatch):
-    monkeypatch.setattr(worker, "export_apart", export_in_this_process)
+    monkeypatch.setattr(worker, "export_apart", export_once)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from gemma_deploy.job import Job
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.stages.calibration import calibration_request, with_text
 from tests.calibration import make
-from tests.exporting import export_in_this_process
+from tests.exporting import export_once
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def recipe_file(checkpoint_path, tmp_path):
 
 
 def test_the_manifest_holds_the_fingerprint_of_the_text(recipe_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(worker, "export_apart", export_in_this_process)
+    monkeypatch.setattr(worker, "export_apart", export_once)
     command = ["compile", str(recipe_file), "--no-parity"]
     assert main(command) == 0, capsys.readouterr().err
     said = json.loads((tmp_path / "w" / "x" / "manifest.json").read_text())["calibration"]

@@ -18,7 +18,7 @@ from gemma_deploy.graph import worker
 from gemma_deploy.patched import patched_module
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.testing import write_tiny_checkpoint
-from tests.exporting import export_in_this_process
+from tests.exporting import export_once
 from tests.parity.breaking import Graph, change_tensor
 from tests.parity.conftest import checkpoint_of, write_recipe
 
@@ -32,7 +32,7 @@ def demo(once):
     def make(out):
         recipe = write_recipe(out.with_suffix(".yaml"), "demo", "w8a16", batch=1, lengths=(64, 112))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(worker, "export_apart", export_in_this_process)
+            patch.setattr(worker, "export_apart", export_once)
             result = compiler.compile_recipe(recipe, out=out)
         assert result.parity.passed
 

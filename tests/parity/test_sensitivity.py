@@ -17,7 +17,7 @@ from gemma_deploy.graph import worker
 from gemma_deploy.parity import sensitivity
 from gemma_deploy.testing import write_tiny_checkpoint
 from tests.calibration.make import write_tokenizer
-from tests.exporting import export_in_this_process
+from tests.exporting import export_once
 
 LAYERS = {"gemma": 2, "gemma2": 2, "gemma3_text": 3}
 
@@ -45,7 +45,7 @@ def compiled(tmp_path_factory):
             }
             (root / "r.yaml").write_text(yaml.safe_dump(content))
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(worker, "export_apart", export_in_this_process)
+                patch.setattr(worker, "export_apart", export_once)
                 assert main(["compile", str(root / "r.yaml"), "--no-parity"]) == 0
             made[key] = root / "w" / content["name"], Checkpoint.open(path)
         return made[key]

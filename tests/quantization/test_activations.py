@@ -25,7 +25,7 @@ from gemma_deploy.quantization.keeping import linears_to_keep
 from gemma_deploy.quantization.solver import Settings, round_tokens, solve
 from gemma_deploy.testing import write_tiny_checkpoint
 from tests.calibration.make import write_tokenizer
-from tests.exporting import export_in_this_process
+from tests.exporting import export_once
 
 RNG = np.random.default_rng(11)
 
@@ -163,7 +163,7 @@ def test_the_noisiest_are_kept_within_the_share(checkpoint):
 def artifact(checkpoint, tmp_path_factory):
     path = tmp_path_factory.mktemp("artifact")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "export_apart", export_in_this_process)
+        patch.setattr(worker, "export_apart", export_once)
         patch.setattr(StaticPair, "unrounded_inputs", Budget(0.1, 0.0))
         (path / "r.yaml").write_text(
             f"name: x\nfrontend:\n  checkpoint: {checkpoint.path}\n  shape: {{input_ids: [[32], [48]]}}\n"

@@ -24,7 +24,7 @@ from gemma_deploy.quantization.cache import cache_factors
 from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
 from gemma_deploy.verifying import verify
 from tests.calibration.make import write_tokenizer
-from tests.exporting import export_in_this_process
+from tests.exporting import export_once
 
 LAYERS = {"gemma": 2, "gemma2": 2, "gemma3_text": 3}
 RNG = np.random.default_rng(21)
@@ -58,7 +58,7 @@ def compiled(tmp_path_factory):
         }
         (root / "r.yaml").write_text(yaml.safe_dump(content))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(worker, "export_apart", export_in_this_process)
+            patch.setattr(worker, "export_apart", export_once)
             assert main(["compile", str(root / "r.yaml")]) == 0
         made[key] = root / "w" / content["name"], Checkpoint.open(path)
         return made[key]
@@ -196,7 +196,7 @@ def test_a_killed_run_measures_the_cache_once(compiled, tmp_path, monkeypatch, c
     content = {"name": "k", "frontend": frontend, "dataset": {"name": "c4:4", "seqlen": 64}}
     frontend["quantize"] = {"type": "w8a16+kv8"}
     recipe.write_text(yaml.safe_dump({**content, "backend": {"dtype": "int8"}, "workspace": {"path": str(tmp_path)}}))
-    monkeypatch.setattr(worker, "export_apart", export_in_this_process)
+    monkeypatch.setattr(worker, "export_apart", export_once)
     with monkeypatch.context() as patch:
         patch.setattr(compiler, "write_parameters", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):

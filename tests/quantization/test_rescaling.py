@@ -17,7 +17,7 @@ from gemma_deploy.params.rescaled import exponent_of
 from gemma_deploy.parity import maxima
 from gemma_deploy.quantization.rescaling import FP16_MAX, Rescaling, choose, needed
 from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
-from tests.exporting import export_in_this_process
+from tests.exporting import export_once
 
 ALL_MAXIMA_FIT = FP16_MAX / 8
 GENERATIONS = list(TINY_CONFIGS)
@@ -157,7 +157,7 @@ def compiled(folder, checkpoint, capsys):
     }
     recipe.write_text(yaml.safe_dump(content))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "export_apart", export_in_this_process)
+        patch.setattr(worker, "export_apart", export_once)
         code = main(["compile", str(recipe)])
     return code, folder / "workspace" / "planted", capsys.readouterr()
 
