@@ -14,7 +14,7 @@ from typing import Any
 
 from gemma_deploy.calibration.pipeline import Request
 from gemma_deploy.calibration.points import TOKENS
-from gemma_deploy.calibration.room import memory_bytes, workers_bytes
+from gemma_deploy.calibration.requirements import memory_bytes, workers_bytes
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig, TensorInfo
 from gemma_deploy.errors import PreflightError
 from gemma_deploy.estimates import (

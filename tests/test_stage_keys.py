@@ -186,7 +186,7 @@ def test_a_calibration_of_other_inputs_is_another(world, monkeypatch, change):
     def fingerprint():
         forget()
         checkpoint, request = Checkpoint.open(world / "ck"), Request("c4", None, 4, 32)
-        from gemma_deploy.calibration.located import locate
+        from gemma_deploy.calibration.datasets import locate
 
         return fingerprint_of(describe_inputs(checkpoint, request, locate(request.mix.parts, request.nsamples)))
 

@@ -16,9 +16,9 @@ import numpy as np
 from gemma_deploy.calibration import picture, store
 from gemma_deploy.calibration.address import require_cluster
 from gemma_deploy.calibration.chat import Chat
-from gemma_deploy.calibration.located import Located, each, locate
+from gemma_deploy.calibration.datasets import Located, each, locate
 from gemma_deploy.calibration.mix import EXAMPLE, NAME, NSAMPLES, PATH, Mix, read_mix, turn_order
-from gemma_deploy.calibration.room import check_room
+from gemma_deploy.calibration.requirements import check_room
 from gemma_deploy.calibration.sources.reading import Row, Turns
 from gemma_deploy.calibration.store import Calibration, Range
 from gemma_deploy.calibration.windows import JOINT, Cut, Windows, cut_windows, load_tokenizer_and_chat, shuffled

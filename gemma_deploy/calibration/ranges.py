@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gemma_deploy.calibration.driver import embed, loaded, refuse_nonfinite
 from gemma_deploy.calibration.executors import Executor, Here
+from gemma_deploy.calibration.layer_weights import embed, loaded, refuse_nonfinite
 from gemma_deploy.calibration.observers import RangeObserver
 from gemma_deploy.calibration.shards import Carried, Frame, LayerPass, Model, Shard, Windows, shards_of
 from gemma_deploy.calibration.states import HiddenStates

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gemma_deploy.calibration.driver import refuse_nonfinite, template_stack
+from gemma_deploy.calibration.layer_weights import refuse_nonfinite, template_stack
 from gemma_deploy.calibration.points import LAYER_OUTPUT, SHARD_TOKENS
 from gemma_deploy.calibration.segments import ENTERED, Route, state_columns, walk
 from gemma_deploy.calibration.states import joined

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemma_deploy.calibration.chat import Chat
-from gemma_deploy.calibration.located import Located
+from gemma_deploy.calibration.datasets import Located
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CalibrationError, CheckpointError, UsageError
 from gemma_deploy.text import Tokenizer

@@ -1,7 +1,7 @@
 """Weightless export: a ModelConfig becomes the iter0 and iter1 graphs; no weight is read.
 
-The steps, in order: skeleton -> islands -> trace -> passes -> cut and stamp -> function bodies. What leaves here has
-initializers without data, named like the checkpoint's tensors; external.py points them into params.safetensors.
+The steps, in order: skeleton -> disconnected -> trace -> passes -> cut and stamp -> function bodies. What leaves here
+has initializers without data, named like the checkpoint's tensors; external.py points them into params.safetensors.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.graph import stamp
 from gemma_deploy.graph.collectives import LEVELS
 from gemma_deploy.graph.contract import DECODE, GRAPHS, GraphContract
+from gemma_deploy.graph.disconnected import Pair, dynamic_dimensions, example_inputs, own_name, parts_of
 from gemma_deploy.graph.functions import used_functions
-from gemma_deploy.graph.islands import Pair, dynamic_dimensions, example_inputs, own_name, parts_of
 from gemma_deploy.graph.passes.fold import fold_constants
 from gemma_deploy.graph.passes.name_outputs import name_module_outputs
 from gemma_deploy.graph.passes.quantize_cache import quantize_cache

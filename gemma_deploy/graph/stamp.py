@@ -14,7 +14,7 @@ import onnx_ir as ir
 from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.errors import ExportError
 from gemma_deploy.graph.contract import DECODE, ENTERING, LEAVING, GraphContract, Port
-from gemma_deploy.graph.islands import Part, own_name
+from gemma_deploy.graph.disconnected import Part, own_name
 
 DTYPES = {"int64": ir.DataType.INT64, "float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 
 from gemma_deploy.errors import ExportError
-from gemma_deploy.graph.islands import Pair
+from gemma_deploy.graph.disconnected import Pair
 
 OPSET = 21
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from gemma_deploy.artifact.weights import ArtifactWeights
-from gemma_deploy.calibration.driver import embed, loaded
+from gemma_deploy.calibration.layer_weights import embed, loaded
 from gemma_deploy.calibration.shards import Frame, LayerPass, Model
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import Checkpoint, WeightSource

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from gemma_deploy.architectures import LayerSpec
-from gemma_deploy.calibration.driver import embed, loaded
 from gemma_deploy.calibration.executors import Executor
+from gemma_deploy.calibration.layer_weights import embed, loaded
 from gemma_deploy.calibration.points import cache_factor_names
 from gemma_deploy.calibration.shards import Frame, LayerPass, Model
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.progress import Tick
-from gemma_deploy.quantization.observing import step
+from gemma_deploy.quantization.moments_pass import step
 from gemma_deploy.quantization.results import write_result
 
 SMALLEST = 1e-3  # of the largest channel of a head: what was silent on the calibration text may speak up later

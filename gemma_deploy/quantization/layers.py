@@ -1,10 +1,9 @@
 """The streaming quantizer: layer by layer, each one calibrated on what the quantized layers before it give.
 
-Like calibration/driver.py, but what is seen is used at once: the inputs of a group of linears are observed, its weights
-solved and replaced, and the next group sees the result (`true_sequential`). One layer's weights and the moments of one
-group are in memory; hidden states lie on disk, and pass in shards (observing.py). A
-layer's result is durable before the next begins, so a killed run continues at the layer where it stopped, with the same
-bytes.
+Like calibration/layer_weights.py, but what is seen is used at once: the inputs of a group of linears are observed, its
+weights solved and replaced, and the next group sees the result (`true_sequential`). One layer's weights and the moments
+of one group are in memory; hidden states lie on disk, and pass in shards (moments_pass.py). A layer's result is durable
+before the next begins, so a killed run continues at the layer where it stopped, with the same bytes.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ import torch
 from torch import nn
 
 from gemma_deploy.architectures import InputGroup, LayerSpec
-from gemma_deploy.calibration.driver import embed, loaded
 from gemma_deploy.calibration.executors import Executor, Here
+from gemma_deploy.calibration.layer_weights import embed, loaded
 from gemma_deploy.calibration.points import TOKENS
 from gemma_deploy.calibration.shards import Frame, LayerPass, Model
 from gemma_deploy.calibration.states import HiddenStates
@@ -30,9 +29,9 @@ from gemma_deploy.machine import give_memory_back
 from gemma_deploy.progress import Tick
 from gemma_deploy.quantization.cache import cache_factors
 from gemma_deploy.quantization.folding import shared_rows
+from gemma_deploy.quantization.layer_walk import Passage
 from gemma_deploy.quantization.moments import NotPositiveError
-from gemma_deploy.quantization.observing import scratch_of
-from gemma_deploy.quantization.passage import Passage
+from gemma_deploy.quantization.moments_pass import scratch_of
 from gemma_deploy.quantization.results import claim, layer_file, read_record, resume_at, states_file, write_result
 from gemma_deploy.quantization.solver import QuantizedWeight, Settings, Solved, solve
 

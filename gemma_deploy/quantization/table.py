@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from gemma_deploy.calibration.driver import loaded, refuse_nonfinite, template_stack
+from gemma_deploy.calibration.layer_weights import loaded, refuse_nonfinite, template_stack
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.quantization.equalize import MOST_ROWS, column_factors
 from gemma_deploy.quantization.layers import hidden_states

@@ -121,9 +121,9 @@ def choose_rescaling(job: Job, request: Request | None, out: Path, key: str) -> 
 def quantize_weights(job: Job, request: Request, out: Path, key: str, progress: Tick | None) -> Quantized:
     """Every decoder layer quantized on what the layers before it give; resumable per layer."""
     from gemma_deploy.calibration.executors import open_executor
-    from gemma_deploy.quantization.keeping import linears_to_keep
     from gemma_deploy.quantization.layers import quantize_layers
-    from gemma_deploy.quantization.observing import scratch_of
+    from gemma_deploy.quantization.mixed_precision import linears_to_keep
+    from gemma_deploy.quantization.moments_pass import scratch_of
     from gemma_deploy.quantization.results import layer_file, table_file
     from gemma_deploy.quantization.table import scale_table
 
@@ -186,7 +186,7 @@ def calibrate_cache(
     """
     from gemma_deploy.calibration.executors import open_executor
     from gemma_deploy.quantization.cache import observe_cache
-    from gemma_deploy.quantization.observing import scratch_of
+    from gemma_deploy.quantization.moments_pass import scratch_of
     from gemma_deploy.quantization.results import read_record
 
     checkpoint, folder, workers = job.checkpoint, out / QUANTIZED, job.workers

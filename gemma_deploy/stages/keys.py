@@ -20,7 +20,11 @@ from gemma_deploy.reading import open_regular
 RANGES = ("gemma_deploy.parity.maxima",)
 TEXT = "gemma_deploy.calibration.pipeline"  # reads and cuts what a stage calibrates on
 QUANTIZE = (
-    *("gemma_deploy.quantization.layers", "gemma_deploy.quantization.table", "gemma_deploy.quantization.keeping"),
+    *(
+        "gemma_deploy.quantization.layers",
+        "gemma_deploy.quantization.table",
+        "gemma_deploy.quantization.mixed_precision",
+    ),
     TEXT,
 )
 CACHE = ("gemma_deploy.quantization.cache", TEXT)

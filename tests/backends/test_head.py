@@ -7,8 +7,8 @@ import onnx_ir as ir
 import pytest
 
 from gemma_deploy.backends.onnxruntime import head
-from gemma_deploy.backends.onnxruntime.apart import every_position, exact
 from gemma_deploy.backends.onnxruntime.decoder import LOGITS, NORMED
+from gemma_deploy.backends.onnxruntime.exact import every_position, exact
 from gemma_deploy.backends.onnxruntime.gates import SCREEN_LIMIT, dynamic_gates
 from gemma_deploy.backends.onnxruntime.options import CANDIDATES as SHIPPED
 from tests.backends.make import off, open_session, step

@@ -4,8 +4,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from gemma_deploy.backends.onnxruntime.apart import exact
 from gemma_deploy.backends.onnxruntime.decoder import IR_VERSION, OPSET
+from gemma_deploy.backends.onnxruntime.exact import exact
 from gemma_deploy.backends.onnxruntime.linears import Matrix, product_of, rounded_tokens
 from gemma_deploy.backends.onnxruntime.nodes import MICROSOFT, Nodes
 from gemma_deploy.backends.onnxruntime.weights import Weights

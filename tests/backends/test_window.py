@@ -9,7 +9,7 @@ import pytest
 
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime import genai, window
-from gemma_deploy.backends.onnxruntime.apart import exact
+from gemma_deploy.backends.onnxruntime.exact import exact
 from gemma_deploy.backends.onnxruntime.genai import GenaiModel, GenaiSession
 from gemma_deploy.backends.onnxruntime.lookup import Greedy, History, LookupModel, LookupSequence
 from gemma_deploy.backends.onnxruntime.window import most_ahead, resident, window_problems, windowed_layers, windows_of

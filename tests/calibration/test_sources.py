@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_deploy.calibration.located import locate
+from gemma_deploy.calibration.datasets import locate
 from gemma_deploy.calibration.mix import Part
 from gemma_deploy.calibration.sources import SOURCES, c4, ceval
 from gemma_deploy.errors import CalibrationError

@@ -21,7 +21,7 @@ from gemma_deploy.graph import worker
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.quantization.budget import Budget
 from gemma_deploy.quantization.equalize import column_factors, token_gains
-from gemma_deploy.quantization.keeping import linears_to_keep
+from gemma_deploy.quantization.mixed_precision import linears_to_keep
 from gemma_deploy.quantization.solver import Settings, round_tokens, solve
 from gemma_deploy.testing import write_tiny_checkpoint
 from tests.calibration.make import write_tokenizer

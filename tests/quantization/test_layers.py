@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from gemma_deploy.calibration import driver
+from gemma_deploy.calibration import layer_weights
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import DeployError
 from gemma_deploy.quantization import layers as layers_module
@@ -128,7 +128,7 @@ def test_results_of_another_key_are_thrown_away(tmp_path, checkpoint):
 
 def test_one_layer_is_loaded_at_a_time(tmp_path, checkpoint, monkeypatch):
     open_now, most = set(), []
-    real = driver.loaded
+    real = layer_weights.loaded
 
     class Watched:
         def __init__(self, module, source, name):

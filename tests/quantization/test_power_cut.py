@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.quantization.layer_walk import Passage
 from gemma_deploy.quantization.layers import layer_file, quantize_layers
-from gemma_deploy.quantization.passage import Passage
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.quantization.solver import Settings
 from gemma_deploy.quantization.table import scale_table

@@ -24,9 +24,9 @@ from gemma_deploy.calibration.shards import Frame, LayerPass, Model, Shard, shar
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CalibrationError, UsageError
-from gemma_deploy.quantization import observing
+from gemma_deploy.quantization import moments_pass
 from gemma_deploy.quantization.layers import quantize_layers
-from gemma_deploy.quantization.observing import observe, scratch_of
+from gemma_deploy.quantization.moments_pass import observe, scratch_of
 from gemma_deploy.quantization.solver import Settings
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.testing import write_tiny_checkpoint
@@ -231,9 +231,9 @@ def test_a_full_disk_in_a_worker_is_explained(checkpoint, tmp_path):
     named = {name: weights[f"model.layers.0.{name}"].float() for name in layer.module.state_dict()}
     layer.module.load_state_dict(named, assign=True)
     shard, file = Shard(range(1), states), Path("/dev/full")
-    task = observing._Observation(shard, ("mlp.down_proj",), None, ENTERED, False, None, file)
+    task = moments_pass._Observation(shard, ("mlp.down_proj",), None, ENTERED, False, None, file)
     with layer.hooked(), pytest.raises(CalibrationError, match="No space left on device") as caught:
-        observing._moments(layer, task)
+        moments_pass._moments(layer, task)
     assert "workspace.workers: 1" in caught.value.next_step
 
 

@@ -8,7 +8,7 @@ Kernels add in another order for several tokens than for one, and rounding to in
 Where the two largest logits lie closer together, the token is computed again on its own, as decoding without lookup
 does. What MatMulNBits leaves in the cache still depends on the company a token had, so that a near tie can end in
 another way; in fp32, and where the linears are integer products, the tokens are the same. The session is ONNX
-Runtime's, on the artifact's graph with another choice of positions (backends/onnxruntime/several.py).
+Runtime's, on the artifact's graph with another choice of positions (backends/onnxruntime/last_positions.py).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class LookupModel:
     """
 
     def __init__(self, artifact_dir: str | Path, manifest: Manifest, threads: int = 0) -> None:
-        from gemma_deploy.backends.onnxruntime.several import last_positions
+        from gemma_deploy.backends.onnxruntime.last_positions import last_positions
         from gemma_deploy.backends.onnxruntime.window import windows_of
 
         self.path = Path(artifact_dir).resolve()

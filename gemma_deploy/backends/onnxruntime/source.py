@@ -1,7 +1,7 @@
 """An artifact of ONNX Runtime's back end as a source: `exact` on dequantized weights, or with the kernels it ships.
 
 What leaves the final norm is kept, of every position, and the head is applied when logits are compared. Nothing is
-rebuilt: apart.py says how the graph is taken apart. The whole graph as a user runs it, choice of the last token
+rebuilt: exact.py says how the graph is taken apart. The whole graph as a user runs it, choice of the last token
 included, is `whole_logits`.
 """
 
@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 from gemma_deploy.artifact.manifest import KernelsRecord
-from gemma_deploy.backends.onnxruntime.apart import drop_unread, every_position, exact
 from gemma_deploy.backends.onnxruntime.decoder import LOGITS, NORMED
+from gemma_deploy.backends.onnxruntime.exact import drop_unread, every_position, exact
 from gemma_deploy.backends.onnxruntime.linears import product_of
 from gemma_deploy.backends.onnxruntime.options import ALL, GRAPH, LAST
 from gemma_deploy.backends.onnxruntime.window import empty_caches, windows_of

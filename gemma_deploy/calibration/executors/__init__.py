@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from gemma_deploy.calibration.executors.here import Here
+from gemma_deploy.calibration.executors.threads import Here
 from gemma_deploy.calibration.shards import LayerPass, Work
 
 

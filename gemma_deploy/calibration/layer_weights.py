@@ -1,6 +1,6 @@
 """What a streaming pass is made of: embedded windows, a layer's template, its weights for a while, and a check.
 
-Third step of calibration. The passes themselves are in ranges.py and quantization/observing.py.
+Third step of calibration. The passes themselves are in ranges.py and quantization/moments_pass.py.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from gemma_deploy.backends.onnxruntime.apart import every_position, exact
+from gemma_deploy.backends.onnxruntime.exact import every_position, exact
 from tests.backends.make import off, open_session, step
 from tests.backends.test_decoder import CLOSE, KERNELS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from gemma_deploy.backends.onnxruntime.apart import CHOSEN, Before, drop_unread
+from gemma_deploy.backends.onnxruntime.exact import CHOSEN, Before, drop_unread
 
 
 def last_positions(model: ir.Model, most: int) -> None:

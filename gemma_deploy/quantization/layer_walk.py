@@ -10,7 +10,7 @@ from gemma_deploy.calibration.executors import Executor
 from gemma_deploy.calibration.segments import ENTERED, Route, state_columns
 from gemma_deploy.calibration.shards import LayerPass
 from gemma_deploy.calibration.states import HiddenStates
-from gemma_deploy.quantization.observing import Observers, observe, scratch_of, step
+from gemma_deploy.quantization.moments_pass import Observers, observe, scratch_of, step
 
 
 class Passage:
