@@ -10,6 +10,7 @@ import click
 import pytest
 
 from gemma_deploy.cli import cli, main
+from gemma_deploy.recipe.catalogue import find_recipe, shipped_recipes
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -130,20 +131,19 @@ def test_the_search_for_commands_sees_what_it_should():
         parse(["fly"])
 
 
-def recipes_named(text):
-    return set(re.findall(r"build_in/[\w./-]+\.yaml", text)) | {
-        f"build_in/{name}" for name in re.findall(r"`((?:vendor/)?(?:hf|ort)_gemma\w*\.yaml)", text)
-    }
-
-
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_recipes_that_are_named_exist(page):
-    assert [name for name in sorted(recipes_named(text_of(page))) if not (ROOT / name).exists()] == []
+    text = text_of(page)
+    named = {words[1] for words in commands(text) if words[0] in ("compile", "recipes") and len(words) > 1} - {"RECIPE"}
+    named |= set(re.findall(r"`((?:cpu|accelerator)-[\w-]*\w)[` ]", text))
+    named |= set(re.findall(r"`compile ([a-z][\w./-]*)", text))
+    for name in named - {"RECIPE", "NAME"}:
+        assert find_recipe(name).is_file(), name
 
 
 def test_every_recipe_is_in_the_table_of_the_readme():
-    shipped = {str(file.relative_to(ROOT)) for file in (ROOT / "build_in").rglob("*.yaml")}
-    assert shipped - recipes_named(text_of(ROOT / "README.md")) == set()
+    readme = text_of(ROOT / "README.md")
+    assert [one.name for one in shipped_recipes() if f"`{one.name}`" not in readme] == []
 
 
 def test_the_quickstart_runs(demo_artifact, tmp_path, monkeypatch, capsys):
