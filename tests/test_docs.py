@@ -217,6 +217,18 @@ def test_references_from_code_exist():
     assert missing == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_of_the_program_that_are_named_exist(page):
+    """By path from the top, or by name or the last parts of the path where the page says in which folder."""
+    named = set(re.findall(r"`([\w/-]+\.(?:py|jinja|yaml))(?: [^`\n]*)?`", text_of(page))) - {"mine.yaml"}
+    known = [file.as_posix() for name in ("gemma_deploy", "source_code", "tests", "scripts", "benchmarks", "examples")
+             for file in (ROOT / name).rglob("*") if file.is_file()]  # fmt: skip
+    known.append("/chat_template.jinja")
+    missing = [name for name in sorted(named) if not any(file.endswith(f"/{name}") for file in known)]
+    if page.name != "CHANGELOG.md":  # which tells of what was
+        assert [name for name in missing if "NAME" not in name] == []
+
+
 def test_code_refers_to_documents_by_their_names():
     """Not to `design 4.3` or to notes that are not in the repository."""
     vague = re.compile(r"\bdesign (?:section )?\d|\bgemma_facts\b|\(design\b|[Dd]esign notes")
