@@ -20,7 +20,7 @@ from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.errors import GateError
 from gemma_deploy.job import Job
 from gemma_deploy.preflight import Plan, make_plan, preflight
-from gemma_deploy.progress import BYTES, Watcher
+from gemma_deploy.progress import BYTES, Report, Watcher
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.stages.calibration import (
     calibrate_cache,
@@ -107,13 +107,13 @@ def compile_recipe(
             files = set(manifest.files)
         if keys.sensitivity and request and manifest.keys.get("sensitivity") != keys.sensitivity:
             with clock.stage("sensitivity") as stage:
-                tick = clock.ticks("sensitivity", "layers")
+                tick = clock.ticks("sensitivity", "layers", of=job.config.num_hidden_layers)
                 found, stage.skipped = layer_sensitivity(job, request, manifest, artifact.path, keys.sensitivity, tick)
             manifest = manifest.measured("sensitivity", keys.sensitivity, sensitivity=found)
         result = None
         if parity and manifest.keys.get("gate") != keys.gate:
             with clock.stage("parity"):
-                result = run_gate(job, artifact.path, manifest, lambda what: clock.watcher.said("parity", what))
+                result = run_gate(job, artifact.path, manifest, Report(clock.watcher, "parity"))
             if on_gate is not None:
                 on_gate(result)
             manifest = manifest.measured("gate", keys.gate, parity=result.to_json())
@@ -152,7 +152,8 @@ def _build(
     source: WeightSource = job.checkpoint
     if keys.ranges:
         with clock.stage("ranges") as stage:
-            rescaling, stage.skipped = choose_rescaling(job, request, out, keys.ranges)
+            tick = clock.ticks("ranges", "layers")
+            rescaling, stage.skipped = choose_rescaling(job, request, out, keys.ranges, tick)
     if keys.quantize and request is not None:
         with clock.stage("quantize"):
             tick = clock.ticks("quantize", "layers", of=job.config.num_hidden_layers)

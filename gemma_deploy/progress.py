@@ -82,8 +82,30 @@ def amount(done: float, total: float, unit: str) -> str:
     return f"{int(done)} of {int(total)} {unit}"
 
 
+class Report:
+    """Tells a `Watcher` what one stage is at: in words, or how much of that is done."""
+
+    def __init__(self, watcher: Watcher, stage: str) -> None:
+        self._watcher, self._stage, self._what = watcher, stage, ""
+
+    def __call__(self, what: str) -> None:
+        """What is done from now on."""
+        self._what = what
+        self._watcher.said(self._stage, what)
+
+    def ticks(self, unit: str) -> Tick:
+        """A function to be called with (done, total) of it, in `unit`."""
+        what = f", {self._what}" if self._what else ""
+        return ticks(self._watcher, self._stage, f"{unit}{what}")
+
+
+def counted(report: Callable[[str], None], unit: str) -> Tick | None:
+    """`Report.ticks`, where the report can count; None where it takes words alone."""
+    return report.ticks(unit) if isinstance(report, Report) else None
+
+
 class Lines:
-    """Lines for a log: one when a stage begins that takes time, one now and then, none at its end.
+    """Lines for a log: one when a stage begins, one now and then while it takes time, none at its end.
 
     Args:
         clock: seconds, for tests.
@@ -98,6 +120,7 @@ class Lines:
         """See `Watcher`."""
         self._began = self._told = self._clock()
         self._tenth = 0
+        self._write(f"{stage} ...")
 
     def advanced(self, stage: str, done: float, total: float, unit: str) -> None:
         """A line for every tenth, not before the stage has taken a while, and at least one in `LOG_SECONDS`."""
@@ -111,6 +134,7 @@ class Lines:
 
     def said(self, stage: str, what: str) -> None:
         """See `Watcher`."""
+        self._tenth, self._told = 0, self._clock()
         self._write(f"{stage}  {what}")
 
     def ended(self, stage: str) -> None:
@@ -156,6 +180,17 @@ class Bars:
         if self._bar is not None:
             self._bar.stop()
         self._bar = self._task = None
+
+
+@contextmanager
+def reported(stage: str, stream: TextIO | None = None) -> Iterator[Report]:
+    """Show one piece of work, of steps that have names, on standard error."""
+    watcher = watch_on(stream or sys.stderr)
+    watcher.started(stage)
+    try:
+        yield Report(watcher, stage)
+    finally:
+        watcher.ended(stage)
 
 
 @contextmanager

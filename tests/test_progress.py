@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from gemma_deploy.progress import BYTES, Bars, Lines, Silent, amount, shown, ticks, watch_on
+from gemma_deploy.progress import BYTES, Bars, Lines, Report, Silent, amount, counted, shown, ticks, watch_on
 
 
 class Clock:
@@ -30,13 +30,14 @@ def lines(stream):
     return stream.getvalue().splitlines()
 
 
-def test_a_short_stage_says_nothing_in_a_log(log):
+def test_a_stage_is_named_when_it_begins_and_a_short_one_says_no_more_in_a_log(log):
     watcher, clock, stream = log
     watcher.started("files")
+    assert lines(stream) == ["files ..."]
     clock.now += 1
     watcher.advanced("files", 5, 10, "windows")
     watcher.ended("files")
-    assert lines(stream) == []
+    assert lines(stream) == ["files ..."]
 
 
 def test_a_long_stage_has_a_line_for_each_tenth(log):
@@ -45,8 +46,8 @@ def test_a_long_stage_has_a_line_for_each_tenth(log):
     for layer in range(1, 19):
         clock.now += 3
         watcher.advanced("quantize", layer, 18, "layers")
-    assert lines(stream)[0] == "quantize   11 %  2 of 18 layers"
-    assert len(lines(stream)) == 9
+    assert lines(stream)[:2] == ["quantize ...", "quantize   11 %  2 of 18 layers"]
+    assert len(lines(stream)) == 10
     assert "18 of 18" not in stream.getvalue()
 
 
@@ -57,7 +58,7 @@ def test_a_very_long_stage_is_never_silent_for_longer_than_half_a_minute(log):
         clock.now += 10
         watcher.advanced("quantize", window, 5760, "windows")
     assert len(lines(stream)) >= 399 * 10 / 30 - 1
-    assert lines(stream)[0] == "quantize    0 %  3 of 5760 windows"
+    assert lines(stream)[1] == "quantize    0 %  3 of 5760 windows"
 
 
 def test_every_stage_counts_from_its_own_beginning(log):
@@ -66,7 +67,25 @@ def test_every_stage_counts_from_its_own_beginning(log):
         watcher.started(stage)
         clock.now += 5
         watcher.advanced(stage, 64 << 20, 256 << 20, BYTES)
-    assert lines(stream) == ["parameters   25 %  64 of 256 MiB", "parity   25 %  64 of 256 MiB"]
+    assert lines(stream)[1::2] == ["parameters   25 %  64 of 256 MiB", "parity   25 %  64 of 256 MiB"]
+
+
+def test_steps_of_a_stage_are_named_and_counted_each_from_its_own_beginning(log):
+    watcher, clock, stream = log
+    watcher.started("parity")
+    report = Report(watcher, "parity")
+    for source in ("hf", "strict"):
+        report(f"running {source}")
+        clock.now += 5
+        counted(report, "layers")(9, 18)
+    assert counted(print, "layers") is None  # takes words alone
+    assert lines(stream) == [
+        "parity ...",
+        "parity  running hf",
+        "parity   50 %  9 of 18 layers, running hf",
+        "parity  running strict",
+        "parity   50 %  9 of 18 layers, running strict",
+    ]
 
 
 def test_a_terminal_shows_stage_unit_and_amount_and_clears_the_line():

@@ -325,7 +325,7 @@ class Manifest(Record):
     @property
     def whole_scheme(self) -> Scheme:
         """How weights and cache are kept."""
-        return Scheme(self.scheme + ("+kv8" if self.int8_cache else ""))
+        return Scheme(self.scheme, self.int8_cache)
 
 
 def tool_versions() -> dict[str, str]:

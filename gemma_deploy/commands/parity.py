@@ -9,6 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from gemma_deploy.parity.compare import ParityResult
+    from gemma_deploy.proving.requests import Request
 
 EPILOG = """\b
 Examples:
@@ -56,8 +57,8 @@ def command(
 
     Exit 1 when a gate fails, or when they all pass on files that are not the ones that were written.
     """
-    from gemma_deploy.artifact.check import byte_problems, open_whole, refuse
-    from gemma_deploy.errors import GateError, UsageError
+    from gemma_deploy.errors import GateError
+    from gemma_deploy.progress import reported
     from gemma_deploy.proving import requests
     from gemma_deploy.reading import refuse_output
     from gemma_deploy.writing import finite, write_json, write_text
@@ -65,7 +66,26 @@ def command(
     for option, file in (("--json", json_file), ("--html", html_file)):
         if file is not None:
             refuse_output(file, option)
-    request = requests.Request(text, prompt_tokens, decode_tokens, fast, _say)
+    with reported("parity") as report:
+        request = requests.Request(text, prompt_tokens, decode_tokens, fast, report)
+        title, result, advice = _compare(artifact, against, stage, checkpoint, workspace, request)
+    _show(title, result)
+    if json_file is not None:
+        write_json(json_file, finite({"title": title, **result.to_json()}), sort_keys=False)
+    if html_file is not None:
+        write_text(html_file, requests.page(title, result))
+    if not result.passed:
+        raise GateError("a gate failed", where=title, problems=result.failures(), next_step=advice)
+
+
+def _compare(
+    artifact: Path | None, against: str, stage: str, checkpoint: str | None, workspace: Path, request: Request
+) -> tuple[str, ParityResult, str]:
+    """What was compared, with which result, and what to do where that is not right."""
+    from gemma_deploy.artifact.check import byte_problems, open_whole, refuse
+    from gemma_deploy.errors import UsageError
+    from gemma_deploy.proving import requests
+
     advice, artifacts = "see the table above", []
     if stage == "patched":
         if artifact is not None or against != "hf":
@@ -84,22 +104,11 @@ def command(
             artifacts.append(open_whole(against))
             title = f"{path} against {against}"
             result = requests.two_artifacts(path, Path(against), checkpoint, request)
-    if (
-        result.passed
-    ):  # a damaged weight that no prompt here brings out passes every gate; where one fails, it says where
+    # A damaged weight that no prompt here brings out passes every gate; where one fails, it says where.
+    if result.passed:
         for opened in artifacts:
             refuse(opened, byte_problems(opened))
-    _show(title, result)
-    if json_file is not None:
-        write_json(json_file, finite({"title": title, **result.to_json()}), sort_keys=False)
-    if html_file is not None:
-        write_text(html_file, requests.page(title, result))
-    if not result.passed:
-        raise GateError("a gate failed", where=title, problems=result.failures(), next_step=advice)
-
-
-def _say(line: str) -> None:
-    click.echo(f"{line} ...", err=True)
+    return title, result, advice
 
 
 def _show(title: str, result: ParityResult) -> None:

@@ -18,7 +18,10 @@ Examples:
 @click.option("--quick", is_flag=True, help="Do not read params.safetensors (sizes only).")
 def command(artifact: Path, quick: bool) -> None:
     """Check ARTIFACT; exit 1 and name every damaged file and tensor."""
+    from gemma_deploy.progress import BYTES, shown
     from gemma_deploy.verifying import verify
 
-    for line in verify(artifact, deep=not quick):
+    with shown("verify", BYTES) as tick:
+        lines = verify(artifact, deep=not quick, progress=tick)
+    for line in lines:
         click.echo(f"ok  {line}")

@@ -20,7 +20,8 @@ from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case, Sizes, make_cases, prompt_length
 from gemma_deploy.parity.gates import Gate, Line, judge
 from gemma_deploy.parity.metrics import Comparison, Metrics
-from gemma_deploy.parity.sources import Features, Source
+from gemma_deploy.parity.sources import Counting, Features, Source
+from gemma_deploy.progress import counted
 from gemma_deploy.reading import read_text, text_kind
 from gemma_deploy.text import Tokenizer, has_tokenizer
 
@@ -117,15 +118,23 @@ def compare_sources(
     features: dict[str, Features] = {}
     for name, source in sources.items():
         report(f"running {name}")
+        if isinstance(source, Counting):
+            source.progress = counted(report, source.unit)
         features[name] = source.run(cases)
         give_memory_back()
     report("comparing logits")
     found = {pair: Pair() for pair in pairs}
     step = max(1, BLOCK_BYTES // (4 * vocab_size))
-    for prompt_end, positions in compared_positions(cases):
+    tick, done, kinds = counted(report, "positions"), 0, compared_positions(cases)
+    total = sum(len(positions) for _, positions in kinds)
+    for prompt_end, positions in kinds:
         for start in range(0, len(positions), step):
-            _compare_block(sources, features, found, cases, positions[start : start + step], prompt_end)
+            block = positions[start : start + step]
+            _compare_block(sources, features, found, cases, block, prompt_end)
             give_memory_back()
+            done += len(block)
+            if tick is not None:
+                tick(done, total)
     return found
 
 

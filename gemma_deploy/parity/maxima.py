@@ -13,6 +13,7 @@ from gemma_deploy.calibration.mix import read_mix, shortened
 from gemma_deploy.calibration.pipeline import Request, make_windows
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError
+from gemma_deploy.progress import Tick
 from gemma_deploy.quantization.rescaling import Rescaling, choose
 from gemma_deploy.text import has_tokenizer
 
@@ -44,12 +45,15 @@ def windows_request(
     return Request(words, path, windows, seqlen, embed_scale=embed_scale)
 
 
-def measure_rescaling(checkpoint: Checkpoint, request: Request | None, *, context: int, embed_scale: str) -> Rescaling:
+def measure_rescaling(
+    checkpoint: Checkpoint, request: Request | None, *, context: int, embed_scale: str, progress: Tick | None = None
+) -> Rescaling:
     """Run the windows and choose.
 
     Args:
         request: see `windows_request`.
         context: of the artifact.
+        progress: called with (layers passed, all of them).
 
     Raises:
         CalibrationError: a data set is damaged or too short.
@@ -66,7 +70,9 @@ def measure_rescaling(checkpoint: Checkpoint, request: Request | None, *, contex
         ids.append(make_windows(checkpoint, request).ids)
     else:
         log.warning("the checkpoint has no tokenizer: float16's headroom is measured on random tokens alone")
-    maxima = TorchSource(checkpoint, "patched", "fp32", embed_scale).maxima(np.concatenate(ids))
+    source = TorchSource(checkpoint, "patched", "fp32", embed_scale)
+    source.progress = progress
+    maxima = source.maxima(np.concatenate(ids))
     damaged = [point for point, found in maxima.items() if not np.isfinite(found)]
     if damaged:
         raise NotFiniteError(

@@ -23,6 +23,7 @@ from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.sources import Features
 from gemma_deploy.patched import configured, patched_causal, patched_module
+from gemma_deploy.progress import Tick
 
 Weighting = Literal["fp32", "bf16", "w8a16"]
 TABLE = "model.embed_tokens.weight"
@@ -60,6 +61,8 @@ class TorchSource:
             self.name += f" in {str(dtype).removeprefix('torch.')}"
         self.name = name or self.name
         self.absmax: dict[str, float] = {}
+        self.progress: Tick | None = None
+        self.unit = "layers"
 
     def run(self, cases: Sequence[Case]) -> Features:
         """Hidden states after the final norm, [prompt + steps, H] of every row."""
@@ -139,9 +142,15 @@ class TorchSource:
         weights = Weights(self, used)
         cpu_offload(model, torch.device("cpu"), offload_buffers=True, state_dict=weights)
         watch(model)
-        for layer in model.layers:
-            layer.register_forward_hook(lambda *_: give_memory_back())
+        for number, layer in enumerate(model.layers, 1):
+            layer.register_forward_hook(lambda *_, number=number: self._passed(number, len(model.layers)))
         return model(input_ids=ids, use_cache=False).last_hidden_state
+
+    def _passed(self, number: int, count: int) -> None:
+        """A layer is done."""
+        give_memory_back()
+        if self.progress is not None:
+            self.progress(number, count)
 
     def _build(self, vocab_size: int) -> nn.Module:
         """The decoder stack on the meta device, with a table of `vocab_size` rows."""

@@ -45,7 +45,7 @@ def measure_sensitivity(
         stored: the artifact's weights; its activations and cache are not rounded here.
         ids: a window of token ids, BOS first; the first `TOKENS` are used.
         scratch: directory for hidden states.
-        progress: called with (layers passed, all of them), each as often as there are variants.
+        progress: called with (done, all of it), half of which is layers, half the logits of the variants.
 
     Returns:
         `tokens`, `layers` (KL by layer) and `table`.
@@ -69,13 +69,18 @@ def measure_sensitivity(
             states.write(index, changed)
             give_memory_back()
             if progress is not None:
-                progress(index + 1, count)
+                progress(index + 1, 2 * count)
         normed = []
         sources: list[tuple[WeightSource, Sequence[int]]] = [(checkpoint, range(count + 1)), (stored, [table])]
         for source, rows in sources:
             with loaded(frame.stack.norm, source, "model.norm"):
                 normed += [frame.stack.norm(torch.from_numpy(states.read(i))[None])[0] for i in rows]
-    losses = _losses(TorchSource(checkpoint, "hf"), TorchSource(stored, "patched"), normed)
+
+    def second_half(done: float, total: float) -> None:
+        if progress is not None:
+            progress(count * (1 + min(1.0, done / total)), 2 * count)
+
+    losses = _losses(TorchSource(checkpoint, "hf"), TorchSource(stored, "patched"), normed, second_half)
     return {"tokens": seqlen, "layers": losses[:count], "table": losses[count]}
 
 
@@ -104,7 +109,7 @@ def _embed_both(
             states.write(row, hidden)
 
 
-def _losses(exact: TorchSource, changed: TorchSource, normed: Sequence[torch.Tensor]) -> list[float]:
+def _losses(exact: TorchSource, changed: TorchSource, normed: Sequence[torch.Tensor], progress: Tick) -> list[float]:
     """KL of every variant from the last but one, which is the unchanged; the last is read by the artifact's head."""
     *layers, unchanged, table = normed
     step = max(1, HEAD_BYTES // (4 * exact.checkpoint.config.vocab_size))
@@ -117,6 +122,7 @@ def _losses(exact: TorchSource, changed: TorchSource, normed: Sequence[torch.Ten
             test = _log_probabilities(head, variant[block])
             totals[i] += float((reference.exp() * (reference - test)).sum(dtype=torch.float64))
             del test
+            progress(start + step * (i + 1) / len(totals), len(unchanged))
         give_memory_back()
     return [total / len(unchanged) for total in totals]
 

@@ -7,14 +7,27 @@ costs a few megabytes. Sources: `reference.TorchSource`, and those of the back e
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from gemma_deploy.parity.cases import Case
+from gemma_deploy.progress import Tick
 
 # case -> row -> [positions, features]; the last positions of the row's sequence, prompt and forced tokens
 Features = list[list[np.ndarray]]
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """A source that tells how far it is.
+
+    Attributes:
+        progress: called with (layers passed, all of them), or what else `unit` names; None: nobody asks.
+    """
+
+    progress: Tick | None
+    unit: str
 
 
 class Source(Protocol):

@@ -13,7 +13,7 @@ o_proj and down_proj the median column decides (0.143).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ from gemma_deploy.checkpoint.config import TABLE
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.gates import STORED_WEIGHTS, Line
 from gemma_deploy.patched import patched_module
+from gemma_deploy.progress import Tick
 from gemma_deploy.quantization.folding import shared_rows
 
 NORM = "model.norm"
@@ -49,7 +50,9 @@ class Difference:
         return LIMITS[self.dtype]
 
 
-def weights_line(checkpoint: Checkpoint, stored: ArtifactWeights, *, folded: bool, embed_scale: str) -> Line:
+def weights_line(
+    checkpoint: Checkpoint, stored: ArtifactWeights, *, folded: bool, embed_scale: str, progress: Tick | None = None
+) -> Line:
     """The tensor that is off most, measured by its limit.
 
     Args:
@@ -57,13 +60,23 @@ def weights_line(checkpoint: Checkpoint, stored: ArtifactWeights, *, folded: boo
         stored: its weights.
         folded: whether columns were multiplied by factors (the calibrated schemes).
         embed_scale: rounding of the embedding's scale, "exact" or "bf16".
+        progress: called with (tensors compared, all of them).
     """
+    found = differences(checkpoint, stored, folded=folded, embed_scale=embed_scale)
     worst = max(
-        differences(checkpoint, stored, folded=folded, embed_scale=embed_scale),
+        _told(found, len(checkpoint.tensors), progress),
         key=lambda one: math.inf if math.isnan(one.error) else one.error / one.limit,
     )
     name = f"relative error of the worst tensor ({worst.name}, {worst.dtype})"
     return Line(STORED_WEIGHTS, name, worst.error, worst.limit, worst.error <= worst.limit)
+
+
+def _told(found: Iterable[Difference], count: int, progress: Tick | None) -> Iterator[Difference]:
+    """The same, telling how many there were."""
+    for number, one in enumerate(found, 1):
+        if progress is not None:
+            progress(min(number, count), count)
+        yield one
 
 
 def differences(

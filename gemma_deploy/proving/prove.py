@@ -13,6 +13,7 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.parity.compare import ParityResult, Report, cases_for
 from gemma_deploy.parity.gates import sqnr_line
 from gemma_deploy.parity.weights import weights_line
+from gemma_deploy.progress import counted
 from gemma_deploy.schemes import QUANTIZERS
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ def run_parity(
     report("comparing weights")
     stored = ArtifactWeights(opened.config, artifact, manifest)
     folded = manifest.scheme in QUANTIZERS
-    result.lines.append(weights_line(opened, stored, folded=folded, embed_scale=manifest.embed_scale))
+    tick = counted(report, "tensors")
+    result.lines.append(weights_line(opened, stored, folded=folded, embed_scale=manifest.embed_scale, progress=tick))
     if manifest.storage and manifest.storage.linears.bits == 8:
         result.lines.append(sqnr_line(manifest.params))
     return result

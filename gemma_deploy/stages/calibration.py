@@ -91,7 +91,9 @@ def with_text(job: Job) -> tuple[Job, Request | None]:
     return job.with_windows(request.nsamples, request.seqlen), request
 
 
-def choose_rescaling(job: Job, request: Request | None, out: Path, key: str) -> tuple[Rescaling, bool]:
+def choose_rescaling(
+    job: Job, request: Request | None, out: Path, key: str, progress: Tick | None = None
+) -> tuple[Rescaling, bool]:
     """Largest activations on calibration text, and the powers of two that bring them into float16.
 
     Returns:
@@ -109,7 +111,9 @@ def choose_rescaling(job: Job, request: Request | None, out: Path, key: str) -> 
 
     context, checkpoint = job.spec.context, job.checkpoint
     try:
-        rescaling = measure_rescaling(checkpoint, request, context=context, embed_scale=job.spec.embed_scale)
+        rescaling = measure_rescaling(
+            checkpoint, request, context=context, embed_scale=job.spec.embed_scale, progress=progress
+        )
     except NotFiniteError:
         refuse_bad_tensors(checkpoint, build_plan(checkpoint.config, "fp32", context))  # names tensor and row
         raise

@@ -83,7 +83,7 @@ def test_the_newest_artifact_json_and_html(demo, capfd, tmp_path):
     lines = Artifact.open(demo).manifest.parity.lines
     assert re.search(rf"^parity  passed, {len(lines)} gates; mean KL [\d.e-]+ nats \(limit 0.01 nats\)\n\Z", out, re.M)
     assert out.count("\u2502 ok") == len(lines)
-    assert "running strict ..." in err
+    assert "parity  running strict\n" in err
     found = json.loads(json_file.read_text())
     assert (found["title"], found["passed"], found["divergence"]) == (str(workspace / "a"), True, None)
     rows = {(row["reference"], row["test"], row["case"], row["phase"]): row for row in found["measures"]}

@@ -15,6 +15,7 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
 from gemma_deploy.parity import sensitivity
+from gemma_deploy.tables import figure
 from gemma_deploy.testing import write_tiny_checkpoint
 from tests.calibration.make import write_tokenizer
 from tests.exporting import export_once
@@ -102,9 +103,9 @@ def test_report_and_inspect_name_the_layers(compiled, capsys):
     losses = manifest["sensitivity"]["layers"]
     worst = max(range(3), key=lambda layer: losses[layer])
     page = (artifact / "report.html").read_text()
-    part = page[page.index("<h2>Sensitivity</h2>") : page.index("<h2>Weight SQNR")]
-    assert "<svg" in part
-    assert f"{losses[worst]:.3g}" in part
+    part = page[page.index("<h2>What each layer costs alone</h2>") : page.index("<h2>Ledger")]
+    assert [f"<title>layer {layer}: " in part for layer in range(4)] == [True, True, True, False]
+    assert f"<title>layer {worst}: {figure(losses[worst])} nats</title>" in part
     assert main(["inspect", str(artifact)]) == 0
     assert f"{worst} (KL {losses[worst]:.2g})" in " ".join(capsys.readouterr().out.split())
 
@@ -112,7 +113,7 @@ def test_report_and_inspect_name_the_layers(compiled, capsys):
 def test_it_can_be_left_out(compiled):
     artifact, _ = compiled("gemma", type="w8a16_gptq", calib_args={"sensitivity": False})
     assert json.loads((artifact / "manifest.json").read_text())["sensitivity"] is None
-    assert "<h2>Sensitivity</h2>" not in (artifact / "report.html").read_text()
+    assert "<h2>What each layer costs alone</h2>" not in (artifact / "report.html").read_text()
 
 
 def test_one_layer_is_in_memory_at_a_time_and_no_file_is_left(compiled, tmp_path, monkeypatch):
@@ -144,5 +145,6 @@ def test_one_layer_is_in_memory_at_a_time_and_no_file_is_left(compiled, tmp_path
         progress=lambda *step: seen.append(step),
     )
     assert (max(most), len(most)) == (1, 2 * 3 + 2)
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert seen[:3] == [(1, 6), (2, 6), (3, 6)]  # the other half: logits of three layers and the table
+    assert seen[3:] == [(3.75, 6), (4.5, 6), (5.25, 6), (6, 6)]
     assert not list(tmp_path.iterdir())

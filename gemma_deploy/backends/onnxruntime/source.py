@@ -25,6 +25,7 @@ from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.gates import Line
 from gemma_deploy.parity.sources import Features
+from gemma_deploy.progress import Tick
 from gemma_deploy.runtime.session import load_file, open_graph
 
 # Operators whose first output has the type of their first input.
@@ -68,6 +69,8 @@ class DynamicSource:
         self.watched = watched
         self.values: dict[str, list[np.ndarray]] = {}
         self._head: Any = None
+        self.progress: Tick | None = None
+        self.unit = "sequences"
 
     def run(self, cases: Sequence[Case]) -> Features:
         """Hidden states after the final norm, [prompt + steps, H] of every row."""
@@ -82,6 +85,8 @@ class DynamicSource:
             for at in range(0, len(tokens), together):
                 new, states[row] = session.run(tokens[at : at + together], states[row])
                 hidden[row] = np.concatenate([hidden[row], new])
+            if self.progress is not None:
+                self.progress(row + 1, len(forced))
         del session, made
         give_memory_back()
         rows = iter(hidden)

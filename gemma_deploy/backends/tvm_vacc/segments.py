@@ -22,6 +22,7 @@ from gemma_deploy.backends.tvm_vacc.cutting import DECODE_INPUTS, EMBEDDED, LOGI
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.sources import Features
+from gemma_deploy.progress import Tick
 from gemma_deploy.quantization.rescaling import Rescaling
 
 UNROUNDED = "strict, activations unrounded"
@@ -97,6 +98,8 @@ class StrictSource:
             self.contract = replace(self.contract, caches=tuple(map(self._as_read, self.contract.caches)))
         self.caches = caches_by_layer(self.contract)
         self.layers = len(self.caches)
+        self.progress: Tick | None = None
+        self.unit = "layers"
 
     def _as_read(self, port: Port) -> Port:
         dtype = self.graphs["iter1"].values[port.name].dtype
@@ -109,6 +112,8 @@ class StrictSource:
             self.embed(state)
         for layer in range(self.layers):
             self.layer(layer, states)
+            if self.progress is not None:
+                self.progress(layer + 1, self.layers)
         self.finish(states)
         return [state.rows(CHOSEN) for state in states]
 
