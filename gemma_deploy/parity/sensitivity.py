@@ -78,7 +78,7 @@ def measure_sensitivity(
 
     def second_half(done: float, total: float) -> None:
         if progress is not None:
-            progress(count * (1 + min(1.0, done / total)), 2 * count)
+            progress(count * (1 + done / total), 2 * count)
 
     losses = _losses(TorchSource(checkpoint, "hf"), TorchSource(stored, "patched"), normed, second_half)
     return {"tokens": seqlen, "layers": losses[:count], "table": losses[count]}
@@ -122,7 +122,7 @@ def _losses(exact: TorchSource, changed: TorchSource, normed: Sequence[torch.Ten
             test = _log_probabilities(head, variant[block])
             totals[i] += float((reference.exp() * (reference - test)).sum(dtype=torch.float64))
             del test
-            progress(start + step * (i + 1) / len(totals), len(unchanged))
+            progress(start + len(reference) * (i + 1) / len(totals), len(unchanged))
         give_memory_back()
     return [total / len(unchanged) for total in totals]
 
