@@ -125,6 +125,10 @@ class Backend(Protocol):
         """Names of the graphs of a part, without `.onnx`."""
 
     @property
+    def runs_on(self) -> str:
+        """The runtime that runs its graphs on this machine: in a proof, and for `run` where genai does not."""
+
+    @property
     def shares_tensors(self) -> bool:
         """Whether an initializer may show several tensors of the parameter file, or some rows of one."""
 

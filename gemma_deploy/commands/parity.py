@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gemma_deploy.backends import ROWS
+
 if TYPE_CHECKING:
     from gemma_deploy.parity.compare import ParityResult
     from gemma_deploy.proving.requests import Request
@@ -22,7 +24,9 @@ Examples:
 
 @click.command("parity", epilog=EPILOG)
 @click.argument("artifact", required=False, type=click.Path(path_type=Path))
-@click.option("--backend", type=click.Choice(["onnxruntime"]), default="onnxruntime", show_default=True)
+@click.option(
+    "--backend", type=click.Choice(ROWS), help="What the graphs run on  [default: what there is for the artifact]"
+)
 @click.option("--against", default="hf", show_default=True, metavar="hf|ARTIFACT", help="The reference.")
 @click.option(
     "--stage",
@@ -41,7 +45,7 @@ Examples:
 @click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write a page there.")
 def command(
     artifact: Path | None,
-    backend: str,
+    backend: str | None,
     against: str,
     stage: str,
     checkpoint: str | None,
@@ -93,15 +97,23 @@ def _compare(
                 "--stage patched compares a checkpoint's patched model with transformers",
                 next_step="name the checkpoint with --checkpoint, and no artifact",
             )
+        if backend is not None:
+            raise UsageError(
+                "--stage patched runs no graph: both sides are computed by PyTorch", next_step="leave --backend out"
+            )
         title, result = f"patched, {checkpoint or 'demo'}", requests.patched_stage(checkpoint or "demo", request)
     else:
         path = requests.find_artifact(artifact, workspace)
         artifacts = [open_whole(path)]
         advice = f"`gemma-deploy verify {path}` tells a damaged file from a wrong computation; see the table above"
+        if against != "hf":
+            artifacts.append(open_whole(against))
+        if backend is not None:
+            for opened in artifacts:
+                requests.refuse_runtime(backend, opened.manifest)
         if against == "hf":
             title, result = str(path), requests.artifact_stage(path, checkpoint, request)
         else:
-            artifacts.append(open_whole(against))
             title = f"{path} against {against}"
             result = requests.two_artifacts(path, Path(against), checkpoint, request)
     # A damaged weight that no prompt here brings out passes every gate; where one fails, it says where.

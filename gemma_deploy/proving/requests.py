@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma_deploy.artifact.manifest import ProofRecord
+from gemma_deploy.artifact.manifest import Manifest, ProofRecord
 from gemma_deploy.artifact.opened import Artifact, newest_artifact
 from gemma_deploy.artifact.pages import gate_values, rendered
 from gemma_deploy.backends import backend_of
@@ -132,6 +132,24 @@ def two_artifacts(path: Path, other: Path, checkpoint: str | None, request: Requ
     gates = relative(SAME_SCHEME, pair) if same else (Gate(pair, "kl_mean", OTHER_SCHEME, ("text",), pooled=True),)
     result.lines, result.measures = judged(gates, found), measures_of(found)
     return result
+
+
+def refuse_runtime(asked: str, manifest: Manifest) -> None:
+    """Refuse to run graphs on what this machine has no runtime of.
+
+    Args:
+        asked: `--backend`; manifest: of the artifact.
+
+    Raises:
+        UsageError: its graphs run on something else.
+    """
+    runtime = backend_of(manifest).runs_on
+    if asked != runtime:
+        raise UsageError(
+            f"no runtime of {asked} is known here: graphs for {manifest.recipe.backend.type} run on {runtime}",
+            where="--backend",
+            next_step=f"leave --backend out, or give {runtime}: it computes what the graphs say",
+        )
 
 
 def checkpoint_of(artifact: Artifact, given: str | None) -> Checkpoint:

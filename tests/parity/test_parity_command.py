@@ -102,7 +102,7 @@ def test_the_newest_artifact_json_and_html(demo, capfd, tmp_path):
 
 
 def test_without_the_fast_session(demo, capfd):
-    code, out, err = run(capfd, "parity", demo, "--no-fast", *SMALL)
+    code, out, err = run(capfd, "parity", demo, "--no-fast", "--backend", "onnxruntime", *SMALL)
     assert (code, "fast" in out + err) == (0, False)
 
 
@@ -215,6 +215,7 @@ def test_the_patched_stage_needs_no_artifact(capfd, tmp_path, monkeypatch):
         (["--stage", "patched", "somewhere"], "and no artifact"),
         (["--stage", "patched", "--against", "other"], "and no artifact"),
         (["--stage", "patched", "--decode-tokens", "2048"], "2048 decode steps leave no room for a prompt"),
+        (["--stage", "patched", "--backend", "onnxruntime"], "--stage patched runs no graph"),
         (["--stage", "other"], "Invalid value for '--stage'"),
         (["--prompt-tokens", "0"], "Invalid value for '--prompt-tokens'"),
         (["--json", "/no/such/folder/out.json"], "its directory does not exist"),
@@ -225,6 +226,14 @@ def test_bad_requests(capfd, arguments, message):
     code, out, err = run(capfd, "parity", *arguments)
     assert (code, out) == (2, "")
     assert message in err
+
+
+def test_graphs_run_on_what_is_there(demo, finished, capfd):
+    """The device of the static pair is not there: its graphs are proven on ONNX Runtime."""
+    for arguments in ([], ["--against", finished("gemma")]):
+        code, out, err = run(capfd, "parity", demo, "--backend", "tvm_vacc", *arguments)
+        assert (code, out) == (2, "")
+        assert "no runtime of tvm_vacc is known here: graphs for tvm_vacc run on onnxruntime" in err
 
 
 def test_the_checkpoint_must_be_the_artifacts_own(finished, capfd, tmp_path):

@@ -99,6 +99,7 @@ class OnnxRuntime:
     """See `Backend` in backends/base.py."""
 
     graphs: Sequence[str] = (MODEL,)
+    runs_on = "onnxruntime"
     shares_tensors = True
     no_lookup = ""
     options: type[Options] = OrtOptions

@@ -33,6 +33,7 @@ class StaticPair:
     """See `Backend` in backends/base.py."""
 
     graphs: Sequence[str] = GRAPHS
+    runs_on = "onnxruntime"
     shares_tensors = False
     no_lookup = "this artifact is static: its decode graph takes one token"
     options: type[Options] = VaccOptions
