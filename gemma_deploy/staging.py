@@ -17,6 +17,7 @@ from typing import Any
 from gemma_deploy import paths
 from gemma_deploy.checkpoint.checkpoint import Checkpoint
 from gemma_deploy.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json
+from gemma_deploy.checkpoint.source import WeightSource
 from gemma_deploy.errors import CheckpointError, UsageError
 from gemma_deploy.text import check_text, with_stops
 from gemma_deploy.text.saving import link_file, write_tokenizer
@@ -144,7 +145,7 @@ def _write_generation_config(checkpoint: Checkpoint, path: Path) -> None:
     _write_json(path, {key: value for key, value in ids.items() if value not in (None, [])})
 
 
-def _write_float32(checkpoint: Checkpoint, path: Path) -> None:
+def _write_float32(checkpoint: WeightSource, path: Path) -> None:
     """Stream every tensor as float32: a dequantized value fits no 16-bit type without loss."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0

@@ -14,7 +14,7 @@ from gemma_deploy.calibration.layer_weights import embed, loaded, refuse_nonfini
 from gemma_deploy.calibration.observers import RangeObserver
 from gemma_deploy.calibration.shards import Carried, Frame, LayerPass, Model, Shard, Windows, shards_of
 from gemma_deploy.calibration.states import HiddenStates
-from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.progress import Tick
 
 Ranges = dict[str, RangeObserver]
@@ -22,7 +22,7 @@ Ranges = dict[str, RangeObserver]
 
 @torch.inference_mode()
 def run_layers(
-    checkpoint: Checkpoint,
+    checkpoint: WeightSource,
     ids: np.ndarray,
     *,
     scratch: Path,

@@ -19,7 +19,7 @@ from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.calibration.layer_weights import embed, loaded
 from gemma_deploy.calibration.shards import Frame, LayerPass, Model
 from gemma_deploy.calibration.states import HiddenStates
-from gemma_deploy.checkpoint import Checkpoint, WeightSource
+from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.reference import TorchSource
 from gemma_deploy.progress import Tick
@@ -31,7 +31,7 @@ TABLE = "model.embed_tokens"
 
 @torch.inference_mode()
 def measure_sensitivity(
-    checkpoint: Checkpoint,
+    checkpoint: WeightSource,
     stored: ArtifactWeights,
     ids: Sequence[int],
     scratch: Path,
@@ -85,7 +85,7 @@ def measure_sensitivity(
 
 
 def _embed_both(
-    checkpoint: Checkpoint,
+    checkpoint: WeightSource,
     stored: ArtifactWeights,
     tokens: Sequence[int],
     frame: Frame,

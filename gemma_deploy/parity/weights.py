@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gemma_deploy.artifact.weights import ArtifactWeights
-from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.checkpoint.config import TABLE
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.gates import STORED_WEIGHTS, Line
@@ -51,7 +51,7 @@ class Difference:
 
 
 def weights_line(
-    checkpoint: Checkpoint, stored: ArtifactWeights, *, folded: bool, embed_scale: str, progress: Tick | None = None
+    checkpoint: WeightSource, stored: ArtifactWeights, *, folded: bool, embed_scale: str, progress: Tick | None = None
 ) -> Line:
     """The tensor that is off most, measured by its limit.
 
@@ -80,7 +80,7 @@ def _told(found: Iterable[Difference], count: int, progress: Tick | None) -> Ite
 
 
 def differences(
-    checkpoint: Checkpoint, stored: ArtifactWeights, *, folded: bool, embed_scale: str
+    checkpoint: WeightSource, stored: ArtifactWeights, *, folded: bool, embed_scale: str
 ) -> Iterator[Difference]:
     """Every tensor in model order; a block of rows of both is in memory. See `weights_line`."""
     compared = _Compared(checkpoint, stored)
@@ -120,7 +120,7 @@ def _folded(compared: _Compared, embed_scale: str) -> Iterator[Difference]:
 class _Compared:
     """The two sets of weights."""
 
-    checkpoint: Checkpoint
+    checkpoint: WeightSource
     stored: ArtifactWeights
 
     def gains(self, norm: str) -> tuple[np.ndarray, np.ndarray]:

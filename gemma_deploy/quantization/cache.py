@@ -20,7 +20,7 @@ from gemma_deploy.calibration.layer_weights import embed, loaded
 from gemma_deploy.calibration.points import cache_factor_names
 from gemma_deploy.calibration.shards import Frame, LayerPass, Model
 from gemma_deploy.calibration.states import HiddenStates
-from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.progress import Tick
 from gemma_deploy.quantization.moments_pass import step
 from gemma_deploy.quantization.results import write_result
@@ -45,7 +45,7 @@ def cache_factors(layer: LayerSpec, maxima: Mapping[str, torch.Tensor]) -> dict[
 
 @torch.inference_mode()
 def observe_cache(
-    checkpoint: Checkpoint,
+    checkpoint: WeightSource,
     ids: np.ndarray,
     file: Path,
     *,

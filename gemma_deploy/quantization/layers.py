@@ -23,7 +23,7 @@ from gemma_deploy.calibration.layer_weights import embed, loaded
 from gemma_deploy.calibration.points import TOKENS
 from gemma_deploy.calibration.shards import Frame, LayerPass, Model
 from gemma_deploy.calibration.states import HiddenStates
-from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.errors import CalibrationError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.progress import Tick
@@ -38,7 +38,7 @@ from gemma_deploy.quantization.solver import QuantizedWeight, Settings, Solved, 
 
 @torch.inference_mode()
 def quantize_layers(
-    checkpoint: Checkpoint,
+    checkpoint: WeightSource,
     ids: np.ndarray,
     settings: Settings,
     folder: Path,
@@ -118,7 +118,7 @@ def quantize_layers(
     return [record for record in records if record is not None]
 
 
-def hidden_states(checkpoint: Checkpoint, shape: tuple[int, int], folder: Path) -> HiddenStates:
+def hidden_states(checkpoint: WeightSource, shape: tuple[int, int], folder: Path) -> HiddenStates:
     """What the last quantized layer gave; `close` deletes it."""
     config = checkpoint.config
     file = states_file(folder, config.num_hidden_layers)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from gemma_deploy.calibration.layer_weights import loaded, refuse_nonfinite, template_stack
-from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.quantization.equalize import MOST_ROWS, column_factors
 from gemma_deploy.quantization.layers import hidden_states
 from gemma_deploy.quantization.results import read_record, table_file, write_result
@@ -31,7 +31,7 @@ READ_ROWS = 64  # neighbours read together when rows are sampled
 
 @torch.inference_mode()
 def scale_table(
-    checkpoint: Checkpoint, shape: tuple[int, int], folder: Path, *, codes: Codes | None, embed_scale: str = "exact"
+    checkpoint: WeightSource, shape: tuple[int, int], folder: Path, *, codes: Codes | None, embed_scale: str = "exact"
 ) -> dict[str, Any]:
     """Choose the factors for what the quantized layers give, and fold them.
 
@@ -78,7 +78,7 @@ def scale_table(
     return record
 
 
-def _some_rows(checkpoint: Checkpoint) -> torch.Tensor:
+def _some_rows(checkpoint: WeightSource) -> torch.Tensor:
     """[about MOST_ROWS, hidden]: runs of rows, evenly spread over the matrix that the head reads."""
     name = checkpoint.config.head_weight
     rows = checkpoint.tensors[name].shape[0]

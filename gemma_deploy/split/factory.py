@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from gemma_deploy.architectures import text_type
-from gemma_deploy.checkpoint import Checkpoint, ModelConfig
+from gemma_deploy.checkpoint import Checkpoint, ModelConfig, WeightSource
 from gemma_deploy.checkpoint.safetensors_reader import SafetensorsFile
 from gemma_deploy.errors import CheckpointError, UsageError
 from gemma_deploy.machine import give_memory_back
@@ -154,7 +154,7 @@ def from_pretrained_split(
     return part.fill(ParameterMapper(opened.config, span), read, str(opened.path))
 
 
-def _read(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def _read(checkpoint: WeightSource, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """A tensor in its own memory, copied a block of rows at a time."""
     shape = checkpoint.tensors[name].shape
     tensor = torch.empty(shape, dtype=dtype, device=device)
@@ -167,7 +167,7 @@ def _read(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.
     return tensor
 
 
-def _dtype_of(config: ModelConfig, checkpoint: Checkpoint) -> torch.dtype:
+def _dtype_of(config: ModelConfig, checkpoint: WeightSource) -> torch.dtype:
     """What the config says, as transformers takes it, else the weights' own."""
     named = config.raw.get("dtype") or config.raw.get("torch_dtype")
     stored = next(iter(checkpoint.tensors.values())).dtype
