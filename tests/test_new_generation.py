@@ -1,19 +1,13 @@
 """A generation that is Gemma 3 under another name: a module, a file of modeling code and a row, and all else works."""
 
-import filecmp
 import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from gemma_deploy.testing import write_tiny_checkpoint
 from tests.calibration.make import write_tokenizer
+from tests.program import changed_lines, command_of, copy_program, touched
 
-ROOT = Path(__file__).parent.parent
 MODULE = '''"""Gemma 3 under another name."""
 
 from dataclasses import replace
@@ -63,21 +57,10 @@ class GemmaXForSequenceClassification(Gemma3TextForSequenceClassification):
 '''
 
 
-def differing(one: Path, other: Path) -> list[str]:
-    """Files that only one of two folders has, or that differ."""
-    compared = filecmp.dircmp(one, other, ignore=["__pycache__"])
-    found = [*compared.left_only, *compared.right_only, *compared.diff_files]
-    for name in compared.common_dirs:
-        found += [f"{name}/{below}" for below in differing(one / name, other / name)]
-    return found
-
-
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     """A copy of the program with one generation more; files that had to be touched."""
-    root = tmp_path_factory.mktemp("program")
-    for name in ("gemma_deploy", "source_code", "calib", "build_in"):
-        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    root = copy_program(tmp_path_factory.mktemp("program"))
     (root / "gemma_deploy/architectures/gemmax.py").write_text(MODULE)
     (root / "source_code/modeling_gemmax_vacc.py").write_text(MODELING)
     table = root / "gemma_deploy/architectures/__init__.py"
@@ -96,27 +79,16 @@ def run(program, tmp_path_factory):
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"model_type": "gemmax_text"}))
 
-    def command(*words):
-        code = "import sys; from gemma_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
-        return subprocess.run(
-            [sys.executable, "-P", "-c", code, *map(str, words)],
-            env={**os.environ, "PYTHONPATH": str(program)},
-            cwd=work,
-            capture_output=True,
-            text=True,
-        )
-
-    return command
+    return command_of(program, work)
 
 
 def test_two_files_and_a_row(program):
-    touched = [f"{name}/{below}" for name in ("gemma_deploy", "source_code")
-               for below in differing(ROOT / name, program / name)]  # fmt: skip
-    assert sorted(touched) == [
+    assert touched(program) == [
         "gemma_deploy/architectures/__init__.py",
         "gemma_deploy/architectures/gemmax.py",
         "source_code/modeling_gemmax_vacc.py",
     ]
+    assert changed_lines(program, "gemma_deploy/architectures/__init__.py") == 2  # its import, and the row
 
 
 @pytest.mark.parametrize(
