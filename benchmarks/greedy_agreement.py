@@ -21,13 +21,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gemma_deploy.evaluation.models import in_chunks, positions_at_once
-from gemma_deploy.evaluation.tasks import Pair, open_pair
+from gemma_deploy.evaluation.tasks import Comparison, open_pair
 from gemma_deploy.evaluation.texts import read_text
 
 FIRST = 32
 
 
-def prompts_of(text: Path, pair: Pair, count: int, length: int) -> list[list[int]]:
+def prompts_of(text: Path, pair: Comparison, count: int, length: int) -> list[list[int]]:
     """`count` passages of `length` tokens, BOS included."""
     whole, _ = read_text(text)
     encode, bos = pair.target.encoder()
@@ -46,7 +46,7 @@ def decoded(checkpoint: Path, prompts: list[list[int]], tokens: int) -> list[tup
     return [tuple(row) for row in made.tolist()]
 
 
-def compare(pair: Pair, sequences: list[tuple[int, ...]], start: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
+def compare(pair: Comparison, sequences: list[tuple[int, ...]], start: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Whether the choices are the same, [sequences, decoded], and what is known about those that are not."""
     same = np.zeros((len(sequences), len(sequences[0]) - start), bool)
     listed, block = [], positions_at_once(pair.target.vocab_size)

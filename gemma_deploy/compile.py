@@ -19,7 +19,7 @@ from gemma_deploy.calibration.pipeline import Request, dataset_record
 from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.errors import GateError
 from gemma_deploy.job import Job
-from gemma_deploy.preflight import Plan, make_plan, preflight
+from gemma_deploy.preflight import ResourcePlan, make_plan, preflight
 from gemma_deploy.progress import BYTES, Report, Watcher
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.stages.calibration import (
@@ -57,7 +57,7 @@ class CompileResult:
     parity: GateRecord | None
 
 
-def plan_recipe(recipe: Recipe, *, out: Path | None = None, parity: bool = True) -> Plan:
+def plan_recipe(recipe: Recipe, *, out: Path | None = None, parity: bool = True) -> ResourcePlan:
     """What `--dry-run` shows: every stage with its estimates, shortfalls included."""
     job, request = with_text(Job.open(recipe, out))
     return make_plan(job, parity=parity, request=request)

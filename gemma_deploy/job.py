@@ -17,7 +17,7 @@ from gemma_deploy.backends.spec import BuildSpec
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig, resolve_checkpoint
 from gemma_deploy.graph.contract import GraphContract
 from gemma_deploy.machine import give_memory_back
-from gemma_deploy.partition import Part, division_problems, parts_of
+from gemma_deploy.partition import ArtifactPart, division_problems, parts_of
 from gemma_deploy.partition.ranks import input_channels, repeated_heads
 from gemma_deploy.recipe import Recipe, check_against_model, check_built
 from gemma_deploy.schemes import CodeForm, Scheme, Storage, group_problems
@@ -187,7 +187,7 @@ class Job:
         return backend(self.spec.backend)
 
     @cached_property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[ArtifactPart, ...]:
         """What the artifact is divided into: one part, or a rank of a stage each."""
         return parts_of(self.config.num_hidden_layers, self.spec.split_points, self.spec.ranks)
 

@@ -1,6 +1,6 @@
 """Will this machine do the job? Memory, disk and time of every stage, estimated before any work.
 
-Job -> `Plan`. Reads no weight and imports no torch. The figures are
+Job -> `ResourcePlan`. Reads no weight and imports no torch. The figures are
 estimates from tensor shapes and measured rates; only the artifact's parameter bytes are exact.
 """
 
@@ -48,7 +48,7 @@ from gemma_deploy.workdir import partial_of
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResourcePlan:
     """What a compile will take, and what the machine lacks for it.
 
     Args:
@@ -106,7 +106,7 @@ def preflight(
     built: bool = False,
     machine: Machine | None = None,
     request: Request | None = None,
-) -> Plan:
+) -> ResourcePlan:
     """Refuse a job this machine cannot finish, before any work; see `make_plan`.
 
     Raises:
@@ -130,7 +130,7 @@ def make_plan(
     built: bool = False,
     machine: Machine | None = None,
     request: Request | None = None,
-) -> Plan:
+) -> ResourcePlan:
     """Estimate every stage; shortfalls are listed in the plan, not raised.
 
     Args:
@@ -147,7 +147,7 @@ def make_plan(
         stages.append(_sensitivity_stage(job.config, tensors))
     if parity:
         stages.append(_parity_stage(job, tensors, elements))
-    drafted = Plan(job.name, str(job.scheme), job.out, parameters, tuple(stages), machine, (), ())
+    drafted = ResourcePlan(job.name, str(job.scheme), job.out, parameters, tuple(stages), machine, (), ())
     return replace(drafted, shortfalls=_shortfalls(drafted, job), notes=_notes(job.checkpoint))
 
 
@@ -275,7 +275,7 @@ def _parity_stage(job: Job, tensors: Mapping[str, TensorInfo], elements: int) ->
     return StageEstimate("parity", f"{tokens} + {steps} tokens, text and random", ram, 0, seconds)
 
 
-def _shortfalls(plan: Plan, job: Job) -> tuple[str, ...]:
+def _shortfalls(plan: ResourcePlan, job: Job) -> tuple[str, ...]:
     machine, lacking = plan.machine, []
     for stage in plan.stages:
         if stage.ram_bytes > machine.ram_bytes:
@@ -316,7 +316,7 @@ def _notes(checkpoint: Checkpoint) -> tuple[str, ...]:
     return ()
 
 
-def render(plan: Plan) -> Any:
+def render(plan: ResourcePlan) -> Any:
     """The plan as a rich renderable: one row per stage, then what is available and what is short."""
     from rich.console import Group
     from rich.table import Table
@@ -349,4 +349,4 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-__all__ = ["Machine", "Plan", "make_plan", "parameter_bytes", "preflight", "render"]
+__all__ = ["Machine", "ResourcePlan", "make_plan", "parameter_bytes", "preflight", "render"]

@@ -158,7 +158,7 @@ def test_a_process_that_fails_is_explained(artifact, tmp_path):
     copy = shutil.copytree(artifact, tmp_path / "copy")
     (copy / "genai_config.json").unlink()
     with pytest.raises(DeployError, match=r"exit code 1\n  - error: .*genai_config.json: is missing"):
-        figures._apart(process.Job("cold", str(copy), 1, [8], 1))
+        figures._apart(process.BenchJob("cold", str(copy), 1, [8], 1))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 from gemma_deploy import child, paths
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import DeployError, ExportError, NotBuiltError
-from gemma_deploy.partition import Part, whole
+from gemma_deploy.partition import ArtifactPart, whole
 from gemma_deploy.testing import write_tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -75,16 +75,18 @@ def test_the_export(poisoned, checkpoint):
     unknown = replace(checkpoint.config, model_type="gemma9")
     contract = contract_of(checkpoint.config, "fp32")
     with pytest.raises(NotBuiltError, match="gemma9"):  # said by the child, when it has imported all it needs
-        export_apart(Task(unknown, "fp32", contract, "exact", [(Part(whole(1)), [])], "params.safetensors")).result()
+        export_apart(
+            Task(unknown, "fp32", contract, "exact", [(ArtifactPart(whole(1)), [])], "params.safetensors")
+        ).result()
     assert poisoned() == []
 
 
 def test_the_benchmark(poisoned, tmp_path):
     from gemma_deploy.bench import figures
-    from gemma_deploy.bench.process import Job
+    from gemma_deploy.bench.process import BenchJob
 
     with pytest.raises(DeployError) as caught:
-        figures._apart(Job("cold", str(tmp_path / "absent"), False, 1, [4], 1))
+        figures._apart(BenchJob("cold", str(tmp_path / "absent"), False, 1, [4], 1))
     assert poisoned() == []
     assert "error: " in caught.value.problems[-1] or "absent" in str(caught.value)
 

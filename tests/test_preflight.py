@@ -19,7 +19,7 @@ from gemma_deploy.errors import NotBuiltError, PreflightError
 from gemma_deploy.estimates import GIB
 from gemma_deploy.job import Job
 from gemma_deploy.machine import Machine
-from gemma_deploy.preflight import Plan, make_plan, parameter_bytes, preflight, render
+from gemma_deploy.preflight import ResourcePlan, make_plan, parameter_bytes, preflight, render
 from gemma_deploy.recipe import Recipe
 
 BIG = Machine(ram_bytes=64 * GIB, ram_source="free memory of the machine", disk_free_bytes=10**12, cpus=2)
@@ -45,7 +45,7 @@ def recipe(dtype: str = "int8", workspace: str = "/nowhere/workspace", extra: st
     )
 
 
-def planned(asked: Recipe, source: SimpleNamespace, **options: object) -> Plan:
+def planned(asked: Recipe, source: SimpleNamespace, **options: object) -> ResourcePlan:
     return make_plan(Job.of(asked, source), **options)
 
 

@@ -13,7 +13,7 @@ from gemma_deploy.checkpoint import Checkpoint, ModelConfig
 from gemma_deploy.estimates import StageEstimate
 from gemma_deploy.graph.contract import GraphContract
 from gemma_deploy.params.layout import Place
-from gemma_deploy.partition import Part
+from gemma_deploy.partition import ArtifactPart
 from gemma_deploy.quantization.budget import Budget
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import CodeForm
@@ -40,7 +40,7 @@ class ExportJob:
     spec: BuildSpec
     config: ModelConfig
     contract: GraphContract
-    parts: Sequence[Part]
+    parts: Sequence[ArtifactPart]
     tensors: Mapping[str, Sequence[Place]]
     rescaling: Rescaling | None = None
     kept: Sequence[str] | None = None

@@ -14,7 +14,7 @@ from typing import Any
 from gemma_deploy import child
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.bench.memory import artifact_bytes, bandwidth_bytes_s, weight_bytes
-from gemma_deploy.bench.process import Job, arguments
+from gemma_deploy.bench.process import BenchJob, arguments
 from gemma_deploy.engine import Engine, Limits
 from gemma_deploy.errors import DeployError, UsageError
 from gemma_deploy.machine import usable_cpus
@@ -69,7 +69,7 @@ def measure(
     wanted = lengths_that_fit(engine, contexts)
 
     def job(kind: str, lengths: Sequence[int], steps: int, times: int = 1) -> dict[str, Any]:
-        return _apart(Job(kind, str(artifact.path), threads, list(lengths), steps, times))
+        return _apart(BenchJob(kind, str(artifact.path), threads, list(lengths), steps, times))
 
     load_average = os.getloadavg()[0]
     say("memory bandwidth")
@@ -126,7 +126,7 @@ def _refuse_too_long(artifact: Artifact, room: Limits, prompt_tokens: int, decod
         )
 
 
-def _apart(job: Job) -> dict[str, Any]:
+def _apart(job: BenchJob) -> dict[str, Any]:
     """Do a job in a process of its own."""
     done = child.run(*arguments(job), capture_output=True, text=True)
     if done.returncode:

@@ -20,7 +20,7 @@ from gemma_deploy.runtime.generate import GenerationStats
 
 
 @dataclass(frozen=True)
-class Job:
+class BenchJob:
     """One process's work.
 
     Args:
@@ -60,7 +60,7 @@ class Subject:
         return stats
 
 
-def run(job: Job, started: float) -> dict[str, Any]:
+def run(job: BenchJob, started: float) -> dict[str, Any]:
     """The figures of a job.
 
     Args:
@@ -93,13 +93,13 @@ def run(job: Job, started: float) -> dict[str, Any]:
     return {"points": points}
 
 
-def arguments(job: Job) -> list[str]:
+def arguments(job: BenchJob) -> list[str]:
     """What `gemma_deploy.child` starts a process of its own with."""
     return ["-m", "gemma_deploy.bench.process", json.dumps(asdict(job)), repr(time.monotonic())]
 
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(run(Job(**json.loads(sys.argv[1])), float(sys.argv[2]))))
+        print(json.dumps(run(BenchJob(**json.loads(sys.argv[1])), float(sys.argv[2]))))
     except DeployError as error:
         sys.exit(f"error: {error}")

@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gemma_deploy.calibration.mix import HubPlace, Part
-from gemma_deploy.calibration.sources import SOURCES, Source, hub
+from gemma_deploy.calibration.mix import HubPlace, MixEntry
+from gemma_deploy.calibration.sources import SOURCES, DataSource, hub
 from gemma_deploy.calibration.sources.reading import Row, explained
 from gemma_deploy.calibration.store import sha256_of
 from gemma_deploy.errors import CalibrationError
@@ -39,7 +39,7 @@ class Located:
     bundled: bool
 
     @property
-    def source(self) -> Source:
+    def source(self) -> DataSource:
         """How its rows are read and rendered."""
         return SOURCES[self.name]
 
@@ -69,7 +69,7 @@ class Located:
             return said | {"file": self.place.name, "sha256": sha256_of(self.place), "bundled": self.bundled}
 
 
-def locate(parts: Iterable[Part], nsamples: int) -> tuple[Located, ...]:
+def locate(parts: Iterable[MixEntry], nsamples: int) -> tuple[Located, ...]:
     """Find every data set, and read the bytes that identify it.
 
     Args:
@@ -81,7 +81,7 @@ def locate(parts: Iterable[Part], nsamples: int) -> tuple[Located, ...]:
     """
     parts = tuple(parts)
 
-    def find(part: Part) -> Located:
+    def find(part: MixEntry) -> Located:
         place: Path | hub.Pinned
         if isinstance(part.place, HubPlace):
             place = hub.pin(part.place, SOURCES[part.name].hub)

@@ -42,7 +42,7 @@ class HubPlace:
 
 
 @dataclass(frozen=True)
-class Part:
+class MixEntry:
     """One data set of a mix.
 
     Args:
@@ -59,7 +59,7 @@ class Part:
 class Mix:
     """What was asked for, and everything that is wrong with it."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[MixEntry, ...]
     problems: tuple[Problem, ...] = ()
 
     @property
@@ -81,7 +81,7 @@ def read_mix(dataset: str, path: str | None = None, nsamples: int | None = None)
     """
     parts, problems = _read_dataset(dataset)
     places, wrong = _read_path(path, [part.name for part in parts])
-    parts = [Part(part.name, part.windows, places.get(part.name)) for part in parts]
+    parts = [MixEntry(part.name, part.windows, places.get(part.name)) for part in parts]
     problems += wrong
     total = Mix(tuple(parts)).windows
     if not problems and nsamples is not None and total is not None and nsamples != total:
@@ -109,9 +109,9 @@ def shortened(dataset: str, windows: int) -> str:
     return ",".join(f"{part.name}:{max(1, first.count(index))}" for index, part in enumerate(mix.parts))
 
 
-def _read_dataset(dataset: str) -> tuple[list[Part], list[Problem]]:
+def _read_dataset(dataset: str) -> tuple[list[MixEntry], list[Problem]]:
     items = [item.strip() for item in dataset.split(",")]
-    parts: list[Part] = []
+    parts: list[MixEntry] = []
     problems: list[Problem] = []
     for item in items:
         name, colon, count = (piece.strip() for piece in item.partition(":"))
@@ -124,7 +124,7 @@ def _read_dataset(dataset: str) -> tuple[list[Part], list[Problem]]:
         elif not colon and len(items) > 1:
             problems.append((NAME, f"{name} has no number of windows; in a mix each has one, such as {EXAMPLE}"))
         else:
-            parts.append(Part(name, int(count) if colon else None))
+            parts.append(MixEntry(name, int(count) if colon else None))
     return parts, problems
 
 

@@ -21,7 +21,7 @@ from gemma_deploy.calibration.mix import EXAMPLE, NAME, NSAMPLES, PATH, Mix, rea
 from gemma_deploy.calibration.requirements import check_room
 from gemma_deploy.calibration.sources.reading import Row, Turns
 from gemma_deploy.calibration.store import Calibration, Range
-from gemma_deploy.calibration.windows import JOINT, Cut, Windows, cut_windows, load_tokenizer_and_chat, shuffled
+from gemma_deploy.calibration.windows import JOINT, Cut, TokenWindows, cut_windows, load_tokenizer_and_chat, shuffled
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.checkpoint.checkpoint import TOKENIZER_FILE
 from gemma_deploy.errors import CheckpointError, UsageError
@@ -213,7 +213,7 @@ def tokenizer_sha256(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def make_windows(checkpoint: Checkpoint, request: Request, found: Sequence[Located] | None = None) -> Windows:
+def make_windows(checkpoint: Checkpoint, request: Request, found: Sequence[Located] | None = None) -> TokenWindows:
     """Read, shuffle, render, tokenize and cut each data set, and mix the windows.
 
     Args:
@@ -244,7 +244,7 @@ def make_windows(checkpoint: Checkpoint, request: Request, found: Sequence[Locat
     cuts = each(cut, found)
     rows = [iter(one.ids) for one in cuts]
     ids = np.stack([next(rows[part]) for part in turn_order([one.windows for one in found])])
-    return Windows(ids, {one.name: made.texts_used for one, made in zip(found, cuts, strict=True)})
+    return TokenWindows(ids, {one.name: made.texts_used for one, made in zip(found, cuts, strict=True)})
 
 
 def fit_to_sample(checkpoint: Checkpoint, request: Request) -> Request:
@@ -291,7 +291,7 @@ def _in_turns(chat: Chat, turns: Callable[[Row], Turns], row: Row) -> str:
 
 def measure(
     checkpoint: Checkpoint,
-    windows: Windows,
+    windows: TokenWindows,
     request: Request,
     scratch: Path,
     progress: Tick | None,

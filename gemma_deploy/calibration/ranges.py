@@ -12,7 +12,15 @@ import torch
 from gemma_deploy.calibration.executors import Executor, Here
 from gemma_deploy.calibration.layer_weights import embed, loaded, refuse_nonfinite
 from gemma_deploy.calibration.observers import RangeObserver
-from gemma_deploy.calibration.shards import Carried, Frame, LayerPass, Model, Shard, Windows, shards_of
+from gemma_deploy.calibration.shards import (
+    LayerPass,
+    LayerSetting,
+    Shard,
+    StackTemplate,
+    StatesByValue,
+    StateStore,
+    shards_of,
+)
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.progress import Tick
@@ -52,16 +60,18 @@ def run_layers(
     executor = executor or Here()
     nsamples, seqlen = ids.shape
     config, ranges, done = checkpoint.config, Ranges(), 0
-    frame = Frame(Model(config, embed_scale, seqlen, checkpoint.path))
+    stack_template = StackTemplate(LayerSetting(config, embed_scale, seqlen, checkpoint.path))
     shape, file = (nsamples, seqlen, config.hidden_size), scratch / "hidden_states.f32"
     states = HiddenStates(shape, file, 0) if executor.shares == "disk" else HiddenStates(shape, file)
     with closing(states):
-        embed(checkpoint, ids, float(frame.stack.embed_tokens.scale_value(torch.float32)), states)
+        embed(checkpoint, ids, float(stack_template.stack.embed_tokens.scale_value(torch.float32)), states)
         for index in range(config.num_hidden_layers):
-            layer = LayerPass(frame, index)
+            layer = LayerPass(stack_template, index)
             shards, carry = shards_of(nsamples, seqlen), executor.shares == "nothing"
             tasks = (
-                _Task(Shard(shard, Carried.of(states, shard)), None) if carry else _Task(Shard(shard, states), states)
+                _Task(Shard(shard, StatesByValue.of(states, shard)), None)
+                if carry
+                else _Task(Shard(shard, states), states)
                 for shard in shards
             )
             with loaded(layer.module, checkpoint, layer.name), closing(executor.map(_pass, layer, tasks)) as results:
@@ -75,9 +85,9 @@ def run_layers(
                         if progress:
                             progress(done, config.num_hidden_layers * nsamples)
         head = ranges["lm_head.in"] = RangeObserver()
-        with loaded(frame.stack.norm, checkpoint, "model.norm"):
+        with loaded(stack_template.stack.norm, checkpoint, "model.norm"):
             for window in range(nsamples):
-                hidden = frame.stack.norm(torch.from_numpy(states.read(window))[None])
+                hidden = stack_template.stack.norm(torch.from_numpy(states.read(window))[None])
                 refuse_nonfinite(hidden, checkpoint.path, "model.norm", window)
                 head.update(hidden)
     return ranges
@@ -88,11 +98,11 @@ class _Task:
     """A shard, and where what the layer gives goes, None to return it."""
 
     shard: Shard
-    target: Windows | None
+    target: StateStore | None
 
 
 @torch.inference_mode()
-def _pass(layer: LayerPass, task: _Task) -> tuple[Ranges, Carried | None]:
+def _pass(layer: LayerPass, task: _Task) -> tuple[Ranges, StatesByValue | None]:
     """A shard through a layer: ranges of its inputs and its output, and the output unless it was written."""
     ranges, rows = Ranges(), []
 
@@ -107,4 +117,4 @@ def _pass(layer: LayerPass, task: _Task) -> tuple[Ranges, Carried | None]:
             rows.append(hidden[0].numpy())
         else:
             task.target.write(window, hidden[0].numpy())
-    return ranges, Carried(task.shard.windows, np.stack(rows)) if task.target is None else None
+    return ranges, StatesByValue(task.shard.windows, np.stack(rows)) if task.target is None else None

@@ -33,8 +33,8 @@ def shards_of(nsamples: int, seqlen: int) -> list[range]:
     return [range(start, min(start + size, nsamples)) for start in range(0, nsamples, size)]
 
 
-class Windows(Protocol):
-    """Hidden states [nsamples, seqlen, hidden], or some of them: a `HiddenStates`, or a `Carried` shard."""
+class StateStore(Protocol):
+    """Hidden states [nsamples, seqlen, hidden], or some of them: a `HiddenStates`, or a `StatesByValue` shard."""
 
     def read(self, window: int) -> np.ndarray:
         """[seqlen, hidden]."""
@@ -43,7 +43,7 @@ class Windows(Protocol):
         """parts: [seqlen, columns] each, one behind the other."""
 
 
-class Carried:
+class StatesByValue:
     """Hidden states of some windows by value, for workers that do not see our disk.
 
     Args:
@@ -54,7 +54,7 @@ class Carried:
         self.windows, self.values = windows, values
 
     @classmethod
-    def of(cls, source: Windows, windows: range) -> Carried:
+    def of(cls, source: StateStore, windows: range) -> StatesByValue:
         """Read them."""
         return cls(windows, np.stack([source.read(window) for window in windows]))
 
@@ -66,7 +66,7 @@ class Carried:
         """See `HiddenStates.write`."""
         self.values[window - self.windows.start] = joined(parts)
 
-    def into(self, target: Windows) -> None:
+    def into(self, target: StateStore) -> None:
         """Write them."""
         for window in self.windows:
             target.write(window, self.read(window))
@@ -77,11 +77,11 @@ class Shard:
     """Windows, and where they are read."""
 
     windows: range
-    states: Windows
+    states: StateStore
 
 
 @dataclass(frozen=True)
-class Model:
+class LayerSetting:
     """What decides how a layer runs, its weights apart.
 
     Args:
@@ -95,10 +95,10 @@ class Model:
     path: Path
 
 
-class Frame:
+class StackTemplate:
     """The patched stack without weights, its masks and its rotary tables: made once per process."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: LayerSetting) -> None:
         self.model = model
         self.stack, self.templates = template_stack(model.config, model.embed_scale)
         position_ids = torch.arange(model.seqlen)[None]
@@ -120,13 +120,13 @@ class LayerPass:
     """A layer with its weights, ready for windows; several threads may use it at once.
 
     Args:
-        frame: of the model; index: which layer; `frame.layer(index)` holds its weights.
+        stack_template: of the model; index: which layer; `stack_template.layer(index)` holds its weights.
     """
 
-    def __init__(self, frame: Frame, index: int) -> None:
-        self.frame, self.index, self.module = frame, index, frame.layer(index)
-        self.name, self.path = f"model.layers.{index}", frame.model.path
-        self.spec = frame.model.config.layers[index]
+    def __init__(self, stack_template: StackTemplate, index: int) -> None:
+        self.stack_template, self.index, self.module = stack_template, index, stack_template.layer(index)
+        self.name, self.path = f"model.layers.{index}", stack_template.model.path
+        self.spec = stack_template.model.config.layers[index]
         self._watching = threading.local()
 
     @contextmanager
@@ -177,7 +177,7 @@ class LayerPass:
 
     def attention_inputs(self) -> tuple[Any, Any]:
         """Rotary embedding and mask, as the layer and its attention take them."""
-        return self.frame.rotary[self.spec.kind], self.frame.masks[self.spec.kind]
+        return self.stack_template.rotary[self.spec.kind], self.stack_template.masks[self.spec.kind]
 
     def read_at(self, point: str, module: nn.Module, *args: Any) -> torch.Tensor:
         """What a linear inside `module` reads when that is called; it gets no further."""
@@ -202,15 +202,15 @@ class LayerPass:
         return {name: tensor.contiguous() for name, tensor in self.module.state_dict().items()}
 
     @classmethod
-    def restored(cls, frame: Frame, index: int, tensors: dict[str, torch.Tensor]) -> LayerPass:
+    def restored(cls, stack_template: StackTemplate, index: int, tensors: dict[str, torch.Tensor]) -> LayerPass:
         """The same pass in another process."""
-        frame.layer(index).load_state_dict(tensors, strict=True, assign=True)
-        return cls(frame, index)
+        stack_template.layer(index).load_state_dict(tensors, strict=True, assign=True)
+        return cls(stack_template, index)
 
 
 @torch.inference_mode()
 def inputs(
-    layer: LayerPass, shard: Shard, points: Sequence[str], route: Route = ENTERED, target: Windows | None = None
+    layer: LayerPass, shard: Shard, points: Sequence[str], route: Route = ENTERED, target: StateStore | None = None
 ) -> dict[str, torch.Tensor]:
     """Inputs of some linears over a shard: [tokens, channels] each.
 
@@ -218,7 +218,7 @@ def inputs(
         points: in the order in which they are reached; the pass ends at the last one.
         route: where the windows are; target: gets what they are at the last point, see segments.py.
     """
-    seqlen, found = layer.frame.model.seqlen, {}
+    seqlen, found = layer.stack_template.model.seqlen, {}
     for at, window in enumerate(shard.windows):
 
         def seen(point: str, x: torch.Tensor, at: int = at) -> None:
@@ -235,7 +235,7 @@ def inputs(
 
 @torch.inference_mode()
 def advance(
-    layer: LayerPass, shard: Shard, target: Windows, route: Route, maxima: dict[str, torch.Tensor] | None = None
+    layer: LayerPass, shard: Shard, target: StateStore, route: Route, maxima: dict[str, torch.Tensor] | None = None
 ) -> None:
     """Write what the layer gives for a shard into `target`.
 
@@ -263,27 +263,27 @@ def advance(
         target.write(window, hidden[0].numpy())
 
 
-def empty_carried(layer: LayerPass, windows: range, point: str = LAYER_OUTPUT) -> Carried:
+def empty_states(layer: LayerPass, windows: range, point: str = LAYER_OUTPUT) -> StatesByValue:
     """Room for the windows of a shard at a point, or as the layer gives them."""
-    model = layer.frame.model
+    model = layer.stack_template.model
     columns = state_columns(layer.spec, point)
-    return Carried(windows, np.empty((len(windows), model.seqlen, columns), np.float32))
+    return StatesByValue(windows, np.empty((len(windows), model.seqlen, columns), np.float32))
 
 
-def description(layer: LayerPass) -> tuple[Model, int]:
+def description(layer: LayerPass) -> tuple[LayerSetting, int]:
     """All of a pass but its weights."""
-    return layer.frame.model, layer.index
+    return layer.stack_template.model, layer.index
 
 
-_frame: Frame | None = None
+_stack_template: StackTemplate | None = None
 
 
-def frame_of(model: Model) -> Frame:
-    """In a worker: the frame of its last layer when the model is still the same."""
-    global _frame
-    if _frame is None or _frame.model != model:
-        _frame = Frame(model)
-    return _frame
+def stack_of(model: LayerSetting) -> StackTemplate:
+    """In a worker: the stack template of its last layer when the model is still the same."""
+    global _stack_template
+    if _stack_template is None or _stack_template.model != model:
+        _stack_template = StackTemplate(model)
+    return _stack_template
 
 
 Work = Callable[[LayerPass, Any], Any]

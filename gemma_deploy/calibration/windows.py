@@ -24,7 +24,7 @@ SPREAD = 4
 
 
 @dataclass(frozen=True)
-class Windows:
+class TokenWindows:
     """What the model is shown.
 
     Args:

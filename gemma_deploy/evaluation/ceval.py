@@ -14,7 +14,7 @@ import numpy as np
 from gemma_deploy.calibration.sources import SOURCES, ceval
 from gemma_deploy.calibration.sources.reading import Row
 from gemma_deploy.errors import CalibrationError, DeployError, UsageError
-from gemma_deploy.evaluation.models import Model, Tokens, in_chunks, positions_at_once
+from gemma_deploy.evaluation.models import Evaluated, Tokens, in_chunks, positions_at_once
 from gemma_deploy.evaluation.prompts import CHOICES, choice_tokens, prompt
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.progress import Tick
@@ -160,7 +160,7 @@ def ask(
     return asked
 
 
-def answer(models: Sequence[Model], asked: Sequence[Asked], progress: Tick | None = None) -> list[Answered]:
+def answer(models: Sequence[Evaluated], asked: Sequence[Asked], progress: Tick | None = None) -> list[Answered]:
     """Put every question to every model; prompts of like length run together.
 
     Raises:

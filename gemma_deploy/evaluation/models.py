@@ -20,7 +20,7 @@ from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import CheckpointError, UsageError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
-from gemma_deploy.parity.sources import Source
+from gemma_deploy.parity.sources import LogitSource
 from gemma_deploy.proving.requests import checkpoint_of
 from gemma_deploy.reading import exists, expand
 from gemma_deploy.text import Tokenizer
@@ -32,7 +32,7 @@ STRICT = "strict"
 
 
 @dataclass(frozen=True)
-class Model:
+class Evaluated:
     """Something to evaluate.
 
     Args:
@@ -53,7 +53,7 @@ class Model:
     longest: int
     vocab_size: int
     embed_scale: str
-    source: Source
+    source: LogitSource
     artifact: Artifact | None = None
     checkpoint: Checkpoint | None = None
     kernels: str = STRICT
@@ -107,7 +107,7 @@ def is_artifact(path: Path) -> bool:
     return any(exists(path / name) for name in (MANIFEST, PARAMS))
 
 
-def open_model(spec: str, embed_scale: str = "exact", kernels: str | None = None) -> Model:
+def open_model(spec: str, embed_scale: str = "exact", kernels: str | None = None) -> Evaluated:
     """Open an artifact, a checkpoint's directory, a .gguf file or `demo`.
 
     Args:
@@ -121,7 +121,7 @@ def open_model(spec: str, embed_scale: str = "exact", kernels: str | None = None
     return _open_artifact(path, kernels) if is_artifact(path) else _of_checkpoint(Checkpoint.open(spec), embed_scale)
 
 
-def reference_of(model: Model, checkpoint: str | None) -> Model:
+def reference_of(model: Evaluated, checkpoint: str | None) -> Evaluated:
     """The checkpoint an artifact was made from, in transformers, float32.
 
     Raises:
@@ -131,7 +131,7 @@ def reference_of(model: Model, checkpoint: str | None) -> Model:
     return _of_checkpoint(checkpoint_of(model.artifact, checkpoint), model.embed_scale)
 
 
-def refuse_other_vocabularies(model: Model, other: Model, text: str) -> None:
+def refuse_other_vocabularies(model: Evaluated, other: Evaluated, text: str) -> None:
     """Two models are compared on the same tokens, so both have to make the same of a text.
 
     Raises:
@@ -156,7 +156,7 @@ def refuse_other_vocabularies(model: Model, other: Model, text: str) -> None:
     )
 
 
-def in_chunks(models: Sequence[Model], prompts: Sequence[Tokens]) -> Iterator[tuple[int, list[list[np.ndarray]]]]:
+def in_chunks(models: Sequence[Evaluated], prompts: Sequence[Tokens]) -> Iterator[tuple[int, list[list[np.ndarray]]]]:
     """Run all models over prompts, some at a time: (index of the first, features of each model).
 
     Args:
@@ -183,14 +183,14 @@ def _without(bos: int, ids: Sequence[int]) -> list[int]:
     return [token for token in ids if token != bos]
 
 
-def _open_artifact(path: Path, kernels: str | None = None) -> Model:
+def _open_artifact(path: Path, kernels: str | None = None) -> Evaluated:
     artifact = open_whole(path)
     engine = open_engine(artifact)
     source = engine.source(kernels)
     refuse(artifact, byte_problems(artifact))  # the figures of a damaged one would be believed
     contract = artifact.manifest.contract
     dynamic = contract.dynamic
-    return Model(
+    return Evaluated(
         path,
         "artifact",
         artifact.manifest.scheme,
@@ -205,13 +205,13 @@ def _open_artifact(path: Path, kernels: str | None = None) -> Model:
     )
 
 
-def _of_checkpoint(checkpoint: Checkpoint, embed_scale: str) -> Model:
+def _of_checkpoint(checkpoint: Checkpoint, embed_scale: str) -> Evaluated:
     from gemma_deploy.parity.reference import TorchSource
 
     config = checkpoint.config
     source = TorchSource(checkpoint, "hf", embed_scale=embed_scale)
     longest = config.max_position_embeddings
     path = checkpoint.path
-    return Model(
+    return Evaluated(
         path, "checkpoint", "fp32", 1, None, longest, config.vocab_size, embed_scale, source, checkpoint=checkpoint
     )

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from gemma_deploy.evaluation.models import Model, in_chunks, positions_at_once
-from gemma_deploy.evaluation.texts import Windows
+from gemma_deploy.evaluation.models import Evaluated, in_chunks, positions_at_once
+from gemma_deploy.evaluation.texts import ScoredWindows
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.metrics import Comparison, Metrics, log_softmax
 from gemma_deploy.progress import Tick
@@ -80,7 +80,9 @@ class Measured:
         return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
-def measure(test: Model, reference: Model | None, windows: Windows, progress: Tick | None = None) -> Measured:
+def measure(
+    test: Evaluated, reference: Evaluated | None, windows: ScoredWindows, progress: Tick | None = None
+) -> Measured:
     """Score all windows.
 
     Args:

@@ -16,8 +16,8 @@ from gemma_deploy.artifact.manifest import tool_versions
 from gemma_deploy.artifact.plots import ranges_of
 from gemma_deploy.errors import UsageError
 from gemma_deploy.evaluation import ceval, perplexity
-from gemma_deploy.evaluation.models import Model, open_model, reference_of, refuse_other_vocabularies
-from gemma_deploy.evaluation.texts import Windows, make_windows, read_text, sha256_of_text
+from gemma_deploy.evaluation.models import Evaluated, open_model, reference_of, refuse_other_vocabularies
+from gemma_deploy.evaluation.texts import ScoredWindows, make_windows, read_text, sha256_of_text
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.progress import Tick
 
@@ -26,14 +26,14 @@ SEQLEN, WINDOWS = 512, 16
 
 
 @dataclass(frozen=True)
-class Pair:
+class Comparison:
     """The model that is evaluated, and what it is compared with."""
 
-    target: Model
-    reference: Model | None = None
+    target: Evaluated
+    reference: Evaluated | None = None
 
     @property
-    def models(self) -> list[Model]:
+    def models(self) -> list[Evaluated]:
         """The reference first, where there is one."""
         return [self.target] if self.reference is None else [self.reference, self.target]
 
@@ -65,7 +65,7 @@ class ExamRequest:
 
 def open_pair(
     target: str, against: str | None, checkpoint: str | None, *, task: str, kernels: str | None = None
-) -> Pair:
+) -> Comparison:
     """Open what is evaluated.
 
     Args:
@@ -80,7 +80,7 @@ def open_pair(
     opened = open_model(target, kernels=kernels)
     against = against or (CHECKPOINT if task == "ppl" and opened.artifact is not None else NONE)
     if against == NONE:
-        return Pair(opened)
+        return Comparison(opened)
     if against == CHECKPOINT:
         if opened.artifact is None:
             raise UsageError(
@@ -89,11 +89,11 @@ def open_pair(
                 expected="--against with an artifact or another checkpoint",
                 next_step="leave --against out",
             )
-        return Pair(opened, reference_of(opened, checkpoint))
-    return Pair(opened, open_model(against, opened.embed_scale))
+        return Comparison(opened, reference_of(opened, checkpoint))
+    return Comparison(opened, open_model(against, opened.embed_scale))
 
 
-def run_text(pair: Pair, request: TextRequest, progress: Tick | None = None) -> dict[str, Any]:
+def run_text(pair: Comparison, request: TextRequest, progress: Tick | None = None) -> dict[str, Any]:
     """Perplexity, and against a reference KL and top-1 agreement.
 
     Raises:
@@ -131,7 +131,7 @@ def run_text(pair: Pair, request: TextRequest, progress: Tick | None = None) -> 
     }
 
 
-def run_exam(pair: Pair, request: ExamRequest, progress: Tick | None = None) -> dict[str, Any]:
+def run_exam(pair: Comparison, request: ExamRequest, progress: Tick | None = None) -> dict[str, Any]:
     """Accuracy on C-Eval, of two models on the same prompts.
 
     Returns:
@@ -179,7 +179,7 @@ def run_exam(pair: Pair, request: ExamRequest, progress: Tick | None = None) -> 
     return result | {"answers": [_answer(one, pair) for one in answered]}
 
 
-def _head(task: str, pair: Pair) -> dict[str, Any]:
+def _head(task: str, pair: Comparison) -> dict[str, Any]:
     return {
         "task": task,
         "target": pair.target.to_json(),
@@ -188,7 +188,7 @@ def _head(task: str, pair: Pair) -> dict[str, Any]:
     }
 
 
-def _answer(one: ceval.Answered, pair: Pair) -> dict[str, Any]:
+def _answer(one: ceval.Answered, pair: Comparison) -> dict[str, Any]:
     test = len(pair.models) - 1
     found: dict[str, Any] = {
         "subject": one.asked.subject,
@@ -202,7 +202,7 @@ def _answer(one: ceval.Answered, pair: Pair) -> dict[str, Any]:
     return found if pair.reference is None else found | {"choice_of_reference": one.choice(0)}
 
 
-def _ranges(pair: Pair) -> dict[str, float]:
+def _ranges(pair: Comparison) -> dict[str, float]:
     """What transformers' model made on the way, for the report's picture."""
     for model in pair.models:
         absmax = getattr(model.source, "absmax", None)
@@ -211,13 +211,13 @@ def _ranges(pair: Pair) -> dict[str, float]:
     return {}
 
 
-def _text_notes(windows: Windows) -> list[str]:
+def _text_notes(windows: ScoredWindows) -> list[str]:
     if len(windows.ids) < windows.asked:
         return [f"the text has {windows.tokens} tokens: {len(windows.ids)} windows instead of {windows.asked}"]
     return []
 
 
-def _range_notes(pair: Pair, seqlen: int) -> list[str]:
+def _range_notes(pair: Comparison, seqlen: int) -> list[str]:
     """A window no longer than the attention's never shows that it is wrong."""
     for model in pair.models:
         config = model.checkpoint.config if model.checkpoint is not None else None

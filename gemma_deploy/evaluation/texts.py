@@ -21,7 +21,7 @@ LONGEST_TOKEN = 16  # characters, on the average over real text; no tokenizer of
 
 
 @dataclass(frozen=True)
-class Windows:
+class ScoredWindows:
     """What is scored.
 
     Args:
@@ -78,7 +78,7 @@ def sha256_of_text(text: str) -> str:
 
 def make_windows(
     text: str, encode: Callable[[str], Sequence[int]], bos: int, *, count: int, seqlen: int, name: str = "the text"
-) -> Windows:
+) -> ScoredWindows:
     """Cut a text.
 
     Args:
@@ -95,4 +95,4 @@ def make_windows(
         raise UsageError("no tokens are in it", where=name, expected="a text", next_step="check --text")
     found = [(bos, *ids[at : at + step]) for at in range(0, min(count * step, len(ids)), step)]
     whole = [window for window in found if len(window) == seqlen]
-    return Windows(tuple(whole or found), seqlen, len(ids), count)
+    return ScoredWindows(tuple(whole or found), seqlen, len(ids), count)

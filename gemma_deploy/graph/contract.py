@@ -19,7 +19,7 @@ from typing import Any
 
 from gemma_deploy.bounds import Count
 from gemma_deploy.checkpoint.config import ModelConfig
-from gemma_deploy.partition import Part
+from gemma_deploy.partition import ArtifactPart
 from gemma_deploy.partition.ranks import kv_heads_of
 from gemma_deploy.schemes import Form
 
@@ -99,7 +99,7 @@ class GraphContract:
             hidden_dtype=dtype,
         )
 
-    def of_part(self, part: Part) -> GraphContract:
+    def of_part(self, part: ArtifactPart) -> GraphContract:
         """Contract of one rank of one stage."""
         span = part.span
         return replace(

@@ -23,7 +23,7 @@ from gemma_deploy.graph.skeleton import Skeleton
 
 
 @dataclass(frozen=True)
-class Part:
+class TraceBorder:
     """A cut-out of the trace: `inputs` and `outputs` are (trace name, name at the border)."""
 
     name: str
@@ -31,7 +31,7 @@ class Part:
     outputs: tuple[tuple[str, str], ...]
 
 
-class Islands(nn.Module):
+class DisconnectedParts(nn.Module):
     """Runs the patched model's own submodules, unconnected. Attributes keep the model's names."""
 
     def __init__(self, skeleton: Skeleton):
@@ -77,20 +77,20 @@ class Islands(nn.Module):
         return (*out, logits if self.ranks == 1 else all_gather(logits, self.ranks))
 
 
-class Pair(nn.Module):
-    """The islands of both graphs: what torch's exporter spends once per call is spent once."""
+class GraphPair(nn.Module):
+    """The disconnected parts of both graphs: what torch's exporter spends once per call is spent once."""
 
     def __init__(self, skeletons: dict[str, Skeleton]):
         super().__init__()
-        self.graphs = nn.ModuleDict({graph: Islands(skeleton) for graph, skeleton in skeletons.items()})
+        self.graphs = nn.ModuleDict({graph: DisconnectedParts(skeleton) for graph, skeleton in skeletons.items()})
 
     def forward(self, args: dict[str, tuple[Any, ...]]) -> tuple[torch.Tensor, ...]:
-        """args: inputs of each graph's islands -> outputs of all, in the order of the graphs."""
+        """args: inputs of each graph's parts -> outputs of all, in the order of the graphs."""
         return tuple(value for graph, module in self.graphs.items() for value in module(*args[graph]))
 
 
 def own_name(name: str) -> str:
-    """The model's name of a module, parameter or value in the trace of a `Pair` (graphs.iter0.model.norm)."""
+    """The model's name of a module, parameter or value in the trace of a `GraphPair` (graphs.iter0.model.norm)."""
     graphs, _, rest = name.partition(".")
     return rest.partition(".")[2] if graphs == "graphs" else name
 
@@ -134,8 +134,8 @@ def dynamic_dimensions(skeleton: Skeleton, graph: str) -> tuple[Any, ...]:
     return row, row, row, [tuple(layer) for _ in skeleton.templates], row
 
 
-def parts_of(skeleton: Skeleton, names: Iterator[str], outs: Iterator[str], graph: str) -> list[Part]:
-    """Which trace inputs and outputs belong to which part, in the order `Islands.forward` takes and gives them.
+def parts_of(skeleton: Skeleton, names: Iterator[str], outs: Iterator[str], graph: str) -> list[TraceBorder]:
+    """Which trace inputs and outputs belong to which part, in the order of `DisconnectedParts.forward`.
 
     Args:
         names: of the trace's inputs; outs: of its outputs. A graph's own are taken from their front.
@@ -151,6 +151,6 @@ def parts_of(skeleton: Skeleton, names: Iterator[str], outs: Iterator[str], grap
         template: tuple((next(outs), name) for name in ("hidden", "present.key", "present.value"))
         for template in templates
     }
-    parts = [Part("prologue", prologue_in, prologue_out)]
-    parts += [Part(f"layer.{template}", layer_in[template], layer_out[template]) for template in templates]
-    return [*parts, Part("epilogue", epilogue_in, ((next(outs), "logits"),))]
+    parts = [TraceBorder("prologue", prologue_in, prologue_out)]
+    parts += [TraceBorder(f"layer.{template}", layer_in[template], layer_out[template]) for template in templates]
+    return [*parts, TraceBorder("epilogue", epilogue_in, ((next(outs), "logits"),))]

@@ -17,7 +17,7 @@ from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.graph import stamp
 from gemma_deploy.graph.collectives import LEVELS
 from gemma_deploy.graph.contract import DECODE, GRAPHS, GraphContract
-from gemma_deploy.graph.disconnected import Pair, dynamic_dimensions, example_inputs, own_name, parts_of
+from gemma_deploy.graph.disconnected import GraphPair, dynamic_dimensions, example_inputs, own_name, parts_of
 from gemma_deploy.graph.functions import used_functions
 from gemma_deploy.graph.passes.fold import fold_constants
 from gemma_deploy.graph.passes.name_outputs import name_module_outputs
@@ -28,7 +28,7 @@ from gemma_deploy.graph.passes.weights import hide_weights
 from gemma_deploy.graph.passes.widen import widen
 from gemma_deploy.graph.skeleton import build_skeleton
 from gemma_deploy.graph.trace import OPSET, trace
-from gemma_deploy.partition import Part, whole
+from gemma_deploy.partition import ArtifactPart, whole
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import Form, Storage
 
@@ -52,7 +52,9 @@ def export_graphs(
         ExportError: the patched model could not be traced or simplified.
         NotBuiltError: no patched model exists for this generation.
     """
-    return Traced(config, scheme, contract, embed_scale, rescaling).graphs(Part(whole(config.num_hidden_layers)))
+    return Traced(config, scheme, contract, embed_scale, rescaling).graphs(
+        ArtifactPart(whole(config.num_hidden_layers))
+    )
 
 
 class Traced:
@@ -94,7 +96,7 @@ class Traced:
             )
             for graph in GRAPHS
         }
-        pair = Pair(skeletons)
+        pair = GraphPair(skeletons)
         args = {graph: example_inputs(skeletons[graph], local, graph, config.hidden_size) for graph in GRAPHS}
         free = {graph: dynamic_dimensions(skeletons[graph], graph) for graph in GRAPHS} if contract.dynamic else None
         model = trace(pair, (args,), None if free is None else (free,))
@@ -116,11 +118,11 @@ class Traced:
         prefixes = {f"layer.{one.template}": f"model.layers.{k}." for k, one in enumerate(config.templates)}
         self.templates = {graph: stamp.cut(self.model, parts[graph], prefixes) for graph in GRAPHS}
 
-    def graphs(self, part: Part) -> dict[str, ir.Model]:
+    def graphs(self, part: ArtifactPart) -> dict[str, ir.Model]:
         """Both graphs of a part, function bodies included."""
         return {graph: self._stamped(graph, part) for graph in GRAPHS}
 
-    def _stamped(self, graph: str, part: Part) -> ir.Model:
+    def _stamped(self, graph: str, part: ArtifactPart) -> ir.Model:
         contract = self.contract.of_part(part)
         model = stamp.stamp(self.model, self.templates[graph], self.config.layers, contract.computed, graph)
         caches = rounded = 0
@@ -142,7 +144,7 @@ class Traced:
         return model
 
 
-def parameter_names(pair: Pair, config: ModelConfig) -> dict[str, str]:
+def parameter_names(pair: GraphPair, config: ModelConfig) -> dict[str, str]:
     """Name in the trace -> name in the parameter file, for every parameter and buffer of both graphs."""
     names = [name for name, _ in pair.named_parameters(remove_duplicate=False)]
     names += [name for name, _ in pair.named_buffers(remove_duplicate=False)]

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.errors import ExportError
 from gemma_deploy.graph.contract import DECODE, ENTERING, LEAVING, GraphContract, Port
-from gemma_deploy.graph.disconnected import Part, own_name
+from gemma_deploy.graph.disconnected import TraceBorder, own_name
 
 DTYPES = {"int64": ir.DataType.INT64, "float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
 
@@ -23,14 +23,14 @@ DTYPES = {"int64": ir.DataType.INT64, "float32": ir.DataType.FLOAT, "float16": i
 class Template:
     """The nodes of one part in topological order; everything they read is an input, a weight or a small constant."""
 
-    part: Part
+    part: TraceBorder
     nodes: tuple[ir.Node, ...]
     prefix: str
     inputs: dict[str, ir.Value]
     outputs: dict[str, ir.Value]
 
 
-def cut(model: ir.Model, parts: Iterable[Part], layer_prefixes: dict[str, str]) -> dict[str, Template]:
+def cut(model: ir.Model, parts: Iterable[TraceBorder], layer_prefixes: dict[str, str]) -> dict[str, Template]:
     """One template per part.
 
     Args:
@@ -58,7 +58,7 @@ def cut(model: ir.Model, parts: Iterable[Part], layer_prefixes: dict[str, str]) 
     return templates
 
 
-def _output_indices(model: ir.Model, part: Part) -> list[tuple[int, str]]:
+def _output_indices(model: ir.Model, part: TraceBorder) -> list[tuple[int, str]]:
     index = {value.name: i for i, value in enumerate(model.graph.outputs)}
     return [(index[name], border) for name, border in part.outputs]
 

@@ -1,4 +1,4 @@
-"""torch.export and torch.onnx.export of the islands module, as an onnx_ir model with checkpoint names.
+"""torch.export and torch.onnx.export of the disconnected module, as an onnx_ir model with checkpoint names.
 
 Fourth step of the export. The result holds shapes only: initializers of the model's parameters have no data.
 """
@@ -13,12 +13,12 @@ import onnx_ir as ir
 import torch
 
 from gemma_deploy.errors import ExportError
-from gemma_deploy.graph.disconnected import Pair
+from gemma_deploy.graph.disconnected import GraphPair
 
 OPSET = 21
 
 
-def trace(pair: Pair, args: tuple[Any, ...], dynamic: tuple[Any, ...] | None = None) -> ir.Model:
+def trace(pair: GraphPair, args: tuple[Any, ...], dynamic: tuple[Any, ...] | None = None) -> ir.Model:
     """Trace the module and convert it, without optimisation.
 
     Args:

@@ -21,7 +21,7 @@ from gemma_deploy import child
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.errors import DeployError, ExportError
 from gemma_deploy.graph.contract import GraphContract
-from gemma_deploy.partition import Part
+from gemma_deploy.partition import ArtifactPart
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import Form, Storage
 
@@ -42,7 +42,7 @@ class Task:
     scheme: Form
     contract: GraphContract
     embed_scale: str
-    rows: Sequence[tuple[Part, Sequence[Row]]]
+    rows: Sequence[tuple[ArtifactPart, Sequence[Row]]]
     location: str
     rescaling: Rescaling | None = None
     storage: Storage | None = None

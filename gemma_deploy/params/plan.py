@@ -16,7 +16,7 @@ from gemma_deploy.calibration.points import cache_factor_names
 from gemma_deploy.checkpoint import ModelConfig, Rope, expected_tensors
 from gemma_deploy.checkpoint.config import TABLE
 from gemma_deploy.params.quantized import COLUMN_SCALE, OutputError
-from gemma_deploy.partition import Part, whole
+from gemma_deploy.partition import ArtifactPart, whole
 from gemma_deploy.partition.ranks import Blocks, row_blocks, sharding
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import CodeForm, Form, Storage
@@ -74,7 +74,7 @@ def build_plan(
     scheme: Form,
     context_length: int,
     rescaling: Rescaling | None = None,
-    part: Part | None = None,
+    part: ArtifactPart | None = None,
     quantized: Mapping[str, OutputError] | None = None,
     storage: Storage | None = None,
     int8_cache: bool = False,
@@ -97,7 +97,7 @@ def build_plan(
         form: how codes lie in the file; signed by default.
     """
     storage, form = storage or Storage(), form or CodeForm()
-    rescaling, part = rescaling or Rescaling(), part or Part(whole(config.num_hidden_layers))
+    rescaling, part = rescaling or Rescaling(), part or ArtifactPart(whole(config.num_hidden_layers))
     span = part.span
     layers = config.layers[span.start : span.stop]
     specs: list[ParamSpec] = []
@@ -141,7 +141,7 @@ def build_plan(
     return tuple(specs) if part.ranks == 1 else tuple(_of_rank(spec, config, part) for spec in specs)
 
 
-def _of_rank(spec: ParamSpec, config: ModelConfig, part: Part) -> ParamSpec:
+def _of_rank(spec: ParamSpec, config: ModelConfig, part: ArtifactPart) -> ParamSpec:
     """What one rank holds of a tensor."""
     axis = None if spec.source is None else sharding(spec.name, len(spec.shape))
     if axis == "rows":

@@ -26,7 +26,7 @@ RAW_DTYPES = ("bfloat16", "float16", "float32")  # the others (GGUF blocks, floa
 
 
 @dataclass(frozen=True)
-class Job:
+class WriteJob:
     """What is made in one go: a tensor (int8: with its scale), and where each part goes."""
 
     name: str
@@ -100,7 +100,7 @@ class Sink:
 
 
 def run_job(
-    job: Job, source: WeightSource, fd: int, buffers: Buffers, block_bytes: int, wrote: Callable[[int], None]
+    job: WriteJob, source: WeightSource, fd: int, buffers: Buffers, block_bytes: int, wrote: Callable[[int], None]
 ) -> list[ParamRow]:
     """Write one job's tensors.
 

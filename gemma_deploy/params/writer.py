@@ -23,7 +23,7 @@ from gemma_deploy.errors import ParamsError
 from gemma_deploy.params.journal import Journal, read_finished
 from gemma_deploy.params.layout import Layout, lay_out
 from gemma_deploy.params.plan import ParamSpec
-from gemma_deploy.params.stream import BadTensorError, Buffers, Job, run_job
+from gemma_deploy.params.stream import BadTensorError, Buffers, WriteJob, run_job
 from gemma_deploy.params.table import ParamRow, ParamTable, hash_span, in_file_order
 from gemma_deploy.progress import Tick
 from gemma_deploy.provenance import code_of
@@ -177,7 +177,7 @@ class _Run:
         if bad:
             raise _bad_tensors(self.checkpoint, bad, all_of_them=not pending)
 
-    def run(self, job: Job, block_bytes: int) -> tuple[Job, list[ParamRow]]:
+    def run(self, job: WriteJob, block_bytes: int) -> tuple[WriteJob, list[ParamRow]]:
         """In a worker: write one job, unless a run before this one did."""
         rows = self.log.finished.get(job.name)
         if rows and all(hash_span(self.partial, row.offset, row.nbytes) == row.sha256 for row in rows):
@@ -203,7 +203,7 @@ class _Run:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
-    def note(self, ready: set[Future[tuple[Job, list[ParamRow]]]], bad: list[str]) -> None:
+    def note(self, ready: set[Future[tuple[WriteJob, list[ParamRow]]]], bad: list[str]) -> None:
         """Make finished jobs durable: first the data, then their lines. Collect bad tensors, pass other failures on."""
         done, failure = [], None
         for future in ready:
@@ -248,12 +248,14 @@ class _StoppedError(Exception):
     """Ends a worker whose run has failed elsewhere."""
 
 
-def _jobs(plan: Sequence[ParamSpec], layout: Layout) -> list[Job]:
+def _jobs(plan: Sequence[ParamSpec], layout: Layout) -> list[WriteJob]:
     """The plan's tensors grouped by source, largest first, so that no worker ends long after the others."""
     groups: dict[str, list[ParamSpec]] = {}
     for spec in plan:
         groups.setdefault(spec.source or spec.name, []).append(spec)
-    jobs = [Job(name, tuple(specs), tuple(layout.offsets[s.name] for s in specs)) for name, specs in groups.items()]
+    jobs = [
+        WriteJob(name, tuple(specs), tuple(layout.offsets[s.name] for s in specs)) for name, specs in groups.items()
+    ]
     return sorted(jobs, key=lambda job: -job.nbytes)
 
 

@@ -20,7 +20,7 @@ from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case, Sizes, make_cases, prompt_length
 from gemma_deploy.parity.gates import Gate, Line, judge
 from gemma_deploy.parity.metrics import Comparison, Metrics
-from gemma_deploy.parity.sources import Counting, Features, Source
+from gemma_deploy.parity.sources import Counting, Features, LogitSource
 from gemma_deploy.progress import counted
 from gemma_deploy.reading import read_text, text_kind
 from gemma_deploy.text import Tokenizer, has_tokenizer
@@ -80,7 +80,7 @@ class ParityResult:
         }
 
 
-class Pair:
+class PairMeasures:
     """Metrics of one reference and one tested source, by case and phase and over both phases."""
 
     def __init__(self) -> None:
@@ -108,12 +108,12 @@ class Pair:
 
 
 def compare_sources(
-    sources: Mapping[str, Source],
+    sources: Mapping[str, LogitSource],
     pairs: Sequence[tuple[str, str]],
     cases: Sequence[Case],
     vocab_size: int,
     report: Report = log.debug,
-) -> dict[tuple[str, str], Pair]:
+) -> dict[tuple[str, str], PairMeasures]:
     """Run every source over the cases, one after the other, and compare pairs of them position by position."""
     features: dict[str, Features] = {}
     for name, source in sources.items():
@@ -123,7 +123,7 @@ def compare_sources(
         features[name] = source.run(cases)
         give_memory_back()
     report("comparing logits")
-    found = {pair: Pair() for pair in pairs}
+    found = {pair: PairMeasures() for pair in pairs}
     step = max(1, BLOCK_BYTES // (4 * vocab_size))
     tick, done, kinds = counted(report, "positions"), 0, compared_positions(cases)
     total = sum(len(positions) for _, positions in kinds)
@@ -154,9 +154,9 @@ def compared_positions(cases: Sequence[Case]) -> tuple[tuple[bool, list[Position
 
 
 def _compare_block(
-    sources: Mapping[str, Source],
+    sources: Mapping[str, LogitSource],
     features: Mapping[str, Features],
-    found: Mapping[tuple[str, str], Pair],
+    found: Mapping[tuple[str, str], PairMeasures],
     cases: Sequence[Case],
     positions: Sequence[Position],
     prompt_end: bool,
@@ -182,7 +182,7 @@ def _features_at(features: Features, cases: Sequence[Case], position: Position) 
     return there[index - skipped] if index >= skipped else None
 
 
-def judged(gates: Sequence[Gate], found: Mapping[tuple[str, str], Pair]) -> list[Line]:
+def judged(gates: Sequence[Gate], found: Mapping[tuple[str, str], PairMeasures]) -> list[Line]:
     """Apply gates to what was compared; a mean over text is taken over random tokens where there is no text."""
     lines = []
     for gate in gates:
@@ -242,7 +242,7 @@ def text_tokens(checkpoint: Checkpoint, text: str | Path | None, wanted: int, no
     return ids
 
 
-def measures_of(found: Mapping[tuple[str, str], Pair]) -> list[dict[str, Any]]:
+def measures_of(found: Mapping[tuple[str, str], PairMeasures]) -> list[dict[str, Any]]:
     """Every metric there is, as plain rows."""
     rows = []
     for (reference, test), pair in found.items():
@@ -251,7 +251,7 @@ def measures_of(found: Mapping[tuple[str, str], Pair]) -> list[dict[str, Any]]:
     return rows
 
 
-def effect_of(pair: Pair, cases: Sequence[Case]) -> dict[str, Any]:
+def effect_of(pair: PairMeasures, cases: Sequence[Case]) -> dict[str, Any]:
     """The figures for the ledger: artifact against transformers, on text where there is some."""
     metrics = pair.pooled()[cases[0].name]
     figures = {

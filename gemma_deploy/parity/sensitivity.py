@@ -17,7 +17,7 @@ import torch
 
 from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.calibration.layer_weights import embed, loaded
-from gemma_deploy.calibration.shards import Frame, LayerPass, Model
+from gemma_deploy.calibration.shards import LayerPass, LayerSetting, StackTemplate
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.machine import give_memory_back
@@ -55,12 +55,12 @@ def measure_sensitivity(
     """
     config, tokens = checkpoint.config, list(ids)[:TOKENS]
     count, seqlen = config.num_hidden_layers, len(tokens)
-    frame = Frame(Model(config, embed_scale, seqlen, checkpoint.path))
+    stack_template = StackTemplate(LayerSetting(config, embed_scale, seqlen, checkpoint.path))
     unchanged, table = count, count + 1  # rows after those of the layers
     with closing(HiddenStates((count + 2, seqlen, config.hidden_size), scratch / "variants.f32", 0)) as states:
-        _embed_both(checkpoint, stored, tokens, frame, embed_scale, states, (unchanged, table), scratch)
+        _embed_both(checkpoint, stored, tokens, stack_template, embed_scale, states, (unchanged, table), scratch)
         for index in range(count):
-            layer = LayerPass(frame, index)
+            layer = LayerPass(stack_template, index)
             with loaded(layer.module, stored, layer.name):
                 changed = layer.run(states.read(unchanged))[0].numpy()
             with loaded(layer.module, checkpoint, layer.name):
@@ -73,8 +73,8 @@ def measure_sensitivity(
         normed = []
         sources: list[tuple[WeightSource, Sequence[int]]] = [(checkpoint, range(count + 1)), (stored, [table])]
         for source, rows in sources:
-            with loaded(frame.stack.norm, source, "model.norm"):
-                normed += [frame.stack.norm(torch.from_numpy(states.read(i))[None])[0] for i in rows]
+            with loaded(stack_template.stack.norm, source, "model.norm"):
+                normed += [stack_template.stack.norm(torch.from_numpy(states.read(i))[None])[0] for i in rows]
 
     def second_half(done: float, total: float) -> None:
         if progress is not None:
@@ -88,14 +88,14 @@ def _embed_both(
     checkpoint: WeightSource,
     stored: ArtifactWeights,
     tokens: Sequence[int],
-    frame: Frame,
+    stack_template: StackTemplate,
     embed_scale: str,
     states: HiddenStates,
     rows: tuple[int, int],
     scratch: Path,
 ) -> None:
     """The window through the checkpoint's table and the artifact's."""
-    scale = float(frame.stack.embed_tokens.scale_value(torch.float32))
+    scale = float(stack_template.stack.embed_tokens.scale_value(torch.float32))
     ids = np.array([tokens])
     columns = stored.embedding_scale()
     with ExitStack() as stack:

@@ -30,7 +30,7 @@ class Counting(Protocol):
     unit: str
 
 
-class Source(Protocol):
+class LogitSource(Protocol):
     """A model, or a graph, or a fake of one."""
 
     name: str

@@ -14,7 +14,7 @@ FOLDER = r"^((bottom|trunk\d*|top)(/rank\d+)?|rank\d+)$"  # what a manifest may 
 
 
 @dataclass(frozen=True)
-class Part:
+class ArtifactPart:
     """One rank of one stage.
 
     Args:
@@ -36,13 +36,13 @@ class Part:
         return f"{self.folder}/{name}" if self.folder else name
 
 
-def parts_of(layers: int, points: Sequence[int], ranks: int) -> tuple[Part, ...]:
+def parts_of(layers: int, points: Sequence[int], ranks: int) -> tuple[ArtifactPart, ...]:
     """Stage after stage, rank after rank.
 
     Raises:
         UsageError: points that do not cut the layers.
     """
-    return tuple(Part(span, rank, ranks) for span in spans_of(layers, points) for rank in range(ranks))
+    return tuple(ArtifactPart(span, rank, ranks) for span in spans_of(layers, points) for rank in range(ranks))
 
 
 def division_problems(config: ModelConfig, points: Sequence[int], ranks: int, align_qkv: bool) -> list[str]:

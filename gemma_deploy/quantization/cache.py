@@ -18,7 +18,7 @@ from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.calibration.executors import Executor
 from gemma_deploy.calibration.layer_weights import embed, loaded
 from gemma_deploy.calibration.points import cache_factor_names
-from gemma_deploy.calibration.shards import Frame, LayerPass, Model
+from gemma_deploy.calibration.shards import LayerPass, LayerSetting, StackTemplate
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.progress import Tick
@@ -63,7 +63,7 @@ def observe_cache(
     """
     config, (nsamples, seqlen) = checkpoint.config, ids.shape
     shape = (nsamples, seqlen, config.hidden_size)
-    frame = Frame(Model(config, embed_scale, seqlen, checkpoint.path))
+    stack_template = StackTemplate(LayerSetting(config, embed_scale, seqlen, checkpoint.path))
     states = HiddenStates(shape, file.with_name("hidden.f32"), 0)
     tensors: dict[str, torch.Tensor] = {}
     done = 0
@@ -75,9 +75,9 @@ def observe_cache(
             progress(done, config.num_hidden_layers * nsamples)
 
     try:
-        embed(checkpoint, ids, float(frame.stack.embed_tokens.scale_value(torch.float32)), states)
+        embed(checkpoint, ids, float(stack_template.stack.embed_tokens.scale_value(torch.float32)), states)
         for index in range(config.num_hidden_layers):
-            layer = LayerPass(frame, index)
+            layer = LayerPass(stack_template, index)
             with loaded(layer.module, checkpoint, layer.name):
                 # A window's states are read before the layer's are written in their place.
                 maxima = step(executor, layer, states, states, ticked, cache=True)

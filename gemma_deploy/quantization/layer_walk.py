@@ -13,7 +13,7 @@ from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.quantization.moments_pass import Observers, observe, scratch_of, step
 
 
-class Passage:
+class LayerWalk:
     """Windows begin at the layer's input and wait at every group that is observed, on disk.
 
     Args:

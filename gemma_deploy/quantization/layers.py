@@ -21,7 +21,7 @@ from gemma_deploy.architectures import InputGroup, LayerSpec
 from gemma_deploy.calibration.executors import Executor, Here
 from gemma_deploy.calibration.layer_weights import embed, loaded
 from gemma_deploy.calibration.points import TOKENS
-from gemma_deploy.calibration.shards import Frame, LayerPass, Model
+from gemma_deploy.calibration.shards import LayerPass, LayerSetting, StackTemplate
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.errors import CalibrationError
@@ -29,7 +29,7 @@ from gemma_deploy.machine import give_memory_back
 from gemma_deploy.progress import Tick
 from gemma_deploy.quantization.cache import cache_factors
 from gemma_deploy.quantization.folding import shared_rows
-from gemma_deploy.quantization.layer_walk import Passage
+from gemma_deploy.quantization.layer_walk import LayerWalk
 from gemma_deploy.quantization.moments import NotPositiveError
 from gemma_deploy.quantization.moments_pass import scratch_of
 from gemma_deploy.quantization.results import claim, layer_file, read_record, resume_at, states_file, write_result
@@ -80,19 +80,19 @@ def quantize_layers(
     done = resume_at(folder, count, HiddenStates.bytes_of(shape))
     if done < count:
         executor = executor or Here()
-        frame = Frame(Model(config, embed_scale, seqlen, checkpoint.path))
+        stack_template = StackTemplate(LayerSetting(config, embed_scale, seqlen, checkpoint.path))
         if done == 0:
             states = HiddenStates(shape, states_file(folder, 0), 0)
-            embed(checkpoint, ids, float(frame.stack.embed_tokens.scale_value(torch.float32)), states)
+            embed(checkpoint, ids, float(stack_template.stack.embed_tokens.scale_value(torch.float32)), states)
         else:
             states = HiddenStates(shape, states_file(folder, done), 0, there=True)
         passes = (len(config.layers[0].groups) if true_sequential else 1) + 1
         for index in range(done, count):
-            layer = LayerPass(frame, index)
+            layer = LayerPass(stack_template, index)
             with loaded(layer.module, checkpoint, layer.name):
                 ticked = _Ticks(progress, index * passes * nsamples, count * passes * nsamples)
                 keep = TOKENS if settings.activations else 0
-                inside = Passage(executor, layer, states, ticked, tokens=keep, stops=true_sequential)
+                inside = LayerWalk(executor, layer, states, ticked, tokens=keep, stops=true_sequential)
                 try:
                     tensors, record = _quantize_layer(
                         layer.module, layer.spec, config.architecture.norm_offset, inside, settings, true_sequential
@@ -141,7 +141,7 @@ def _quantize_layer(
     layer: nn.Module,
     spec: LayerSpec,
     norm_offset: float,
-    inside: Passage,
+    inside: LayerWalk,
     settings: Settings,
     true_sequential: bool,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

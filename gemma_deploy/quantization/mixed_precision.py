@@ -10,7 +10,7 @@ from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.quantization.budget import Budget
 
 
-def linears_to_keep(
+def unrounded_inputs(
     records: Sequence[Mapping[str, Any]],
     config: ModelConfig,
     budget: Budget,

@@ -18,12 +18,12 @@ from gemma_deploy.calibration.executors import Executor
 from gemma_deploy.calibration.observers import MOMENT_BLOCK, MomentObserver, TokenObserver, moment_block, quick_products
 from gemma_deploy.calibration.segments import ENTERED, Route
 from gemma_deploy.calibration.shards import (
-    Carried,
     LayerPass,
     Shard,
-    Windows,
+    StatesByValue,
+    StateStore,
     advance,
-    empty_carried,
+    empty_states,
     inputs,
     shards_of,
 )
@@ -56,12 +56,12 @@ class _Observation:
     tokens: TokenObserver | None
     route: Route
     keep: bool
-    target: Windows | None
+    target: StateStore | None
     file: Path | None
 
     def kept(self, layer: LayerPass, x: torch.Tensor) -> torch.Tensor:
         """The tokens to keep of the shard's [tokens, channels]; none where nobody asked for some."""
-        first = self.shard.windows.start * layer.frame.model.seqlen
+        first = self.shard.windows.start * layer.stack_template.model.seqlen
         return x[:0] if self.tokens is None else self.tokens.kept(first, x)
 
 
@@ -71,7 +71,7 @@ class _Step:
 
     shard: Shard
     route: Route
-    target: Windows | None
+    target: StateStore | None
     cache: bool
 
 
@@ -134,9 +134,9 @@ def observe(
         _observe_here(executor, layer, tasks, found, ticked)
         return found
     with closing(executor.map(_moments, layer, tasks)) as results:
-        for shard, (result, carried) in zip(shards, results, strict=True):
-            if carried is not None and following is not None:
-                carried.into(following)
+        for shard, (result, by_value) in zip(shards, results, strict=True):
+            if by_value is not None and following is not None:
+                by_value.into(following)
             blocks = _read(result) if isinstance(result, Path) else iter(result)
             for observers in found.values():
                 moments = observers.moments
@@ -147,7 +147,7 @@ def observe(
                     observers.tokens.add(torch.from_numpy(np.array(next(blocks))))
             if isinstance(result, Path):
                 result.unlink()
-            del result, blocks, carried
+            del result, blocks, by_value
             _tick(shard, ticked)
     return found
 
@@ -178,9 +178,9 @@ def step(
     tasks = (_Step(Shard(shard, _source(executor, states, shard)), route, target, cache) for shard in shards)
     maxima: dict[str, torch.Tensor] = {}
     with _products(cache), closing(executor.map(_advance, layer, tasks)) as results:
-        for shard, (carried, found) in zip(shards, results, strict=True):
-            if carried is not None:
-                carried.into(following)
+        for shard, (by_value, found) in zip(shards, results, strict=True):
+            if by_value is not None:
+                by_value.into(following)
             for part, largest in found.items():
                 seen = torch.from_numpy(np.array(largest))
                 maxima[part] = torch.maximum(maxima[part], seen) if part in maxima else seen
@@ -193,8 +193,8 @@ def scratch_of(folder: Path) -> Path:
     return folder / FOLDER
 
 
-def _source(executor: Executor, states: HiddenStates, shard: range) -> Windows:
-    return Carried.of(states, shard) if executor.shares == "nothing" else states
+def _source(executor: Executor, states: HiddenStates, shard: range) -> StateStore:
+    return StatesByValue.of(states, shard) if executor.shares == "nothing" else states
 
 
 def _tick(shard: range, ticked: Callable[[], None]) -> None:
@@ -244,24 +244,24 @@ def _products(exact: bool) -> AbstractContextManager[None]:
     return nullcontext() if exact else quick_products()
 
 
-def _advance(layer: LayerPass, task: _Step) -> tuple[Carried | None, dict[str, np.ndarray]]:
+def _advance(layer: LayerPass, task: _Step) -> tuple[StatesByValue | None, dict[str, np.ndarray]]:
     maxima: dict[str, torch.Tensor] = {}
-    carried = empty_carried(layer, task.shard.windows) if task.target is None else None
+    by_value = empty_states(layer, task.shard.windows) if task.target is None else None
     with _products(task.cache):
-        advance(layer, task.shard, task.target or carried, task.route, maxima if task.cache else None)
-    return carried, {part: largest.numpy() for part, largest in maxima.items()}
+        advance(layer, task.shard, task.target or by_value, task.route, maxima if task.cache else None)
+    return by_value, {part: largest.numpy() for part, largest in maxima.items()}
 
 
 @torch.inference_mode()
 @quick_products()
-def _moments(layer: LayerPass, task: _Observation) -> tuple[Path | list[np.ndarray], Carried | None]:
+def _moments(layer: LayerPass, task: _Observation) -> tuple[Path | list[np.ndarray], StatesByValue | None]:
     """Sums of a shard as blocks, then the tokens that are kept, of one point after another: in a file, or returned.
 
     Beside them the states at the last point, where these are returned as well.
     """
     back = task.keep and task.target is None
-    carried = empty_carried(layer, task.shard.windows, task.points[-1]) if back else None
-    seen = inputs(layer, task.shard, task.points, task.route, carried if back else task.target)
+    by_value = empty_states(layer, task.shard.windows, task.points[-1]) if back else None
+    seen = inputs(layer, task.shard, task.points, task.route, by_value if back else task.target)
 
     def blocks() -> Iterator[np.ndarray]:
         for point in task.points:
@@ -271,7 +271,7 @@ def _moments(layer: LayerPass, task: _Observation) -> tuple[Path | list[np.ndarr
                 yield task.kept(layer, x).numpy()
 
     if task.file is None:
-        return list(blocks()), carried
+        return list(blocks()), by_value
     try:
         with open(task.file, "wb") as file:
             for block in blocks():
@@ -283,7 +283,7 @@ def _moments(layer: LayerPass, task: _Observation) -> tuple[Path | list[np.ndarr
             expected=f"{sum(2 * x.shape[1] ** 2 for x in seen.values()) / 1e6:.0f} MB free for each process",
             next_step="make room there, or set workspace.workers: 1, which needs none (the results are the same)",
         ) from error
-    return task.file, carried
+    return task.file, by_value
 
 
 def _read(file: Path) -> Iterator[np.ndarray]:

@@ -19,12 +19,12 @@ import numpy as np
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.errors import UsageError
-from gemma_deploy.runtime.generate import GenerationStats, Prompt, check_length, encoded, speak
+from gemma_deploy.runtime.generate import GenerationStats, Prompt, check_length, encoded, stream_tokens
 from gemma_deploy.runtime.sampling import Sampling
 from gemma_deploy.text import ChatTemplate, StopStrings, TextStream, Tokenizer
 
 if TYPE_CHECKING:
-    from gemma_deploy.parity.sources import Source
+    from gemma_deploy.parity.sources import LogitSource
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Session(ABC):
         stats.prompt_tokens = self._admitted(ids)
         self._ending.set()
         ending = self._ending = threading.Event()
-        return speak(
+        return stream_tokens(
             self._steps(list(ids), stats),
             TextStream(self.tokenizer),
             stats,
@@ -252,7 +252,7 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def source(self, kernels: str | None = None) -> Source:
+    def source(self, kernels: str | None = None) -> LogitSource:
         """Logits at every position of many prompts, for comparisons; computed apart from all sessions.
 
         Args:

@@ -88,7 +88,7 @@ def stop_token_ids(manifest: Manifest | None) -> tuple[int, ...]:
     return manifest.model.eos_token_ids if manifest else ()
 
 
-def speak(
+def stream_tokens(
     steps: Iterator[Sequence[int]],
     text: TextStream,
     stats: GenerationStats,

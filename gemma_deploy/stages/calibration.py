@@ -126,7 +126,7 @@ def quantize_weights(job: Job, request: Request, out: Path, key: str, progress: 
     """Every decoder layer quantized on what the layers before it give; resumable per layer."""
     from gemma_deploy.calibration.executors import open_executor
     from gemma_deploy.quantization.layers import quantize_layers
-    from gemma_deploy.quantization.mixed_precision import linears_to_keep
+    from gemma_deploy.quantization.mixed_precision import unrounded_inputs
     from gemma_deploy.quantization.moments_pass import scratch_of
     from gemma_deploy.quantization.results import layer_file, table_file
     from gemma_deploy.quantization.table import scale_table
@@ -155,7 +155,7 @@ def quantize_weights(job: Job, request: Request, out: Path, key: str, progress: 
     kept = None
     if job.scheme.rounds_activations:
         budget = job.backend.unrounded_inputs
-        kept = linears_to_keep(records, checkpoint.config, budget.with_share(choices.keep_a16))
+        kept = unrounded_inputs(records, checkpoint.config, budget.with_share(choices.keep_a16))
     used = asdict(settings) | {"true_sequential": choices.true_sequential}
     give_memory_back()
     source = QuantizedCheckpoint(checkpoint, [*files, table_file(folder)], records)

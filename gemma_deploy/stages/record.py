@@ -10,7 +10,7 @@ from gemma_deploy.artifact.manifest import FORMAT_VERSION, Manifest, op_census, 
 from gemma_deploy.graph.contract import GraphContract
 from gemma_deploy.job import Job
 from gemma_deploy.params import ParamTable
-from gemma_deploy.partition import Part
+from gemma_deploy.partition import ArtifactPart
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.stages.calibration import Quantized
 from gemma_deploy.stages.keys import StageKeys
@@ -64,7 +64,7 @@ def describe(
     return manifest.but(ledger=job.backend.ledger(manifest))
 
 
-def describe_part(part: Part, contract: GraphContract) -> dict[str, Any]:
+def describe_part(part: ArtifactPart, contract: GraphContract) -> dict[str, Any]:
     """One rank of one stage: its folder, layers [start, stop), and what its graphs take and give."""
     span = part.span
     return {

@@ -23,7 +23,7 @@ from gemma_deploy.backends.onnxruntime.decoder import linears_of
 from gemma_deploy.backends.onnxruntime.genai import GenaiModel
 from gemma_deploy.backends.onnxruntime.genai_config import genai_config
 from gemma_deploy.backends.onnxruntime.options import CANDIDATES, Kernels
-from gemma_deploy.backends.onnxruntime.source import half_line
+from gemma_deploy.backends.onnxruntime.source import bfloat16_line
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.cli import main
 from gemma_deploy.errors import ArtifactError
@@ -125,13 +125,13 @@ def test_a_bfloat16_graph_is_proven_widened_and_by_its_types(compiled, tmp_path)
     assert {row["dtype"] for row in manifest["params"]} == {"float32", "bfloat16"}
     ports = {port["name"]: port["dtype"] for port in manifest["contract"]["graphs"]["model"]["outputs"]}
     assert (ports["logits"], ports["present.0.key"]) == ("float32", "bfloat16")
-    assert half_line(artifact).passed
+    assert bfloat16_line(artifact).passed
     copy = shutil.copytree(artifact, tmp_path / "x")
     model = onnx.load(copy / "model.onnx", load_external_data=False)
     cast = next(node for node in model.graph.node if node.output[0] == "model.layers.1.input_layernorm.gain")
     cast.attribute[0].i = onnx.TensorProto.FLOAT
     onnx.save(model, copy / "model.onnx")
-    assert (half_line(copy).value, half_line(copy).passed) == (1, False)
+    assert (bfloat16_line(copy).value, bfloat16_line(copy).passed) == (1, False)
     with pytest.raises(ArtifactError) as refused:
         GenaiModel(artifact)
     assert "onnxruntime-genai-cuda" in str(refused.value)

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from gemma_deploy import progress
-from gemma_deploy.calibration.mix import Part
+from gemma_deploy.calibration.mix import MixEntry
 from gemma_deploy.calibration.picture import largest
 from gemma_deploy.calibration.store import Calibration, Range
 from gemma_deploy.cli import cli, main
@@ -83,7 +83,7 @@ def test_a_recipe_gives_what_the_options_leave_out(checkpoint_path, c4_file, tmp
 def test_a_file_gets_the_full_number_of_windows_by_default():
     for context, seqlen in ((8192, 1024), (512, 512)):
         request = command_file._request(None, "c4", "x.json.gz", None, None, 0, context)
-        assert request.mix.parts == (Part("c4", None, Path("x.json.gz")),)
+        assert request.mix.parts == (MixEntry("c4", None, Path("x.json.gz")),)
         assert (request.nsamples, request.seqlen) == (128, seqlen)
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_deploy.calibration.mix import DATASETS, HubPlace, Part, read_mix, shortened, turn_order
+from gemma_deploy.calibration.mix import DATASETS, HubPlace, MixEntry, read_mix, shortened, turn_order
 from gemma_deploy.calibration.pipeline import Request, calibrate, dataset_record, make_windows
 from gemma_deploy.calibration.sources import SOURCES
 from gemma_deploy.checkpoint import Checkpoint
@@ -45,18 +45,18 @@ def test_every_data_set_has_a_source():
 @pytest.mark.parametrize(
     ("dataset", "path", "parts"),
     [
-        ("c4", None, [Part("c4")]),
-        ("c4", "a,b=c.json", [Part("c4", None, Path("a,b=c.json"))]),
-        ("c4", "x=y.json", [Part("c4", None, Path("x=y.json"))]),
-        ("c4", "c4=x.json", [Part("c4", None, Path("x.json"))]),
-        ("c4:8", "hub", [Part("c4", 8, HubPlace())]),
-        ("c4", "./hub", [Part("c4", None, Path("hub"))]),
-        ("c4:64, alpaca:32", None, [Part("c4", 64), Part("alpaca", 32)]),
-        ("c4:1,alpaca:2", "alpaca=a,b.json", [Part("c4", 1), Part("alpaca", 2, Path("a,b.json"))]),
+        ("c4", None, [MixEntry("c4")]),
+        ("c4", "a,b=c.json", [MixEntry("c4", None, Path("a,b=c.json"))]),
+        ("c4", "x=y.json", [MixEntry("c4", None, Path("x=y.json"))]),
+        ("c4", "c4=x.json", [MixEntry("c4", None, Path("x.json"))]),
+        ("c4:8", "hub", [MixEntry("c4", 8, HubPlace())]),
+        ("c4", "./hub", [MixEntry("c4", None, Path("hub"))]),
+        ("c4:64, alpaca:32", None, [MixEntry("c4", 64), MixEntry("alpaca", 32)]),
+        ("c4:1,alpaca:2", "alpaca=a,b.json", [MixEntry("c4", 1), MixEntry("alpaca", 2, Path("a,b.json"))]),
         (
             "c4:1,ceval:2",
             "ceval=z.zip,c4=hub:allenai/c4:en@main",
-            [Part("c4", 1, HubPlace("allenai/c4", "en", "main")), Part("ceval", 2, Path("z.zip"))],
+            [MixEntry("c4", 1, HubPlace("allenai/c4", "en", "main")), MixEntry("ceval", 2, Path("z.zip"))],
         ),
     ],
 )

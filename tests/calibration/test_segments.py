@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from gemma_deploy.calibration.segments import Route, state_columns, walk
-from gemma_deploy.calibration.shards import Frame, LayerPass, Model
+from gemma_deploy.calibration.shards import LayerPass, LayerSetting, StackTemplate
 from gemma_deploy.calibration.states import joined
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.testing import write_tiny_checkpoint
@@ -18,7 +18,7 @@ POINTS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_pro
 
 def opened(path, index=1):
     checkpoint = Checkpoint.open(path)
-    layer = LayerPass(Frame(Model(checkpoint.config, "exact", SEQLEN, checkpoint.path)), index)
+    layer = LayerPass(StackTemplate(LayerSetting(checkpoint.config, "exact", SEQLEN, checkpoint.path)), index)
     weights = load_file(checkpoint.path / "model.safetensors")
     named = {name: weights[f"model.layers.{index}.{name}"].float() for name in layer.module.state_dict()}
     layer.module.load_state_dict(named, assign=True)
@@ -63,7 +63,9 @@ def test_segments_give_what_the_stock_layer_gives(tmp_path, model_type):
 @torch.inference_mode()
 def test_what_waits_is_divided_as_the_weights_were(tmp_path, point):
     _, layer = opened(write_tiny_checkpoint(tmp_path / "checkpoint", "gemma3_text"))
-    states = np.random.default_rng(1).standard_normal((SEQLEN, layer.frame.model.config.hidden_size), np.float32)
+    states = np.random.default_rng(1).standard_normal(
+        (SEQLEN, layer.stack_template.model.config.hidden_size), np.float32
+    )
     linear = layer.module.get_submodule(point)
     factors = torch.linspace(0.25, 4, linear.in_features)
     with layer.hooked():

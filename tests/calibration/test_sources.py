@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gemma_deploy.calibration.datasets import locate
-from gemma_deploy.calibration.mix import Part
+from gemma_deploy.calibration.mix import MixEntry
 from gemma_deploy.calibration.sources import SOURCES, c4, ceval
 from gemma_deploy.errors import CalibrationError
 from gemma_deploy.paths import calib_dir
@@ -197,7 +197,7 @@ def test_files_of_an_editor_that_writes_a_byte_order_mark(tmp_path):
 def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path, name):
     os.mkfifo(tmp_path / "pipe")
     assert ": cannot be read: it is a named pipe" in message(SOURCES[name].texts, tmp_path / "pipe")
-    part = Part(name, 1, tmp_path / "pipe")
+    part = MixEntry(name, 1, tmp_path / "pipe")
     with pytest.raises(CalibrationError, match="it is a named pipe"):
         locate([part], 1)
 

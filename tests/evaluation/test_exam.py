@@ -186,7 +186,7 @@ def test_a_question_too_long_even_alone_is_refused_before_anything_runs(compiled
     long = questions(3)
     long[1][1] = "the layer " * 20
     exam = write_exam(tmp_path / "exam.zip", long)
-    monkeypatch.setattr(models.Model, "features", None)
+    monkeypatch.setattr(models.Evaluated, "features", None)
     code, out, err = run(capfd, "eval", compiled("int8"), "--task", "ceval", "--path", exam, "--no-record")
     assert (code, out) == (2, "")
     assert "2 of 6 questions are too long even without an example" in err

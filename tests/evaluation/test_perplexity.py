@@ -8,9 +8,9 @@ import pytest
 
 from gemma_deploy.errors import UsageError
 from gemma_deploy.evaluation import models
-from gemma_deploy.evaluation.models import Model
+from gemma_deploy.evaluation.models import Evaluated
 from gemma_deploy.evaluation.perplexity import Perplexity, measure
-from gemma_deploy.evaluation.texts import Windows, make_windows
+from gemma_deploy.evaluation.texts import ScoredWindows, make_windows
 from gemma_deploy.testing import write_tiny_checkpoint
 from tests.evaluation.conftest import (
     BOS,
@@ -179,12 +179,12 @@ class Fake:
 
 
 def fake(batch=3, broken=()):
-    return Model("fake", "checkpoint", "fp32", batch, None, 99, 64, "exact", Fake(64, broken))
+    return Evaluated("fake", "checkpoint", "fp32", batch, None, 99, 64, "exact", Fake(64, broken))
 
 
 def fake_windows(count=8):
     rng = np.random.default_rng(1)
-    return Windows(tuple((BOS, *rng.integers(3, 64, 9).tolist()) for _ in range(count)), 10, 70, count)
+    return ScoredWindows(tuple((BOS, *rng.integers(3, 64, 9).tolist()) for _ in range(count)), 10, 70, count)
 
 
 def test_logits_are_made_a_block_at_a_time_whatever_the_blocks(monkeypatch):

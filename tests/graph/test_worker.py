@@ -13,7 +13,7 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import ExportError, NotBuiltError
 from gemma_deploy.graph.worker import Task, export_apart, export_here
 from gemma_deploy.params import build_plan, write_params
-from gemma_deploy.partition import Part, whole
+from gemma_deploy.partition import ArtifactPart, whole
 from gemma_deploy.testing import write_tiny_checkpoint
 from tests.exporting import contract_of
 
@@ -25,7 +25,7 @@ def task(tmp_path_factory):
     contract = contract_of(checkpoint.config, "w8a16")
     plan = build_plan(checkpoint.config, "w8a16", contract.context)
     table = write_params(checkpoint, plan, folder / "params.safetensors", journal=folder / "journal")
-    rows = [(Part(whole(2)), table.rows)]
+    rows = [(ArtifactPart(whole(2)), table.rows)]
     return Task(checkpoint.config, "w8a16", contract, "exact", rows, "params.safetensors")
 
 

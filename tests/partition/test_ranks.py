@@ -3,7 +3,7 @@
 import pytest
 
 from gemma_deploy.checkpoint import ModelConfig, expected_tensors
-from gemma_deploy.partition import Part, division_problems, parts_of, spans_of
+from gemma_deploy.partition import ArtifactPart, division_problems, parts_of, spans_of
 from gemma_deploy.partition.ranks import (
     kv_head_blocks,
     kv_heads_of,
@@ -101,5 +101,5 @@ def test_folders():
     assert [part.folder for part in parts_of(3, (), 1)] == [""]
     assert [part.folder for part in parts_of(3, (), 2)] == ["rank0", "rank1"]
     assert [part.folder for part in parts_of(3, (1,), 2)] == ["bottom/rank0", "bottom/rank1", "top/rank0", "top/rank1"]
-    assert Part(spans_of(3, (1,))[1]).file("iter0.onnx") == "top/iter0.onnx"
-    assert Part(spans_of(3, ())[0]).file("iter0.onnx") == "iter0.onnx"
+    assert ArtifactPart(spans_of(3, (1,))[1]).file("iter0.onnx") == "top/iter0.onnx"
+    assert ArtifactPart(spans_of(3, ())[0]).file("iter0.onnx") == "iter0.onnx"

@@ -21,7 +21,7 @@ from gemma_deploy.graph import worker
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.quantization.budget import Budget
 from gemma_deploy.quantization.equalize import column_factors, token_gains
-from gemma_deploy.quantization.mixed_precision import linears_to_keep
+from gemma_deploy.quantization.mixed_precision import unrounded_inputs
 from gemma_deploy.quantization.solver import Settings, round_tokens, solve
 from gemma_deploy.testing import write_tiny_checkpoint
 from tests.calibration.make import write_tokenizer
@@ -139,18 +139,18 @@ def test_the_noisiest_are_kept_within_the_share(checkpoint):
     config = checkpoint.config
     noisy = {(1, "mlp.down_proj"): 1e-2, (0, "self_attn.q_proj"): 1e-3, (2, "mlp.down_proj"): 5e-4}
     found = records(config, noisy.items())
-    assert linears_to_keep(found, config, Budget(0)) == ()
-    everything = linears_to_keep(found, config, Budget(1))
+    assert unrounded_inputs(found, config, Budget(0)) == ()
+    everything = unrounded_inputs(found, config, Budget(1))
     attention = tuple(f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
     assert everything == (*attention, "model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj")
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items() if "_proj" in name}
     down = np.prod(shapes["model.layers.1.mlp.down_proj.weight"]) / sum(np.prod(shape) for shape in shapes.values())
-    assert linears_to_keep(found, config, Budget(1.01 * down)) == ("model.layers.1.mlp.down_proj",)
-    assert linears_to_keep(found, config, Budget(0.99 * down)) == ()
+    assert unrounded_inputs(found, config, Budget(1.01 * down)) == ("model.layers.1.mlp.down_proj",)
+    assert unrounded_inputs(found, config, Budget(0.99 * down)) == ()
 
     # those named come first whatever the noise of others, by their own
     def kept(share):
-        return linears_to_keep(found, config, Budget(share, 0.0, "mlp.down_proj"))
+        return unrounded_inputs(found, config, Budget(share, 0.0, "mlp.down_proj"))
 
     every = tuple(f"model.layers.{layer}.mlp.down_proj" for layer in range(3))
     assert kept(3.01 * down) == every

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.quantization.layer_walk import Passage
+from gemma_deploy.quantization.layer_walk import LayerWalk
 from gemma_deploy.quantization.layers import layer_file, quantize_layers
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.quantization.solver import Settings
@@ -105,7 +105,7 @@ def test_states_of_a_run_that_was_killed_while_it_made_lost_ones_again_are_not_t
         quantize(checkpoint, folder, stop=2 * PASSES * len(IDS) + 3)
     (folder / "hidden-002.f32").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(Passage, "leave", stop)
+        patch.setattr(LayerWalk, "leave", stop)
         with pytest.raises(StopError):
             quantize(checkpoint, folder)
     assert (folder / "hidden-001.f32").stat().st_size == 4 * IDS.size * checkpoint.config.hidden_size

@@ -20,7 +20,7 @@ from gemma_deploy.calibration import address, shards
 from gemma_deploy.calibration.executors import Here, open_executor
 from gemma_deploy.calibration.ranges import run_layers
 from gemma_deploy.calibration.segments import ENTERED
-from gemma_deploy.calibration.shards import Frame, LayerPass, Model, Shard, shards_of
+from gemma_deploy.calibration.shards import LayerPass, LayerSetting, Shard, StackTemplate, shards_of
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CalibrationError, UsageError
@@ -208,7 +208,7 @@ def test_moments_are_those_of_all_windows(checkpoint, tmp_path, seqlen):
     on_disk = HiddenStates((NSAMPLES, seqlen, 64), tmp_path / "states", 0)
     for window, hidden in enumerate(states):
         on_disk.write(window, hidden)
-    layer = LayerPass(Frame(Model(checkpoint.config, "exact", seqlen, checkpoint.path)), 0)
+    layer = LayerPass(StackTemplate(LayerSetting(checkpoint.config, "exact", seqlen, checkpoint.path)), 0)
     layer.module.load_state_dict(first.state_dict(), assign=True)
     ticks = []
     found = observe(Here(2), layer, points, on_disk, lambda: ticks.append(1))
@@ -226,7 +226,7 @@ def test_moments_are_those_of_all_windows(checkpoint, tmp_path, seqlen):
 
 def test_a_full_disk_in_a_worker_is_explained(checkpoint, tmp_path):
     states = HiddenStates((NSAMPLES, SEQLEN, 64), tmp_path / "states", 0)
-    layer = LayerPass(Frame(Model(checkpoint.config, "exact", SEQLEN, checkpoint.path)), 0)
+    layer = LayerPass(StackTemplate(LayerSetting(checkpoint.config, "exact", SEQLEN, checkpoint.path)), 0)
     weights = load_file(checkpoint.path / "model.safetensors")
     named = {name: weights[f"model.layers.0.{name}"].float() for name in layer.module.state_dict()}
     layer.module.load_state_dict(named, assign=True)
@@ -306,7 +306,7 @@ def test_two_nodes_of_a_ray_cluster_give_the_same_bytes_and_ranges(cluster, chec
         here = run_layers(checkpoint, IDS, scratch=tmp_path)
         there = run_layers(checkpoint, IDS, scratch=tmp_path, executor=executor)
         assert all(torch.equal(seen.maximum, there[point].maximum) for point, seen in here.items())
-        layer = LayerPass(Frame(Model(checkpoint.config, "exact", SEQLEN, checkpoint.path)), 0)
+        layer = LayerPass(StackTemplate(LayerSetting(checkpoint.config, "exact", SEQLEN, checkpoint.path)), 0)
         weights = load_file(checkpoint.path / "model.safetensors")
         named = {name: weights[f"model.layers.0.{name}"].float() for name in layer.module.state_dict()}
         layer.module.load_state_dict(named, assign=True)

@@ -25,7 +25,7 @@ from gemma_deploy.runtime.sampling import Sampling
 from gemma_deploy.text import Tokenizer
 
 if TYPE_CHECKING:
-    from gemma_deploy.parity.sources import Source
+    from gemma_deploy.parity.sources import LogitSource
 
 log = logging.getLogger(__name__)
 KERNELS = ("shipped", "strict")
@@ -174,7 +174,7 @@ class OrtEngine(Engine):
             graph = self._graph
         return OrtSession(graph, self.tokenizer, sampling, max_length=max_length, endless=endless, lookup=lookup)
 
-    def source(self, kernels: str | None = None) -> Source:
+    def source(self, kernels: str | None = None) -> LogitSource:
         """See `Engine`: the graph made exact, or with the kernels it ships."""
         from gemma_deploy.backends.onnxruntime.source import DynamicSource
 

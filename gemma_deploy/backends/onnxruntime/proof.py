@@ -6,9 +6,9 @@ from gemma_deploy.backends.base import Proof
 from gemma_deploy.backends.onnxruntime.bisect import dynamic_divergence
 from gemma_deploy.backends.onnxruntime.gates import dynamic_gates
 from gemma_deploy.backends.onnxruntime.options import LAST
-from gemma_deploy.backends.onnxruntime.source import DynamicSource, half_line, whole_graph_line, wide_line
+from gemma_deploy.backends.onnxruntime.source import DynamicSource, bfloat16_line, whole_graph_line, wide_line
 from gemma_deploy.parity.compare import ParityResult, compare_sources, effect_of, judged, measures_of
-from gemma_deploy.parity.sources import Source
+from gemma_deploy.parity.sources import LogitSource
 from gemma_deploy.parity.torch_sources import torch_sources
 
 
@@ -19,7 +19,7 @@ def prove_graph(proof: Proof, result: ParityResult) -> None:
     on_cpu, logits = scheme != "bf16", manifest.contract.logits or LAST
     strict, shipped = DynamicSource(artifact, "strict"), DynamicSource(artifact, "shipped")
     hf, patched, twin = torch_sources(opened, artifact, manifest)
-    sources: dict[str, Source] = {source.name: source for source in (hf, patched, twin, strict)}
+    sources: dict[str, LogitSource] = {source.name: source for source in (hf, patched, twin, strict)}
     gates = dynamic_gates(scheme, manifest.kernels is not None and manifest.kernels.candidates > 0)
     pairs = list(dict.fromkeys([gate.pair for gate in gates] + [(hf.name, "strict")]))
     if on_cpu:
@@ -30,7 +30,7 @@ def prove_graph(proof: Proof, result: ParityResult) -> None:
     if on_cpu:
         result.lines.append(whole_graph_line(artifact, shipped, cases[0], opened.config.vocab_size, logits))
     else:
-        result.lines.append(half_line(artifact))
+        result.lines.append(bfloat16_line(artifact))
         result.notes.append(
             "computed in float32 on the bfloat16 weights: ONNX Runtime has no such kernels for a CPU, so those of a "
             "GPU provider were not run"

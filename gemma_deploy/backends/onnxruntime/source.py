@@ -204,10 +204,10 @@ def wide_line(path: Path, kernels: KernelsRecord) -> Line:
     return Line("linears of 14-bit activations = those listed", "others", wrong, 0, wrong == 0)
 
 
-def half_line(path: Path) -> Line:
+def bfloat16_line(path: Path) -> Line:
     """A bfloat16 graph: weights, caches and what its products read are that; ids, logits and tables are not."""
     model = load_file(Path(path) / GRAPH)
-    half, graph = ir.DataType.BFLOAT16, model.graph
+    bfloat16, graph = ir.DataType.BFLOAT16, model.graph
     inferred = {value.name: value.dtype for value in graph.initializers.values()}
     inferred |= {value.name: value.dtype for value in (*graph.inputs, *graph.outputs)}
     for node in graph:
@@ -223,8 +223,8 @@ def half_line(path: Path) -> Line:
         for node in graph
         if node.op_type in ("FusedMatMul", "GroupQueryAttention", "RMSNormalization")
         for value in node.inputs[:2]
-        if value is not None and inferred.get(value.name) != half
+        if value is not None and inferred.get(value.name) != bfloat16
     ]
-    wrong += [name for name, kind in inferred.items() if str(name).startswith("present.") and kind != half]
+    wrong += [name for name, kind in inferred.items() if str(name).startswith("present.") and kind != bfloat16]
     wrong += [] if inferred[LOGITS] == ir.DataType.FLOAT else [LOGITS]
     return Line("products, norms and caches in bfloat16, logits in float32", "others", len(wrong), 0, not wrong)

@@ -15,7 +15,7 @@ from gemma_deploy.runtime.engine import Engine, Limits, Session
 from gemma_deploy.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
-    from gemma_deploy.parity.sources import Source
+    from gemma_deploy.parity.sources import LogitSource
 
 
 class StaticEngine(Engine):
@@ -74,7 +74,7 @@ class StaticEngine(Engine):
         sampler = sampling.sampler() if sampling is not None else None
         return StaticSession(runner, self.tokenizer, sampler, stop_ids=() if endless else None)
 
-    def source(self, kernels: str | None = None) -> Source:
+    def source(self, kernels: str | None = None) -> LogitSource:
         """See `Engine`: the graphs to the letter."""
         from gemma_deploy.backends.tvm_vacc.segments import StrictSource
 

@@ -16,7 +16,7 @@ LINEARS = ("QuantizedLinearPerChannel", "QuantizedLinearPerGroup")
 INT8_ACTIVATIONS = 4  # accuracy_level; 0 and 1 are a hundred times slower (docs/design.md 3)
 
 
-def lower(model: ir.Model, arrays: dict[str, np.ndarray]) -> list[str]:
+def to_matmulnbits(model: ir.Model, arrays: dict[str, np.ndarray]) -> list[str]:
     """Put MatMulNBits in the place of every quantized linear it can stand for. In place.
 
     Args:

@@ -10,7 +10,7 @@ from gemma_deploy.backends.tvm_vacc.rounding import rounding_lines
 from gemma_deploy.backends.tvm_vacc.segments import StrictSource
 from gemma_deploy.parity.compare import ParityResult, compare_sources, effect_of, judged, measures_of
 from gemma_deploy.parity.gates import TWINS, headroom_line
-from gemma_deploy.parity.sources import Source
+from gemma_deploy.parity.sources import LogitSource
 from gemma_deploy.parity.torch_sources import torch_sources
 
 
@@ -20,7 +20,7 @@ def prove_pair(proof: Proof, result: ParityResult) -> None:
     scheme = manifest.scheme
     strict = StrictSource(artifact, manifest)
     hf, patched, twin = torch_sources(opened, artifact, manifest)
-    sources: dict[str, Source] = {source.name: source for source in (hf, patched, twin, strict)}
+    sources: dict[str, LogitSource] = {source.name: source for source in (hf, patched, twin, strict)}
     gates = gates_of(scheme, manifest.int8_cache)
     rounding = rounding_lines(artifact, manifest)
     repeating = StrictSource(artifact, manifest, rounding=False) if rounding else strict

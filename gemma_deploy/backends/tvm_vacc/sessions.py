@@ -103,7 +103,7 @@ def changed_graph(
         if mode == "strict":
             model = strict.lower(model)
         else:
-            names = fast.lower(model, arrays)
+            names = fast.to_matmulnbits(model, arrays)
         _expose(model, outputs, path)
         return ir.to_proto(model).SerializeToString(), names
 

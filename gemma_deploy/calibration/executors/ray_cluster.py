@@ -20,7 +20,7 @@ import torch
 
 from gemma_deploy.calibration.address import require_cluster, unreachable
 from gemma_deploy.calibration.executors.ordered import in_order, one_torch_thread
-from gemma_deploy.calibration.shards import LayerPass, Model, Work, description, frame_of
+from gemma_deploy.calibration.shards import LayerPass, LayerSetting, Work, description, stack_of
 from gemma_deploy.errors import CalibrationError, DeployError
 from gemma_deploy.provenance import code_of
 
@@ -112,7 +112,7 @@ def versions(work: Work) -> dict[str, Any]:
     return {"gemma-deploy": code.sha256[:12], **code.versions}
 
 
-def _call(head: tuple[Work, Model, int, dict[str, Any]], tensors: dict[str, Any], item: Any) -> Any:
+def _call(head: tuple[Work, LayerSetting, int, dict[str, Any]], tensors: dict[str, Any], item: Any) -> Any:
     """On a node: do it; an explained error is an answer, so that it comes back whole."""
     work, model, index, expected = head
     if versions(work) != expected:
@@ -124,7 +124,7 @@ def _call(head: tuple[Work, Model, int, dict[str, Any]], tensors: dict[str, Any]
         )
     # Copied: arrays in the object store are read-only, and torch wants to own what it multiplies.
     weights = {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}
-    layer = LayerPass.restored(frame_of(model), index, weights)
+    layer = LayerPass.restored(stack_of(model), index, weights)
     with one_torch_thread(), layer.hooked():
         try:
             return work(layer, item)

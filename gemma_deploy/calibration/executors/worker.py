@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from gemma_deploy.calibration.shards import LayerPass, Model, Work, frame_of
+from gemma_deploy.calibration.shards import LayerPass, LayerSetting, Work, stack_of
 from gemma_deploy.child import serve
 
 
@@ -23,7 +23,7 @@ class Task:
     """
 
     work: Work
-    model: Model
+    model: LayerSetting
     index: int
     file: Path
     item: Any
@@ -43,7 +43,7 @@ class Shards:
             with safe_open(task.file, framework="pt") as opened:
                 # Copied: a mapped file would be read again and again when memory is short.
                 tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-            self._file, self._layer = task.file, LayerPass.restored(frame_of(task.model), task.index, tensors)
+            self._file, self._layer = task.file, LayerPass.restored(stack_of(task.model), task.index, tensors)
         with self._layer.hooked():
             return task.work(self._layer, task.item)
 

@@ -13,7 +13,7 @@ from gemma_deploy.calibration.sources.reading import Row, Turns
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """One data set.
 
     Args:
@@ -44,15 +44,15 @@ class Source:
 
 # In the order and by the names of calibration/mix.py's DATASETS.
 SOURCES = {
-    "c4": Source(c4.rows, c4.text, c4.KEYS, "c4_sample.json.gz", HubSet("allenai/c4", "en")),
-    "ceval": Source(
+    "c4": DataSource(c4.rows, c4.text, c4.KEYS, "c4_sample.json.gz", HubSet("allenai/c4", "en")),
+    "ceval": DataSource(
         ceval.rows,
         ceval.text,
         ceval.COLUMNS[1:],
         "ceval_sample.zip",
         HubSet("ceval/ceval-exam", None, ("dev", "test"), every_config=True),
     ),
-    "alpaca": Source(
+    "alpaca": DataSource(
         alpaca.rows, alpaca.text, alpaca.KEYS, "alpaca_sample.json", HubSet("yahma/alpaca-cleaned"), alpaca.turns
     ),
 }
