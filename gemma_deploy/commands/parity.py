@@ -72,7 +72,7 @@ def command(
             refuse_output(file, option)
     with reported("parity") as report:
         request = requests.Request(text, prompt_tokens, decode_tokens, fast, report)
-        title, result, advice = _compare(artifact, against, stage, checkpoint, workspace, request)
+        title, result, advice = _compare(artifact, against, stage, checkpoint, workspace, request, backend)
     _show(title, result)
     if json_file is not None:
         write_json(json_file, finite({"title": title, **result.to_json()}), sort_keys=False)
@@ -83,7 +83,13 @@ def command(
 
 
 def _compare(
-    artifact: Path | None, against: str, stage: str, checkpoint: str | None, workspace: Path, request: Request
+    artifact: Path | None,
+    against: str,
+    stage: str,
+    checkpoint: str | None,
+    workspace: Path,
+    request: Request,
+    backend: str | None,
 ) -> tuple[str, ParityResult, str]:
     """What was compared, with which result, and what to do where that is not right."""
     from gemma_deploy.artifact.check import byte_problems, open_whole, refuse
