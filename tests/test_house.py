@@ -29,7 +29,7 @@ ORDER = (
     *("architectures", "schemes", "checkpoint", "text", "staging", "partition", "patched"),
     *("calibration", "quantization", "graph", "params", "split", "artifact", "parity", "runtime", "backends"),
     "engine",
-    *("proving", "verifying", "evaluation", "bench"),
+    *("proving", "verifying", "evaluation", "bench", "api"),
     *("recipe", "job", "preflight", "stages", "compile", "generation", "commands", "cli", "testing"),
 )
 TORCH_FREE = (

@@ -15,13 +15,13 @@ import numpy as np
 from gemma_deploy.artifact.check import PARAMS, byte_problems, open_whole, refuse
 from gemma_deploy.artifact.manifest import MANIFEST
 from gemma_deploy.artifact.opened import Artifact
+from gemma_deploy.artifact.origin import checkpoint_of
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import CheckpointError, UsageError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.sources import LogitSource
-from gemma_deploy.proving.requests import checkpoint_of
 from gemma_deploy.reading import exists, expand
 from gemma_deploy.text import Tokenizer
 

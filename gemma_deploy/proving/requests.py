@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gemma_deploy.artifact.manifest import Manifest, ProofRecord
 from gemma_deploy.artifact.opened import Artifact, newest_artifact
+from gemma_deploy.artifact.origin import checkpoint_of
 from gemma_deploy.artifact.pages import gate_values, rendered
 from gemma_deploy.backends import backend_of
 from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint
@@ -20,7 +21,6 @@ from gemma_deploy.parity.cases import GivenSizes
 from gemma_deploy.parity.compare import ParityResult, cases_for, compare_sources, judged, measures_of
 from gemma_deploy.parity.gates import Gate, relative
 from gemma_deploy.proving.prove import run_parity
-from gemma_deploy.reading import why_absent
 
 # Two artifacts of the same scheme compute the same numbers, of different ones nearly the same distribution.
 SAME_SCHEME, OTHER_SCHEME = 1e-5, 0.01
@@ -150,31 +150,6 @@ def refuse_runtime(asked: str, manifest: Manifest) -> None:
             where="--backend",
             next_step=f"leave --backend out, or give {runtime}: it computes what the graphs say",
         )
-
-
-def checkpoint_of(artifact: Artifact, given: str | None) -> Checkpoint:
-    """Open the checkpoint an artifact was made from, or a copy of it: what a copy changed, the comparison finds.
-
-    Raises:
-        UsageError: it is not there any more, or has changed since.
-    """
-    spec = given or artifact.manifest.recipe.frontend.checkpoint
-    path = resolve_checkpoint(spec)
-    if absent := why_absent(path):
-        raise UsageError(
-            f"its checkpoint {spec} is not there ({absent})",
-            where=str(artifact.path),
-            next_step="say where it is now with --checkpoint PATH",
-        )
-    checkpoint = Checkpoint.open(path)
-    if checkpoint.fingerprint(times=False) != artifact.manifest.checkpoint.fingerprint_without_times:
-        raise UsageError(
-            "is not the checkpoint this artifact was made from (or has changed since)",
-            where=str(path),
-            expected=f"the one of {artifact.path}",
-            next_step="name the right one with --checkpoint PATH, or compile again",
-        )
-    return checkpoint
 
 
 def page(title: str, result: ParityResult) -> str:
