@@ -1,4 +1,4 @@
-"""Other run times beside ours on one checkpoint: llama.cpp, onnxruntime-genai, OpenVINO GenAI, optimum-onnx.
+"""Other runtimes beside ours on one checkpoint: llama.cpp, onnxruntime-genai, OpenVINO GenAI, optimum-onnx.
 
     python benchmarks/peers.py CHECKPOINT --out DIR --ours ARTIFACT --recipe RECIPE.yaml --quality
 

@@ -163,9 +163,9 @@ def _build(
         with clock.stage("cache") as stage:
             tick = clock.ticks("cache", "layers", of=job.config.num_hidden_layers)
             source, stage.skipped = calibrate_cache(job, request, out, keys.cache, tick)
-    kept = quantized.kept if quantized else None
+    unrounded = quantized.unrounded if quantized else None
     places = places_of(job, source, rescaling)
-    with Graphs(job, out, places, rescaling=rescaling, kept=kept, beside=room) as graphs:
+    with Graphs(job, out, places, rescaling=rescaling, unrounded=unrounded, beside=room) as graphs:
         with clock.stage("parameters") as stage:
             table = write_parameters(job, source, out, rescaling, clock.ticks("parameters", BYTES))
             stage.bytes = sum(file.file_bytes for file in table.files.values())

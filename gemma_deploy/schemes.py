@@ -92,11 +92,12 @@ class CodeForm:
 
     Args:
         unsigned: with a zero point in the middle of their range, as ONNX Runtime's kernels want them.
-        turned: those of linears [in, out] instead of [out, in], and signed: the right operand of an integer product.
+        transposed: those of linears [in, out] instead of [out, in], and signed: the right operand of an integer
+        product.
     """
 
     unsigned: bool = False
-    turned: bool = False
+    transposed: bool = False
 
 
 # Names in recipes (`frontend.quantize.table`).

@@ -74,7 +74,7 @@ class LegacyRotary(nn.Module):
     def __init__(self, head_dim: int, theta: float, factor: float = 1.0):
         super().__init__()
         self.head_dim, self.theta, self.factor = head_dim, theta, factor
-        self.wide = False  # cos and sin in float32, for activations of any dtype
+        self.in_float32 = False  # cos and sin in float32, for activations of any dtype
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
@@ -101,7 +101,7 @@ class LegacyRotary(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """position_ids: [batch, seq] -> cos, sin: [batch, seq, head_dim] of x's dtype (float32 when `wide`)."""
+        """position_ids: [batch, seq] -> cos, sin: [batch, seq, head_dim] of x's dtype (float32 when `in_float32`)."""
         if "cos" in self._buffers:
             cos, sin = self.cos, self.sin
         else:
@@ -111,7 +111,7 @@ class LegacyRotary(nn.Module):
                 self._tables = (tables[0].to(x.device), tables[1].to(x.device))
             cos, sin = self._tables
         cos, sin = nn.functional.embedding(position_ids, cos), nn.functional.embedding(position_ids, sin)
-        dtype = torch.float32 if self.wide else x.dtype
+        dtype = torch.float32 if self.in_float32 else x.dtype
         return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((sin, sin), dim=-1).to(dtype)
 
 
@@ -210,23 +210,23 @@ def masked_softmax(weights: torch.Tensor, mask: torch.Tensor, softcap: float | N
     return nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(weights.dtype)
 
 
-def score_inputs(q: torch.Tensor, k: torch.Tensor, wide: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def score_inputs(q: torch.Tensor, k: torch.Tensor, in_float32: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys as they are multiplied: float32 where the product does not fit float16."""
-    return (q.float(), k.float()) if wide else (q, k)
+    return (q.float(), k.float()) if in_float32 else (q, k)
 
 
-def eager_attention(q, k, v, mask, scaling, softcap=None, dropout=0.0, wide=False):
+def eager_attention(q, k, v, mask, scaling, softcap=None, dropout=0.0, in_float32=False):
     """Stock eager attention.
 
     Args:
         q: [batch, heads, q_len, head_dim]; k, v: [batch, kv_heads, kv_len, head_dim]; mask: [batch, 1, q_len, kv_len].
-        wide: scores in float32, whatever the inputs are; the mask is float32 as well.
+        in_float32: scores in float32, whatever the inputs are; the mask is float32 as well.
 
     Returns:
         [batch, q_len, heads, head_dim] and the probabilities.
     """
     groups = q.shape[1] // k.shape[1]
-    q, k = score_inputs(q, k, wide)
+    q, k = score_inputs(q, k, in_float32)
     weights = torch.matmul(q, repeat_kv(k, groups).transpose(2, 3)) * scaling
     probs = masked_softmax(weights, mask, softcap).to(v.dtype)
     if dropout:
@@ -234,7 +234,7 @@ def eager_attention(q, k, v, mask, scaling, softcap=None, dropout=0.0, wide=Fals
     return torch.matmul(probs, repeat_kv(v, groups)).transpose(1, 2).contiguous(), probs
 
 
-def decode_attention(q, k, v, past_k, past_v, mask, scaling, softcap=None, wide=False):
+def decode_attention(q, k, v, past_k, past_v, mask, scaling, softcap=None, in_float32=False):
     """Attention of new tokens over a cache that is read where it lies.
 
     Differs from `eager_attention` in the order of additions only (the new tokens' contribution is added last): the
@@ -244,14 +244,14 @@ def decode_attention(q, k, v, past_k, past_v, mask, scaling, softcap=None, wide=
     Args:
         q: [batch, heads, S, head_dim]; k, v: [batch, kv_heads, S, head_dim]; past_k, past_v: [batch, kv_heads, C,
             head_dim]; mask: [batch, 1, S, C + S]. S is 1 in the static graph.
-        wide: scores in float32, see `eager_attention`.
+        in_float32: scores in float32, see `eager_attention`.
 
     Returns:
         [batch, S, heads, head_dim] and the probabilities [batch, heads, S, C + S].
     """
     batch, heads, length, dim = q.shape
     kv_heads, context = past_k.shape[1], past_k.shape[2]
-    q, k = score_inputs(q, k, wide)
+    q, k = score_inputs(q, k, in_float32)
     past_k = past_k.to(k.dtype)
     grouped = q.reshape(batch, kv_heads, heads // kv_heads * length, dim)
     past = torch.matmul(past_k, grouped.transpose(2, 3)).transpose(2, 3)
@@ -276,11 +276,11 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
         self.act_fn = ACT2FN[activation]
-        self.wide = False  # gate, up and their product in float32, where GELU's input does not fit float16
+        self.in_float32 = False  # gate, up and their product in float32, where GELU's input does not fit float16
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [batch, seq, hidden]."""
-        inner = x.float() if self.wide else x
+        inner = x.float() if self.in_float32 else x
         return self.down_proj((self.act_fn(self.gate_proj(inner)) * self.up_proj(inner)).to(x.dtype))
 
 

@@ -1,4 +1,4 @@
-"""`gemma-deploy bench`: every figure on both run times, the formulas, and what is refused before measuring."""
+"""`gemma-deploy bench`: every figure on both runtimes, the formulas, and what is refused before measuring."""
 
 import json
 import shutil

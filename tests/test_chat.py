@@ -1,4 +1,4 @@
-"""`gemma-deploy chat`: what a message adds to the tokens so far, on both run times, and how a conversation ends."""
+"""`gemma-deploy chat`: what a message adds to the tokens so far, on both runtimes, and how a conversation ends."""
 
 import io
 

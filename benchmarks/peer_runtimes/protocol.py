@@ -1,4 +1,4 @@
-"""What every run time is asked for in a process of its own, and the one JSON line that the process ends with.
+"""What every runtime is asked for in a process of its own, and the one JSON line that the process ends with.
 
     RUNNER ARTIFACT IDS.json --threads 2 --repeats 3
     RUNNER ARTIFACT IDS.json --threads 2 --quality REFERENCE.npy

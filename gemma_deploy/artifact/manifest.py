@@ -185,7 +185,7 @@ class QuantizationRecord(Record):
 
 
 class KernelsRecord(Open):
-    """Which kernels a graph names, as in backends/onnxruntime/options.py."""
+    """Which kernels a graph names, as in backends/onnxruntime/options.py; `wide` are the linears `in_14_bits` there."""
 
     block: Size = 128
     integer: bool = False

@@ -238,7 +238,7 @@ def headroom_rows(rescaling: Rescaling) -> list[dict[str, Any]]:
                 "largest": rescaling.absmax[top],
                 "layer": top.split(".")[2] if top.startswith("model.layers.") else "",
                 "divided": str(divisors[0]) if len(divisors) == 1 else f"{divisors[0]} to {divisors[-1]}",
-                "headroom": None if rescaling.is_wide(top) else FP16_MAX / max(max(stored), FP16_MIN),
+                "headroom": None if rescaling.is_in_float32(top) else FP16_MAX / max(max(stored), FP16_MIN),
             }
         )
     return rows

@@ -44,7 +44,7 @@ class ArtifactWeights:
         scheme = Scheme(manifest.scheme).form
         storage = manifest.storage or Storage()
         self._rescaling = manifest.rescaling or Rescaling()
-        form = CodeForm(turned=manifest.kernels is not None and manifest.kernels.integer)
+        form = CodeForm(transposed=manifest.kernels is not None and manifest.kernels.integer)
         self._scales: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[str, list[tuple[Path, ParamRow, ParamSpec]]] = {}
         for part in parts:
@@ -99,16 +99,16 @@ class ArtifactWeights:
             for first, last in spec.rows or ((0, shape[0]),):
                 low, high = max(first, start), min(last, stop)
                 if low < high:
-                    part = _read(file, row, at + low - first, at + high - first, spec.turned)
+                    part = _read(file, row, at + low - first, at + high - first, spec.transposed)
                     columns = slice(*spec.columns) if spec.columns else slice(None)
                     found[(slice(low - start, high - start), *((columns,) if len(shape) > 1 else ()))] = part
                 at += last - first
         return found
 
 
-def _read(file: Path, row: ParamRow, start: int, stop: int, turned: bool) -> np.ndarray:
-    """Rows of one stored tensor, which are columns of a turned one."""
-    if turned:
+def _read(file: Path, row: ParamRow, start: int, stop: int, transposed: bool) -> np.ndarray:
+    """Rows of one stored tensor, which are columns of a transposed one."""
+    if transposed:
         whole = np.memmap(file, row.dtype, "r", row.offset, row.shape)
         return np.asarray(whole[:, start:stop]).T
     width = int(np.prod(row.shape[1:]))

@@ -34,7 +34,7 @@ class ExportJob:
 
     Args:
         parts: of the artifact; tensors: of each parameter file, by its path in the artifact.
-        kept: linears whose inputs are not rounded to 8 bits; None where none are.
+        unrounded: linears whose inputs are not rounded to 8 bits; None where none are.
     """
 
     spec: BuildSpec
@@ -43,7 +43,7 @@ class ExportJob:
     parts: Sequence[ArtifactPart]
     tensors: Mapping[str, Sequence[Place]]
     rescaling: Rescaling | None = None
-    kept: Sequence[str] | None = None
+    unrounded: Sequence[str] | None = None
 
 
 class Export(Protocol):
@@ -163,7 +163,7 @@ class Backend(Protocol):
     def files(self, spec: BuildSpec, config: ModelConfig) -> dict[str, dict[str, Any]]:
         """JSON files beside the graphs, by name."""
 
-    def kernels(self, spec: BuildSpec, config: ModelConfig, kept: Sequence[str] | None) -> dict[str, Any] | None:
+    def kernels(self, spec: BuildSpec, config: ModelConfig, unrounded: Sequence[str] | None) -> dict[str, Any] | None:
         """For the manifest: which kernels a graph names, where it names any."""
 
     def ledger(self, manifest: Manifest) -> list[LedgerEntry]:

@@ -33,16 +33,16 @@ class ReducedLinear(nn.Module):
     """A linear of which a rank holds some columns.
 
     Args:
-        partial: the rank's columns; wide: sum in float32, as partial sums may be larger than their sum.
+        partial: the rank's columns; in_float32: sum in float32, as partial sums may be larger than their sum.
     """
 
-    def __init__(self, partial: nn.Module, wide: bool) -> None:
+    def __init__(self, partial: nn.Module, in_float32: bool) -> None:
         super().__init__()
-        self.partial, self.wide = partial, wide
+        self.partial, self.in_float32 = partial, in_float32
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [batch, seq, in / ranks] -> [batch, seq, out]."""
-        return all_reduce(self.partial(x.float() if self.wide else x)).to(x.dtype)
+        return all_reduce(self.partial(x.float() if self.in_float32 else x)).to(x.dtype)
 
 
 class RankEmbedding(nn.Module):

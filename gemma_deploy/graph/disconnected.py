@@ -39,7 +39,7 @@ class DisconnectedParts(nn.Module):
         self.model, self.lm_head = skeleton.model.model, skeleton.model.lm_head
         self.kinds, self.softcap = skeleton.kinds, getattr(skeleton.model.config, "final_logit_softcapping", None)
         self.keep_last = bool(skeleton.model.config.insert_slice)
-        self.score_dtype, self.wide, self.ranks = skeleton.score_dtype, skeleton.wide, skeleton.ranks
+        self.score_dtype, self.in_float32, self.ranks = skeleton.score_dtype, skeleton.in_float32, skeleton.ranks
 
     def forward(
         self,
@@ -67,7 +67,7 @@ class DisconnectedParts(nn.Module):
                 x, position_embeddings=(cos, sin), attention_mask=mask, past_key_values=tuple(past) or None
             )
             out += [x, *present]
-        x = model.norm(head_hidden.float() if self.wide else head_hidden)
+        x = model.norm(head_hidden.float() if self.in_float32 else head_hidden)
         if self.keep_last:
             x = x[:, -1:, :]
         logits = self.lm_head(x)

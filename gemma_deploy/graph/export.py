@@ -62,7 +62,7 @@ class Traced:
 
     Args:
         contract: of the whole model; ranks: among which every stage is divided; storage: see `build_skeleton`.
-        kept: linears whose inputs are not rounded to 8 bits; None where none are.
+        unrounded: linears whose inputs are not rounded to 8 bits; None where none are.
 
     Raises:
         ExportError, NotBuiltError: see `export_graphs`.
@@ -77,10 +77,10 @@ class Traced:
         rescaling: Rescaling | None = None,
         ranks: int = 1,
         storage: Storage | None = None,
-        kept: Collection[str] | None = None,
+        unrounded: Collection[str] | None = None,
     ) -> None:
         started = time.perf_counter()
-        self.config, self.contract, self.kept = config, contract, kept
+        self.config, self.contract, self.unrounded = config, contract, unrounded
         local = replace(contract.computed, kv_heads=contract.kv_heads // ranks)
         skeletons = {
             graph: build_skeleton(
@@ -132,8 +132,8 @@ class Traced:
             first = model.graph.initializers["model.embed_tokens.first_row"]
             rows = self.config.vocab_size // part.ranks
             first.const_value = ir.tensor([part.rank * rows], dtype=ir.DataType.INT64, name=first.name)
-        if self.kept is not None:
-            rounded = round_activations(model, self.kept)
+        if self.unrounded is not None:
+            rounded = round_activations(model, self.unrounded)
         log.debug(
             "%s stamped: %d nodes, %d int8 caches, %d inputs of linears rounded",
             part.file(graph), len(model.graph), caches, rounded,

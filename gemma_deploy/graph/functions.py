@@ -1,4 +1,4 @@
-"""ONNX function bodies of the Vastai operators: what a run time without them computes.
+"""ONNX function bodies of the Vastai operators: what a runtime without them computes.
 
 An accelerator takes `Vastai::QuantizedLinearPerChannel` as one node; everybody else inlines
 y = MatMul(x, Transpose(DequantizeLinear(weight, scale, axis=0))). `Vastai::QuantizedLinearPerGroup` is the same with

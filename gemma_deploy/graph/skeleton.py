@@ -33,14 +33,15 @@ class Skeleton:
         model: the causal LM; layer k of it is that of every layer whose template is that of `templates[k]`.
         dtype: of activations.
         ranks: among which it is divided; the model is one rank's share.
-        wide: rotary embedding, scores and LM head are float32, whatever the rest is. Rounding them to float16 cost
+        in_float32: rotary embedding, scores and LM head are float32, whatever the rest is. Rounding them to float16
+        cost
             the real 270M more than all other roundings together (KL 1.6e-5, without 5e-6).
     """
 
     model: nn.Module
     templates: tuple[LayerSpec, ...]
     dtype: torch.dtype
-    wide: bool
+    in_float32: bool
     ranks: int = 1
 
     @property
@@ -51,7 +52,7 @@ class Skeleton:
     @property
     def score_dtype(self) -> torch.dtype:
         """Of masks, cos and sin."""
-        return torch.float32 if self.wide else self.dtype
+        return torch.float32 if self.in_float32 else self.dtype
 
 
 def build_skeleton(
@@ -92,10 +93,10 @@ def build_skeleton(
     if scheme == "fp16":
         _rescale(model, templates, rescaling)
     if ranks > 1:
-        _divide(model, wide=scheme == "fp16")
+        _divide(model, in_float32=scheme == "fp16")
     for rotary in model.model.rotary.values():
         rotary.freeze(*(_zeros((context, rotary.head_dim // 2), torch.float32) for _ in range(2)))
-        rotary.wide = scheme == "fp16"
+        rotary.in_float32 = scheme == "fp16"
     return Skeleton(model.eval(), templates, dtype, scheme == "fp16", ranks)
 
 
@@ -142,13 +143,13 @@ def _share(module: str, shape: tuple[int, int], config: ModelConfig, ranks: int)
     return sum(stop - start for start, stop in blocks), shape[1]
 
 
-def _divide(model: nn.Module, wide: bool) -> None:
+def _divide(model: nn.Module, in_float32: bool) -> None:
     """Put what ranks say to each other around the shares."""
     stored = patched_module("quantization_vacc").StoredLinear
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if sharding(f"{name}.weight") == "columns":
-                setattr(parent, name, ReducedLinear(stored(child.weight) if wide else child, wide))
+                setattr(parent, name, ReducedLinear(stored(child.weight) if in_float32 else child, in_float32))
     table = model.model.embed_tokens
     model.model.embed_tokens = RankEmbedding(table, table.weight.shape[0])
 
@@ -167,7 +168,7 @@ def _rescale(model: nn.Module, templates: Sequence[LayerSpec], rescaling: Rescal
             module.wide_scores = True
     for layer, module in zip(templates, model.model.layers, strict=True):
         for branch in (branch for branch in layer.branches if branch.module in rescaling.wide):
-            module.get_submodule(branch.module).wide = True
+            module.get_submodule(branch.module).in_float32 = True
             for reader in branch.entry.readers:
                 module.set_submodule(reader, stored(module.get_submodule(reader).weight))
     model.lm_head = stored(model.lm_head.weight)

@@ -35,7 +35,7 @@ class Task:
 
     Args:
         contract: of the whole model; rows: of each part's parameter file, which is `location` beside its graphs.
-        kept: linears whose inputs are not rounded; None where none are.
+        unrounded: linears whose inputs are not rounded; None where none are.
     """
 
     config: ModelConfig
@@ -46,7 +46,7 @@ class Task:
     location: str
     rescaling: Rescaling | None = None
     storage: Storage | None = None
-    kept: tuple[str, ...] | None = None
+    unrounded: tuple[str, ...] | None = None
 
 
 def export_here(task: Task) -> dict[str, bytes]:
@@ -60,7 +60,7 @@ def export_here(task: Task) -> dict[str, bytes]:
 
     ranks = task.rows[0][0].ranks
     traced = Traced(
-        task.config, task.scheme, task.contract, task.embed_scale, task.rescaling, ranks, task.storage, task.kept
+        task.config, task.scheme, task.contract, task.embed_scale, task.rescaling, ranks, task.storage, task.unrounded
     )
     files = {}
     for part, rows in task.rows:

@@ -47,7 +47,7 @@ class ParamSpec:
     Args:
         rows: blocks [start, stop) of the source's rows that are taken, in order; () for all of them.
         columns: [start, stop) of the source's columns. Scales are those of whole rows.
-        turned: the file has columns where the source has rows; `shape` is the file's.
+        transposed: the file has columns where the source has rows; `shape` is the file's.
         output_error: of a matrix that a calibrated quantizer made.
     """
 
@@ -60,7 +60,7 @@ class ParamSpec:
     value: float | None = None
     rows: Blocks = ()
     columns: tuple[int, int] | None = None
-    turned: bool = False
+    transposed: bool = False
     output_error: OutputError | None = None
 
     @property
@@ -114,9 +114,12 @@ def build_plan(
             made = quantized.get(name) if quantized else None
             kinds: tuple[Kind, Kind] = ("stored", "stored") if made else ("int8_per_channel", "scale")
             scales = f"{module}.scale"
-            turned = form.turned and ".layers." in name
-            dtype, lies = CODE_DTYPES[codes.bits, form.unsigned and not turned], shape[::-1] if turned else shape
-            specs.append(ParamSpec(name, lies, dtype, kinds[0], name, turned=turned, output_error=made))
+            transposed = form.transposed and ".layers." in name
+            dtype, lies = (
+                CODE_DTYPES[codes.bits, form.unsigned and not transposed],
+                shape[::-1] if transposed else shape,
+            )
+            specs.append(ParamSpec(name, lies, dtype, kinds[0], name, transposed=transposed, output_error=made))
             source = scales if made else name
             specs.append(ParamSpec(scales, codes.scale_shape(shape), "float32", kinds[1], source))
             folded = scheme == "w8a16_folded" and codes.groupsize is None and config.tie_word_embeddings

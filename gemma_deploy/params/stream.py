@@ -62,20 +62,20 @@ class Buffers:
 
 
 class Sink:
-    """Writes one tensor front to back at its offset, hashing on the way; a turned one when all of it is there."""
+    """Writes one tensor front to back at its offset, hashing on the way; a transposed one when all of it is there."""
 
     def __init__(self, fd: int, spec: ParamSpec, offset: int, wrote: Callable[[int], None]) -> None:
         """Begin at `offset` of the open file `fd`."""
         self.fd, self.spec, self.offset, self.wrote = fd, spec, offset, wrote
-        self.digest, self.done, self.turned = hashlib.sha256(), 0, 0
+        self.digest, self.done, self.transposed = hashlib.sha256(), 0, 0
 
     def write_rows(self, block: torch.Tensor, buffers: Buffers) -> None:
-        """Append rows of the source [rows, columns]; of a turned tensor they are columns."""
-        if self.spec.turned:
-            whole = buffers.take("turned", self.spec.shape, block.dtype)
-            start, self.turned = self.turned, self.turned + len(block)
-            whole[:, start : self.turned] = block.T
-            if self.turned == self.spec.shape[1]:
+        """Append rows of the source [rows, columns]; of a transposed tensor they are columns."""
+        if self.spec.transposed:
+            whole = buffers.take("transposed", self.spec.shape, block.dtype)
+            start, self.transposed = self.transposed, self.transposed + len(block)
+            whole[:, start : self.transposed] = block.T
+            if self.transposed == self.spec.shape[1]:
                 self.write(whole)
         else:
             self.write(block)
@@ -195,12 +195,12 @@ def _write_int8(
     for block, absmax in blocks:
         part = slice(start, start := start + len(block) * groups)
         grouped = (len(block) * groups, block.shape[1] // groups)
-        wide = block if block.dtype == torch.float32 else buffers.take("wide", tuple(block.shape), torch.float32)
-        wide.copy_(block)
+        in_float32 = block if block.dtype == torch.float32 else buffers.take("wide", tuple(block.shape), torch.float32)
+        in_float32.copy_(block)
         q = buffers.take("out", tuple(block.shape), torch.int8)
         scratch = buffers.take("scratch", grouped, torch.float32)
-        all_scales[part] = row_scales(absmax.float() if groups == 1 else wide.view(grouped).abs().amax(1))
-        signal[part], error[part] = quantize_rows_(wide.view(grouped), all_scales[part], q.view(grouped), scratch)
+        all_scales[part] = row_scales(absmax.float() if groups == 1 else in_float32.view(grouped).abs().amax(1))
+        signal[part], error[part] = quantize_rows_(in_float32.view(grouped), all_scales[part], q.view(grouped), scratch)
         weight.write_rows(as_stored(_columns(q, weight.spec, buffers), weight.spec), buffers)
     scales.write(all_scales)
     energy = float(signal.numpy().sum())

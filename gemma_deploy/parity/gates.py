@@ -112,7 +112,9 @@ def judge(gate: Gate, measured: Mapping[tuple[str, str], Metrics], pooled: Mappi
 def headroom_line(absmax: Mapping[str, float], rescaling: Rescaling) -> Line:
     """How far the largest activation stays below float16's largest number (a factor, at least 4), as it is stored."""
     stored = {
-        point: found / 2.0 ** rescaling.of(point) for point, found in absmax.items() if not rescaling.is_wide(point)
+        point: found / 2.0 ** rescaling.of(point)
+        for point, found in absmax.items()
+        if not rescaling.is_in_float32(point)
     }
     where = max(stored, key=lambda point: _worst_first(stored[point], -stored[point]), default="nothing")
     largest, exponent = stored.get(where, math.nan), rescaling.of(where)

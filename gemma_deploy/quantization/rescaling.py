@@ -4,7 +4,7 @@ Every tensor between two operators may be stored divided by 2**e without losing 
 it: a norm absorbs any scale (its eps is divided by 4**e), a linear takes the difference of its input's and output's e
 into its weight, the residual stream carries one e from the embedding to the last norm, and the attention's scale
 factor takes those of queries and keys. Nothing undoes a scale of what GELU reads: where that does not fit, the MLP's
-inside is computed in float32 (`wide`).
+inside is computed in float32.
 
 Arrays and numbers only: knows no torch, no graph, no file.
 """
@@ -31,7 +31,8 @@ class Rescaling:
 
     Args:
         exponents: `MODULE.in` or `MODULE.out` -> e; the tensor is stored divided by 2**e. Absent: 0.
-        wide: branches whose inside is computed in float32: "mlp" (gate, up and their product), or none.
+        wide: branches whose inside is computed in float32 (the name is that of manifests): "mlp" (gate, up and their
+        product), or none.
         absmax: largest magnitudes measured, of the true tensors.
     """
 
@@ -52,7 +53,7 @@ class Rescaling:
         """Exponent of the embedding's output and of the stream it starts."""
         return self.of("model.embed_tokens.out")
 
-    def is_wide(self, point: str) -> bool:
+    def is_in_float32(self, point: str) -> bool:
         """Whether a tensor is float32 in the graph."""
         inner = tuple(f".{name}.out" for branch in self.wide for name in inner_modules(branch))
         return point.endswith(inner) or point == "model.norm.out"
@@ -87,7 +88,7 @@ class _Chooser:
     def __init__(self, config: ModelConfig, maxima: Mapping[str, float]) -> None:
         self.config, self.absmax = config, maxima
         self.exponents: dict[str, int] = {}
-        self.wide: set[str] = set()
+        self.in_float32: set[str] = set()
 
     def choose(self) -> Rescaling:
         stream = ["model.embed_tokens.out"]
@@ -102,7 +103,7 @@ class _Chooser:
             for branch in layer.branches:
                 self._branch(layer, branch)
         self.exponents["model.norm.in"] = residual
-        return Rescaling(dict(self.exponents), tuple(sorted(self.wide)), dict(self.absmax))
+        return Rescaling(dict(self.exponents), tuple(sorted(self.in_float32)), dict(self.absmax))
 
     def _need(self, point: str) -> int:
         return needed(self.absmax[point])
@@ -115,7 +116,7 @@ class _Chooser:
         if branch.attends:
             self._scores(layer)
         elif any(self._need(f"{at}{reader}.out") for reader in branch.entry.readers if reader != branch.exit.maker):
-            self.wide.add(branch.module)  # GELU is not linear: nothing undoes a scale
+            self.in_float32.add(branch.module)  # GELU is not linear: nothing undoes a scale
         # What the last linear reads is as large as its maker's rows: probabilities weigh values, and their sum is no
         # larger than the largest; in the MLP a product takes the scale of one of its factors.
         made, read = f"{at}{branch.exit.maker}.out", f"{at}{branch.output}.in"

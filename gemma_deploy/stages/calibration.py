@@ -37,19 +37,19 @@ class Quantized:
     Args:
         source: the checkpoint with what replaces its weights; settings: of the solver.
         layers, table: what came of each.
-        kept: linears whose inputs are not rounded, the others' are; None where none are.
+        unrounded: linears whose inputs are not rounded, the others' are; None where none are.
     """
 
     source: QuantizedCheckpoint
     settings: Mapping[str, Any]
     layers: Sequence[Mapping[str, Any]]
     table: Mapping[str, Any]
-    kept: tuple[str, ...] | None = None
+    unrounded: tuple[str, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
         values = {"settings": dict(self.settings), "layers": list(self.layers), "table": dict(self.table)}
-        return values if self.kept is None else values | {"activations": {"bits": 8, "kept": list(self.kept)}}
+        return values if self.unrounded is None else values | {"activations": {"bits": 8, "kept": list(self.unrounded)}}
 
 
 def calibration_request(job: Job) -> Request | None:
@@ -152,14 +152,14 @@ def quantize_weights(job: Job, request: Request, out: Path, key: str, progress: 
         )
     table = scale_table(checkpoint, windows.ids.shape, folder, codes=job.storage.table, embed_scale=request.embed_scale)
     files = [layer_file(folder, layer) for layer in range(checkpoint.config.num_hidden_layers)]
-    kept = None
+    unrounded = None
     if job.scheme.rounds_activations:
         budget = job.backend.unrounded_inputs
-        kept = unrounded_inputs(records, checkpoint.config, budget.with_share(choices.keep_a16))
+        unrounded = unrounded_inputs(records, checkpoint.config, budget.with_share(choices.keep_a16))
     used = asdict(settings) | {"true_sequential": choices.true_sequential}
     give_memory_back()
     source = QuantizedCheckpoint(checkpoint, [*files, table_file(folder)], records)
-    return Quantized(source, used, records, table, kept)
+    return Quantized(source, used, records, table, unrounded)
 
 
 def solver_settings(job: Job) -> Settings:

@@ -24,7 +24,7 @@ class Graphs:
     Args:
         out: the artifact's directory.
         tensors: of each parameter file, by its path in the artifact.
-        kept: linears whose inputs are not rounded to 8 bits; None where none are.
+        unrounded: linears whose inputs are not rounded to 8 bits; None where none are.
         beside: whether memory allows to make them while the parameters are written.
 
     Attributes:
@@ -39,12 +39,12 @@ class Graphs:
         tensors: Mapping[str, Sequence[Place]],
         *,
         rescaling: Rescaling | None = None,
-        kept: Sequence[str] | None = None,
+        unrounded: Sequence[str] | None = None,
         beside: bool = False,
     ) -> None:
         self._job, self._out = job, out
-        self._export = ExportJob(job.spec, job.config, job.contract, job.parts, tensors, rescaling, kept)
-        self._cache, self._key = GraphCache.of_user(), graph_cache_key(job, tensors, rescaling, kept)
+        self._export = ExportJob(job.spec, job.config, job.contract, job.parts, tensors, rescaling, unrounded)
+        self._cache, self._key = GraphCache.of_user(), graph_cache_key(job, tensors, rescaling, unrounded)
         self._running: Export | None = None
         self._beside = beside
         self.is_done = self._was_done()

@@ -106,16 +106,16 @@ def stage_keys(job: Job, dataset: Mapping[str, Any] | None) -> StageKeys:
 
 
 def graph_cache_key(
-    job: Job, tensors: Mapping[str, Sequence[Place]], rescaling: Rescaling | None, kept: Sequence[str] | None
+    job: Job, tensors: Mapping[str, Sequence[Place]], rescaling: Rescaling | None, unrounded: Sequence[str] | None
 ) -> str:
     """What graphs depend on, as values: the same for every checkpoint of a shape.
 
     Args:
-        tensors, kept: as in `backends.base.ExportJob`.
+        tensors, unrounded: as in `backends.base.ExportJob`.
     """
     rescaled = None if rescaling is None else [rescaling.residual, list(rescaling.wide)]  # the rest is in the file
     laid_out = {file: [asdict(place) for place in rows] for file, rows in tensors.items()}
-    chosen = {"rescaled": rescaled, "kept": None if kept is None else sorted(kept), "tensors": laid_out}
+    chosen = {"rescaled": rescaled, "kept": None if unrounded is None else sorted(unrounded), "tensors": laid_out}
     return stage_key("graphs", code=job.backend.code, inputs=_of_graphs(job) | chosen)
 
 

@@ -27,7 +27,7 @@ def describe(
     quantized: Quantized | None,
 ) -> Manifest:
     """The manifest, without parity, stages and file hashes."""
-    config, kept = job.config, quantized.kept if quantized else None
+    config, unrounded = job.config, quantized.unrounded if quantized else None
     manifest = Manifest.of(
         {
             "format_version": FORMAT_VERSION,
@@ -54,7 +54,7 @@ def describe(
             "quantization": quantized.to_json() if quantized else None,
             "params": table.to_json(),
             "rescaling": None if rescaling is None else rescaling.to_json(),
-            "kernels": job.backend.kernels(job.spec, config, kept),
+            "kernels": job.backend.kernels(job.spec, config, unrounded),
             "parity": None,
             "stages": [],
             "ledger": [],

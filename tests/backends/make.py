@@ -1,7 +1,7 @@
 """Parameter files and references for these tests, by NumPy and transformers alone: nothing of the compiler's is used.
 
 A file here has what the compiler would write: float32 first, then codes with a zero point of 128 (8 bits) or 8 (4 bits,
-the first of a pair in the low half), or turned ones, signed and [in, out].
+the first of a pair in the low half), or transposed ones, signed and [in, out].
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ FORMS: dict[str, tuple[tuple[int, int | None], tuple[int, int | None]] | None] =
 }
 # Forms with some kinds of linears in 8 bits: the form of all others, and those kinds
 MIXED = {"w4kv": ("w4", ("k_proj", "v_proj")), "w4vdown": ("w4", ("v_proj", "down_proj", "gate_proj"))}
-TURNED = {"w8t": "w8", "w8rowt": "w8row"}  # the same with the linears turned: their graphs have integer products
+TRANSPOSED = {
+    "w8t": "w8",
+    "w8rowt": "w8row",
+}  # the same with the linears transposed: their graphs have integer products
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class ParamFile:
     scales: dict[str, np.ndarray] = field(default_factory=dict)
 
     def add(
-        self, name: str, weight: np.ndarray, form: tuple[int, int | None] | None = None, turned: bool = False
+        self, name: str, weight: np.ndarray, form: tuple[int, int | None] | None = None, transposed: bool = False
     ) -> None:
         """Round a matrix to nearest, or keep it."""
         if form is None:
@@ -85,8 +88,8 @@ class ParamFile:
         self.signed[module] = codes.reshape(weight.shape)
         self.scales[module] = scales if group else scales[:, 0]
         self.wide.append((f"{module}.scale", self.scales[module]))
-        lying = self.signed[module].T if turned else self.signed[module]
-        self.codes.append((name, lying, "int8" if turned else f"uint{bits}"))
+        lying = self.signed[module].T if transposed else self.signed[module]
+        self.codes.append((name, lying, "int8" if transposed else f"uint{bits}"))
 
     def write(self, gap_before: str | None = None) -> list[Row]:
         """The rows of the file, which begins with a page of other things."""
@@ -135,10 +138,10 @@ class Made:
 
 
 def make(folder: Path, kind: str, form: str, seed: int = 0, **changes: Any) -> Made:
-    """Random weights, wide enough that window, caps and norms matter, in one of `FORMS` or of `TURNED`."""
+    """Random weights, wide enough that window, caps and norms matter, in one of `FORMS` or of `TRANSPOSED`."""
     raw = {**TINY_CONFIGS[kind], **CHANGES[kind], **changes}
     config = ModelConfig.from_dict(raw, "config.json")
-    turned, form = form in TURNED, TURNED.get(form, form)
+    transposed, form = form in TRANSPOSED, TRANSPOSED.get(form, form)
     form, kept = MIXED.get(form, (form, ()))
     rng, file, forms = np.random.default_rng(seed), ParamFile(folder), FORMS[form]
     for name, shape in expected_tensors(config).items():
@@ -147,7 +150,7 @@ def make(folder: Path, kind: str, form: str, seed: int = 0, **changes: Any) -> M
         own = forms[not linear] if forms and len(shape) == 2 else None
         if own and name.split(".")[-2] in kept:
             own = (8, own[1])
-        file.add(name, weight, own, turned and linear)
+        file.add(name, weight, own, transposed and linear)
     columns = None
     if form == "w8row":  # as calibrated schemes have it: sqrt(hidden) included
         columns = (np.sqrt(config.hidden_size) * rng.uniform(0.5, 2, config.hidden_size)).astype(np.float32)

@@ -15,7 +15,7 @@ from gemma_deploy.errors import ExportError
 from tests.backends.make import (
     FILE,
     KINDS,
-    TURNED,
+    TRANSPOSED,
     expected_logits,
     grown,
     make,
@@ -75,7 +75,7 @@ def test_names_dtypes_and_shapes(made, kind, form):
 def test_operators(made, kind, form):
     """One attention a layer, four products a layer (seven of integers) and the head's, none that does not belong."""
     one = made(kind, form)
-    layers, integer = one.raw["num_hidden_layers"], form in TURNED
+    layers, integer = one.raw["num_hidden_layers"], form in TRANSPOSED
     found = Counter(node.op_type for node in one.graph().graph)
     assert found["GroupQueryAttention"] == layers
     assert found["FusedMatMul" if form == "fp32" else "MatMulNBits"] == 4 * layers * (not integer) + 1
@@ -426,42 +426,49 @@ def test_every_linear_multiplies_integers_however_many_tokens_come(made, tokens,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("wide", [False, True])
-def test_prompts_through_integer_products_in_chunks(made, logits_of, tokens, kind, wide):
-    """20 tokens, 20 more, then single ones: as near to the model as one prompt is; wide, the head alone rounds."""
+@pytest.mark.parametrize("in_14_bits", [False, True])
+def test_prompts_through_integer_products_in_chunks(made, logits_of, tokens, kind, in_14_bits):
+    """20 tokens, 20 more, then single ones: as near as one prompt is; with 14 bits, the head alone rounds."""
     one, expected = made(kind, "w8t"), logits_of(kind, "w8t", tokens)
-    session, limit = one.session(wide=every_linear(one) if wide else ()), KERNELS / 4 if wide else KERNELS
+    session, limit = (
+        one.session(in_14_bits=every_linear(one) if in_14_bits else ()),
+        KERNELS / 4 if in_14_bits else KERNELS,
+    )
     assert off(step(session, [tokens[:40]])[0][0], expected[39]) < limit
     for position, logits in logits_in_steps(session, tokens, (20, 20, 1, 1, 1)).items():
-        assert off(logits, expected[position]) < limit, position  # wide 0.008 was the most
+        assert off(logits, expected[position]) < limit, position  # with 14 bits 0.008 was the most
 
 
-def test_wide_linears_come_nearer(made, tokens):
+def test_linears_of_14_bits_come_nearer(made, tokens):
     one = made("gemma3_text", "w8t")
-    plain, wide = (step(one.session(wide=names), [tokens[:40]])[1] for names in (frozenset(), every_linear(one)))
+    plain, in_14_bits = (
+        step(one.session(in_14_bits=names), [tokens[:40]])[1] for names in (frozenset(), every_linear(one))
+    )
     graph = one.graph()
     exact(graph)
     _, right = step(open_session(graph, one.folder, optimize=False), [tokens[:40]])
     for name in ("past_key_values.3.key", "past_key_values.3.value"):  # of the last layer, behind those of the others
-        assert 0 < off(wide[name], right[name]) < 0.025 * off(plain[name], right[name])  # 0.008 and 0.015 measured
+        assert (
+            0 < off(in_14_bits[name], right[name]) < 0.025 * off(plain[name], right[name])
+        )  # 0.008 and 0.015 measured
 
 
-def test_wide_are_those_asked_for(made):
+def test_those_of_14_bits_are_those_asked_for(made):
     """Linears that read one input are rounded once for all of them."""
     pair = {f"model.layers.2.mlp.{name}_proj" for name in ("gate", "up")}
     asked = pair | {"model.layers.0.self_attn.o_proj", "model.layers.3.mlp.down_proj"}
-    read = activations_of(made("gemma3_text", "w8t").graph(wide=asked))
+    read = activations_of(made("gemma3_text", "w8t").graph(in_14_bits=asked))
     assert {linear for linear, codes in read.items() if codes.endswith(".codes")} == asked
     assert {codes.rpartition(".")[2] for codes in read.values()} == {"codes", "high"}
     assert len({read[linear] for linear in pair}) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("wide", [False, True])
-def test_what_a_token_gives_does_not_depend_on_its_company(made, tokens, kind, wide):
+@pytest.mark.parametrize("in_14_bits", [False, True])
+def test_what_a_token_gives_does_not_depend_on_its_company(made, tokens, kind, in_14_bits):
     """Bit for bit: in the first layer behind any past; in all where attention has the token alone to look at."""
     one = made(kind, "w8t")
-    session = showing(one, one.graph(wide=every_linear(one) if wide else ()), ["model.norm.out"])
+    session = showing(one, one.graph(in_14_bits=every_linear(one) if in_14_bits else ()), ["model.norm.out"])
     whole, caches, at = grown(run(session, [tokens])), None, 0
     for size in (20, 6, 1, 1, 16):
         caches, at = grown(run(session, [tokens[at : at + size]], caches)), at + size

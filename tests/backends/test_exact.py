@@ -17,7 +17,7 @@ WIDE = {"model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj"}
 @pytest.mark.parametrize(("kind", "form"), [("gemma2", "fp32"), ("gemma3_text", "w8"), ("gemma3_text", "w8t")])
 def test_every_position_has_its_logits(made, logits_of, tokens, kind, form):
     one = made(kind, form)
-    graph = one.graph(wide=WIDE)
+    graph = one.graph(in_14_bits=WIDE)
     whole, _ = step(open_session(graph, one.folder), [tokens[:30]])
     every_position(graph)
     session = open_session(graph, one.folder)
@@ -33,7 +33,7 @@ def test_every_position_has_its_logits(made, logits_of, tokens, kind, form):
 def test_exact_arithmetic_is_the_model(made, logits_of, tokens, kind, form):
     """Every position, with linears of 14 bits and of 8, and without an operator that rounds."""
     one = made(kind, form)
-    graph = one.graph(wide=WIDE)
+    graph = one.graph(in_14_bits=WIDE)
     assert ("MatMulIntegerToFloat" in {node.op_type for node in graph.graph}) == ((kind, form) in INTEGER)
     every_position(graph)
     exact(graph)

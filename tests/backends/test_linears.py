@@ -20,13 +20,13 @@ def files(tmp_path_factory):
     """(bits, group) -> a file with three matrices that read one input; no bits: float32."""
     known = {}
 
-    def get(bits=8, group=None, columns=COLUMNS, turned=False):
-        key = bits, group, columns, turned
+    def get(bits=8, group=None, columns=COLUMNS, transposed=False):
+        key = bits, group, columns, transposed
         if key not in known:
             rng, file = np.random.default_rng(5), ParamFile(tmp_path_factory.mktemp("linear"))
             for name, rows in zip(NAMES, ROWS, strict=True):
                 matrix = rng.standard_normal((rows, columns)).astype(np.float32)
-                file.add(f"{name}.weight", matrix, (bits, group) if bits else None, turned)
+                file.add(f"{name}.weight", matrix, (bits, group) if bits else None, transposed)
             known[key] = file, file.write()
         return known[key]
 
@@ -34,17 +34,17 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def turned(files):
+def transposed(files):
     """A file of three matrices for integer products, and its rows."""
-    return files(turned=True)
+    return files(transposed=True)
 
 
-def graph_of(rows, names=NAMES, wide=False, block=32):
-    """x -> out: integer products side by side of turned codes, else one product for all."""
+def graph_of(rows, names=NAMES, in_14_bits=False, block=32):
+    """x -> out: integer products side by side of transposed codes, else one product for all."""
     nodes, x = Nodes(), given()
     weights = Weights(nodes, rows, FILE)
     if Matrix(weights, names[:1], names[0], block).integer:
-        tokens = rounded_tokens(nodes, x, "a.qkv_proj", wide)
+        tokens = rounded_tokens(nodes, x, "a.qkv_proj", in_14_bits)
         matrices = [Matrix(weights, [name], name, block) for name in names]
         outs = [one.integer_product(nodes, tokens, f"{one.name}.out") for one in matrices]
         made = nodes.one("Concat", outs, "out", axis=-1)
@@ -91,8 +91,8 @@ def x():
     return (rng.standard_normal((2, 20, COLUMNS)) * 10.0 ** rng.uniform(-4, 4, (2, 20, 1))).astype(np.float32)
 
 
-def test_codes_of_a_token_are_rounded_to_its_own_127_steps(turned, x):
-    file, rows = turned
+def test_codes_of_a_token_are_rounded_to_its_own_127_steps(transposed, x):
+    file, rows = transposed
     (high,) = fetched(file, graph_of(rows), x, "a.qkv_proj.high")
     assert high.dtype == np.uint8
     even = x / np.abs(x).max(-1, keepdims=True)
@@ -111,9 +111,9 @@ def integer_product(file, x):
 
 
 @pytest.mark.parametrize("optimize", [False, True])
-def test_the_integer_product_is_exact(turned, x, optimize):
+def test_the_integer_product_is_exact(transposed, x, optimize):
     """Every sum of products is the integer it must be."""
-    file, rows = turned
+    file, rows = transposed
     got = fetched(file, graph_of(rows), x, optimize=optimize)
     total, expected = integer_product(file, x)
     np.testing.assert_allclose(got, expected, rtol=2e-6, atol=0)
@@ -123,11 +123,11 @@ def test_the_integer_product_is_exact(turned, x, optimize):
 
 
 @pytest.mark.parametrize("optimize", [False, True])
-def test_both_halves_of_a_wide_product_are_exact(turned, x, optimize):
+def test_both_halves_of_a_product_of_14_bits_are_exact(transposed, x, optimize):
     """Each is the integer it must be, and their sum what 14 bits stand for."""
-    file, rows = turned
+    file, rows = transposed
     wanted = "a.qkv_proj.codes", "a.q_proj.product", "out"
-    codes, product, out = fetched(file, graph_of(rows, wide=True), x, *wanted, optimize=optimize)
+    codes, product, out = fetched(file, graph_of(rows, in_14_bits=True), x, *wanted, optimize=optimize)
     assert (codes.dtype, codes.shape) == (np.uint8, (2, 20, 2, COLUMNS))
     signed, scales = (together(values).astype(np.float64) for values in (file.signed, file.scales))
     total = (codes.astype(np.float64) - 64) @ signed.T
@@ -138,25 +138,27 @@ def test_both_halves_of_a_wide_product_are_exact(turned, x, optimize):
 
 
 def test_the_largest_codes_do_not_saturate(tmp_path):
-    """Not even in a wide product on processors that add pairs of u8 by s8 products in 16 bits: see its codes."""
+    """Not even in a product of 14 bits on processors that add pairs of u8 by s8 products in 16 bits: see its codes."""
     file = ParamFile(tmp_path)
-    file.add("a.q_proj.weight", np.ones((16, 512), np.float32), (8, None), turned=True)
+    file.add("a.q_proj.weight", np.ones((16, 512), np.float32), (8, None), transposed=True)
     rows, halves = file.write(), np.arange(-512, 512) / 126  # every step of the high half, and every tie between two
     tokens = np.concatenate([np.ones((1, 512)), -np.ones((1, 512)), halves.reshape(2, 512), np.eye(512)[:1],
                              np.random.default_rng(8).uniform(-1, 1, (200, 512))])[None]  # fmt: skip
     for size in (1.0, 1e-20, 3e38):
         given = (tokens / np.abs(tokens).max(-1, keepdims=True) * size).astype(np.float32)
-        (codes,) = fetched(file, graph_of(rows, NAMES[:1], wide=True), given, "a.qkv_proj.codes", optimize=True)
+        (codes,) = fetched(file, graph_of(rows, NAMES[:1], in_14_bits=True), given, "a.qkv_proj.codes", optimize=True)
         assert (codes.min(), codes.max()) == (1, 127)
         assert 2 * int(codes.max()) * int(np.abs(file.signed["a.q_proj"]).max()) < 2**15
-    for wide in (False, True):
-        got = fetched(file, graph_of(rows, NAMES[:1], wide=wide), np.ones((1, 16, 512), np.float32), optimize=True)
+    for in_14_bits in (False, True):
+        got = fetched(
+            file, graph_of(rows, NAMES[:1], in_14_bits=in_14_bits), np.ones((1, 16, 512), np.float32), optimize=True
+        )
         np.testing.assert_allclose(got, 512, rtol=1e-6)
 
 
-def test_wide_is_14_bits(turned, x):
+def test_its_steps_are_those_of_14_bits(transposed, x):
     """The halves together come 126 times nearer to float32 than the high one alone, and 62 times than 8 bits."""
-    file, rows = turned
+    file, rows = transposed
     expected = x.astype(np.float64) @ matrix_of(file).astype(np.float64).T
     token = np.abs(x).max(-1, keepdims=True)
 
@@ -164,17 +166,19 @@ def test_wide_is_14_bits(turned, x):
         return np.sqrt((((got - expected) / token) ** 2).mean())
 
     wanted = "out", *(f"{name}.product" for name in NAMES)
-    both, *halves = fetched(file, graph_of(rows, wide=True), x, *wanted)
+    both, *halves = fetched(file, graph_of(rows, in_14_bits=True), x, *wanted)
     high = np.concatenate([half[:, :, 0] for half in halves], -1) * token
     assert 115 < error(high) / error(both) < 137
     assert 57 < error(fetched(file, graph_of(rows), x)) / error(both) < 68
 
 
-def test_the_low_half_is_what_the_high_half_left(turned, x):
-    file, rows = turned
+def test_the_low_half_is_what_the_high_half_left(transposed, x):
+    file, rows = transposed
     high, low, codes = (
         value.astype(int)
-        for value in fetched(file, graph_of(rows, wide=True), x, *(f"a.qkv_proj.{k}" for k in ("high", "low", "codes")))
+        for value in fetched(
+            file, graph_of(rows, in_14_bits=True), x, *(f"a.qkv_proj.{k}" for k in ("high", "low", "codes"))
+        )
     )
     np.testing.assert_array_equal(codes, np.concatenate([high, low], 2))
     even = x.astype(np.float64) / np.abs(x).max(-1, keepdims=True)
@@ -184,52 +188,52 @@ def test_the_low_half_is_what_the_high_half_left(turned, x):
     assert np.abs(low - 64).max() == 63
 
 
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("in_14_bits", [False, True])
 @pytest.mark.parametrize("size", [0.0, 1e-38])
-def test_a_token_of_zeros_stays_finite_and_leaves_the_others_alone(turned, x, wide, size):
-    file, rows = turned
+def test_a_token_of_zeros_stays_finite_and_leaves_the_others_alone(transposed, x, in_14_bits, size):
+    file, rows = transposed
     silent = x.copy()
     silent[:, 3] *= size
-    got, full = (fetched(file, graph_of(rows, wide=wide), one) for one in (silent, x))
+    got, full = (fetched(file, graph_of(rows, in_14_bits=in_14_bits), one) for one in (silent, x))
     assert np.isfinite(got).all()
     assert np.abs(got[:, 3]).max() < 1e-30
-    (codes,) = fetched(file, graph_of(rows, wide=wide), silent, "a.qkv_proj.high")
-    assert (codes[:, 3] == (64 if wide else 128)).all()  # and not what a division by zero leaves
+    (codes,) = fetched(file, graph_of(rows, in_14_bits=in_14_bits), silent, "a.qkv_proj.high")
+    assert (codes[:, 3] == (64 if in_14_bits else 128)).all()  # and not what a division by zero leaves
     np.testing.assert_array_equal(np.delete(got, 3, 1), np.delete(full, 3, 1))
 
 
-@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("in_14_bits", [False, True])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_token_gives_the_same_bits_alone_and_among_others(files, wide, threads):
+def test_a_token_gives_the_same_bits_alone_and_among_others(files, in_14_bits, threads):
     """As MatMulNBits in blocks of 128 does not."""
-    file, rows = files(columns=640, turned=True)
+    file, rows = files(columns=640, transposed=True)
     x = np.random.default_rng(9).standard_normal((2, 20, 640)).astype(np.float32)
-    session = open_session(graph_of(rows, wide=wide), file.folder, threads=threads)
+    session = open_session(graph_of(rows, in_14_bits=in_14_bits), file.folder, threads=threads)
     (whole,) = session.run(None, {"x": x})
     alone = [session.run(None, {"x": token[None, None]})[0][0, 0] for token in x.reshape(40, 640)]
     np.testing.assert_array_equal(whole.reshape(40, -1), alone)
     np.testing.assert_array_equal(session.run(None, {"x": x[:1, 5:12]})[0], whole[:1, 5:12])
 
 
-def test_one_large_token_does_not_coarsen_its_neighbours(turned, x):
+def test_one_large_token_does_not_coarsen_its_neighbours(transposed, x):
     """With one scale for all tokens, which DynamicQuantizeLinear has, the smaller ones would be lost."""
-    file, rows = turned
+    file, rows = transposed
     got = fetched(file, graph_of(rows), x)
     expected = x.astype(np.float64) @ matrix_of(file).astype(np.float64).T
     worst = (np.abs(got - expected).max(-1) / np.abs(expected).max(-1)).max()
     assert worst < 0.02
 
 
-@pytest.mark.parametrize(("bits", "group", "turned", "op"), [
+@pytest.mark.parametrize(("bits", "group", "transposed", "op"), [
     (8, None, True, "MatMulIntegerToFloat"), (8, None, False, "MatMulNBits"), (8, 32, False, "MatMulNBits"),
     (4, 32, False, "MatMulNBits"), (4, None, False, "MatMulNBits"), (0, None, False, "FusedMatMul"),
 ])  # fmt: skip
-def test_the_kernel_follows_the_form_of_the_codes(files, x, bits, group, turned, op):
-    file, rows = files(bits, group, turned=turned)
+def test_the_kernel_follows_the_form_of_the_codes(files, x, bits, group, transposed, op):
+    file, rows = files(bits, group, transposed=transposed)
     model = graph_of(rows)
     ops = [node.op_type for node in model.graph]
     assert {"MatMulIntegerToFloat", "MatMulNBits", "FusedMatMul"} & set(ops) == {op}
-    assert ("QuantizeLinear" in ops) == turned
+    assert ("QuantizeLinear" in ops) == transposed
     expected = x @ matrix_of(file).T
     size = np.abs(expected).max(-1, keepdims=True)
     assert np.abs((fetched(file, model, x, optimize=True) - expected) / size).max() < (0.03 if bits else 1e-5)

@@ -349,14 +349,14 @@ def loaded(*overrides):
     ],
 )  # fmt: skip
 def test_kernels_follow_the_recipe(overrides, kernels):
-    """Wide are those that calibration kept out of 8 bits, or all; and the file has codes as the kernels want them."""
+    """14 bits have those that calibration kept out of 8 bits, or all; and codes are stored as kernels want them."""
     recipe = loaded(*overrides)
     spec = recipe.spec
     kept = list(KEPT) if spec.scheme.rounds_activations else None
     assert chosen_kernels(spec, CONFIG, kept) == kernels
-    assert backend("onnxruntime").codes(spec) == CodeForm(unsigned=True, turned=kernels.integer)
+    assert backend("onnxruntime").codes(spec) == CodeForm(unsigned=True, transposed=kernels.integer)
     listed = backend("onnxruntime").kernels(spec, CONFIG, kept)
-    assert listed == {"block": kernels.block, "integer": kernels.integer, "wide": sorted(kernels.wide),
+    assert listed == {"block": kernels.block, "integer": kernels.integer, "wide": sorted(kernels.in_14_bits),
                       "candidates": kernels.candidates, "windowed": kernels.windowed,
                       "logits": kernels.logits}  # fmt: skip
     search = backend("onnxruntime").files(spec, CONFIG)["genai_config.json"]["search"]

@@ -22,7 +22,7 @@ def file(tmp_path):
         made.add(name, rng.standard_normal((rows, COLUMNS)).astype(np.float32), (8, None))
     made.add("a.norm.weight", rng.standard_normal(COLUMNS).astype(np.float32))
     made.add("b.o_proj.weight", rng.standard_normal((4, COLUMNS)).astype(np.float32), (8, 16))
-    made.add("b.down_proj.weight", rng.standard_normal((5, COLUMNS)).astype(np.float32), (8, None), turned=True)
+    made.add("b.down_proj.weight", rng.standard_normal((5, COLUMNS)).astype(np.float32), (8, None), transposed=True)
     return made
 
 
@@ -96,7 +96,7 @@ def test_scales_of_groups_are_those_of_the_file(file, weights):
         weights.block_scales(["b.o_proj.scale"], "o", 4)
 
 
-def test_turned_codes_are_read_as_they_lie(file, weights):
+def test_transposed_codes_are_read_as_they_lie(file, weights):
     view = weights.view(["b.down_proj.weight"], "b.down_proj.weight")
     assert isinstance(view.const_value, ir.ExternalTensor)
     found = value(weights, file, view, ir.DataType.INT8)

@@ -179,22 +179,24 @@ def test_what_stays_in_8_bits():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_turned_codes_are_those_of_linears_signed_with_columns_for_rows(tied):
+def test_transposed_codes_are_those_of_linears_signed_with_columns_for_rows(tied):
     """Tables, scales, norms and the places of all bytes are those of the unsigned form."""
     cfg = config("gemma3_text", tie_word_embeddings=tied)
     shapes, storage = expected_tensors(cfg), Storage(Codes(), Codes(8, 32))
-    unsigned, turned = (
-        build_plan(cfg, "w8a16", 32, storage=storage, form=CodeForm(unsigned=True, turned=flag))
+    unsigned, transposed = (
+        build_plan(cfg, "w8a16", 32, storage=storage, form=CodeForm(unsigned=True, transposed=flag))
         for flag in (False, True)
     )
-    assert lay_out(turned).offsets == lay_out(unsigned).offsets
+    assert lay_out(transposed).offsets == lay_out(unsigned).offsets
     linears = set()
-    for before, spec in zip(unsigned, turned, strict=True):
-        if spec.turned:
+    for before, spec in zip(unsigned, transposed, strict=True):
+        if spec.transposed:
             linears.add(spec.name)
             assert (spec.dtype, spec.shape, spec.source) == ("int8", shapes[spec.name][::-1], spec.name)
-            assert before == replace(spec, dtype="uint8", shape=shapes[spec.name], turned=False)
+            assert before == replace(spec, dtype="uint8", shape=shapes[spec.name], transposed=False)
         else:
             assert spec == before
     assert linears == {name for name in shapes if name.endswith("_proj.weight")}
-    assert {spec.dtype for spec in turned if spec.name in ("model.embed_tokens.weight", "lm_head.weight")} == {"uint8"}
+    assert {spec.dtype for spec in transposed if spec.name in ("model.embed_tokens.weight", "lm_head.weight")} == {
+        "uint8"
+    }

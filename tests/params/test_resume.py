@@ -12,7 +12,7 @@ import pytest
 from gemma_deploy.errors import ParamsError
 from gemma_deploy.params.journal import Journal
 from tests.params.make import tiny
-from tests.params.test_writer import TURNED, write
+from tests.params.test_writer import TRANSPOSED, write
 
 # Forks a child per line of stdin: "COUNT HALF" kills it -9 at its COUNT-th write, sync or rename, after half of the
 # bytes when HALF is 1. Prints how the child ended. Importing torch once keeps this fast.
@@ -84,10 +84,10 @@ def whole(tmp_path, scheme):
     return checkpoint, path.read_bytes(), table
 
 
-either = pytest.mark.parametrize("scheme", ["w8a16", TURNED])
+either = pytest.mark.parametrize("scheme", ["w8a16", TRANSPOSED])
 
 
-@pytest.mark.parametrize("scheme", ["w8a16", pytest.param(TURNED, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scheme", ["w8a16", pytest.param(TRANSPOSED, marks=pytest.mark.slow)])
 def test_killed_at_many_moments_the_bytes_are_the_same(tmp_path, whole, scheme):
     import random
 

@@ -17,13 +17,13 @@ from tests.manifests import manifest
 from tests.params.make import patch_value, read_raw, tiny, to_bf16_bits, widen
 from tests.quantization.test_rtn import numpy_rtn
 
-TURNED = "w8a16 turned"
-SCHEMES = ("fp32", "fp16", "bf16", "w8a16", TURNED)
+TRANSPOSED = "w8a16 turned"
+SCHEMES = ("fp32", "fp16", "bf16", "w8a16", TRANSPOSED)
 
 
 def planned(checkpoint, scheme, context=48):
-    scheme, _, turned = scheme.partition(" ")
-    return build_plan(checkpoint.config, scheme, context, form=CodeForm(turned=bool(turned)))
+    scheme, _, transposed = scheme.partition(" ")
+    return build_plan(checkpoint.config, scheme, context, form=CodeForm(transposed=bool(transposed)))
 
 
 def write(checkpoint, directory, scheme, *, context=48, **options):
@@ -45,7 +45,7 @@ def expected_values(source, scheme):
             out[name] = to_bf16_bits(w)
         else:
             codes, out[name.replace(".weight", ".scale")] = numpy_rtn(w)
-            out[name] = codes.T if scheme == TURNED and ".layers." in name else codes
+            out[name] = codes.T if scheme == TRANSPOSED and ".layers." in name else codes
     return out
 
 
@@ -103,7 +103,7 @@ def test_the_safetensors_library_reads_it(tmp_path, scheme):
 
 def test_bytes_do_not_depend_on_workers_or_blocks(tmp_path):
     checkpoint = tiny(tmp_path / "c", "gemma3_text")
-    for scheme in ("w8a16", TURNED, "fp16"):
+    for scheme in ("w8a16", TRANSPOSED, "fp16"):
         results = []
         for number, options in enumerate(
             ({"workers": 1}, {"workers": 2, "block_bytes": 1}, {"workers": 5, "block_bytes": 3001})
@@ -165,7 +165,7 @@ def test_what_changed_is_written_anew(tmp_path, monkeypatch, change):
     elif change == "scheme":
         options["scheme"] = "bf16"
     elif change == "form":
-        options["scheme"] = TURNED
+        options["scheme"] = TRANSPOSED
     elif change == "context":
         options["context"] = 64
     elif change == "code":
@@ -304,7 +304,7 @@ class Quantized:
         return getattr(self.checkpoint, name)
 
 
-UNSIGNED, TURNED_FORM = CodeForm(unsigned=True), CodeForm(unsigned=True, turned=True)
+UNSIGNED, TURNED_FORM = CodeForm(unsigned=True), CodeForm(unsigned=True, transposed=True)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -317,11 +317,11 @@ def test_unsigned_codes_are_the_signed_ones_with_their_high_bit_turned(tmp_path,
         options = {"storage": Storage(Codes(4, 32), Codes(8, 32)), "quantized": source.output_errors}
     signed, table, _ = written(source, tmp_path / "signed.safetensors", **options)
     unsigned, other, _ = written(source, tmp_path / "unsigned.safetensors", form=UNSIGNED, **options)
-    turned = {"int8": 0x80, "int4": 0x88, "float32": 0}
+    transposed = {"int8": 0x80, "int4": 0x88, "float32": 0}
     for row, new in zip(table.rows, other.rows, strict=True):
         span = slice(row.offset, row.offset + row.nbytes)
         assert (new.name, new.offset, new.nbytes, new.shape) == (row.name, row.offset, row.nbytes, row.shape)
-        expected = np.frombuffer(signed[span], np.uint8) ^ turned[row.dtype]
+        expected = np.frombuffer(signed[span], np.uint8) ^ transposed[row.dtype]
         np.testing.assert_array_equal(np.frombuffer(unsigned[span], np.uint8), expected, err_msg=row.name)
     name = "model.layers.0.mlp.up_proj.weight"
     row, found = other[name], np.frombuffer(unsigned, np.uint8)
@@ -335,13 +335,13 @@ def test_unsigned_codes_are_the_signed_ones_with_their_high_bit_turned(tmp_path,
 
 @pytest.mark.parametrize("made", ["rounded", "stored"])
 @pytest.mark.parametrize("block_bytes", [700, 1 << 20])
-def test_turned_codes_are_the_signed_ones_transposed(tmp_path, made, block_bytes):
+def test_transposed_codes_are_the_signed_ones_transposed(tmp_path, made, block_bytes):
     """Of linears, rounded here or by a quantizer; the table is unsigned and lies as it did, scales too."""
     checkpoint = tiny(tmp_path / "c", "gemma3_text")
     source = Quantized(checkpoint, 8) if made == "stored" else checkpoint
     options = {"quantized": getattr(source, "output_errors", None), "block_bytes": block_bytes}
     signed, table, _ = written(source, tmp_path / "signed.safetensors", **options)
-    turned, other, _ = written(source, tmp_path / "turned.safetensors", form=TURNED_FORM, **options)
+    transposed, other, _ = written(source, tmp_path / "turned.safetensors", form=TURNED_FORM, **options)
     seen = set()
     for row, new in zip(table.rows, other.rows, strict=True):
         span = slice(row.offset, row.offset + row.nbytes)
@@ -351,11 +351,11 @@ def test_turned_codes_are_the_signed_ones_transposed(tmp_path, made, block_bytes
             if made == "stored":
                 np.testing.assert_array_equal(codes, source.codes[row.name])
             assert (new.dtype, new.shape) == ("int8", row.shape[::-1])
-            assert turned[span] == codes.T.tobytes(), row.name
+            assert transposed[span] == codes.T.tobytes(), row.name
             seen.add(row.shape[0] == row.shape[1])
         else:
             assert new.shape == row.shape
-            assert turned[span] == bytes(np.frombuffer(signed[span], np.uint8) ^ (0x80 * (row.dtype == "int8")))
+            assert transposed[span] == bytes(np.frombuffer(signed[span], np.uint8) ^ (0x80 * (row.dtype == "int8")))
     assert seen == {True, False}  # k_proj and v_proj are square
     assert not damaged_rows(tmp_path / "turned.safetensors", other)
 
@@ -375,7 +375,7 @@ def test_stored_weights_read_codes_of_every_kind_back(tmp_path, bits, group, qua
         contract={"context": 48},
         scheme="w8a16",
         storage=storage.to_json(),
-        kernels={"integer": form.turned} if form.unsigned else None,
+        kernels={"integer": form.transposed} if form.unsigned else None,
         params=table.moved("params.safetensors").to_json(),
     )
     stored = ArtifactWeights(checkpoint.config, tmp_path, found)

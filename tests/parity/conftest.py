@@ -1,4 +1,4 @@
-"""Finished artifacts around the graphs that the run time's tests export, and copies of them to break."""
+"""Finished artifacts around the graphs that the runtime's tests export, and copies of them to break."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from gemma_deploy.proving import run_parity
 from gemma_deploy.recipe import Recipe
 from tests import making
 
-PREFILL, CONTEXT, BATCH = 32, 80, 2  # of the run time's artifacts
+PREFILL, CONTEXT, BATCH = 32, 80, 2  # of the runtime's artifacts
 PROMPT, STEPS = 24, 4  # three windows of 8
 DTYPES = {"w8a16": "int8"}
 

@@ -14,7 +14,7 @@ from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.base import PARAMS
 from gemma_deploy.backends.onnxruntime.decoder import build_decoder
 from gemma_deploy.backends.onnxruntime.options import Kernels
-from gemma_deploy.backends.onnxruntime.source import DynamicSource, whole_logits, wide_line
+from gemma_deploy.backends.onnxruntime.source import DynamicSource, line_of_14_bits, whole_logits
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.cli import main
 from gemma_deploy.parity.cases import Case
@@ -85,7 +85,7 @@ def rebuild(artifact, wide):
     """The graph that a w8a8 artifact has, on codes that were rounded to nearest."""
     opened = Artifact.open(artifact)
     config = ModelConfig.from_dict(json.loads((artifact / "config.json").read_text()), "config.json")
-    kernels = Kernels(integer=True, wide=frozenset(wide))
+    kernels = Kernels(integer=True, in_14_bits=frozenset(wide))
     ir.save(build_decoder(config, kernels, opened.manifest.params, PARAMS, 8.0), artifact / "model.onnx")
 
 
@@ -280,7 +280,7 @@ def test_which_linears_have_14_bits(copy_of, wrong):
     elif wrong == "lean":
         change_manifest(artifact, kernels=LEAN)
     kernels = Artifact.open(artifact).manifest.kernels
-    line = wide_line(artifact, kernels)
+    line = line_of_14_bits(artifact, kernels)
     assert (line.comparison, line.passed) == (LISTED, wrong == "nothing")
     assert line.value == {"narrow": 1, "unlisted": 1, "lean": 3, "nothing": 0}[wrong]
 
@@ -291,18 +291,18 @@ def kernels_of(**changes):
 
 def test_blocks_that_are_listed_as_integer_products(copy_of):
     artifact = copy_of("gemma", "lean")
-    assert wide_line(artifact, kernels_of()).passed
-    assert wide_line(artifact, kernels_of(integer=True)).value == 1
-    assert wide_line(artifact, kernels_of(integer=True, wide=tuple(WIDE))).value == 3
+    assert line_of_14_bits(artifact, kernels_of()).passed
+    assert line_of_14_bits(artifact, kernels_of(integer=True)).value == 1
+    assert line_of_14_bits(artifact, kernels_of(integer=True, wide=tuple(WIDE))).value == 3
 
 
 def test_by_default_every_linear_has_14_bits(built):
     artifact = built("gemma3_text", "int8")
     kernels = Artifact.open(artifact).manifest.kernels
     assert len(kernels.wide) == 7 * 4
-    assert wide_line(artifact, kernels).passed
+    assert line_of_14_bits(artifact, kernels).passed
     fewer = [name for name in kernels.wide if not name.endswith("3.mlp.down_proj")]
-    assert wide_line(artifact, kernels.model_copy(update={"wide": tuple(fewer)})).value == 1
+    assert line_of_14_bits(artifact, kernels.model_copy(update={"wide": tuple(fewer)})).value == 1
 
 
 def test_a_linear_made_narrow_turns_the_gate_red(copy_of):

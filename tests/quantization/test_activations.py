@@ -207,8 +207,8 @@ def test_the_artifact_computes_transformers_with_rounded_inputs(artifact, checkp
         hooks = []
         for name, module in model.named_modules():
             if name.startswith("model.layers.0.") and name.endswith("_proj") and name not in kept and round_them:
-                turned = lambda _, args: (torch.from_numpy(rounded(args[0].numpy())),)  # noqa: E731
-                hooks.append(module.register_forward_pre_hook(turned))
+                transposed = lambda _, args: (torch.from_numpy(rounded(args[0].numpy())),)  # noqa: E731
+                hooks.append(module.register_forward_pre_hook(transposed))
         seen = []
         hooks.append(model.model.layers[0].register_forward_hook(lambda *args: seen.append(args[2])))
         with torch.inference_mode():

@@ -56,7 +56,7 @@ def test_whatever_was_measured_fits_or_is_float32(model_type, seed):
     chosen = choose(config, measured)
     for point, absmax in measured.items():
         fits = absmax / 2.0 ** chosen.of(point) <= ALL_MAXIMA_FIT
-        assert fits or chosen.is_wide(point) or consistent_elsewhere(point), point
+        assert fits or chosen.is_in_float32(point) or consistent_elsewhere(point), point
 
 
 def consistent_elsewhere(point):

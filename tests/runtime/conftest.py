@@ -1,4 +1,4 @@
-"""A tokenizer for the tests of the run time."""
+"""A tokenizer for the tests of the runtime."""
 
 import pytest
 

@@ -155,12 +155,12 @@ def half_graph(path):
 
 def rounded(x, w, b):
     """The graph in NumPy, every operator's result rounded to float16."""
-    wide = lambda value: value.astype(np.float32)  # noqa: E731
-    product = (wide(x) @ wide(w)).astype(np.float16)
-    square = (wide(product) * wide(product)).astype(np.float16)
-    total = (wide(square) + wide(b)).astype(np.float16)
-    root = np.sqrt(wide(total)).astype(np.float16)
-    return wide((wide(root) / wide(b)).astype(np.float16))
+    in_float32 = lambda value: value.astype(np.float32)  # noqa: E731
+    product = (in_float32(x) @ in_float32(w)).astype(np.float16)
+    square = (in_float32(product) * in_float32(product)).astype(np.float16)
+    total = (in_float32(square) + in_float32(b)).astype(np.float16)
+    root = np.sqrt(in_float32(total)).astype(np.float16)
+    return in_float32((in_float32(root) / in_float32(b)).astype(np.float16))
 
 
 def test_strict_float16_session_rounds_after_every_operator(tmp_path):

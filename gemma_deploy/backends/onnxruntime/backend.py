@@ -132,8 +132,8 @@ class OnnxRuntime:
         return problems
 
     def codes(self, spec: BuildSpec) -> CodeForm:
-        """Unsigned, as the block kernel and the embedding want them; of integer products signed and turned."""
-        return CodeForm(unsigned=True, turned=options_of(spec).prefill == "fast")
+        """Unsigned, as the block kernel and the embedding want them; of integer products signed and transposed."""
+        return CodeForm(unsigned=True, transposed=options_of(spec).prefill == "fast")
 
     def contract(self, spec: BuildSpec, config: ModelConfig) -> OrtContract:
         """Batch and lengths are free; P is the longest prompt that is compared, C the positions there are."""
@@ -158,7 +158,7 @@ class OnnxRuntime:
 
         spec, config = job.spec, job.config
         scale = embedding_scale(config.hidden_size, spec.embed_scale)
-        model = build_decoder(config, chosen_kernels(spec, config, job.kept), job.tensors[PARAMS], PARAMS, scale)
+        model = build_decoder(config, chosen_kernels(spec, config, job.unrounded), job.tensors[PARAMS], PARAMS, scale)
         log.debug("%s built: %d nodes", GRAPH, len(model.graph))
         return Exported({GRAPH: serialized(model)})
 
@@ -171,12 +171,14 @@ class OnnxRuntime:
         windowed = options.cache == WINDOW
         return {CONFIG_FILE: genai_config(config, spec.context, chunk, gpu=gpu, windowed=windowed)}
 
-    def kernels(self, spec: BuildSpec, config: ModelConfig, kept: Sequence[str] | None) -> dict[str, Any] | None:
+    def kernels(self, spec: BuildSpec, config: ModelConfig, unrounded: Sequence[str] | None) -> dict[str, Any] | None:
         """As in `Kernels`."""
         if not spec.scheme.codes:
             return None
-        chosen = chosen_kernels(spec, config, kept)
-        return asdict(chosen) | {"wide": sorted(chosen.wide)}
+        chosen = chosen_kernels(spec, config, unrounded)
+        record = asdict(chosen)
+        del record["in_14_bits"]
+        return record | {"wide": sorted(chosen.in_14_bits)}  # the name in manifests
 
     def ledger(self, manifest: Manifest) -> list[LedgerEntry]:
         """See `Backend`."""
@@ -204,7 +206,7 @@ class OnnxRuntime:
 BACKEND = OnnxRuntime()
 
 
-def chosen_kernels(spec: BuildSpec, config: ModelConfig, kept: Sequence[str] | None) -> Kernels:
+def chosen_kernels(spec: BuildSpec, config: ModelConfig, unrounded: Sequence[str] | None) -> Kernels:
     """What the recipe asks for.
 
     Integer products take activations of 8 bits where calibration made them fit for that (w8a8), but for those it found
@@ -220,4 +222,4 @@ def chosen_kernels(spec: BuildSpec, config: ModelConfig, kept: Sequence[str] | N
     )
     if options.prefill != "fast":
         return kernels
-    return replace(kernels, integer=True, wide=frozenset(linears_of(config) if kept is None else kept))
+    return replace(kernels, integer=True, in_14_bits=frozenset(linears_of(config) if unrounded is None else unrounded))

@@ -225,7 +225,7 @@ class _Decoder:
         """
         nodes, joined = self.nodes, product_of(modules[0])
         if self._matrix(modules[0]).integer:
-            tokens = rounded_tokens(nodes, x, joined, modules[0] in self.kernels.wide)
+            tokens = rounded_tokens(nodes, x, joined, modules[0] in self.kernels.in_14_bits)
             return [self._matrix(module).integer_product(nodes, tokens, f"{module}.out") for module in modules]
         alike = [list(run) for _, run in groupby(modules, lambda module: self.weights.dtype(f"{module}.weight"))]
         made: list[ir.Value] = []

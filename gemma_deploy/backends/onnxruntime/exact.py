@@ -48,18 +48,18 @@ def exact(model: ir.Model) -> None:
 
 def widen(model: ir.Model) -> None:
     """Compute a bfloat16 graph in float32, on the weights it has. In place; nothing where all is float32 already."""
-    graph, half, wide = model.graph, ir.DataType.BFLOAT16, ir.TensorType(ir.DataType.FLOAT)
+    graph, bfloat16, float32 = model.graph, ir.DataType.BFLOAT16, ir.TensorType(ir.DataType.FLOAT)
     for value in (*graph.inputs, *graph.outputs):
-        if value.dtype == half:
-            value.type = wide
+        if value.dtype == bfloat16:
+            value.type = float32
     for node in graph:
-        if node.op_type == "Cast" and node.attributes["to"].as_int() == half.value:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == bfloat16.value:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT.value)
         for value in node.outputs:
-            if value.dtype == half:
-                value.type = wide
+            if value.dtype == bfloat16:
+                value.type = float32
     first = next(iter(graph))
-    for value in [value for value in graph.initializers.values() if value.dtype == half]:
+    for value in [value for value in graph.initializers.values() if value.dtype == bfloat16]:
         cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT.value})
         cast.outputs[0].name = f"{value.name}.float32"
         users = [(node, index) for node, index in value.uses() if node is not cast]
@@ -137,7 +137,7 @@ class Before:
         inputs = [viewed, self.waiting(scales, after, at), self.constant(zero, f"zero_point{at}")]
         return self.add("DequantizeLinear", inputs, f"w{at}", **attributes)
 
-    def turned(self, codes: ir.Value, scales: ir.Value, after: ir.Value) -> ir.Value:
+    def transposed(self, codes: ir.Value, scales: ir.Value, after: ir.Value) -> ir.Value:
         """Signed codes [in, out] times their scales [out]."""
         return self.add("DequantizeLinear", [codes, self.waiting(scales, after)], "w", axis=1)
 
@@ -152,9 +152,9 @@ class Before:
         zero = self.add("Cast", [nothing], f"zero{at}", to=ir.DataType.FLOAT.value)
         return self.add("Add", [scales, zero], f"waiting{at}")
 
-    def product(self, x: ir.Value, matrix: ir.Value, turned: bool = False) -> None:
-        """The node becomes a product with a matrix [out, in], or `turned`, [in, out]."""
-        made = self.add("FusedMatMul", [x, matrix], "exact", transB=int(not turned))
+    def product(self, x: ir.Value, matrix: ir.Value, transposed: bool = False) -> None:
+        """The node becomes a product with a matrix [out, in], or `transposed`, [in, out]."""
+        made = self.add("FusedMatMul", [x, matrix], "exact", transB=int(not transposed))
         self.replace(made)
 
 
@@ -195,7 +195,7 @@ def _integer_product(graph: ir.Graph, node: ir.Node) -> None:
     """Its first input is no code any more: `_not_rounded` went before it, and the step is gone with the rounding."""
     x, codes, scales = _input(node, 0), _input(node, 1), _input(node, 3)
     here = Before(graph, node)
-    here.product(x, here.turned(codes, scales, x), turned=True)
+    here.product(x, here.transposed(codes, scales, x), transposed=True)
 
 
 def _not_rounded(graph: ir.Graph, node: ir.Node) -> None:

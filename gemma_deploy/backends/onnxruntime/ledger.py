@@ -61,9 +61,9 @@ def _kernels(manifest: Manifest) -> list[LedgerEntry]:
             )
         )
     if kernels.integer:
-        wide, linears = kernels.wide, 7 * manifest.model.num_hidden_layers
-        but = f"; to 14 bits before {len(wide)} linears ({', '.join(wide)})" if wide else ""
-        how = "14 bits with a scale per token" if len(wide) == linears else f"8 bits with a scale per token{but}"
+        finer, linears = kernels.wide, 7 * manifest.model.num_hidden_layers
+        but = f"; to 14 bits before {len(finer)} linears ({', '.join(finer)})" if finer else ""
+        how = "14 bits with a scale per token" if len(finer) == linears else f"8 bits with a scale per token{but}"
         entries.append(
             LedgerEntry(
                 f"activations rounded to {how}",

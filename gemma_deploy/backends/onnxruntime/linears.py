@@ -1,8 +1,8 @@
 """The kernels of linears.
 
 integer: activations as 8-bit codes with one scale per token, times the codes of the weights, which lie [in, out] in the
-file; `wide` ones are codes of 14 bits in two halves, rows of one product, x = s (high + low / 126) / 63. Each half is
-so small that u8 times s8 does not saturate where a processor without VNNI adds pairs in 16 bits (2 * 127 * 127).
+file; those of 14 bits are codes of 14 bits in two halves, rows of one product, x = s (high + low / 126) / 63. Each half
+is so small that u8 times s8 does not saturate where a processor without VNNI adds pairs in 16 bits (2 * 127 * 127).
 block: MatMulNBits, which rounds activations to 8 bits in blocks of input channels (accuracy level 4; the others are a
 hundred times slower on a CPU). dense: matrices that are no codes.
 """
@@ -20,7 +20,7 @@ from gemma_deploy.backends.onnxruntime.nodes import MICROSOFT, Nodes
 from gemma_deploy.backends.onnxruntime.weights import Weights, largest_block
 
 INT8_ACTIVATIONS = 4  # accuracy_level
-STEPS, HALF_STEPS = 127, 63  # largest code of an activation, and of either half of a wide one
+STEPS, HALF_STEPS = 127, 63  # largest code of an activation, and of either half of one of 14 bits
 SMALLEST = 1e-30  # magnitude of a token of zeros, so that nothing is divided by zero
 BITS = {"uint8": 8, "uint4": 4}
 
@@ -101,7 +101,7 @@ class Matrix:
         codes, scales = self.weights.view(self.codes, self.codes[0]), self.weights.view(self.scales, self.scales[0])
         inputs = [tokens.codes, codes, nodes.scalar(1 / tokens.steps), scales, tokens.zero_point]
         total = nodes.one("MatMulIntegerToFloat", inputs, f"{self.name}.product", domain=MICROSOFT)
-        if not tokens.wide:
+        if not tokens.in_14_bits:
             return nodes.one("Mul", [total, tokens.scale], out)
         both = nodes.one("MatMul", [tokens.scale, total], f"{self.name}.both")
         return nodes.one("Squeeze", [both, nodes.numbers(2)], out)
@@ -109,11 +109,11 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Activations as codes: x = scale * (codes - zero_point) / steps, the sum of both halves where they are wide.
+    """Activations as codes: x = scale * (codes - zero_point) / steps, the sum of both halves where they have 14 bits.
 
     Attributes:
-        codes: uint8 [B, S, channels], or wide [B, S, 2, channels], high and low half; zero_point: uint8 scalar.
-        scale: [B, S, 1] largest magnitude of each token, or wide [B, S, 1, 2].
+        codes: uint8 [B, S, channels], or, of 14 bits, [B, S, 2, channels], high and low half; zero_point: uint8 scalar.
+        scale: [B, S, 1] largest magnitude of each token, or, of 14 bits, [B, S, 1, 2].
         steps: codes on either side of the zero point.
     """
 
@@ -121,22 +121,22 @@ class Tokens:
     zero_point: ir.Value
     scale: ir.Value
     steps: int
-    wide: bool
+    in_14_bits: bool
 
 
-def rounded_tokens(nodes: Nodes, x: ir.Value, name: str, wide: bool) -> Tokens:
+def rounded_tokens(nodes: Nodes, x: ir.Value, name: str, in_14_bits: bool) -> Tokens:
     """Round half to even, with a scale for each token.
 
     Args:
-        x: [B, S, channels] float32; name: of what reads it; wide: to 14 bits.
+        x: [B, S, channels] float32; name: of what reads it; in_14_bits: to 14 bits.
     """
-    steps = HALF_STEPS if wide else STEPS
+    steps = HALF_STEPS if in_14_bits else STEPS
     absmax = nodes.one("ReduceMax", [nodes.one("Abs", [x], f"{name}.magnitude"), nodes.numbers(-1)], f"{name}.absmax")
     scale = nodes.one("Max", [absmax, nodes.scalar(SMALLEST)], f"{name}.token_scale")
     even = nodes.one("Div", [x, scale], f"{name}.even")
     step, zero = nodes.scalar(1 / steps), nodes.constant(np.uint8(steps + 1), f"uint8.{steps + 1}")
-    if not wide:
-        return Tokens(nodes.one("QuantizeLinear", [even, step, zero], f"{name}.high"), zero, scale, steps, wide)
+    if not in_14_bits:
+        return Tokens(nodes.one("QuantizeLinear", [even, step, zero], f"{name}.high"), zero, scale, steps, in_14_bits)
     even = nodes.one("Unsqueeze", [even, nodes.numbers(2)], f"{name}.row")
     high = nodes.one("QuantizeLinear", [even, step, zero], f"{name}.high")
     read = nodes.one("DequantizeLinear", [high, step, zero], f"{name}.read")
@@ -145,4 +145,4 @@ def rounded_tokens(nodes: Nodes, x: ir.Value, name: str, wide: bool) -> Tokens:
     codes = nodes.one("Concat", [high, low], f"{name}.codes", axis=2)
     halves = nodes.constant(np.array([1, 1 / (2 * steps)], np.float32), "float32.halves")
     scale = nodes.one("Unsqueeze", [scale, nodes.numbers(2)], f"{name}.scale_row")
-    return Tokens(codes, zero, nodes.one("Mul", [scale, halves], f"{name}.half_scales"), steps, wide)
+    return Tokens(codes, zero, nodes.one("Mul", [scale, halves], f"{name}.half_scales"), steps, in_14_bits)

@@ -96,7 +96,7 @@ class Kernels:
         block: input channels that share a scale of the activations in MatMulNBits, where the weights have one scale per
             row; grouped weights have their groups.
         integer: linears are integer products, with a scale for each token and one for each row of the weights.
-        wide: linears (module paths) whose activations are rounded to 14 bits there, in two halves.
+        in_14_bits: linears (module paths) whose activations are rounded to 14 bits there, in two halves.
         windowed: layers with a sliding window keep the window alone (window.py).
         logits: `last`, of each row's last token, or `all`, of every new token.
         candidates: of a screened head (head.py), tokens whose rows are multiplied whole; 0 for a head of whole rows.
@@ -104,7 +104,7 @@ class Kernels:
 
     block: int = 128
     integer: bool = False
-    wide: Collection[str] = field(default_factory=frozenset)
+    in_14_bits: Collection[str] = field(default_factory=frozenset)
     candidates: int = 0
     windowed: bool = False
     logits: str = LAST

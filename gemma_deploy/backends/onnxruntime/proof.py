@@ -6,7 +6,7 @@ from gemma_deploy.backends.base import Proof
 from gemma_deploy.backends.onnxruntime.bisect import dynamic_divergence
 from gemma_deploy.backends.onnxruntime.gates import dynamic_gates
 from gemma_deploy.backends.onnxruntime.options import LAST
-from gemma_deploy.backends.onnxruntime.source import DynamicSource, bfloat16_line, whole_graph_line, wide_line
+from gemma_deploy.backends.onnxruntime.source import DynamicSource, bfloat16_line, line_of_14_bits, whole_graph_line
 from gemma_deploy.parity.compare import ParityResult, compare_sources, effect_of, judged, measures_of
 from gemma_deploy.parity.sources import LogitSource
 from gemma_deploy.parity.torch_sources import torch_sources
@@ -36,7 +36,7 @@ def prove_graph(proof: Proof, result: ParityResult) -> None:
             "GPU provider were not run"
         )
     if manifest.kernels:
-        result.lines.append(wide_line(artifact, manifest.kernels))
+        result.lines.append(line_of_14_bits(artifact, manifest.kernels))
     result.measures = measures_of(found)
     result.effect = effect_of(found[hf.name, "shipped" if on_cpu else "strict"], cases)
     if not result.passed:

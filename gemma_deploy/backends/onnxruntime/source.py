@@ -193,7 +193,7 @@ def largest_error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max()) / max(1.0, float(np.abs(expected).max()))
 
 
-def wide_line(path: Path, kernels: KernelsRecord) -> Line:
+def line_of_14_bits(path: Path, kernels: KernelsRecord) -> Line:
     """Which linears of integer products have 14-bit activations, by the graph and by the manifest."""
     nodes = list(load_file(Path(path) / GRAPH).graph)
     integer = any(node.op_type == "MatMulIntegerToFloat" for node in nodes)

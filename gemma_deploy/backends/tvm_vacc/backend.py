@@ -87,7 +87,7 @@ class StaticPair:
             PARAMS,
             job.rescaling,
             spec.storage(config.hidden_size),
-            None if job.kept is None else tuple(job.kept),
+            None if job.unrounded is None else tuple(job.unrounded),
         )
         return worker.export_apart(task)
 
@@ -95,7 +95,7 @@ class StaticPair:
         """None."""
         return {}
 
-    def kernels(self, spec: BuildSpec, config: ModelConfig, kept: Sequence[str] | None) -> dict[str, Any] | None:
+    def kernels(self, spec: BuildSpec, config: ModelConfig, unrounded: Sequence[str] | None) -> dict[str, Any] | None:
         """The vendor's compiler picks them."""
         return None
 

@@ -83,7 +83,7 @@ def make_rounding_explicit(model: ir.Model) -> int:
         DeployError: an operator with a subgraph.
     """
     graph, count = model.graph, 0
-    wide: dict[ir.Value, ir.Value] = {}
+    widened: dict[ir.Value, ir.Value] = {}
     for node in list(graph):
         if any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()):
             raise DeployError(
@@ -93,7 +93,7 @@ def make_rounding_explicit(model: ir.Model) -> int:
         touched = [value for value in (*node.inputs, *node.outputs) if value is not None]
         if node.op_type in MOVES_FLOAT16 or not any(value.dtype == ir.DataType.FLOAT16 for value in touched):
             continue
-        inputs = [_widened(graph, node, value, wide) for value in node.inputs]
+        inputs = [_widened(graph, node, value, widened) for value in node.inputs]
         attributes = {name: attribute for name, attribute in node.attributes.items()}
         narrow = [value.dtype == ir.DataType.FLOAT16 for value in node.outputs]
         _replace(graph, node, node.op_type, inputs, attributes, domain=node.domain, narrow=narrow)
@@ -102,18 +102,18 @@ def make_rounding_explicit(model: ir.Model) -> int:
 
 
 def _widened(
-    graph: ir.Graph, before: ir.Node, value: ir.Value | None, wide: dict[ir.Value, ir.Value]
+    graph: ir.Graph, before: ir.Node, value: ir.Value | None, widened: dict[ir.Value, ir.Value]
 ) -> ir.Value | None:
     """The float32 form of a float16 value, made once and placed before its first user."""
     if value is None or value.dtype != ir.DataType.FLOAT16:
         return value
-    if value not in wide:
+    if value not in widened:
         cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{value.name}.widen")
         cast.outputs[0].name, cast.outputs[0].dtype = f"{value.name}.float32", ir.DataType.FLOAT
         cast.outputs[0].shape = value.shape
         graph.insert_before(before, cast)
-        wide[value] = cast.outputs[0]
-    return wide[value]
+        widened[value] = cast.outputs[0]
+    return widened[value]
 
 
 def _replace(

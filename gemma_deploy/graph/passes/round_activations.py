@@ -12,11 +12,11 @@ LINEAR = "QuantizedLinearPerChannel"
 LAYERS = "model.layers."
 
 
-def round_activations(model: ir.Model, kept: Collection[str]) -> int:
+def round_activations(model: ir.Model, unrounded: Collection[str]) -> int:
     """Insert `Vastai::QuantizeDequantizePerToken`. In place; returns the number of nodes inserted.
 
     Args:
-        kept: linears, by module path, whose inputs stay as they are. The LM head's does as well.
+        unrounded: linears, by module path, whose inputs stay as they are. The LM head's does as well.
     """
     graph, rounded = model.graph, dict[ir.Value, ir.Value]()
     for node in list(graph):
@@ -26,7 +26,7 @@ def round_activations(model: ir.Model, kept: Collection[str]) -> int:
         assert x is not None
         assert weight is not None
         module = str(weight.name).removesuffix(".weight")
-        if not module.startswith(LAYERS) or module in kept:
+        if not module.startswith(LAYERS) or module in unrounded:
             continue
         if x not in rounded:
             new = ir.node(PER_TOKEN, [x], domain=DOMAIN, name=f"{module}.round_input")
