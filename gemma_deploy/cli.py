@@ -64,6 +64,7 @@ REFUSALS = {
     errno.ENFILE: "close other programs: the system has no more open files to give",
     errno.EAGAIN: "raise the limit of processes (ulimit -u)",
 }
+LONG = "%(levelname)s %(name)s: %(message)s"  # of log lines with -v
 VANISHED = "see that nothing removes files while the program works, and run the same command again"
 log = logging.getLogger("gemma_deploy.cli")  # __name__ is __main__ under python -m
 
@@ -103,9 +104,20 @@ Examples:
 def cli(verbose: bool) -> None:
     """Take a Gemma checkpoint to an accelerator artifact that is proven to compute the same model."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it has to say about old config keys is handled here
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(LONG) if verbose else _ForPeople())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("gemma_deploy").setLevel(logging.DEBUG if verbose else logging.INFO)
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)
+
+
+class _ForPeople(logging.Formatter):
+    """`note: ...` and `warning: ...`, without the module that says so."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See logging."""
+        word = "note" if record.levelno <= logging.INFO else record.levelname.lower()
+        return f"{word}: {super().format(record)}"
 
 
 def main(argv: list[str] | None = None) -> Any:

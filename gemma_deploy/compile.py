@@ -7,15 +7,15 @@ that lacks a measurement alone, that is made and nothing else.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_deploy.artifact.commit import ArtifactDir
 from gemma_deploy.artifact.manifest import GateRecord, Manifest
 from gemma_deploy.artifact.report import REPORT, write_report
-from gemma_deploy.calibration.pipeline import Request, dataset_record
+from gemma_deploy.calibration.pipeline import Request
 from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.errors import GateError
 from gemma_deploy.job import Job
@@ -27,19 +27,21 @@ from gemma_deploy.stages.calibration import (
     choose_rescaling,
     layer_sensitivity,
     quantize_weights,
-    with_text,
 )
+from gemma_deploy.stages.check import check
 from gemma_deploy.stages.clock import StageClock, StageTiming
 from gemma_deploy.stages.files import write_model_files
 from gemma_deploy.stages.gate import advice, run_gate
 from gemma_deploy.stages.graphs import Graphs
-from gemma_deploy.stages.keys import StageKeys, stage_keys
+from gemma_deploy.stages.keys import StageKeys
 from gemma_deploy.stages.parameters import places_of, write_parameters
 from gemma_deploy.stages.record import describe
-from gemma_deploy.workdir import refuse_directory
 
 if TYPE_CHECKING:
     from gemma_deploy.parity.compare import ParityResult
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,18 @@ class CompileResult:
     parity: GateRecord | None
 
 
-def plan_recipe(recipe: Recipe, *, out: Path | None = None, parity: bool = True) -> ResourcePlan:
-    """What `--dry-run` shows: every stage with its estimates, shortfalls included."""
-    job, request = with_text(Job.open(recipe, out))
-    return make_plan(job, parity=parity, request=request)
+def plan_recipe(recipe: Recipe, *, out: Path | None = None, parity: bool = True, force: bool = False) -> ResourcePlan:
+    """What `--dry-run` shows: every stage with its estimates, shortfalls included.
+
+    Raises:
+        DeployError: whatever `compile_recipe` would refuse before its first stage, or at the beginning of it.
+    """
+    checked = check(recipe, out, parity=parity, force=force, thorough=True)
+    plan = make_plan(checked.job, parity=parity, built=checked.work.known is not None, request=checked.request)
+    notes = [*plan.notes, *([checked.text] if checked.text else [])]
+    if checked.is_up_to_date:
+        notes.append(f"nothing has changed: {checked.job.out} is up to date, and nothing would be done")
+    return replace(plan, notes=tuple(notes))
 
 
 def compile_recipe(
@@ -87,17 +97,15 @@ def compile_recipe(
     """
     clock = StageClock(on_stage, watcher)
     with clock.stage("check"):
-        job = Job.open(recipe, out)
-        refuse_directory(job.out, "--out")
-        job, request = with_text(job)
-        dataset = None if request is None else dataset_record(job.checkpoint, request)
-        keys = stage_keys(job, dataset)
-        work = ArtifactDir(job.out, key=keys.artifact, wanted=keys.measured(gate=parity), force=force)
+        checked = check(recipe, out, parity=parity, force=force)
+        job, request, dataset, keys = checked.job, checked.request, checked.dataset, checked.keys
         room = (
-            not work.is_up_to_date()
-            and preflight(job, parity=parity, built=work.known is not None, request=request).has_room_beside
+            not checked.is_up_to_date
+            and preflight(job, parity=parity, built=checked.work.known is not None, request=request).has_room_beside
         )
-    with work as artifact:
+    if checked.text and not checked.is_up_to_date:
+        log.info("%s", checked.text)
+    with checked.work as artifact:
         if artifact.finished:
             return CompileResult(job.out, tuple(clock.done), True, artifact.manifest.parity)
         if artifact.known is None:

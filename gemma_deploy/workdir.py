@@ -214,13 +214,8 @@ class WorkDir:
         else:
             if ours:
                 self._delete(self.path)
-            elif _is_there(self.path) and not _is_empty(self.path):
-                raise DeployError(
-                    f"is in the way of an unfinished directory, and {self.maker.command} did not make it; it will not "
-                    "be touched",
-                    where=str(self.path),
-                    next_step="rename or remove it yourself, or write to another place",
-                )
+            else:
+                self.refuse_strangers()
             # Marked before it has its name: what has that name and no mark is never ours.
             fresh = _beside(self.out, _NEW)
             _remove(fresh)
@@ -229,6 +224,20 @@ class WorkDir:
             fresh.rename(self.path)
         self._claimed = True
         self.begin()
+
+    def refuse_strangers(self) -> None:
+        """Refuse a NAME.partial that is somebody else's; changes nothing.
+
+        Raises:
+            DeployError: it is.
+        """
+        if self._read_mark() is None and _is_there(self.path) and not _is_empty(self.path):
+            raise DeployError(
+                f"is in the way of an unfinished directory, and {self.maker.command} did not make it; it will not "
+                "be touched",
+                where=str(self.path),
+                next_step="rename or remove it yourself, or write to another place",
+            )
 
     def _put_in_place(self) -> None:
         self.tidy()

@@ -293,7 +293,7 @@ RECIPES = {
     ),
     "not there": (
         lambda world: world.recipe.unlink(),
-        ("recipe.yaml: cannot be read: No such file", "expected: a YAML recipe", "next: give the path of a recipe"), 2,
+        ("recipe.yaml: there is no such file", "expected: the path of a YAML recipe", "gemma-deploy recipes` lists"), 2,
     ),
 }  # fmt: skip
 

@@ -269,7 +269,7 @@ def fit_to_sample(checkpoint: Checkpoint, request: Request) -> Request:
     holds = sum(token != bos for ids in encoded for token in ids) // (request.seqlen - 1)
     if not 0 < holds < request.nsamples:  # none at all: cutting them says what to do
         return request
-    log.info(
+    log.debug(
         "calibrating on %d windows of %d tokens, all that the bundled %s sample holds; dataset.path names real text",
         holds,
         request.seqlen,

@@ -31,7 +31,9 @@ Examples:
 @click.option("--dynamic", is_flag=True, help="Free batch and lengths: short for -s frontend.shape.dynamic=true.")
 @click.option("--out", type=click.Path(path_type=Path), help="Artifact directory  [default: workspace.path/NAME]")
 @click.option("--force", is_flag=True, help="Replace an artifact made from other inputs.")
-@click.option("--dry-run", is_flag=True, help="Show memory, disk and time of every stage; do nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Check everything, show memory, disk and time of every stage; do nothing."
+)
 @click.option("--parity/--no-parity", default=True, help="Run the gate at the end.  [default: parity]")
 def command(
     recipe: str,
@@ -59,7 +61,7 @@ def command(
     if loaded.vendor_keys():
         log.debug("carried for the vendor's compiler, not interpreted here: %s", ", ".join(loaded.vendor_keys()))
     if dry_run:
-        plan = compiler.plan_recipe(loaded, out=out, parity=parity)
+        plan = compiler.plan_recipe(loaded, out=out, parity=parity, force=force)
         console().print(render(plan))
         if plan.shortfalls:
             raise PreflightError(

@@ -213,7 +213,7 @@ def cases_for(
             f"has {len(tokens)} tokens, too few for {steps} decode steps",
             where=str(text),
             expected=f"a text of at least {length + steps} tokens",
-            next_step="give a longer text, or fewer --decode-tokens",
+            next_step="give a longer text, or fewer decode steps (--decode-tokens; parity.decode_tokens in a recipe)",
         )
     return make_cases(checkpoint.config, batch=sizes.batch, length=length, steps=steps, text=tokens)
 

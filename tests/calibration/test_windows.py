@@ -170,7 +170,7 @@ def test_a_default_number_of_windows_is_what_the_bundled_sample_holds(checkpoint
     asked = Request(dataset, None, 100_000, 64)
     with pytest.raises(CalibrationError, match="too short") as caught:
         make_windows(checkpoint, asked)
-    with caplog.at_level("INFO", logger="gemma_deploy"):
+    with caplog.at_level("DEBUG", logger="gemma_deploy"):
         fitted = fit_to_sample(checkpoint, asked)
     assert f"(--nsamples {fitted.nsamples})" in caught.value.next_step
     assert f"on {fitted.nsamples} windows of 64 tokens, all that the bundled {dataset} sample holds" in caplog.text
