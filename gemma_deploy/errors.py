@@ -110,7 +110,7 @@ class UsageError(DeployError):
 
 
 class RecipeError(UsageError):
-    """The recipe is wrong."""
+    """The recipe has keys or values that are refused: each with its line, and what was expected."""
 
 
 class NotBuiltError(UsageError):

@@ -173,7 +173,7 @@ class Job:
 
     @property
     def config(self) -> ModelConfig:
-        """Of the model."""
+        """The config of the checkpoint's model."""
         return self.checkpoint.config
 
     @property

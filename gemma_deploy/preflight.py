@@ -93,7 +93,7 @@ class ResourcePlan:
         return sum(stage.seconds for stage in self.stages)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Plain JSON values: stages, their sums, shortfalls and notes."""
         totals = {"peak_ram_bytes": self.peak_ram_bytes, "disk_bytes": self.disk_bytes, "seconds": self.seconds}
         plain = asdict(self) | {"out": str(self.out)} | totals
         return plain | {key: list(plain[key]) for key in ("stages", "shortfalls", "notes")}

@@ -26,7 +26,7 @@ class Watcher(Protocol):
     """Is told what happens."""
 
     def started(self, stage: str) -> None:
-        """A stage begins."""
+        """A stage begins; its name is the one in manifest and log."""
 
     def advanced(self, stage: str, done: float, total: float, unit: str) -> None:
         """So much of it is done: `done` of `total` in `unit` ("layers", "windows", "MiB": then counts are bytes)."""

@@ -63,7 +63,7 @@ def manifest_of(tmp_path):
 
 
 def repeats(line, scheme):
-    """Whether a gate compares the artifact with its twin; where activations are rounded, without that."""
+    """Whether a gate compares the artifact, its activations unrounded, with the reference that has its weights."""
     wanted = "strict, activations unrounded" if scheme == "w8a8" else "strict"
     return line["comparison"] == f"patched {scheme} = {wanted}"
 
@@ -84,9 +84,9 @@ def repeats(line, scheme):
 def test_compiles_proven_and_repeats_its_twin(recipe, tmp_path, capsys, model_type, scheme, bits):
     assert main(["compile", recipe(model_type, {"type": scheme})]) == 0, capsys.readouterr().err
     manifest = manifest_of(tmp_path)
-    twins = [line for line in manifest["parity"]["lines"] if repeats(line, scheme)]
-    assert twins
-    assert all(line["value"] <= 1e-5 for line in twins)
+    repeated = [line for line in manifest["parity"]["lines"] if repeats(line, scheme)]
+    assert repeated
+    assert all(line["value"] <= 1e-5 for line in repeated)
     assert manifest["storage"]["linears"]["bits"] == bits
     row = {one["name"]: one for one in manifest["params"]}[f"{DOWN}.weight"]
     assert (row["dtype"], row["nbytes"]) == (f"int{bits}", 64 * 160 * bits // 8)

@@ -34,7 +34,7 @@ BRANCHES = (attention(post_norm=None), gated_mlp(norm="post_attention_layernorm"
 
 
 def read(keys: ConfigKeys, size: Mapping[str, int], layers: int) -> Facts:
-    """Keys of config.json."""
+    """What config.json says about a Gemma 1, defaults filled in."""
     layer_types = given_layer_types(keys, layers)
     if layer_types and SLIDING in layer_types:
         keys.problem("layer_types", SLIDING, "full_attention only: Gemma 1 has no window")

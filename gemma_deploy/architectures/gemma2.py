@@ -32,7 +32,7 @@ BRANCHES = (
 
 
 def read(keys: ConfigKeys, size: Mapping[str, int], layers: int) -> Facts:
-    """Keys of config.json."""
+    """What config.json says about a Gemma 2, defaults filled in."""
     layer_types = given_layer_types(keys, layers) or by_pattern(layers, 2)
     scalar = attention_scalar(keys)
     if (size["hidden_size"], size["head_dim"], scalar) == (3584, 256, 224):
@@ -53,7 +53,7 @@ def read(keys: ConfigKeys, size: Mapping[str, int], layers: int) -> Facts:
 
 
 def layer(config: Sizes, index: int) -> LayerSpec:
-    """A layer."""
+    """What decoder layer `index` of a Gemma 2 computes."""
     scale = config.query_pre_attn_scalar**-0.5
     return decoder_layer(config, index, branches=BRANCHES, norms=FOUR_NORMS, attention_scale=scale)
 

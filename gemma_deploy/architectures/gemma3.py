@@ -45,7 +45,7 @@ BRANCHES = (
 
 
 def read(keys: ConfigKeys, size: Mapping[str, int], layers: int) -> Facts:
-    """Keys of config.json."""
+    """What config.json says about a Gemma 3, defaults filled in."""
     layer_types = given_layer_types(keys, layers)
     if layer_types is None:
         key = "sliding_window_pattern" if "sliding_window_pattern" in keys.raw else "_sliding_window_pattern"
@@ -82,7 +82,7 @@ def ropes(keys: ConfigKeys, layer_types: tuple[LayerType, ...]) -> dict[LayerTyp
 
 
 def layer(config: Sizes, index: int) -> LayerSpec:
-    """A layer."""
+    """What decoder layer `index` of a Gemma 3 computes."""
     scale = config.query_pre_attn_scalar**-0.5
     return decoder_layer(
         config, index, branches=BRANCHES, norms=FOUR_NORMS, attention_scale=scale, head_norms=HEAD_NORMS

@@ -45,7 +45,7 @@ class Series:
 
     @property
     def points(self) -> str:
-        """As SVG writes them."""
+        """The points as the `points` of an SVG polyline: "x,y x,y ..."."""
         return " ".join(f"{mark.x:g},{mark.y:g}" for mark in self.marks)
 
 
@@ -175,12 +175,12 @@ class _Axis:
             self._high = self._low + self._step
 
     def at(self, value: float) -> float:
-        """Its coordinate."""
+        """The coordinate of a value on the picture, in pixels."""
         share = ((math.log10(value) if self._log else value) - self._low) / (self._high - self._low)
         return round(self._start + share * (self._stop - self._start), 1)
 
     def ticks(self) -> tuple[Tick, ...]:
-        """Round values."""
+        """Round values of the axis, where lines and labels are drawn."""
         first = math.ceil(self._low / self._step - 1e-9)
         last = math.floor(self._high / self._step + 1e-9)
         found = []

@@ -100,7 +100,7 @@ class ArtifactDir(WorkDir):
         self.publish()
 
     def tidy(self) -> None:
-        """Remove the scaffold."""
+        """Remove the files that only the making of the artifact needed."""
         for file in [file for file in self.path.rglob("*") if file.name in SCAFFOLD]:
             file.unlink()
         shutil.rmtree(self.path / SCAFFOLD_FOLDER, ignore_errors=True)

@@ -194,7 +194,7 @@ class KernelsRecord(Open):
 
 
 class LineRecord(Open):
-    """One line of the gate."""
+    """One line of the gate: what was compared, the value, its limit, and whether it holds."""
 
     comparison: str
     name: str
@@ -204,7 +204,7 @@ class LineRecord(Open):
 
 
 class DivergenceRecord(Open):
-    """Where two models part."""
+    """The first module at which two models differ by more than the tolerance."""
 
     text: str
 
@@ -291,7 +291,7 @@ class Manifest(Record):
         return cls.model_validate_json(json.dumps(values))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The manifest as it is written into manifest.json: dicts, lists, strings, numbers."""
         return self.model_dump(mode="json")
 
     def but(self, **changes: Any) -> Manifest:

@@ -188,7 +188,7 @@ def _plus(result: Mapping[str, Any], key: str) -> str:
 
 
 def _parts(manifest: Manifest) -> list[tuple[str, ...]]:
-    """Stages and ranks."""
+    """The parts of a divided artifact, a row each."""
     rows: list[tuple[str, ...]] = []
     for part in manifest.parts:
         extra, (start, stop) = part.contract.model_extra or {}, part.layers
@@ -199,7 +199,7 @@ def _parts(manifest: Manifest) -> list[tuple[str, ...]]:
 
 
 def _stages(manifest: Manifest) -> list[tuple[str, ...]]:
-    """What each stage took."""
+    """Seconds and peak memory of each stage of the compile, a row each."""
     return [
         (one.name, f"{figure(one.seconds)} s", f"{one.peak_rss_bytes / MIB:,.0f} MiB",
          f"{figure(one.bytes / MIB)} MiB" if one.bytes else "", "was done" if one.skipped else "")

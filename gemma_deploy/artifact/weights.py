@@ -74,7 +74,7 @@ class ArtifactWeights:
         return dequantized
 
     def raw_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """The same."""
+        """As `rows`: the artifact has no other form of its weights."""
         return self.rows(name, start, stop)
 
     def weights_fingerprint(self) -> str:

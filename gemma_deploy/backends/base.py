@@ -98,7 +98,7 @@ class Proof:
 
 
 class Backend(Protocol):
-    """One kind of target."""
+    """One kind of target: its options, refusals, graphs, files, ledger, proof, and how its artifacts are opened."""
 
     @property
     def options(self) -> type[Options]:
@@ -152,7 +152,7 @@ class Backend(Protocol):
         """Memory that a proof takes beside that of the torch side, of a model with so many parameters."""
 
     def codes(self, spec: BuildSpec) -> CodeForm:
-        """How codes are stored."""
+        """How codes of the scheme lie in the parameter file: signed or not, transposed or not."""
 
     def contract(self, spec: BuildSpec, config: ModelConfig) -> GraphContract:
         """Names, dtypes and shapes of the whole model's inputs and outputs."""

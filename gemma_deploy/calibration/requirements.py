@@ -48,7 +48,7 @@ def memory_bytes(config: ModelConfig, nsamples: int, seqlen: int, processes: int
 
 
 def _weights(config: ModelConfig) -> int:
-    """Elements of a layer."""
+    """Elements of the seven matrices of a layer."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     return 3 * config.hidden_size * config.intermediate_size + 2 * config.hidden_size * config.head_dim * (
         heads + kv_heads

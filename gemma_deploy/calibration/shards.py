@@ -37,7 +37,7 @@ class StateStore(Protocol):
     """Hidden states [nsamples, seqlen, hidden], or some of them: a `HiddenStates`, or a `StatesByValue` shard."""
 
     def read(self, window: int) -> np.ndarray:
-        """[seqlen, hidden]."""
+        """The state of one window, float32 [seqlen, hidden]."""
 
     def write(self, window: int, *parts: np.ndarray) -> None:
         """parts: [seqlen, columns] each, one behind the other."""
@@ -55,7 +55,7 @@ class StatesByValue:
 
     @classmethod
     def of(cls, source: StateStore, windows: range) -> StatesByValue:
-        """Read them."""
+        """Copy the states of some windows out of a store."""
         return cls(windows, np.stack([source.read(window) for window in windows]))
 
     def read(self, window: int) -> np.ndarray:
@@ -67,7 +67,7 @@ class StatesByValue:
         self.values[window - self.windows.start] = joined(parts)
 
     def into(self, target: StateStore) -> None:
-        """Write them."""
+        """Write these states into a store."""
         for window in self.windows:
             target.write(window, self.read(window))
 

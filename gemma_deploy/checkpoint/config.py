@@ -95,12 +95,12 @@ class ModelConfig:
 
     @property
     def architecture(self) -> Architecture:
-        """The generation."""
+        """The row of the model's generation."""
         return architecture_of(self.model_type)
 
     @cached_property
     def layers(self) -> tuple[LayerSpec, ...]:
-        """Every decoder layer."""
+        """What each decoder layer computes, in model order."""
         return tuple(self.architecture.layer(self, index) for index in range(self.num_hidden_layers))
 
     def layer_of(self, name: str) -> LayerSpec | None:

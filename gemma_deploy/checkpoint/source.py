@@ -36,7 +36,7 @@ class WeightSource(Protocol):
 
     @property
     def config(self) -> ModelConfig:
-        """What they mean."""
+        """The model that the weights belong to."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:

@@ -60,12 +60,12 @@ class Evaluated:
 
     @property
     def title(self) -> str:
-        """How tables call it."""
+        """The name that tables and reports show."""
         how = "transformers, float32" if self.kind == "checkpoint" else f"{self.scheme}, {self.kernels}"
         return f"{self.path} ({how})"
 
     def to_json(self) -> dict[str, str]:
-        """What identifies it."""
+        """What identifies the model in eval.json."""
         if self.artifact is not None:
             identity = {"key": self.artifact.manifest.key, "kernels": self.kernels}
         else:

@@ -16,14 +16,14 @@ class Against(Part):
 
 
 class TextSettings(Part):
-    """What was measured."""
+    """The text and the windows of a perplexity measurement."""
 
     text: str
     windowing: str
 
 
 class ExamSettings(Part):
-    """What was asked."""
+    """The questions and shots of a C-Eval run."""
 
     split: str
     shots: Count
@@ -57,7 +57,7 @@ class _Result(Part):
 
 
 class TextResult(_Result):
-    """Of `eval --task ppl`."""
+    """The result of `eval --task ppl`."""
 
     beside = ("perplexity_reference", "perplexity_reference_error", "kl_mean", "top1")
     task: Literal["ppl"]
@@ -89,7 +89,7 @@ class ExamResult(_Result):
 
 
 class Evaluation(Part):
-    """eval.json."""
+    """The whole eval.json: results, newest last."""
 
     results: list[Annotated[TextResult | ExamResult, Field(discriminator="task")]]
 

@@ -82,7 +82,7 @@ class Body:
     def function(
         self, name: str, outputs: Sequence[ir.Value], opset: int, attributes: Sequence[ir.Attr] = ()
     ) -> ir.Function:
-        """The finished function."""
+        """The finished ONNX function."""
         graph = ir.Graph(self.inputs, outputs, nodes=self.nodes, opset_imports={"": opset}, name=name)
         return ir.Function(DOMAIN, name, "", graph=graph, attributes=attributes)
 

@@ -51,7 +51,7 @@ class Skeleton:
 
     @property
     def score_dtype(self) -> torch.dtype:
-        """Of masks, cos and sin."""
+        """The dtype of attention scores, masks, cos and sin."""
         return torch.float32 if self.in_float32 else self.dtype
 
 

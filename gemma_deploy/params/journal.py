@@ -62,7 +62,7 @@ class Journal:
         self._append([{"file": self.file}])
 
     def close(self) -> None:
-        """Let go of the lock."""
+        """Close the file and let go of its lock."""
         os.close(self._fd)
 
     def _append(self, records: list[dict[str, Any]]) -> None:

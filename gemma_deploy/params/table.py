@@ -81,7 +81,7 @@ class ParamTable:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Plain JSON values."""
+        """The rows as the manifest has them."""
         return [asdict(row) | {"shape": list(row.shape)} for row in self.rows]
 
     @classmethod

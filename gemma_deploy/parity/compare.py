@@ -62,7 +62,7 @@ class ParityResult:
 
     @property
     def summary(self) -> str:
-        """One line."""
+        """The result in one line."""
         if self.passed:
             return "passed  " + "; ".join(f"{line.comparison} {line.name} {line.value:.2g}" for line in self.lines)
         return "FAILED  " + "; ".join(self.failures())

@@ -82,8 +82,8 @@ GATES: dict[str, tuple[Gate, ...]] = {
     for scheme, quantizer in QUANTIZERS.items()
 }
 # The reference whose numbers the artifact must repeat, for the search of the first wrong layer.
-TWINS = {"fp32": "patched", "bf16": "patched bf16", "fp16": "patched"}
-TWINS |= {scheme: f"patched {scheme}" for scheme in QUANTIZERS}
+SAME_WEIGHTS = {"fp32": "patched", "bf16": "patched bf16", "fp16": "patched"}
+SAME_WEIGHTS |= {scheme: f"patched {scheme}" for scheme in QUANTIZERS}
 
 
 def judge(gate: Gate, measured: Mapping[tuple[str, str], Metrics], pooled: Mapping[str, Metrics]) -> Line:

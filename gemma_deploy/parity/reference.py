@@ -147,7 +147,7 @@ class TorchSource:
         return model(input_ids=ids, use_cache=False).last_hidden_state
 
     def _passed(self, number: int, count: int) -> None:
-        """A layer is done."""
+        """Give memory back behind a layer, and tell how far the run is."""
         give_memory_back()
         if self.progress is not None:
             self.progress(number, count)

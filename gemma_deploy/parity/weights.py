@@ -46,7 +46,7 @@ class Difference:
 
     @property
     def limit(self) -> float:
-        """For this type."""
+        """The largest error that its stored type allows."""
         return LIMITS[self.dtype]
 
 

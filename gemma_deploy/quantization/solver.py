@@ -53,7 +53,7 @@ class Settings:
 
     @property
     def qmax(self) -> int:
-        """Largest code."""
+        """The largest code, 2**(bits - 1) - 1."""
         return (1 << (self.bits - 1)) - 1
 
 

@@ -96,7 +96,7 @@ class Recipe(RecipeSections):
 
     @property
     def spec(self) -> BuildSpec:
-        """What is to be built."""
+        """The part of the recipe that back ends read."""
         return spec_of(self)
 
     @property

@@ -58,7 +58,7 @@ class Conversation:
         return self._tokenizer.encode_more(after)
 
     def answered(self, text: str, reply: str) -> None:
-        """Keep a turn."""
+        """Add the model's turn to the conversation."""
         self._turns += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
 
     def reset(self) -> None:

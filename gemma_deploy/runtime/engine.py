@@ -175,12 +175,12 @@ class Engine(ABC):
 
     @property
     def path(self) -> Path:
-        """Of the artifact."""
+        """The directory of the artifact."""
         return self.artifact.path
 
     @property
     def manifest(self) -> Manifest:
-        """Of the artifact."""
+        """The manifest of the artifact."""
         return self.artifact.manifest
 
     @functools.cached_property

@@ -47,7 +47,7 @@ class Sampling:
             raise UsageError("sampling cannot be done like this", problems=problems)
 
     def sampler(self) -> Sampler:
-        """One that chooses so."""
+        """A new sampler with these settings."""
         return Sampler(self.temperature, self.top_k, self.top_p, self.seed)
 
 

@@ -125,7 +125,7 @@ class Part(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Of the parameters."""
+        """The device of the part's parameters."""
         return next(self.parameters()).device
 
     @property

@@ -71,12 +71,12 @@ class SplitChain(PreTrainedModel, GenerationMixin):
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """The device of the first part, where token ids go."""
         return self.parts[0].device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters."""
+        """The dtype of the parts' parameters."""
         return next(self.parameters()).dtype
 
     def forward(

@@ -35,7 +35,7 @@ class Sampling:
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        """Check the values."""
+        """Refuse values out of range."""
         problems = [] if self.temperature >= 0 else [f"temperature: {self.temperature}, expected 0 or more"]
         problems += [] if self.top_k >= 0 else [f"top_k: {self.top_k}, expected 0 or more"]
         problems += [] if 0 < self.top_p <= 1 else [f"top_p: {self.top_p}, expected above 0 and at most 1"]

@@ -196,7 +196,7 @@ def save_part(part: Part, directory: str | Path) -> Path:
 
 
 class _SavedPart(WorkDir):
-    """A new directory."""
+    """Saves one part into a directory that does not exist yet."""
 
     def check(self) -> None:
         """Refuse to overwrite."""

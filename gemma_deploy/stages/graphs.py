@@ -52,7 +52,7 @@ class Graphs:
 
     @property
     def is_beside(self) -> bool:
-        """See the class."""
+        """Whether graphs are being made while parameters are written."""
         return self._beside and self._running is not None
 
     def __enter__(self) -> Graphs:

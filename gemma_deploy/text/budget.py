@@ -164,12 +164,12 @@ def weight(value: Any) -> int:
 
 
 def too_large() -> BudgetError:
-    """For a value."""
+    """The error for a value over the limit."""
     return BudgetError(f"it makes a value of more than {MAX_WEIGHT:,} characters or elements")
 
 
 def too_long() -> BudgetError:
-    """For a list."""
+    """The error for a list over the limit."""
     return BudgetError(f"it makes a list of more than {MAX_ITEMS:,} elements")
 
 

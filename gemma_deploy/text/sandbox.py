@@ -75,7 +75,7 @@ class CountedCode(CodeGenerator):
     """Code in which `~` and every list, tuple and dictionary is measured."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:
-        """`a ~ b`."""
+        """`a ~ b`: the joined text is measured."""
         if frame.eval_ctx.volatile or frame.eval_ctx.autoescape:
             self.write("environment.measured(")
             super().visit_Concat(node, frame)
@@ -92,11 +92,11 @@ class CountedCode(CodeGenerator):
         self._measured(super().visit_Tuple, node, frame, node.ctx == "load")
 
     def visit_List(self, node: nodes.List, frame: Any) -> None:
-        """`[a, b]`."""
+        """`[a, b]`: the list is measured."""
         self._measured(super().visit_List, node, frame, True)
 
     def visit_Dict(self, node: nodes.Dict, frame: Any) -> None:
-        """`{a: b}`."""
+        """`{a: b}`: the dict is measured."""
         self._measured(super().visit_Dict, node, frame, True)
 
     def _measured(self, visit: Callable[[Any, Any], None], node: nodes.Node, frame: Any, loaded: bool) -> None:
@@ -134,7 +134,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return current().measured(value)
 
     def tick(self) -> str:
-        """One turn of a loop."""
+        """Count one turn of a loop against the limit."""
         current().step()
         return ""
 

@@ -103,8 +103,8 @@ def test_an_artifact_is_proven_whole_and_says_what_it_is(compiled, kind, scheme)
     assert {file.name for file in (folder / "workspace/x").iterdir()} == FILES
     assert manifest["parity"]["passed"] is True
     compared = {line["comparison"] for line in manifest["parity"]["lines"]}
-    twin = "patched" if scheme == "fp32" else f"patched {scheme}"
-    assert {f"{twin} = strict", "hf = shipped", "shipped = its parts after a prompt"} <= compared
+    same_weights = "patched" if scheme == "fp32" else f"patched {scheme}"
+    assert {f"{same_weights} = strict", "hf = shipped", "shipped = its parts after a prompt"} <= compared
     assert list(manifest["contract"]["graphs"]) == ["model"]
     checked = verify(folder / "workspace/x")
     assert sum("model.onnx: full check" in line for line in checked) == 1

@@ -99,14 +99,14 @@ def failed(result):
     return {line.comparison for line in result.lines if not line.passed}
 
 
-def assert_named(result, module, phase, twin):
-    """The exact arithmetic left its twin, and the search says where."""
-    assert f"{twin} = strict" in failed(result)
+def assert_named(result, module, phase, same_weights):
+    """The exact arithmetic left the reference with its weights, and the search says where."""
+    assert f"{same_weights} = strict" in failed(result)
     found = result.divergence
     assert (found["module"], found["phase"]) == (module, phase), found["text"]
     assert found["error"] > found["tolerance"]
     assert f"first differs in {module} ({phase})" in result.summary
-    assert (found["reference"], found["test"]) == (twin, "strict")
+    assert (found["reference"], found["test"]) == (same_weights, "strict")
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def test_sound_artifacts_pass(copy_of, kind, dtype, wide):
     assert result.passed, result.summary
     assert result.divergence is None
     values = {(line.comparison, line.name): line.value for line in result.lines}
-    twin = "patched" if dtype == "fp32" else "patched w8a16"
-    assert 0 < values[f"{twin} = strict", "relative error"] < 3e-6  # a tenth of it is seen
+    same_weights = "patched" if dtype == "fp32" else "patched w8a16"
+    assert 0 < values[f"{same_weights} = strict", "relative error"] < 3e-6  # a tenth of it is seen
     assert values[PARTS, "relative error"] <= 1e-5
     assert ((LISTED, "others") in values) == (dtype != "fp32")
     compared = {(row["reference"], row["test"], row["phase"]) for row in result.measures}
@@ -145,7 +145,7 @@ def flipped(artifact, name):
 
 
 def test_one_code_is_no_longer_what_was_written(copy_of, capsys):
-    """The twin has the artifact's own codes, so one of them is a matter of the hashes."""
+    """The reference has the artifact's own codes, so one of them is a matter of the hashes."""
     artifact, name = copy_of("gemma2"), "model.layers.1.mlp.up_proj.weight"
     flipped(artifact, name)
     for command in ("verify", "parity"):
@@ -201,9 +201,9 @@ def test_a_window_wider_or_narrower_by_one(copy_of, kind, dtype, layer, change):
     with Graph(artifact, "model") as graph:
         attribute(attention(graph, layer), "local_window_size").i += change
     result = gate(artifact)
-    twin = "patched" if dtype == "fp32" else "patched w8a16"
+    same_weights = "patched" if dtype == "fp32" else "patched w8a16"
     # No value between the projections has a name; the first that has one is made of what attention gives.
-    assert_named(result, f"model.layers.{layer}.self_attn.o_proj", "prefill", twin)
+    assert_named(result, f"model.layers.{layer}.self_attn.o_proj", "prefill", same_weights)
 
 
 @pytest.mark.parametrize("name", ["softcap", "scale"])

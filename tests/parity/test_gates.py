@@ -9,7 +9,7 @@ import pytest
 
 from gemma_deploy.params.table import ParamRow
 from gemma_deploy.parity.compare import ParityResult, judged
-from gemma_deploy.parity.gates import GATES, TWINS, Gate, headroom_line, judge, sqnr_line
+from gemma_deploy.parity.gates import GATES, SAME_WEIGHTS, Gate, headroom_line, judge, sqnr_line
 from gemma_deploy.parity.metrics import Comparison, compare_logits
 from gemma_deploy.quantization.rescaling import Rescaling
 
@@ -73,7 +73,7 @@ def test_nothing_compared_is_nothing_proven(scheme):
 def test_every_scheme_has_a_gate_on_the_artifact_that_an_empty_comparison_fails():
     for scheme, gates in GATES.items():
         assert any(gate.pair[1] == "strict" and gate.measure != "bad_test" for gate in gates), scheme
-    assert GATES.keys() == TWINS.keys()
+    assert GATES.keys() == SAME_WEIGHTS.keys()
 
 
 def test_perplexity_is_judged_less_two_standard_errors():

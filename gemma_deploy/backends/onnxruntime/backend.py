@@ -60,16 +60,16 @@ class OrtContract(GraphContract):
 
     @property
     def graph_names(self) -> tuple[str, ...]:
-        """The only one."""
+        """The name of the one graph, without `.onnx`."""
         return (MODEL,)
 
     def inputs(self, graph: str) -> tuple[Port, ...]:
-        """Of the graph."""
+        """Token ids, the attention mask, and the cache so far."""
         ids = Port("input_ids", "int64", (BATCH, SEQUENCE))
         return (ids, Port("attention_mask", "int64", (BATCH, TOTAL)), *self._cache("past_key_values", PAST))
 
     def outputs(self, graph: str) -> tuple[Port, ...]:
-        """Of the graph."""
+        """Logits, and the cache with the new tokens."""
         positions = SEQUENCE if self.logits == ALL else 1
         return (Port("logits", "float32", (BATCH, positions, self.vocab_size)), *self._cache("present", TOTAL))
 
@@ -117,7 +117,7 @@ class OnnxRuntime:
         return not_built(spec)
 
     def graphs_estimate(self) -> StageEstimate:
-        """Built, not traced."""
+        """Next to nothing: the graph is built node by node, not traced."""
         return StageEstimate("graphs", "model.onnx, no weights", BASE_BYTES, GRAPH_BYTES, 1.0)
 
     def proof_bytes(self, spec: BuildSpec, elements: int) -> int:

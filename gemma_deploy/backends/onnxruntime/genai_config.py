@@ -122,7 +122,7 @@ class SlidingWindow(_Section):
 
 
 class Decoder(_Section):
-    """The graph."""
+    """The object `decoder`: the graph."""
 
     session_options: _SessionOptions
     filename: Literal["model.onnx"]
@@ -137,7 +137,7 @@ class Decoder(_Section):
 
 
 class Model(_Section):
-    """The model."""
+    """The object `model`: type, tokens, context and graph."""
 
     bos_token_id: int | None
     context_length: Size

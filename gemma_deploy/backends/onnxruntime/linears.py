@@ -97,7 +97,7 @@ class Matrix:
         )  # fmt: skip
 
     def integer_product(self, nodes: Nodes, tokens: Tokens, out: str) -> ir.Value:
-        """[B, S, out]."""
+        """The product of rounded activations with transposed codes, float32 [B, S, out]."""
         codes, scales = self.weights.view(self.codes, self.codes[0]), self.weights.view(self.scales, self.scales[0])
         inputs = [tokens.codes, codes, nodes.scalar(1 / tokens.steps), scales, tokens.zero_point]
         total = nodes.one("MatMulIntegerToFloat", inputs, f"{self.name}.product", domain=MICROSOFT)

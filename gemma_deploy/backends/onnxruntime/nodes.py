@@ -58,9 +58,9 @@ class Nodes:
         return value
 
     def numbers(self, *values: int) -> ir.Value:
-        """An int64 vector."""
+        """An int64 vector as an initializer."""
         return self.constant(np.array(values, np.int64), "int64." + ".".join(map(str, values)))
 
     def scalar(self, value: float) -> ir.Value:
-        """A float32 number."""
+        """A float32 scalar as an initializer."""
         return self.constant(np.float32(value), f"float32.{float(np.float32(value))!r}")

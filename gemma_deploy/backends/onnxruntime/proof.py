@@ -18,8 +18,8 @@ def prove_graph(proof: Proof, result: ParityResult) -> None:
     scheme = manifest.scheme
     on_cpu, logits = scheme != "bf16", manifest.contract.logits or LAST
     strict, shipped = DynamicSource(artifact, "strict"), DynamicSource(artifact, "shipped")
-    hf, patched, twin = torch_sources(opened, artifact, manifest)
-    sources: dict[str, LogitSource] = {source.name: source for source in (hf, patched, twin, strict)}
+    hf, patched, same_weights = torch_sources(opened, artifact, manifest)
+    sources: dict[str, LogitSource] = {source.name: source for source in (hf, patched, same_weights, strict)}
     gates = dynamic_gates(scheme, manifest.kernels is not None and manifest.kernels.candidates > 0)
     pairs = list(dict.fromkeys([gate.pair for gate in gates] + [(hf.name, "strict")]))
     if on_cpu:
@@ -41,5 +41,5 @@ def prove_graph(proof: Proof, result: ParityResult) -> None:
     result.effect = effect_of(found[hf.name, "shipped" if on_cpu else "strict"], cases)
     if not result.passed:
         proof.report("looking for the first layer that differs")
-        divergence = dynamic_divergence(hf, patched, twin, artifact, cases[0])
+        divergence = dynamic_divergence(hf, patched, same_weights, artifact, cases[0])
         result.divergence = divergence.to_json() if divergence else None

@@ -47,7 +47,7 @@ class Weights:
         return (rows, *shapes[0][1:])
 
     def dtype(self, name: str) -> str:
-        """As the file has it."""
+        """The dtype of a tensor in the parameter file."""
         return self._row(name).dtype
 
     def view(

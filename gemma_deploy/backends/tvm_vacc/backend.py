@@ -43,11 +43,11 @@ class StaticPair:
     proof_code: Sequence[str] = ("gemma_deploy.backends.tvm_vacc.proof",)
 
     def contradictions(self, spec: BuildSpec) -> Iterator[tuple[tuple[str, ...], str]]:
-        """None of its own."""
+        """No keys but those that the recipe refuses for every back end."""
         return iter(())
 
     def not_built(self, spec: BuildSpec) -> Iterator[str]:
-        """Nothing of its own."""
+        """Nothing: whatever the recipe accepts is built."""
         return iter(())
 
     def graphs_estimate(self) -> StageEstimate:
@@ -60,11 +60,11 @@ class StaticPair:
         return 0
 
     def model_problems(self, spec: BuildSpec, config: ModelConfig) -> list[str]:
-        """None of its own."""
+        """Nothing: every generation is built."""
         return []
 
     def codes(self, spec: BuildSpec) -> CodeForm:
-        """Signed."""
+        """Signed codes, [out, in]."""
         return CodeForm()
 
     def contract(self, spec: BuildSpec, config: ModelConfig) -> GraphContract:
@@ -92,7 +92,7 @@ class StaticPair:
         return worker.export_apart(task)
 
     def files(self, spec: BuildSpec, config: ModelConfig) -> dict[str, dict[str, Any]]:
-        """None."""
+        """No files beside graphs and parameters."""
         return {}
 
     def kernels(self, spec: BuildSpec, config: ModelConfig, unrounded: Sequence[str] | None) -> dict[str, Any] | None:

@@ -31,12 +31,19 @@ BEFORE_HEAD = "lm_head (choice of the last position before it)"
 
 
 def first_divergence(
-    hf: TorchSource, patched: TorchSource, twin: TorchSource, strict: StrictSource, cases: Sequence[Case], scheme: str
+    hf: TorchSource,
+    patched: TorchSource,
+    same_weights: TorchSource,
+    strict: StrictSource,
+    cases: Sequence[Case],
+    scheme: str,
 ) -> Divergence | None:
-    """The first place where patched leaves hf or else the artifact leaves its twin; None when nothing can be named.
+    """The first place where patched leaves hf, or else the artifact leaves the reference with its weights.
+
+    None when nothing can be named.
 
     Args:
-        twin: the torch source with the artifact's own weights.
+        same_weights: the torch source with the artifact's own weights.
     """
     case = cases[0]
     found = torch_divergence(hf, patched, case, TOLERANCE)
@@ -44,7 +51,7 @@ def first_divergence(
         return found
     worst: Divergence | None = None
     for row in range(len(case.prompts)):  # rows differ in padding, and only one of them may be wrong
-        found = artifact_divergence(twin, strict, case, row, TOLERANCES[Scheme(scheme).form])
+        found = artifact_divergence(same_weights, strict, case, row, TOLERANCES[Scheme(scheme).form])
         if found is not None and not found.error <= found.tolerance:
             return found
         worst = max(filter(None, (worst, found)), key=lambda each: each.error, default=None)
@@ -52,13 +59,13 @@ def first_divergence(
 
 
 def artifact_divergence(
-    twin: TorchSource, strict: StrictSource, case: Case, row: int, tolerance: float
+    same_weights: TorchSource, strict: StrictSource, case: Case, row: int, tolerance: float
 ) -> Divergence | None:
-    """Give each layer of the artifact the twin's input and compare what it makes of it, in one row of the batch."""
+    """Give each layer of the artifact the reference's input and compare its output, in one row of the batch."""
     layers = range(strict.layers)
     wanted = {EMBEDDED, NORMED} | {f"model.layers.{i}.out" for i in layers}
     expected: dict[str, np.ndarray] = {}
-    twin.modules(case, row, wanted.__contains__, expected.__setitem__)
+    same_weights.modules(case, row, wanted.__contains__, expected.__setitem__)
     prompt = len(case.prompts[row])
 
     def errors() -> Iterator[tuple[str, str, float]]:
@@ -79,21 +86,27 @@ def artifact_divergence(
                 yield (
                     "lm_head.out",
                     phase,
-                    relative_error(twin.head(entering), strict.head(entering, phase == "prefill")),
+                    relative_error(same_weights.head(entering), strict.head(entering, phase == "prefill")),
                 )
 
-    found = first_or_worst(twin.name, strict.name, errors(), tolerance)
+    found = first_or_worst(same_weights.name, strict.name, errors(), tolerance)
     if found is None or not found.module.startswith("model.layers."):
         return found
     layer = int(found.module.split(".")[2])
-    return _inside(twin, strict, case, row, layer, expected[layer_input(layer)], tolerance) or found
+    return _inside(same_weights, strict, case, row, layer, expected[layer_input(layer)], tolerance) or found
 
 
 def _inside(
-    twin: TorchSource, strict: StrictSource, case: Case, row: int, layer: int, entering: np.ndarray, tolerance: float
+    same_weights: TorchSource,
+    strict: StrictSource,
+    case: Case,
+    row: int,
+    layer: int,
+    entering: np.ndarray,
+    tolerance: float,
 ) -> Divergence | None:
     """The first module inside a layer that leaves tolerance."""
-    spec = twin.checkpoint.config.layers[layer]
+    spec = same_weights.checkpoint.config.layers[layer]
     prefix, graph = spec.prefix, strict.graphs["iter1"]
     whole = (
         f"{prefix}{spec.groups[0].observed}.out" in graph.values
@@ -101,13 +114,13 @@ def _inside(
     points = [prefix + name for name in spec.points()]
     inside = [name for name in points if (whole and name.endswith(".in")) or name in graph.values]
     expected: dict[str, np.ndarray] = {}
-    twin.modules(case, row, inside.__contains__, expected.__setitem__)
+    same_weights.modules(case, row, inside.__contains__, expected.__setitem__)
     state = _start_at(strict, case, row, layer_input(layer), entering)
     strict.layer(layer, [state], extra=[name for name in inside if name in expected])
     prompt = len(case.prompts[row])
     ordered = (name for name in inside if name in expected)
     errors = ((name, *errors_by_phase(expected[name], state.rows(name)[row], prompt, tolerance)) for name in ordered)
-    found = first_or_worst(twin.name, strict.name, errors, tolerance)
+    found = first_or_worst(same_weights.name, strict.name, errors, tolerance)
     if found is None or found.error <= found.tolerance:
         return None
     between = {f"{prefix}{one.output}.in": f"{prefix}{one.module} ({one.between})" for one in spec.branches}

@@ -9,7 +9,7 @@ from gemma_deploy.backends.tvm_vacc.gates import gates_of
 from gemma_deploy.backends.tvm_vacc.rounding import rounding_lines
 from gemma_deploy.backends.tvm_vacc.segments import StrictSource
 from gemma_deploy.parity.compare import ParityResult, compare_sources, effect_of, judged, measures_of
-from gemma_deploy.parity.gates import TWINS, headroom_line
+from gemma_deploy.parity.gates import SAME_WEIGHTS, headroom_line
 from gemma_deploy.parity.sources import LogitSource
 from gemma_deploy.parity.torch_sources import torch_sources
 
@@ -19,13 +19,13 @@ def prove_pair(proof: Proof, result: ParityResult) -> None:
     artifact, opened, manifest, cases = proof.artifact, proof.checkpoint, proof.manifest, proof.cases
     scheme = manifest.scheme
     strict = StrictSource(artifact, manifest)
-    hf, patched, twin = torch_sources(opened, artifact, manifest)
-    sources: dict[str, LogitSource] = {source.name: source for source in (hf, patched, twin, strict)}
+    hf, patched, same_weights = torch_sources(opened, artifact, manifest)
+    sources: dict[str, LogitSource] = {source.name: source for source in (hf, patched, same_weights, strict)}
     gates = gates_of(scheme, manifest.int8_cache)
     rounding = rounding_lines(artifact, manifest)
     repeating = StrictSource(artifact, manifest, rounding=False) if rounding else strict
     sources[repeating.name] = repeating
-    pairs = list(dict.fromkeys([gate.pair for gate in gates] + [(TWINS[scheme], repeating.name)]))
+    pairs = list(dict.fromkeys([gate.pair for gate in gates] + [(SAME_WEIGHTS[scheme], repeating.name)]))
     if proof.fast:
         sources["fast"] = FastSource(artifact)
         pairs += [("strict", "fast"), (hf.name, "fast")]
@@ -37,5 +37,5 @@ def prove_pair(proof: Proof, result: ParityResult) -> None:
     result.effect = effect_of(found[hf.name, "strict"] if (hf.name, "strict") in found else found[pairs[-1]], cases)
     if not result.passed:
         proof.report("looking for the first layer that differs")
-        divergence = first_divergence(hf, patched, twin, repeating, cases, scheme)
+        divergence = first_divergence(hf, patched, same_weights, repeating, cases, scheme)
         result.divergence = divergence.to_json() if divergence else None

@@ -29,7 +29,7 @@ MOVES_FLOAT16 = frozenset(
 
 
 def lower(model: ir.Model) -> ir.Model:
-    """All passes, in order."""
+    """Replace what ONNX Runtime has no exact kernel for: all passes, in order, in place."""
     if model.functions:
         model = InlinePass()(model).model
         complete_dtypes(model)

@@ -34,11 +34,11 @@ class DataSource:
 
     @property
     def sample(self) -> Path:
-        """The bundled sample."""
+        """The path of the bundled sample."""
         return paths.calib_dir() / self.bundled
 
     def texts(self, path: Path) -> Iterator[str]:
-        """Plain texts of a file."""
+        """The texts of a file, row by row."""
         return map(self.text, self.rows(path))
 
 

@@ -63,7 +63,7 @@ def rows(path: Path) -> Iterator[Row]:
 
 
 def text(row: Row) -> str:
-    """The document."""
+    """The document of a row."""
     return str(row["text"])
 
 
