@@ -4,6 +4,7 @@ import io
 
 import pytest
 
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime.genai import GenaiModel, GenaiSession
 from gemma_deploy.backends.tvm_vacc.generate import StaticSession
 from gemma_deploy.cli import main
@@ -176,12 +177,55 @@ def test_ctrl_c_stops_a_reply_and_keeps_what_was_said(artifact, capfd, monkeypat
     assert asked[1] == Tokenizer(artifact).encode_more("<end_of_turn>\n<start_of_turn>user\nb<end_of_turn>\n" + ANSWER)
 
 
-def test_ctrl_c_while_typing_leaves(artifact, capfd, monkeypatch):
-    def interrupted(prompt):
-        raise KeyboardInterrupt
+def test_ctrl_c_twice_while_typing_leaves(artifact, capfd, monkeypatch):
+    """The first may have been meant for a reply that had ended a moment before."""
 
-    monkeypatch.setattr("builtins.input", interrupted)
-    assert talk(monkeypatch, capfd, artifact, Terminal("")) == (130, "", "\n")
+    def typed(events):
+        def read(prompt):
+            event = next(events)
+            if event is KeyboardInterrupt:
+                raise KeyboardInterrupt
+            return event
+
+        monkeypatch.setattr("builtins.input", read)
+        return talk(monkeypatch, capfd, artifact, Terminal(""), "-n", 1)
+
+    code, out, err = typed(iter([KeyboardInterrupt, KeyboardInterrupt]))
+    assert (code, out) == (130, "")
+    assert err.endswith("\nCtrl-C once more leaves\n\n")
+    code, out, _ = typed(iter([KeyboardInterrupt, "a", KeyboardInterrupt, "/exit"]))
+    assert (code, out.count("\n")) == (0, 1)
+
+
+def test_it_greets_who_sits_there_and_nobody_else(artifact, capfd, monkeypatch):
+    _, _, err = talk(monkeypatch, capfd, artifact, Terminal("/exit\n"))
+    manifest = Artifact.open(artifact).manifest
+    assert err.startswith(f"{manifest.name} ({manifest.model.model_type}, {manifest.model.num_hidden_layers} layers, ")
+    assert "a conversation has at most 128 tokens" in err
+    assert "/help lists the commands, /reset forgets, /exit leaves" in err
+    assert talk(monkeypatch, capfd, artifact, "/exit\n") == (0, "", "")
+
+
+def test_help_lists_the_commands_and_goes_to_no_model(artifact, capfd, monkeypatch):
+    code, out, err = talk(monkeypatch, capfd, artifact, "/help\n", "-n", 1)
+    assert (code, out) == (0, "")
+    assert [line.split()[0] for line in err.splitlines()] == ["/help", "/reset", "/exit", "Ctrl-C", "//TEXT"]
+
+
+def test_what_looks_like_a_command_and_is_none_is_refused(artifact, capfd, monkeypatch):
+    code, out, err = talk(monkeypatch, capfd, artifact, Terminal("/hlep\na\n"), "-n", 1)
+    assert (code, out.count("> "), out.count("\n")) == (0, 3, 1)  # told, and gone on with
+    assert "error: /hlep is no command; did you mean /help?" in err
+    assert talk(monkeypatch, capfd, artifact, "/quit\n")[0] == 2  # nobody is there
+
+
+@pytest.mark.parametrize(("line", "sent"), [("//help", "/help"), ("/usr/bin is a folder", "/usr/bin is a folder")])
+def test_messages_may_start_with_a_slash(artifact, capfd, monkeypatch, line, sent):
+    asked = []
+    ask = Conversation.ask
+    monkeypatch.setattr(Conversation, "ask", lambda self, text: asked.append(text) or ask(self, text))
+    assert talk(monkeypatch, capfd, artifact, f"{line}\n", "-n", 1)[0] == 0
+    assert asked == [sent]
 
 
 @pytest.mark.parametrize("command", [("chat",), ("run", "-p", "-")])

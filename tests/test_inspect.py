@@ -73,3 +73,42 @@ def test_what_a_graph_is_not_for_is_shown(genai_artifact, capsys):
     for sentence in said:
         assert sentence.split(" (")[0] in words
     assert "not for" in words
+
+
+def test_a_checkpoint_and_a_workspace_are_told_apart_from_an_unfinished_artifact(demo_artifact, tmp_path, capsys):
+    from gemma_deploy.paths import demo_checkpoint_dir
+
+    assert main(["run", str(demo_checkpoint_dir()), "-p", "x"]) == 1
+    said = capsys.readouterr().err
+    assert "this is a checkpoint, not an artifact" in said
+    assert f"gemma-deploy compile cpu-int8 --checkpoint {demo_checkpoint_dir()}" in said
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert main(["run", str(tmp_path / "model.gguf"), "-p", "x"]) == 1
+    assert "this is a checkpoint" in capsys.readouterr().err
+    assert main(["chat", str(demo_artifact.parent)]) == 1
+    said = capsys.readouterr().err
+    assert "this is a workspace, not an artifact" in said
+    assert f"  - it holds {demo_artifact.name}" in said
+    assert f"next: name one of them, such as {demo_artifact}" in said
+    assert main(["run", str(tmp_path), "-p", "x"]) == 1
+    assert "this is no finished artifact" in capsys.readouterr().err
+
+
+def test_no_table_is_wider_than_the_terminal(demo_artifact, capsys, monkeypatch):
+    for columns in (60, 80, 132):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert main(["inspect", str(demo_artifact), "--params"]) == 0
+        shown = capsys.readouterr().out
+        assert max(map(len, shown.splitlines())) <= columns
+        assert "\u2026" not in shown  # nothing is cut off
+    assert "model.layers.0.self_attn.q_proj.weight" in shown
+
+
+def test_the_gate_is_a_table_of_its_lines(demo_artifact, capsys):
+    assert main(["inspect", str(demo_artifact), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    manifest = json.loads((demo_artifact / "manifest.json").read_text())
+    assert [row["compared"] for row in facts["gate"]] == [line["comparison"] for line in manifest["parity"]["lines"]]
+    assert {row["verdict"] for row in facts["gate"]} == {"ok"}
+    assert facts["artifact"]["parity"].startswith(f"passed, {len(facts['gate'])} gates; mean KL ")
+    assert len(facts["artifact"]["parity"]) < 80

@@ -19,7 +19,7 @@ from gemma_deploy.errors import NotBuiltError, PreflightError
 from gemma_deploy.estimates import GIB
 from gemma_deploy.job import Job
 from gemma_deploy.machine import Machine
-from gemma_deploy.preflight import ResourcePlan, make_plan, parameter_bytes, preflight, render
+from gemma_deploy.preflight import ResourcePlan, duration, make_plan, parameter_bytes, preflight, render
 from gemma_deploy.recipe import Recipe
 
 BIG = Machine(ram_bytes=64 * GIB, ram_source="free memory of the machine", disk_free_bytes=10**12, cpus=2)
@@ -248,3 +248,11 @@ def test_cgroup_limits_above_the_process_count(tmp_path, monkeypatch, membership
     monkeypatch.setattr(machines, "_cgroup_rooms", lambda *_: iter(rooms))
     here = Machine.measure(tmp_path)
     assert (here.ram_bytes, here.ram_source) == (500000, "cgroup limit 0.00 GiB")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.2, "1 s"), (40, "40 s"), (89.5, "90 s"), (229, "3.9 min"), (600, "10 min"), (4000, "67 min"), (5401, "1.6 h")],
+)
+def test_times_are_not_rounded_down(seconds, said):
+    assert duration(seconds) == said

@@ -14,7 +14,6 @@ from gemma_deploy.errors import ArtifactError
 from gemma_deploy.params.table import damaged_rows
 from gemma_deploy.reading import open_regular
 
-PARAMS = "params.safetensors"
 ROWS = "rows:"  # instead of a sha256: the parameter file's rows carry one each
 
 

@@ -14,6 +14,8 @@ from gemma_deploy.bounds import lines_of
 from gemma_deploy.errors import ArtifactError, UsageError
 from gemma_deploy.workdir import is_temporary
 
+PARAMS = "params.safetensors"  # of an artifact that is being made, which has no manifest yet
+MOST_NAMES = 20  # of a workspace
 MANIFEST_FILE = reading.FileKind(
     error=ArtifactError,
     expected="what `gemma-deploy compile` wrote",
@@ -39,6 +41,8 @@ class Artifact:
                 of another type, or leads out of the artifact; or links that do.
         """
         path = Path(path)
+        if path.suffix.lower() == ".gguf" and reading.is_file(path):
+            raise _is_a_checkpoint(path)
         if not reading.is_dir(path):
             absent = reading.why_absent(path) or "it is no directory"
             raise ArtifactError(
@@ -49,6 +53,15 @@ class Artifact:
             )
         file = path / MANIFEST
         if not reading.exists(file):
+            if reading.exists(path / "config.json") and not reading.exists(path / PARAMS):
+                raise _is_a_checkpoint(path)
+            if held := _artifacts_in(path):
+                raise ArtifactError(
+                    "this is a workspace, not an artifact",
+                    where=str(path),
+                    problems=[f"it holds {name}" for name in held],
+                    next_step=f"name one of them, such as {path / held[0]}",
+                )
             raise ArtifactError(
                 f"{MANIFEST} is missing: this is no finished artifact",
                 where=str(path),
@@ -56,6 +69,23 @@ class Artifact:
             )
         _refuse_links(path)
         return cls(path, manifest_of(file))
+
+
+def _is_a_checkpoint(path: Path) -> ArtifactError:
+    return ArtifactError(
+        "this is a checkpoint, not an artifact",
+        where=str(path),
+        expected="an artifact made by `gemma-deploy compile`",
+        next_step=f"compile it first: gemma-deploy compile cpu-int8 --checkpoint {path} (or another of "
+        "`gemma-deploy recipes`)",
+    )
+
+
+def _artifacts_in(folder: Path) -> list[str]:
+    """Names of the finished artifacts that a workspace holds."""
+    return sorted(file.parent.name for file in folder.glob(f"*/{MANIFEST}") if not is_temporary(file.parent))[
+        :MOST_NAMES
+    ]
 
 
 def manifest_of(file: Path) -> Manifest:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +21,21 @@ from gemma_deploy.generation import (
 
 if TYPE_CHECKING:
     from gemma_deploy.runtime.chat import Conversation
-    from gemma_deploy.runtime.engine import Session
+    from gemma_deploy.runtime.engine import Engine, Session
 
 log = logging.getLogger(__name__)
 ASK = "> "
-RESET, EXIT = "/reset", "/exit"
+HELP, RESET, EXIT = "/help", "/reset", "/exit"
+COMMANDS = {
+    HELP: "this list",
+    RESET: "forget the conversation",
+    EXIT: "leave; so does Ctrl-D",
+}
+BESIDE = {
+    "Ctrl-C": "stops a reply; twice while you type, leaves",
+    "//TEXT": "sends /TEXT as a message",
+}
+AGAIN = "Ctrl-C once more leaves"
 EPILOG = """\b
 Examples:
   gemma-deploy chat workspace/NAME
@@ -31,8 +43,8 @@ Examples:
   gemma-deploy chat workspace/NAME --system "Answer in one sentence."
   printf "Hello\\nWho are you?\\n" | gemma-deploy chat workspace/NAME
 
-A line is a message; /reset forgets the conversation, /exit or Ctrl-D leaves. Ctrl-C stops a reply, and leaves while you
-type. Replies go to standard output, everything else to standard error.
+A line is a message; /help lists the commands, /reset forgets the conversation, /exit or Ctrl-D leaves. Ctrl-C stops a
+reply, and leaves when pressed twice while you type. Replies go to standard output, everything else to standard error.
 """
 
 
@@ -66,34 +78,76 @@ def command(
         log.warning("%s", note)
     session = engine.session(sampling)
     keep_bytes_of_stdin()
+    if sys.stdin.isatty():
+        click.echo(_greeting(engine), err=True)
     while (text := _read()) is not None:
         if text == RESET:
             session.reset()
             conversation.reset()
             click.echo("forgotten", err=True)
+        elif text == HELP:
+            click.echo(_help(), err=True)
         elif text:
             try:
-                _turn(session, conversation, text, max_new_tokens, stats)
+                _turn(session, conversation, _message(text), max_new_tokens, stats)
             except UsageError as error:
                 if not sys.stdin.isatty():
                     raise  # nobody is there to read it and go on
                 click.echo(f"error: {error}\n  or: {RESET} forgets the conversation", err=True)
 
 
+def _greeting(engine: Engine) -> str:
+    """Who is talked with, how long, and how to be helped."""
+    manifest = engine.manifest
+    model = f"{manifest.model.model_type}, {manifest.model.num_hidden_layers} layers, {manifest.whole_scheme}"
+    return (
+        f"{manifest.name} ({model}); a conversation has at most {engine.limits.context} tokens\n"
+        f"A line is a message. {HELP} lists the commands, {RESET} forgets, {EXIT} leaves."
+    )
+
+
+def _help() -> str:
+    return "\n".join(f"{name:<8}{meaning}" for name, meaning in (COMMANDS | BESIDE).items())
+
+
+def _message(text: str) -> str:
+    """What is sent: `//usr` as `/usr`.
+
+    Raises:
+        UsageError: it looks like a command, and is none.
+    """
+    from gemma_deploy.errors import UsageError
+
+    if text.startswith("//"):
+        return text[1:]
+    if not re.fullmatch(r"/[A-Za-z?]+", text):
+        return text
+    near = difflib.get_close_matches(text.lower(), COMMANDS, n=1)
+    raise UsageError(
+        f"{text} is no command" + (f"; did you mean {near[0]}?" if near else ""),
+        expected=", ".join(COMMANDS),
+        next_step=f"write /{text} to send it as a message",
+    )
+
+
 def _read() -> str | None:
     """The next message; None when there are no more.
 
     Raises:
-        Exit: Ctrl-C.
+        Exit: Ctrl-C, twice where somebody types: the first may have been meant for a reply that had just ended.
     """
-    try:
-        text = input(ASK) if sys.stdin.isatty() else read_stdin(line=True)
-    except EOFError:
-        return None
-    except KeyboardInterrupt:
-        click.echo(err=True)
-        raise click.exceptions.Exit(INTERRUPTED) from None
-    if not text and not sys.stdin.isatty():
+    typed = sys.stdin.isatty()
+    for last in (False, True):
+        try:
+            text = input(ASK) if typed else read_stdin(line=True)
+            break
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            click.echo("" if last or not typed else f"\n{AGAIN}", err=True)
+            if last or not typed:
+                raise click.exceptions.Exit(INTERRUPTED) from None
+    if not text and not typed:
         return None
     return None if text.strip() == EXIT else text.strip()
 
