@@ -8,9 +8,9 @@ from pathlib import Path
 
 import onnx
 
-from gemma_deploy.artifact.check import PARAMS, ROWS, file_problems, refuse
+from gemma_deploy.artifact.check import ROWS, file_problems, refuse
 from gemma_deploy.artifact.manifest import MANIFEST
-from gemma_deploy.artifact.opened import Artifact
+from gemma_deploy.artifact.opened import PARAMS, Artifact
 from gemma_deploy.backends import backend_of
 from gemma_deploy.params import ParamRow, ParamTable, damaged_rows
 from gemma_deploy.partition.ranks import sharding

@@ -30,9 +30,9 @@ def command(path: str, params: bool, as_json: bool) -> None:
 
     Exit 1 when files of an artifact are missing or cut short.
     """
-    from gemma_deploy.artifact.check import PARAMS, file_problems, refuse
+    from gemma_deploy.artifact.check import file_problems, refuse
     from gemma_deploy.artifact.manifest import MANIFEST
-    from gemma_deploy.artifact.opened import Artifact
+    from gemma_deploy.artifact.opened import PARAMS, Artifact
     from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint
     from gemma_deploy.reading import exists
 

@@ -12,9 +12,9 @@ from typing import Literal
 
 import numpy as np
 
-from gemma_deploy.artifact.check import PARAMS, byte_problems, open_whole, refuse
+from gemma_deploy.artifact.check import byte_problems, open_whole, refuse
 from gemma_deploy.artifact.manifest import MANIFEST
-from gemma_deploy.artifact.opened import Artifact
+from gemma_deploy.artifact.opened import PARAMS, Artifact
 from gemma_deploy.artifact.origin import checkpoint_of
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.engine import open_engine
