@@ -7,7 +7,7 @@ STAMP = $(VENV)/.installed
 DEMO = gemma-demo-int8-128-256
 PROMPT ?= Return the
 
-.PHONY: demo test test-real coverage lint docs clean
+.PHONY: demo test test-all test-real coverage lint wheel docs clean
 
 $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
+# Everything that needs no real checkpoint: what `make test` has, and what takes minutes.
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m "not real"
+
 # Minutes, and the real Gemma 3 270M (tests say where they look for it).
 test-real: $(STAMP)
 	$(BIN)/python -m pytest -m "slow or real"
@@ -34,7 +38,12 @@ coverage: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The wheel, installed into an environment of its own, compiles, proves and runs the demo there.
+wheel: $(STAMP)
+	$(BIN)/python scripts/check_wheel.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
 
 # Tables in docs/ that follow from the code.
 docs: $(STAMP)
