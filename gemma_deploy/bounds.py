@@ -11,8 +11,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from gemma_deploy.names import LAYERS
+
 LARGEST_EXPONENT = 64  # of a power of two that float16 tensors are divided by; the real ones are below 8
-_LAYERS, _LAYER_POINT = "model.layers.", re.compile(r"model\.layers\.[0-9]{1,4}\..+")
+_LAYER_POINT = re.compile(r"model\.layers\.[0-9]{1,4}\..+")
 
 
 def inside(name: str) -> str:
@@ -27,7 +29,7 @@ def inside(name: str) -> str:
 
 
 def _point(name: str) -> str:
-    if name.startswith(_LAYERS) and not _LAYER_POINT.fullmatch(name):
+    if name.startswith(LAYERS) and not _LAYER_POINT.fullmatch(name):
         raise ValueError("is no point of a layer")
     return name
 

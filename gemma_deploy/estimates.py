@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gemma_deploy.bounds import Bytes
-
-GIB, MIB = 1 << 30, 1 << 20
+from gemma_deploy.names import GIB, MIB
 
 # Peak RSS of a stage beyond its data, measured with transformers 5.23, torch 2.13 CPU on 2 cores of AMD Milan:
 BASE_BYTES = int(0.45 * GIB)  # torch and numpy imported (torch alone: 0.34)

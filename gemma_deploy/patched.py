@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.errors import CheckpointError
+from gemma_deploy.names import CONFIG
 from gemma_deploy.paths import source_code_dir
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def configured(kind: Callable[..., Any], raw: Mapping[str, Any]) -> Any:
         said = " ".join(str(error).split())
         raise CheckpointError(
             f"transformers refuses the model's config: {said[:300]}",
-            where="config.json",
+            where=CONFIG,
             expected="a config that transformers' AutoConfig reads",
             next_step="take config.json from the place the weights came from",
         ) from error

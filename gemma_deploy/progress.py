@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from gemma_deploy.names import MIB
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
 Tick = Callable[[float, float], None]  # (done, all of it), in the unit that was named when it was made
-MIB = 1 << 20
 BYTES = "MiB"  # the unit whose counts are bytes
 LOG_SECONDS = 30.0  # between two lines of a log about the same stage
 SHORT_SECONDS = 2.0  # a stage that is over by then has no line of its own in a log

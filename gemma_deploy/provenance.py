@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_deploy import paths
+from gemma_deploy.names import CONFIG
 
 PACKAGE = "gemma_deploy"
 PATCHED = f"{PACKAGE}.patched"  # imports source_code/, which lies beside the package
@@ -137,7 +138,7 @@ def _bytes_of(name: str) -> bytes:
     assert file is not None, name
     text = file.read_bytes()
     if name == PATCHED:  # and what says which of its files belong to which model
-        text += (paths.source_code_dir() / "config.json").read_bytes()
+        text += (paths.source_code_dir() / CONFIG).read_bytes()
     return text
 
 

@@ -19,13 +19,13 @@ from gemma_deploy.checkpoint.checkpoint import Checkpoint
 from gemma_deploy.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json
 from gemma_deploy.checkpoint.source import WeightSource
 from gemma_deploy.errors import CheckpointError, UsageError
+from gemma_deploy.names import CONFIG, GENERATION_CONFIG
 from gemma_deploy.text import check_text, with_stops
 from gemma_deploy.text.saving import link_file, write_tokenizer
 from gemma_deploy.workdir import Maker, WorkDir
 from gemma_deploy.writing import finite, write_json
 
 BLOCK_BYTES = 32 << 20
-GENERATION_CONFIG = "generation_config.json"
 STAGE = Maker("stage", CheckpointError)
 
 
@@ -61,7 +61,7 @@ def stage_checkpoint(
         else:
             _link_weights(checkpoint, partial)
         write_tokenizer(checkpoint, partial)
-        _write_json(partial / "config.json", config | additions)
+        _write_json(partial / CONFIG, config | additions)
         staged.publish()
     return staged.out
 
@@ -108,7 +108,7 @@ def _is_staged(out: Path) -> bool:
     if not any(out.iterdir()):
         return True
     try:
-        config, _ = read_json(out / "config.json")
+        config, _ = read_json(out / CONFIG)
     except CheckpointError:
         return False
     return "auto_map" in config and "iter_num" in config

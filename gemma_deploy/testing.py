@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from gemma_deploy.names import CONFIG
+
 _COMMON: dict[str, Any] = {
     "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
     "head_dim": 32, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "rms_norm_eps": 1e-6,
@@ -49,9 +51,9 @@ def write_tiny_checkpoint(path: Path, model_type: str, *, seed: int = 0, dtype: 
 
     raw = {**TINY_CONFIGS[model_type], **changes}
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(raw, indent=1))
+    (path / CONFIG).write_text(json.dumps(raw, indent=1))
     rng = np.random.default_rng(seed)
-    shapes = expected_tensors(ModelConfig.from_dict(raw, "config.json"))
+    shapes = expected_tensors(ModelConfig.from_dict(raw, CONFIG))
     header, offset, blobs = {}, 0, []
     for name, shape in shapes.items():
         # Wide enough that attention, caps and the window matter; norms random so that (1 + w) does.

@@ -9,16 +9,16 @@ from pathlib import Path
 import onnx
 
 from gemma_deploy.artifact.check import ROWS, file_problems, refuse
-from gemma_deploy.artifact.manifest import MANIFEST
-from gemma_deploy.artifact.opened import PARAMS, Artifact
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends import backend_of
+from gemma_deploy.names import HEAD, MANIFEST, PARAMS
 from gemma_deploy.params import ParamRow, ParamTable, damaged_rows
 from gemma_deploy.partition.ranks import sharding
 from gemma_deploy.workdir import MARK
 
 # Scalars, shapes and slices; a weight is larger.
 LARGEST_CONSTANT_BYTES = 65536
-TABLES = ("embed_tokens", "lm_head")
+TABLES = ("embed_tokens", HEAD)
 ONNX_DTYPES = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.FLOAT16: "float16",

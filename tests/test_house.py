@@ -11,6 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from gemma_deploy import names
 from gemma_deploy.architectures import ROWS
 from gemma_deploy.cli import COMMANDS, cli
 from gemma_deploy.recipe import Recipe
@@ -24,7 +25,7 @@ RECIPES = sorted((ROOT / "build_in").rglob("*.yaml"))
 LONGEST_MODULE_LINES = 400
 # A part imports only parts to its left.
 ORDER = (
-    *("errors", "bounds", "reading", "paths", "writing", "workdir", "child", "provenance"),
+    *("names", "errors", "bounds", "reading", "paths", "writing", "workdir", "child", "provenance"),
     *("machine", "tables", "progress", "estimates"),
     *("architectures", "schemes", "checkpoint", "text", "staging", "partition", "patched"),
     *("calibration", "quantization", "graph", "params", "split", "artifact", "parity", "runtime", "backends"),
@@ -167,6 +168,39 @@ def test_generations_are_named_in_their_rows_alone():
 def test_the_search_for_names_of_generations_sees_what_it_should():
     source = '"""gemma2 in a docstring"""\nif kind == "gemma2":\n    x = {"gemma3": f"a gemma2 {kind}"}'
     assert [one for one in literals(source) if one[0] in NAMES_OF_GENERATIONS] == [("gemma2", 2), ("gemma3", 3)]
+
+
+FACTS = {name: value for name, value in vars(names).items() if name.isupper()}
+
+
+def facts_again(source: str) -> list[tuple[int, str]]:
+    """(line, what) of every fact of names.py that a module spells or names itself; pieces of f-strings are let be."""
+    tree = ast.parse(source)
+    left_out = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    left_out |= {id(piece) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for piece in node.values}
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and id(node) not in left_out:
+            spelled = isinstance(node.value, str | float) and node.value in FACTS.values()
+            found += [(node.lineno, repr(node.value))] if spelled else []
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in FACTS:
+            found.append((node.lineno, node.id))
+    return sorted(found)
+
+
+def test_facts_of_names_stand_nowhere_else():
+    wrong = [
+        f"{file.relative_to(ROOT)} line {line}: {what}"
+        for file in MODULES
+        if part_of(file) != "names"
+        for line, what in facts_again(file.read_text(encoding="utf-8"))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_search_for_facts_sees_what_it_should():
+    source = '"""config.json"""\nx = open("config.json")\nMIB = 1 << 20\ny = f"{z}config.json"\nlimit = 65504.0\n'
+    assert facts_again(source) == [(2, "'config.json'"), (3, "MIB"), (5, "65504.0")]
 
 
 def run_python(code: str) -> str:

@@ -16,9 +16,9 @@ from gemma_deploy import machine as machines
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.checkpoint.expected import expected_tensors
 from gemma_deploy.errors import NotBuiltError, PreflightError
-from gemma_deploy.estimates import GIB
 from gemma_deploy.job import Job
 from gemma_deploy.machine import Machine
+from gemma_deploy.names import GIB
 from gemma_deploy.preflight import ResourcePlan, duration, make_plan, parameter_bytes, preflight, render
 from gemma_deploy.recipe import Recipe
 

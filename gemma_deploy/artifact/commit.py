@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Self
 
 from gemma_deploy.artifact.check import ROWS, sizes_match
-from gemma_deploy.artifact.manifest import MANIFEST, FileFacts, Manifest
+from gemma_deploy.artifact.manifest import FileFacts, Manifest
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.errors import ArtifactError
+from gemma_deploy.names import MANIFEST
 from gemma_deploy.workdir import MARK, Maker, WorkDir
 from gemma_deploy.writing import PARTIAL, write_json
 

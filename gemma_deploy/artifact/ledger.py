@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_deploy.artifact.manifest import ContractRecord, LedgerEntry, Manifest
+from gemma_deploy.names import EMBEDDING
 from gemma_deploy.params.table import lowest_sqnr
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import QUANTIZERS, Scheme, Storage
@@ -39,7 +40,7 @@ def shared_entries(manifest: Manifest, words: Words) -> list[LedgerEntry]:
     entries.append(
         LedgerEntry(
             f"embedding scale sqrt({hidden}), rounding `{scale}`",
-            "model.embed_tokens",
+            EMBEDDING,
             "exact: as transformers computes in the run dtype; bf16: as the model was trained; so does the reference",
         )
     )

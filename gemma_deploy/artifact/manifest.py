@@ -27,7 +27,6 @@ from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import Scheme, Storage
 
 FORMAT_VERSION = 2  # 2: parts, and the file of every row
-MANIFEST = "manifest.json"
 # Whose versions decide what a graph looks like or how weights are rounded.
 TOOLS = ("gemma-deploy", "torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime")
 Ranks = Annotated[int, Field(ge=1, le=1024)]

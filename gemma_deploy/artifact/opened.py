@@ -9,12 +9,12 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from gemma_deploy import reading
-from gemma_deploy.artifact.manifest import FORMAT_VERSION, MANIFEST, Manifest
+from gemma_deploy.artifact.manifest import FORMAT_VERSION, Manifest
 from gemma_deploy.bounds import lines_of
 from gemma_deploy.errors import ArtifactError, UsageError
+from gemma_deploy.names import CONFIG, MANIFEST, PARAMS
 from gemma_deploy.workdir import is_temporary
 
-PARAMS = "params.safetensors"  # of an artifact that is being made, which has no manifest yet
 MOST_NAMES = 20  # of a workspace
 MANIFEST_FILE = reading.FileKind(
     error=ArtifactError,
@@ -53,7 +53,7 @@ class Artifact:
             )
         file = path / MANIFEST
         if not reading.exists(file):
-            if reading.exists(path / "config.json") and not reading.exists(path / PARAMS):
+            if reading.exists(path / CONFIG) and not reading.exists(path / PARAMS):
                 raise _is_a_checkpoint(path)
             if held := _artifacts_in(path):
                 raise ArtifactError(

@@ -8,12 +8,11 @@ from typing import TypeVar
 
 from gemma_deploy.artifact.charts import Bars, Chart, bars, column_chart, line_chart
 from gemma_deploy.calibration.points import LABELS, split_point
+from gemma_deploy.names import FP16_MAX, HEAD, MIB
 from gemma_deploy.params.table import ParamRow
 from gemma_deploy.tables import figure
 
 SQNR_GATE_DB = 38
-FP16_MAX = 65504.0
-MIB = 1 << 20
 Value = TypeVar("Value", float, float | None)
 
 
@@ -95,7 +94,7 @@ def _kind_of_tensor(name: str) -> str:
         return "rotary tables"
     if "norm" in name:
         return "norms"
-    if name.startswith("lm_head"):
+    if name.startswith(HEAD):
         return "LM head"
     return "token table" if "embed_tokens" in name else "linears"
 

@@ -10,13 +10,13 @@ from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.artifact.pages import gate_values, rendered
 from gemma_deploy.artifact.plots import range_plot, sensitivity_plot, size_plot, sqnr_plot
 from gemma_deploy.calibration.words import calibration_sentence
+from gemma_deploy.names import FP16_MAX, LAYERS, MIB
 from gemma_deploy.params.table import lowest_sqnr
-from gemma_deploy.quantization.rescaling import FP16_MAX, Rescaling
+from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.tables import figure
 from gemma_deploy.writing import write_text
 
 FP16_MIN = 2.0**-24  # the smallest float16 above zero: a tensor of zeros has that much headroom
-MIB = 1 << 20
 REPORT = "report.html"
 TEXT_HEADINGS = ("text", "windows", "against", "perplexity", "of the reference", "mean KL, nats", "same first token")
 # How the ledger's figures are called, and their units.
@@ -225,7 +225,7 @@ def headroom_rows(rescaling: Rescaling) -> list[dict[str, Any]]:
     """One row for each kind of tensor: largest magnitude, its layer, divisors, least headroom (None where float32)."""
     kinds: dict[str, list[str]] = {}
     for point in rescaling.absmax:
-        layer = point.startswith("model.layers.")
+        layer = point.startswith(LAYERS)
         kinds.setdefault(point.split(".", 3)[3] if layer else point, []).append(point)
     rows = []
     for kind, points in kinds.items():
@@ -236,7 +236,7 @@ def headroom_rows(rescaling: Rescaling) -> list[dict[str, Any]]:
             {
                 "tensor": "residual stream after a layer" if kind == "out" else kind,
                 "largest": rescaling.absmax[top],
-                "layer": top.split(".")[2] if top.startswith("model.layers.") else "",
+                "layer": top.split(".")[2] if top.startswith(LAYERS) else "",
                 "divided": str(divisors[0]) if len(divisors) == 1 else f"{divisors[0]} to {divisors[-1]}",
                 "headroom": None if rescaling.is_in_float32(top) else FP16_MAX / max(max(stored), FP16_MIN),
             }

@@ -16,6 +16,7 @@ import numpy as np
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.checkpoint import ModelConfig, TensorInfo
 from gemma_deploy.checkpoint.expected import expected_tensors
+from gemma_deploy.names import PARAMS
 from gemma_deploy.params.plan import COLUMN_SCALE, ParamSpec, build_plan
 from gemma_deploy.params.rescaled import exponent_of, rescaled
 from gemma_deploy.params.table import ParamRow
@@ -48,7 +49,7 @@ class ArtifactWeights:
         self._scales: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[str, list[tuple[Path, ParamRow, ParamSpec]]] = {}
         for part in parts:
-            file = part.file("params.safetensors")
+            file = part.file(PARAMS)
             for spec in build_plan(self.config, scheme, context, part=part, storage=storage, form=form):
                 if spec.source is not None:
                     row = rows[file, spec.name]

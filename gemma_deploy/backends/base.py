@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from gemma_deploy.parity.compare import ParityResult, Report
     from gemma_deploy.runtime.engine import Engine
 
-PARAMS = "params.safetensors"
-
 
 @dataclass(frozen=True)
 class ExportJob:

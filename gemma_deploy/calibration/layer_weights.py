@@ -17,9 +17,8 @@ from torch import nn
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import ModelConfig, WeightSource
 from gemma_deploy.errors import CalibrationError
+from gemma_deploy.names import EMBEDDING_WEIGHT
 from gemma_deploy.patched import patched_stack
-
-TABLE = "model.embed_tokens.weight"
 
 
 def template_stack(config: ModelConfig, embed_scale: str) -> tuple[Any, tuple[str, ...]]:
@@ -39,9 +38,9 @@ def embed(checkpoint: WeightSource, ids: np.ndarray, scale: float, states: Hidde
     """Fill `states` with scaled embedding rows, reading only the rows that occur."""
     for window, tokens in enumerate(ids):
         unique, inverse = np.unique(tokens, return_inverse=True)
-        rows = np.concatenate([checkpoint.rows(TABLE, int(token), int(token) + 1) for token in unique])
+        rows = np.concatenate([checkpoint.rows(EMBEDDING_WEIGHT, int(token), int(token) + 1) for token in unique])
         hidden = torch.from_numpy(rows)[torch.from_numpy(inverse)] * scale
-        refuse_nonfinite(hidden, checkpoint.path, TABLE.removesuffix(".weight"), window)
+        refuse_nonfinite(hidden, checkpoint.path, EMBEDDING_WEIGHT.removesuffix(".weight"), window)
         states.write(window, hidden.numpy())
 
 

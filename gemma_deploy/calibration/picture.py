@@ -10,8 +10,7 @@ import numpy as np
 
 from gemma_deploy.calibration.points import LABELS, split_point
 from gemma_deploy.calibration.store import Range
-
-FP16_MAX = 65504.0
+from gemma_deploy.names import FP16_MAX
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from gemma_deploy.calibration.windows import JOINT, Cut, TokenWindows, cut_windo
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.checkpoint.checkpoint import TOKENIZER_FILE
 from gemma_deploy.errors import CheckpointError, UsageError
+from gemma_deploy.names import CONFIG
 from gemma_deploy.progress import Tick
 from gemma_deploy.provenance import code_of
 from gemma_deploy.reading import read_bytes
@@ -153,7 +154,7 @@ def check(checkpoint: Checkpoint, request: Request) -> None:
     if checkpoint.config.bos_token_id is None:
         raise CheckpointError(
             "bos_token_id is null, but every Gemma sequence begins with BOS",
-            where=str(checkpoint.path / "config.json"),
+            where=str(checkpoint.path / CONFIG),
             next_step="set bos_token_id in config.json (2 in every Gemma)",
         )
 

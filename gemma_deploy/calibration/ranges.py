@@ -23,6 +23,7 @@ from gemma_deploy.calibration.shards import (
 )
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import WeightSource
+from gemma_deploy.names import NORM
 from gemma_deploy.progress import Tick
 
 Ranges = dict[str, RangeObserver]
@@ -85,10 +86,10 @@ def run_layers(
                         if progress:
                             progress(done, config.num_hidden_layers * nsamples)
         head = ranges["lm_head.in"] = RangeObserver()
-        with loaded(stack_template.stack.norm, checkpoint, "model.norm"):
+        with loaded(stack_template.stack.norm, checkpoint, NORM):
             for window in range(nsamples):
                 hidden = stack_template.stack.norm(torch.from_numpy(states.read(window))[None])
-                refuse_nonfinite(hidden, checkpoint.path, "model.norm", window)
+                refuse_nonfinite(hidden, checkpoint.path, NORM, window)
                 head.update(hidden)
     return ranges
 

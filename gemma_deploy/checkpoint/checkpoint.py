@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma_deploy import paths, reading
-from gemma_deploy.checkpoint.config import LM_HEAD, TABLE, ModelConfig
+from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.checkpoint.expected import expected_tensors
 from gemma_deploy.checkpoint.index import (
     INDEX_NAME,
@@ -31,6 +31,7 @@ from gemma_deploy.checkpoint.naming import PREFIX, name_tensors
 from gemma_deploy.checkpoint.safetensors_reader import Entry, SafetensorsFile, readable
 from gemma_deploy.checkpoint.source import TensorInfo
 from gemma_deploy.errors import CheckpointError, NotBuiltError
+from gemma_deploy.names import CONFIG, EMBEDDING_WEIGHT, GENERATION_CONFIG, HEAD_WEIGHT
 from gemma_deploy.provenance import code_of
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 MORE_TEMPLATES = "additional_chat_templates"
-GENERATION = "generation_config.json"
 GGUF_READER = "gemma_deploy.checkpoint.gguf_reader"
 FINGERPRINT_BYTES = 1 << 20
 TOKENIZER_FILE = reading.FileKind(
@@ -201,9 +201,9 @@ class Checkpoint:
         for path in self.tokenizer_files():
             digest.update(f"\0{path.name}\0".encode())
             digest.update(reading.read_bytes(path, TOKENIZER_FILE))
-        generation = self.path / GENERATION
+        generation = self.path / GENERATION_CONFIG
         if self.format != "gguf" and reading.exists(generation):
-            digest.update(f"\0{GENERATION}\0".encode())
+            digest.update(f"\0{GENERATION_CONFIG}\0".encode())
             digest.update(read_json(generation)[1])
 
 
@@ -225,8 +225,8 @@ def _open_gguf(cls: type[Checkpoint], path: Path) -> Checkpoint:
 
 def _open_directory(cls: type[Checkpoint], path: Path) -> Checkpoint:
     weights = locate_shards(path)
-    raw, config_bytes = read_json(path / "config.json", missing="copy config.json from where the weights came from")
-    config = ModelConfig.from_dict(raw, str(path / "config.json"))
+    raw, config_bytes = read_json(path / CONFIG, missing="copy config.json from where the weights came from")
+    config = ModelConfig.from_dict(raw, str(path / CONFIG))
     config = _with_generation_stops(config, path)
     files = read_shards(path, weights)
     checkpoint = _assemble(cls, path, "safetensors", config, files, config_bytes)
@@ -238,7 +238,7 @@ def _open_directory(cls: type[Checkpoint], path: Path) -> Checkpoint:
 
 def _with_generation_stops(config: ModelConfig, path: Path) -> ModelConfig:
     """Add generation_config.json's stop tokens: instruction-tuned Gemmas say <end_of_turn> only there."""
-    file = path / GENERATION
+    file = path / GENERATION_CONFIG
     if not reading.exists(file):
         return config
     value = read_json(file)[0].get("eos_token_id")
@@ -260,7 +260,7 @@ def _assemble(
     expected = expected_tensors(config)
     named = name_tensors(files, expected, tied=config.tie_word_embeddings)
     places = {name: Place(files[source], source) for name, source in named.sources.items()}
-    shapes = expected | ({LM_HEAD: expected[TABLE]} if LM_HEAD in places else {})
+    shapes = expected | ({HEAD_WEIGHT: expected[EMBEDDING_WEIGHT]} if HEAD_WEIGHT in places else {})
     problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in places]
     problems += [f"unexpected: {name} {list(files[name].entries[name].shape)}" for name in named.extras]
     problems += [f"twice: {name} and {PREFIX}{name} are one tensor of the model" for name in named.twice]
@@ -280,7 +280,7 @@ def _assemble(
             next_step="make sure config.json and the weights belong together and every shard is there",
         )
     notes = list(named.notes)
-    if config.tie_word_embeddings and LM_HEAD in places:
+    if config.tie_word_embeddings and HEAD_WEIGHT in places:
         config = _tied_or_not(config, places, notes)
     tensors = {name: _info(name, places[name]) for name in expected_tensors(config)}
     notes.extend(config.warnings)
@@ -294,11 +294,11 @@ def _info(name: str, place: Place) -> TensorInfo:
 
 def _tied_or_not(config: ModelConfig, places: Mapping[str, Place], notes: list[str]) -> ModelConfig:
     """Keep a head beside the table apart when it is another matrix, whatever the config says, as transformers does."""
-    if _equal(places[LM_HEAD], places[TABLE]):
-        notes.append(f"{LM_HEAD} is ignored: it equals the token table, to which the config ties it")
+    if _equal(places[HEAD_WEIGHT], places[EMBEDDING_WEIGHT]):
+        notes.append(f"{HEAD_WEIGHT} is ignored: it equals the token table, to which the config ties it")
         return config
     notes.append(
-        f"{LM_HEAD} differs from the token table although tie_word_embeddings is true: the two are kept apart, as "
+        f"{HEAD_WEIGHT} differs from the token table although tie_word_embeddings is true: the two are kept apart, as "
         "transformers does; set tie_word_embeddings to false in config.json to say so"
     )
     return replace(config, tie_word_embeddings=False, raw={**config.raw, "tie_word_embeddings": False})

@@ -25,8 +25,8 @@ from gemma_deploy.architectures import (
 )
 from gemma_deploy.architectures.keys import ConfigKeys
 from gemma_deploy.errors import CheckpointError
+from gemma_deploy.names import EMBEDDING_WEIGHT, HEAD_WEIGHT, LAYERS
 
-TABLE, LM_HEAD, LAYERS = "model.embed_tokens.weight", "lm_head.weight", "model.layers."
 # What works for every published spelling of the names. Without the mapping `from_pretrained` gives random weights, and
 # without the last argument `save_pretrained` undoes it.
 EXTRACT_TEXT_MODEL = (
@@ -120,7 +120,7 @@ class ModelConfig:
     @property
     def head_weight(self) -> str:
         """Name of the matrix the LM head multiplies by: the token table where the two are tied."""
-        return TABLE if self.tie_word_embeddings else LM_HEAD
+        return EMBEDDING_WEIGHT if self.tie_word_embeddings else HEAD_WEIGHT
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, without the raw config, for the manifest."""

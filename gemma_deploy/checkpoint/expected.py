@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from gemma_deploy.checkpoint.config import LM_HEAD, TABLE, ModelConfig
-
-NORM = "model.norm.weight"
+from gemma_deploy.checkpoint.config import ModelConfig
+from gemma_deploy.names import EMBEDDING_WEIGHT, HEAD_WEIGHT, NORM_WEIGHT
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face names and shapes ([out, in] for linears) in model order; no lm_head.weight when it is tied."""
     table = (config.vocab_size, config.hidden_size)
-    tensors: dict[str, tuple[int, ...]] = {TABLE: table}
+    tensors: dict[str, tuple[int, ...]] = {EMBEDDING_WEIGHT: table}
     for layer in config.layers:
         tensors |= {f"{layer.prefix}{name}.weight": shape for name, shape in layer.tensors().items()}
-    tensors[NORM] = (config.hidden_size,)
+    tensors[NORM_WEIGHT] = (config.hidden_size,)
     if not config.tie_word_embeddings:
-        tensors[LM_HEAD] = table
+        tensors[HEAD_WEIGHT] = table
     return tensors

@@ -15,16 +15,15 @@ import numpy as np
 
 from gemma_deploy import architectures
 from gemma_deploy.architectures import TANH_GELU, Architecture
-from gemma_deploy.checkpoint.config import LM_HEAD, TABLE
-from gemma_deploy.checkpoint.expected import NORM
 from gemma_deploy.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from gemma_deploy.checkpoint.mapped import MappedFile
 from gemma_deploy.errors import CheckpointError
+from gemma_deploy.names import EMBEDDING_WEIGHT, HEAD_WEIGHT, NORM_WEIGHT
 
 GLOBAL_NAMES = {
-    "token_embd.weight": TABLE,
-    "output_norm.weight": NORM,
-    "output.weight": LM_HEAD,
+    "token_embd.weight": EMBEDDING_WEIGHT,
+    "output_norm.weight": NORM_WEIGHT,
+    "output.weight": HEAD_WEIGHT,
 }
 # config.json key -> metadata key after "ARCH."
 SIZES = {
@@ -104,13 +103,13 @@ class GgufFile:
         meta, row = self._meta, self.architecture
         config: dict[str, Any] = {"architectures": [row.causal_class], "model_type": row.model_type}
         config |= {key: meta(name) for key, name in SIZES.items() if meta(name) is not None}
-        table = self.entries.get(TABLE)
+        table = self.entries.get(EMBEDDING_WEIGHT)
         if table is not None:
             config["vocab_size"] = table.shape[0]
         epsilon = meta("attention.layer_norm_rms_epsilon")
         if epsilon is not None:
             config["rms_norm_eps"] = epsilon
-        config["tie_word_embeddings"] = LM_HEAD not in self.entries
+        config["tie_word_embeddings"] = HEAD_WEIGHT not in self.entries
         config[row.activation_key] = TANH_GELU
         for key, names in TOKEN_IDS.items():
             values = [self.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names]

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from gemma_deploy.checkpoint.config import LM_HEAD, TABLE
+from gemma_deploy.names import EMBEDDING_WEIGHT, HEAD_WEIGHT
 
 PREFIX = "model."
 # Parts of multimodal Gemmas that read images and sounds. A text model has no use for them.
@@ -55,7 +55,7 @@ def name_tensors(stored: Collection[str], expected: Collection[str], *, tied: bo
             if PREFIX + name in sources:
                 twice.append(name)
             sources.setdefault(PREFIX + name, name)
-        elif name == LM_HEAD and tied:
+        elif name == HEAD_WEIGHT and tied:
             sources[name] = name
         elif name.endswith(".rotary_emb.inv_freq"):
             notes.append(f"{name} is ignored: the frequencies follow from the config")
@@ -67,9 +67,9 @@ def name_tensors(stored: Collection[str], expected: Collection[str], *, tied: bo
             extras.append(name)
     if bare:
         notes.append(f"{bare} tensors are named without the prefix {PREFIX}, as a base model's are")
-    if tied and TABLE not in sources and LM_HEAD in sources:
-        sources[TABLE] = sources.pop(LM_HEAD)
-        notes.append(f"{LM_HEAD} is the token table as well: the two are tied, and the file has it alone")
+    if tied and EMBEDDING_WEIGHT not in sources and HEAD_WEIGHT in sources:
+        sources[EMBEDDING_WEIGHT] = sources.pop(HEAD_WEIGHT)
+        notes.append(f"{HEAD_WEIGHT} is the token table as well: the two are tied, and the file has it alone")
     for tower, count in towers.items():
         notes.append(f"{count} tensor(s) of {tower} are ignored: the text model does not read them")
     return FileNames(sources, tuple(extras), tuple(twice), tuple(notes))

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gemma_deploy.names import MIB
+
 if TYPE_CHECKING:
     from rich.table import Table
 
-MIB = 1 << 20
 BUSY = 0.5  # load average from which on others use what is measured
 EPILOG = """\b
 Examples:

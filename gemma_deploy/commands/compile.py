@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gemma_deploy.names import MIB
+
 if TYPE_CHECKING:
     from gemma_deploy.artifact.gate_rows import Result
     from gemma_deploy.stages.clock import StageTiming
 
-MIB = 1 << 20
 log = logging.getLogger(__name__)
 EPILOG = """\b
 Examples:

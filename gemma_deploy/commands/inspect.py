@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gemma_deploy.names import MANIFEST, MIB, PARAMS
+
 if TYPE_CHECKING:
     from gemma_deploy.artifact.manifest import GraphRecord, Manifest
 
-MIB = 1 << 20
 EPILOG = """\b
 Examples:
   gemma-deploy inspect workspace/gemma-demo-int8-128-256
@@ -31,8 +32,7 @@ def command(path: str, params: bool, as_json: bool) -> None:
     Exit 1 when files of an artifact are missing or cut short.
     """
     from gemma_deploy.artifact.check import file_problems, refuse
-    from gemma_deploy.artifact.manifest import MANIFEST
-    from gemma_deploy.artifact.opened import PARAMS, Artifact
+    from gemma_deploy.artifact.opened import Artifact
     from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint
     from gemma_deploy.reading import exists
 

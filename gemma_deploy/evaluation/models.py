@@ -13,13 +13,13 @@ from typing import Literal
 import numpy as np
 
 from gemma_deploy.artifact.check import byte_problems, open_whole, refuse
-from gemma_deploy.artifact.manifest import MANIFEST
-from gemma_deploy.artifact.opened import PARAMS, Artifact
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.artifact.origin import checkpoint_of
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import CheckpointError, UsageError
 from gemma_deploy.machine import give_memory_back
+from gemma_deploy.names import CONFIG, MANIFEST, PARAMS
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.sources import LogitSource
 from gemma_deploy.reading import exists, expand
@@ -87,7 +87,7 @@ class Evaluated:
         if bos is None:
             raise CheckpointError(
                 "bos_token_id is null, but every Gemma sequence begins with BOS",
-                where=str(self.path / "config.json"),
+                where=str(self.path / CONFIG),
                 next_step="set bos_token_id in config.json (2 in every Gemma)",
             )
         loaded = Tokenizer.of(self.checkpoint)

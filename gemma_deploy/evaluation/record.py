@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_deploy.artifact.manifest import MANIFEST, FileFacts, Manifest
+from gemma_deploy.artifact.manifest import FileFacts, Manifest
 from gemma_deploy.artifact.opened import Artifact, refuse_problems
 from gemma_deploy.artifact.report import REPORT, report_page
 from gemma_deploy.errors import ArtifactError, BusyError, UsageError
 from gemma_deploy.evaluation.schema import evaluation_problems
+from gemma_deploy.names import MANIFEST
 from gemma_deploy.reading import FileKind, read_bytes, read_object
 from gemma_deploy.workdir import Lock
 from gemma_deploy.writing import PARTIAL, finite, json_text, remove_leftovers, sync, write_bytes, write_json

@@ -15,8 +15,8 @@ from torch import nn
 from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.graph.collectives import RankEmbedding, ReducedLinear
+from gemma_deploy.names import LAYERS
 from gemma_deploy.partition.ranks import row_blocks, sharding
-from gemma_deploy.partition.spans import LAYERS
 from gemma_deploy.patched import patched_causal, patched_module
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import Codes, Form, Storage

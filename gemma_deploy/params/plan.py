@@ -14,8 +14,8 @@ from typing import Literal
 from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.calibration.points import cache_factor_names
 from gemma_deploy.checkpoint import ModelConfig, Rope, expected_tensors
-from gemma_deploy.checkpoint.config import TABLE
-from gemma_deploy.params.quantized import COLUMN_SCALE, OutputError
+from gemma_deploy.names import COLUMN_SCALE, EMBEDDING_WEIGHT
+from gemma_deploy.params.quantized import OutputError
 from gemma_deploy.partition import ArtifactPart, whole
 from gemma_deploy.partition.ranks import Blocks, row_blocks, sharding
 from gemma_deploy.quantization.rescaling import Rescaling
@@ -123,7 +123,7 @@ def build_plan(
             source = scales if made else name
             specs.append(ParamSpec(scales, codes.scale_shape(shape), "float32", kinds[1], source))
             folded = scheme == "w8a16_folded" and codes.groupsize is None and config.tie_word_embeddings
-            if folded and name == TABLE and span.start == 0:
+            if folded and name == EMBEDDING_WEIGHT and span.start == 0:
                 specs.append(ParamSpec(COLUMN_SCALE, shape[1:], "float32", "stored", COLUMN_SCALE))
         elif MATRIX_DTYPE[scheme] == "int8":
             specs.append(ParamSpec(name, shape, "float16", "cast", name))

@@ -18,8 +18,9 @@ import numpy as np
 from safetensors import safe_open
 
 from gemma_deploy.checkpoint import TensorInfo, WeightSource
+from gemma_deploy.names import COLUMN_SCALE
 
-FACTORS, COLUMN_SCALE = "factors", "model.embed_tokens.column_scale"
+FACTORS = "factors"
 DTYPES = {"I8": "int8", "F32": "float32"}
 
 

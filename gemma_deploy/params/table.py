@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from gemma_deploy.bounds import Bytes, Dtype, Inside, Size
+from gemma_deploy.names import PARAMS
 from gemma_deploy.params.layout import header_bytes
 
 HASH_BLOCK_BYTES = 1 << 20
@@ -42,7 +43,7 @@ class ParamRow:
     scheme: str
     sqnr_db: float | None = None
     signal_energy: float | None = None
-    file: Inside = "params.safetensors"
+    file: Inside = PARAMS
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gemma_deploy.artifact.gate_rows import at_least
+from gemma_deploy.names import FP16_MAX
 from gemma_deploy.params.table import ParamRow
 from gemma_deploy.parity.metrics import Metrics
-from gemma_deploy.quantization.rescaling import FP16_MAX, HEADROOM, Rescaling
+from gemma_deploy.quantization.rescaling import HEADROOM, Rescaling
 from gemma_deploy.schemes import QUANTIZERS
 
 LOWEST_SQNR_DB = 38.0

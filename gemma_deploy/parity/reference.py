@@ -20,13 +20,13 @@ from torch import nn
 from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.errors import NotBuiltError
 from gemma_deploy.machine import give_memory_back
+from gemma_deploy.names import EMBEDDING_WEIGHT
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.sources import Features
 from gemma_deploy.patched import configured, patched_causal, patched_module
 from gemma_deploy.progress import Tick
 
 Weighting = Literal["fp32", "bf16", "w8a16"]
-TABLE = "model.embed_tokens.weight"
 BLOCK_BYTES = 8 << 20  # of a matrix as float32; malloc maps and unmaps anything of 32 MiB, at the price of page faults
 LINEARS = ("_proj",)
 
@@ -222,7 +222,7 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def _table(self) -> torch.Tensor:
         checkpoint = self.source.checkpoint
-        rows = np.concatenate([checkpoint.rows(TABLE, token, token + 1) for token in self.used])
+        rows = np.concatenate([checkpoint.rows(EMBEDDING_WEIGHT, token, token + 1) for token in self.used])
         if self.source.kind == "hf" and self.source.embed_scale != "exact":
             rounded = patched_module("layers_vacc").rounded_sqrt(
                 checkpoint.config.hidden_size, torch.float32, self.source.embed_scale

@@ -21,12 +21,12 @@ from gemma_deploy.calibration.shards import LayerPass, LayerSetting, StackTempla
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.machine import give_memory_back
+from gemma_deploy.names import NORM
 from gemma_deploy.parity.reference import TorchSource
 from gemma_deploy.progress import Tick
 
 TOKENS = 256  # of one window; the six worst layers of the real 270M are among its seven worst on 1024 (65 s, 265 s)
 HEAD_BYTES = 64 << 20  # logits of one variant at a time
-TABLE = "model.embed_tokens"
 
 
 @torch.inference_mode()
@@ -73,7 +73,7 @@ def measure_sensitivity(
         normed = []
         sources: list[tuple[WeightSource, Sequence[int]]] = [(checkpoint, range(count + 1)), (stored, [table])]
         for source, rows in sources:
-            with loaded(stack_template.stack.norm, source, "model.norm"):
+            with loaded(stack_template.stack.norm, source, NORM):
                 normed += [stack_template.stack.norm(torch.from_numpy(states.read(i))[None])[0] for i in rows]
 
     def second_half(done: float, total: float) -> None:

@@ -20,14 +20,13 @@ import numpy as np
 
 from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.checkpoint import WeightSource
-from gemma_deploy.checkpoint.config import TABLE
 from gemma_deploy.machine import give_memory_back
+from gemma_deploy.names import EMBEDDING_WEIGHT, NORM
 from gemma_deploy.parity.gates import STORED_WEIGHTS, Line
 from gemma_deploy.patched import patched_module
 from gemma_deploy.progress import Tick
 from gemma_deploy.quantization.folding import shared_rows
 
-NORM = "model.norm"
 BLOCK_BYTES = 8 << 20  # of a matrix as float32
 CLOSED = 1e-5  # of a norm's largest gain: a channel below it counts for nothing, and its factor cannot be read
 # Norm of what a tensor is off, relative to its own norm, by its type in the file. Largest seen on the real 270M, the
@@ -93,7 +92,7 @@ def differences(
 
 def _folded(compared: _Compared, embed_scale: str) -> Iterator[Difference]:
     config = compared.checkpoint.config
-    yield compared.matrix(TABLE, columns=compared.embedding_factors(embed_scale))
+    yield compared.matrix(EMBEDDING_WEIGHT, columns=compared.embedding_factors(embed_scale))
     for layer in config.layers:
         prefix, groups = layer.prefix, layer.groups
         norms = {group.norm for group in groups}

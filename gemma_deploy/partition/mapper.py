@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.errors import CheckpointError
-from gemma_deploy.partition.spans import HEAD, LAYERS, TABLE, Span
+from gemma_deploy.names import EMBEDDING_WEIGHT, HEAD_WEIGHT, LAYERS
+from gemma_deploy.partition.spans import Span
 
 
 class ParameterMapper:
@@ -33,7 +34,7 @@ class ParameterMapper:
         if name.startswith(LAYERS):
             number, _, rest = name.removeprefix(LAYERS).partition(".")
             return f"{LAYERS}{int(number) - self.span.start}.{rest}"
-        return HEAD if name == TABLE and not self.span.embeds else name
+        return HEAD_WEIGHT if name == EMBEDDING_WEIGHT and not self.span.embeds else name
 
     def check(self, parameters: Iterable[str], where: str) -> None:
         """See that a stage's module or file has exactly the tensors it must have.

@@ -11,6 +11,7 @@ from functools import cache
 
 from gemma_deploy.architectures import ROWS, Axis, LayerSpec
 from gemma_deploy.checkpoint import ModelConfig
+from gemma_deploy.names import HEAD
 
 Blocks = tuple[tuple[int, int], ...]
 
@@ -18,7 +19,7 @@ Blocks = tuple[tuple[int, int], ...]
 @cache
 def _axes() -> dict[str, Axis]:
     """By the last part of a module's name: what reads a normed stream has rows of its own, what adds to it columns."""
-    axes: dict[str, Axis] = {"embed_tokens": "rows", "lm_head": "rows"}
+    axes: dict[str, Axis] = {"embed_tokens": "rows", HEAD: "rows"}
     for branch in (branch for row in ROWS for branch in row.branches):
         axes |= dict.fromkeys((reader.rpartition(".")[2] for reader in branch.entry.readers), "rows")
         axes |= dict.fromkeys((reader.rpartition(".")[2] for reader in branch.exit.readers), "columns")

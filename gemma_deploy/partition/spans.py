@@ -9,8 +9,8 @@ from itertools import pairwise
 
 from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.errors import UsageError
+from gemma_deploy.names import LAYERS
 
-TABLE, NORM, HEAD, LAYERS = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", "model.layers."
 BOTTOM, TRUNK, TOP, WHOLE = "bottom", "trunk", "top", "whole"
 
 

@@ -19,8 +19,8 @@ from typing import Any
 from gemma_deploy.architectures import Branch, LayerSpec, inner_modules
 from gemma_deploy.bounds import Exponent, Point
 from gemma_deploy.checkpoint import ModelConfig
+from gemma_deploy.names import FP16_MAX
 
-FP16_MAX = 65504.0
 HEADROOM = 4.0  # demanded by the gate, of other text than the calibration's
 MARGIN = 2.0  # on top of it when the exponents are chosen
 

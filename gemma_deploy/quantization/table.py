@@ -20,12 +20,13 @@ import torch
 
 from gemma_deploy.calibration.layer_weights import loaded, refuse_nonfinite, template_stack
 from gemma_deploy.checkpoint import WeightSource
+from gemma_deploy.names import COLUMN_SCALE, NORM, NORM_WEIGHT
 from gemma_deploy.quantization.equalize import MOST_ROWS, column_factors
 from gemma_deploy.quantization.layers import hidden_states
 from gemma_deploy.quantization.results import read_record, table_file, write_result
 from gemma_deploy.schemes import Codes
 
-NORM, COLUMN_SCALE, FACTORS = "model.norm.weight", "model.embed_tokens.column_scale", "factors"
+FACTORS = "factors"
 READ_ROWS = 64  # neighbours read together when rows are sampled
 
 
@@ -58,17 +59,17 @@ def scale_table(
         return record
     stack, _ = template_stack(checkpoint.config, embed_scale)
     power, count = torch.zeros(checkpoint.config.hidden_size, dtype=torch.float64), 0
-    with closing(hidden_states(checkpoint, shape, folder)) as states, loaded(stack.norm, checkpoint, "model.norm"):
+    with closing(hidden_states(checkpoint, shape, folder)) as states, loaded(stack.norm, checkpoint, NORM):
         for window in range(shape[0]):
             hidden = stack.norm(torch.from_numpy(states.read(window))[None])
-            refuse_nonfinite(hidden, checkpoint.path, "model.norm", window)
+            refuse_nonfinite(hidden, checkpoint.path, NORM, window)
             power += hidden[0].double().square().sum(0)
             count += shape[1]
         factors = column_factors([_some_rows(checkpoint)], (power / count).float())
         offset = checkpoint.config.architecture.norm_offset
         gain = offset + stack.norm.weight.double()
         folded = {
-            NORM: (gain / factors.double() - offset).float(),
+            NORM_WEIGHT: (gain / factors.double() - offset).float(),
             FACTORS: factors,
         }
         if checkpoint.config.tie_word_embeddings:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma_deploy.errors import ArtifactError, DeployError
+from gemma_deploy.names import PARAMS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import onnxruntime as ort
 
 log = logging.getLogger(__name__)
-PARAMS = "params.safetensors"
 LARGEST_GRAPH_BYTES = 256 << 20  # of Gemma 2 27B: 1.5 MB
 VERIFY = "run `gemma-deploy verify` on the artifact, then compile it again"
 

@@ -15,12 +15,12 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.errors import UsageError
+from gemma_deploy.names import EMBEDDING_WEIGHT, HEAD_WEIGHT, MIB
 from gemma_deploy.partition import Span
 from gemma_deploy.partition.mapper import ParameterMapper
-from gemma_deploy.partition.spans import BOTTOM, HEAD, TABLE, TOP, TRUNK
+from gemma_deploy.partition.spans import BOTTOM, TOP, TRUNK
 from gemma_deploy.patched import patched_causal
 
-MIB = 1 << 20
 Mask: TypeAlias = torch.Tensor | Mapping[str, torch.Tensor]
 
 
@@ -75,7 +75,7 @@ class Part(nn.Module):
             UsageError: layers that are no such part; CheckpointError: tensors are missing or have another shape.
         """
         raw = dict(config) if isinstance(config, Mapping) else config.to_dict()
-        head, table = full_state_dict.get(HEAD), full_state_dict.get(TABLE)
+        head, table = full_state_dict.get(HEAD_WEIGHT), full_state_dict.get(EMBEDDING_WEIGHT)
         if head is not None and table is not None and head is not table and not torch.equal(head, table):
             raw["tie_word_embeddings"] = False  # as transformers: a head of its own is kept, whatever the config says
         whole = ModelConfig.from_dict(raw, "config")

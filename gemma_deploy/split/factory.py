@@ -14,6 +14,7 @@ from gemma_deploy.checkpoint import Checkpoint, ModelConfig, WeightSource
 from gemma_deploy.checkpoint.safetensors_reader import SafetensorsFile
 from gemma_deploy.errors import CheckpointError, UsageError
 from gemma_deploy.machine import give_memory_back
+from gemma_deploy.names import CONFIG
 from gemma_deploy.partition import Span, recommended_points, spans_of
 from gemma_deploy.partition.mapper import ParameterMapper
 from gemma_deploy.split.base import Part
@@ -188,7 +189,7 @@ def save_part(part: Part, directory: str | Path) -> Path:
 
     with _SavedPart(Path(directory), SAVE_PART) as saved:
         config = part_config(part.model_config, part.span, part.embed_scale)
-        write_json(saved.path / "config.json", finite(config), indent=2, sort_keys=False)
+        write_json(saved.path / CONFIG, finite(config), indent=2, sort_keys=False)
         tensors = {name: value.detach().contiguous() for name, value in part.named_parameters()}
         save_file(tensors, saved.path / WEIGHTS, metadata={"format": "pt"})
         saved.publish()

@@ -8,6 +8,7 @@ from typing import Any
 
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.errors import CheckpointError
+from gemma_deploy.names import CONFIG
 from gemma_deploy.partition import Span
 from gemma_deploy.reading import FileKind, read_object
 
@@ -46,7 +47,7 @@ def read_part(directory: Path) -> tuple[ModelConfig, Span, str]:
     Raises:
         CheckpointError: it is no config of a part.
     """
-    file = directory / "config.json"
+    file = directory / CONFIG
     raw = read_object(file, PART_FILE)
     here = raw.pop(PART_KEY, None)
     if not isinstance(here, dict):

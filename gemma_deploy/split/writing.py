@@ -13,6 +13,7 @@ from typing import Any
 
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import ParamsError, UsageError
+from gemma_deploy.names import CONFIG
 from gemma_deploy.params.plan import ITEM_BITS, ParamSpec
 from gemma_deploy.params.writer import write_params
 from gemma_deploy.partition import Span
@@ -77,7 +78,7 @@ def _write_parts(
             workers=workers,
             progress=None if progress is None else _from(progress, before, total),
         )
-        write_json(place / "config.json", finite(part_config(checkpoint.config, span)), indent=2, sort_keys=False)
+        write_json(place / CONFIG, finite(part_config(checkpoint.config, span)), indent=2, sort_keys=False)
         rows.append(
             {"name": span.name, "start": span.start, "stop": span.stop, "tensors": len(plan), "bytes": sizes[span]}
         )

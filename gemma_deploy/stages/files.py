@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gemma_deploy.names import CONFIG, GENERATION_CONFIG
 from gemma_deploy.text.saving import write_tokenizer
 
 if TYPE_CHECKING:
@@ -19,14 +20,14 @@ def write_model_files(job: Job, out: Path) -> list[str]:
         Their names.
     """
     config = job.config
-    (out / "config.json").write_text(json.dumps(job.checkpoint.config_dict(), indent=2, sort_keys=True) + "\n")
+    (out / CONFIG).write_text(json.dumps(job.checkpoint.config_dict(), indent=2, sort_keys=True) + "\n")
     generation = {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.eos_token_ids),
         "pad_token_id": config.pad_token_id,
     }
-    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    (out / GENERATION_CONFIG).write_text(json.dumps(generation, indent=2) + "\n")
     for name, content in job.backend.files(job.spec, config).items():
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
     written = write_tokenizer(job.checkpoint, out, link=False)
-    return ["config.json", "generation_config.json", *job.backend.files(job.spec, config), *written]
+    return [CONFIG, GENERATION_CONFIG, *job.backend.files(job.spec, config), *written]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gemma_deploy.backends.base import PARAMS
 from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.job import Job
+from gemma_deploy.names import PARAMS
 from gemma_deploy.params import ParamRow, ParamSpec, ParamTable, build_plan, write_params
 from gemma_deploy.params.layout import Place, places
 from gemma_deploy.params.quantized import QuantizedCheckpoint

@@ -15,17 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gemma_deploy import reading
+from gemma_deploy.names import CONFIG
 from gemma_deploy.text import pipeline
 from gemma_deploy.text.added import Named, Plan, plan_tokens
-from gemma_deploy.text.files import (
-    ADDED_TOKENS,
-    CONFIG,
-    SENTENCEPIECE,
-    SETTINGS,
-    SPECIAL_TOKENS,
-    TOKENIZER,
-    TokenizerFiles,
-)
+from gemma_deploy.text.files import ADDED_TOKENS, SENTENCEPIECE, SETTINGS, SPECIAL_TOKENS, TOKENIZER, TokenizerFiles
 from gemma_deploy.text.library import asking
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from gemma_deploy import reading
 from gemma_deploy.errors import DeployError
 from gemma_deploy.reading import FileKind
 
-TOKENIZER, SENTENCEPIECE, CONFIG = "tokenizer.json", "tokenizer.model", "config.json"
+TOKENIZER, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 SETTINGS, SPECIAL_TOKENS, ADDED_TOKENS = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 TEMPLATE, PROCESSOR_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "chat_template.json", "additional_chat_templates"
 MAX_TEMPLATES = 100

@@ -14,9 +14,10 @@ from typing import Any
 from gemma_deploy import reading
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import ArtifactError, CheckpointError, DeployError, UsageError
+from gemma_deploy.names import CONFIG
 from gemma_deploy.text import gguf
 from gemma_deploy.text.building import Built, build
-from gemma_deploy.text.files import CONFIG, TOKENIZER, TokenizerFiles
+from gemma_deploy.text.files import TOKENIZER, TokenizerFiles
 from gemma_deploy.text.library import asking
 from gemma_deploy.text.template import ChatTemplate, Message
 

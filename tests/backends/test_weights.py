@@ -5,9 +5,10 @@ import onnx_ir as ir
 import pytest
 
 from gemma_deploy.backends.onnxruntime.decoder import IR_VERSION, OPSET
-from gemma_deploy.backends.onnxruntime.nodes import MICROSOFT, Nodes
+from gemma_deploy.backends.onnxruntime.nodes import Nodes
 from gemma_deploy.backends.onnxruntime.weights import Weights, largest_block
 from gemma_deploy.errors import ExportError
+from gemma_deploy.names import MICROSOFT
 from tests.backends.make import FILE, ParamFile, open_session
 
 ROWS, COLUMNS = (8, 6), 32

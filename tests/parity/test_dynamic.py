@@ -11,12 +11,12 @@ import yaml
 
 from gemma_deploy.artifact.manifest import KernelsRecord
 from gemma_deploy.artifact.opened import Artifact
-from gemma_deploy.backends.base import PARAMS
 from gemma_deploy.backends.onnxruntime.decoder import build_decoder
 from gemma_deploy.backends.onnxruntime.options import Kernels
 from gemma_deploy.backends.onnxruntime.source import DynamicSource, line_of_14_bits, whole_logits
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.cli import main
+from gemma_deploy.names import PARAMS
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.proving import run_parity
 from gemma_deploy.testing import write_tiny_checkpoint

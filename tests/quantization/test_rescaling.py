@@ -12,10 +12,11 @@ from gemma_deploy.artifact.report import headroom_rows
 from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
+from gemma_deploy.names import FP16_MAX
 from gemma_deploy.params import build_plan
 from gemma_deploy.params.rescaled import exponent_of
 from gemma_deploy.parity import maxima
-from gemma_deploy.quantization.rescaling import FP16_MAX, Rescaling, choose, needed
+from gemma_deploy.quantization.rescaling import Rescaling, choose, needed
 from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
 from tests.exporting import export_once
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from gemma_deploy.artifact.manifest import Manifest
-from gemma_deploy.backends.base import PARAMS, Export, Exported, ExportJob, Proof
+from gemma_deploy.backends.base import Export, Exported, ExportJob, Proof
 from gemma_deploy.backends.onnxruntime.decoder import build_decoder, embedding_scale, linears_of
 from gemma_deploy.backends.onnxruntime.genai_config import CONFIG_FILE, genai_config
 from gemma_deploy.backends.onnxruntime.options import (
@@ -28,6 +28,7 @@ from gemma_deploy.backends.spec import BuildSpec, Options
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.estimates import BASE_BYTES, GRAPH_BYTES, SESSION_BYTES, StageEstimate
 from gemma_deploy.graph.contract import BATCH, SEQUENCE, GraphContract, Port
+from gemma_deploy.names import PARAMS
 from gemma_deploy.partition.ranks import input_channels
 from gemma_deploy.quantization.budget import INTEGER_PRODUCTS
 from gemma_deploy.schemes import CodeForm, block_problems

@@ -25,7 +25,7 @@ import onnx_ir as ir
 from gemma_deploy.architectures import EXACT_GELU, Branch, LayerSpec
 from gemma_deploy.backends.onnxruntime.head import screened_head, whole_head
 from gemma_deploy.backends.onnxruntime.linears import Matrix, product_of, rounded_tokens
-from gemma_deploy.backends.onnxruntime.nodes import MICROSOFT, Nodes
+from gemma_deploy.backends.onnxruntime.nodes import Nodes
 from gemma_deploy.backends.onnxruntime.options import ALL, Kernels
 from gemma_deploy.backends.onnxruntime.padding import Tokens, real_tokens_first
 from gemma_deploy.backends.onnxruntime.weights import Weights
@@ -33,9 +33,9 @@ from gemma_deploy.backends.onnxruntime.window import WINDOW_CACHE, windowed_laye
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.errors import ExportError
 from gemma_deploy.graph.external import Row
+from gemma_deploy.names import EMBEDDING, HEAD, MICROSOFT, NORM
 
 OPSET, IR_VERSION = 23, 11
-TABLE = "model.embed_tokens"
 EMBEDDED, NORMED, LOGITS = "model.embed_tokens.out", "model.norm.out", "logits"
 
 
@@ -76,7 +76,7 @@ class _Decoder:
         self.weights = Weights(self.nodes, rows, location)
         self.weights.norm_offset = config.architecture.norm_offset
         self.windowed = windowed_layers(config) if kernels.windowed else ()
-        half = self.weights.dtype(f"{TABLE}.weight") == "bfloat16"
+        half = self.weights.dtype(f"{EMBEDDING}.weight") == "bfloat16"
         self.dtype = self.weights.computed = ir.DataType.BFLOAT16 if half else ir.DataType.FLOAT
 
     def model(self) -> ir.Model:
@@ -93,7 +93,7 @@ class _Decoder:
         attended, residual, *present = self._layers(hidden, shared)
         if not every:
             attended, residual = self._chosen(tokens, attention=attended, residual=residual)
-        normed = self._norm(self._after_attention(config.layers[-1], attended, residual), "model.norm")
+        normed = self._norm(self._after_attention(config.layers[-1], attended, residual), NORM)
         if every:
             (normed,) = self._chosen(tokens, normed=normed)
         logits = self._head(normed)
@@ -137,7 +137,7 @@ class _Decoder:
         return [attended, hidden, *caches]
 
     def _embed(self, ids: ir.Value) -> ir.Value:
-        table, nodes = TABLE, self.nodes
+        table, nodes = EMBEDDING, self.nodes
         matrix = self._matrix(table)
         if matrix.dense:
             rows = nodes.one(
@@ -257,7 +257,7 @@ class _Decoder:
     def _head(self, normed: ir.Value) -> ir.Value:
         """Logits in float32, soft-capped where the model does."""
         tied, nodes, cap = self.config.tie_word_embeddings, self.nodes, self.config.final_logit_softcapping
-        module = TABLE if tied else "lm_head"
+        module = EMBEDDING if tied else HEAD
         block, candidates = self.kernels.block, self.kernels.candidates
         if candidates:
             logits = screened_head(nodes, self.weights, module, block, normed, candidates)

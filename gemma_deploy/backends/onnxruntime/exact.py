@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from gemma_deploy.backends.onnxruntime.head import parts_of
 from gemma_deploy.backends.onnxruntime.linears import BITS
-from gemma_deploy.backends.onnxruntime.nodes import MICROSOFT
+from gemma_deploy.names import MICROSOFT
 
 CHOSEN = ".chosen"  # ends the name of what GatherND picks
 

@@ -18,11 +18,12 @@ import numpy as np
 
 from gemma_deploy.backends.onnxruntime.genai_config import CONFIG_FILE, read_genai_config
 from gemma_deploy.errors import NO_MEMORY, ArtifactError, DeployError, UsageError
+from gemma_deploy.names import PARAMS
 from gemma_deploy.runtime.engine import Session
 from gemma_deploy.runtime.generate import GenerationStats, check_context
 from gemma_deploy.runtime.limits import REBUILD, check_tokens
 from gemma_deploy.runtime.sampling import Sampling
-from gemma_deploy.runtime.session import PARAMS, VERIFY
+from gemma_deploy.runtime.session import VERIFY
 from gemma_deploy.text import Tokenizer
 
 INSTALL = 'pip install "gemma-deploy[genai]"'

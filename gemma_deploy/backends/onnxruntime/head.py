@@ -15,7 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from gemma_deploy.backends.onnxruntime.linears import Matrix
-from gemma_deploy.backends.onnxruntime.nodes import MICROSOFT, Nodes
+from gemma_deploy.backends.onnxruntime.nodes import Nodes
+from gemma_deploy.names import HEAD, MICROSOFT
 
 if TYPE_CHECKING:
     from gemma_deploy.backends.onnxruntime.weights import Weights
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 # Bytes of the table in one product. A session maps a matrix while it packs it, so that the largest one decides the
 # peak of loading; several cost 0.1 ms a token.
 HEAD_BYTES = 32 << 20
-HEAD = "lm_head"
 LOW_BITS, HIGH_HALF = 4, 0xF0
 MEAN_REST = 7.5  # of the low half of a code, 0 to 15
 

@@ -16,8 +16,9 @@ import numpy as np
 import onnx_ir as ir
 
 from gemma_deploy.architectures import input_groups
-from gemma_deploy.backends.onnxruntime.nodes import MICROSOFT, Nodes
+from gemma_deploy.backends.onnxruntime.nodes import Nodes
 from gemma_deploy.backends.onnxruntime.weights import Weights, largest_block
+from gemma_deploy.names import MICROSOFT
 
 INT8_ACTIVATIONS = 4  # accuracy_level
 STEPS, HALF_STEPS = 127, 63  # largest code of an activation, and of either half of one of 14 bits

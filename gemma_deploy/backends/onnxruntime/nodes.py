@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-MICROSOFT = "com.microsoft"
-
 
 class Nodes:
     """Nodes and initializers of a graph."""

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ConfigDict
 
 from gemma_deploy.artifact.manifest import Manifest
-from gemma_deploy.backends.base import PARAMS, Export, ExportJob, Proof
+from gemma_deploy.backends.base import Export, ExportJob, Proof
 from gemma_deploy.backends.spec import BuildSpec, Options
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.estimates import EXPORT_BYTES, EXPORT_SECONDS, GRAPH_BYTES, IMPORT_SECONDS, StageEstimate
 from gemma_deploy.graph.contract import GRAPHS, GraphContract
+from gemma_deploy.names import PARAMS
 from gemma_deploy.quantization.budget import FLOAT_PRODUCTS
 from gemma_deploy.schemes import CodeForm
 

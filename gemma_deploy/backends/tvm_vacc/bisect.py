@@ -12,6 +12,7 @@ from dataclasses import asdict
 import numpy as np
 
 from gemma_deploy.backends.tvm_vacc.segments import CHOSEN, EMBEDDED, NORMED, CaseState, StrictSource, layer_input
+from gemma_deploy.names import LAYERS
 from gemma_deploy.parity.bisect import (
     TOLERANCE,
     Divergence,
@@ -90,7 +91,7 @@ def artifact_divergence(
                 )
 
     found = first_or_worst(same_weights.name, strict.name, errors(), tolerance)
-    if found is None or not found.module.startswith("model.layers."):
+    if found is None or not found.module.startswith(LAYERS):
         return found
     layer = int(found.module.split(".")[2])
     return _inside(same_weights, strict, case, row, layer, expected[layer_input(layer)], tolerance) or found

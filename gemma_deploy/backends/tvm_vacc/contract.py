@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma_deploy.artifact.manifest import MANIFEST, ContractRecord, Manifest
+from gemma_deploy.artifact.manifest import ContractRecord, Manifest
 from gemma_deploy.artifact.opened import manifest_of
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.graph.contract import Port
+from gemma_deploy.names import MANIFEST
 from gemma_deploy.reading import exists
 from gemma_deploy.runtime.limits import REBUILD
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-MICROSOFT = "com.microsoft"
+from gemma_deploy.names import MICROSOFT
+
 BLOCK = 32  # weights that share a scale in the kernel: what ORT chooses for a scale per channel
 LINEARS = ("QuantizedLinearPerChannel", "QuantizedLinearPerGroup")
 INT8_ACTIVATIONS = 4  # accuracy_level; 0 and 1 are a hundred times slower (docs/design.md 3)

@@ -16,8 +16,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from gemma_deploy.errors import DeployError
+from gemma_deploy.names import MICROSOFT
 
-MICROSOFT = "com.microsoft"
 # float16 operators with a CPU kernel of their own in ORT 1.32 that move or select values: no rounding, no hidden cast.
 MOVES_FLOAT16 = frozenset(
     {

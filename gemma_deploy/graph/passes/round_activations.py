@@ -7,9 +7,9 @@ from collections.abc import Collection
 import onnx_ir as ir
 
 from gemma_deploy.graph.functions import DOMAIN, DOMAIN_VERSION, PER_TOKEN
+from gemma_deploy.names import LAYERS
 
 LINEAR = "QuantizedLinearPerChannel"
-LAYERS = "model.layers."
 
 
 def round_activations(model: ir.Model, unrounded: Collection[str]) -> int:

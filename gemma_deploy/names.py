@@ -1,0 +1,28 @@
+"""Facts that several parts of the program name: files, modules of a model, units, domains. Each stands here alone.
+
+Modules of a model are named as Hugging Face names them, in checkpoints, graphs and parameter files alike.
+"""
+
+from __future__ import annotations
+
+# Files of a checkpoint and of an artifact.
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+PARAMS = "params.safetensors"
+MANIFEST = "manifest.json"
+
+# Modules of a model, without and with the name of their weight; a layer is LAYERS and its number.
+EMBEDDING = "model.embed_tokens"
+EMBEDDING_WEIGHT = "model.embed_tokens.weight"
+COLUMN_SCALE = "model.embed_tokens.column_scale"
+LAYERS = "model.layers."
+NORM = "model.norm"
+NORM_WEIGHT = "model.norm.weight"
+HEAD = "lm_head"
+HEAD_WEIGHT = "lm_head.weight"
+
+MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
+
+FP16_MAX = 65504.0  # the largest finite float16
+MIB = 1 << 20  # bytes
+GIB = 1 << 30
