@@ -137,7 +137,7 @@ class ContractRecord(Open):
 
     Args:
         logits: of ONNX Runtime's graph: of the `last` token or of `all`.
-        not_for: what a caller may try that is refused or goes wrong, as sentences.
+        not_for: what a caller may try that is refused or goes wrong, as sentences; None of graphs that say nothing.
     """
 
     batch: Size
@@ -148,7 +148,7 @@ class ContractRecord(Open):
     head_dim: Size
     dynamic: bool
     logits: str | None = None
-    not_for: tuple[str, ...] = ()
+    not_for: tuple[str, ...] | None = None
     graphs: dict[Graph, GraphRecord]
 
     @model_serializer(mode="wrap")

@@ -78,7 +78,7 @@ def artifact_facts(manifest: Manifest) -> dict[str, Any]:
             or "not measured",
             "lowest SQNR": f"{worst.sqnr_db:.2f} dB, {worst.name}" if worst else "nothing is quantized",
         },
-        "not for": [{"what": sentence} for sentence in contract.not_for],
+        "not for": [{"what": sentence} for sentence in contract.not_for or ()],
         "gate": [dict(zip(HEADINGS, row, strict=True)) for row in gate_rows(parity.lines)] if parity else [],
         "parts": part_rows(manifest),
         "graphs": [port for graph, found in contract.graphs.items() for port in _ports(graph, found)],
