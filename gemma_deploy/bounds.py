@@ -7,7 +7,7 @@ array grow without measure.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -41,7 +41,6 @@ Count = Annotated[int, Field(ge=0, lt=2**31)]
 Size = Annotated[int, Field(ge=1, lt=2**31)]
 Layers = Annotated[int, Field(ge=1, le=1024)]
 Index = Annotated[int, Field(ge=0, le=1024)]
-Dtype = Literal["float32", "float16", "bfloat16", "float64", "int64", "int32", "int8", "uint8", "int4", "uint4", "bool"]
 Exponent = Annotated[int, Field(ge=-LARGEST_EXPONENT, le=LARGEST_EXPONENT)]
 # JSON that is shown as it is, and no deeper than this.
 Plain = str | int | float | bool | None

@@ -11,6 +11,7 @@ import onnx
 from gemma_deploy.artifact.check import ROWS, file_problems, refuse
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends import backend_of
+from gemma_deploy.dtypes import BY_ONNX
 from gemma_deploy.names import HEAD, MANIFEST, PARAMS
 from gemma_deploy.params import ParamRow, ParamTable, damaged_rows
 from gemma_deploy.partition.ranks import sharding
@@ -19,15 +20,6 @@ from gemma_deploy.workdir import MARK
 # Scalars, shapes and slices; a weight is larger.
 LARGEST_CONSTANT_BYTES = 65536
 TABLES = ("embed_tokens", HEAD)
-ONNX_DTYPES = {
-    onnx.TensorProto.FLOAT: "float32",
-    onnx.TensorProto.FLOAT16: "float16",
-    onnx.TensorProto.BFLOAT16: "bfloat16",
-    onnx.TensorProto.INT8: "int8",
-    onnx.TensorProto.INT4: "int4",
-    onnx.TensorProto.UINT8: "uint8",
-    onnx.TensorProto.UINT4: "uint4",
-}
 
 
 def verify(path: Path, *, deep: bool = True, progress: Callable[[int, int], None] | None = None) -> list[str]:
@@ -92,7 +84,7 @@ def _graph_problems(params: Sequence[ParamRow], file: Path, shown: str, views: b
         where = {entry.key: entry.value for entry in tensor.external_data}
         row = rows.get(tensor.name)
         got = (where.get("location"), _number(where.get("offset", "0")), _number(where.get("length", "0")))
-        if row is None or ONNX_DTYPES.get(tensor.data_type) != row.dtype:
+        if row is None or _dtype(tensor) != row.dtype:
             if not (views and _shows_whole_rows(params, got)):
                 problems.append(f"{shown}: {tensor.name} has no row in the manifest")
             elif got[2] != (needed := _nbytes(tensor)):
@@ -101,7 +93,7 @@ def _graph_problems(params: Sequence[ParamRow], file: Path, shown: str, views: b
         says = (PARAMS, row.offset, row.nbytes)
         if got != says:
             problems.append(f"{shown}: {tensor.name} points to {got}, its row says {says}")
-        if (ONNX_DTYPES.get(tensor.data_type), tuple(tensor.dims)) != (row.dtype, row.shape):
+        if (_dtype(tensor), tuple(tensor.dims)) != (row.dtype, row.shape):
             problems.append(f"{shown}: {tensor.name} has another dtype or shape than its row")
     return problems
 
@@ -111,11 +103,17 @@ def _number(written: str) -> int:
     return int(written) if written.isascii() and written.isdigit() and len(written) < 20 else -1
 
 
+def _dtype(tensor: onnx.TensorProto) -> str:
+    """Its name here; "" of a type that no parameter file has."""
+    known = BY_ONNX.get(tensor.data_type)
+    return known.name if known else ""
+
+
 def _nbytes(tensor: onnx.TensorProto) -> int:
     """Of the values, two of 4 bits to a byte."""
-    kind = ONNX_DTYPES.get(tensor.data_type, "")
-    half_bytes = 1 if kind.endswith("int4") else 2 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return -(-math.prod(tensor.dims) * half_bytes // 2)
+    known = BY_ONNX.get(tensor.data_type)
+    bits = known.bits if known else 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return -(-math.prod(tensor.dims) * bits // 8)
 
 
 def _shows_whole_rows(params: Sequence[ParamRow], span: tuple[str | None, int, int]) -> bool:

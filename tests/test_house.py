@@ -11,7 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from gemma_deploy import names
+from gemma_deploy import dtypes, names
 from gemma_deploy.architectures import ROWS
 from gemma_deploy.cli import COMMANDS, cli
 from gemma_deploy.recipe import Recipe
@@ -25,7 +25,7 @@ RECIPES = sorted((ROOT / "build_in").rglob("*.yaml"))
 LONGEST_MODULE_LINES = 400
 # A part imports only parts to its left.
 ORDER = (
-    *("names", "errors", "bounds", "reading", "paths", "writing", "workdir", "child", "provenance"),
+    *("names", "dtypes", "errors", "bounds", "reading", "paths", "writing", "workdir", "child", "provenance"),
     *("machine", "tables", "progress", "estimates"),
     *("architectures", "schemes", "checkpoint", "text", "staging", "partition", "patched"),
     *("calibration", "quantization", "graph", "params", "split", "artifact", "parity", "runtime", "backends"),
@@ -201,6 +201,32 @@ def test_facts_of_names_stand_nowhere_else():
 def test_the_search_for_facts_sees_what_it_should():
     source = '"""config.json"""\nx = open("config.json")\nMIB = 1 << 20\ny = f"{z}config.json"\nlimit = 65504.0\n'
     assert facts_again(source) == [(2, "'config.json'"), (3, "MIB"), (5, "65504.0")]
+
+
+def dtype_tables(source: str) -> list[int]:
+    """Lines of dicts that say what ONNX or safetensors calls dtypes."""
+    known = {row.safetensors for row in dtypes.ROWS}
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Dict):
+            words = [one for one in (*node.keys, *node.values) if isinstance(one, ast.Constant) and one.value in known]
+            types = [one for one in node.values if re.search(r"\b(DataType|TensorProto)\.[A-Z0-9]+$", ast.unparse(one))]
+            found += [node.lineno] if max(len(words), len(types)) > 1 else []
+    return sorted(found)
+
+
+def test_dtypes_have_one_table():
+    wrong = [
+        f"{file.relative_to(ROOT)} line {line}"
+        for file in MODULES
+        for line in dtype_tables(file.read_text(encoding="utf-8"))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_search_for_tables_of_dtypes_sees_what_it_should():
+    source = 'A = {"F32": 4, "F16": 2}\nB = {1: ir.DataType.FLOAT, 2: ir.DataType.INT8}\nC = {"F32": 1, "x": 2}'
+    assert dtype_tables(source) == [1, 2]
 
 
 def run_python(code: str) -> str:

@@ -17,6 +17,7 @@ from gemma_deploy import architectures
 from gemma_deploy.architectures import TANH_GELU, Architecture
 from gemma_deploy.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from gemma_deploy.checkpoint.mapped import MappedFile
+from gemma_deploy.dtypes import BY_SAFETENSORS
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.names import EMBEDDING_WEIGHT, HEAD_WEIGHT, NORM_WEIGHT
 
@@ -206,7 +207,9 @@ def _hf_name(name: str, architecture: Architecture) -> str:
 
 def _typed(raw: np.ndarray, type_name: str) -> np.ndarray:
     """Give float types their dtype back; gguf's dequantizers take the others as bytes."""
-    return raw.view({"F32": np.float32, "F16": np.float16}.get(type_name, np.uint8))
+    return raw.view(
+        BY_SAFETENSORS[type_name].numpy if type_name in ("F32", "F16") else np.uint8
+    )  # GGUF names these so, too
 
 
 def _can_dequantize(kind: Any) -> bool:

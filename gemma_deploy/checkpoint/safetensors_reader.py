@@ -15,18 +15,12 @@ from typing import Any
 import numpy as np
 
 from gemma_deploy.checkpoint.mapped import MappedFile
+from gemma_deploy.dtypes import BY_NAME, BY_SAFETENSORS
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.reading import parse_json
 
 HEADER_LIMIT_BYTES = 100_000_000  # safetensors' own limit
-# Name in the file -> (name here, bytes per element); only DTYPES_READ can be turned into float32 rows.
-DTYPES = {
-    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
-    "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1),
-    "U64": ("uint64", 8), "U32": ("uint32", 4), "U16": ("uint16", 2), "U8": ("uint8", 1), "BOOL": ("bool", 1),
-    "F8_E4M3": ("float8_e4m3", 1), "F8_E5M2": ("float8_e5m2", 1),
-}  # fmt: skip
-DTYPES_READ = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "float64": np.float64}
+READABLE = ("float32", "float16", "bfloat16", "float64")  # as rows of float32
 AGAIN = "copy or download the file again"
 
 
@@ -55,13 +49,13 @@ class SafetensorsFile:
         """Rows in the source's own dtype; bfloat16 as uint16."""
         entry = self.entries[name]
         first, last, shape = _span(entry, start, stop)
-        return self.file.copy(first, last, DTYPES_READ[entry.dtype]).reshape(shape)
+        return self.file.copy(first, last, BY_NAME[entry.dtype].numpy).reshape(shape)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows as float32, [stop - start, cols]; no intermediate copy of the block."""
         entry = self.entries[name]
         first, last, shape = _span(entry, start, stop)
-        kind = np.dtype(DTYPES_READ[entry.dtype])
+        kind = np.dtype(BY_NAME[entry.dtype].numpy)
         out = np.empty((last - first) // kind.itemsize, np.float32)
         for at, piece in self.file.pieces(first, last, kind):
             block = out[at : at + piece.size]
@@ -130,13 +124,13 @@ def _entry(name: str, info: object, data_start: int, data_size: int, problems: l
         problems.append(f"{name}: dtype, shape and data_offsets are needed")
         return None
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in BY_SAFETENSORS:
         problems.append(f"{name}: unknown dtype {str(dtype)[:40]!r}")
         return None
     if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
         problems.append(f"{name}: shape {str(shape)[:60]} and data_offsets {str(offsets)[:60]} must be whole numbers")
         return None
-    kind, width = DTYPES[dtype]
+    kind, width = BY_SAFETENSORS[dtype].name, BY_SAFETENSORS[dtype].itemsize
     start, stop = offsets
     if not start <= stop <= data_size:
         problems.append(f"{name}: offsets {start}..{stop} lie outside the file's {data_size} data bytes (cut short?)")
@@ -168,4 +162,4 @@ def _layout_problems(entries: list[Entry], data_start: int, data_size: int) -> l
 
 def readable(dtype: str) -> bool:
     """Whether rows of this dtype can become float32."""
-    return dtype in DTYPES_READ
+    return dtype in READABLE

@@ -12,18 +12,14 @@ from typing import Protocol
 import onnx
 import onnx_ir as ir
 
+from gemma_deploy.dtypes import BY_NAME
 from gemma_deploy.errors import ExportError
 from gemma_deploy.writing import whole_file
 
-DTYPES = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-    "int8": ir.DataType.INT8,
-    "int4": ir.DataType.INT4,
-    "uint8": ir.DataType.UINT8,
-    "uint4": ir.DataType.UINT4,
-}
+
+def onnx_type(dtype: str) -> ir.DataType:
+    """The type of a dtype in a graph, by its name here."""
+    return ir.DataType(BY_NAME[dtype].onnx)
 
 
 class Row(Protocol):
@@ -67,12 +63,12 @@ def attach_external(models: Mapping[str, ir.Model], rows: Iterable[Row], locatio
             shape = tuple(value.shape.numpy()) if value.shape is not None else ()
             if row.dtype == "int4" and value.dtype == ir.DataType.INT8:  # torch has no such type: traced as int8
                 value.type = ir.TensorType(ir.DataType.INT4)
-            if DTYPES[row.dtype] != value.dtype or tuple(row.shape) != shape:
+            if onnx_type(row.dtype) != value.dtype or tuple(row.shape) != shape:
                 here, there = f"{value.dtype} {list(shape)}", f"{row.dtype} {list(row.shape)}"
                 problems.append(f"{graph}: {name} is {here} in the graph, {there} in the file")
                 continue
             value.const_value = ir.ExternalTensor(
-                location, row.offset, row.nbytes, DTYPES[row.dtype], shape=ir.Shape(shape), name=name
+                location, row.offset, row.nbytes, onnx_type(row.dtype), shape=ir.Shape(shape), name=name
             )
     problems += [f"{name} is in {location} but no graph reads it" for name in table if name not in used]
     if problems:

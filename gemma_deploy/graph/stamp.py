@@ -15,8 +15,7 @@ from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.errors import ExportError
 from gemma_deploy.graph.contract import DECODE, ENTERING, LEAVING, GraphContract, Port
 from gemma_deploy.graph.disconnected import TraceBorder, own_name
-
-DTYPES = {"int64": ir.DataType.INT64, "float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
+from gemma_deploy.graph.external import onnx_type
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ class Builder:
                 node = ir.node("Identity", [value], name=f"{port.name}.identity")
                 self.nodes.append(node)
                 value = node.outputs[0]
-            value.name, value.type = port.name, ir.TensorType(DTYPES[port.dtype])
+            value.name, value.type = port.name, ir.TensorType(onnx_type(port.dtype))
             value.shape = ir.Shape(port.shape)
             results.append(value)
         graph = ir.Graph(
@@ -172,7 +171,7 @@ class Builder:
 
 
 def _value(port: Port) -> ir.Value:
-    return ir.Value(name=port.name, type=ir.TensorType(DTYPES[port.dtype]), shape=ir.Shape(port.shape))
+    return ir.Value(name=port.name, type=ir.TensorType(onnx_type(port.dtype)), shape=ir.Shape(port.shape))
 
 
 def _known(shape: ir.Shape | None) -> ir.Shape | None:

@@ -11,16 +11,12 @@ import json
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, get_args
 
-from gemma_deploy.params.plan import ITEM_BITS, ParamSpec
+from gemma_deploy.dtypes import BY_NAME, StoredDtype
+from gemma_deploy.params.plan import ParamSpec
 
 PAGE_BYTES = 4096
-PACKED = ("int4", "uint4")  # two codes in a byte
-SAFETENSORS_DTYPE = {
-    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "int4": "U8",
-    "uint8": "U8", "uint4": "U8",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ class Placed(Protocol):
 
 def lay_out(plan: Sequence[ParamSpec]) -> Layout:
     """Place the plan's tensors."""
-    ordered = sorted(plan, key=lambda spec: -ITEM_BITS[spec.dtype])
+    ordered = sorted(plan, key=lambda spec: -BY_NAME[spec.dtype].bits)
     header = _header(ordered)
     offsets, end = {}, len(header)
     for spec in ordered:
@@ -79,7 +75,7 @@ def places(plan: Sequence[ParamSpec]) -> tuple[Place, ...]:
 def header_bytes(rows: Iterable[Placed]) -> bytes | None:
     """The header a file with these tensors in this order must have; None when a dtype is unknown."""
     rows = list(rows)
-    return _header(rows) if all(row.dtype in SAFETENSORS_DTYPE for row in rows) else None
+    return _header(rows) if all(row.dtype in get_args(StoredDtype) for row in rows) else None
 
 
 def _header(ordered: Sequence[Placed]) -> bytes:
@@ -87,10 +83,10 @@ def _header(ordered: Sequence[Placed]) -> bytes:
     end = 0
     for item in ordered:
         shape = list(item.shape)
-        if item.dtype in PACKED:
+        if BY_NAME[item.dtype].packed:
             shape[-1] //= 2
         entries[item.name] = {
-            "dtype": SAFETENSORS_DTYPE[item.dtype],
+            "dtype": BY_NAME[item.dtype].safetensors,
             "shape": shape,
             "data_offsets": [end, end + item.nbytes],
         }

@@ -14,6 +14,7 @@ from typing import Literal
 from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.calibration.points import cache_factor_names
 from gemma_deploy.checkpoint import ModelConfig, Rope, expected_tensors
+from gemma_deploy.dtypes import BY_NAME, StoredDtype
 from gemma_deploy.names import COLUMN_SCALE, EMBEDDING_WEIGHT
 from gemma_deploy.params.quantized import OutputError
 from gemma_deploy.partition import ArtifactPart, whole
@@ -21,21 +22,17 @@ from gemma_deploy.partition.ranks import Blocks, row_blocks, sharding
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import CodeForm, Form, Storage
 
-Dtype = Literal["float32", "float16", "bfloat16", "int8", "int4", "uint8", "uint4"]
 Kind = Literal["cast", "int8_per_channel", "scale", "constant", "stored"]
 
-ITEM_BITS: dict[Dtype, int] = {
-    "float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "int4": 4, "uint8": 8, "uint4": 4,
-}  # fmt: skip
 # By bits, and by whether codes are unsigned: those have the zero point 2**(bits - 1).
-CODE_DTYPES: dict[tuple[int, bool], Dtype] = {
+CODE_DTYPES: dict[tuple[int, bool], StoredDtype] = {
     (8, False): "int8", (4, False): "int4", (8, True): "uint8", (4, True): "uint4",
 }  # fmt: skip
 # Norm weights are float32 everywhere: the norm computes in float32.
-MATRIX_DTYPE: dict[Form, Dtype] = {
+MATRIX_DTYPE: dict[Form, StoredDtype] = {
     "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "w8a16": "int8", "w8a16_folded": "int8",
 }  # fmt: skip
-ROTARY_DTYPE: Dtype = "float32"
+ROTARY_DTYPE: StoredDtype = "float32"
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class ParamSpec:
 
     name: str
     shape: tuple[int, ...]
-    dtype: Dtype
+    dtype: StoredDtype
     kind: Kind
     source: str | None = None
     rope: Rope | None = None
@@ -66,7 +63,7 @@ class ParamSpec:
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        return math.prod(self.shape) * ITEM_BITS[self.dtype] // 8
+        return math.prod(self.shape) * BY_NAME[self.dtype].bits // 8
 
 
 def build_plan(

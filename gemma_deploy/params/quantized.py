@@ -18,10 +18,10 @@ import numpy as np
 from safetensors import safe_open
 
 from gemma_deploy.checkpoint import TensorInfo, WeightSource
+from gemma_deploy.dtypes import BY_SAFETENSORS
 from gemma_deploy.names import COLUMN_SCALE
 
 FACTORS = "factors"
-DTYPES = {"I8": "int8", "F32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class QuantizedCheckpoint:
                         self._factors = opened.get_tensor(name)
                         continue
                     view = opened.get_slice(name)
-                    shape, dtype = tuple(view.get_shape()), DTYPES[view.get_dtype()]
-                    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-                    self.tensors[name] = TensorInfo(name, shape, dtype, file, nbytes)
+                    shape, dtype = tuple(view.get_shape()), BY_SAFETENSORS[view.get_dtype()]
+                    nbytes = math.prod(shape) * dtype.itemsize
+                    self.tensors[name] = TensorInfo(name, shape, dtype.name, file, nbytes)
                     self._files[name] = file
         if self._factors is not None:
             head = checkpoint.tensors[checkpoint.config.head_weight]

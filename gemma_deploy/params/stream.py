@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gemma_deploy.checkpoint import WeightSource
+from gemma_deploy.dtypes import BY_NAME
 from gemma_deploy.params.constants import constant_rows
-from gemma_deploy.params.plan import ITEM_BITS, ParamSpec
+from gemma_deploy.params.plan import ParamSpec
 from gemma_deploy.params.table import ParamRow
 from gemma_deploy.quantization.rtn import quantize_rows_, row_scales, sqnr_db
 
@@ -150,7 +151,7 @@ def _write_stored(sink: Sink, source: WeightSource, buffers: Buffers, block_byte
 
 def as_stored(block: torch.Tensor, spec: ParamSpec) -> torch.Tensor:
     """What the file has of a block: floats as they are, signed codes in the spec's form."""
-    if ITEM_BITS[spec.dtype] == 4:
+    if BY_NAME[spec.dtype].packed:
         packed = pack_int4(block)
         return packed ^ 0x88 if spec.dtype == "uint4" else packed
     if spec.dtype == "uint8":

@@ -15,7 +15,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from gemma_deploy.bounds import Bytes, Dtype, Inside, Size
+from gemma_deploy.bounds import Bytes, Inside, Size
+from gemma_deploy.dtypes import DtypeName
 from gemma_deploy.names import PARAMS
 from gemma_deploy.params.layout import header_bytes
 
@@ -35,7 +36,7 @@ class ParamRow:
     """
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[^.].*\.")]
-    dtype: Dtype
+    dtype: DtypeName
     shape: Annotated[tuple[Size, ...], Field(min_length=1, max_length=8)]
     offset: Bytes
     nbytes: Bytes

@@ -9,12 +9,13 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.dtypes import StoredDtype
 from gemma_deploy.errors import ParamsError, UsageError
 from gemma_deploy.names import CONFIG
-from gemma_deploy.params.plan import ITEM_BITS, ParamSpec
+from gemma_deploy.params.plan import ParamSpec
 from gemma_deploy.params.writer import write_params
 from gemma_deploy.partition import Span
 from gemma_deploy.partition.mapper import ParameterMapper
@@ -127,6 +128,6 @@ def _plan(checkpoint: Checkpoint, span: Span) -> list[ParamSpec]:
     plan = []
     for local, source in ParameterMapper(checkpoint.config, span).sources.items():
         info = checkpoint.tensors[source]
-        dtype: Any = info.dtype if info.dtype in ITEM_BITS else "float32"
+        dtype: Any = info.dtype if info.dtype in get_args(StoredDtype) else "float32"
         plan.append(ParamSpec(local, info.shape, dtype, "cast", source))
     return plan

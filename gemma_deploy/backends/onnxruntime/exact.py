@@ -13,7 +13,6 @@ import numpy as np
 import onnx_ir as ir
 
 from gemma_deploy.backends.onnxruntime.head import parts_of
-from gemma_deploy.backends.onnxruntime.linears import BITS
 from gemma_deploy.names import MICROSOFT
 
 CHOSEN = ".chosen"  # ends the name of what GatherND picks
@@ -125,7 +124,7 @@ class Before:
     ) -> ir.Value:
         """Codes [out, in] times their scales [out] or [out, groups]; `part`, those of some rows."""
         scales = _repeated(scales)
-        dtype = next(ir.DataType[name.upper()] for name, size in BITS.items() if size == bits)
+        dtype = ir.DataType[f"UINT{bits}"]
         viewed = self.viewed(codes, dtype, shape, part)
         if part is not None:
             scales = self.viewed(scales, ir.DataType.FLOAT, (shape[0], *_sizes(scales)[1:]), part)

@@ -18,12 +18,12 @@ import onnx_ir as ir
 from gemma_deploy.architectures import input_groups
 from gemma_deploy.backends.onnxruntime.nodes import Nodes
 from gemma_deploy.backends.onnxruntime.weights import Weights, largest_block
+from gemma_deploy.dtypes import BY_NAME
 from gemma_deploy.names import MICROSOFT
 
 INT8_ACTIVATIONS = 4  # accuracy_level
 STEPS, HALF_STEPS = 127, 63  # largest code of an activation, and of either half of one of 14 bits
 SMALLEST = 1e-30  # magnitude of a token of zeros, so that nothing is divided by zero
-BITS = {"uint8": 8, "uint4": 4}
 
 
 def product_of(module: str) -> str:
@@ -53,7 +53,7 @@ class Matrix:
         dtype = weights.dtype(self.codes[0])
         self.integer = dtype == "int8"  # signed codes are those of integer products
         self.rows, self.columns = weights.shape(self.codes, part)[:: -1 if self.integer else 1]
-        self.bits = 8 if self.integer else BITS.get(dtype, 0)
+        self.bits = 8 if self.integer else BY_NAME[dtype].bits if dtype in ("uint8", "uint4") else 0
         self.dense = not self.bits
         self.per_row = not self.dense and len(weights.shape(self.scales)) == 1
         if self.per_row:

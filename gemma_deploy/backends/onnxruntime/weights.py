@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from gemma_deploy.backends.onnxruntime.nodes import Nodes
 from gemma_deploy.errors import ExportError
-from gemma_deploy.graph.external import DTYPES, Row
+from gemma_deploy.graph.external import Row, onnx_type
 
 Part = tuple[int, int] | None
 
@@ -78,7 +78,7 @@ class Weights:
                     next_step="this is a bug: report it",
                 )
         self.used.update(names)
-        read_as, dims = dtype or DTYPES[rows[0].dtype], ir.Shape(shape or self.shape(names, part))
+        read_as, dims = dtype or onnx_type(rows[0].dtype), ir.Shape(shape or self.shape(names, part))
         offset, nbytes = rows[0].offset, sum(row.nbytes for row in rows)
         if part is not None:
             row_bytes = nbytes // rows[0].shape[0]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from gemma_deploy.artifact.manifest import ContractRecord, Manifest
 from gemma_deploy.artifact.opened import manifest_of
+from gemma_deploy.dtypes import BY_NAME, BY_ONNX, BY_ONNXRUNTIME
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.graph.contract import Port
 from gemma_deploy.names import MANIFEST
@@ -23,13 +24,6 @@ if TYPE_CHECKING:
 
 Stages = Sequence[Sequence[str]]  # folders of the ranks of each stage; none of an undivided artifact
 GRAPHS = ("iter0", "iter1")
-DTYPES = {1: "float32", 10: "float16", 7: "int64", 3: "int8"}  # ONNX's numbers
-KINDS = {  # ORT's names
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(int64)": "int64",
-    "tensor(int8)": "int8",
-}
 CACHE_DTYPES = ("float32", "float16", "int8")
 
 
@@ -86,7 +80,7 @@ class StaticContract:
         """Of all caches together."""
         total = 0
         for port in self.caches:
-            size = {"float32": 4, "float16": 2, "int8": 1}[port.dtype]
+            size = BY_NAME[port.dtype].itemsize
             for dim in port.shape:
                 size *= int(dim)
             total += size
@@ -148,9 +142,9 @@ def check_session(session: ort.InferenceSession, contract: StaticContract, graph
     Raises:
         ArtifactError: naming every input and output that differs.
     """
-    found = {port.name: f"{KINDS.get(port.type, port.type)} {port.shape}" for port in session.get_inputs()}
+    found = {port.name: f"{_kind(port.type)} {port.shape}" for port in session.get_inputs()}
     taken = set(found)
-    found |= {port.name: f"{KINDS.get(port.type, port.type)} {port.shape}" for port in session.get_outputs()}
+    found |= {port.name: f"{_kind(port.type)} {port.shape}" for port in session.get_outputs()}
     ports = {port.name: f"{port.dtype} {list(port.shape)}" for port in contract.ports(graph)}
     problems = [
         f"{name}: {ports.get(name, 'not')} in the manifest, {found.get(name, 'not')} in the graph"
@@ -205,5 +199,12 @@ def _ports_in_file(file: Path) -> dict[str, Port]:
     for value in (*graph.input, *graph.output):
         tensor = value.type.tensor_type
         shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
-        ports[value.name] = Port(value.name, DTYPES.get(tensor.elem_type, "?"), shape)
+        ports[value.name] = Port(
+            value.name, BY_ONNX[tensor.elem_type].name if tensor.elem_type in BY_ONNX else "?", shape
+        )
     return ports
+
+
+def _kind(onnxruntime: str) -> str:
+    """The dtype that a session means; its own word for one that is not known here."""
+    return BY_ONNXRUNTIME[onnxruntime].name if onnxruntime in BY_ONNXRUNTIME else onnxruntime

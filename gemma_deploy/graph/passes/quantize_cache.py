@@ -13,9 +13,9 @@ import onnx_ir as ir
 from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.calibration.points import cache_factor_names
 from gemma_deploy.graph.contract import GraphContract, Port
+from gemma_deploy.graph.external import onnx_type
 from gemma_deploy.graph.functions import DEQUANTIZE_CACHE, DOMAIN, DOMAIN_VERSION, QUANTIZE_CACHE
 
-DTYPES = {"int8": ir.DataType.INT8, "float16": ir.DataType.FLOAT16, "float32": ir.DataType.FLOAT}
 SHAPE = "cache_factor.shape"
 
 
@@ -74,7 +74,7 @@ def _change_present(graph: ir.Graph, factor: ir.Value, name: str, ports: dict[st
         made.name = inner
     node = ir.node(QUANTIZE_CACHE, [made, factor], domain=DOMAIN, num_outputs=2, name=f"{name}.quantize")
     for value, port in zip(node.outputs, (ports[name], ports[f"{name}_scale"]), strict=True):
-        value.name, value.type, value.shape = port.name, ir.TensorType(DTYPES[port.dtype]), ir.Shape(port.shape)
+        value.name, value.type, value.shape = port.name, ir.TensorType(onnx_type(port.dtype)), ir.Shape(port.shape)
     graph.outputs[at : at + 1] = list(node.outputs)
     if made is not wrapper.outputs[0]:
         graph.remove(wrapper, safe=True)
@@ -94,4 +94,4 @@ def _dequantize(codes: ir.Value, scale: ir.Value, factor: ir.Value, like: ir.Val
 
 
 def _value(port: Port) -> ir.Value:
-    return ir.Value(name=port.name, type=ir.TensorType(DTYPES[port.dtype]), shape=ir.Shape(port.shape))
+    return ir.Value(name=port.name, type=ir.TensorType(onnx_type(port.dtype)), shape=ir.Shape(port.shape))
