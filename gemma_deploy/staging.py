@@ -20,6 +20,7 @@ from gemma_deploy.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json
 from gemma_deploy.checkpoint.source import WeightSource
 from gemma_deploy.errors import CheckpointError, UsageError
 from gemma_deploy.names import CONFIG, GENERATION_CONFIG
+from gemma_deploy.progress import Tick
 from gemma_deploy.text import check_text, with_stops
 from gemma_deploy.text.saving import link_file, write_tokenizer
 from gemma_deploy.workdir import Maker, WorkDir
@@ -30,7 +31,12 @@ STAGE = Maker("stage", CheckpointError)
 
 
 def stage_checkpoint(
-    path: str | Path, out: str | Path, *, force: bool = False, source_code: Path | None = None
+    path: str | Path,
+    out: str | Path,
+    *,
+    force: bool = False,
+    source_code: Path | None = None,
+    progress: Tick | None = None,
 ) -> Path:
     """Make the staged directory, complete or not at all.
 
@@ -39,6 +45,7 @@ def stage_checkpoint(
         out: the directory to make; it is written as OUT.partial and renamed.
         force: replace an OUT that an earlier `stage` made.
         source_code: the modeling files; by default the program's own.
+        progress: called with (bytes written, bytes in all) of a .gguf file's weights; others are linked.
 
     Raises:
         UsageError: OUT exists.
@@ -56,7 +63,7 @@ def stage_checkpoint(
         config = checkpoint.config_dict()
         if checkpoint.format == "gguf":
             config["dtype"] = "float32"
-            _write_float32(checkpoint, partial / SINGLE_NAME)
+            _write_float32(checkpoint, partial / SINGLE_NAME, progress)
             _write_generation_config(checkpoint, partial / GENERATION_CONFIG)
         else:
             _link_weights(checkpoint, partial)
@@ -145,7 +152,7 @@ def _write_generation_config(checkpoint: Checkpoint, path: Path) -> None:
     _write_json(path, {key: value for key, value in ids.items() if value not in (None, [])})
 
 
-def _write_float32(checkpoint: WeightSource, path: Path) -> None:
+def _write_float32(checkpoint: WeightSource, path: Path, progress: Tick | None) -> None:
     """Stream every tensor as float32: a dequantized value fits no 16-bit type without loss."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
@@ -161,3 +168,5 @@ def _write_float32(checkpoint: WeightSource, path: Path) -> None:
             step = max(1, BLOCK_BYTES // (4 * math.prod(info.shape[1:])))
             for start in range(0, info.shape[0], step):
                 file.write(checkpoint.rows(name, start, min(start + step, info.shape[0])).data)
+                if progress is not None:
+                    progress(file.tell() - 8 - len(text), at)

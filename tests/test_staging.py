@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 
 import numpy as np
@@ -182,7 +183,10 @@ def test_gguf_becomes_float32_safetensors(tmp_path, source, out, monkeypatch):
     monkeypatch.setattr(staging, "BLOCK_BYTES", 1000)
     raw = raw_config("gemma")
     write_gguf(tmp_path / "m.gguf", raw, weights(raw))
-    stage_checkpoint(tmp_path / "m.gguf", out, source_code=source)
+    told = []
+    stage_checkpoint(tmp_path / "m.gguf", out, source_code=source, progress=lambda *step: told.append(step))
+    assert told == sorted(told)
+    assert told[-1][0] == told[-1][1] == sum(4 * math.prod(weight.shape) for weight in weights(raw).values())
     staged, original = Checkpoint.open(out), Checkpoint.open(tmp_path / "m.gguf")
     assert staged.config == original.config
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [1]

@@ -21,9 +21,11 @@ Examples:
 def command(checkpoint: str, out: Path, force: bool) -> None:
     """Link the weights of CHECKPOINT (a directory, a .gguf file, or `demo`) into OUT beside the patched files."""
     from gemma_deploy.checkpoint import resolve_checkpoint
+    from gemma_deploy.progress import BYTES, shown
     from gemma_deploy.staging import stage_checkpoint
     from gemma_deploy.workdir import refuse_directory
 
     refuse_directory(out, "OUT")
-    staged = stage_checkpoint(resolve_checkpoint(checkpoint), out, force=force)
+    with shown("stage", BYTES) as tick:
+        staged = stage_checkpoint(resolve_checkpoint(checkpoint), out, force=force, progress=tick)
     click.echo(f"staged {staged}")

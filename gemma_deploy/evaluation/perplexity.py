@@ -110,8 +110,8 @@ def measure(
                     bad += 1
             del logits
             give_memory_back()
-        if progress is not None:
-            progress(first + len(found[0]), len(windows.ids))
+            if progress is not None:
+                progress(first + len(found[0]) * min(1.0, (start + block) / len(at)), len(windows.ids))
     if reference is None:
         return Measured(Perplexity.of(np.array(nll)), None, None, bad)
     scores, metrics = comparison.likelihoods(), comparison.result()
