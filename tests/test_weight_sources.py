@@ -149,11 +149,12 @@ def parameters(source, folder):
     return (folder / "p.safetensors").read_bytes()
 
 
-def features(source, folder):
+def logits(source, folder):
     case = Case("text", (tuple(IDS[0].tolist()),), ((5, 6),))
-    return [TorchSource(source, kind).run([case])[0][0].tolist() for kind in ("hf", "patched")]
+    sides = [TorchSource(source, "hf"), TorchSource(source, "patched"), TorchSource(source, "patched", "w8a16")]
+    return [side.head(side.run([case])[0][0]).tolist() for side in sides]
 
 
-@pytest.mark.parametrize("read", [ranges, quantized, parameters, features])
+@pytest.mark.parametrize("read", [ranges, quantized, parameters, logits])
 def test_whoever_reads_needs_nothing_else(checkpoint, tmp_path, read):
     assert read(Bare(checkpoint), tmp_path / "bare") == read(checkpoint, tmp_path / "whole")
