@@ -64,7 +64,7 @@ def spans_of(layers: int, points: Sequence[int]) -> tuple[Span, ...]:
     if count == 1:
         return (Span(WHOLE, 0, layers, True, True),)
     trunks = [TRUNK] if count == 3 else [f"{TRUNK}{i}" for i in range(1, count - 1)]
-    names = [BOTTOM, *trunks[: count - 2], TOP]
+    names = [BOTTOM, *trunks, TOP]
     return tuple(
         Span(name, start, stop, start == 0, stop == layers)
         for name, (start, stop) in zip(names, pairwise(edges), strict=True)

@@ -143,11 +143,16 @@ def _bits(recipe: RecipeSections) -> int:
     return 16 if quantizer is None else quantizer.bits
 
 
+def _are_two(lengths: Sequence[Sequence[int]]) -> bool:
+    """Whether lengths have the form `[[P], [C]]`."""
+    return len(lengths) == 2 and all(len(one) == 1 for one in lengths)
+
+
 @rule(_SHAPE)
 def lengths_fit_the_graphs(recipe: RecipeSections) -> Found:
     """`[[P], [C]]`, both multiples of 16, P <= C."""
     lengths = recipe.frontend.shape.input_ids
-    if len(lengths) != 2 or any(len(one) != 1 for one in lengths):
+    if not _are_two(lengths):
         yield _INPUT_IDS, f"got {lengths}, expected [[prefill length], [context length]], such as [[1024], [2048]]"
         return
     for index, (what, (length,)) in enumerate(zip(("prefill", "context"), lengths, strict=True)):
@@ -171,7 +176,7 @@ def lengths_fit_the_graphs(recipe: RecipeSections) -> Found:
 def parity_fits_the_graphs(recipe: RecipeSections) -> Found:
     """The compared prompt fits P; its decode steps fill the slots from P to C."""
     lengths = recipe.frontend.shape.input_ids
-    if len(lengths) != 2 or any(len(one) != 1 for one in lengths) or lengths[1] < lengths[0]:
+    if not _are_two(lengths) or lengths[1] < lengths[0]:
         return
     (prefill,), (context,) = lengths
     prompt, decode = recipe.parity.prompt_tokens, recipe.parity.decode_tokens
@@ -198,7 +203,9 @@ def dataset_is_understood(recipe: RecipeSections) -> Found:
 
 @rule("backend", _QUANTIZE, _SHAPE, "frontend.model_kwargs", "split")
 def back_end_can_do_it(recipe: RecipeSections) -> Found:
-    """What the keys mean to the back end, together."""
+    """What the keys mean to the back end, together; it is not asked about lengths that are none."""
+    if not _are_two(recipe.frontend.shape.input_ids):
+        return
     yield from backend(recipe.backend.type).contradictions(spec_of(recipe))
 
 

@@ -5,6 +5,7 @@ import pytest
 from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.partition import ArtifactPart, division_problems, parts_of, spans_of
 from gemma_deploy.partition.ranks import (
+    input_channels,
     kv_head_blocks,
     kv_heads_of,
     obstacles,
@@ -20,8 +21,10 @@ def config(heads=4, kv=2, **changes):
     return ModelConfig.from_dict(raw, "config.json")
 
 
-# heads and KV heads of every Gemma, and one where no number divides the other
-@pytest.mark.parametrize(("heads", "kv"), [(8, 1), (16, 16), (8, 4), (16, 8), (32, 16), (4, 1), (12, 4)])
+# heads and KV heads of every Gemma, and some where no number divides the other
+@pytest.mark.parametrize(
+    ("heads", "kv"), [(8, 1), (16, 16), (8, 4), (16, 8), (32, 16), (4, 1), (12, 4), (12, 6), (10, 5)]
+)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
 def test_every_query_head_finds_its_kv_head_in_its_rank(heads, kv, ranks):
     facts = config(heads, kv)
@@ -95,6 +98,39 @@ def test_repeated_heads_are_told_in_a_sentence():
         "tp 6: the model's 4 key/value heads are repeated to 12, 2 in each rank: "
         "k_proj, v_proj and the KV cache take 3 times the memory over all ranks"
     )
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_columns_of_a_rank_are_those_of_the_checkpoints_matrices(ranks):
+    """Those divided by columns stand alone, the others with their equals; every layer has the same."""
+    facts = config()
+    columns = {
+        name.split(".")[-2]: shape[1]
+        for name, shape in expected_tensors(facts).items()
+        if name.endswith("_proj.weight")
+    }
+    found = input_channels(facts, ranks)
+    assert found == {
+        "q_proj, k_proj, v_proj, gate_proj, up_proj": columns["q_proj"],
+        "o_proj": columns["o_proj"] // ranks,
+        "down_proj": columns["down_proj"] // ranks,
+    }
+    assert all(type(count) is int for count in found.values())
+
+
+def test_scales_of_groups_are_divided_as_their_columns_are():
+    layer = "model.layers.0."
+    assert sharding(f"{layer}mlp.down_proj.scale", 1) is None
+    assert sharding(f"{layer}mlp.down_proj.scale", 2) == "columns"
+    assert [sharding(f"{layer}mlp.up_proj.scale", dimensions) for dimensions in (1, 2)] == ["rows", "rows"]
+    assert sharding(f"{layer}input_layernorm.weight", 2) is None
+    assert sharding("model.embed_tokens.column_scale") is None
+    assert [sharding(f"{name}.weight") for name in ("model.embed_tokens", "lm_head")] == ["rows", "rows"]
+
+
+def test_a_rank_that_is_not_divided():
+    part = ArtifactPart(spans_of(3, (1,))[0])
+    assert (part.rank, part.ranks, part.folder) == (0, 1, "bottom")
 
 
 def test_folders():

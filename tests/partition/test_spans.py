@@ -1,6 +1,7 @@
 """Where a model is cut: spans, balanced points, and the strict map from the checkpoint's tensors to a part's."""
 
 import itertools
+import math
 
 import pytest
 
@@ -61,6 +62,33 @@ def test_the_table_counts_twice_when_it_is_tied():
     assert recommended_points(facts) == (1, 6)
     with pytest.raises(UsageError, match="7 layers do not make 8 parts"):
         recommended_points(facts, 8)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bytes_of_a_stage_are_two_a_number_or_those_given(tied):
+    facts = config(tie_word_embeddings=tied)
+    numbers = {name: math.prod(shape) for name, shape in expected_tensors(facts).items()}
+    assert span_bytes(facts, whole(7)) == 2 * sum(numbers.values())
+    assert span_bytes(facts, whole(7), dict.fromkeys(numbers, 5)) == 5 * len(numbers)
+    bottom, trunk, top = (span_bytes(facts, span) for span in spans_of(7, (2, 5)))
+    twice = 2 * numbers["model.embed_tokens.weight"] if tied else 0
+    assert bottom + trunk + top == span_bytes(facts, whole(7)) + twice
+    layers = [
+        number for name, number in numbers.items() if name.startswith(tuple(f"model.layers.{i}." for i in (2, 3, 4)))
+    ]
+    assert trunk == 2 * sum(layers)
+
+
+def test_sizes_that_are_given_decide_where_to_cut():
+    facts = config()
+    sizes = {name: int(".layers.6." in name) for name in expected_tensors(facts)}
+    assert recommended_points(facts, 2, sizes) == (1,)  # nothing is smaller than the last layer: the earliest point
+    sizes = {name: 1 for name in expected_tensors(facts) if ".layers." in name}
+    assert recommended_points(facts, 7, sizes) == (1, 2, 3, 4, 5, 6)
+    assert recommended_points(facts, 1, sizes) == ()
+    for parts in (0, -1):
+        with pytest.raises(UsageError, match="at least one layer each"):
+            recommended_points(facts, parts)
 
 
 @pytest.mark.parametrize("tied", [True, False])
