@@ -7,7 +7,7 @@
 #           looks for NaN in logits finds a model that overflowed.
 # seen      The kernels look for the largest and smallest activation in a way that passes over NaN nearly everywhere
 #           in a row, and round the NaN to some code. DynamicQuantizeLinear, DynamicQuantizeMatMul and MatMulNBits
-#           with accuracy_level 4 give finite results; an infinity in its place gives NaN from all of them.
+#           with accuracy_level 4 give finite results; with an infinity in its place no row is finite.
 #
 # Output:
 #   scale of DynamicQuantizeLinear, a NaN in x: reference nan, seen 0.00784
