@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
+from gemma_deploy import extras
 from gemma_deploy.artifact.check import byte_problems, open_whole, refuse
 from gemma_deploy.artifact.manifest import GateRecord
 from gemma_deploy.errors import UsageError
@@ -113,6 +114,7 @@ def prove(
         UsageError: the checkpoint is not there, or is another one. ArtifactError: the artifact is damaged, also where
             every gate passes on weights that are not those that were written.
     """
+    extras.require("build", what="a proof")
     from gemma_deploy.proving import requests
 
     request = requests.Request(_path(text), prompt_tokens, decode_tokens, fast, report)
@@ -211,7 +213,9 @@ def evaluate(
     )
     if record:
         if not is_artifact(Path(target)):
-            raise UsageError("a result is kept in an artifact, and this is none", where=str(target))
+            raise UsageError(
+                "a result is kept in an artifact, and this is none", where=str(target), next_step="leave record out"
+            )
         records.refuse_read_only(Path(target))
         records.finish_interrupted(Path(target))
     pair = tasks.open_pair(
@@ -252,7 +256,9 @@ def _typed(kind: type[AnyEvaluation], result: Mapping[str, Any]) -> AnyEvaluatio
 def _refuse_others(task: str, **options: Mapping[str, Any]) -> None:
     """An option of the other task would be ignored."""
     if task not in options:
-        raise UsageError(f"there is no task {task!r}", expected=" or ".join(map(repr, options)))
+        raise UsageError(
+            f"there is no task {task!r}", expected=" or ".join(map(repr, options)), next_step="name one of them"
+        )
     wrong = [
         name for other, given in options.items() if other != task for name, value in given.items() if value is not None
     ]

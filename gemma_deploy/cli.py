@@ -17,6 +17,7 @@ from typing import Any, TextIO
 import click
 
 from gemma_deploy.errors import NO_MEMORY, DeployError
+from gemma_deploy.extras import extra_of, missing
 
 # One row per command: its file in gemma_deploy/commands/ and the line shown by `--help`.
 COMMANDS = {
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> Any:
         log.debug("where it happened", exc_info=True)
         click.echo(f"error: {refusal}", err=True)
         _discard(sys.stdout)
-        return DeployError.exit_code
+        return refusal.exit_code
     return code
 
 
@@ -167,7 +168,9 @@ def _is_nowhere() -> bool:
 
 
 def _refusal(error: Exception) -> DeployError | None:
-    """What the machine refused, or None for an error that may be a bug."""
+    """What the machine refused or has not installed, or None for an error that may be a bug."""
+    if isinstance(error, ModuleNotFoundError) and error.name and (extra := extra_of(error.name)):
+        return missing([extra], [error.name], "this")
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, MemoryError) or number == errno.ENOMEM or NO_MEMORY.search(str(error)):
         said = " ".join(str(error).split())[:200]

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gemma_deploy import extras
 from gemma_deploy.architectures import ROWS, architecture_of
 from gemma_deploy.backends import backend
 from gemma_deploy.backends.base import Backend
@@ -120,9 +121,12 @@ class Job:
             out: the artifact's directory (`workspace.path`/NAME by default).
 
         Raises:
+            UsageError: a package that the recipe takes is not installed.
             CheckpointError: the checkpoint or its tokenizer is damaged; RecipeError, NotBuiltError: it does not go with
                 the recipe.
         """
+        needed = ["build", *(["calibrate"] if recipe.scheme.calibrates or recipe.scheme.weights == "fp16" else [])]
+        extras.require(*needed, what=f"compiling {recipe.name}")
         check_built(recipe)
         checkpoint, spec = Checkpoint.open(resolve_checkpoint(recipe.frontend.checkpoint)), recipe.spec
         check_against_model(recipe, checkpoint.config.max_position_embeddings, _model_problems(spec, checkpoint.config))

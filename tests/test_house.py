@@ -25,7 +25,8 @@ RECIPES = sorted((ROOT / "build_in").rglob("*.yaml"))
 LONGEST_MODULE_LINES = 400
 # A part imports only parts to its left.
 ORDER = (
-    *("names", "dtypes", "errors", "bounds", "reading", "paths", "writing", "workdir", "child", "provenance"),
+    *("names", "dtypes", "errors", "extras", "bounds", "reading", "paths", "writing", "workdir", "child"),
+    "provenance",
     *("machine", "tables", "progress", "estimates"),
     *("architectures", "schemes", "checkpoint", "text", "staging", "partition", "patched"),
     *("calibration", "quantization", "graph", "params", "split", "artifact", "parity", "runtime", "backends"),

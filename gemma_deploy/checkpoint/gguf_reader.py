@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_deploy import architectures
+from gemma_deploy import architectures, extras
 from gemma_deploy.architectures import TANH_GELU, Architecture
 from gemma_deploy.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from gemma_deploy.checkpoint.mapped import MappedFile
@@ -58,6 +58,7 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         """Read and check the header."""
+        extras.require("gguf", what="reading a .gguf file")
         self.path = path
         self.file = MappedFile(path)
         header = read_gguf_header(self.file)

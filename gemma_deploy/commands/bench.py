@@ -55,11 +55,14 @@ def command(
     plot_file: Path | None,
 ) -> None:
     """Measure ARTIFACT on this machine."""
+    from gemma_deploy import extras
     from gemma_deploy.bench import figures, picture
     from gemma_deploy.engine import open_engine
     from gemma_deploy.tables import console
     from gemma_deploy.writing import finite, write_json
 
+    if plot_file is not None:
+        extras.require("plots", what="--plot")
     _check_places(json_file, plot_file, picture.KINDS)
     engine = open_engine(artifact, threads=threads)
     if plot_file is not None and not figures.lengths_that_fit(engine, contexts):

@@ -65,6 +65,7 @@ def command(
     """Tokenize samples of a data set and measure the range of every activation of the model on them."""
     import time
 
+    from gemma_deploy import extras
     from gemma_deploy.calibration.pipeline import calibrate
     from gemma_deploy.checkpoint import Checkpoint
     from gemma_deploy.machine import peak_rss_bytes
@@ -74,6 +75,7 @@ def command(
 
     if dataset is None and recipe is None:
         raise click.UsageError("Missing option '--dataset' (or '--recipe'). Choose from: c4, ceval, alpaca")
+    extras.require("build", "calibrate", what="`gemma-deploy calibrate`")
     started = time.perf_counter()
     loaded = Recipe.load(recipe, checkpoint=checkpoint) if recipe else None
     source = Checkpoint.open(checkpoint or (loaded.frontend.checkpoint if loaded else "demo"))

@@ -61,6 +61,9 @@ def command(
 
     Exit 1 when a gate fails, or when they all pass on files that are not the ones that were written.
     """
+    from gemma_deploy import extras
+
+    extras.require("build", what="`gemma-deploy parity`")
     from gemma_deploy.errors import GateError
     from gemma_deploy.progress import reported
     from gemma_deploy.proving import requests

@@ -39,6 +39,7 @@ def command(
     """Cut CHECKPOINT (a directory, a .gguf file, or `demo`) into bottom, trunk and top; write them into OUT."""
     from rich.table import Table
 
+    from gemma_deploy import extras
     from gemma_deploy.checkpoint import Checkpoint
     from gemma_deploy.partition import recommended_points, span_bytes, spans_of
     from gemma_deploy.progress import BYTES, shown
@@ -48,6 +49,7 @@ def command(
     if points is not None and parts is not None:
         raise UsageError("--points and --parts say the same in two ways", next_step="keep one of them")
     if out is not None:
+        extras.require("build", what="writing parts")
         refuse_directory(out, "OUT")
     opened = Checkpoint.open(checkpoint)
     config = opened.config

@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from gemma_deploy import extras
 from gemma_deploy.artifact.check import byte_problems, open_whole, refuse
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.artifact.origin import checkpoint_of
@@ -206,6 +207,7 @@ def _open_artifact(path: Path, kernels: str | None = None) -> Evaluated:
 
 
 def _of_checkpoint(checkpoint: Checkpoint, embed_scale: str) -> Evaluated:
+    extras.require("build", what="a checkpoint in transformers")
     from gemma_deploy.parity.reference import TorchSource
 
     config = checkpoint.config

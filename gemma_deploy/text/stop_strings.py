@@ -27,7 +27,9 @@ class StopStrings:
         if isinstance(strings, str):
             strings = (strings,)
         if not all(strings):
-            raise UsageError("a stop string is empty", expected="text of one character or more")
+            raise UsageError(
+                "a stop string is empty", expected="text of one character or more", next_step="leave it out"
+            )
         self._strings = tuple(sorted(set(strings), key=len, reverse=True))
         self._held = ""
         self.found: str | None = None

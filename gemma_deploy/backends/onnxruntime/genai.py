@@ -6,7 +6,6 @@ while it computes, so Ctrl-C is answered after a prompt, or between two tokens.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_deploy import extras
 from gemma_deploy.backends.onnxruntime.genai_config import CONFIG_FILE, read_genai_config
 from gemma_deploy.errors import NO_MEMORY, ArtifactError, DeployError, UsageError
 from gemma_deploy.names import PARAMS
@@ -184,7 +184,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 def genai_installed() -> bool:
     """Whether the package is there; it is not imported."""
-    return importlib.util.find_spec("onnxruntime_genai") is not None
+    return extras.installed("genai")
 
 
 def require_genai(where: str) -> None:
