@@ -1,0 +1,32 @@
+from collections import Counter
+
+from tests.rotation import GENERATIONS, left_out
+
+
+def cases(name, **others):
+    return [(name, {"model_type": kind, **others}) for kind in GENERATIONS]
+
+
+def test_one_generation_of_each_test_stays():
+    found = [*cases("a"), *cases("b", scheme="w8a16"), *cases("b", scheme="w8a8")]
+    gone = left_out(found)
+    assert len(gone) == 6
+    assert [len(gone & set(range(start, start + 3))) for start in (0, 3, 6)] == [2, 2, 2]
+    assert left_out(found) == gone  # the same ones every time
+
+
+def test_what_has_no_other_generation_stays():
+    assert left_out([("a", {}), ("b", {"model_type": "gemma"}), ("b", {"model_type": "gemma2", "size": 3})]) == set()
+    assert (
+        left_out([("a", {"first": "gemma", "second": "gemma2"}), ("a", {"first": "gemma2", "second": "gemma"})])
+        == set()
+    )
+
+
+def test_they_take_turns():
+    names = [f"test_{number}" for number in range(300)]
+    stay = Counter()
+    for name in names:
+        (kept,) = set(range(3)) - left_out(cases(name))
+        stay[GENERATIONS[kept]] += 1
+    assert min(stay.values()) > 70
