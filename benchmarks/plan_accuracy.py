@@ -10,16 +10,30 @@ on the machine decide that. Exit 1 where memory or disk of the whole compile is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
+import os
 import shutil
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
 LIMIT = 0.2
 MIB = 1 << 20
+PAUSE = 0.1  # seconds between two looks at the disk
+
+
+def used(folder: Path) -> int:
+    """Bytes of all files in it; those that are gone meanwhile count for nothing."""
+    total = 0
+    for place, _, files in os.walk(folder):
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(place, name)).st_blocks * 512
+    return total
 
 
 class Peaks:
@@ -30,8 +44,17 @@ class Peaks:
         self.measured: dict[str, dict[str, int]] = {}
 
     def started(self, stage: str) -> None:
-        """Reset the peak."""
+        """Reset the peak, and look at the disk until the stage ends: scratch files come and go."""
         Path("/proc/self/clear_refs").write_text("5")
+        self.disk, self.over = 0, threading.Event()
+        self.looking = threading.Thread(target=self._look, daemon=True)
+        self.looking.start()
+
+    def _look(self) -> None:
+        while True:
+            self.disk = max(self.disk, used(self.folder))
+            if self.over.wait(PAUSE):
+                return
 
     def advanced(self, stage: str, done: float, total: float, unit: str) -> None:
         """Nothing to note."""
@@ -43,8 +66,10 @@ class Peaks:
         """Note."""
         from gemma_deploy.machine import peak_rss_bytes
 
-        files = [file for file in self.folder.rglob("*") if file.is_file()]
-        self.measured[stage] = {"ram": peak_rss_bytes(), "disk": sum(file.stat().st_size for file in files)}
+        self.over.set()
+        self.looking.join()
+        now = used(self.folder)
+        self.measured[stage] = {"ram": peak_rss_bytes(), "disk": max(self.disk, now), "left": now}
 
 
 def compile_and_measure(recipe: Any, out: Path, parity: bool) -> dict[str, dict[str, Any]]:
@@ -59,7 +84,7 @@ def compile_and_measure(recipe: Any, out: Path, parity: bool) -> dict[str, dict[
         own = peaks.measured[stage.name]
         # A child's peak beside what this process held, as the clock counts it.
         ram = max(own["ram"], stage.peak_rss_bytes if stage.child_rss_bytes else 0)
-        found[stage.name] = {"ram": ram, "disk": own["disk"], "seconds": stage.seconds}
+        found[stage.name] = own | {"ram": ram, "seconds": stage.seconds}
     return found
 
 
@@ -90,7 +115,7 @@ def main() -> int:
     for stage in plan.stages:
         took = measured[stage.name]
         wrote = max(0, took["disk"] - before) if stage.disk_bytes else 0
-        before = took["disk"]
+        before = took["left"]
         lines.append(
             (stage.name, stage.ram_bytes, took["ram"], stage.disk_bytes, wrote, stage.seconds, took["seconds"])
         )

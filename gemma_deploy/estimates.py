@@ -10,9 +10,10 @@ from gemma_deploy.names import GIB, MIB
 # Peak RSS of a stage beyond its data, measured with transformers 5.23, torch 2.13 CPU on 2 cores of AMD Milan:
 BASE_BYTES = int(0.45 * GIB)  # torch and numpy imported (torch alone: 0.34)
 EXPORT_BYTES = int(0.55 * GIB)  # a gemma-2b-shaped decode graph traced and converted (docs/design.md 3)
-BLOCK_BYTES = 64 * MIB  # one row block as float32; source rows, codes and a temporary come to as much again
-BLOCK_COPIES = 3
-GRAPH_BYTES = 8 * MIB  # both .onnx files, manifest, report
+WRITER_BYTES = int(0.34 * GIB)  # numpy and onnx imported, blocks of 2 MiB, pages of the checkpoint that are mapped
+RUNTIME_BYTES = 384 * MIB  # ONNX Runtime with its arenas, beside the weights that a session packs
+BLOCK_BYTES = 64 * MIB  # of a matrix of a model under comparison, as float32
+GRAPH_BYTES = 2 * MIB  # the .onnx files, manifest, report
 # Rates on the same machine; the disk's are a 1 GiB dd without other load, the others a 64 MiB float32 block in numpy.
 READ_BYTES_PER_S = 2.0e9
 WRITE_BYTES_PER_S = 0.8e9
@@ -23,6 +24,7 @@ STREAM_BYTES_PER_S = 1.0e9  # float32 bytes read from the checkpoint, widened an
 IMPORT_SECONDS = 4.0
 EXPORT_SECONDS = 6.0
 TOKENIZER_BYTES = 256 * MIB  # a vocabulary of 262,144 read by `tokenizers`
+LEFT_BYTES = 128 * MIB  # of it and of stages before, which the system does not get back
 LOGIT_BYTES = 5 * 32 * MIB  # a block of logits of every source, see parity/compare.py
 PIECE_ELEMENTS = 1 << 23  # of a matrix that is solved at a time (quantization/solver.py)
 PIECE_ARRAYS = 8  # float32 arrays of that size that are alive together

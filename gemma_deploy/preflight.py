@@ -21,12 +21,13 @@ from gemma_deploy.errors import PreflightError
 from gemma_deploy.estimates import (
     BASE_BYTES,
     BLOCK_BYTES,
-    BLOCK_COPIES,
     CAST_BYTES_PER_S,
     FLOPS_PER_S,
+    GRAPH_BYTES,
     HEAD_BYTES,
     IMPORT_SECONDS,
     LAYER_PASSES,
+    LEFT_BYTES,
     LOGIT_BYTES,
     PIECE_ARRAYS,
     PIECE_ELEMENTS,
@@ -37,6 +38,7 @@ from gemma_deploy.estimates import (
     TOKENIZER_BYTES,
     TORCH_RUNS,
     WRITE_BYTES_PER_S,
+    WRITER_BYTES,
     StageEstimate,
 )
 from gemma_deploy.job import Job
@@ -165,7 +167,8 @@ def _building_stages(
         stages.append(_quantize_stage(job, tensors, machine))
     elif job.scheme.int8_cache:
         stages.append(_cache_stage(job, tensors, machine))
-    return [*stages, _params_stage(job, tensors, elements, parameters, machine), job.backend.graphs_estimate()]
+    graphs = job.backend.graphs_estimate()
+    return [*stages, _params_stage(job, tensors, elements, parameters, machine), graphs, _files_stage(job)]
 
 
 def parameter_bytes(job: Job) -> int:
@@ -188,8 +191,8 @@ def _params_stage(
     job: Job, tensors: Mapping[str, TensorInfo], elements: int, parameters: int, machine: Machine
 ) -> StageEstimate:
     workers = max(1, min(job.workers.writers, len(tensors)))
-    largest = max(4 * prod(tensor.shape) for tensor in tensors.values())
-    ram = BASE_BYTES + workers * BLOCK_COPIES * min(BLOCK_BYTES, largest)
+    looked = job.scheme.calibrates or job.scheme.weights == "fp16"  # torch is imported then, and was at work
+    ram = BASE_BYTES + LEFT_BYTES if looked else WRITER_BYTES
     source = sum(tensor.nbytes for tensor in tensors.values())
     rate = QUANTIZE_BYTES_PER_S if job.scheme.codes else CAST_BYTES_PER_S
     compute = 4 * elements / (rate * min(workers, machine.cpus))
@@ -197,6 +200,12 @@ def _params_stage(
     return StageEstimate(
         "parameters", f"{len(tensors)} tensors as {job.scheme.weights}, {workers} at a time", ram, parameters, seconds
     )
+
+
+def _files_stage(job: Job) -> StageEstimate:
+    """Copies of small files, of which the tokenizer's are the largest."""
+    sizes = [file.stat().st_size for file in job.checkpoint.tokenizer_files()]
+    return StageEstimate("files", "config, tokenizer", WRITER_BYTES, sum(sizes) + GRAPH_BYTES, 0.1)
 
 
 def _ranges_stage(job: Job, tensors: Mapping[str, TensorInfo], elements: int, request: Request | None) -> StageEstimate:
@@ -234,7 +243,7 @@ def _quantize_stage(job: Job, tensors: Mapping[str, TensorInfo], machine: Machin
     what = f"{job.scheme.weights}, {nsamples} windows of {seqlen} tokens, a layer at a time"
     workers = job.workers.processes if job.workers.cluster is None else 1
     memory, handed_over = workers_bytes(config, seqlen, processes=workers, threads=machine.cpus)
-    ram, disk = BASE_BYTES + TOKENIZER_BYTES + held + memory, hidden + layers * elements + handed_over
+    ram, disk = BASE_BYTES + LEFT_BYTES + held + memory, hidden + layers * elements + handed_over
     return StageEstimate("quantize", what, ram, disk, seconds)
 
 
@@ -269,7 +278,7 @@ def _parity_stage(job: Job, tensors: Mapping[str, TensorInfo], elements: int) ->
     # Graph: batch x P positions, a case at a time; torch: the text and the random case together, without padding.
     positions = max(batch * width, 2 * batch * (tokens + steps))
     activations = 4 * positions * (3 * config.intermediate_size + 2 * config.num_attention_heads * width)
-    ram = BASE_BYTES + TOKENIZER_BYTES + LOGIT_BYTES + BLOCK_BYTES + activations
+    ram = BASE_BYTES + LEFT_BYTES + LOGIT_BYTES + BLOCK_BYTES + activations
     ram += job.backend.proof_bytes(job.spec, elements)
     flops = 2.0 * sum(layers) * 2 * batch * (width + TORCH_RUNS * (tokens + steps))
     seconds = IMPORT_SECONDS + flops / FLOPS_PER_S + (TORCH_RUNS + 2) * 4 * elements / STREAM_BYTES_PER_S
@@ -281,7 +290,6 @@ def _shortfalls(plan: ResourcePlan, job: Job) -> tuple[str, ...]:
     for stage in plan.stages:
         if stage.ram_bytes > machine.ram_bytes:
             remedy = {
-                "parameters": "set workspace.workers: 1, or free memory" if job.workers.writers > 1 else "free memory",
                 "quantize": "calibrate on shorter windows (dataset.seqlen), or free memory",
                 "parity": "compare fewer tokens (parity.prompt_tokens), or free memory",
             }.get(stage.name, "free memory")

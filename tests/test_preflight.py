@@ -54,7 +54,7 @@ def checkpoint(path: str = "/models/g", **changes: object) -> SimpleNamespace:
     tensors = {
         name: SimpleNamespace(shape=shape, nbytes=2 * prod(shape)) for name, shape in expected_tensors(config).items()
     }
-    return SimpleNamespace(path=Path(path), config=config, tensors=tensors, notes=())
+    return SimpleNamespace(path=Path(path), config=config, tensors=tensors, notes=(), tokenizer_files=list)
 
 
 def test_parameter_bytes_are_exact():
@@ -161,10 +161,8 @@ def test_all_shortfalls_are_refused_at_once_in_plain_words():
     assert error.exit_code == 1
     assert str(error) == (
         "recipe g: this machine cannot do the job as asked\n"
-        "  - memory: stage parameters needs about 0.82 GiB, 0.50 GiB is available (cgroup limit 1.00 GiB): "
-        "set workspace.workers: 1, or free memory\n"
-        "  - memory: stage graphs needs about 0.55 GiB, 0.50 GiB is available (cgroup limit 1.00 GiB): free memory\n"
-        "  - memory: stage parity needs about 1.17 GiB, 0.50 GiB is available (cgroup limit 1.00 GiB): "
+        "  - memory: stage graphs needs about 0.89 GiB, 0.50 GiB is available (cgroup limit 1.00 GiB): free memory\n"
+        "  - memory: stage parity needs about 1.04 GiB, 0.50 GiB is available (cgroup limit 1.00 GiB): "
         "compare fewer tokens (parity.prompt_tokens), or free memory\n"
         "  - disk: /nowhere/workspace/g needs 2.52 GB, 12.0 MB is free: "
         "free space, or set workspace.path to another disk\n"

@@ -26,7 +26,7 @@ from gemma_deploy.backends.onnxruntime.options import (
 from gemma_deploy.backends.onnxruntime.window import WINDOW, WINDOW_CACHE, window_problems, windowed_layers
 from gemma_deploy.backends.spec import BuildSpec, Options
 from gemma_deploy.checkpoint import ModelConfig
-from gemma_deploy.estimates import BASE_BYTES, GRAPH_BYTES, SESSION_BYTES, StageEstimate
+from gemma_deploy.estimates import BASE_BYTES, GRAPH_BYTES, RUNTIME_BYTES, SESSION_BYTES, StageEstimate
 from gemma_deploy.graph.contract import BATCH, SEQUENCE, GraphContract, Port
 from gemma_deploy.names import PARAMS
 from gemma_deploy.partition.ranks import input_channels
@@ -123,7 +123,7 @@ class OnnxRuntime:
 
     def proof_bytes(self, spec: BuildSpec, elements: int) -> int:
         """Of the session a user will open, its weights packed."""
-        return int(elements * (SESSION_BYTES if spec.scheme.codes else 4))
+        return RUNTIME_BYTES + int(elements * (SESSION_BYTES if spec.scheme.codes else 4))
 
     def model_problems(self, spec: BuildSpec, config: ModelConfig) -> list[str]:
         """Widths that the block kernel would pad, and caches of a window that this model has no use for."""

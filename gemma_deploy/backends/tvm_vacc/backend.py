@@ -11,7 +11,14 @@ from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.base import Export, ExportJob, Proof
 from gemma_deploy.backends.spec import BuildSpec, Options
 from gemma_deploy.checkpoint import ModelConfig
-from gemma_deploy.estimates import EXPORT_BYTES, EXPORT_SECONDS, GRAPH_BYTES, IMPORT_SECONDS, StageEstimate
+from gemma_deploy.estimates import (
+    EXPORT_BYTES,
+    EXPORT_SECONDS,
+    GRAPH_BYTES,
+    IMPORT_SECONDS,
+    WRITER_BYTES,
+    StageEstimate,
+)
 from gemma_deploy.graph.contract import GRAPHS, GraphContract
 from gemma_deploy.names import PARAMS
 from gemma_deploy.quantization.budget import FLOAT_PRODUCTS
@@ -54,7 +61,8 @@ class StaticPair:
     def graphs_estimate(self) -> StageEstimate:
         """Traced in a process of its own."""
         seconds = IMPORT_SECONDS + EXPORT_SECONDS
-        return StageEstimate("graphs", "iter0 and iter1, no weights", EXPORT_BYTES, GRAPH_BYTES, seconds)
+        memory = WRITER_BYTES + EXPORT_BYTES  # this process waits beside it
+        return StageEstimate("graphs", "iter0 and iter1, no weights", memory, GRAPH_BYTES, seconds)
 
     def proof_bytes(self, spec: BuildSpec, elements: int) -> int:
         """None: a matrix at a time."""
