@@ -91,7 +91,8 @@ def recommended_points(config: ModelConfig, parts: int = 3, sizes: Mapping[str, 
     """Split points that make the largest part as small as it can be, counted in bytes.
 
     The embedding table counts, twice when it is tied: the first part reads it as the table, the last as the LM head.
-    Among equals the points are the earliest.
+    Among equals all parts but the last are as even as they can be, and so on down to the first; then the points are
+    the earliest.
 
     Raises:
         UsageError: more parts than layers.

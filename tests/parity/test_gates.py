@@ -160,3 +160,87 @@ def test_a_line_says_what_was_measured_and_what_was_allowed():
     assert result.failures() == [str(got), "differs in model.layers.3"]
     assert result.summary.startswith("FAILED  hf = strict")
     assert ParityResult(lines=[line(Gate(PAIR, "relative", 9))]).summary.startswith("passed  hf = strict relative")
+
+
+SAME = {"fp32": "patched", "bf16": "patched bf16", "fp16": "patched"}
+# Scheme -> (largest mean KL, largest change of the perplexity), as docs/proof-and-ledger.md promises them.
+LOSS = {
+    "w8a16": (0.01, 0.005), "w8a16_gptq": (0.005, 0.005), "w8a8": (0.016, 0.016), "w4a16": (0.5, 0.5),
+    "w4a16_gptq": (0.3, 0.3),
+}  # fmt: skip
+
+
+def rows_of(gates):
+    return [(gate.pair, gate.measure, gate.limit, gate.cases, gate.pooled) for gate in gates]
+
+
+def test_limits_are_those_that_the_documents_promise():
+    """A change of a limit is a decision, with a measurement beside it."""
+    every, text, hf = ("text", "random"), ("text",), ("hf", "strict")
+    exact = [("hf", "patched"), ("patched", "strict"), hf]
+    assert rows_of(GATES["fp32"]) == [(pair, "relative", 1e-5, every, False) for pair in exact]
+    exact = [("hf bf16", "patched bf16"), ("patched bf16", "strict"), ("hf bf16", "strict")]
+    assert rows_of(GATES["bf16"]) == [(pair, "relative", 1e-3, every, False) for pair in exact]
+    assert rows_of(GATES["fp16"]) == [
+        (("hf", "patched"), "relative", 1e-5, every, False),
+        (hf, "bad_test", 0, every, False),
+        (hf, "kl_mean", 1e-5, text, True),
+    ]
+    for scheme, (kl, perplexity) in LOSS.items():
+        assert rows_of(GATES[scheme]) == [
+            (("hf", "patched"), "relative", 1e-5, every, False),
+            ((f"patched {scheme}", "strict"), "relative", 1e-5, every, False),
+            (hf, "bad_test", 0, every, False),
+            (hf, "kl_mean", kl, text, True),
+            (hf, "ppl_delta", perplexity, text, True),
+        ]
+    assert not set(GATES) ^ {*SAME, *LOSS}
+    assert SAME_WEIGHTS == SAME | {scheme: f"patched {scheme}" for scheme in LOSS}
+
+
+@pytest.mark.parametrize(("exponent", "said"), [(0, "reaches 1.638e+04)"), (3, "reaches 1.31e+05, divided by 2**3)")])
+def test_headroom_is_that_of_what_is_stored(exponent, said):
+    point = "model.layers.1.mlp.up_proj.out"
+    rescaling = Rescaling({point: exponent})
+    largest = 16376.0 * 2**exponent  # a fourth of float16's largest, 65504, as it is stored
+    at, above = (
+        headroom_line({"model.layers.0.out": 3.0, point: value}, rescaling)
+        for value in (largest, np.nextafter(largest, np.inf))
+    )
+    assert (at.passed, above.passed, at.value, at.limit) == (True, False, 4.0, 4.0)
+    assert f"{point} {said}" in at.name
+
+
+def test_headroom_is_not_asked_of_what_is_float32():
+    rescaling = Rescaling(wide=("mlp",))
+    inside = {"model.layers.1.mlp.up_proj.out": 1e30, "model.norm.out": 1e30}
+    assert headroom_line({"model.layers.0.out": 16.0, **inside}, rescaling).value == 65504 / 16
+    assert headroom_line({"model.layers.0.out": 0.0}, rescaling).value == math.inf
+
+
+@pytest.mark.parametrize("places", [(0, 1), (1, 0)])
+def test_the_worst_is_found_wherever_it_stands(places):
+    names = [f"model.layers.{i}.a.weight" for i in places]
+    assert sqnr_line([quantized(names[0], 30.0), quantized(names[1], 50.0)]).value == pytest.approx(30.0)
+    assert f"layer {places[0]})" in sqnr_line([quantized(names[0], 30.0), quantized(names[1], 50.0)]).name
+    assert math.isnan(sqnr_line([quantized(names[0], math.nan), quantized(names[1], 50.0)]).value)
+    assert sqnr_line([quantized(names[0], None), quantized(names[1], 50.0)]).value == pytest.approx(50.0)
+    largest = headroom_line({f"{places[0]}.out": 8.0, f"{places[1]}.out": 2.0}, Rescaling())
+    assert largest.value == 65504 / 8
+
+
+def test_a_ratio_of_nothing_to_noise_is_no_pass():
+    assert not sqnr_line([quantized("model.layers.0.a.weight", math.nan, 0.0)]).passed
+
+
+def test_the_limit_of_the_signal_is_38_decibels():
+    at = [quantized("model.layers.0.a.weight", 38.0)]
+    got = sqnr_line(at)
+    assert (got.limit, got.comparison) == (38.0, "weights")
+    assert sqnr_line([quantized("model.layers.0.a.weight", 37.999)]).passed is False
+
+
+def test_an_infinite_value_is_null_and_a_number_itself():
+    assert line(Gate(PAIR, "relative", 1.0), relative=0.25).to_json() == {
+        "comparison": "hf = strict", "name": "relative error", "value": 0.25, "limit": 1.0, "passed": True,
+    }  # fmt: skip

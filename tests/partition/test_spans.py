@@ -83,6 +83,8 @@ def test_sizes_that_are_given_decide_where_to_cut():
     facts = config()
     sizes = {name: int(".layers.6." in name) for name in expected_tensors(facts)}
     assert recommended_points(facts, 2, sizes) == (1,)  # nothing is smaller than the last layer: the earliest point
+    sizes = {name: 100 if ".layers.6." in name else int(".layers." in name) for name in expected_tensors(facts)}
+    assert recommended_points(facts, 3, sizes) == (3, 6)  # what is in front of the last part is even, too
     sizes = {name: 1 for name in expected_tensors(facts) if ".layers." in name}
     assert recommended_points(facts, 7, sizes) == (1, 2, 3, 4, 5, 6)
     assert recommended_points(facts, 1, sizes) == ()
@@ -122,3 +124,23 @@ def test_the_map_renumbers_and_is_strict():
 def test_the_whole_keeps_every_name():
     mapper = ParameterMapper(config(), whole(7))
     assert all(local == name for local, name in mapper.sources.items())
+
+
+def test_what_does_not_fit_a_stage_is_told_with_its_layers():
+    mapper = ParameterMapper(config(), spans_of(7, (2, 6))[1])
+    with pytest.raises(CheckpointError) as error:
+        mapper.check(set(list(mapper.sources)[2:]) | {"z", "a"}, "trunk.safetensors")
+    assert str(error.value).startswith("trunk.safetensors: 4 tensor(s) do not fit the part trunk (layers 2 to 5)")
+    assert error.value.problems == (
+        *(f"missing: {name}" for name in list(mapper.sources)[:2]), "left over: a", "left over: z"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(64, 512), (511, 64), (513, 64), (512,), (512, 64, 1)])
+def test_a_tensor_of_another_shape_is_refused(shape):
+    mapper = ParameterMapper(config(), spans_of(7, (2,))[1])
+    mapper.check_shape("lm_head.weight", (512, 64), "here")
+    mapper.check_shape("model.layers.0.mlp.down_proj.weight", (64, 160), "here")
+    with pytest.raises(CheckpointError) as error:
+        mapper.check_shape("lm_head.weight", shape, "here")
+    assert f"lm_head.weight is {list(shape)}, expected [512, 64]" in str(error.value)
