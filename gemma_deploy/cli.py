@@ -105,6 +105,7 @@ Examples:
 def cli(verbose: bool) -> None:
     """Take a Gemma checkpoint to an accelerator artifact that is proven to compute the same model."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it has to say about old config keys is handled here
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else importing it writes a database into the user's home
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter(LONG) if verbose else _ForPeople())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

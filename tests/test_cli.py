@@ -62,6 +62,16 @@ def test_help_imports_neither_torch_nor_onnxruntime(arguments):
     assert run.stderr == "[]\n"
 
 
+@pytest.mark.parametrize(("given", "seen"), [(None, "1"), ("0", "0")])
+def test_onnxruntime_keeps_no_record_of_its_use_unless_asked(monkeypatch, capsys, given, seen):
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    if given is not None:
+        monkeypatch.setenv("ORT_DISABLE_TELEMETRY", given)
+    assert main(["recipes"]) == 0
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == seen
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "restored")  # monkeypatch knows what to put back
+
+
 def test_version_is_the_packages(capsys):
     from importlib.metadata import version
 
