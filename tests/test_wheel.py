@@ -67,3 +67,25 @@ def test_the_installed_package_finds_its_own_data(installed, tmp_path):
         }
         assert here <= set(files), here - set(files)
     assert {f"demo/{file.name}" for file in (ROOT / "gemma_deploy" / "demo").iterdir()} <= set(files)
+
+
+def test_the_installed_program_lists_its_recipes_takes_their_names_and_has_its_pages(installed, tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(installed), "COLUMNS": "100"}
+
+    def program(*arguments):
+        done = subprocess.run(
+            [sys.executable, "-m", "gemma_deploy.cli", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=env,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "cpu-best-int8\n" in program("recipes")
+    for name in ("cpu-int8", "hf_gemma_int8", "build_in/ort_gemma_int8.yaml"):
+        assert "this machine can do it" in program("compile", name, "--checkpoint", "demo", "--dry-run")
+    templates = {file.name for file in (ROOT / "gemma_deploy" / "artifact" / "templates").iterdir()}
+    assert {"report.html.j2", "parity.html.j2"} <= templates
+    assert templates == {file.name for file in (installed / "gemma_deploy" / "artifact" / "templates").iterdir()}
