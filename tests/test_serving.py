@@ -25,10 +25,11 @@ for line in sys.stdin.read().splitlines():
 """
 
 
-def program(lines, cwd=ROOT):
+def program(lines, cwd=ROOT, left_out=LEFT_OUT):
     """Command lines run one after the other -> (exit code, standard output) of each, and standard error of all."""
+    code = PROGRAM.replace(repr(LEFT_OUT), repr(left_out))
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], input="\n".join(lines), capture_output=True, text=True, cwd=cwd, timeout=300
+        [sys.executable, "-c", code], input="\n".join(lines), capture_output=True, text=True, cwd=cwd, timeout=300
     )
     assert done.returncode == 0, done.stderr
     found = re.findall(r"(.*?)^:: (\d+)\n", done.stdout, re.DOTALL | re.MULTILINE)
@@ -93,6 +94,14 @@ def test_running_imports_neither_torch_nor_transformers_where_they_are_installed
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("\n[]\n")
+
+
+def test_compiling_and_proving_without_calibration_needs_build_alone(tmp_path):
+    others = [module for module in LEFT_OUT if module not in extras.MODULES["build"]]
+    line = f"compile|cpu-int8|-s|frontend.checkpoint=demo|--out|{tmp_path / 'x'}"
+    ((code, text),), said = program([line], left_out=others)
+    assert code == 0, said
+    assert "parity  passed" in text
 
 
 MISSING = {
