@@ -10,7 +10,20 @@ import click
 from tests.fuzz.harness import Surface, run
 from tests.fuzz.inputs import Inputs, copy
 
-HARMLESS = ("inspect", "verify", "compile", "stage", "split", "run", "chat", "bench", "eval", "parity", "calibrate")
+HARMLESS = (
+    "inspect",
+    "verify",
+    "recipes",
+    "compile",
+    "stage",
+    "split",
+    "run",
+    "chat",
+    "bench",
+    "eval",
+    "parity",
+    "calibrate",
+)
 VALUES = (
     "0", "1", "-1", "2", "1e-310", "1e310", "nan", "inf", "-inf", "1e5", "9" * 25, "9" * 5000, "0x10", "1_0", "٣",
     "1.5", "", " ", "a,b", "1,2", ",", "2,1", "-", "--", "c4", "c4:1", "c4:1,alpaca:1", "c4=x", "ceval", "none", "hf",
