@@ -13,6 +13,8 @@ import psutil
 
 from gemma_deploy.reading import exists
 
+BUSY = 0.5  # of the cores: from this load on the times of a plan are too short
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -24,6 +26,7 @@ class Machine:
         disk_free_bytes: free bytes where the artifact goes.
         cpus: cores this process may use.
         writable: whether the artifact's directory can be made.
+        load: processes that want a core, mean of the last minute; 0 where the system does not say.
     """
 
     ram_bytes: int
@@ -31,6 +34,12 @@ class Machine:
     disk_free_bytes: int
     cpus: int
     writable: bool = True
+    load: float = 0.0
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether other programs take so much that everything takes longer."""
+        return self.load > BUSY * self.cpus
 
     @classmethod
     def measure(cls, out: Path) -> Machine:
@@ -46,7 +55,15 @@ class Machine:
             disk_free_bytes=shutil.disk_usage(parent).free,
             cpus=usable_cpus(),
             writable=parent.is_dir() and os.access(parent, os.W_OK | os.X_OK),
+            load=_load(),
         )
+
+
+def _load() -> float:
+    try:
+        return os.getloadavg()[0]
+    except OSError:
+        return 0.0
 
 
 def _cgroup_rooms(membership: Path, mount: Path) -> Iterator[tuple[int, int]]:

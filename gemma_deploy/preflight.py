@@ -345,6 +345,8 @@ def render(plan: ResourcePlan) -> Any:
     table.add_row("available", machine.ram_source, gib(machine.ram_bytes), size(machine.disk_free_bytes), "")
     lines = [Text(f"artifact: {plan.out}, parameters {size(plan.parameter_bytes)} (exact)")]
     lines += [Text(f"note: {note}") for note in plan.notes]
+    if machine.is_busy:
+        lines.append(Text(f"note: the load average is {machine.load:.1f}: times above are those of idle cores"))
     lines += [Text(f"short: {lack}", style="bold red") for lack in plan.shortfalls]
     if not plan.shortfalls:
         lines.append(Text("this machine can do it; nothing has been written"))

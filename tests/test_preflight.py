@@ -212,6 +212,14 @@ def test_the_plan_renders_and_is_plain_json():
     assert "short: disk:" in out.getvalue()
 
 
+@pytest.mark.parametrize(("load", "told"), [(0.9, False), (11.9, True)])
+def test_times_of_a_busy_machine_are_said_to_be_too_short(load, told):
+    plan = planned(recipe(), checkpoint(), machine=replace(BIG, load=load))
+    out = io.StringIO()
+    Console(file=out, width=140).print(render(plan))
+    assert (f"note: the load average is {load}: times above are those of idle cores" in out.getvalue()) == told
+
+
 def test_this_machine_is_measured(tmp_path):
     here = Machine.measure(tmp_path / "not" / "yet")
     assert here.ram_bytes > 0
