@@ -1,5 +1,7 @@
 """What a recipe's words mean for weights and cache, and how many numbers that stores."""
 
+from dataclasses import FrozenInstanceError, fields
+
 import numpy as np
 import pytest
 
@@ -161,3 +163,11 @@ def test_groups_that_do_not_divide():
         "frontend.quantize.calib_args.groupsize: 64 does not divide the input channels of down_proj (160)",
         "frontend.quantize.table: groups of 128 do not divide the hidden_size 64",
     ]
+
+
+@pytest.mark.parametrize(
+    "made", [Codes(), Storage(), CodeForm(), QUANTIZERS["w8a8"], Scheme("fp32")], ids=lambda made: type(made).__name__
+)
+def test_it_cannot_be_changed(made):
+    with pytest.raises(FrozenInstanceError):
+        setattr(made, fields(made)[0].name, None)

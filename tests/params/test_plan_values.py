@@ -1,5 +1,7 @@
 """What a plan says in numbers: bytes, rescaled constants, ranks that together are the whole, what a part holds."""
 
+from dataclasses import FrozenInstanceError, fields
+
 import numpy as np
 import pytest
 
@@ -171,3 +173,9 @@ def test_stages_hold_their_layers_and_the_rotary_tables_of_their_kinds(scheme):
     assert [TABLE in held for held in stages] == [True, False, True]
     assert whole["model.rotary_emb.full_attention.cos"].shape == (32, 16)
     assert whole["model.rotary_emb.full_attention.cos"].rope == cfg.rope["full_attention"]
+
+
+@pytest.mark.parametrize("made", [ParamSpec("x", (1,), "int8", "stored")], ids=lambda made: type(made).__name__)
+def test_it_cannot_be_changed(made):
+    with pytest.raises(FrozenInstanceError):
+        setattr(made, fields(made)[0].name, None)

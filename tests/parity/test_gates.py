@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, fields, replace
 
 import numpy as np
 import pytest
@@ -244,3 +244,11 @@ def test_an_infinite_value_is_null_and_a_number_itself():
     assert line(Gate(PAIR, "relative", 1.0), relative=0.25).to_json() == {
         "comparison": "hf = strict", "name": "relative error", "value": 0.25, "limit": 1.0, "passed": True,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "made", [Gate(PAIR, "relative", 1.0), line(Gate(PAIR, "relative", 1.0))], ids=lambda made: type(made).__name__
+)
+def test_it_cannot_be_changed(made):
+    with pytest.raises(FrozenInstanceError):
+        setattr(made, fields(made)[0].name, None)

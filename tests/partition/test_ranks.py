@@ -1,9 +1,11 @@
 """Which rows and columns a rank holds: together the whole tensor, and every query head beside its own KV head."""
 
+from dataclasses import FrozenInstanceError, fields
+
 import pytest
 
 from gemma_deploy.checkpoint import ModelConfig, expected_tensors
-from gemma_deploy.partition import ArtifactPart, division_problems, parts_of, spans_of
+from gemma_deploy.partition import ArtifactPart, division_problems, parts_of, spans_of, whole
 from gemma_deploy.partition.ranks import (
     input_channels,
     kv_head_blocks,
@@ -139,3 +141,9 @@ def test_folders():
     assert [part.folder for part in parts_of(3, (1,), 2)] == ["bottom/rank0", "bottom/rank1", "top/rank0", "top/rank1"]
     assert ArtifactPart(spans_of(3, (1,))[1]).file("iter0.onnx") == "top/iter0.onnx"
     assert ArtifactPart(spans_of(3, ())[0]).file("iter0.onnx") == "iter0.onnx"
+
+
+@pytest.mark.parametrize("made", [whole(3), ArtifactPart(whole(3))], ids=lambda made: type(made).__name__)
+def test_it_cannot_be_changed(made):
+    with pytest.raises(FrozenInstanceError):
+        setattr(made, fields(made)[0].name, None)

@@ -159,6 +159,20 @@ def test_the_comparison_fits_the_graphs(prompt, decode, wrong):
         assert [line.split("parity.")[2].partition(":")[0] for line in problems(MINIMAL, *asked)] == wrong
 
 
+def test_a_cache_as_long_as_the_prompt_has_no_room_for_steps():
+    asked = "frontend.shape.input_ids=[[128],[128]]", "parity.decode_tokens={}"
+    assert load(MINIMAL, asked[0], asked[1].format(0)).parity.decode_tokens == 0
+    (problem,) = problems(MINIMAL, asked[0], asked[1].format(1))
+    assert problem.endswith("1 steps do not fit: prefill fills 128 of 128 cache slots, so write at most 0")
+
+
+def test_data_sets_are_those_there_are():
+    (problem,) = problems(MINIMAL, "dataset.name=c5")
+    assert problem.startswith("-s dataset.name=c5: dataset.name: 'c5' is not one of 'c4', 'ceval', 'alpaca'")
+    (problem,) = problems(MINIMAL, "dataset.name='c4:1,alpaca:2'", "dataset.nsamples=4")
+    assert ": dataset.nsamples: 4, but the windows of c4:1,alpaca:2 add up to 3: leave it out" in problem
+
+
 @pytest.mark.parametrize("address", ["auto", "host:6379", "ray://10.0.0.1:10001", "h:1", "h:65535"])
 def test_addresses_of_a_cluster(recipe, address):
     assert load(MINIMAL, f"workspace.cluster='{address}'").workspace.cluster == address
