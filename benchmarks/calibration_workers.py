@@ -57,7 +57,7 @@ def main(checkpoint: str, processes: int, cluster: str | None, layers: int, nsam
         folder = Path(place) / "q"
         started = time.perf_counter()
         with open_executor(folder / "shards", processes=processes, cluster=cluster) as executor:
-            quantize_layers(opened, ids, Settings(), folder, key="benchmark", executor=executor)
+            quantize_layers(opened, ids, Settings(), folder=folder, key="benchmark", executor=executor)
         seconds = time.perf_counter() - started
         files = sorted(folder.glob("layer-*.safetensors"))
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

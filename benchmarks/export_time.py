@@ -39,7 +39,7 @@ def export(shape: str, scheme: str, prefill: int, context: int) -> dict[str, flo
 
     config = ModelConfig.from_dict(SHAPES[shape], shape)
     imported = time.perf_counter()
-    graphs = export_graphs(config, scheme, GraphContract.of(config, scheme, 1, prefill, context))  # type: ignore[arg-type]
+    graphs = export_graphs(config, scheme, GraphContract.of(config, scheme, 1, prefill=prefill, context=context))  # type: ignore[arg-type]
     return {
         "wall": time.perf_counter() - started,
         "cpu": time.process_time() - cpu,

@@ -123,7 +123,7 @@ def prove(
     if against is None:
         result = requests.artifact_stage(Path(artifact), where, request)
     else:
-        result = requests.two_artifacts(Path(artifact), Path(against), where, request)
+        result = requests.two_artifacts(Path(artifact), Path(against), where, request=request)
     if result.passed:
         for one in opened:
             refuse(one, byte_problems(one))

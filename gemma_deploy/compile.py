@@ -116,12 +116,14 @@ def compile_recipe(
         if keys.sensitivity and request and manifest.keys.get("sensitivity") != keys.sensitivity:
             with clock.stage("sensitivity") as stage:
                 tick = clock.ticks("sensitivity", "layers", of=job.config.num_hidden_layers)
-                found, stage.skipped = layer_sensitivity(job, request, manifest, artifact.path, keys.sensitivity, tick)
+                found, stage.skipped = layer_sensitivity(
+                    job, request, manifest, out=artifact.path, key=keys.sensitivity, progress=tick
+                )
             manifest = manifest.measured("sensitivity", keys.sensitivity, sensitivity=found)
         result = None
         if parity and manifest.keys.get("gate") != keys.gate:
             with clock.stage("parity"):
-                result = run_gate(job, artifact.path, manifest, Report(clock.watcher, "parity"))
+                result = run_gate(job, artifact.path, manifest, report=Report(clock.watcher, "parity"))
             if on_gate is not None:
                 on_gate(result)
             manifest = manifest.measured("gate", keys.gate, parity=result.to_json())
@@ -161,21 +163,21 @@ def _build(
     if keys.ranges:
         with clock.stage("ranges") as stage:
             tick = clock.ticks("ranges", "layers")
-            rescaling, stage.skipped = choose_rescaling(job, request, out, keys.ranges, tick)
+            rescaling, stage.skipped = choose_rescaling(job, request, out, key=keys.ranges, progress=tick)
     if keys.quantize and request is not None:
         with clock.stage("quantize"):
             tick = clock.ticks("quantize", "layers", of=job.config.num_hidden_layers)
-            quantized = quantize_weights(job, request, out, keys.quantize, tick)
+            quantized = quantize_weights(job, request, out, key=keys.quantize, progress=tick)
             source = quantized.source
     if keys.cache and request is not None:
         with clock.stage("cache") as stage:
             tick = clock.ticks("cache", "layers", of=job.config.num_hidden_layers)
-            source, stage.skipped = calibrate_cache(job, request, out, keys.cache, tick)
+            source, stage.skipped = calibrate_cache(job, request, out, key=keys.cache, progress=tick)
     unrounded = quantized.unrounded if quantized else None
     places = places_of(job, source, rescaling)
     with Graphs(job, out, places, rescaling=rescaling, unrounded=unrounded, beside=room) as graphs:
         with clock.stage("parameters") as stage:
-            table = write_parameters(job, source, out, rescaling, clock.ticks("parameters", BYTES))
+            table = write_parameters(job, source, out, rescaling=rescaling, progress=clock.ticks("parameters", BYTES))
             stage.bytes = sum(file.file_bytes for file in table.files.values())
         with clock.stage("graphs") as stage:
             peak = graphs.write()

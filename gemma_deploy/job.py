@@ -242,7 +242,7 @@ def _other_generation(name: str, model_type: str) -> str | None:
 
 def _model_problems(spec: BuildSpec, config: ModelConfig) -> list[str]:
     """What of a spec does not go with a model, a sentence for each key."""
-    problems = division_problems(config, spec.split_points, spec.ranks, spec.align_qkv)
+    problems = division_problems(config, spec.split_points, spec.ranks, align_qkv=spec.align_qkv)
     problems += backend(spec.backend).model_problems(spec, config)
     if spec.scheme.codes:
         channels = input_channels(config, spec.ranks)

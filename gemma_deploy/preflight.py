@@ -253,7 +253,7 @@ def _cache_stage(job: Job, tensors: Mapping[str, TensorInfo], machine: Machine) 
     layers = config.num_hidden_layers
     elements = sum(prod(t.shape) for name, t in tensors.items() if ".layers.0." in name)
     processes = job.workers.processes if job.workers.cluster is None else 1
-    ram = memory_bytes(config, nsamples, seqlen, processes, machine.cpus)
+    ram = memory_bytes(config, nsamples, seqlen, processes=processes, threads=machine.cpus)
     hidden = 4 * nsamples * seqlen * config.hidden_size
     seconds = IMPORT_SECONDS + 2.0 * layers * elements * nsamples * seqlen / FLOPS_PER_S
     return StageEstimate("cache", f"keys and values of {nsamples} windows of {seqlen} tokens", ram, hidden, seconds)

@@ -29,7 +29,7 @@ class Watcher(Protocol):
     def started(self, stage: str) -> None:
         """A stage begins; its name is the one in manifest and log."""
 
-    def advanced(self, stage: str, done: float, total: float, unit: str) -> None:
+    def advanced(self, stage: str, done: float, total: float, *, unit: str) -> None:
         """So much of it is done: `done` of `total` in `unit` ("layers", "windows", "MiB": then counts are bytes)."""
 
     def said(self, stage: str, what: str) -> None:
@@ -45,7 +45,7 @@ class Silent:
     def started(self, stage: str) -> None:
         """See `Watcher`."""
 
-    def advanced(self, stage: str, done: float, total: float, unit: str) -> None:
+    def advanced(self, stage: str, done: float, total: float, *, unit: str) -> None:
         """See `Watcher`."""
 
     def said(self, stage: str, what: str) -> None:
@@ -64,9 +64,9 @@ def ticks(watcher: Watcher, stage: str, unit: str, *, of: float | None = None) -
 
     def tick(done: float, total: float) -> None:
         if of is None:
-            watcher.advanced(stage, done, total, unit)
+            watcher.advanced(stage, done, total, unit=unit)
         elif total:
-            watcher.advanced(stage, done * of / total, of, unit)
+            watcher.advanced(stage, done * of / total, of, unit=unit)
 
     return tick
 
@@ -123,7 +123,7 @@ class Lines:
         self._tenth = 0
         self._write(f"{stage} ...")
 
-    def advanced(self, stage: str, done: float, total: float, unit: str) -> None:
+    def advanced(self, stage: str, done: float, total: float, *, unit: str) -> None:
         """A line for every tenth, not before the stage has taken a while, and at least one in `LOG_SECONDS`."""
         now, tenth = self._clock(), int(10 * done / total) if total else 0
         if now - self._began < SHORT_SECONDS or done >= total:
@@ -166,7 +166,7 @@ class Bars:
         self._task = self._bar.add_task(stage, total=None, what="")
         self._bar.start()
 
-    def advanced(self, stage: str, done: float, total: float, unit: str) -> None:
+    def advanced(self, stage: str, done: float, total: float, *, unit: str) -> None:
         """See `Watcher`."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=total, what=amount(done, total, unit))

@@ -58,7 +58,7 @@ class NotJsonError(ValueError):
         line, column: where, counted from 1; None where no place is to blame.
     """
 
-    def __init__(self, what: str, line: int | None = None, column: int | None = None, at: int | None = None) -> None:
+    def __init__(self, what: str, line: int | None = None, column: int | None = None, *, at: int | None = None) -> None:
         self.what, self.line, self.column = what, line, column
         super().__init__(what if line is None else f"{what}: line {line} column {column} (char {at})")
 
@@ -244,7 +244,7 @@ def parse_json(
     except NotJsonError:
         raise
     except json.JSONDecodeError as error:
-        raise NotJsonError(error.msg, error.lineno, error.colno, error.pos) from error
+        raise NotJsonError(error.msg, error.lineno, error.colno, at=error.pos) from error
     except RecursionError as error:
         raise NotJsonError("nested too deep") from error
     if whole_characters and _SURROGATE.search(text):

@@ -220,6 +220,7 @@ def storage_of(
     scheme: str,
     hidden_size: int,
     groupsize: int | None = None,
+    *,
     table: str | None = None,
     kept_w8: Sequence[str] | None = None,
 ) -> Storage:

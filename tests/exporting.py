@@ -23,7 +23,8 @@ DYNAMIC_SIZES = 272, 288  # more than one block of the cache
 
 def contract_of(config: ModelConfig, scheme, batch=2, dynamic=False) -> GraphContract:
     """What the graphs take and give."""
-    return GraphContract.of(config, scheme, batch, *(DYNAMIC_SIZES if dynamic else SIZES), dynamic)
+    prefill, context = DYNAMIC_SIZES if dynamic else SIZES
+    return GraphContract.of(config, scheme, batch=batch, prefill=prefill, context=context, dynamic=dynamic)
 
 
 KEPT = Path(os.environ.get("GEMMA_DEPLOY_TEST_CACHE") or Path(__file__).parent.parent / ".pytest_cache" / "exports")

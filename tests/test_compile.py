@@ -181,7 +181,7 @@ def test_a_gate_that_fails_leaves_the_unproven_artifact(copied, monkeypatch, cap
     before = snapshot(workspace / NAME)
     nothing_is_built(monkeypatch)
     failed = ParityResult(lines=[Line("hf = strict", "mean KL", 1.0, 0.01, False)])
-    monkeypatch.setattr(compiler, "run_gate", lambda *arguments: failed)
+    monkeypatch.setattr(compiler, "run_gate", lambda *arguments, **named: failed)
     assert main(["compile", str(recipe)]) == 1
     assert "does not compute the model" in capsys.readouterr().err
     assert snapshot(workspace / NAME) == before
@@ -416,8 +416,8 @@ def test_a_failed_gate_leaves_a_report_and_no_artifact(recipe, monkeypatch, caps
 
     real = compiler.run_gate
 
-    def wrong(*args):
-        result = real(*args)
+    def wrong(*args, **named):
+        result = real(*args, **named)
         first = result.lines[0]
         result.lines[0] = Line(**{**vars(first), "passed": False})
         assert isinstance(result, ParityResult)
@@ -439,8 +439,8 @@ def test_a_recipe_can_switch_the_gate_off_but_not_the_verdict(checkpoint, tmp_pa
 
     real = compiler.run_gate
 
-    def wrong(*args):
-        result = real(*args)
+    def wrong(*args, **named):
+        result = real(*args, **named)
         result.lines[0] = Line(**{**vars(result.lines[0]), "passed": False})
         return result
 

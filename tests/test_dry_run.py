@@ -143,7 +143,7 @@ def test_text_of_ones_own_gets_no_advice(here, capsys):
 
 def test_a_gate_that_cannot_run_is_refused_before_parameters_are_written(here, monkeypatch):
     """Not after hours: the text of the gate is looked at first."""
-    monkeypatch.setattr(compiler, "write_parameters", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(compiler, "write_parameters", lambda *_, **__: pytest.fail("it began"))
     asked = Recipe.load("accelerator-int8", [short_text(here)[1]], checkpoint="demo")
     with pytest.raises(UsageError, match="too few for"):
         compiler.compile_recipe(asked)

@@ -230,6 +230,50 @@ def test_the_search_for_tables_of_dtypes_sees_what_it_should():
     assert dtype_tables(source) == [1, 2]
 
 
+MOST_POSITIONAL = 3
+# Called by others, who give their arguments in an order.
+SIGNATURES_OF_OTHERS = {
+    "gemma_deploy/graph/disconnected.py: DisconnectedParts.forward",  # torch.export
+    "gemma_deploy/split/chain.py: SplitChain.forward",  # as transformers' models
+    "gemma_deploy/split/factory.py: ModelFactory.create_split_models",  # the vendor's own interface
+    "gemma_deploy/text/sandbox.py: ChatEnvironment.call_binop",  # jinja2
+    "gemma_deploy/text/sandbox.py: to_json",  # a filter of templates, as in transformers
+}
+
+
+def long_signatures(source: str) -> list[str]:
+    """Public functions, methods and constructors that take more than three arguments by position; commands aside."""
+    found = []
+
+    def look(node: ast.AST, owner: str) -> None:
+        for one in ast.iter_child_nodes(node):
+            if isinstance(one, ast.ClassDef):
+                look(one, f"{one.name}.")
+            elif isinstance(one, ast.FunctionDef):
+                taken = [*one.args.posonlyargs, *one.args.args]
+                decorators = {ast.unparse(decorator).partition("(")[0] for decorator in one.decorator_list}
+                count = len(taken) - (bool(owner) and "staticmethod" not in decorators)
+                public = one.name == "__init__" or not one.name.startswith("_")
+                command = any(name.startswith("click.") for name in decorators)
+                found.extend([f"{owner}{one.name}"] if count > MOST_POSITIONAL and public and not command else [])
+
+    look(ast.parse(source), "")
+    return found
+
+
+def test_calls_name_what_comes_behind_the_third_argument():
+    files = {file.relative_to(ROOT): file.read_text(encoding="utf-8") for file in MODULES}
+    wrong = {f"{file}: {name}" for file, source in files.items() for name in long_signatures(source)}
+    assert wrong == SIGNATURES_OF_OTHERS
+
+
+def test_the_search_for_long_signatures_sees_what_it_should():
+    source = "def f(a, b, c, d): ...\ndef g(a, b, c, *, d): ...\nclass C:\n    def h(self, a, b, c, d): ...\n"
+    source += "    def i(self, a, b, c): ...\n    @staticmethod\n    def j(a, b, c, d): ...\n"
+    source += "@click.option('x')\ndef k(a, b, c, d): ...\ndef _l(a, b, c, d): ...\n"
+    assert long_signatures(source) == ["f", "C.h", "C.j"]
+
+
 def run_python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -35,7 +35,7 @@ def test_a_stage_is_named_when_it_begins_and_a_short_one_says_no_more_in_a_log(l
     watcher.started("files")
     assert lines(stream) == ["files ..."]
     clock.now += 1
-    watcher.advanced("files", 5, 10, "windows")
+    watcher.advanced("files", 5, 10, unit="windows")
     watcher.ended("files")
     assert lines(stream) == ["files ..."]
 
@@ -45,7 +45,7 @@ def test_a_long_stage_has_a_line_for_each_tenth(log):
     watcher.started("quantize")
     for layer in range(1, 19):
         clock.now += 3
-        watcher.advanced("quantize", layer, 18, "layers")
+        watcher.advanced("quantize", layer, 18, unit="layers")
     assert lines(stream)[:2] == ["quantize ...", "quantize   11 %  2 of 18 layers"]
     assert len(lines(stream)) == 10
     assert "18 of 18" not in stream.getvalue()
@@ -56,7 +56,7 @@ def test_a_very_long_stage_is_never_silent_for_longer_than_half_a_minute(log):
     watcher.started("quantize")
     for window in range(1, 400):  # the first tenth alone takes over an hour
         clock.now += 10
-        watcher.advanced("quantize", window, 5760, "windows")
+        watcher.advanced("quantize", window, 5760, unit="windows")
     assert len(lines(stream)) >= 399 * 10 / 30 - 1
     assert lines(stream)[1] == "quantize    0 %  3 of 5760 windows"
 
@@ -66,7 +66,7 @@ def test_every_stage_counts_from_its_own_beginning(log):
     for stage in ("parameters", "parity"):
         watcher.started(stage)
         clock.now += 5
-        watcher.advanced(stage, 64 << 20, 256 << 20, BYTES)
+        watcher.advanced(stage, 64 << 20, 256 << 20, unit=BYTES)
     assert lines(stream)[1::2] == ["parameters   25 %  64 of 256 MiB", "parity   25 %  64 of 256 MiB"]
 
 
@@ -93,13 +93,13 @@ def test_a_terminal_shows_stage_unit_and_amount_and_clears_the_line():
     watcher = watch_on(stream)
     assert isinstance(watcher, Bars)
     watcher.started("quantize")
-    watcher.advanced("quantize", 5, 18, "layers")
+    watcher.advanced("quantize", 5, 18, unit="layers")
     watcher._bar.refresh()
     assert "quantize" in stream.getvalue()
     assert "5 of 18 layers" in stream.getvalue()
     watcher.ended("quantize")
     before = stream.getvalue()
-    watcher.advanced("quantize", 6, 18, "layers")  # of a stage that is over
+    watcher.advanced("quantize", 6, 18, unit="layers")  # of a stage that is over
     assert stream.getvalue() == before
     watcher.started("parity")
     watcher.said("parity", "running hf")

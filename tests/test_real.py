@@ -87,7 +87,7 @@ def test_stages_and_ranks_are_the_whole(tmp_path):
     for limit, overrides in divided.items():
         made = compiled(tmp_path, "fp32", *overrides)
         assert made.manifest.parity.passed
-        (line,) = two_artifacts(made.path, whole, os.environ["GEMMA_270M"], Request(prompt_tokens=700)).lines
+        (line,) = two_artifacts(made.path, whole, os.environ["GEMMA_270M"], request=Request(prompt_tokens=700)).lines
         assert line.value <= limit
 
 

@@ -88,5 +88,7 @@ def test_a_source_that_cannot_count_is_named_alone():
 
     kept = Kept()
     case = Case("text", ((1, 2),), ((3,),))
-    compare_sources({"hf": Zeros(), "strict": Zeros()}, [("hf", "strict")], [case], 8, Report(kept, "parity"))
+    compare_sources(
+        {"hf": Zeros(), "strict": Zeros()}, [("hf", "strict")], [case], vocab_size=8, report=Report(kept, "parity")
+    )
     assert [one[2] for one in kept.told if one[0] == "said"] == ["running hf", "running strict", "comparing logits"]

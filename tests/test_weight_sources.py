@@ -138,7 +138,7 @@ def ranges(source, folder):
 
 
 def quantized(source, folder):
-    quantize_layers(source, IDS, Settings(), folder, key="k")
+    quantize_layers(source, IDS, Settings(), folder=folder, key="k")
     scale_table(source, IDS.shape, folder, codes=Codes())
     return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
 

@@ -113,8 +113,8 @@ def line_chart(
     """
     every = [value for line in values.values() for value in line.values()] + ([rule[0]] if rule else [])
     layers = [layer for line in values.values() for layer in line]
-    y = _Axis(min(every), max(every), HEIGHT - BOTTOM, TOP, log=log)
-    x = _Axis(min(layers), max(layers), LEFT + 8, WIDTH - RIGHT - 8, whole=True)
+    y = _Axis(min(every), max(every), HEIGHT - BOTTOM, stop=TOP, log=log)
+    x = _Axis(min(layers), max(layers), LEFT + 8, stop=WIDTH - RIGHT - 8, whole=True)
     series = tuple(
         Series(
             name,
@@ -131,9 +131,9 @@ def line_chart(
 
 def column_chart(values: Sequence[float], *, label: str, unit: str) -> Chart:
     """A column for each layer, from zero."""
-    y = _Axis(0.0, max(*values, 0.0) or 1.0, HEIGHT - BOTTOM, TOP)
+    y = _Axis(0.0, max(*values, 0.0) or 1.0, HEIGHT - BOTTOM, stop=TOP)
     room = (WIDTH - LEFT - RIGHT) / len(values)
-    x = _Axis(0, max(len(values) - 1, 1), LEFT + room / 2, LEFT + room * (max(len(values), 2) - 0.5), whole=True)
+    x = _Axis(0, max(len(values) - 1, 1), LEFT + room / 2, stop=LEFT + room * (max(len(values), 2) - 0.5), whole=True)
     ground = y.at(0.0)
     columns = tuple(
         Column(
@@ -162,7 +162,7 @@ class _Axis:
     """Values to coordinates, `low` at `start` and `high` at `stop`; rounded out to ticks unless `whole`."""
 
     def __init__(
-        self, low: float, high: float, start: float, stop: float, *, log: bool = False, whole: bool = False
+        self, low: float, high: float, start: float, *, stop: float, log: bool = False, whole: bool = False
     ) -> None:
         self._start, self._stop, self._log, self._whole = start, stop, log, whole
         self._low, self._high = (math.log10(low), math.log10(high)) if log else (low, high)

@@ -65,7 +65,9 @@ class ArtifactWeights:
         info: TensorInfo = self.tensors[name]
         values = self._gather(name, info.shape, start, stop)
         if exponent_of(name, values.ndim, self._rescaling):
-            values = rescaled(values, name, self._rescaling, self.config.architecture.norm_offset, undo=True)
+            values = rescaled(
+                values, name, self._rescaling, norm_offset=self.config.architecture.norm_offset, undo=True
+            )
         scale = f"{name.removesuffix('.weight')}.scale"
         if scale not in self._scales:
             return values

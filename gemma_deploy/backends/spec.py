@@ -80,7 +80,7 @@ class BuildSpec:
         table = self.table
         if table is None and self.table_in_groups:
             table = dividing_table(hidden_size)
-        return storage_of(self.scheme.weights, hidden_size, self.groupsize, table, self.keep_w8)
+        return storage_of(self.scheme.weights, hidden_size, self.groupsize, table=table, kept_w8=self.keep_w8)
 
     @property
     def whole_rows(self) -> bool:

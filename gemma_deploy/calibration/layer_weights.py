@@ -34,13 +34,13 @@ def template_stack(config: ModelConfig, embed_scale: str) -> tuple[Any, tuple[st
     return stack, tuple(layer.template for layer in templates)
 
 
-def embed(checkpoint: WeightSource, ids: np.ndarray, scale: float, states: HiddenStates) -> None:
+def embed(checkpoint: WeightSource, ids: np.ndarray, scale: float, *, states: HiddenStates) -> None:
     """Fill `states` with scaled embedding rows, reading only the rows that occur."""
     for window, tokens in enumerate(ids):
         unique, inverse = np.unique(tokens, return_inverse=True)
         rows = np.concatenate([checkpoint.rows(EMBEDDING_WEIGHT, int(token), int(token) + 1) for token in unique])
         hidden = torch.from_numpy(rows)[torch.from_numpy(inverse)] * scale
-        refuse_nonfinite(hidden, checkpoint.path, EMBEDDING_WEIGHT.removesuffix(".weight"), window)
+        refuse_nonfinite(hidden, checkpoint.path, EMBEDDING_WEIGHT.removesuffix(".weight"), window=window)
         states.write(window, hidden.numpy())
 
 
@@ -58,7 +58,7 @@ def loaded(module: nn.Module, checkpoint: WeightSource, name: str) -> Iterator[N
         module.to("meta")
 
 
-def refuse_nonfinite(hidden: torch.Tensor, path: Path, module: str, window: int) -> None:
+def refuse_nonfinite(hidden: torch.Tensor, path: Path, module: str, *, window: int) -> None:
     """Refuse a hidden state that is no number.
 
     Args:

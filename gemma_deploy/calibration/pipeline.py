@@ -110,18 +110,20 @@ def calibrate(
         return Outcome(known, True)
     if cluster is not None:
         require_cluster(cluster)
-    check_room(checkpoint.config, request.nsamples, request.seqlen, workspace, processes=processes)
+    check_room(checkpoint.config, request.nsamples, request.seqlen, workspace=workspace, processes=processes)
     windows = make_windows(checkpoint, request, found)
     with store.CalibrationDir(out, fingerprint, force=force) as made:
         if made.finished:  # by another process just now
             return Outcome(Calibration.open(out), True)
         unfinished = made.path
-        ranges = measure(checkpoint, windows, request, unfinished, progress, processes, cluster)
+        ranges = measure(
+            checkpoint, windows, request, scratch=unfinished, progress=progress, processes=processes, cluster=cluster
+        )
         title = f"{checkpoint.path.name} on {request.label}: {request.nsamples} windows of {request.seqlen} tokens"
         picture.draw(ranges, title, unfinished / store.PICTURE)
         record: dict[str, Any] = {"fingerprint": fingerprint, "inputs": inputs, "texts_used": windows.texts_used}
         record["places"] = {one.name: str(one.place) for one in found} | {"checkpoint": str(checkpoint.path)}
-        store.write(unfinished, record, windows.ids, ranges)
+        store.write(unfinished, record, windows.ids, ranges=ranges)
         made.publish()
     return Outcome(Calibration.open(out), False)
 
@@ -294,6 +296,7 @@ def measure(
     checkpoint: Checkpoint,
     windows: TokenWindows,
     request: Request,
+    *,
     scratch: Path,
     progress: Tick | None,
     processes: int = 1,

@@ -65,7 +65,7 @@ def run_layers(
     shape, file = (nsamples, seqlen, config.hidden_size), scratch / "hidden_states.f32"
     states = HiddenStates(shape, file, 0) if executor.shares == "disk" else HiddenStates(shape, file)
     with closing(states):
-        embed(checkpoint, ids, float(stack_template.stack.embed_tokens.scale_value(torch.float32)), states)
+        embed(checkpoint, ids, float(stack_template.stack.embed_tokens.scale_value(torch.float32)), states=states)
         for index in range(config.num_hidden_layers):
             layer = LayerPass(stack_template, index)
             shards, carry = shards_of(nsamples, seqlen), executor.shares == "nothing"
@@ -89,7 +89,7 @@ def run_layers(
         with loaded(stack_template.stack.norm, checkpoint, NORM):
             for window in range(nsamples):
                 hidden = stack_template.stack.norm(torch.from_numpy(states.read(window))[None])
-                refuse_nonfinite(hidden, checkpoint.path, NORM, window)
+                refuse_nonfinite(hidden, checkpoint.path, NORM, window=window)
                 head.update(hidden)
     return ranges
 
@@ -112,7 +112,7 @@ def _pass(layer: LayerPass, task: _Task) -> tuple[Ranges, StatesByValue | None]:
 
     for window in task.shard.windows:
         hidden = layer.run(task.shard.states.read(window), lambda linear, x: seen(f"{layer.name}.{linear}.in", x))
-        refuse_nonfinite(hidden, layer.path, layer.name, window)
+        refuse_nonfinite(hidden, layer.path, layer.name, window=window)
         seen(f"{layer.name}.out", hidden)
         if task.target is None:
             rows.append(hidden[0].numpy())

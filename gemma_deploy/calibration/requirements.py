@@ -39,7 +39,7 @@ def workers_bytes(
     return handed_over + processes * (PROCESS_BYTES + 4 * (weights + window + shard)), handed_over + files
 
 
-def memory_bytes(config: ModelConfig, nsamples: int, seqlen: int, processes: int = 1, threads: int = 1) -> int:
+def memory_bytes(config: ModelConfig, nsamples: int, seqlen: int, *, processes: int = 1, threads: int = 1) -> int:
     """Estimated peak of `calibrate`: libraries, one layer in float32, activations of windows, small hidden states."""
     states = states_bytes(config, nsamples, seqlen)
     workers, _ = workers_bytes(config, seqlen, processes=processes, threads=threads, moments=False)
@@ -70,6 +70,7 @@ def check_room(
     config: ModelConfig,
     nsamples: int,
     seqlen: int,
+    *,
     workspace: Path,
     machine: Machine | None = None,
     processes: int = 1,
@@ -81,7 +82,7 @@ def check_room(
     """
     machine = machine or Machine.measure(workspace)
     memory, states = (
-        memory_bytes(config, nsamples, seqlen, processes, machine.cpus),
+        memory_bytes(config, nsamples, seqlen, processes=processes, threads=machine.cpus),
         states_bytes(config, nsamples, seqlen),
     )
     problems = []

@@ -55,7 +55,7 @@ def state_columns(layer: LayerSpec, point: str) -> int:
     return layer.hidden_size + (layer.linear(point).in_features if point in waiting else 0)
 
 
-def walk(layer: Walkable, state: np.ndarray, route: Route, stop: str | None, seen: Seen) -> tuple[torch.Tensor, ...]:
+def walk(layer: Walkable, state: np.ndarray, route: Route, *, stop: str | None, seen: Seen) -> tuple[torch.Tensor, ...]:
     """Take a window from one point to another.
 
     Args:

@@ -210,7 +210,7 @@ class LayerPass:
 
 @torch.inference_mode()
 def inputs(
-    layer: LayerPass, shard: Shard, points: Sequence[str], route: Route = ENTERED, target: StateStore | None = None
+    layer: LayerPass, shard: Shard, points: Sequence[str], *, route: Route = ENTERED, target: StateStore | None = None
 ) -> dict[str, torch.Tensor]:
     """Inputs of some linears over a shard: [tokens, channels] each.
 
@@ -227,7 +227,7 @@ def inputs(
                     found[point] = torch.empty(len(shard.windows) * seqlen, x.shape[-1])
                 found[point][at * seqlen : (at + 1) * seqlen] = x[0]
 
-        parts = walk(layer, shard.states.read(window), route, points[-1], seen)
+        parts = walk(layer, shard.states.read(window), route, stop=points[-1], seen=seen)
         if target is not None:
             target.write(window, *(part[0].numpy() for part in parts))
     return found
@@ -235,7 +235,7 @@ def inputs(
 
 @torch.inference_mode()
 def advance(
-    layer: LayerPass, shard: Shard, target: StateStore, route: Route, maxima: dict[str, torch.Tensor] | None = None
+    layer: LayerPass, shard: Shard, target: StateStore, *, route: Route, maxima: dict[str, torch.Tensor] | None = None
 ) -> None:
     """Write what the layer gives for a shard into `target`.
 
@@ -258,8 +258,8 @@ def advance(
             assert route == ENTERED
             hidden = layer.run(state, cached=cached)
         else:
-            (hidden,) = walk(layer, state, route, None, lambda point, x: None)
-        refuse_nonfinite(hidden, layer.path, layer.name, window)
+            (hidden,) = walk(layer, state, route, stop=None, seen=lambda point, x: None)
+        refuse_nonfinite(hidden, layer.path, layer.name, window=window)
         target.write(window, hidden[0].numpy())
 
 

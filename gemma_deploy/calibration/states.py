@@ -26,7 +26,7 @@ class HiddenStates:
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], file: Path, in_memory_bytes: int = IN_MEMORY_BYTES, there: bool = False
+        self, shape: tuple[int, int, int], file: Path, in_memory_bytes: int = IN_MEMORY_BYTES, *, there: bool = False
     ) -> None:
         self.shape, self.file = shape, file
         self.window_bytes = 4 * shape[1] * shape[2]

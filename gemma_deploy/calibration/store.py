@@ -175,7 +175,7 @@ class CalibrationDir(WorkDir):
         self.finished = whole and Calibration.open(self.out).record["fingerprint"] == self.fingerprint
 
 
-def write(out: Path, record: dict[str, Any], samples: np.ndarray, ranges: Mapping[str, Range]) -> None:
+def write(out: Path, record: dict[str, Any], samples: np.ndarray, *, ranges: Mapping[str, Range]) -> None:
     """Write samples, statistics and the record (last) into `out`."""
     save_file({"input_ids": np.ascontiguousarray(samples, np.int32)}, out / SAMPLES)
     stats: dict[str, np.ndarray] = {}

@@ -124,7 +124,7 @@ def _compare(
             title, result = str(path), requests.artifact_stage(path, checkpoint, request)
         else:
             title = f"{path} against {against}"
-            result = requests.two_artifacts(path, Path(against), checkpoint, request)
+            result = requests.two_artifacts(path, Path(against), checkpoint, request=request)
     # A damaged weight that no prompt here brings out passes every gate; where one fails, it says where.
     if result.passed:
         for opened in artifacts:

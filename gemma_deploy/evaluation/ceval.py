@@ -61,7 +61,7 @@ class Answered:
 
 
 def read(
-    path: Path | None, split: str, shots: int, subjects: Sequence[str], limit: int | None
+    path: Path | None, split: str, shots: int, *, subjects: Sequence[str], limit: int | None
 ) -> dict[str, tuple[list[Row], list[Row]]]:
     """Examples and questions by subject.
 
@@ -124,6 +124,7 @@ def ask(
     chosen: Mapping[str, tuple[list[Row], list[Row]]],
     encode: Callable[[str], list[int]],
     bos: int,
+    *,
     longest: int,
     where: str,
 ) -> list[Asked]:

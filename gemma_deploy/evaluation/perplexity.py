@@ -81,7 +81,7 @@ class Measured:
 
 
 def measure(
-    test: Evaluated, reference: Evaluated | None, windows: ScoredWindows, progress: Tick | None = None
+    test: Evaluated, reference: Evaluated | None, windows: ScoredWindows, *, progress: Tick | None = None
 ) -> Measured:
     """Score all windows.
 
@@ -103,7 +103,7 @@ def measure(
             for n, (i, p) in enumerate(part):
                 target = windows.ids[first + i][p + 1]
                 if reference is not None:
-                    comparison.add(logits[0][n], logits[1][n], target, first + i)
+                    comparison.add(logits[0][n], logits[1][n], target, row=first + i)
                 elif np.isfinite(logits[0][n]).all():
                     nll.append(-float(log_softmax(logits[0][n])[target]))
                 else:

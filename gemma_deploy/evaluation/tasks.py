@@ -115,7 +115,7 @@ def run_text(pair: Comparison, request: TextRequest, progress: Tick | None = Non
     windows = make_windows(text, encode, bos, count=asked, seqlen=seqlen, name=name)
     del encode
     give_memory_back()
-    measured = perplexity.measure(pair.target, pair.reference, windows, progress)
+    measured = perplexity.measure(pair.target, pair.reference, windows, progress=progress)
     return {
         **_head("ppl", pair),
         "settings": {
@@ -141,9 +141,9 @@ def run_exam(pair: Comparison, request: ExamRequest, progress: Tick | None = Non
         UsageError: no such subject, or questions that do not fit; CalibrationError: the archive is damaged or lacks
             what was asked for.
     """
-    chosen = ceval.read(request.path, request.split, request.shots, request.subjects, request.limit)
+    chosen = ceval.read(request.path, request.split, request.shots, subjects=request.subjects, limit=request.limit)
     encode, bos = pair.target.encoder()
-    asked = ceval.ask(chosen, encode, bos, pair.longest, str(pair.target.path))
+    asked = ceval.ask(chosen, encode, bos, longest=pair.longest, where=str(pair.target.path))
     if pair.reference is not None:
         del encode
         probe = "\n\n".join(row["question"] for _, rows in chosen.values() for row in rows[:1])

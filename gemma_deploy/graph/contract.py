@@ -77,6 +77,7 @@ class GraphContract:
         config: ModelConfig,
         scheme: Form,
         batch: int,
+        *,
         prefill: int,
         context: int,
         dynamic: bool = False,

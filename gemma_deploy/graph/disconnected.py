@@ -100,7 +100,7 @@ def own_name(name: str) -> str:
 DYNAMIC_SIZES = (3, 5, 7)
 
 
-def example_inputs(skeleton: Skeleton, contract: GraphContract, graph: str, hidden_size: int) -> tuple[Any, ...]:
+def example_inputs(skeleton: Skeleton, contract: GraphContract, graph: str, *, hidden_size: int) -> tuple[Any, ...]:
     """Zero-storage inputs of the shapes the graph will have (of any shapes when it is dynamic)."""
     decode = graph == DECODE
     batch, seq, past = contract.batch, 1 if decode else contract.prefill, contract.context
@@ -134,7 +134,7 @@ def dynamic_dimensions(skeleton: Skeleton, graph: str) -> tuple[Any, ...]:
     return row, row, row, [tuple(layer) for _ in skeleton.templates], row
 
 
-def parts_of(skeleton: Skeleton, names: Iterator[str], outs: Iterator[str], graph: str) -> list[TraceBorder]:
+def parts_of(skeleton: Skeleton, names: Iterator[str], outs: Iterator[str], *, graph: str) -> list[TraceBorder]:
     """Which trace inputs and outputs belong to which part, in the order of `DisconnectedParts.forward`.
 
     Args:

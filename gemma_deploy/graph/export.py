@@ -39,6 +39,7 @@ def export_graphs(
     config: ModelConfig,
     scheme: Form,
     contract: GraphContract,
+    *,
     embed_scale: str = "exact",
     rescaling: Rescaling | None = None,
 ) -> dict[str, ir.Model]:
@@ -52,7 +53,7 @@ def export_graphs(
         ExportError: the patched model could not be traced or simplified.
         NotBuiltError: no patched model exists for this generation.
     """
-    return Traced(config, scheme, contract, embed_scale, rescaling).graphs(
+    return Traced(config, scheme, contract, embed_scale=embed_scale, rescaling=rescaling).graphs(
         ArtifactPart(whole(config.num_hidden_layers))
     )
 
@@ -73,6 +74,7 @@ class Traced:
         config: ModelConfig,
         scheme: Form,
         contract: GraphContract,
+        *,
         embed_scale: str = "exact",
         rescaling: Rescaling | None = None,
         ranks: int = 1,
@@ -97,7 +99,9 @@ class Traced:
             for graph in GRAPHS
         }
         pair = GraphPair(skeletons)
-        args = {graph: example_inputs(skeletons[graph], local, graph, config.hidden_size) for graph in GRAPHS}
+        args = {
+            graph: example_inputs(skeletons[graph], local, graph, hidden_size=config.hidden_size) for graph in GRAPHS
+        }
         free = {graph: dynamic_dimensions(skeletons[graph], graph) for graph in GRAPHS} if contract.dynamic else None
         model = trace(pair, (args,), None if free is None else (free,))
         inputs = [value.name or "" for value in model.graph.inputs]
@@ -114,7 +118,7 @@ class Traced:
             traced, hidden, folded, named, widened, removed, len(self.model.graph), time.perf_counter() - started,
         )  # fmt: skip
         names = iter(inputs), iter(outputs)
-        parts = {graph: parts_of(skeletons[graph], *names, graph) for graph in GRAPHS}
+        parts = {graph: parts_of(skeletons[graph], *names, graph=graph) for graph in GRAPHS}
         prefixes = {f"layer.{one.template}": f"model.layers.{k}." for k, one in enumerate(config.templates)}
         self.templates = {graph: stamp.cut(self.model, parts[graph], prefixes) for graph in GRAPHS}
 
@@ -124,10 +128,12 @@ class Traced:
 
     def _stamped(self, graph: str, part: ArtifactPart) -> ir.Model:
         contract = self.contract.of_part(part)
-        model = stamp.stamp(self.model, self.templates[graph], self.config.layers, contract.computed, graph)
+        model = stamp.stamp(
+            self.model, self.templates[graph], self.config.layers, contract=contract.computed, graph=graph
+        )
         caches = rounded = 0
         if contract.cache_dtype == "int8":
-            caches = quantize_cache(model, contract, graph, self.config.layers)
+            caches = quantize_cache(model, contract, graph, layers=self.config.layers)
         if part.ranks > 1 and contract.embeds:
             first = model.graph.initializers["model.embed_tokens.first_row"]
             rows = self.config.vocab_size // part.ranks

@@ -80,7 +80,7 @@ class Body:
         return self.node("Constant", [], name, value=ir.tensor(np.float32(value), name=name))
 
     def function(
-        self, name: str, outputs: Sequence[ir.Value], opset: int, attributes: Sequence[ir.Attr] = ()
+        self, name: str, outputs: Sequence[ir.Value], opset: int, *, attributes: Sequence[ir.Attr] = ()
     ) -> ir.Function:
         """The finished ONNX function."""
         graph = ir.Graph(self.inputs, outputs, nodes=self.nodes, opset_imports={"": opset}, name=name)
@@ -133,7 +133,7 @@ def dequantize_cache(opset: int) -> ir.Function:
     node.outputs[0].name = "y"
     body.nodes.append(node)
     declared = ir.Attr("to", ir.AttributeType.INT, None)
-    return body.function(DEQUANTIZE_CACHE, [node.outputs[0]], opset, [declared])
+    return body.function(DEQUANTIZE_CACHE, [node.outputs[0]], opset, attributes=[declared])
 
 
 def used_functions(model: ir.Model, opset: int) -> list[ir.Function]:

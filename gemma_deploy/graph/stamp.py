@@ -89,7 +89,7 @@ class Builder:
         self.inputs = {port.name: _value(port) for port in contract.inputs(graph)}
 
     def place(
-        self, template: Template, inputs: dict[str, ir.Value], prefix: str, wanted: Iterable[str] | None = None
+        self, template: Template, inputs: dict[str, ir.Value], prefix: str, *, wanted: Iterable[str] | None = None
     ) -> dict[str, ir.Value]:
         """Copy a template's nodes with these border inputs; returns its border outputs.
 
@@ -188,6 +188,7 @@ def stamp(
     source: ir.Model,
     templates: dict[str, Template],
     layers: Sequence[LayerSpec],
+    *,
     contract: GraphContract,
     graph: str,
 ) -> ir.Model:
@@ -205,7 +206,7 @@ def stamp(
     wanted = [f"{what}.{kind}" for kind in kinds for what in ("mask", "cos", "sin")]
     names = ("input_ids", "attention_mask", "position_ids") if contract.embeds else ("attention_mask", "position_ids")
     given = {name: build.inputs[name] for name in names}
-    shared = build.place(templates["prologue"], given, "prologue.", [*(("hidden",) * contract.embeds), *wanted])
+    shared = build.place(templates["prologue"], given, "prologue.", wanted=[*(("hidden",) * contract.embeds), *wanted])
     hidden = shared["hidden"] if contract.embeds else build.inputs[ENTERING]
     outputs = dict[str, ir.Value]()
     for layer in layers:

@@ -60,7 +60,14 @@ def export_here(task: Task) -> dict[str, bytes]:
 
     ranks = task.rows[0][0].ranks
     traced = Traced(
-        task.config, task.scheme, task.contract, task.embed_scale, task.rescaling, ranks, task.storage, task.unrounded
+        task.config,
+        task.scheme,
+        task.contract,
+        embed_scale=task.embed_scale,
+        rescaling=task.rescaling,
+        ranks=ranks,
+        storage=task.storage,
+        unrounded=task.unrounded,
     )
     files = {}
     for part, rows in task.rows:

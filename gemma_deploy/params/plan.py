@@ -70,6 +70,7 @@ def build_plan(
     config: ModelConfig,
     scheme: Form,
     context_length: int,
+    *,
     rescaling: Rescaling | None = None,
     part: ArtifactPart | None = None,
     quantized: Mapping[str, OutputError] | None = None,

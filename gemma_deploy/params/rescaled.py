@@ -36,7 +36,7 @@ class RescaledCheckpoint:
         rows = self.source.rows(name, start, stop)
         if not self._is_changed(self.source.tensors[name]):
             return rows
-        return rescaled(rows, name, self.rescaling, self.config.architecture.norm_offset)
+        return rescaled(rows, name, self.rescaling, norm_offset=self.config.architecture.norm_offset)
 
     def raw_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """The same rows, or the source's own where nothing changes."""
@@ -67,7 +67,7 @@ def exponent_of(name: str, dimensions: int, rescaling: Rescaling) -> int:
 
 
 def rescaled(
-    rows: np.ndarray, name: str, rescaling: Rescaling, norm_offset: float, *, undo: bool = False
+    rows: np.ndarray, name: str, rescaling: Rescaling, *, norm_offset: float, undo: bool = False
 ) -> np.ndarray:
     """Rows with their tensor's power of two, float32: exact, but for the last bit of a norm's weight next to -1.
 

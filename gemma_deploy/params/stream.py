@@ -65,7 +65,7 @@ class Buffers:
 class Sink:
     """Writes one tensor front to back at its offset, hashing on the way; a transposed one when all of it is there."""
 
-    def __init__(self, fd: int, spec: ParamSpec, offset: int, wrote: Callable[[int], None]) -> None:
+    def __init__(self, fd: int, spec: ParamSpec, offset: int, *, wrote: Callable[[int], None]) -> None:
         """Begin at `offset` of the open file `fd`."""
         self.fd, self.spec, self.offset, self.wrote = fd, spec, offset, wrote
         self.digest, self.done, self.transposed = hashlib.sha256(), 0, 0
@@ -101,7 +101,7 @@ class Sink:
 
 
 def run_job(
-    job: WriteJob, source: WeightSource, fd: int, buffers: Buffers, block_bytes: int, wrote: Callable[[int], None]
+    job: WriteJob, source: WeightSource, fd: int, *, buffers: Buffers, block_bytes: int, wrote: Callable[[int], None]
 ) -> list[ParamRow]:
     """Write one job's tensors.
 
@@ -116,7 +116,7 @@ def run_job(
     Raises:
         BadTensorError: a value is NaN, infinite, or too large for the dtype it goes to.
     """
-    sinks = [Sink(fd, spec, offset, wrote) for spec, offset in zip(job.specs, job.offsets, strict=True)]
+    sinks = [Sink(fd, spec, offset, wrote=wrote) for spec, offset in zip(job.specs, job.offsets, strict=True)]
     spec = job.specs[0]
     if spec.kind == "constant":
         return [_write_constant(sinks[0], buffers, block_bytes)]
@@ -201,7 +201,9 @@ def _write_int8(
         q = buffers.take("out", tuple(block.shape), torch.int8)
         scratch = buffers.take("scratch", grouped, torch.float32)
         all_scales[part] = row_scales(absmax.float() if groups == 1 else in_float32.view(grouped).abs().amax(1))
-        signal[part], error[part] = quantize_rows_(in_float32.view(grouped), all_scales[part], q.view(grouped), scratch)
+        signal[part], error[part] = quantize_rows_(
+            in_float32.view(grouped), all_scales[part], q.view(grouped), scratch=scratch
+        )
         weight.write_rows(as_stored(_columns(q, weight.spec, buffers), weight.spec), buffers)
     scales.write(all_scales)
     energy = float(signal.numpy().sum())

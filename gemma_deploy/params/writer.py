@@ -73,7 +73,7 @@ def write_params(
     with _disk_errors(out_path, layout), contextlib.closing(Journal(journal, _key(plan, layout, fingerprint))) as log:
         if _is_finished(log.file, out_path, layout):
             return in_file_order([row for rows in log.finished.values() for row in rows])
-        run = _Run(checkpoint, plan, layout, out_path, log)
+        run = _Run(checkpoint, plan, layout, out_path=out_path, log=log)
         if not _is_finished(log.file, run.partial, layout):
             run.prepare()
             run.write(workers, block_bytes, progress)
@@ -87,7 +87,7 @@ def write_params(
 
 
 def finished_table(
-    checkpoint: WeightSource, plan: Sequence[ParamSpec], out_path: Path, journal: Path
+    checkpoint: WeightSource, plan: Sequence[ParamSpec], out_path: Path, *, journal: Path
 ) -> ParamTable | None:
     """The table of a file that `write_params` would leave alone, else None. Reads no tensor and changes nothing."""
     layout = lay_out(plan)
@@ -106,7 +106,7 @@ def refuse_bad_tensors(checkpoint: WeightSource, plan: Sequence[ParamSpec], *, b
     try:
         for job in _jobs(plan, lay_out(plan)):
             try:
-                run_job(job, checkpoint, nowhere, buffers, block_bytes, lambda count: None)
+                run_job(job, checkpoint, nowhere, buffers=buffers, block_bytes=block_bytes, wrote=lambda count: None)
             except BadTensorError as error:
                 bad.append(str(error))
             if len(bad) >= MOST_BAD:
@@ -121,7 +121,7 @@ class _Run:
     """One file being written."""
 
     def __init__(
-        self, checkpoint: WeightSource, plan: Sequence[ParamSpec], layout: Layout, out_path: Path, log: Journal
+        self, checkpoint: WeightSource, plan: Sequence[ParamSpec], layout: Layout, *, out_path: Path, log: Journal
     ) -> None:
         self.checkpoint, self.layout, self.out_path, self.log = checkpoint, layout, out_path, log
         self.partial = out_path.with_name(out_path.name + ".partial")
@@ -187,7 +187,9 @@ class _Run:
             logger.warning("%s in %s is not what was written: writing it again", job.name, self.partial)
         if not hasattr(self.local, "buffers"):
             self.local.buffers = Buffers()
-        return job, run_job(job, self.checkpoint, self.fd, self.local.buffers, block_bytes, self.wrote)
+        return job, run_job(
+            job, self.checkpoint, self.fd, buffers=self.local.buffers, block_bytes=block_bytes, wrote=self.wrote
+        )
 
     def wrote(self, count: int) -> None:
         """Count bytes for the progress, and end the worker when the run is being stopped."""

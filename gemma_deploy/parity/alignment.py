@@ -85,6 +85,7 @@ def model_lines(
     checkpoint: Checkpoint,
     sources: Mapping[str, TorchSource],
     cases: Sequence[Case],
+    *,
     report: Callable[[str], None],
     measures: list[dict[str, Any]],
 ) -> list[Line]:
@@ -104,7 +105,9 @@ def model_lines(
             pair = [TorchSource(checkpoint, source.kind, dtype=getattr(torch, dtype)) for source in pair]
         kept = [_Kept(source) for source in pair]
         names = (kept[0].name, kept[1].name)
-        found = compare_sources({one.name: one for one in kept}, [names], cases, checkpoint.config.vocab_size, report)
+        found = compare_sources(
+            {one.name: one for one in kept}, [names], cases, vocab_size=checkpoint.config.vocab_size, report=report
+        )
         error = _relative([one.features for one in kept])
         lines.append(Line(" = ".join(names), f"base model, {dtype}, relative error", error, limit, error <= limit))
         (logits,) = judged(relative(limit, names), found)

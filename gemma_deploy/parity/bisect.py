@@ -46,20 +46,20 @@ class Divergence:
         return {**asdict(self), "text": text}
 
 
-def torch_divergence(hf: TorchSource, patched: TorchSource, case: Case, tolerance: float) -> Divergence | None:
+def torch_divergence(hf: TorchSource, patched: TorchSource, case: Case, *, tolerance: float) -> Divergence | None:
     """Compare what every module makes, in the order the reference runs them."""
     layers = hf.checkpoint.config.layers
     names = {f"{layer.prefix}{name}" for layer in layers for name in (*layer.points(), "out")} | {EMBEDDED, NORMED}
     expected: dict[str, np.ndarray] = {}
-    hf.modules(case, 0, names.__contains__, expected.__setitem__)
+    hf.modules(case, 0, names.__contains__, keep=expected.__setitem__)
     got: dict[str, np.ndarray] = {}
-    patched.modules(case, 0, expected.__contains__, got.__setitem__)
+    patched.modules(case, 0, expected.__contains__, keep=got.__setitem__)
     prompt, names_made = len(case.prompts[0]), [name for name in expected if name in got]
-    errors = ((name, *errors_by_phase(expected[name], got[name], prompt, tolerance)) for name in names_made)
-    return first_or_worst(hf.name, patched.name, errors, tolerance)
+    errors = ((name, *errors_by_phase(expected[name], got[name], prompt, tolerance=tolerance)) for name in names_made)
+    return first_or_worst(hf.name, patched.name, errors, tolerance=tolerance)
 
 
-def errors_by_phase(expected: np.ndarray, got: np.ndarray, prompt: int, tolerance: float) -> tuple[str, float]:
+def errors_by_phase(expected: np.ndarray, got: np.ndarray, prompt: int, *, tolerance: float) -> tuple[str, float]:
     """A phase and its error: prefill when it is wrong already, else the phase with the larger error."""
     count = min(len(expected), len(got))  # the prefill graph may keep the last positions only
     steps = len(expected) - prompt
@@ -80,7 +80,7 @@ def relative_error(reference: np.ndarray, test: np.ndarray) -> float:
 
 
 def first_or_worst(
-    reference: str, test: str, errors: Iterator[tuple[str, str, float]], tolerance: float
+    reference: str, test: str, errors: Iterator[tuple[str, str, float]], *, tolerance: float
 ) -> Divergence | None:
     """Stop at the first error above tolerance; without one, the largest."""
     worst: Divergence | None = None

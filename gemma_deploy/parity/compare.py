@@ -87,7 +87,7 @@ class PairMeasures:
         self.parts: dict[tuple[str, str], Comparison] = {}
         self.pools: dict[str, Comparison] = {}
 
-    def add(self, case: Case, row: int, index: int, reference: np.ndarray, test: np.ndarray) -> None:
+    def add(self, case: Case, row: int, index: int, *, reference: np.ndarray, test: np.ndarray) -> None:
         """Compare the logits at a position of a row's sequence."""
         sequence = case.sequence(row)
         target = sequence[index + 1] if index + 1 < len(sequence) else None
@@ -96,7 +96,7 @@ class PairMeasures:
             self.parts.setdefault((case.name, phase), Comparison()),
             self.pools.setdefault(case.name, Comparison()),
         ):
-            comparison.add(reference, test, target, row)
+            comparison.add(reference, test, target, row=row)
 
     def measured(self) -> dict[tuple[str, str], Metrics]:
         """(case, phase) -> metrics."""
@@ -111,6 +111,7 @@ def compare_sources(
     sources: Mapping[str, LogitSource],
     pairs: Sequence[tuple[str, str]],
     cases: Sequence[Case],
+    *,
     vocab_size: int,
     report: Report = log.debug,
 ) -> dict[tuple[str, str], PairMeasures]:
@@ -171,7 +172,7 @@ def _compare_block(
     for (reference, test), pair in found.items():
         for at in positions:
             if at in logits[reference] and at in logits[test]:
-                pair.add(cases[at[0]], at[1], at[2], logits[reference][at], logits[test][at])
+                pair.add(cases[at[0]], at[1], at[2], reference=logits[reference][at], test=logits[test][at])
 
 
 def _features_at(features: Features, cases: Sequence[Case], position: Position) -> np.ndarray | None:
@@ -197,6 +198,7 @@ def cases_for(
     checkpoint: Checkpoint,
     sizes: Sizes,
     text: str | Path | None,
+    *,
     prompt_tokens: int,
     decode_tokens: int,
     notes: list[str],
@@ -207,7 +209,7 @@ def cases_for(
     notes += [sentence] if sentence else []
     if steps < decode_tokens:
         notes.append(f"{steps} decode steps instead of {decode_tokens}: the context has no room for more after prefill")
-    tokens = text_tokens(checkpoint, text, sizes.batch * (length + steps), notes)
+    tokens = text_tokens(checkpoint, text, sizes.batch * (length + steps), notes=notes)
     if tokens is not None and len(tokens) < steps + 2:
         raise UsageError(
             f"has {len(tokens)} tokens, too few for {steps} decode steps",
@@ -218,7 +220,9 @@ def cases_for(
     return make_cases(checkpoint.config, batch=sizes.batch, length=length, steps=steps, text=tokens)
 
 
-def text_tokens(checkpoint: Checkpoint, text: str | Path | None, wanted: int, notes: list[str]) -> Sequence[int] | None:
+def text_tokens(
+    checkpoint: Checkpoint, text: str | Path | None, wanted: int, *, notes: list[str]
+) -> Sequence[int] | None:
     """Tokens of the text without BOS, about as many as wanted; None when the checkpoint has no tokenizer."""
     from gemma_deploy.calibration.sources import SOURCES
 

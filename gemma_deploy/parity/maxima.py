@@ -70,7 +70,7 @@ def measure_rescaling(
         ids.append(make_windows(checkpoint, request).ids)
     else:
         log.warning("the checkpoint has no tokenizer: float16's headroom is measured on random tokens alone")
-    source = TorchSource(checkpoint, "patched", "fp32", embed_scale)
+    source = TorchSource(checkpoint, "patched", "fp32", embed_scale=embed_scale)
     source.progress = progress
     maxima = source.maxima(np.concatenate(ids))
     damaged = [point for point, found in maxima.items() if not np.isfinite(found)]

@@ -74,7 +74,7 @@ def log_softmax(row: np.ndarray) -> np.ndarray:
 
 
 def divergence(
-    reference: np.ndarray, test: np.ndarray, difference: np.ndarray, largest: float
+    reference: np.ndarray, test: np.ndarray, difference: np.ndarray, *, largest: float
 ) -> tuple[float, float, float]:
     """Log of the sum of exponentials of both, and KL(reference || test) in nats.
 
@@ -112,7 +112,7 @@ class Comparison:
         self._prefix: dict[int, int] = {}
         self._broken: set[int] = set()
 
-    def add(self, reference: np.ndarray, test: np.ndarray, target: int | None = None, row: int = 0) -> None:
+    def add(self, reference: np.ndarray, test: np.ndarray, target: int | None = None, *, row: int = 0) -> None:
         """Compare one position.
 
         Args:
@@ -140,7 +140,7 @@ class Comparison:
         self._max_logit = max(self._max_logit, float(np.abs(reference).max()))
         norms = float(np.linalg.norm(reference) * np.linalg.norm(test))
         self._cosines.append(float(reference @ test) / norms if norms else float(np.array_equal(reference, test)))
-        log_sum, log_sum_test, kl = divergence(reference, test, difference, float(absolute.max()))
+        log_sum, log_sum_test, kl = divergence(reference, test, difference, largest=float(absolute.max()))
         self._kl.append(kl)
         if target is not None:
             self._nll.append((log_sum - float(reference[target]), log_sum_test - float(test[target])))

@@ -48,6 +48,7 @@ class TorchSource:
         checkpoint: WeightSource,
         kind: Literal["hf", "patched"],
         weighting: Weighting = "fp32",
+        *,
         embed_scale: str = "exact",
         dtype: torch.dtype = torch.float32,
         name: str | None = None,
@@ -107,7 +108,7 @@ class TorchSource:
         return out
 
     def modules(
-        self, case: Case, row: int, wanted: Callable[[str], bool], keep: Callable[[str, np.ndarray], None]
+        self, case: Case, row: int, wanted: Callable[[str], bool], *, keep: Callable[[str, np.ndarray], None]
     ) -> None:
         """Run one row and hand over what modules read and make, in the order they run.
 

@@ -34,8 +34,8 @@ def measure_sensitivity(
     checkpoint: WeightSource,
     stored: ArtifactWeights,
     ids: Sequence[int],
-    scratch: Path,
     *,
+    scratch: Path,
     embed_scale: str = "exact",
     progress: Tick | None = None,
 ) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def _embed_both(
         sources: tuple[WeightSource, WeightSource] = (checkpoint, stored)
         for row, source in zip(rows, sources, strict=True):
             one = stack.enter_context(closing(HiddenStates((1, *states.shape[1:]), scratch / f"embedded-{row}.f32", 0)))
-            embed(source, ids, scale, one)
+            embed(source, ids, scale, states=one)
             hidden = one.read(0)
             if source is stored and columns is not None:
                 hidden = (hidden / np.float32(scale) * columns).astype(np.float32)

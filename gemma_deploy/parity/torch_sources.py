@@ -17,12 +17,12 @@ def torch_sources(
 ) -> tuple[TorchSource, TorchSource, TorchSource]:
     """hf, patched, and the reference: the patched model, with the artifact's own weights where those are codes."""
     scheme, scale = manifest.scheme, manifest.embed_scale
-    hf = TorchSource(opened, "hf", "bf16" if scheme == "bf16" else "fp32", scale)
-    patched = TorchSource(opened, "patched", "bf16" if scheme == "bf16" else "fp32", scale)
+    hf = TorchSource(opened, "hf", "bf16" if scheme == "bf16" else "fp32", embed_scale=scale)
+    patched = TorchSource(opened, "patched", "bf16" if scheme == "bf16" else "fp32", embed_scale=scale)
     same_weights = patched
     if scheme == "w8a16" and manifest.storage == Storage():
-        same_weights = TorchSource(opened, "patched", "w8a16", scale)
+        same_weights = TorchSource(opened, "patched", "w8a16", embed_scale=scale)
     elif Scheme(scheme).codes:
         weights = ArtifactWeights(opened.config, artifact, manifest)
-        same_weights = TorchSource(weights, "patched", "fp32", scale, name=SAME_WEIGHTS[scheme])
+        same_weights = TorchSource(weights, "patched", "fp32", embed_scale=scale, name=SAME_WEIGHTS[scheme])
     return hf, patched, same_weights

@@ -45,7 +45,7 @@ def parts_of(layers: int, points: Sequence[int], ranks: int) -> tuple[ArtifactPa
     return tuple(ArtifactPart(span, rank, ranks) for span in spans_of(layers, points) for rank in range(ranks))
 
 
-def division_problems(config: ModelConfig, points: Sequence[int], ranks: int, align_qkv: bool) -> list[str]:
+def division_problems(config: ModelConfig, points: Sequence[int], ranks: int, *, align_qkv: bool) -> list[str]:
     """Why a model cannot be divided as a recipe asks, a sentence for each recipe key; empty when it can."""
     problems = [f"frontend.model_kwargs.tp: {problem}" for problem in obstacles(config, ranks, align_qkv)]
     try:

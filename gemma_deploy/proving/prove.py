@@ -44,7 +44,9 @@ def run_parity(
     """
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     result = ParityResult()
-    cases = cases_for(opened, manifest.contract, text, prompt_tokens, decode_tokens, result.notes)
+    cases = cases_for(
+        opened, manifest.contract, text, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, notes=result.notes
+    )
     proof = Proof(artifact, opened, manifest, tuple(cases), fast, report)
     backend_of(manifest).prove(proof, result)
     report("comparing weights")

@@ -89,19 +89,19 @@ def patched_stage(checkpoint: str, request: Request) -> ParityResult:
             next_step="compare fewer decode steps",
         )
     sizes = GivenSizes(batch=1, prefill=longest - decode, context=longest)
-    cases = cases_for(opened, sizes, request.text, prompt, decode, result.notes)
+    cases = cases_for(opened, sizes, request.text, prompt_tokens=prompt, decode_tokens=decode, notes=result.notes)
     sources = {kind: TorchSource(opened, kind) for kind in ("hf", "patched")}
     result.lines = [alignment.config_line(opened), *alignment.tokenizer_lines(opened, request.text, result.notes)]
-    result.lines += alignment.model_lines(opened, sources, cases, request.report, result.measures)
+    result.lines += alignment.model_lines(opened, sources, cases, report=request.report, measures=result.measures)
     if not result.passed:
         from gemma_deploy.parity.bisect import torch_divergence
 
-        divergence = torch_divergence(sources["hf"], sources["patched"], cases[0], 1e-5)
+        divergence = torch_divergence(sources["hf"], sources["patched"], cases[0], tolerance=1e-5)
         result.divergence = divergence.to_json() if divergence else None
     return result
 
 
-def two_artifacts(path: Path, other: Path, checkpoint: str | None, request: Request) -> ParityResult:
+def two_artifacts(path: Path, other: Path, checkpoint: str | None, *, request: Request) -> ParityResult:
     """Strict against strict: equal for one scheme, close in KL for two.
 
     Raises:
@@ -123,10 +123,12 @@ def two_artifacts(path: Path, other: Path, checkpoint: str | None, request: Requ
     opened = checkpoint_of(test, checkpoint)
     result = ParityResult()
     prompt, decode = request.lengths(test.manifest.recipe.parity)
-    cases = cases_for(opened, test.manifest.contract, request.text, prompt, decode, result.notes)
+    cases = cases_for(
+        opened, test.manifest.contract, request.text, prompt_tokens=prompt, decode_tokens=decode, notes=result.notes
+    )
     sources = {"reference": open_engine(reference).source("strict"), "strict": open_engine(test).source("strict")}
     pair = ("reference", "strict")
-    found = compare_sources(sources, [pair], cases, opened.config.vocab_size, request.report)
+    found = compare_sources(sources, [pair], cases, vocab_size=opened.config.vocab_size, report=request.report)
     forms = [(one.scheme, one.int8_cache, backend_of(one).rounds(one)) for one in (test.manifest, reference.manifest)]
     same = forms[0] == forms[1] and not forms[0][2]  # see gates_of: where something is rounded, nothing is repeated
     gates = relative(SAME_SCHEME, pair) if same else (Gate(pair, "kl_mean", OTHER_SCHEME, ("text",), pooled=True),)

@@ -75,12 +75,12 @@ def observe_cache(
             progress(done, config.num_hidden_layers * nsamples)
 
     try:
-        embed(checkpoint, ids, float(stack_template.stack.embed_tokens.scale_value(torch.float32)), states)
+        embed(checkpoint, ids, float(stack_template.stack.embed_tokens.scale_value(torch.float32)), states=states)
         for index in range(config.num_hidden_layers):
             layer = LayerPass(stack_template, index)
             with loaded(layer.module, checkpoint, layer.name):
                 # A window's states are read before the layer's are written in their place.
-                maxima = step(executor, layer, states, states, ticked, cache=True)
+                maxima = step(executor, layer, states, following=states, ticked=ticked, cache=True)
             tensors |= cache_factors(layer.spec, maxima)
     finally:
         states.close()

@@ -34,6 +34,7 @@ def column_factors(
     weights: Sequence[torch.Tensor],
     power: torch.Tensor,
     shared: torch.Tensor | None = None,
+    *,
     steps: int | None = None,
     groupsize: int | None = None,
     tokens: torch.Tensor | None = None,

@@ -17,7 +17,7 @@ from gemma_deploy.quantization.moments import Factor
 LEAF = 8
 
 
-def gptq(weight: torch.Tensor, units: torch.Tensor, factor: Factor, qmax: int, blocksize: int = 128) -> torch.Tensor:
+def gptq(weight: torch.Tensor, units: torch.Tensor, factor: Factor, *, qmax: int, blocksize: int = 128) -> torch.Tensor:
     """Round to codes in [-qmax, qmax].
 
     Args:
@@ -30,20 +30,20 @@ def gptq(weight: torch.Tensor, units: torch.Tensor, factor: Factor, qmax: int, b
     Returns:
         [columns, rows] float32 codes.
     """
-    rounding = _Rounding(weight, units, factor, qmax)
+    rounding = _Rounding(weight, units, factor, qmax=qmax)
     for start in range(0, len(weight), blocksize):
         stop = min(start + blocksize, len(weight))
         z = weight[start:stop].clone()
         if start:
             rounding.move(slice(0, start), slice(start, stop), z)
-        rounding.walk(z, start, start, stop)
+        rounding.walk(z, start, start, stop=stop)
     return rounding.codes
 
 
 class _Rounding:
     """One run of `gptq`: a class because a recursive closure keeps its arrays alive until Python looks for cycles."""
 
-    def __init__(self, weight: torch.Tensor, units: torch.Tensor, factor: Factor, qmax: int) -> None:
+    def __init__(self, weight: torch.Tensor, units: torch.Tensor, factor: Factor, *, qmax: int) -> None:
         self.weight, self.units, self.factor, self.qmax = weight, units, factor, qmax
         self.codes, self.error = torch.empty_like(weight), torch.empty_like(weight)  # error: w - q
 
@@ -51,13 +51,13 @@ class _Rounding:
         """Move the errors of finished columns onto others."""
         z.addmm_(self.factor.unit_columns(done, todo).T, self.error[done])
 
-    def walk(self, z: torch.Tensor, base: int, start: int, stop: int) -> None:
+    def walk(self, z: torch.Tensor, base: int, start: int, *, stop: int) -> None:
         """Round columns [start, stop); z holds them from `base` on, with all errors before `start` moved in."""
         if stop - start > LEAF:
             middle = (start + stop) // 2
-            self.walk(z, base, start, middle)
+            self.walk(z, base, start, stop=middle)
             self.move(slice(start, middle), slice(middle, stop), z[middle - base : stop - base])
-            self.walk(z, base, middle, stop)
+            self.walk(z, base, middle, stop=stop)
             return
         onto = self.factor.unit_columns(slice(start, stop), slice(start, stop))
         for column in range(start, stop):

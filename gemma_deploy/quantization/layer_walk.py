@@ -28,8 +28,8 @@ class LayerWalk:
         executor: Executor,
         layer: LayerPass,
         states: HiddenStates,
-        ticked: Callable[[], None],
         *,
+        ticked: Callable[[], None],
         tokens: int,
         stops: bool,
     ) -> None:
@@ -45,7 +45,16 @@ class LayerWalk:
             folder.mkdir(exist_ok=True)
             columns = state_columns(self.layer.spec, last)
             following = HiddenStates((*self.first.shape[:2], columns), folder / f"{last}.f32", 0)
-        found = observe(self.executor, self.layer, points, self.states, self.ticked, self.tokens, self.route, following)
+        found = observe(
+            self.executor,
+            self.layer,
+            points,
+            states=self.states,
+            ticked=self.ticked,
+            tokens=self.tokens,
+            route=self.route,
+            following=following,
+        )
         if following is not None:
             self._close()
             self.states, self.route = following, Route(last)
@@ -63,7 +72,9 @@ class LayerWalk:
             int8_cache: look at what the cache would hold, which takes a whole pass from the layer's input.
         """
         states, route = (self.first, ENTERED) if int8_cache else (self.states, self.route)
-        maxima = step(self.executor, self.layer, states, following, self.ticked, int8_cache, route)
+        maxima = step(
+            self.executor, self.layer, states, following=following, ticked=self.ticked, cache=int8_cache, route=route
+        )
         self._close()
         return maxima
 

@@ -41,8 +41,8 @@ def quantize_layers(
     checkpoint: WeightSource,
     ids: np.ndarray,
     settings: Settings,
-    folder: Path,
     *,
+    folder: Path,
     key: str,
     true_sequential: bool = True,
     int8_cache: bool = False,
@@ -83,7 +83,7 @@ def quantize_layers(
         stack_template = StackTemplate(LayerSetting(config, embed_scale, seqlen, checkpoint.path))
         if done == 0:
             states = HiddenStates(shape, states_file(folder, 0), 0)
-            embed(checkpoint, ids, float(stack_template.stack.embed_tokens.scale_value(torch.float32)), states)
+            embed(checkpoint, ids, float(stack_template.stack.embed_tokens.scale_value(torch.float32)), states=states)
         else:
             states = HiddenStates(shape, states_file(folder, done), 0, there=True)
         passes = (len(config.layers[0].groups) if true_sequential else 1) + 1
@@ -92,7 +92,7 @@ def quantize_layers(
             with loaded(layer.module, checkpoint, layer.name):
                 ticked = _Ticks(progress, index * passes * nsamples, count * passes * nsamples)
                 keep = TOKENS if settings.activations else 0
-                inside = LayerWalk(executor, layer, states, ticked, tokens=keep, stops=true_sequential)
+                inside = LayerWalk(executor, layer, states, ticked=ticked, tokens=keep, stops=true_sequential)
                 try:
                     tensors, record = _quantize_layer(
                         layer.module, layer.spec, config.architecture.norm_offset, inside, settings, true_sequential
@@ -161,7 +161,9 @@ def _quantize_layer(
             seen = observers.pop(group.observed)
             tokens = seen.tokens.take() if seen.tokens else None
             own = [settings.linear(reader) for reader in group.readers]
-            found = solve(weights, seen.moments.take(), settings, shared_rows(spec, group), tokens, own)
+            found = solve(
+                weights, seen.moments.take(), settings, shared=shared_rows(spec, group), tokens=tokens, own=own
+            )
             for reader, module, weight in zip(group.readers, modules, found.weights, strict=True):
                 solved[reader] = weight
                 module.weight.data = weight.dequantized()

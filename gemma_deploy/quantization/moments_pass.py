@@ -89,6 +89,7 @@ def observe(
     executor: Executor,
     layer: LayerPass,
     points: Sequence[str],
+    *,
     states: HiddenStates,
     ticked: Callable[[], None],
     tokens: int = 0,
@@ -156,6 +157,7 @@ def step(
     executor: Executor,
     layer: LayerPass,
     states: HiddenStates,
+    *,
     following: HiddenStates,
     ticked: Callable[[], None],
     cache: bool = False,
@@ -231,7 +233,7 @@ def _observe_here(
 
 
 def _inputs(layer: LayerPass, task: _Observation) -> dict[str, torch.Tensor]:
-    return inputs(layer, task.shard, task.points, task.route, task.target)
+    return inputs(layer, task.shard, task.points, route=task.route, target=task.target)
 
 
 @torch.inference_mode()
@@ -248,7 +250,7 @@ def _advance(layer: LayerPass, task: _Step) -> tuple[StatesByValue | None, dict[
     maxima: dict[str, torch.Tensor] = {}
     by_value = empty_states(layer, task.shard.windows) if task.target is None else None
     with _products(task.cache):
-        advance(layer, task.shard, task.target or by_value, task.route, maxima if task.cache else None)
+        advance(layer, task.shard, task.target or by_value, route=task.route, maxima=maxima if task.cache else None)
     return by_value, {part: largest.numpy() for part, largest in maxima.items()}
 
 
@@ -261,7 +263,7 @@ def _moments(layer: LayerPass, task: _Observation) -> tuple[Path | list[np.ndarr
     """
     back = task.keep and task.target is None
     by_value = empty_states(layer, task.shard.windows, task.points[-1]) if back else None
-    seen = inputs(layer, task.shard, task.points, task.route, by_value if back else task.target)
+    seen = inputs(layer, task.shard, task.points, route=task.route, target=by_value if back else task.target)
 
     def blocks() -> Iterator[np.ndarray]:
         for point in task.points:

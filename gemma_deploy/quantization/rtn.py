@@ -37,12 +37,12 @@ def quantize_rows(
     w = torch.tensor(w, dtype=torch.float32) if not isinstance(w, torch.Tensor) else w.to(torch.float32, copy=True)
     scale = row_scales(w.abs().amax(1))
     q = torch.empty(w.shape, dtype=torch.int8)
-    signal, error = quantize_rows_(w, scale, q, torch.empty_like(w))
+    signal, error = quantize_rows_(w, scale, q, scratch=torch.empty_like(w))
     return q, scale, math.fsum(signal.tolist()), math.fsum(error.tolist())
 
 
 def quantize_rows_(
-    w: torch.Tensor, scale: torch.Tensor, q: torch.Tensor, scratch: torch.Tensor
+    w: torch.Tensor, scale: torch.Tensor, q: torch.Tensor, *, scratch: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same without allocating: w [rows, in] float32 is destroyed, q [rows, in] int8 is filled.
 

@@ -11,7 +11,7 @@ SHRINK = torch.linspace(1.0, 0.55, 19).tolist()
 
 
 def choose_scales(
-    weight: torch.Tensor, qmax: int, groupsize: int | None = None, power: torch.Tensor | None = None
+    weight: torch.Tensor, qmax: int, groupsize: int | None = None, *, power: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Scales [rows, groups] float32.
 

@@ -109,6 +109,7 @@ def solve(
     weights: Sequence[torch.Tensor],
     moments: torch.Tensor,
     settings: Settings,
+    *,
     shared: torch.Tensor | None = None,
     tokens: torch.Tensor | None = None,
     own: Sequence[Settings] = (),
@@ -190,16 +191,18 @@ def _piece(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes [columns, rows] in the order of rounding, scales, and (signal, loss, loss to nearest, rows to nearest)."""
     qmax, ordered = settings.qmax, weight.T[order].contiguous()
-    scale = choose_scales(weight * factors, qmax, settings.groupsize, _in_place(factor.diagonal, order) / factors**2)
+    scale = choose_scales(
+        weight * factors, qmax, settings.groupsize, power=_in_place(factor.diagonal, order) / factors**2
+    )
     units = _units(scale, order).div_(factors[order, None])
     codes, loss = _nearest(ordered, units, factor, qmax)
     kept = torch.zeros(())
     if settings.compensate:
-        compensated = gptq(ordered, units, factor, qmax, settings.blocksize)
+        compensated = gptq(ordered, units, factor, qmax=qmax, blocksize=settings.blocksize)
         better = factor.energy(torch.addcmul(ordered, compensated, units, value=-1))
         worse = loss < better
         codes, loss, kept = torch.where(worse, codes, compensated), torch.minimum(loss, better), worse.sum()
-    plain = choose_scales(weight, qmax, settings.groupsize, _in_place(factor.diagonal, order))
+    plain = choose_scales(weight, qmax, settings.groupsize, power=_in_place(factor.diagonal, order))
     nearest = _nearest(ordered, _units(plain, order), factor, qmax)[1]
     signal = factor.energy(ordered)
     return codes, scale, torch.stack([x.sum().double() for x in (signal, loss, nearest, kept)])

@@ -62,7 +62,7 @@ def scale_table(
     with closing(hidden_states(checkpoint, shape, folder)) as states, loaded(stack.norm, checkpoint, NORM):
         for window in range(shape[0]):
             hidden = stack.norm(torch.from_numpy(states.read(window))[None])
-            refuse_nonfinite(hidden, checkpoint.path, NORM, window)
+            refuse_nonfinite(hidden, checkpoint.path, NORM, window=window)
             power += hidden[0].double().square().sum(0)
             count += shape[1]
         factors = column_factors([_some_rows(checkpoint)], (power / count).float())

@@ -261,7 +261,7 @@ def parse(text: str, overrides: Sequence[str], env: Mapping[str, str]) -> Docume
     return document
 
 
-def set_value(document: Document, path: tuple[str, ...], value: Any, place: str) -> None:
+def set_value(document: Document, path: tuple[str, ...], value: Any, *, place: str) -> None:
     """Set one key, making the mappings above it; a scalar in the way is a problem."""
     node = document.values
     for depth, part in enumerate(path[:-1], 1):
@@ -293,7 +293,7 @@ def _override(document: Document, override: str, env: Mapping[str, str]) -> None
         return
     fresh = Document()
     value = _compose(text, fresh, env, place, path)
-    set_value(document, path, value, place)
+    set_value(document, path, value, place=place)
     document.problems.extend(fresh.problems)
     document.places.update(fresh.places)
     document.expanded.update(fresh.expanded)

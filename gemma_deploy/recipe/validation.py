@@ -32,8 +32,8 @@ def replace_checkpoint(document: Document, checkpoint: str) -> None:
     """Let `--checkpoint` say which model it is."""
     place = f"--checkpoint {checkpoint}"
     kind = "gguf" if checkpoint.lower().endswith(".gguf") else "huggingface"
-    documents.set_value(document, ("frontend", "checkpoint"), checkpoint, place)
-    documents.set_value(document, ("frontend", "type"), kind, place)
+    documents.set_value(document, ("frontend", "checkpoint"), checkpoint, place=place)
+    documents.set_value(document, ("frontend", "type"), kind, place=place)
 
 
 def build(cls: type[T], document: Document) -> T | None:

@@ -65,7 +65,7 @@ def check_length(max_new_tokens: int) -> None:
         )
 
 
-def check_context(tokens: int, context_length: int, where: str, before: int = 0) -> None:
+def check_context(tokens: int, context_length: int, where: str, *, before: int = 0) -> None:
     """Refuse a prompt that leaves no room for an answer.
 
     Args:

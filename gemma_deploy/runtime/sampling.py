@@ -48,13 +48,15 @@ class Sampling:
 
     def sampler(self) -> Sampler:
         """A new sampler with these settings."""
-        return Sampler(self.temperature, self.top_k, self.top_p, self.seed)
+        return Sampler(self.temperature, self.top_k, self.top_p, seed=self.seed)
 
 
 class Sampler:
     """One random stream for a generation; the arguments of `Sampling`."""
 
-    def __init__(self, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None) -> None:
+    def __init__(
+        self, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, *, seed: int | None = None
+    ) -> None:
         Sampling(temperature, top_k, top_p, seed)  # checks them
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self._random = np.random.default_rng(seed)

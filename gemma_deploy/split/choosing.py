@@ -74,9 +74,9 @@ def continued(
     step: Callable[..., torch.Tensor],
     continue_with: Callable[..., torch.Tensor],
     hidden: torch.Tensor,
+    *,
     at: Mapping[str, torch.Tensor | None],
     max_new_tokens: int,
-    *,
     stops: Sequence[int],
     pad: int,
 ) -> torch.Tensor:

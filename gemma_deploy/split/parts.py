@@ -223,4 +223,4 @@ class Top(Part):
         config = self.model_config
         stops, pad = config.eos_token_ids, config.pad_token_id or 0
         at = {"attention_mask": attention_mask, "position_ids": position_ids}
-        return continued(step, continue_with, hidden_states, at, max_new_tokens, stops=stops, pad=pad)
+        return continued(step, continue_with, hidden_states, at=at, max_new_tokens=max_new_tokens, stops=stops, pad=pad)

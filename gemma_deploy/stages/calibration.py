@@ -92,7 +92,7 @@ def with_text(job: Job) -> tuple[Job, Request | None]:
 
 
 def choose_rescaling(
-    job: Job, request: Request | None, out: Path, key: str, progress: Tick | None = None
+    job: Job, request: Request | None, out: Path, *, key: str, progress: Tick | None = None
 ) -> tuple[Rescaling, bool]:
     """Largest activations on calibration text, and the powers of two that bring them into float16.
 
@@ -122,7 +122,7 @@ def choose_rescaling(
     return rescaling, False
 
 
-def quantize_weights(job: Job, request: Request, out: Path, key: str, progress: Tick | None) -> Quantized:
+def quantize_weights(job: Job, request: Request, out: Path, *, key: str, progress: Tick | None) -> Quantized:
     """Every decoder layer quantized on what the layers before it give; resumable per layer."""
     from gemma_deploy.calibration.executors import open_executor
     from gemma_deploy.quantization.layers import quantize_layers
@@ -142,7 +142,7 @@ def quantize_weights(job: Job, request: Request, out: Path, key: str, progress: 
             checkpoint,
             windows.ids,
             settings,
-            folder,
+            folder=folder,
             key=key,
             true_sequential=choices.true_sequential,
             int8_cache=job.scheme.int8_cache,
@@ -181,7 +181,7 @@ def solver_settings(job: Job) -> Settings:
 
 
 def calibrate_cache(
-    job: Job, request: Request, out: Path, key: str, progress: Tick | None
+    job: Job, request: Request, out: Path, *, key: str, progress: Tick | None
 ) -> tuple[QuantizedCheckpoint, bool]:
     """Factors of an int8 cache where the weights are rounded to nearest: the checkpoint's own keys and values.
 
@@ -221,6 +221,7 @@ def layer_sensitivity(
     job: Job,
     request: Request,
     manifest: Manifest,
+    *,
     out: Path,
     key: str,
     progress: Tick | None,
@@ -242,7 +243,7 @@ def layer_sensitivity(
         job.checkpoint,
         ArtifactWeights(job.config, out, manifest),
         window,
-        out / QUANTIZED,
+        scratch=out / QUANTIZED,
         embed_scale=manifest.embed_scale,
         progress=progress,
     )

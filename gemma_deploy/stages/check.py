@@ -94,7 +94,14 @@ def _look_at_proof_text(job: Job) -> None:
     proof, spec = job.proof, job.spec
     if proof.text is not None and is_file(proof.text):
         sizes = GivenSizes(spec.batch, spec.prefill, spec.context)
-        cases_for(job.checkpoint, sizes, proof.text, proof.prompt_tokens, proof.decode_tokens, [])
+        cases_for(
+            job.checkpoint,
+            sizes,
+            proof.text,
+            prompt_tokens=proof.prompt_tokens,
+            decode_tokens=proof.decode_tokens,
+            notes=[],
+        )
         give_memory_back()  # of the tokenizer
 
 

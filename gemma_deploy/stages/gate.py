@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gemma_deploy.parity.compare import ParityResult
 
 
-def run_gate(job: Job, out: Path, manifest: Manifest, report: Callable[[str], None]) -> ParityResult:
+def run_gate(job: Job, out: Path, manifest: Manifest, *, report: Callable[[str], None]) -> ParityResult:
     """Prove the artifact in `out`, finished or not.
 
     Args:

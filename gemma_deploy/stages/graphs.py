@@ -44,7 +44,7 @@ class Graphs:
     ) -> None:
         self._job, self._out = job, out
         self._export = ExportJob(job.spec, job.config, job.contract, job.parts, tensors, rescaling, unrounded)
-        self._cache, self._key = GraphCache.of_user(), graph_cache_key(job, tensors, rescaling, unrounded)
+        self._cache, self._key = GraphCache.of_user(), graph_cache_key(job, tensors, rescaling, unrounded=unrounded)
         self._running: Export | None = None
         self._beside = beside
         self.is_done = self._was_done()

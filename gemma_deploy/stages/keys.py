@@ -106,7 +106,7 @@ def stage_keys(job: Job, dataset: Mapping[str, Any] | None) -> StageKeys:
 
 
 def graph_cache_key(
-    job: Job, tensors: Mapping[str, Sequence[Place]], rescaling: Rescaling | None, unrounded: Sequence[str] | None
+    job: Job, tensors: Mapping[str, Sequence[Place]], rescaling: Rescaling | None, *, unrounded: Sequence[str] | None
 ) -> str:
     """What graphs depend on, as values: the same for every checkpoint of a shape.
 

@@ -28,12 +28,12 @@ def plans_of(job: Job, source: WeightSource, rescaling: Rescaling | None = None)
             job.config,
             job.scheme.form,
             job.spec.context,
-            rescaling,
-            part,
-            made,
-            job.storage,
-            job.scheme.int8_cache,
-            job.code_form,
+            rescaling=rescaling,
+            part=part,
+            quantized=made,
+            storage=job.storage,
+            int8_cache=job.scheme.int8_cache,
+            form=job.code_form,
         )
         for part in job.parts
     ]
@@ -52,6 +52,7 @@ def write_parameters(
     job: Job,
     source: WeightSource,
     out: Path,
+    *,
     rescaling: Rescaling | None = None,
     progress: Tick | None = None,
 ) -> ParamTable:

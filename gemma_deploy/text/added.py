@@ -38,8 +38,8 @@ def plan_tokens(
     settings: Mapping[str, Any],
     special_tokens: Mapping[str, Any] | None,
     added_tokens: Mapping[str, Any] | None,
-    found: Sequence[tuple[int, AddedToken]],
     *,
+    found: Sequence[tuple[int, AddedToken]],
     defaults: Named,
     wrong: Wrong,
 ) -> Plan:

@@ -98,7 +98,7 @@ def _plan(
         settings,
         files.object(SPECIAL_TOKENS),
         files.object(ADDED_TOKENS),
-        found,
+        found=found,
         defaults=pipeline.NAMES if named else {},
         wrong=lambda what: files.wrong(SETTINGS, what),
     )

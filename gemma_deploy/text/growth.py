@@ -62,7 +62,7 @@ def width(pattern: str) -> int:
     return sum(map(int, found))
 
 
-def refuse_method(owner: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def refuse_method(owner: Any, name: str, args: Sequence[Any], *, kwargs: Mapping[str, Any]) -> None:
     """Refuse a method of a text, bytes or a number that would make, or take, too much.
 
     Args:

@@ -159,7 +159,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         if __obj is generate_lorem_ipsum:
             growth.refuse_lorem(args, kwargs)
         elif owner is not None:
-            growth.refuse_method(owner, getattr(__obj, "__name__", ""), args, kwargs)
+            growth.refuse_method(owner, getattr(__obj, "__name__", ""), args, kwargs=kwargs)
         args = tuple(budget.counted(one) for one in args)
         kwargs = {key: budget.counted(one) for key, one in kwargs.items()}
         return budget.measured(super().call(__context, __obj, *args, **kwargs))

@@ -131,7 +131,7 @@ class Made:
     def graph(self, *, rows: Sequence[Row] | None = None, **kernels: Any) -> ir.Model:
         """A fresh graph over the file."""
         scale = float(np.sqrt(np.float32(self.config.hidden_size)))
-        return build_decoder(self.config, Kernels(**kernels), rows or self.rows, FILE, scale)
+        return build_decoder(self.config, Kernels(**kernels), rows or self.rows, location=FILE, embed_scale=scale)
 
     def session(self, model: ir.Model | None = None, **kernels: Any) -> ort.InferenceSession:
         return open_session(model or self.graph(**kernels), self.folder)

@@ -44,13 +44,13 @@ def graph_of(rows, names=NAMES, in_14_bits=False, block=32):
     """x -> out: integer products side by side of transposed codes, else one product for all."""
     nodes, x = Nodes(), given()
     weights = Weights(nodes, rows, FILE)
-    if Matrix(weights, names[:1], names[0], block).integer:
-        tokens = rounded_tokens(nodes, x, "a.qkv_proj", in_14_bits)
-        matrices = [Matrix(weights, [name], name, block) for name in names]
+    if Matrix(weights, names[:1], names[0], block=block).integer:
+        tokens = rounded_tokens(nodes, x, "a.qkv_proj", in_14_bits=in_14_bits)
+        matrices = [Matrix(weights, [name], name, block=block) for name in names]
         outs = [one.integer_product(nodes, tokens, f"{one.name}.out") for one in matrices]
         made = nodes.one("Concat", outs, "out", axis=-1)
     else:
-        made = Matrix(weights, names, "a.qkv_proj", block).product(nodes, x, "out")
+        made = Matrix(weights, names, "a.qkv_proj", block=block).product(nodes, x, "out")
     return model_of(nodes, x, made)
 
 
@@ -249,7 +249,7 @@ def test_rows_of_a_matrix_are_a_matrix(files, x):
         file, rows = files(bits, group)
         name, nodes, read = NAMES[0], Nodes(), given()
         weights = Weights(nodes, rows, FILE)
-        made = [Matrix(weights, [name], f"part.{i}", 32, part).product(nodes, read, f"out.{i}")
+        made = [Matrix(weights, [name], f"part.{i}", block=32, part=part).product(nodes, read, f"out.{i}")
                 for i, part in enumerate(((0, 16), (16, 19), (19, 48)))]  # fmt: skip
         parts = open_session(model_of(nodes, read, *made), file.folder).run(None, {"x": x})
         assert [part.shape[-1] for part in parts] == [16, 3, 29]

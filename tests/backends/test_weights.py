@@ -55,7 +55,7 @@ def test_two_matrices_that_lie_together_are_one_view(file, weights):
 
 
 def test_a_view_reads_the_same_bytes_in_another_shape(file, weights):
-    view = weights.view(CODES[:1], "blocks", (8, 2, 16), ir.DataType.UINT8)
+    view = weights.view(CODES[:1], "blocks", (8, 2, 16), dtype=ir.DataType.UINT8)
     np.testing.assert_array_equal(
         value(weights, file, view, ir.DataType.UINT8).reshape(8, 32).astype(int) - 128, signed(file, PAIR[:1])
     )

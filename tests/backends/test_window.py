@@ -55,7 +55,7 @@ def test_a_step_that_can_be_taken_back_moves_nothing(capacity):
     for length in range(1, 120):
         firsts = [held(length + more, capacity)[0] for more in range(7)]
         still = [more for more in range(7) if firsts[more] == firsts[0]]
-        assert most_ahead(length, WINDOW, capacity, 6) == max(1, len(still) - 1)
+        assert most_ahead(length, WINDOW, capacity, wanted=6) == max(1, len(still) - 1)
 
 
 def in_buffers(one, graph, tokens, pieces, capacity, optimize=True):

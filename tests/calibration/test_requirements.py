@@ -36,10 +36,10 @@ def test_the_estimate_does_not_depend_on_depth_but_on_the_window(config):
 
 
 def test_it_names_every_shortfall(config, tmp_path):
-    requirements.check_room(config, 128, 1024, tmp_path, MACHINE)
+    requirements.check_room(config, 128, 1024, workspace=tmp_path, machine=MACHINE)
     small = replace(MACHINE, ram_bytes=1 << 30, disk_free_bytes=1 << 20)
     with pytest.raises(PreflightError, match="128 windows of 1024 tokens do not fit") as caught:
-        requirements.check_room(config, 128, 1024, tmp_path, small)
+        requirements.check_room(config, 128, 1024, workspace=tmp_path, machine=small)
     memory, disk = caught.value.problems
     assert memory.startswith("memory: 2.")  # two cores, so two windows at a time
     assert memory.endswith("1.00 GiB left (free memory)")
@@ -47,7 +47,7 @@ def test_it_names_every_shortfall(config, tmp_path):
 
 
 def test_hidden_states_that_stay_in_memory_need_no_disk(config, tmp_path):
-    requirements.check_room(config, 8, 128, tmp_path, replace(MACHINE, disk_free_bytes=0))
+    requirements.check_room(config, 8, 128, workspace=tmp_path, machine=replace(MACHINE, disk_free_bytes=0))
 
 
 def test_a_calibration_is_refused_before_the_text_is_read(checkpoint, c4_file, tmp_path, monkeypatch):

@@ -48,11 +48,11 @@ def test_segments_give_what_the_stock_layer_gives(tmp_path, model_type):
     state, at, seen = states, None, {}
     with layer.hooked():
         for stop in (*POINTS, None):
-            parts = walk(layer, state, Route(at), stop, seen.__setitem__)
+            parts = walk(layer, state, Route(at), stop=stop, seen=seen.__setitem__)
             state, at = joined([part[0].numpy() for part in parts]), stop
             if stop is not None:
                 assert state.shape == (SEQLEN, state_columns(layer.spec, stop))
-        (whole,) = walk(layer, states, Route(), None, lambda point, x: None)
+        (whole,) = walk(layer, states, Route(), stop=None, seen=lambda point, x: None)
     for point in POINTS:
         torch.testing.assert_close(seen[point], expected[point], rtol=0, atol=0)
     torch.testing.assert_close(torch.from_numpy(state)[None], expected[None].view(1, SEQLEN, -1), rtol=0, atol=0)
@@ -70,8 +70,8 @@ def test_what_waits_is_divided_as_the_weights_were(tmp_path, point):
     factors = torch.linspace(0.25, 4, linear.in_features)
     with layer.hooked():
         expected = layer.run(states)
-        parts = walk(layer, states, Route(), point, lambda point, x: None)
+        parts = walk(layer, states, Route(), stop=point, seen=lambda point, x: None)
         linear.weight.data = linear.weight * factors
         waiting = joined([part[0].numpy() for part in parts])
-        (found,) = walk(layer, waiting, Route(point, factors), None, lambda point, x: None)
+        (found,) = walk(layer, waiting, Route(point, factors), stop=None, seen=lambda point, x: None)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))

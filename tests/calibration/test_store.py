@@ -23,7 +23,7 @@ def passes(monkeypatch):
     """Counts streaming passes."""
     count = []
     measure = pipeline.measure
-    monkeypatch.setattr(pipeline, "measure", lambda *args: count.append(1) or measure(*args))
+    monkeypatch.setattr(pipeline, "measure", lambda *args, **named: count.append(1) or measure(*args, **named))
     return count
 
 
@@ -143,7 +143,7 @@ def test_an_interrupted_run_leaves_nothing_and_keeps_what_was_there(checkpoint, 
     made = calibrate(checkpoint, request_, tmp_path / "w").calibration
     before = files(made.path)
 
-    def interrupt(*args):
+    def interrupt(*args, **named):
         raise error
 
     monkeypatch.setattr(pipeline.store, "write", interrupt)

@@ -174,11 +174,11 @@ def test_examples_that_do_not_fit_are_left_out_from_the_front_and_said(checkpoin
     assert [one["shots"] for one in found["answers"]] == [0, 0]
     assert "note: 2 of 2 prompts were longer than 32 tokens: 10 examples were left out, from the front" in out
     assert found["longest_prompt_tokens"] <= 32
-    chosen = ceval.read(exam, "val", 5, ["logic"], None)
+    chosen = ceval.read(exam, "val", 5, subjects=["logic"], limit=None)
     encode = lambda text: tokens_of(checkpoint, text)  # noqa: E731
     examples, asked = chosen["logic"]
     wanted = [BOS, *encode(prompt("logic", examples[2:], asked[0]))]
-    (one, *_) = ceval.ask(chosen, encode, BOS, len(wanted), "here")
+    (one, *_) = ceval.ask(chosen, encode, BOS, longest=len(wanted), where="here")
     assert (list(one.ids), one.shots) == (wanted, 3)
 
 

@@ -159,7 +159,7 @@ def test_int8_function_body_passes_the_full_check(built, model_type, config):
 
 def test_disagreeing_parameters_are_listed_at_once():
     config = ModelConfig.from_dict(TINY_CONFIGS["gemma"], "config.json")
-    contract = GraphContract.of(config, "fp32", 1, 32, 64)
+    contract = GraphContract.of(config, "fp32", 1, prefill=32, context=64)
     graphs = export_graphs(config, "fp32", contract)
     row = SimpleNamespace(name="stranger", dtype="float32", shape=(1,), offset=0, nbytes=4)
     with pytest.raises(ExportError) as caught:

@@ -142,7 +142,9 @@ def count_jobs(monkeypatch):
     from gemma_deploy.params import writer
 
     ran, run_job = [], writer.run_job
-    monkeypatch.setattr(writer, "run_job", lambda job, *rest: (ran.append(job.name), run_job(job, *rest))[1])
+    monkeypatch.setattr(
+        writer, "run_job", lambda job, *rest, **named: (ran.append(job.name), run_job(job, *rest, **named))[1]
+    )
     return ran
 
 

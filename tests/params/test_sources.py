@@ -36,13 +36,15 @@ def checkpoint(tmp_path_factory):
 def sources(checkpoint, tmp_path_factory):
     """Of every kind, by name."""
     folder, config = tmp_path_factory.mktemp("made"), checkpoint.config
-    records = quantize_layers(checkpoint, IDS, Settings(), folder / "q", key="k")
+    records = quantize_layers(checkpoint, IDS, Settings(), folder=folder / "q", key="k")
     scale_table(checkpoint, IDS.shape, folder / "q", codes=Codes())
     files = [*(layer_file(folder / "q", index) for index in range(2)), table_file(folder / "q")]
     file = folder / "params.safetensors"
     rescaling = Rescaling(EXPONENTS)
     rescaled = RescaledCheckpoint(checkpoint, rescaling)
-    table = write_params(rescaled, build_plan(config, "fp16", 48, rescaling), file, journal=folder / "journal")
+    table = write_params(
+        rescaled, build_plan(config, "fp16", 48, rescaling=rescaling), file, journal=folder / "journal"
+    )
     found = manifest(
         contract={"context": 48},
         scheme="fp16",

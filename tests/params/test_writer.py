@@ -141,7 +141,7 @@ def test_a_second_run_writes_nothing(tmp_path, monkeypatch):
     assert again == table
     assert path.stat().st_mtime_ns == before.st_mtime_ns
     plan = planned(checkpoint, "w8a16")
-    assert finished_table(checkpoint, plan, path, tmp_path / "p.journal") == table
+    assert finished_table(checkpoint, plan, path, journal=tmp_path / "p.journal") == table
 
 
 def test_a_finished_file_may_move_with_its_directory(tmp_path):
@@ -150,8 +150,8 @@ def test_a_finished_file_may_move_with_its_directory(tmp_path):
     (tmp_path / "a.partial").rename(tmp_path / "a")
     moved = tmp_path / "a" / path.name
     plan = planned(checkpoint, "fp16")
-    assert finished_table(checkpoint, plan, moved, tmp_path / "a" / "p.journal") == table
-    assert finished_table(checkpoint, plan, moved, tmp_path / "nowhere") is None
+    assert finished_table(checkpoint, plan, moved, journal=tmp_path / "a" / "p.journal") == table
+    assert finished_table(checkpoint, plan, moved, journal=tmp_path / "nowhere") is None
 
 
 @pytest.mark.parametrize("change", ["checkpoint", "scheme", "form", "context", "code", "file"])
@@ -173,7 +173,7 @@ def test_what_changed_is_written_anew(tmp_path, monkeypatch, change):
     else:
         path.write_bytes(before[:-1] + b"\x55")
     plan = planned(checkpoint, **options)
-    assert finished_table(checkpoint, plan, path, tmp_path / "p.journal") is None
+    assert finished_table(checkpoint, plan, path, journal=tmp_path / "p.journal") is None
     _, again = write(checkpoint, tmp_path, **options)
     assert not damaged_rows(path, again)
     if change in ("code", "file"):

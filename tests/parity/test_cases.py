@@ -103,7 +103,7 @@ CASES = [Case("text", ((2, 5, 6, 7), (2, 5)), ((8, 9, 9), (7, 7, 3)))]
 
 def test_sources_are_compared_position_by_position_and_by_phase():
     sources = {"a": Table(11), "b": Table(11, last=4), "c": Table(11, offset=0.5)}
-    found = compare_sources(sources, [("a", "b"), ("a", "c")], CASES, 11)
+    found = compare_sources(sources, [("a", "b"), ("a", "c")], CASES, vocab_size=11)
     last, all_ = (
         {key: (metrics.positions, metrics.max_abs) for key, metrics in found["a", test].measured().items()}
         for test in ("b", "c")
@@ -116,7 +116,9 @@ def test_sources_are_compared_position_by_position_and_by_phase():
 
 
 def test_perplexity_is_that_of_the_token_that_comes_next():
-    found = compare_sources({"a": Table(11), "b": Table(11)}, [("a", "b")], CASES, 11)["a", "b"].pooled()["text"]
+    found = compare_sources({"a": Table(11), "b": Table(11)}, [("a", "b")], CASES, vocab_size=11)["a", "b"].pooled()[
+        "text"
+    ]
     nll = []
     for row in range(2):
         sequence = CASES[0].sequence(row)
@@ -132,7 +134,7 @@ def test_blocks_of_any_size_compare_the_same(monkeypatch):
     sources, results = {"a": Table(11), "b": Table(11, last=5, offset=0.25)}, []
     for size in (1, 2 * 44, 3 * 44, 1 << 20):
         monkeypatch.setattr(compare, "BLOCK_BYTES", size)
-        results.append(compare_sources(sources, [("a", "b")], CASES, 11)["a", "b"].measured())
+        results.append(compare_sources(sources, [("a", "b")], CASES, vocab_size=11)["a", "b"].measured())
     assert results[0] == results[1] == results[2] == results[3]
 
 
@@ -140,7 +142,7 @@ def test_only_the_last_positions_of_a_long_prompt_are_compared(monkeypatch):
     from gemma_deploy.parity import compare
 
     monkeypatch.setattr(compare, "PROMPT_POSITIONS", {"text": 3, "random": 3})
-    found = compare_sources({"a": Table(11), "b": Table(11)}, [("a", "b")], CASES, 11)["a", "b"].measured()
+    found = compare_sources({"a": Table(11), "b": Table(11)}, [("a", "b")], CASES, vocab_size=11)["a", "b"].measured()
     assert (found["text", "prefill"].positions, found["text", "decode"].positions) == (3 + 2, 6)
 
 
@@ -149,7 +151,14 @@ def test_asked_steps_that_do_not_fit_are_noted():
 
     checkpoint = SimpleNamespace(config=GEMMA, format="safetensors", tokenizer_files=list)
     notes = []
-    cases = cases_for(checkpoint, SimpleNamespace(prefill=16, context=20, batch=1), None, 8, 32, notes)
+    cases = cases_for(
+        checkpoint,
+        SimpleNamespace(prefill=16, context=20, batch=1),
+        None,
+        prompt_tokens=8,
+        decode_tokens=32,
+        notes=notes,
+    )
     assert [case.steps for case in cases] == [4]
     assert notes[0].startswith("4 decode steps instead of 32")
     assert "no tokenizer" in notes[1]

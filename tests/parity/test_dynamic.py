@@ -86,7 +86,10 @@ def rebuild(artifact, wide):
     opened = Artifact.open(artifact)
     config = ModelConfig.from_dict(json.loads((artifact / "config.json").read_text()), "config.json")
     kernels = Kernels(integer=True, in_14_bits=frozenset(wide))
-    ir.save(build_decoder(config, kernels, opened.manifest.params, PARAMS, 8.0), artifact / "model.onnx")
+    ir.save(
+        build_decoder(config, kernels, opened.manifest.params, location=PARAMS, embed_scale=8.0),
+        artifact / "model.onnx",
+    )
 
 
 def gate(artifact, **options):

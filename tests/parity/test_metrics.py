@@ -123,12 +123,12 @@ def test_the_greedy_prefix_is_the_shortest_of_the_rows_and_ends_at_the_first_mis
     comparison = Comparison()
     for row, answers in enumerate(([right] * 4, [right, right, flipped, right])):
         for answer in answers:
-            comparison.add(right, answer, 0, row)
+            comparison.add(right, answer, 0, row=row)
     assert comparison.result().greedy_prefix == 2
     interleaved = Comparison()
     for step in range(4):
-        interleaved.add(right, right, 0, 0)
-        interleaved.add(right, flipped if step == 2 else right, 0, 1)
+        interleaved.add(right, right, 0, row=0)
+        interleaved.add(right, flipped if step == 2 else right, 0, row=1)
     assert interleaved.result().greedy_prefix == 2
     assert interleaved.result().top1 == comparison.result().top1 == 7 / 8
 

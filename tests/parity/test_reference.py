@@ -117,7 +117,9 @@ def test_an_untied_head_is_read(tmp_path, kind, cases):
 def test_both_kinds_take_the_same_embedding_scale(tmp_path, cases):
     # sqrt(80) = 8.944 is 8.9375 in bfloat16
     checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path / "80", "gemma", hidden_size=80))
-    hf, patched = (logits(TorchSource(checkpoint, kind, "fp32", "bf16"), cases) for kind in ("hf", "patched"))
+    hf, patched = (
+        logits(TorchSource(checkpoint, kind, "fp32", embed_scale="bf16"), cases) for kind in ("hf", "patched")
+    )
     assert error(hf, patched) <= SUMMATION
     assert error(hf, logits(TorchSource(checkpoint, "hf"), cases)) > 1e-5
 
@@ -168,7 +170,7 @@ def test_modules_are_those_of_the_stock_class_in_the_order_they_run(checkpoint, 
         model(torch.tensor([cases[0].sequence(1)]))
     for kind in ("hf", "patched"):
         got = {}
-        TorchSource(checkpoint, kind).modules(cases[0], 1, expected.__contains__, got.__setitem__)
+        TorchSource(checkpoint, kind).modules(cases[0], 1, expected.__contains__, keep=got.__setitem__)
         assert list(got) == list(expected)
         for name, values in expected.items():
             np.testing.assert_allclose(got[name], values.numpy(), rtol=0, atol=SUMMATION * float(values.abs().max()))

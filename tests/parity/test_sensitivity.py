@@ -141,7 +141,7 @@ def test_one_layer_is_in_memory_at_a_time_and_no_file_is_left(compiled, tmp_path
         checkpoint,
         ArtifactWeights(checkpoint.config, artifact, Manifest.of(manifest)),
         [2, *range(3, 60)],
-        tmp_path,
+        scratch=tmp_path,
         progress=lambda *step: seen.append(step),
     )
     assert (max(most), len(most)) == (1, 2 * 3 + 2)

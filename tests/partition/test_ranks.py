@@ -70,9 +70,9 @@ def test_the_scale_of_a_matrix_divided_by_columns_is_repeated():
 
 
 def test_what_cannot_be_divided_is_said_all_at_once():
-    assert division_problems(config(8, 1), (), 1, False) == []
-    assert division_problems(config(8, 1), (1, 2), 4, True) == []
-    assert division_problems(config(8, 2, vocab_size=511), (3,), 3, False) == [
+    assert division_problems(config(8, 1), (), 1, align_qkv=False) == []
+    assert division_problems(config(8, 1), (1, 2), 4, align_qkv=True) == []
+    assert division_problems(config(8, 2, vocab_size=511), (3,), 3, align_qkv=False) == [
         "frontend.model_kwargs.tp: 3 ranks do not divide the 8 attention heads",
         "frontend.model_kwargs.tp: 3 ranks neither divide the 2 key/value heads nor are a multiple of them; "
         "set frontend.model_kwargs.align_qkv: true to repeat some of them",

@@ -56,7 +56,7 @@ def test_gives_the_codes_of_a_plain_numpy_gptq(columns, bits, groupsize):
     scale = choose_scales(w, qmax, groupsize)
     units = scale.repeat_interleave(columns // scale.shape[1], 1)
     factor = factorize(torch.from_numpy(h.copy()), 0.1)
-    codes = gptq(w.T.contiguous(), units.T.contiguous(), factor, qmax).T.numpy()
+    codes = gptq(w.T.contiguous(), units.T.contiguous(), factor, qmax=qmax).T.numpy()
     expected = numpy_gptq(w.numpy(), h, units.numpy().astype(np.float64), qmax, 0.1)
     # float32 against float64: a value next to a half rounds the other way, and what follows it in its row moves along.
     assert (codes == expected).all(1).mean() >= (0.6 if columns > BLOCK else 0.9)
@@ -109,7 +109,7 @@ def test_nothing_is_kept_alive_when_it_is_done():
     gone = weakref.ref(w)
     gc.disable()
     try:
-        codes = gptq(w, torch.full((64, 32), 0.01), factor, 127)
+        codes = gptq(w, torch.full((64, 32), 0.01), factor, qmax=127)
         del w
         assert codes.shape == (64, 32)
         assert gone() is None

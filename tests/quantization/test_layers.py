@@ -63,7 +63,9 @@ def logits(model):
 def test_factors_are_undone_by_what_they_were_folded_into(tmp_path, model_type, true_sequential):
     checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path / "checkpoint", model_type))
     settings = Settings(percdamp=0.1)
-    records = quantize_layers(checkpoint, IDS, settings, tmp_path / "q", key="k", true_sequential=true_sequential)
+    records = quantize_layers(
+        checkpoint, IDS, settings, folder=tmp_path / "q", key="k", true_sequential=true_sequential
+    )
     factors = [group["largest_factor"] for record in records for group in record["groups"].values()]
     assert max(factors) > 1.2  # something was folded
     reference = AutoModelForCausalLM.from_pretrained(
@@ -77,8 +79,8 @@ def test_factors_are_undone_by_what_they_were_folded_into(tmp_path, model_type, 
 def test_linears_kept_in_8_bits_have_their_own_codes(tmp_path, checkpoint):
     """Among those that read the same input as well; the others keep to 4 bits, and see what 8 bits give."""
     settings = Settings(bits=4, groupsize=32, kept_w8=("v_proj", "gate_proj"))
-    quantize_layers(checkpoint, IDS, settings, tmp_path / "mixed", key="k")
-    quantize_layers(checkpoint, IDS, replace(settings, kept_w8=()), tmp_path / "four", key="k")
+    quantize_layers(checkpoint, IDS, settings, folder=tmp_path / "mixed", key="k")
+    quantize_layers(checkpoint, IDS, replace(settings, kept_w8=()), folder=tmp_path / "four", key="k")
     for layer in range(checkpoint.config.num_hidden_layers):
         found = load_file(layer_file(tmp_path / "mixed", layer))
         codes = {name.split(".")[-2]: value for name, value in found.items() if value.dtype == torch.int8}
@@ -99,7 +101,7 @@ def test_linears_kept_in_8_bits_have_their_own_codes(tmp_path, checkpoint):
 
 def test_a_stopped_run_continues_where_it_stopped_with_the_same_bytes(tmp_path, checkpoint, monkeypatch):
     settings = Settings()
-    quantize_layers(checkpoint, IDS, settings, tmp_path / "whole", key="k")
+    quantize_layers(checkpoint, IDS, settings, folder=tmp_path / "whole", key="k")
     passes = 5 * len(IDS)
 
     def stop(done, total):
@@ -108,20 +110,20 @@ def test_a_stopped_run_continues_where_it_stopped_with_the_same_bytes(tmp_path, 
             raise StopError
 
     with pytest.raises(StopError):
-        quantize_layers(checkpoint, IDS, settings, tmp_path / "q", key="k", progress=stop)
+        quantize_layers(checkpoint, IDS, settings, folder=tmp_path / "q", key="k", progress=stop)
     assert list(contents(tmp_path / "q")) == ["layer-000.safetensors", "layer-001.safetensors"]
     loaded = []
     real = layers_module.loaded
     monkeypatch.setattr(layers_module, "loaded", lambda *args: loaded.append(args[2]) or real(*args))
-    quantize_layers(checkpoint, IDS, settings, tmp_path / "q", key="k")
+    quantize_layers(checkpoint, IDS, settings, folder=tmp_path / "q", key="k")
     assert loaded == ["model.layers.2", "model.layers.3"]
     assert contents(tmp_path / "q") == contents(tmp_path / "whole")
 
 
 def test_results_of_another_key_are_thrown_away(tmp_path, checkpoint):
-    quantize_layers(checkpoint, IDS, Settings(), tmp_path / "q", key="one")
+    quantize_layers(checkpoint, IDS, Settings(), folder=tmp_path / "q", key="one")
     before = contents(tmp_path / "q")
-    quantize_layers(checkpoint, IDS[:, ::-1].copy(), Settings(), tmp_path / "q", key="two")
+    quantize_layers(checkpoint, IDS[:, ::-1].copy(), Settings(), folder=tmp_path / "q", key="two")
     after = contents(tmp_path / "q")
     assert all(after[name] != before[name] for name in before)
 
@@ -144,7 +146,7 @@ def test_one_layer_is_loaded_at_a_time(tmp_path, checkpoint, monkeypatch):
             return self.inner.__exit__(*error)
 
     monkeypatch.setattr(layers_module, "loaded", Watched)
-    quantize_layers(checkpoint, IDS, Settings(), tmp_path / "q", key="k")
+    quantize_layers(checkpoint, IDS, Settings(), folder=tmp_path / "q", key="k")
     assert most == [1, 1, 1, 1]
     left = {file.name for file in (tmp_path / "q").iterdir()} - set(contents(tmp_path / "q"))
     assert left == {"key.json", "hidden-004.f32"}  # hidden states of one border, for the table
@@ -155,7 +157,7 @@ def test_damaged_weights_are_named(tmp_path, checkpoint, monkeypatch):
     damaged = lambda self, asked, *span: rows(self, asked, *span) * (np.nan if asked == name else 1)  # noqa: E731
     monkeypatch.setattr(Checkpoint, "rows", damaged)
     with pytest.raises(DeployError, match=r"model\.layers\.1"):
-        quantize_layers(checkpoint, IDS, Settings(), tmp_path / "q", key="k")
+        quantize_layers(checkpoint, IDS, Settings(), folder=tmp_path / "q", key="k")
 
 
 KILLED = """
@@ -169,7 +171,8 @@ ids = np.random.default_rng(5).integers(3, 500, (6, 40))
 def progress(done, total):
     if done == 47:
         os.kill(os.getpid(), signal.SIGKILL)
-quantize_layers(Checkpoint.open(Path(sys.argv[1])), ids, Settings(), Path(sys.argv[2]), key="k", progress=progress)
+quantize_layers(Checkpoint.open(Path(sys.argv[1])), ids, Settings(), folder=Path(sys.argv[2]), key="k",
+progress=progress)
 """
 
 
@@ -179,8 +182,8 @@ def test_kill_9_loses_the_layer_at_work_and_nothing_else(tmp_path, checkpoint):
     killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, check=False, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert list(contents(tmp_path / "q")) == ["layer-000.safetensors"]
-    quantize_layers(checkpoint, IDS, Settings(), tmp_path / "q", key="k")
-    quantize_layers(checkpoint, IDS, Settings(), tmp_path / "whole", key="k")
+    quantize_layers(checkpoint, IDS, Settings(), folder=tmp_path / "q", key="k")
+    quantize_layers(checkpoint, IDS, Settings(), folder=tmp_path / "whole", key="k")
     a, b = contents(tmp_path / "q"), contents(tmp_path / "whole")
     same = {name: load_file(tmp_path / "q" / name) for name in a}
     for name, tensors in same.items():

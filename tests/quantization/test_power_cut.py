@@ -38,7 +38,7 @@ def quantize(checkpoint, folder, stop=None):
         if done == stop:
             raise StopError
 
-    records = quantize_layers(checkpoint, IDS, Settings(), folder, key="k", progress=progress)
+    records = quantize_layers(checkpoint, IDS, Settings(), folder=folder, key="k", progress=progress)
     assert len(records) == LAYERS
     if stop != "before the table":
         scale_table(checkpoint, IDS.shape, folder, codes=CODES)
@@ -129,7 +129,7 @@ def test_a_rescaling_that_was_cut_short_is_measured_again(tmp_path, monkeypatch,
     monkeypatch.setattr("gemma_deploy.parity.maxima.measure_rescaling", lambda *_, **__: Rescaling({"a": 1}))
     (tmp_path / "rescaling.json").write_text(text)
     for reused in (False, True):
-        found = choose_rescaling(job, None, tmp_path, "k")
+        found = choose_rescaling(job, None, tmp_path, key="k")
         assert found == (Rescaling({"a": 1}), reused)
 
 
@@ -141,6 +141,6 @@ def test_a_sensitivity_that_was_cut_short_is_measured_again(tmp_path, monkeypatc
     job, made = SimpleNamespace(checkpoint=None, config=None), SimpleNamespace(embed_scale="exact")
     (tmp_path / "sensitivity.json").write_text(text)
     for reused in (False, True):
-        found = layer_sensitivity(job, None, made, tmp_path, "k", None)
+        found = layer_sensitivity(job, None, made, out=tmp_path, key="k", progress=None)
         assert found == ({"layers": [0.5]}, reused)
     assert json.loads((tmp_path / "sensitivity.json").read_text()) == {"layers": [0.5], "key": "k"}

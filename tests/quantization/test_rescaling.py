@@ -101,7 +101,7 @@ def test_what_is_folded_into_parameters(model_type):
     config = config_of(model_type)
     rng = np.random.default_rng(2)
     chosen = choose(config, {point: float(10 ** rng.uniform(0, 8)) for point in points_of(config)})
-    plan = {spec.name: spec for spec in build_plan(config, "fp16", 64, chosen)}
+    plan = {spec.name: spec for spec in build_plan(config, "fp16", 64, rescaling=chosen)}
     for name, spec in plan.items():
         module = name.rpartition(".")[0]
         if name.endswith(".eps"):
@@ -116,7 +116,7 @@ def test_what_is_folded_into_parameters(model_type):
             assert exponent_of(name, 2, chosen) == chosen.of(f"{module}.in") - chosen.of(f"{module}.out")
         else:
             assert exponent_of(name, len(spec.shape), chosen) == 0  # the table: its scale is a scalar of the graph
-    assert build_plan(config, "fp32", 64) == build_plan(config, "fp32", 64, Rescaling())
+    assert build_plan(config, "fp32", 64) == build_plan(config, "fp32", 64, rescaling=Rescaling())
 
 
 def test_json_and_back():
@@ -214,7 +214,7 @@ def test_a_second_run_does_not_measure_again(tmp_path, monkeypatch, capsys):
 
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma", num_hidden_layers=2)
 
-    def killed(*args):
+    def killed(*args, **named):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compiler, "write_parameters", killed)

@@ -85,7 +85,7 @@ def test_powers_of_a_row_do_not_depend_on_its_block(cols):
         for rows in w.split(block):
             scale = row_scales(rows.abs().amax(1))
             q = torch.empty(rows.shape, dtype=torch.int8)
-            parts.append(torch.stack(quantize_rows_(rows.clone(), scale, q, torch.empty_like(rows))))
+            parts.append(torch.stack(quantize_rows_(rows.clone(), scale, q, scratch=torch.empty_like(rows))))
         return torch.cat(parts, 1)
 
     for block in (1, 2, 5):

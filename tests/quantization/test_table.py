@@ -33,7 +33,7 @@ def quantized_of(tmp_path, tied):
     checkpoint = Checkpoint.open(
         write_tiny_checkpoint(tmp_path / "ck", "gemma3_text", num_hidden_layers=2, tie_word_embeddings=tied)
     )
-    quantize_layers(checkpoint, IDS, Settings(), tmp_path / "q", key="k")
+    quantize_layers(checkpoint, IDS, Settings(), folder=tmp_path / "q", key="k")
     scale_table(checkpoint, IDS.shape, tmp_path / "q", codes=Codes())
     return checkpoint, QuantizedCheckpoint(checkpoint, [table_file(tmp_path / "q")], [])
 

@@ -51,7 +51,7 @@ def small_shards(monkeypatch):
 
 def quantized(checkpoint, folder, executor, **options):
     """The bytes of all layer files."""
-    quantize_layers(checkpoint, IDS, Settings(activations=True), folder, key="k", executor=executor, **options)
+    quantize_layers(checkpoint, IDS, Settings(activations=True), folder=folder, key="k", executor=executor, **options)
     assert not scratch_of(folder).exists() or not list(scratch_of(folder).glob("moments*"))
     files = {file.name: file.read_bytes() for file in sorted(folder.glob("layer-*.safetensors"))}
     assert len(files) == checkpoint.config.num_hidden_layers
@@ -158,7 +158,7 @@ if __name__ == "__main__":
     folder, ids = Path(sys.argv[2]), np.random.default_rng(5).integers(3, 500, (7, 40))
     with open_executor(folder / "shards", processes=2) as executor:
         checkpoint, settings = Checkpoint.open(Path(sys.argv[1])), Settings(activations=True)
-        quantize_layers(checkpoint, ids, settings, folder, key="k", progress=progress, executor=executor)
+        quantize_layers(checkpoint, ids, settings, folder=folder, key="k", progress=progress, executor=executor)
 """
 
 
@@ -211,7 +211,7 @@ def test_moments_are_those_of_all_windows(checkpoint, tmp_path, seqlen):
     layer = LayerPass(StackTemplate(LayerSetting(checkpoint.config, "exact", seqlen, checkpoint.path)), 0)
     layer.module.load_state_dict(first.state_dict(), assign=True)
     ticks = []
-    found = observe(Here(2), layer, points, on_disk, lambda: ticks.append(1))
+    found = observe(Here(2), layer, points, states=on_disk, ticked=lambda: ticks.append(1))
     assert len(ticks) == NSAMPLES
     for point in points:
         x = torch.cat(seen[point])

@@ -163,7 +163,7 @@ def test_a_step_writes_one_slot_and_allocates_less_than_a_cache(artifact, sequen
 
 
 def test_inner_values_of_prefill_and_decode(artifact):
-    runner = StaticRunner(artifact, "strict", 1, ["model.layers.3.out", "model.norm.out", "model.no_such.out"])
+    runner = StaticRunner(artifact, "strict", 1, outputs=["model.layers.3.out", "model.norm.out", "model.no_such.out"])
     runner.prefill([[2, 3], [2]])
     assert {name: value.shape for name, value in runner.values.items()} == {
         "model.layers.3.out": (2, P, 64),

@@ -156,7 +156,7 @@ def test_overflowed_logits_are_an_error_not_a_token(bad):
 
 def test_every_bad_setting_is_named_at_once():
     with pytest.raises(UsageError) as caught:
-        Sampler(-1, -2, 0, -3)
+        Sampler(-1, -2, 0, seed=-3)
     assert str(caught.value).splitlines() == [
         "sampling cannot be done like this",
         "  - temperature -1: 0 (greedy) or more",

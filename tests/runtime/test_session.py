@@ -105,7 +105,7 @@ def test_strict_int8_linear_is_the_dequantized_product_and_fast_is_not(artifacts
     matrix = (weight.astype(np.float64) * scale[:, None]).T
     error = {}
     for mode in ("strict", "fast"):
-        session = open_session(artifact / "iter0.onnx", mode, 1, names)
+        session = open_session(artifact / "iter0.onnx", mode, 1, outputs=names)
         x, y = session.run(names, prefill_feeds(np.random.default_rng(1)))
         expected = x.astype(np.float64) @ matrix
         error[mode] = np.abs(y - expected).max() / np.abs(expected).max()
@@ -231,7 +231,7 @@ def test_linears_that_do_not_fit_the_kernels_blocks_are_left_to_ort(tmp_path):
 
 def test_inner_values_are_the_same_with_and_without_asking_for_them(artifacts):
     artifact = artifacts("gemma3_text", "fp16")
-    runner, plain = (StaticRunner(artifact, "strict", 1, names) for names in (["model.layers.1.out"], []))
+    runner, plain = (StaticRunner(artifact, "strict", 1, outputs=names) for names in (["model.layers.1.out"], []))
     logits = runner.prefill([[2, 5, 6], [2, 7]])
     np.testing.assert_array_equal(logits, plain.prefill([[2, 5, 6], [2, 7]]))
     assert runner.values["model.layers.1.out"].shape == (2, 32, 64)

@@ -159,7 +159,9 @@ class OnnxRuntime:
 
         spec, config = job.spec, job.config
         scale = embedding_scale(config.hidden_size, spec.embed_scale)
-        model = build_decoder(config, chosen_kernels(spec, config, job.unrounded), job.tensors[PARAMS], PARAMS, scale)
+        model = build_decoder(
+            config, chosen_kernels(spec, config, job.unrounded), job.tensors[PARAMS], location=PARAMS, embed_scale=scale
+        )
         log.debug("%s built: %d nodes", GRAPH, len(model.graph))
         return Exported({GRAPH: serialized(model)})
 

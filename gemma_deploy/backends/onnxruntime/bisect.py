@@ -24,10 +24,10 @@ ACCUMULATED = 1e-3
 
 
 def dynamic_divergence(
-    hf: TorchSource, patched: TorchSource, same_weights: TorchSource, artifact: Path, case: Case
+    hf: TorchSource, patched: TorchSource, same_weights: TorchSource, *, artifact: Path, case: Case
 ) -> Divergence | None:
     """The same for a graph of ONNX Runtime, its kernels made exact: modules in order, from the model's own input on."""
-    found = torch_divergence(hf, patched, case, TOLERANCE)
+    found = torch_divergence(hf, patched, case, tolerance=TOLERANCE)
     if found is not None and found.error > found.tolerance:
         return found
     layers = hf.checkpoint.config.layers
@@ -37,8 +37,8 @@ def dynamic_divergence(
     hidden = source.run([Case(case.name, case.prompts[:1], case.forced[:1])])[0][0]
     got = {name: np.concatenate(pieces) for name, pieces in source.values.items()} | {NORMED: hidden}
     expected: dict[str, np.ndarray] = {}
-    same_weights.modules(case, 0, got.__contains__, expected.__setitem__)
+    same_weights.modules(case, 0, got.__contains__, keep=expected.__setitem__)
     prompt = len(case.prompts[0])
     names = [name for name in (EMBEDDED, *inside, NORMED) if name in expected and name in got]
-    errors = ((name, *errors_by_phase(expected[name], got[name], prompt, ACCUMULATED)) for name in names)
-    return first_or_worst(same_weights.name, source.name, errors, ACCUMULATED)
+    errors = ((name, *errors_by_phase(expected[name], got[name], prompt, tolerance=ACCUMULATED)) for name in names)
+    return first_or_worst(same_weights.name, source.name, errors, tolerance=ACCUMULATED)

@@ -40,7 +40,7 @@ EMBEDDED, NORMED, LOGITS = "model.embed_tokens.out", "model.norm.out", "logits"
 
 
 def build_decoder(
-    config: ModelConfig, kernels: Kernels, rows: Iterable[Row], location: str, embed_scale: float
+    config: ModelConfig, kernels: Kernels, rows: Iterable[Row], *, location: str, embed_scale: float
 ) -> ir.Model:
     """The graph of an artifact; its weights are views of the parameter file.
 
@@ -51,7 +51,7 @@ def build_decoder(
     Raises:
         ExportError: graph and file disagree.
     """
-    return _Decoder(config, kernels, rows, location, embed_scale).model()
+    return _Decoder(config, kernels, rows, location=location, embed_scale=embed_scale).model()
 
 
 def linears_of(config: ModelConfig) -> frozenset[str]:
@@ -69,7 +69,7 @@ class _Shared:
 
 class _Decoder:
     def __init__(
-        self, config: ModelConfig, kernels: Kernels, rows: Iterable[Row], location: str, embed_scale: float
+        self, config: ModelConfig, kernels: Kernels, rows: Iterable[Row], *, location: str, embed_scale: float
     ) -> None:
         self.config, self.kernels, self.embed_scale = config, kernels, embed_scale
         self.nodes = Nodes()
@@ -225,7 +225,7 @@ class _Decoder:
         """
         nodes, joined = self.nodes, product_of(modules[0])
         if self._matrix(modules[0]).integer:
-            tokens = rounded_tokens(nodes, x, joined, modules[0] in self.kernels.in_14_bits)
+            tokens = rounded_tokens(nodes, x, joined, in_14_bits=modules[0] in self.kernels.in_14_bits)
             return [self._matrix(module).integer_product(nodes, tokens, f"{module}.out") for module in modules]
         alike = [list(run) for _, run in groupby(modules, lambda module: self.weights.dtype(f"{module}.weight"))]
         made: list[ir.Value] = []
@@ -240,7 +240,7 @@ class _Decoder:
         return made
 
     def _matrix(self, *modules: str, name: str = "") -> Matrix:
-        return Matrix(self.weights, modules, name or modules[0], self.kernels.block)
+        return Matrix(self.weights, modules, name or modules[0], block=self.kernels.block)
 
     def _norm(self, x: ir.Value, norm: str) -> ir.Value:
         return self.nodes.one(
@@ -260,9 +260,9 @@ class _Decoder:
         module = EMBEDDING if tied else HEAD
         block, candidates = self.kernels.block, self.kernels.candidates
         if candidates:
-            logits = screened_head(nodes, self.weights, module, block, normed, candidates)
+            logits = screened_head(nodes, self.weights, module, block=block, normed=normed, candidates=candidates)
         else:
-            logits = whole_head(nodes, self.weights, module, block, normed)
+            logits = whole_head(nodes, self.weights, module, block=block, normed=normed)
         if self.dtype != ir.DataType.FLOAT:
             logits = nodes.one("Cast", [logits], "logits.wide", to=ir.DataType.FLOAT.value)
         if cap is not None:

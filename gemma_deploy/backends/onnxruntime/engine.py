@@ -85,7 +85,7 @@ class OrtSession(Session):
         return np.array(self._sequence.read(self._ids[self._sequence.length :])[-1], np.float32)
 
     def _admit(self, ids: list[int]) -> int:
-        check_context(len(ids), self.max_length, str(self.path), len(self.ids))
+        check_context(len(ids), self.max_length, str(self.path), before=len(self.ids))
         check_tokens(ids, self.model.vocab_size, "prompt")
         return len(ids)
 
@@ -110,7 +110,7 @@ class OrtSession(Session):
             rows = sequence.feed([token])
 
     def _looked_up(self, stats: GenerationStats) -> Iterator[Sequence[int]]:
-        greedy = Greedy(self.model, self._ids, self.max_length, self._sequence)
+        greedy = Greedy(self.model, self._ids, self.max_length, sequence=self._sequence)
         yield [greedy.first()]
         while True:
             taken = greedy.next()

@@ -97,7 +97,7 @@ class Before:
         self.graph.remove(self.node, safe=True)
 
     def viewed(
-        self, codes: ir.Value, dtype: ir.DataType, shape: tuple[int, ...], part: tuple[int, int] | None = None
+        self, codes: ir.Value, dtype: ir.DataType, shape: tuple[int, ...], *, part: tuple[int, int] | None = None
     ) -> ir.Value:
         """The bytes of an initializer read in another form, or those of rows [start, stop)."""
         stored = codes.const_value
@@ -118,6 +118,7 @@ class Before:
         codes: ir.Value,
         scales: ir.Value,
         bits: int,
+        *,
         shape: tuple[int, int],
         after: ir.Value,
         part: tuple[int, int] | None = None,
@@ -125,9 +126,9 @@ class Before:
         """Codes [out, in] times their scales [out] or [out, groups]; `part`, those of some rows."""
         scales = _repeated(scales)
         dtype = ir.DataType[f"UINT{bits}"]
-        viewed = self.viewed(codes, dtype, shape, part)
+        viewed = self.viewed(codes, dtype, shape, part=part)
         if part is not None:
-            scales = self.viewed(scales, ir.DataType.FLOAT, (shape[0], *_sizes(scales)[1:]), part)
+            scales = self.viewed(scales, ir.DataType.FLOAT, (shape[0], *_sizes(scales)[1:]), part=part)
         groups = _sizes(scales)
         per_row = len(groups) == 1
         zero = np.full(groups, 1 << (bits - 1), np.uint8).astype(dtype.numpy())
@@ -187,7 +188,7 @@ def _block_product(graph: ir.Graph, node: ir.Node) -> None:
     x, codes, scales = (_input(node, index) for index in range(3))
     here, size = Before(graph, node), node.attributes
     shape = (size["N"].as_int(), size["K"].as_int())
-    here.product(x, here.dequantized(codes, scales, size["bits"].as_int(), shape, x))
+    here.product(x, here.dequantized(codes, scales, size["bits"].as_int(), shape=shape, after=x))
 
 
 def _integer_product(graph: ir.Graph, node: ir.Node) -> None:
@@ -211,7 +212,7 @@ def _whole_head(graph: ir.Graph, node: ir.Node) -> None:
     codes, scales = _input(gathered, 0), _repeated(_input(gathered, 2))
     columns, here, shares = _sizes(codes)[1], Before(graph, node), []
     for part in parts_of(_sizes(codes)[0], columns):
-        weights = here.dequantized(codes, scales, 8, (part[1] - part[0], columns), x, part)
+        weights = here.dequantized(codes, scales, 8, shape=(part[1] - part[0], columns), after=x, part=part)
         shares.append(here.add("FusedMatMul", [x, weights], f"exact.{part[0]}", transB=1))
     here.replace(here.add("Concat", shares, "exact", axis=-1))
 

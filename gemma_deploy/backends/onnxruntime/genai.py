@@ -143,7 +143,7 @@ class GenaiSession(Session):
             return np.array(self._generator.get_logits()[0, -1], np.float32)
 
     def _admit(self, ids: list[int]) -> int:
-        check_context(len(ids), self.model.context_length, str(self.path), self._generator.token_count())
+        check_context(len(ids), self.model.context_length, str(self.path), before=self._generator.token_count())
         check_tokens(ids, self.model.vocab_size, "prompt")
         return len(ids)
 

@@ -24,6 +24,7 @@ def genai_config(
     config: ModelConfig,
     context_length: int,
     chunk_size: int | None = None,
+    *,
     gpu: bool = False,
     windowed: bool = False,
 ) -> dict[str, Any]:

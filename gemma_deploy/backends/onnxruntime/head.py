@@ -28,25 +28,25 @@ LOW_BITS, HIGH_HALF = 4, 0xF0
 MEAN_REST = 7.5  # of the low half of a code, 0 to 15
 
 
-def whole_head(nodes: Nodes, weights: Weights, module: str, block: int, normed: ir.Value) -> ir.Value:
+def whole_head(nodes: Nodes, weights: Weights, module: str, *, block: int, normed: ir.Value) -> ir.Value:
     """[B,S,H] -> logits [B,S,V] of all rows of a table."""
-    whole = Matrix(weights, [module], module, block)
+    whole = Matrix(weights, [module], module, block=block)
     shares = [
-        Matrix(weights, [module], f"{HEAD}.{k}", block, part).product(nodes, normed, f"{HEAD}.{k}.out")
+        Matrix(weights, [module], f"{HEAD}.{k}", block=block, part=part).product(nodes, normed, f"{HEAD}.{k}.out")
         for k, part in enumerate(parts_of(whole.rows, int(whole.columns * (whole.bits / 8 or 4))))
     ]
     return _joined(nodes, shares, f"{HEAD}.out")
 
 
 def screened_head(
-    nodes: Nodes, weights: Weights, module: str, block: int, normed: ir.Value, candidates: int
+    nodes: Nodes, weights: Weights, module: str, *, block: int, normed: ir.Value, candidates: int
 ) -> ir.Value:
     """The same, of the high halves of 8-bit codes, but for the likeliest tokens.
 
     Args:
         candidates: tokens whose rows are multiplied whole.
     """
-    whole = Matrix(weights, [module], module, block)
+    whole = Matrix(weights, [module], module, block=block)
     rough = _rough(nodes, weights, whole, normed)
     count = nodes.numbers(min(candidates, whole.rows))
     _, likeliest = nodes.many("TopK", [rough, count], [f"{HEAD}.top", f"{HEAD}.likeliest"], axis=-1, sorted=0)
@@ -62,12 +62,14 @@ def _rough(nodes: Nodes, weights: Weights, whole: Matrix, normed: ir.Value) -> i
     blocks, module, shares = whole.columns // whole.block, whole.name, []
     for k, part in enumerate(parts_of(whole.rows, whole.columns // 2)):
         name = f"{HEAD}.{k}"
-        share = Matrix(weights, [module], name, whole.block, part)
-        codes = weights.view(whole.codes, f"{name}.codes", (share.rows, share.columns), ir.DataType.UINT8, part)
-        scales = weights.block_scales(whole.scales, name, blocks, part)
+        share = Matrix(weights, [module], name, block=whole.block, part=part)
+        codes = weights.view(
+            whole.codes, f"{name}.codes", (share.rows, share.columns), dtype=ir.DataType.UINT8, part=part
+        )
+        scales = weights.block_scales(whole.scales, name, blocks, part=part)
         halves = _high_halves(nodes, codes, name, (share.rows, blocks, whole.block // 2))
         steps = nodes.one("Mul", [scales, nodes.scalar(1 << LOW_BITS)], f"{name}.high_scale")
-        shares.append(share.block_product(nodes, normed, halves, steps, LOW_BITS, f"{name}.out"))
+        shares.append(share.block_product(nodes, normed, halves, scales=steps, bits=LOW_BITS, out=f"{name}.out"))
     high = _joined(nodes, shares, f"{HEAD}.high")
     scales, groups = weights.view(whole.scales, f"{module}.scale"), 1 if whole.per_row else blocks
     apart = nodes.one("Reshape", [normed, nodes.numbers(0, 0, groups, -1)], f"{HEAD}.groups")

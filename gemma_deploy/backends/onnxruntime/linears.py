@@ -45,7 +45,7 @@ class Matrix:
     """
 
     def __init__(
-        self, weights: Weights, modules: Sequence[str], name: str, block: int, part: tuple[int, int] | None = None
+        self, weights: Weights, modules: Sequence[str], name: str, *, block: int, part: tuple[int, int] | None = None
     ) -> None:
         self.weights, self.name, self.part = weights, name, part
         self.codes = [f"{module}.weight" for module in modules]
@@ -68,12 +68,12 @@ class Matrix:
             return nodes.one("FusedMatMul", [x, matrix], out, domain=MICROSOFT, transB=1)
         blocks = self.columns // self.block
         shape = (self.rows, blocks, self.block * self.bits // 8)
-        codes = self.weights.view(self.codes, f"{self.name}.blocks", shape, ir.DataType.UINT8, part=self.part)
-        scales = self.weights.block_scales(self.scales, self.name, blocks, self.part)
-        return self.block_product(nodes, x, codes, scales, self.bits, out)
+        codes = self.weights.view(self.codes, f"{self.name}.blocks", shape, dtype=ir.DataType.UINT8, part=self.part)
+        scales = self.weights.block_scales(self.scales, self.name, blocks, part=self.part)
+        return self.block_product(nodes, x, codes, scales=scales, bits=self.bits, out=out)
 
     def block_product(
-        self, nodes: Nodes, x: ir.Value, codes: ir.Value, scales: ir.Value, bits: int, out: str
+        self, nodes: Nodes, x: ir.Value, codes: ir.Value, *, scales: ir.Value, bits: int, out: str
     ) -> ir.Value:
         """[..., in] -> [..., out] of codes uint8 [out, blocks, bytes] and scales [out, blocks]."""
         return nodes.one(
@@ -125,7 +125,7 @@ class Tokens:
     in_14_bits: bool
 
 
-def rounded_tokens(nodes: Nodes, x: ir.Value, name: str, in_14_bits: bool) -> Tokens:
+def rounded_tokens(nodes: Nodes, x: ir.Value, name: str, *, in_14_bits: bool) -> Tokens:
     """Round half to even, with a scale for each token.
 
     Args:

@@ -124,7 +124,7 @@ class LookupSequence:
 
     def ahead(self, wanted: int) -> int:
         """Of so many tokens to read next, as many as can be taken back; one that cannot where there is none."""
-        counts = (most_ahead(self.length, window, capacity_of(window), wanted) for window in self._windows)
+        counts = (most_ahead(self.length, window, capacity_of(window), wanted=wanted) for window in self._windows)
         return min(counts, default=wanted)
 
     def read(self, tokens: Sequence[int]) -> np.ndarray:
@@ -161,7 +161,7 @@ class Greedy:
     """
 
     def __init__(
-        self, model: LookupModel, ids: Sequence[int], room: int, sequence: LookupSequence | None = None
+        self, model: LookupModel, ids: Sequence[int], room: int, *, sequence: LookupSequence | None = None
     ) -> None:
         self.model, self.history, self.room = model, History(ids), room
         self.sequence = sequence if sequence is not None else LookupSequence(model, room)

@@ -25,10 +25,12 @@ def prove_graph(proof: Proof, result: ParityResult) -> None:
     if on_cpu:
         sources[shipped.name] = shipped
         pairs += [("strict", "shipped")]
-    found = compare_sources(sources, pairs, cases, opened.config.vocab_size, proof.report)
+    found = compare_sources(sources, pairs, cases, vocab_size=opened.config.vocab_size, report=proof.report)
     result.lines = judged(gates, found)
     if on_cpu:
-        result.lines.append(whole_graph_line(artifact, shipped, cases[0], opened.config.vocab_size, logits))
+        result.lines.append(
+            whole_graph_line(artifact, shipped, cases[0], vocab_size=opened.config.vocab_size, logits=logits)
+        )
     else:
         result.lines.append(bfloat16_line(artifact))
         result.notes.append(
@@ -41,5 +43,5 @@ def prove_graph(proof: Proof, result: ParityResult) -> None:
     result.effect = effect_of(found[hf.name, "shipped" if on_cpu else "strict"], cases)
     if not result.passed:
         proof.report("looking for the first layer that differs")
-        divergence = dynamic_divergence(hf, patched, same_weights, artifact, cases[0])
+        divergence = dynamic_divergence(hf, patched, same_weights, artifact=artifact, case=cases[0])
         result.divergence = divergence.to_json() if divergence else None

@@ -126,7 +126,9 @@ class DynamicSource:
             value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
         session = open_graph(model, self.path, strict=self.kernels == STRICT)
         empty = empty_caches(session, windows_of(graph))
-        return _Session(session, [str(value.name) for value in names.values()], list(names), empty, self.values)
+        return _Session(
+            session, [str(value.name) for value in names.values()], list(names), empty=empty, values=self.values
+        )
 
 
 class _Session:
@@ -142,6 +144,7 @@ class _Session:
         session: Any,
         names: Sequence[str],
         known_as: Sequence[str],
+        *,
         empty: Caches,
         values: dict[str, list[np.ndarray]],
     ) -> None:
@@ -170,7 +173,7 @@ def whole_logits(path: Path, tokens: Sequence[int]) -> np.ndarray:
     return logits
 
 
-def whole_graph_line(path: Path, shipped: DynamicSource, case: Case, vocab_size: int, logits: str = LAST) -> Line:
+def whole_graph_line(path: Path, shipped: DynamicSource, case: Case, *, vocab_size: int, logits: str = LAST) -> Line:
     """The graph untouched gives what its parts give: of the last token, or of every one in its own place.
 
     Args:

@@ -55,6 +55,7 @@ class Weights:
         names: Sequence[str],
         name: str,
         shape: Sequence[int] | None = None,
+        *,
         dtype: ir.DataType | None = None,
         part: Part = None,
     ) -> ir.Value:
@@ -108,7 +109,7 @@ class Weights:
             return stored
         return self._once(f"{name}.half", lambda made: self.top.one("Cast", [stored], made, to=self.computed.value))
 
-    def block_scales(self, names: Sequence[str], name: str, blocks: int, part: Part = None) -> ir.Value:
+    def block_scales(self, names: Sequence[str], name: str, blocks: int, *, part: Part = None) -> ir.Value:
         """Scales [rows, blocks] of matrices whose scales are [rows] or [rows, groups]."""
         shape = self.shape(names, part)
         scales = self.view(names, f"{name}.scale", part=part)

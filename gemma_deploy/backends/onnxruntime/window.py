@@ -85,7 +85,7 @@ def resident(tokens: int, window: int, capacity: int) -> int:
     return tokens - step * -(-(tokens - capacity) // step)
 
 
-def most_ahead(length: int, window: int, capacity: int, wanted: int) -> int:
+def most_ahead(length: int, window: int, capacity: int, *, wanted: int) -> int:
     """Of `wanted` tokens to come, as many as can be taken back again, one at least.
 
     Positions move when a buffer is full, and the length before that is gone then: a step that moves them has one token,

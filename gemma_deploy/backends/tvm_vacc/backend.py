@@ -78,8 +78,16 @@ class StaticPair:
 
     def contract(self, spec: BuildSpec, config: ModelConfig) -> GraphContract:
         """Of `ranks` ranks joined, with all their KV heads."""
-        sizes = spec.batch, spec.prefill, spec.context, spec.dynamic, spec.ranks
-        return GraphContract.of(config, spec.scheme.form, *sizes, int8_cache=spec.scheme.int8_cache)
+        return GraphContract.of(
+            config,
+            spec.scheme.form,
+            batch=spec.batch,
+            prefill=spec.prefill,
+            context=spec.context,
+            dynamic=spec.dynamic,
+            ranks=spec.ranks,
+            int8_cache=spec.scheme.int8_cache,
+        )
 
     def export(self, job: ExportJob) -> Export:
         """Trace without weights, stamp, point into the parameter file; in a process of its own."""

@@ -35,6 +35,7 @@ def first_divergence(
     hf: TorchSource,
     patched: TorchSource,
     same_weights: TorchSource,
+    *,
     strict: StrictSource,
     cases: Sequence[Case],
     scheme: str,
@@ -47,12 +48,12 @@ def first_divergence(
         same_weights: the torch source with the artifact's own weights.
     """
     case = cases[0]
-    found = torch_divergence(hf, patched, case, TOLERANCE)
+    found = torch_divergence(hf, patched, case, tolerance=TOLERANCE)
     if found is not None and found.error > found.tolerance:
         return found
     worst: Divergence | None = None
     for row in range(len(case.prompts)):  # rows differ in padding, and only one of them may be wrong
-        found = artifact_divergence(same_weights, strict, case, row, TOLERANCES[Scheme(scheme).form])
+        found = artifact_divergence(same_weights, strict, case, row=row, tolerance=TOLERANCES[Scheme(scheme).form])
         if found is not None and not found.error <= found.tolerance:
             return found
         worst = max(filter(None, (worst, found)), key=lambda each: each.error, default=None)
@@ -60,28 +61,28 @@ def first_divergence(
 
 
 def artifact_divergence(
-    same_weights: TorchSource, strict: StrictSource, case: Case, row: int, tolerance: float
+    same_weights: TorchSource, strict: StrictSource, case: Case, *, row: int, tolerance: float
 ) -> Divergence | None:
     """Give each layer of the artifact the reference's input and compare its output, in one row of the batch."""
     layers = range(strict.layers)
     wanted = {EMBEDDED, NORMED} | {f"model.layers.{i}.out" for i in layers}
     expected: dict[str, np.ndarray] = {}
-    same_weights.modules(case, row, wanted.__contains__, expected.__setitem__)
+    same_weights.modules(case, row, wanted.__contains__, keep=expected.__setitem__)
     prompt = len(case.prompts[row])
 
     def errors() -> Iterator[tuple[str, str, float]]:
         state = strict.start(case)
         strict.embed(state)
-        yield EMBEDDED, *errors_by_phase(expected[EMBEDDED], state.rows(EMBEDDED)[row], prompt, tolerance)
+        yield EMBEDDED, *errors_by_phase(expected[EMBEDDED], state.rows(EMBEDDED)[row], prompt, tolerance=tolerance)
         for i in layers:
             out = f"model.layers.{i}.out"
             state = _start_at(strict, case, row, layer_input(i), expected[layer_input(i)])
             strict.layer(i, [state])
-            yield out, *errors_by_phase(expected[out], state.rows(out)[row], prompt, tolerance)
+            yield out, *errors_by_phase(expected[out], state.rows(out)[row], prompt, tolerance=tolerance)
         state = _start_at(strict, case, row, layer_input(strict.layers), expected[layer_input(strict.layers)])
         strict.finish([state])
-        yield NORMED, *errors_by_phase(expected[NORMED], state.rows(NORMED)[row], prompt, tolerance)
-        yield BEFORE_HEAD, *errors_by_phase(expected[NORMED], state.rows(CHOSEN)[row], prompt, tolerance)
+        yield NORMED, *errors_by_phase(expected[NORMED], state.rows(NORMED)[row], prompt, tolerance=tolerance)
+        yield BEFORE_HEAD, *errors_by_phase(expected[NORMED], state.rows(CHOSEN)[row], prompt, tolerance=tolerance)
         for phase, rows in (("prefill", slice(prompt - 1, prompt)), ("decode", slice(prompt, prompt + 8))):
             if len(entering := expected[NORMED][rows]):
                 yield (
@@ -90,7 +91,7 @@ def artifact_divergence(
                     relative_error(same_weights.head(entering), strict.head(entering, phase == "prefill")),
                 )
 
-    found = first_or_worst(same_weights.name, strict.name, errors(), tolerance)
+    found = first_or_worst(same_weights.name, strict.name, errors(), tolerance=tolerance)
     if found is None or not found.module.startswith(LAYERS):
         return found
     layer = int(found.module.split(".")[2])
@@ -115,13 +116,15 @@ def _inside(
     points = [prefix + name for name in spec.points()]
     inside = [name for name in points if (whole and name.endswith(".in")) or name in graph.values]
     expected: dict[str, np.ndarray] = {}
-    same_weights.modules(case, row, inside.__contains__, expected.__setitem__)
+    same_weights.modules(case, row, inside.__contains__, keep=expected.__setitem__)
     state = _start_at(strict, case, row, layer_input(layer), entering)
     strict.layer(layer, [state], extra=[name for name in inside if name in expected])
     prompt = len(case.prompts[row])
     ordered = (name for name in inside if name in expected)
-    errors = ((name, *errors_by_phase(expected[name], state.rows(name)[row], prompt, tolerance)) for name in ordered)
-    found = first_or_worst(same_weights.name, strict.name, errors, tolerance)
+    errors = (
+        (name, *errors_by_phase(expected[name], state.rows(name)[row], prompt, tolerance=tolerance)) for name in ordered
+    )
+    found = first_or_worst(same_weights.name, strict.name, errors, tolerance=tolerance)
     if found is None or found.error <= found.tolerance:
         return None
     between = {f"{prefix}{one.output}.in": f"{prefix}{one.module} ({one.between})" for one in spec.branches}

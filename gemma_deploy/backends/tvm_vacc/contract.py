@@ -136,7 +136,7 @@ def read_contract(path: Path, manifest: Manifest | None) -> StaticContract:
     return _contract(ports, path, manifest.contract)
 
 
-def check_session(session: ort.InferenceSession, contract: StaticContract, graph: str, where: Path) -> None:
+def check_session(session: ort.InferenceSession, contract: StaticContract, graph: str, *, where: Path) -> None:
     """See that a graph takes and gives what the contract says; it may give more.
 
     Raises:

@@ -30,7 +30,7 @@ class Cutter:
         rounding: round activations where the graph says so; without, linears read them as they are.
     """
 
-    def __init__(self, folder: Path, graph: str, stages: Stages = (), rounding: bool = True) -> None:
+    def __init__(self, folder: Path, graph: str, stages: Stages = (), *, rounding: bool = True) -> None:
         self.folder, self.model = folder, load_graph(folder / f"{graph}.onnx", stages)
         if not rounding:
             leave_unrounded(self.model, self.model.graph.opset_imports[""])

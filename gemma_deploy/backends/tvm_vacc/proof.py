@@ -29,7 +29,7 @@ def prove_pair(proof: Proof, result: ParityResult) -> None:
     if proof.fast:
         sources["fast"] = FastSource(artifact)
         pairs += [("strict", "fast"), (hf.name, "fast")]
-    found = compare_sources(sources, pairs, cases, opened.config.vocab_size, proof.report)
+    found = compare_sources(sources, pairs, cases, vocab_size=opened.config.vocab_size, report=proof.report)
     result.lines = [*rounding, *judged(gates, found)]
     if scheme == "fp16":
         result.lines.append(headroom_line(hf.absmax, strict.rescaling))
@@ -37,5 +37,5 @@ def prove_pair(proof: Proof, result: ParityResult) -> None:
     result.effect = effect_of(found[hf.name, "strict"] if (hf.name, "strict") in found else found[pairs[-1]], cases)
     if not result.passed:
         proof.report("looking for the first layer that differs")
-        divergence = first_divergence(hf, patched, same_weights, repeating, cases, scheme)
+        divergence = first_divergence(hf, patched, same_weights, strict=repeating, cases=cases, scheme=scheme)
         result.divergence = divergence.to_json() if divergence else None

@@ -64,8 +64,8 @@ class StaticGraphs:
         artifact_dir: str | Path,
         mode: Mode = "fast",
         threads: int = 0,
-        outputs: Sequence[str] = (),
         *,
+        outputs: Sequence[str] = (),
         manifest: Manifest | None = None,
         one_prompt: bool = False,
     ) -> None:
@@ -103,9 +103,9 @@ class StaticGraphs:
             known = {value.name for node in load_graph(file, self._stages).graph for value in node.outputs}
             extra = [name for name in self._outputs if name in known]
         started = time.perf_counter()
-        session = open_session(file, self.mode, self.threads, extra, arrays=self._arrays, stages=self._stages)
+        session = open_session(file, self.mode, self.threads, outputs=extra, arrays=self._arrays, stages=self._stages)
         self.load_seconds += time.perf_counter() - started
-        check_session(session, self.contract, graph, file)
+        check_session(session, self.contract, graph, where=file)
         return session, extra
 
 
@@ -126,12 +126,12 @@ class StaticRunner:
         artifact_dir: str | Path,
         mode: Mode = "fast",
         threads: int = 0,
-        outputs: Sequence[str] = (),
         *,
+        outputs: Sequence[str] = (),
         manifest: Manifest | None = None,
         one_prompt: bool = False,
     ) -> None:
-        graphs = StaticGraphs(artifact_dir, mode, threads, outputs, manifest=manifest, one_prompt=one_prompt)
+        graphs = StaticGraphs(artifact_dir, mode, threads, outputs=outputs, manifest=manifest, one_prompt=one_prompt)
         self._take(graphs)
 
     @classmethod

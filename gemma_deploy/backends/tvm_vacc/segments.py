@@ -93,7 +93,7 @@ class StrictSource:
         self.contract = read_contract(self.path, manifest)
         self.rescaling = (manifest and manifest.rescaling) or Rescaling()
         stages = stages_of(manifest)
-        self.graphs = {graph: Cutter(self.path, graph, stages, rounding) for graph in ("iter0", "iter1")}
+        self.graphs = {graph: Cutter(self.path, graph, stages, rounding=rounding) for graph in ("iter0", "iter1")}
         if not rounding:  # codes have become what they stand for
             self.contract = replace(self.contract, caches=tuple(map(self._as_read, self.contract.caches)))
         self.caches = caches_by_layer(self.contract)

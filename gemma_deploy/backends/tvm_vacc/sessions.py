@@ -35,8 +35,8 @@ def open_session(
     path: Path,
     mode: Mode = "fast",
     threads: int = 0,
-    outputs: Sequence[str] = (),
     *,
+    outputs: Sequence[str] = (),
     arrays: dict[str, np.ndarray] | None = None,
     dump: Path | None = None,
     stages: Stages = (),
@@ -61,7 +61,7 @@ def open_session(
     if dump is not None:
         options.optimized_model_filepath = str(dump)
     arrays = arrays if arrays is not None else {}
-    model, names = changed_graph(path, mode, outputs, arrays, stages)
+    model, names = changed_graph(path, mode, outputs, arrays=arrays, stages=stages)
     given = [ort.OrtValue.ortvalue_from_numpy(arrays[name]) for name in names]
     if given:
         options.add_external_initializers(names, given)
@@ -87,7 +87,7 @@ def load_graph(path: Path, stages: Stages = ()) -> ir.Model:
 
 
 def changed_graph(
-    path: Path, mode: Mode, outputs: Sequence[str], arrays: dict[str, np.ndarray], stages: Stages = ()
+    path: Path, mode: Mode, outputs: Sequence[str], *, arrays: dict[str, np.ndarray], stages: Stages = ()
 ) -> tuple[bytes, list[str]]:
     """The graph as it is handed to ORT, lowered and with inner values among its outputs; it holds no weights.
 

@@ -11,7 +11,7 @@ import torch
 
 
 def in_order(
-    submit: Callable[[Any], Any], result: Callable[[Any], Any], items: Iterable[Any], ahead: int
+    submit: Callable[[Any], Any], result: Callable[[Any], Any], items: Iterable[Any], *, ahead: int
 ) -> Generator[Any, None, None]:
     """Results in the order of the items.
 

@@ -65,7 +65,7 @@ class Processes:
                 lambda item: self.threads.submit(self._ask, Task(work, model, index, file, item)),
                 Future.result,
                 items,
-                self.width + 1,
+                ahead=self.width + 1,
             )
         except EOFError as ended:
             raise CalibrationError(

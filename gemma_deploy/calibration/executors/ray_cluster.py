@@ -93,7 +93,7 @@ class RayCluster:
             return answer
 
         try:
-            yield from in_order(submit, result, items, self.width + 1)
+            yield from in_order(submit, result, items, ahead=self.width + 1)
         except ray.exceptions.RayError as error:
             raise CalibrationError(
                 f"the Ray cluster lost a shard: {str(error).strip().splitlines()[-1]}",

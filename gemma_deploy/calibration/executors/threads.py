@@ -32,6 +32,6 @@ class Here:
                 return
             pool = ThreadPoolExecutor(self.width, "shard", initializer=torch.set_num_threads, initargs=(1,))
             try:
-                yield from in_order(lambda item: pool.submit(work, layer, item), Future.result, items, self.width)
+                yield from in_order(lambda item: pool.submit(work, layer, item), Future.result, items, ahead=self.width)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)

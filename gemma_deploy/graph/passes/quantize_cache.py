@@ -19,7 +19,7 @@ from gemma_deploy.graph.functions import DEQUANTIZE_CACHE, DOMAIN, DOMAIN_VERSIO
 SHAPE = "cache_factor.shape"
 
 
-def quantize_cache(model: ir.Model, contract: GraphContract, graph: str, layers: Sequence[LayerSpec]) -> int:
+def quantize_cache(model: ir.Model, contract: GraphContract, graph: str, *, layers: Sequence[LayerSpec]) -> int:
     """Turn the caches of a graph into codes and scales. In place; returns the number of caches.
 
     Args:

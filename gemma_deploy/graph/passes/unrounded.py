@@ -61,4 +61,4 @@ def _undequantized(opset: int) -> ir.Function:
     body = Body("codes", "scale", "factor")
     y = body.node("Identity", body.inputs[:1], "y")
     declared = ir.Attr("to", ir.AttributeType.INT, None)
-    return body.function(DEQUANTIZE_CACHE, [y], opset, [declared])
+    return body.function(DEQUANTIZE_CACHE, [y], opset, attributes=[declared])
