@@ -191,8 +191,7 @@ def _params_stage(
     job: Job, tensors: Mapping[str, TensorInfo], elements: int, parameters: int, machine: Machine
 ) -> StageEstimate:
     workers = max(1, min(job.workers.writers, len(tensors)))
-    looked = job.scheme.calibrates or job.scheme.weights == "fp16"  # torch is imported then, and was at work
-    ram = BASE_BYTES + LEFT_BYTES if looked else WRITER_BYTES
+    ram = _idle_bytes(job)
     source = sum(tensor.nbytes for tensor in tensors.values())
     rate = QUANTIZE_BYTES_PER_S if job.scheme.codes else CAST_BYTES_PER_S
     compute = 4 * elements / (rate * min(workers, machine.cpus))
@@ -205,7 +204,13 @@ def _params_stage(
 def _files_stage(job: Job) -> StageEstimate:
     """Copies of small files, of which the tokenizer's are the largest."""
     sizes = [file.stat().st_size for file in job.checkpoint.tokenizer_files()]
-    return StageEstimate("files", "config, tokenizer", WRITER_BYTES, sum(sizes) + GRAPH_BYTES, 0.1)
+    return StageEstimate("files", "config, tokenizer", _idle_bytes(job), sum(sizes) + GRAPH_BYTES, 0.1)
+
+
+def _idle_bytes(job: Job) -> int:
+    """What the process holds whatever it does: more where torch is imported, and was at work."""
+    looked = job.scheme.calibrates or job.scheme.weights == "fp16"
+    return BASE_BYTES + LEFT_BYTES if looked else WRITER_BYTES
 
 
 def _ranges_stage(job: Job, tensors: Mapping[str, TensorInfo], elements: int, request: Request | None) -> StageEstimate:
