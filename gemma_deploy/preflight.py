@@ -23,16 +23,18 @@ from gemma_deploy.estimates import (
     BLOCK_BYTES,
     CAST_BYTES_PER_S,
     FLOPS_PER_S,
-    GRAPH_BYTES,
     HEAD_BYTES,
     IMPORT_SECONDS,
+    LARGE_VOCABULARY,
     LAYER_PASSES,
     LEFT_BYTES,
+    LOGIT_BLOCKS,
     LOGIT_BYTES,
     PIECE_ARRAYS,
     PIECE_ELEMENTS,
     QUANTIZE_BYTES_PER_S,
     READ_BYTES_PER_S,
+    RECORD_BYTES,
     SENSITIVITY_TOKENS,
     STREAM_BYTES_PER_S,
     TOKENIZER_BYTES,
@@ -45,6 +47,7 @@ from gemma_deploy.job import Job
 from gemma_deploy.machine import Machine, gib, nearest_existing, size
 from gemma_deploy.params.plan import build_plan
 from gemma_deploy.parity.cases import prompt_length
+from gemma_deploy.parity.compare import PROMPT_POSITIONS
 from gemma_deploy.parity.maxima import SEQLEN, TEXT_WINDOWS
 from gemma_deploy.reading import is_file
 from gemma_deploy.workdir import partial_of
@@ -204,7 +207,7 @@ def _params_stage(
 def _files_stage(job: Job) -> StageEstimate:
     """Copies of small files, of which the tokenizer's are the largest."""
     sizes = [file.stat().st_size for file in job.checkpoint.tokenizer_files()]
-    return StageEstimate("files", "config, tokenizer", _idle_bytes(job), sum(sizes) + GRAPH_BYTES, 0.1)
+    return StageEstimate("files", "config, tokenizer", _idle_bytes(job), sum(sizes) + RECORD_BYTES, 0.1)
 
 
 def _idle_bytes(job: Job) -> int:
@@ -283,7 +286,10 @@ def _parity_stage(job: Job, tensors: Mapping[str, TensorInfo], elements: int) ->
     # Graph: batch x P positions, a case at a time; torch: the text and the random case together, without padding.
     positions = max(batch * width, 2 * batch * (tokens + steps))
     activations = 4 * positions * (3 * config.intermediate_size + 2 * config.num_attention_heads * width)
-    ram = BASE_BYTES + LEFT_BYTES + LOGIT_BYTES + BLOCK_BYTES + activations
+    compared = 2 * batch * (min(tokens, max(PROMPT_POSITIONS.values())) + steps)
+    logits = min(LOGIT_BYTES, LOGIT_BLOCKS * 4 * config.vocab_size * compared)
+    left = LEFT_BYTES * min(config.vocab_size, LARGE_VOCABULARY) // LARGE_VOCABULARY
+    ram = BASE_BYTES + left + logits + min(BLOCK_BYTES, 4 * max(layers)) + activations
     ram += job.backend.proof_bytes(job.spec, elements)
     flops = 2.0 * sum(layers) * 2 * batch * (width + TORCH_RUNS * (tokens + steps))
     seconds = IMPORT_SECONDS + flops / FLOPS_PER_S + (TORCH_RUNS + 2) * 4 * elements / STREAM_BYTES_PER_S
