@@ -22,7 +22,7 @@ from gemma_deploy.runtime.limits import REBUILD
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-Stages = Sequence[Sequence[str]]  # folders of the ranks of each stage; none of an undivided artifact
+PartFolders = Sequence[Sequence[str]]  # folders of the ranks of each stage; none of an undivided artifact
 GRAPHS = ("iter0", "iter1")
 CACHE_DTYPES = ("float32", "float16", "int8")
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from gemma_deploy.backends.tvm_vacc.contract import Stages
+from gemma_deploy.backends.tvm_vacc.contract import PartFolders
 from gemma_deploy.backends.tvm_vacc.sessions import load_graph
 from gemma_deploy.backends.tvm_vacc.strict import lower
 from gemma_deploy.errors import ArtifactError
@@ -30,7 +30,7 @@ class Cutter:
         rounding: round activations where the graph says so; without, linears read them as they are.
     """
 
-    def __init__(self, folder: Path, graph: str, stages: Stages = (), *, rounding: bool = True) -> None:
+    def __init__(self, folder: Path, graph: str, stages: PartFolders = (), *, rounding: bool = True) -> None:
         self.folder, self.model = folder, load_graph(folder / f"{graph}.onnx", stages)
         if not rounding:
             leave_unrounded(self.model, self.model.graph.opset_imports[""])

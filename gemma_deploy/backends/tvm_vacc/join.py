@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from gemma_deploy.backends.tvm_vacc.contract import Stages
+from gemma_deploy.backends.tvm_vacc.contract import PartFolders
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.partition.ranks import sharding
 from gemma_deploy.runtime.session import load_file
@@ -207,7 +207,7 @@ class _Joiner:
         return ir.Model(graph, ir_version=10, functions=list(self.functions.values()))
 
 
-def join(root: Path, name: str, stages: Stages) -> ir.Model:
+def join(root: Path, name: str, stages: PartFolders) -> ir.Model:
     """Load and join the parts' graphs called `name` (`iter0`, `iter1`).
 
     Raises:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import onnx_ir as ir
 
 from gemma_deploy.backends.tvm_vacc import fast, strict
-from gemma_deploy.backends.tvm_vacc.contract import Stages
+from gemma_deploy.backends.tvm_vacc.contract import PartFolders
 from gemma_deploy.backends.tvm_vacc.join import join
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.runtime.session import VERIFY, as_compiled, load_file, opened, session_options
@@ -39,7 +39,7 @@ def open_session(
     outputs: Sequence[str] = (),
     arrays: dict[str, np.ndarray] | None = None,
     dump: Path | None = None,
-    stages: Stages = (),
+    stages: PartFolders = (),
 ) -> ort.InferenceSession:
     """Open a graph on the CPU.
 
@@ -70,7 +70,7 @@ def open_session(
     return session
 
 
-def load_graph(path: Path, stages: Stages = ()) -> ir.Model:
+def load_graph(path: Path, stages: PartFolders = ()) -> ir.Model:
     """A graph of an artifact, its parameters where they lie.
 
     Args:
@@ -87,7 +87,7 @@ def load_graph(path: Path, stages: Stages = ()) -> ir.Model:
 
 
 def changed_graph(
-    path: Path, mode: Mode, outputs: Sequence[str], *, arrays: dict[str, np.ndarray], stages: Stages = ()
+    path: Path, mode: Mode, outputs: Sequence[str], *, arrays: dict[str, np.ndarray], stages: PartFolders = ()
 ) -> tuple[bytes, list[str]]:
     """The graph as it is handed to ORT, lowered and with inner values among its outputs; it holds no weights.
 
