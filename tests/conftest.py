@@ -5,6 +5,7 @@ import os
 import shutil
 
 os.environ["GEMMA_DEPLOY_CACHE"] = "off"  # graphs of a test that breaks the export must not be found by another
+os.environ.pop("COLUMNS", None)  # 80 in xdist's workers: tables look alike wherever tests run
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
