@@ -230,13 +230,14 @@ def test_the_worst_is_found_wherever_it_stands(places):
 
 
 def test_a_ratio_of_nothing_to_noise_is_no_pass():
-    assert not sqnr_line([quantized("model.layers.0.a.weight", math.nan, 0.0)]).passed
+    got = sqnr_line([quantized("model.layers.0.a.weight", math.nan, 0.0)])
+    assert (got.value, got.passed) == (-math.inf, False)
 
 
 def test_the_limit_of_the_signal_is_38_decibels():
     at = [quantized("model.layers.0.a.weight", 38.0)]
     got = sqnr_line(at)
-    assert (got.limit, got.comparison) == (38.0, "weights")
+    assert (got.limit, got.comparison, got.value, got.passed) == (38.0, "weights", 38.0, True)
     assert sqnr_line([quantized("model.layers.0.a.weight", 37.999)]).passed is False
 
 
