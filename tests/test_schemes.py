@@ -157,6 +157,7 @@ def test_matrices_that_a_block_kernel_would_pad():
 def test_groups_that_do_not_divide():
     linears = {"q_proj": 64, "down_proj": 160}
     assert group_problems(Storage(Codes(8, 32), Codes(8, 64)), linears, 64) == []
+    assert group_problems(Storage(Codes(8, 32), Codes(8, 64)), linears, 192) == []
     assert group_problems(Storage(Codes(8), Codes(8)), {"q_proj": 33}, 33) == []
     assert group_problems(Storage(Codes(8), None), {"q_proj": 33}, 33) == []
     assert group_problems(Storage(Codes(4, 64), Codes(8, 128)), linears, 64) == [
