@@ -216,6 +216,8 @@ def test_headroom_is_not_asked_of_what_is_float32():
     inside = {"model.layers.1.mlp.up_proj.out": 1e30, "model.norm.out": 1e30}
     assert headroom_line({"model.layers.0.out": 16.0, **inside}, rescaling).value == 65504 / 16
     assert headroom_line({"model.layers.0.out": 0.0}, rescaling).value == math.inf
+    far = headroom_line({"model.layers.0.out": 3.0}, rescaling)
+    assert (far.value, far.passed) == (65504 / 3, True)
 
 
 @pytest.mark.parametrize("places", [(0, 1), (1, 0)])
