@@ -6,7 +6,7 @@
     python scripts/mutation.py --only survivors.txt                  # those of an earlier run that survived
 
 Mutants are those of cosmic-ray's operators that need no setting, except in annotations, which nothing reads, and of
-`==` for `is`. Each runs in a forked child that has the libraries loaded already, which makes a second of ten; files
+`==` for `is`. Each runs in a forked child that has the libraries loaded already, which makes one second of four; files
 stay as they are. One line for each survivor, which `--only` reads back, then the score. docs/testing.md says what was
 found.
 """
