@@ -28,8 +28,7 @@ from gemma_deploy.estimates import (
     LARGE_VOCABULARY,
     LAYER_PASSES,
     LEFT_BYTES,
-    LOGIT_BLOCKS,
-    LOGIT_BYTES,
+    LOGIT_SOURCES,
     PIECE_ARRAYS,
     PIECE_ELEMENTS,
     QUANTIZE_BYTES_PER_S,
@@ -47,6 +46,7 @@ from gemma_deploy.job import Job
 from gemma_deploy.machine import Machine, gib, nearest_existing, size
 from gemma_deploy.params.plan import build_plan
 from gemma_deploy.parity.cases import prompt_length
+from gemma_deploy.parity.compare import BLOCK_BYTES as LOGIT_BYTES
 from gemma_deploy.parity.compare import PROMPT_POSITIONS
 from gemma_deploy.parity.maxima import SEQLEN, TEXT_WINDOWS
 from gemma_deploy.reading import is_file
@@ -285,11 +285,12 @@ def _parity_stage(job: Job, tensors: Mapping[str, TensorInfo], elements: int) ->
     layers = [prod(tensor.shape) for name, tensor in tensors.items() if ".layers." in name]
     # Graph: batch x P positions, a case at a time; torch: the text and the random case together, without padding.
     positions = max(batch * width, 2 * batch * (tokens + steps))
-    activations = 4 * positions * (3 * config.intermediate_size + 2 * config.num_attention_heads * width)
+    # MLP or attention, one after the other; then the logits of all sources, when activations are gone.
+    activations = 4 * positions * max(3 * config.intermediate_size, 2 * config.num_attention_heads * width)
     compared = 2 * batch * (min(tokens, max(PROMPT_POSITIONS.values())) + steps)
-    logits = min(LOGIT_BYTES, LOGIT_BLOCKS * 4 * config.vocab_size * compared)
+    logits = LOGIT_SOURCES * min(LOGIT_BYTES, 4 * config.vocab_size * compared)
     left = LEFT_BYTES * min(config.vocab_size, LARGE_VOCABULARY) // LARGE_VOCABULARY
-    ram = BASE_BYTES + left + logits + min(BLOCK_BYTES, 4 * max(layers)) + activations
+    ram = BASE_BYTES + left + max(logits, min(BLOCK_BYTES, 4 * max(layers)) + activations)
     ram += job.backend.proof_bytes(job.spec, elements)
     flops = 2.0 * sum(layers) * 2 * batch * (width + TORCH_RUNS * (tokens + steps))
     seconds = IMPORT_SECONDS + flops / FLOPS_PER_S + (TORCH_RUNS + 2) * 4 * elements / STREAM_BYTES_PER_S

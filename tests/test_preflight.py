@@ -162,7 +162,7 @@ def test_all_shortfalls_are_refused_at_once_in_plain_words():
     assert str(error) == (
         "recipe g: this machine cannot do the job as asked\n"
         "  - memory: stage graphs needs about 0.89 GiB, 0.50 GiB is available (cgroup limit 1.00 GiB): free memory\n"
-        "  - memory: stage parity needs about 1.04 GiB, 0.50 GiB is available (cgroup limit 1.00 GiB): "
+        "  - memory: stage parity needs about 0.82 GiB, 0.50 GiB is available (cgroup limit 1.00 GiB): "
         "compare fewer tokens (parity.prompt_tokens), or free memory\n"
         "  - disk: /nowhere/workspace/g needs 2.51 GB, 12.0 MB is free: "
         "free space, or set workspace.path to another disk\n"
