@@ -13,18 +13,15 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import pytest
 
 from gemma_deploy.testing import write_tiny_checkpoint
-from tests.rotation import left_out
+from tests.rotation import COSTLY, left_out
 
 
 @pytest.hookimpl(tryfirst=True)  # before cases are chosen by their marks
 def pytest_collection_modifyitems(items):
-    """Of the generations of a `rotated` test one is in the default run; the others are `slow`."""
-    rotated = [item for item in items if item.get_closest_marker("rotated")]
-    cases = (
-        (item.nodeid.partition("[")[0], item.callspec.params if hasattr(item, "callspec") else {}) for item in rotated
-    )
-    for number in left_out(cases):
-        rotated[number].add_marker(pytest.mark.slow)
+    """Of the generations of a costly test one is in the default run; the others are `slow`."""
+    costly = [item for item in items if item.nodeid.startswith(COSTLY) and hasattr(item, "callspec")]
+    for number in left_out((item.nodeid.partition("[")[0], item.callspec.params) for item in costly):
+        costly[number].add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

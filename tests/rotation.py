@@ -7,6 +7,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 GENERATIONS = ("gemma", "gemma2", "gemma3_text")
+# Where a case takes an export, a calibration or a run of a model.
+COSTLY = tuple(
+    f"tests/{part}"
+    for part in (
+        *("graph/", "runtime/", "quantization/", "backends/", "parity/", "evaluation/", "split/"),
+        *("test_quantized_artifact.py", "test_divided.py", "test_staging.py", "test_as_documented.py"),
+    )
+)
 
 
 def left_out(cases: Iterable[tuple[str, Mapping[str, object]]]) -> set[int]:
