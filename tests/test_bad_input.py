@@ -516,8 +516,8 @@ def test_a_bad_artifact(world, demo_copy, name):
 def test_a_gate_that_passes_does_not_excuse_a_flipped_bit(world, demo_copy, monkeypatch):
     """The prompts need not bring a damaged weight out: a bit of layer 2's up_proj passed every gate of the demo."""
     passed = ParityResult([Line("hf = strict", "relative error", 0.0, 1.0, True)])
-    monkeypatch.setattr("gemma_deploy.proving.requests.artifact_stage", lambda *request: passed)
-    monkeypatch.setattr("gemma_deploy.proving.requests.two_artifacts", lambda *request: passed)
+    monkeypatch.setattr("gemma_deploy.proving.requests.artifact_stage", lambda *paths, **request: passed)
+    monkeypatch.setattr("gemma_deploy.proving.requests.two_artifacts", lambda *paths, **request: passed)
     other = shutil.copytree(demo_copy, world.root / "other")
     assert world.run("parity", demo_copy, "--against", other)[0] == DONE
     make.flip_weight("model.layers.2.mlp.up_proj.weight")(other)
