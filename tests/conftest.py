@@ -13,15 +13,18 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import pytest
 
 from gemma_deploy.testing import write_tiny_checkpoint
-from tests.rotation import COSTLY, left_out
+from tests.rotation import COSTLY, all_but_a_few, left_out
 
 
 @pytest.hookimpl(tryfirst=True)  # before cases are chosen by their marks
 def pytest_collection_modifyitems(items):
-    """Of the generations of a costly test one is in the default run; the others are `slow`."""
+    """Of the generations of a costly test one is in the default run, of many cases a few; the others are `slow`."""
     costly = [item for item in items if item.nodeid.startswith(COSTLY) and hasattr(item, "callspec")]
     for number in left_out((item.nodeid.partition("[")[0], item.callspec.params) for item in costly):
         costly[number].add_marker(pytest.mark.slow)
+    quick = [item for item in items if not item.get_closest_marker("slow")]
+    for number in all_but_a_few([item.nodeid.partition("[")[0] for item in quick]):
+        quick[number].add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

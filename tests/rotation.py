@@ -15,6 +15,33 @@ COSTLY = tuple(
         *("test_quantized_artifact.py", "test_divided.py", "test_staging.py", "test_as_documented.py"),
     )
 )
+# Tests of many cases of seconds each: so many of them, evenly spaced, are in the default run.
+A_FEW = {
+    "tests/test_quantized_artifact.py::test_tables_groups_and_divisions_pass_the_gate": 3,
+    "tests/test_quantized_artifact.py::test_compiles_proven_and_repeats_its_twin": 2,
+    "tests/quantization/test_kv_cache.py::test_compiles_proven_with_half_the_bytes": 2,
+    "tests/checkpoint/test_as_transformers.py::test_the_way_to_a_text_model_that_is_advised_gives_its_own_weights": 1,
+    "tests/evaluation/test_exam.py::test_choices_and_accuracy_are_transformers": 2,
+    "tests/test_new_generation.py::test_it_compiles_proven": 1,
+    "tests/test_graph_cache.py::test_another_graph_is_exported": 1,
+    "tests/test_stages_told.py::test_stages_are_named_and_long_ones_counted": 1,
+    "tests/parity/test_sensitivity.py::test_it_is_what_transformers_loses": 1,
+    "tests/test_compile.py::test_a_failed_gate_says_what_to_do": 2,
+}
+
+
+def all_but_a_few(names: Sequence[str]) -> set[int]:
+    """Numbers of the cases of `A_FEW` that are left out; the cases of a test as they follow each other.
+
+    Args:
+        names: of the test of each case.
+    """
+    gone = set()
+    for test, few in A_FEW.items():
+        cases = [number for number, name in enumerate(names) if name == test]
+        stay = {cases[len(cases) * turn // few] for turn in range(few)} if cases else set()
+        gone |= set(cases) - stay
+    return gone
 
 
 def left_out(cases: Iterable[tuple[str, Mapping[str, object]]]) -> set[int]:

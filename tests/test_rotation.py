@@ -1,6 +1,6 @@
 from collections import Counter
 
-from tests.rotation import GENERATIONS, left_out
+from tests.rotation import A_FEW, GENERATIONS, all_but_a_few, left_out
 
 
 def cases(name, **others):
@@ -30,3 +30,12 @@ def test_they_take_turns():
         (kept,) = set(range(3)) - left_out(cases(name))
         stay[GENERATIONS[kept]] += 1
     assert min(stay.values()) > 70
+
+
+def test_a_few_of_many_cases_stay():
+    test, few = next(iter(A_FEW.items()))
+    assert few == 3
+    names = ["before", *[test] * 7, "behind"]
+    assert set(range(1, 8)) - all_but_a_few(names) == {1, 3, 5}
+    assert all_but_a_few([test]) == all_but_a_few([]) == set()
+    assert not all_but_a_few(names) & {0, 8}

@@ -43,7 +43,7 @@ def save(place, force):
 
 def run_calibrate(place, force):
     """With ranges and a picture that take no time."""
-    pipeline.measure = lambda *_: {"model.norm.out": Range(np.zeros(4, np.float32), np.ones(4, np.float32))}
+    pipeline.measure = lambda *_, **__: {"model.norm.out": Range(np.zeros(4, np.float32), np.ones(4, np.float32))}
     pipeline.picture.draw = lambda *args: args[-1].write_bytes(b"PNG")
     request = Request("c4", place / "c4.json.gz", nsamples=2, seqlen=16)
     return calibrate(Checkpoint.open(place / "checkpoint"), request, place, force=force).calibration.path
