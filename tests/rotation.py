@@ -15,18 +15,35 @@ COSTLY = tuple(
         *("test_quantized_artifact.py", "test_divided.py", "test_staging.py", "test_as_documented.py"),
     )
 )
-# Tests of many cases of seconds each: so many of them, evenly spaced, are in the default run.
+# Tests of seconds, or of many cases: so many cases, evenly spaced, are in the default run.
 A_FEW = {
     "tests/test_quantized_artifact.py::test_tables_groups_and_divisions_pass_the_gate": 3,
     "tests/test_quantized_artifact.py::test_compiles_proven_and_repeats_its_twin": 2,
     "tests/quantization/test_kv_cache.py::test_compiles_proven_with_half_the_bytes": 2,
     "tests/checkpoint/test_as_transformers.py::test_the_way_to_a_text_model_that_is_advised_gives_its_own_weights": 1,
-    "tests/evaluation/test_exam.py::test_choices_and_accuracy_are_transformers": 2,
+    "tests/evaluation/test_exam.py::test_choices_and_accuracy_are_transformers": 1,
     "tests/test_new_generation.py::test_it_compiles_proven": 1,
     "tests/test_graph_cache.py::test_another_graph_is_exported": 1,
     "tests/test_stages_told.py::test_stages_are_named_and_long_ones_counted": 1,
     "tests/parity/test_sensitivity.py::test_it_is_what_transformers_loses": 1,
-    "tests/test_compile.py::test_a_failed_gate_says_what_to_do": 2,
+    "tests/test_compile.py::test_a_failed_gate_says_what_to_do": 1,
+    "tests/test_whole_or_not.py::test_killed_at_many_moments": 2,
+    "tests/test_whole_or_not.py::test_numbers_that_json_cannot_hold_become_null": 1,
+    "tests/test_reading.py::test_small_files_do_not_become_gigabytes": 2,
+    "tests/test_api.py::test_an_example_runs": 2,
+    "tests/test_provenance.py::test_every_module_that_a_stage_really_imports_counts": 3,
+    "tests/quantization/test_power_cut.py::test_what_is_lost_is_made_again": 3,
+    "tests/recipe/test_environment.py::test_what_is_wrong_with_the_largest_recipes_is_said_at_once_and_in_short": 2,
+    "tests/evaluation/test_perplexity.py::test_an_artifact_against_its_checkpoint": 1,
+    "tests/graph/test_worker.py::test_what_the_passes_did_is_logged_in_the_parent": 0,
+    "tests/test_dry_run.py::test_the_calibration_text_is_said_in_one_line": 0,
+    "tests/quantization/test_workers.py::test_a_killed_worker_is_said_and_another_number_of_workers_continues": 0,
+    "tests/quantization/test_workers.py::test_processes_give_the_same_bytes_ranges_and_errors": 1,
+    "tests/evaluation/test_perplexity.py::test_two_artifacts_side_by_side_need_no_checkpoint": 0,
+    "tests/text/test_budget.py::test_the_real_limits_end_loops_as_well": 1,
+    "tests/text/test_budget.py::test_a_runaway_template_ends_within_seconds_and_a_gigabyte": 40,
+    "tests/parity/test_parity_command.py::test_against_an_artifact_of_another_scheme": 0,
+    "tests/test_new_generation.py::test_it_is_staged_split_and_refused_by_its_names": 0,
 }
 
 
