@@ -19,14 +19,13 @@ COSTLY = tuple(
 A_FEW = {
     "tests/test_quantized_artifact.py::test_tables_groups_and_divisions_pass_the_gate": 3,
     "tests/test_quantized_artifact.py::test_compiles_proven_and_repeats_its_twin": 2,
-    "tests/quantization/test_kv_cache.py::test_compiles_proven_with_half_the_bytes": 2,
+    "tests/quantization/test_kv_cache.py::test_compiles_proven_with_half_the_bytes": 1,
     "tests/checkpoint/test_as_transformers.py::test_the_way_to_a_text_model_that_is_advised_gives_its_own_weights": 1,
     "tests/evaluation/test_exam.py::test_choices_and_accuracy_are_transformers": 1,
-    "tests/test_new_generation.py::test_it_compiles_proven": 1,
-    "tests/test_graph_cache.py::test_another_graph_is_exported": 1,
+    "tests/test_new_generation.py::test_it_compiles_proven": 0,
+    "tests/test_graph_cache.py::test_another_graph_is_exported": 0,
     "tests/test_stages_told.py::test_stages_are_named_and_long_ones_counted": 1,
     "tests/parity/test_sensitivity.py::test_it_is_what_transformers_loses": 1,
-    "tests/test_compile.py::test_a_failed_gate_says_what_to_do": 1,
     "tests/test_whole_or_not.py::test_killed_at_many_moments": 2,
     "tests/test_whole_or_not.py::test_numbers_that_json_cannot_hold_become_null": 1,
     "tests/test_reading.py::test_small_files_do_not_become_gigabytes": 2,
@@ -44,6 +43,15 @@ A_FEW = {
     "tests/text/test_budget.py::test_a_runaway_template_ends_within_seconds_and_a_gigabyte": 40,
     "tests/parity/test_parity_command.py::test_against_an_artifact_of_another_scheme": 0,
     "tests/test_new_generation.py::test_it_is_staged_split_and_refused_by_its_names": 0,
+    "tests/quantization/test_workers.py::test_a_killed_run_leaves_no_process_and_one_process_continues_it": 0,
+    "tests/parity/test_gate_fails.py::test_the_norms_that_gemma_3_has_more": 1,
+    "tests/parity/test_gate_fails.py::test_an_intact_copy_passes": 1,
+    "tests/parity/test_segments.py::test_equals_the_whole_graphs_at_the_prompt_end_and_every_step": 1,
+    "tests/test_compile.py::test_kill_9_at_any_moment_and_run_again": 5,
+    "tests/test_child.py::test_processes_that_calibrate": 0,
+    "tests/evaluation/test_exam.py::test_side_by_side": 0,
+    "tests/evaluation/test_perplexity.py::test_the_default_fits_the_artifact_and_less_text_than_asked_for_is_said": 0,
+    "tests/test_compile.py::test_a_failed_gate_says_what_to_do": 0,
 }
 
 
