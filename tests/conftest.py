@@ -6,6 +6,8 @@ import shutil
 
 os.environ["GEMMA_DEPLOY_CACHE"] = "off"  # graphs of a test that breaks the export must not be found by another
 os.environ.pop("COLUMNS", None)  # 80 in xdist's workers: tables look alike wherever tests run
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # there is a process for each core already
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
