@@ -119,8 +119,9 @@ def _read_dataset(dataset: str) -> tuple[list[MixEntry], list[Problem]]:
             problems.append((NAME, _unknown(name)))
         elif name in [part.name for part in parts]:
             problems.append((NAME, f"{name} is named twice: write it once, with all its windows"))
-        elif colon and not (count.isascii() and count.isdigit() and int(count) > 0):
-            problems.append((NAME, f"got '{item}', expected {name}:WINDOWS with a whole number of at least 1"))
+        elif colon and not re.fullmatch(r"0{0,9}[1-9][0-9]{0,8}", count):
+            told = item if len(item) <= 40 else f"{item[:40]}..."
+            problems.append((NAME, f"got '{told}', expected {name}:WINDOWS with a whole number of 1 to 999999999"))
         elif not colon and len(items) > 1:
             problems.append((NAME, f"{name} has no number of windows; in a mix each has one, such as {EXAMPLE}"))
         else:

@@ -196,3 +196,11 @@ def test_a_recipe_tells_all_mistakes_with_their_places():
     assert "dataset.path: ceval= is not in the mix" in str(caught.value)
     with pytest.raises(RecipeError, match=r"dataset\.nsamples: 8, but the windows of c4:5 add up to 5"):
         Recipe.from_text(RECIPE, ["dataset={name: c4:5, nsamples: 8}"])
+
+
+def test_a_number_of_thousands_of_digits_is_refused_in_short():
+    """Python itself refuses to read it, with an error of its own."""
+    ((_, sentence),) = read_mix("c4:" + "9" * 5000).problems
+    assert sentence.startswith("got 'c4:999")
+    assert "expected c4:WINDOWS with a whole number of 1 to 999999999" in sentence
+    assert len(sentence) < 200
