@@ -58,7 +58,9 @@ def configured(kind: Callable[..., Any], raw: Mapping[str, Any]) -> Any:
         CheckpointError: transformers refuses one of them.
     """
     try:
-        return kind(**raw)
+        made = kind(**raw)
+        made.to_dict()  # models ask for it when they are built, and it has checks of its own
+        return made
     except Exception as error:  # its checks raise errors of several kinds
         said = " ".join(str(error).split())
         raise CheckpointError(

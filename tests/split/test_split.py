@@ -16,6 +16,7 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import cli
 from gemma_deploy.errors import CheckpointError, NotBuiltError, UsageError
 from gemma_deploy.partition import spans_of
+from gemma_deploy.patched import configured
 from gemma_deploy.split import (
     REGISTRY,
     ModelFactory,
@@ -265,3 +266,14 @@ def test_a_new_family_joins_with_a_decorator(monkeypatch):
     register("gemma9", "trunk")(Gemma9Trunk)
     assert part_class("gemma9", "trunk") is Gemma9Trunk
     monkeypatch.delitem(REGISTRY, ("gemma9", "trunk"))
+
+
+def test_a_dtype_that_transformers_makes_nothing_of_is_refused():
+    """It is looked at when a model is built, not when the config is."""
+
+    class Config:
+        def to_dict(self):
+            raise IndexError("list index out of range")
+
+    with pytest.raises(CheckpointError, match="transformers refuses the model's config: list index out of range"):
+        configured(lambda **keys: Config(), {"dtype": "x"})
