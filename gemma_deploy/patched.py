@@ -81,6 +81,12 @@ def patched_causal(config: ModelConfig, **changes: Any) -> nn.Module:
     return _on_meta(config, config.architecture.patched.causal, changes)
 
 
+def one_layer_of_each_template(config: ModelConfig) -> dict[str, Any]:
+    """Changes for the two above: `config.templates` in their order are all the layers there are."""
+    templates = config.templates
+    return {"num_hidden_layers": len(templates), "layer_types": [layer.kind for layer in templates]}
+
+
 def _on_meta(config: ModelConfig, name: str, changes: dict[str, Any]) -> nn.Module:
     import torch
 

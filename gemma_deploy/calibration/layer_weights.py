@@ -18,20 +18,13 @@ from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import ModelConfig, WeightSource
 from gemma_deploy.errors import CalibrationError
 from gemma_deploy.names import EMBEDDING_WEIGHT
-from gemma_deploy.patched import patched_stack
+from gemma_deploy.patched import one_layer_of_each_template, patched_stack
 
 
 def template_stack(config: ModelConfig, embed_scale: str) -> tuple[Any, tuple[str, ...]]:
     """The patched stack on the meta device with one layer of each template, and their names in that order."""
-    templates = config.templates
-    stack = patched_stack(
-        config,
-        num_hidden_layers=len(templates),
-        layer_types=[layer.kind for layer in templates],
-        embed_scale=embed_scale,
-        iter_num=None,
-    )
-    return stack, tuple(layer.template for layer in templates)
+    stack = patched_stack(config, **one_layer_of_each_template(config), embed_scale=embed_scale, iter_num=None)
+    return stack, tuple(layer.template for layer in config.templates)
 
 
 def embed(checkpoint: WeightSource, ids: np.ndarray, scale: float, *, states: HiddenStates) -> None:

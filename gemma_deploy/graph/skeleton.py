@@ -17,7 +17,7 @@ from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.graph.collectives import RankEmbedding, ReducedLinear
 from gemma_deploy.names import LAYERS
 from gemma_deploy.partition.ranks import row_blocks, sharding
-from gemma_deploy.patched import patched_causal, patched_module
+from gemma_deploy.patched import one_layer_of_each_template, patched_causal, patched_module
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import Codes, Form, Storage
 
@@ -81,8 +81,7 @@ def build_skeleton(
     templates = config.templates
     model = patched_causal(
         config,
-        num_hidden_layers=len(templates),
-        layer_types=[layer.kind for layer in templates],
+        **one_layer_of_each_template(config),
         iter_num=iter_num,
         insert_slice=keep_last,
         embed_scale=embed_scale,
