@@ -29,7 +29,7 @@ from gemma_deploy.checkpoint.index import (
 )
 from gemma_deploy.checkpoint.naming import PREFIX, name_tensors
 from gemma_deploy.checkpoint.safetensors_reader import Entry, SafetensorsFile, readable
-from gemma_deploy.checkpoint.source import TensorInfo
+from gemma_deploy.checkpoint.source import TensorInfo, equal
 from gemma_deploy.errors import CheckpointError, NotBuiltError
 from gemma_deploy.names import CONFIG, EMBEDDING_WEIGHT, GENERATION_CONFIG, HEAD_WEIGHT
 from gemma_deploy.provenance import code_of
@@ -54,7 +54,6 @@ FINGERPRINT_BYTES = 1 << 20
 TOKENIZER_FILE = reading.FileKind(
     CheckpointError, "a file of the model's tokenizer", "copy it again from where the weights came from"
 )
-COMPARED_BYTES = 8 << 20  # of a head and of a table beside it at a time
 
 
 @dataclass(frozen=True)
@@ -294,7 +293,7 @@ def _info(name: str, place: Place) -> TensorInfo:
 
 def _tied_or_not(config: ModelConfig, places: Mapping[str, Place], notes: list[str]) -> ModelConfig:
     """Keep a head beside the table apart when it is another matrix, whatever the config says, as transformers does."""
-    if _equal(places[HEAD_WEIGHT], places[EMBEDDING_WEIGHT]):
+    if equal(places[HEAD_WEIGHT], places[EMBEDDING_WEIGHT]):
         notes.append(f"{HEAD_WEIGHT} is ignored: it equals the token table, to which the config ties it")
         return config
     notes.append(
@@ -302,17 +301,3 @@ def _tied_or_not(config: ModelConfig, places: Mapping[str, Place], notes: list[s
         "transformers does; set tie_word_embeddings to false in config.json to say so"
     )
     return replace(config, tie_word_embeddings=False, raw={**config.raw, "tie_word_embeddings": False})
-
-
-def _equal(one: Place, other: Place) -> bool:
-    """Whether two matrices hold the same numbers; read in blocks, up to the first difference."""
-    count, width = one.entry.shape
-    step = max(1, COMPARED_BYTES // (4 * width))
-    alike = one.entry.dtype == other.entry.dtype
-    for start in range(0, count, step):
-        stop = min(start + step, count)
-        if alike and np.array_equal(one.raw_rows(start, stop), other.raw_rows(start, stop)):
-            continue
-        if not np.array_equal(one.rows(start, stop), other.rows(start, stop)):
-            return False
-    return True

@@ -55,6 +55,23 @@ class SafetensorsFile:
         """Rows as float32, [stop - start, cols]; no intermediate copy of the block."""
         entry = self.entries[name]
         first, last, shape = _span(entry, start, stop)
+        return self._floats(entry, first, last).reshape(shape)
+
+    def columns(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Columns [start, stop) of a matrix as float32, [rows, stop - start]; meant for few rows."""
+        entry = self.entries[name]
+        count, width = entry.shape
+        if not 0 <= start <= stop <= width:
+            raise IndexError(f"{name}: columns {start}..{stop} of {width}")
+        size = BY_NAME[entry.dtype].itemsize
+        out = np.empty((count, stop - start), np.float32)
+        for row in range(count):
+            first = entry.start + row * width * size
+            out[row] = self._floats(entry, first + start * size, first + stop * size)
+        return out
+
+    def _floats(self, entry: Entry, first: int, last: int) -> np.ndarray:
+        """The elements in bytes [first, last) of the file as float32."""
         kind = np.dtype(BY_NAME[entry.dtype].numpy)
         out = np.empty((last - first) // kind.itemsize, np.float32)
         for at, piece in self.file.pieces(first, last, kind):
@@ -64,7 +81,7 @@ class SafetensorsFile:
             else:
                 with np.errstate(over="ignore"):
                     np.copyto(block, piece, casting="same_kind")
-        return out.reshape(shape)
+        return out
 
 
 def _span(entry: Entry, start: int, stop: int) -> tuple[int, int, tuple[int, ...]]:

@@ -15,6 +15,8 @@ import numpy as np
 
 from gemma_deploy.checkpoint.config import ModelConfig
 
+COMPARED_BYTES = 8 << 20  # of each of two matrices at a time
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -25,6 +27,48 @@ class TensorInfo:
     dtype: str
     file: Path
     nbytes: int
+
+
+class Described(Protocol):
+    """Shape and dtype of a tensor; an entry of any file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[out, in] of a linear."""
+
+    @property
+    def dtype(self) -> str:
+        """As in dtypes.py, or of GGUF blocks."""
+
+
+class Rows(Protocol):
+    """A matrix, or a vector, that is read in blocks of rows; a `Place` of a checkpoint is one."""
+
+    @property
+    def entry(self) -> Described:
+        """Shape and dtype."""
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) as float32, [stop - start, cols] (1-D: [stop - start])."""
+
+    def raw_rows(self, start: int, stop: int) -> np.ndarray:
+        """The same rows as stored."""
+
+
+def equal(one: Rows, other: Rows) -> bool:
+    """Whether two matrices hold the same numbers; read in blocks, up to the first difference."""
+    if one.entry.shape != other.entry.shape:
+        return False
+    count, width = one.entry.shape
+    step = max(1, COMPARED_BYTES // (4 * width))
+    alike = one.entry.dtype == other.entry.dtype
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        if alike and np.array_equal(one.raw_rows(start, stop), other.raw_rows(start, stop)):
+            continue
+        if not np.array_equal(one.rows(start, stop), other.rows(start, stop)):
+            return False
+    return True
 
 
 class WeightSource(Protocol):
