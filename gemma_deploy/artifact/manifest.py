@@ -13,10 +13,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+)
 from pydantic_core import to_jsonable_python
+from typing_extensions import TypedDict
 
 from gemma_deploy.bounds import Bytes, Count, Index, Inside, Layers, Plain, Size
 from gemma_deploy.estimates import StageTiming
@@ -183,6 +191,34 @@ class QuantizationRecord(Record):
     activations: Activations | None = None
 
 
+class CalibrationSource(TypedDict):
+    """One data set, and where its text came from: a bundled sample, a file, or the hub."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
+    name: str
+    windows: Count
+    bundled: NotRequired[bool]
+    file: NotRequired[str]
+    hub: NotRequired[str]
+    revision: NotRequired[str]
+
+
+class CalibrationWindows(TypedDict):
+    """How much text was looked at."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
+    nsamples: Count
+    seqlen: Count
+
+
+class CalibrationRecord(TypedDict):
+    """`calibration.pipeline.dataset_record`: the keys that are read here are typed, and others are kept."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
+    sources: list[CalibrationSource]
+    windows: CalibrationWindows
+
+
 class KernelsRecord(Open):
     """Which kernels a graph names, as in backends/onnxruntime/options.py; `wide` are the linears `in_14_bits` there."""
 
@@ -268,7 +304,7 @@ class Manifest(Record):
     contract: ContractRecord
     parts: tuple[PartRecord, ...]
     op_census: dict[str, dict[str, Count]]
-    calibration: dict[str, Any] | None = None
+    calibration: CalibrationRecord | None = None
     quantization: QuantizationRecord | None = None
     params: Annotated[tuple[ParamRow, ...], Field(min_length=1)]
     rescaling: Rescaling | None
@@ -279,6 +315,11 @@ class Manifest(Record):
     ledger: tuple[LedgerEntry, ...]
     files: dict[Inside, FileFacts]
     keys: dict[str, str] = {}
+
+    @field_validator("scheme")
+    @classmethod
+    def _known_scheme(cls, scheme: str) -> str:
+        return Scheme(scheme).weights
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Manifest:

@@ -20,5 +20,5 @@ def _place(source: Mapping[str, Any]) -> str:
     if source.get("bundled"):
         return "bundled sample"
     if "hub" in source:
-        return f"hub {source['hub']} at {str(source['revision'])[:12]}"
-    return str(source["file"])
+        return f"hub {source['hub']} at {str(source.get('revision', 'no revision'))[:12]}"
+    return str(source.get("file", "a file that is not named"))

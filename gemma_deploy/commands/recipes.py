@@ -27,10 +27,12 @@ WIDTH = 2048  # columns of a matrix, for the share of its scales
 @click.argument("name", required=False)
 def command(name: str | None) -> None:
     """List the built-in recipes, or print the text of NAME."""
+    from gemma_deploy import reading
     from gemma_deploy.recipe.catalogue import find_recipe, shipped_recipes
+    from gemma_deploy.recipe.recipe import RECIPE_FILE
 
     if name is not None:
-        click.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+        click.echo(reading.read_text(find_recipe(name), RECIPE_FILE, pipes=True), nl=False)
         return
     for shipped in shipped_recipes():
         click.echo("\n".join([shipped.name, *map(_wrapped, (shipped.goal, *_facts(shipped)))]) + "\n")

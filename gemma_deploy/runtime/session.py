@@ -59,6 +59,8 @@ def _refuse_weights_elsewhere(model: ir.Model, path: Path) -> None:
         start, length = tensor.offset or 0, tensor.length if tensor.length is not None else size
         if tensor.location != PARAMS:
             problems.append(f"{name[:80]}: {str(tensor.location)[:80]!r}")
+        elif tensor.dtype == ir.DataType.STRING:  # which has no size
+            problems.append(f"{name[:80]}: text, not numbers")
         elif not 0 <= start <= start + length <= size or length < tensor.nbytes:
             problems.append(f"{name[:80]}: bytes {start} to {start + length} of {size}")
     if problems:

@@ -87,6 +87,10 @@ WRONG = [
     (("op_census", "iter0", "Add"), None, "op_census.iter0.add: input should be a valid integer"),
     (("tool", "torch"), 2, "tool.torch: input should be a valid string"),
     (("key",), 5, "key: input should be a valid string"),
+    (("scheme",), "w8a166", "no such scheme: 'w8a166'"),
+    (("calibration",), {"sources": [], "windows": {"nsamples": 2}}, "calibration.windows.seqlen: "),
+    (("calibration",), {"sources": [{"name": 1}], "windows": {}}, "calibration.sources.0.name: "),
+    (("calibration",), {"sources": {}, "windows": {"nsamples": 2, "seqlen": 8}}, "calibration.sources: "),
 ]
 
 

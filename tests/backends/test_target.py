@@ -248,7 +248,7 @@ MOMENTS = {  # and whether the graph is made again
     ("os", "pwrite", 20): True,
     ("gemma_deploy.graph.external", "write_graph", 1): True,
     ("gemma_deploy.compile", "write_model_files", 1): False,
-    ("gemma_deploy.artifact.commit", "ArtifactDir._publish", 1): False,
+    ("gemma_deploy.artifact.commit", "ArtifactDir.publish", 1): False,
 }
 
 

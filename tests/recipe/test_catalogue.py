@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import subprocess
 import sys
 
@@ -108,6 +109,20 @@ def test_the_list_says_goal_back_end_weights_needs_and_size(capsys):
 def test_its_text_is_printed_as_it_is(capsys):
     assert main(["recipes", "cpu-int8"]) == 0
     assert capsys.readouterr().out == ALL["cpu-int8"].file.read_text()
+
+
+def test_what_never_ends_is_not_read(capsys):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert main(["recipes", "/dev/zero"]) == 2
+    assert "/dev/zero" in capsys.readouterr().err
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB
+
+
+def test_a_large_file_is_no_recipe(tmp_path, capsys):
+    with open(tmp_path / "model.yaml", "wb") as file:
+        file.truncate(1 << 40)
+    assert main(["recipes", str(tmp_path / "model.yaml")]) == 2
+    assert "model.yaml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("columns", ["40", "80", "200"])

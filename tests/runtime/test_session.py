@@ -1,5 +1,6 @@
 """Strict sessions compute the graph to the letter, fast ones do not: seen in the graphs that ORT really runs."""
 
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -76,6 +77,20 @@ def test_fast_session_gives_the_numbers_of_orts_own_rewriting(artifacts):
     (expected,) = ort_alone(path).run(["logits"], feeds)
     (got,) = open_session(path, "fast", 1).run(["logits"], feeds)
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("external", [True, False])
+def test_scales_of_another_type_are_refused_by_a_sentence(artifacts, tmp_path, external):
+    artifact = shutil.copytree(artifacts("gemma3_text", "w8a16"), tmp_path / "artifact")
+    model = onnx.load(str(artifact / "iter0.onnx"), load_external_data=False)
+    scale = next(node.input[2] for node in model.graph.node if node.op_type == "QuantizedLinearPerChannel")
+    tensor = next(one for one in model.graph.initializer if one.name == scale)
+    if not external:
+        tensor.CopyFrom(helper.make_tensor(scale, TensorProto.STRING, tensor.dims, [b"1"] * tensor.dims[0]))
+    tensor.data_type = TensorProto.STRING
+    (artifact / "iter0.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match=r"iter0\.onnx"):
+        open_session(artifact / "iter0.onnx", "fast", 1)
 
 
 def test_sessions_of_an_artifact_share_weights_that_live_as_long_as_they(artifacts):

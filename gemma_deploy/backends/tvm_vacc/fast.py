@@ -13,6 +13,7 @@ import onnx_ir as ir
 from gemma_deploy.names import MICROSOFT
 
 BLOCK = 32  # weights that share a scale in the kernel: what ORT chooses for a scale per channel
+CODES = (ir.DataType.INT8, ir.DataType.INT4)
 LINEARS = ("QuantizedLinearPerChannel", "QuantizedLinearPerGroup")
 INT8_ACTIVATIONS = 4  # accuracy_level; 0 and 1 are a hundred times slower (docs/design.md 3)
 
@@ -35,6 +36,8 @@ def to_matmulnbits(model: ir.Model, arrays: dict[str, np.ndarray]) -> list[str]:
         x, weight, scale = node.inputs
         if weight is None or scale is None or weight.const_value is None or scale.const_value is None:
             continue
+        if weight.const_value.dtype not in CODES or scale.const_value.dtype != ir.DataType.FLOAT:
+            continue  # no graph of ours: ONNX Runtime says what is wrong with it
         rows, columns = weight.const_value.shape.numpy()
         block = node.attributes["block_size"].as_int() if "block_size" in node.attributes else BLOCK
         if columns % block or block % BLOCK:

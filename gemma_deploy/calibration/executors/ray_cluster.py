@@ -107,8 +107,9 @@ class RayCluster:
 
 
 def versions(work: Work) -> dict[str, Any]:
-    """What must be the same on every node: the code that does the work, and its libraries."""
-    code = code_of((__name__, work.__module__))
+    """What must be the same on every node: the code of this package that does the work, and its libraries."""
+    modules = (__name__, work.__module__)
+    code = code_of(tuple(name for name in modules if name.partition(".")[0] == __name__.partition(".")[0]))
     return {"gemma-deploy": code.sha256[:12], **code.versions}
 
 
