@@ -177,8 +177,9 @@ def test_a_head_beside_the_table_must_fit(tmp_path, stock):
 
 def test_comparing_a_head_takes_blocks(tmp_path, stock, monkeypatch):
     from gemma_deploy.checkpoint import checkpoint as module
+    from gemma_deploy.checkpoint import source
 
-    monkeypatch.setattr(module, "COMPARED_BYTES", 4 * 32 * 10)
+    monkeypatch.setattr(source, "COMPARED_BYTES", 4 * 32 * 10)
     most, real = [], module.Place.raw_rows
     monkeypatch.setattr(module.Place, "raw_rows", lambda self, a, b: most.append(b - a) or real(self, a, b))
     config, tensors = stock()
