@@ -191,10 +191,13 @@ class QuantizationRecord(Record):
     activations: Activations | None = None
 
 
+OPEN = ConfigDict(extra="allow", strict=True)  # as `Open`, of a record that stays a dict
+
+
 class CalibrationSource(TypedDict):
     """One data set, and where its text came from: a bundled sample, a file, or the hub."""
 
-    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
+    __pydantic_config__ = OPEN  # type: ignore[misc]
     name: str
     windows: Count
     bundled: NotRequired[bool]
@@ -206,7 +209,7 @@ class CalibrationSource(TypedDict):
 class CalibrationWindows(TypedDict):
     """How much text was looked at."""
 
-    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
+    __pydantic_config__ = OPEN  # type: ignore[misc]
     nsamples: Count
     seqlen: Count
 
@@ -214,7 +217,7 @@ class CalibrationWindows(TypedDict):
 class CalibrationRecord(TypedDict):
     """`calibration.pipeline.dataset_record`: the keys that are read here are typed, and others are kept."""
 
-    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
+    __pydantic_config__ = OPEN  # type: ignore[misc]
     sources: list[CalibrationSource]
     windows: CalibrationWindows
 
