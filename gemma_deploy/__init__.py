@@ -3,7 +3,7 @@
 The names below are imported when they are first used, so that a program that serves an artifact loads neither torch nor
 transformers:
 
-    from gemma_deploy import Artifact, Recipe, compile_recipe, evaluate, open_engine, prove
+    from gemma_deploy import Artifact, Recipe, compile_recipe, evaluate, merge, open_engine, prove
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gemma_deploy.compile import compile_recipe
     from gemma_deploy.engine import open_engine
     from gemma_deploy.errors import DeployError
+    from gemma_deploy.merging import merge
     from gemma_deploy.recipe import Recipe
     from gemma_deploy.runtime.chat import Conversation
     from gemma_deploy.runtime.generate import GenerationStats
@@ -34,6 +35,7 @@ __all__ = [
     "Sampling",
     "compile_recipe",
     "evaluate",
+    "merge",
     "open_engine",
     "prove",
 ]
@@ -46,6 +48,7 @@ _WHERE = {
     "Sampling": "runtime.sampling",
     "compile_recipe": "compile",
     "evaluate": "api",
+    "merge": "merging",
     "open_engine": "engine",
     "prove": "api",
 }

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, overload
 from gemma_deploy import extras
 from gemma_deploy.artifact.check import byte_problems, open_whole, refuse
 from gemma_deploy.artifact.manifest import GateRecord
+from gemma_deploy.checkpoint import AdapterRef
 from gemma_deploy.errors import UsageError
 from gemma_deploy.progress import Tick
 
@@ -90,6 +91,7 @@ def prove(
     *,
     against: str | Path | None = None,
     checkpoint: str | Path | None = None,
+    adapters: Sequence[AdapterRef] = (),
     text: str | Path | None = None,
     prompt_tokens: int | None = None,
     decode_tokens: int | None = None,
@@ -101,7 +103,8 @@ def prove(
     Args:
         artifact: its directory.
         against: another artifact; None for the checkpoint.
-        checkpoint: where the checkpoint is now; None for where the recipe says.
+        checkpoint: where the checkpoint is now; None for where the recipe says. adapters: likewise those that were
+            added to it; () for where the recipe says.
         text: UTF-8 file to take the prompt from; prompt_tokens, decode_tokens: how many of it are read as a prompt and
             fed one by one. None for what the recipe says.
         fast: measure the optimized session of a static artifact as well.
@@ -117,7 +120,7 @@ def prove(
     extras.require("build", what="a proof")
     from gemma_deploy.proving import requests
 
-    request = requests.Request(_path(text), prompt_tokens, decode_tokens, fast, report)
+    request = requests.Request(_path(text), prompt_tokens, decode_tokens, fast, report, tuple(adapters))
     where = None if checkpoint is None else str(checkpoint)
     opened = [open_whole(one) for one in (artifact, against) if one is not None]
     if against is None:
@@ -137,6 +140,7 @@ def evaluate(
     task: Literal["ppl"] = ...,
     against: str | Path | None = ...,
     checkpoint: str | Path | None = ...,
+    adapters: Sequence[AdapterRef] = ...,
     kernels: str | None = ...,
     text: str | Path | None = ...,
     windows: int | None = ...,
@@ -153,6 +157,7 @@ def evaluate(
     task: Literal["ceval"],
     against: str | Path | None = ...,
     checkpoint: str | Path | None = ...,
+    adapters: Sequence[AdapterRef] = ...,
     kernels: str | None = ...,
     path: str | Path | None = ...,
     split: Literal["val", "test"] | None = ...,
@@ -170,6 +175,7 @@ def evaluate(
     task: Literal["ppl", "ceval"] = "ppl",
     against: str | Path | None = None,
     checkpoint: str | Path | None = None,
+    adapters: Sequence[AdapterRef] = (),
     kernels: str | None = None,
     text: str | Path | None = None,
     windows: int | None = None,
@@ -190,6 +196,7 @@ def evaluate(
         against: "hf" for an artifact's checkpoint in transformers, "none", or another artifact or checkpoint; None for
             "hf" where the perplexity of an artifact is asked for, and "none" otherwise.
         checkpoint: where an artifact's checkpoint is now; None for where its recipe says.
+        adapters: added to a checkpoint that is the target; of an artifact, where those are now that it was made with.
         kernels: of an artifact for ONNX Runtime: "shipped" (the default) or "strict".
         text: of "ppl": UTF-8 file, None for the bundled sample; windows: at most so many (16); seqlen: tokens of each
             (512, or the longest prompt).
@@ -224,6 +231,7 @@ def evaluate(
         None if checkpoint is None else str(checkpoint),
         task=task,
         kernels=kernels,
+        adapters=adapters,
     )
     if task == "ppl":
         result = tasks.run_text(pair, tasks.TextRequest(_path(text), windows, seqlen), progress)

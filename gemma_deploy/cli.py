@@ -26,6 +26,7 @@ COMMANDS = {
     "calibrate": "Tokenize calibration samples and measure activation ranges.",
     "parity": "Compare an artifact with its reference; fails when a gate fails.",
     "eval": "Measure perplexity, KL and top-1, or accuracy on C-Eval.",
+    "merge": "Write a checkpoint with an adapter added.",
     "stage": "Make a directory that transformers loads as the patched model.",
     "split": "Cut a checkpoint into parts for several devices.",
     "run": "Generate text with an artifact.",

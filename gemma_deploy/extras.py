@@ -18,6 +18,7 @@ MODULES = {
     "gguf": ("gguf",),
     "genai": ("onnxruntime_genai",),
     "ray": ("ray",),
+    "adapters": ("peft",),
 }
 
 

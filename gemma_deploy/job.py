@@ -128,7 +128,8 @@ class Job:
         needed = ["build", *(["calibrate"] if recipe.scheme.calibrates or recipe.scheme.weights == "fp16" else [])]
         extras.require(*needed, what=f"compiling {recipe.name}")
         check_built(recipe)
-        checkpoint, spec = Checkpoint.open(resolve_checkpoint(recipe.frontend.checkpoint)), recipe.spec
+        spec = recipe.spec
+        checkpoint = Checkpoint.open(resolve_checkpoint(recipe.frontend.checkpoint), recipe.adapters)
         check_against_model(recipe, checkpoint.config.max_position_embeddings, _model_problems(spec, checkpoint.config))
         text = check_text(checkpoint)
         give_memory_back()  # of the tokenizer

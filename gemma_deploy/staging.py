@@ -11,10 +11,12 @@ import math
 import os
 import shutil
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gemma_deploy import paths
+from gemma_deploy.checkpoint.adapters.merging import AdapterRef
 from gemma_deploy.checkpoint.checkpoint import Checkpoint
 from gemma_deploy.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json
 from gemma_deploy.checkpoint.source import WeightSource
@@ -34,6 +36,7 @@ def stage_checkpoint(
     path: str | Path,
     out: str | Path,
     *,
+    adapter: str | Path | AdapterRef | Sequence[AdapterRef] | None = None,
     force: bool = False,
     source_code: Path | None = None,
     progress: Tick | None = None,
@@ -43,15 +46,17 @@ def stage_checkpoint(
     Args:
         path: directory, .gguf file, or `demo`.
         out: the directory to make; it is written as OUT.partial and renamed.
+        adapter: added to the weights, see `Checkpoint.open`; they are then written as float32 instead of linked.
         force: replace an OUT that an earlier `stage` made.
         source_code: the modeling files; by default the program's own.
-        progress: called with (bytes written, bytes in all) of a .gguf file's weights; others are linked.
+        progress: called with (bytes written, bytes in all) of weights that are written: a .gguf file's, and those an
+            adapter is added to.
 
     Raises:
         UsageError: OUT exists.
         CheckpointError: the checkpoint is unusable, or OUT cannot be written. BusyError: another run is writing it.
     """
-    checkpoint = Checkpoint.open(path)
+    checkpoint = Checkpoint.open(path, adapter)
     if checkpoint.format == "gguf":  # its generation_config.json is ours
         checkpoint = with_stops(checkpoint, check_text(checkpoint))
     source = source_code or paths.source_code_dir()
@@ -61,11 +66,14 @@ def stage_checkpoint(
         for file in sorted(source.glob("*.py")):
             shutil.copyfile(file, partial / file.name)
         config = checkpoint.config_dict()
-        if checkpoint.format == "gguf":
-            config["dtype"] = "float32"
+        if checkpoint.format == "gguf" or checkpoint.adapters:
+            config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": "float32"}
             _write_float32(checkpoint, partial / SINGLE_NAME, progress)
+        if checkpoint.format == "gguf":
             _write_generation_config(checkpoint, partial / GENERATION_CONFIG)
-        else:
+        elif (checkpoint.path / GENERATION_CONFIG).is_file():
+            link_file(checkpoint.path / GENERATION_CONFIG, partial / GENERATION_CONFIG)
+        if checkpoint.format != "gguf" and not checkpoint.adapters:
             _link_weights(checkpoint, partial)
         write_tokenizer(checkpoint, partial)
         _write_json(partial / CONFIG, config | additions)
@@ -100,8 +108,10 @@ class _Staged(WorkDir):
             return
         if not self.force:
             raise UsageError("exists already", where=str(self.out), next_step="name another directory, or use --force")
-        source, out = self.checkpoint.tokenizer_dir().resolve(), self.out.resolve()
-        if source == out or out in source.parents or self.out.is_symlink() or not _is_staged(self.out):
+        checkpoint, out = self.checkpoint, self.out.resolve()
+        read = [checkpoint.path, checkpoint.tokenizer_dir(), *(one.adapter.path for one in checkpoint.adapters)]
+        inside = any(out == place or out in place.parents for place in (path.resolve() for path in read))
+        if inside or self.out.is_symlink() or not _is_staged(self.out):
             raise UsageError(
                 "is not a directory that `gemma-deploy stage` made; --force does not delete it",
                 where=str(self.out),
@@ -123,7 +133,7 @@ def _is_staged(out: Path) -> bool:
 
 def _link_weights(checkpoint: Checkpoint, out: Path) -> None:
     """Weight files, all beside the index: one in a folder gets the folder into its name."""
-    index, generation = checkpoint.path / INDEX_NAME, checkpoint.path / GENERATION_CONFIG
+    index = checkpoint.path / INDEX_NAME
     names = {checkpoint.local_name(file) for file in checkpoint.weight_files}
     content: dict[str, Any] = {}
     if SINGLE_NAME not in names:
@@ -137,8 +147,6 @@ def _link_weights(checkpoint: Checkpoint, out: Path) -> None:
         _write_json(out / INDEX_NAME, content | {"weight_map": moved})
     elif content:
         link_file(index, out / INDEX_NAME)
-    if generation.is_file():
-        link_file(generation, out / GENERATION_CONFIG)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

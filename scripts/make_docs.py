@@ -38,7 +38,8 @@ MEANING: Mapping[str, str] = {
     "name": "Name of the artifact: it is written to `workspace.path`/NAME.",
     "frontend.checkpoint": "A directory of safetensors, a `.gguf` file, or `demo`, the bundled model.",
     "frontend.type": "What the checkpoint is: `gguf` where it ends in `.gguf`.",
-    "frontend.adapter": "Not built: merge a LoRA adapter into the checkpoint first.",
+    "frontend.adapter": "A directory that peft wrote, or a list of such or of `{path, weight}`: added to the "
+    "weights while they are read: [adapters](adapters.md).",
     "frontend.shape.input_ids": "`[[P], [C]]`: tokens of the longest prompt, and slots of the KV cache. Multiples of "
     "16, P at most C, C at most what the model was made for.",
     "frontend.shape.batch": "B, sequences that static graphs take together.",

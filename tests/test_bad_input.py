@@ -280,8 +280,16 @@ RECIPES = {
         written(b"name: x\n"), (RECIPE, "frontend: missing, and required", "backend: missing, and required"), 2
     ),
     "not built": (
+        with_keys(backend={"merge_params": False}),
+        ("recipe bad:", "backend.merge_params: separate parameter files are not built yet", "next: change the keys"), 2,
+    ),
+    "no adapter": (
         with_keys(frontend={"adapter": "./lora"}),
-        ("recipe bad:", "frontend.adapter: merging a LoRA adapter is not built yet", "next: change the keys"), 2,
+        ("lora: there is no such file or directory", "adapter_config.json", "check the path (frontend.adapter"), 1,
+    ),
+    "no kind of adapter": (
+        with_keys(frontend={"adapter": [{"path": "./lora", "scale": 2}]}),
+        (RECIPE, "frontend.adapter: got a list of 1, expected a directory, or a list of directories", CORRECT), 2,
     ),
     "undefined variable": (
         with_keys(frontend={"checkpoint": "${NOWHERE_SET}"}),

@@ -66,7 +66,8 @@ REFUSED = {
     "the root": lambda _: ["--out", "/"],
     "no possible name": lambda _: ["--out", "x" * 300],
     "no cluster": lambda _: [*GPTQ, *ONE, "-s", "workspace.cluster=127.0.0.1:1"],
-    "a key that is not built": lambda _: ["-s", "frontend.adapter=lora"],
+    "a key that is not built": lambda _: ["-s", "backend.merge_params=false"],
+    "no adapter": lambda _: ["-s", "frontend.adapter=lora"],
     "a context longer than the model's": lambda _: ["-s", "frontend.shape.input_ids=[[128],[65536]]"],
     "no checkpoint": lambda _: ["--checkpoint", "nowhere"],
 }

@@ -29,10 +29,21 @@ ORDER = (
     "provenance",
     *("machine", "tables", "progress", "estimates"),
     *("architectures", "schemes", "checkpoint", "text", "staging", "partition", "patched"),
-    *("calibration", "quantization", "graph", "params", "split", "artifact", "parity", "runtime", "backends"),
+    *(
+        "calibration",
+        "quantization",
+        "graph",
+        "params",
+        "split",
+        "merging",
+        "artifact",
+        "parity",
+        "runtime",
+        "backends",
+    ),
     "engine",
     *("proving", "verifying", "evaluation", "bench", "api"),
-    *("recipe", "job", "preflight", "stages", "compile", "generation", "commands", "cli", "testing"),
+    *("recipe", "job", "preflight", "stages", "compile", "generation", "options", "commands", "cli", "testing"),
 )
 TORCH_FREE = (
     *("child", "text"),

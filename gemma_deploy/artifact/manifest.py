@@ -7,12 +7,10 @@ values and refuses what is missing, unknown, of another type or out of bounds.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import (
@@ -67,13 +65,22 @@ class FileFacts(Record):
     sha256: str
 
 
+class AdapterRecord(Record):
+    """An adapter that was added to the weights: its directory's name, what its products were multiplied by."""
+
+    path: str
+    weight: Plain
+    fingerprint: str
+
+
 class CheckpointRecord(Record):
-    """Where the weights came from: the directory's or file's name, and what it held."""
+    """Where the weights came from: the directory's or file's name, and what it held, adapters included."""
 
     path: str
     format: str
     fingerprint: str
     fingerprint_without_times: str
+    adapters: tuple[AdapterRecord, ...] = ()
 
 
 class ModelKwargs(Open):
@@ -87,6 +94,7 @@ class FrontendRecord(Open):
     """`frontend`."""
 
     checkpoint: str
+    adapter: str | list[Any] | None = None
     model_kwargs: ModelKwargs
 
 
@@ -380,16 +388,3 @@ def tool_versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[tool] = "not installed"
     return found
-
-
-def op_census(path: Path) -> dict[str, int]:
-    """Number of nodes per operator of an .onnx file, those of branches too, custom ones with their domain."""
-    import onnx
-
-    counts: Counter[str] = Counter()
-    graphs = [onnx.load(str(path), load_external_data=False).graph]
-    while graphs:
-        for node in graphs.pop().node:
-            counts[f"{node.domain}::{node.op_type}" if node.domain else node.op_type] += 1
-            graphs += [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
-    return dict(sorted(counts.items()))

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gemma_deploy.artifact.opened import Artifact
-from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint
+from gemma_deploy.checkpoint import AdapterRef, Checkpoint, resolve_checkpoint
+from gemma_deploy.checkpoint.adapters.merging import adapter_refs
 from gemma_deploy.errors import UsageError
-from gemma_deploy.reading import why_absent
+from gemma_deploy.reading import expand, why_absent
 
 
-def checkpoint_of(artifact: Artifact, given: str | None) -> Checkpoint:
+def checkpoint_of(artifact: Artifact, given: str | None, adapters: Sequence[AdapterRef] = ()) -> Checkpoint:
     """Open the checkpoint an artifact was made from, or a copy of it: what a copy changed, the comparison finds.
+
+    Args:
+        given: where it is now; None for where the recipe says.
+        adapters: likewise those that were added to it; () for where the recipe says.
 
     Raises:
         UsageError: it is not there any more, or has changed since.
@@ -22,12 +29,29 @@ def checkpoint_of(artifact: Artifact, given: str | None) -> Checkpoint:
             where=str(artifact.path),
             next_step="say where it is now with --checkpoint PATH",
         )
-    checkpoint = Checkpoint.open(path)
-    if checkpoint.fingerprint(times=False) != artifact.manifest.checkpoint.fingerprint_without_times:
+    frontend, made_of = artifact.manifest.recipe.frontend, artifact.manifest.checkpoint.adapters
+    refs = tuple(adapters) or adapter_refs(frontend.adapter)
+    if adapters and not made_of:
         raise UsageError(
-            "is not the checkpoint this artifact was made from (or has changed since)",
-            where=str(path),
+            "no adapter was added when this artifact was made",
+            where=str(artifact.path),
+            next_step="leave --adapter out, or compile with it (frontend.adapter)",
+        )
+    if gone := [str(ref.path) for ref in refs if why_absent(expand(ref.path))]:
+        raise UsageError(
+            f"its adapter {', '.join(gone)} is not there",
+            where=str(artifact.path),
+            next_step="say where it is now with --adapter DIR",
+        )
+    checkpoint = Checkpoint.open(path, refs)
+    if checkpoint.fingerprint(times=False) != artifact.manifest.checkpoint.fingerprint_without_times:
+        what, options = "checkpoint", "--checkpoint PATH"
+        if refs:
+            what, options = "checkpoint and adapter", "--checkpoint PATH and --adapter DIR"
+        raise UsageError(
+            f"is not the {what} this artifact was made from (or has changed since)",
+            where=", ".join(map(str, (path, *(ref.path for ref in refs)))),
             expected=f"the one of {artifact.path}",
-            next_step="name the right one with --checkpoint PATH, or compile again",
+            next_step=f"name the right one with {options}, or compile again",
         )
     return checkpoint

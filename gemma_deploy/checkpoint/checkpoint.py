@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gemma_deploy import paths, reading
+from gemma_deploy.checkpoint.adapters.merging import AdapterRef, WeightedAdapter, merge_places, open_adapters
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.checkpoint.expected import expected_tensors
 from gemma_deploy.checkpoint.index import (
     INDEX_NAME,
-    MERGE_ADAPTER,
     locate_shards,
     read_json,
     read_shards,
@@ -29,8 +30,9 @@ from gemma_deploy.checkpoint.index import (
 )
 from gemma_deploy.checkpoint.naming import PREFIX, name_tensors
 from gemma_deploy.checkpoint.safetensors_reader import Entry, SafetensorsFile, readable
-from gemma_deploy.checkpoint.source import TensorInfo, equal
-from gemma_deploy.errors import CheckpointError, NotBuiltError
+from gemma_deploy.checkpoint.source import Rows, TensorInfo, equal
+from gemma_deploy.dtypes import BY_NAME
+from gemma_deploy.errors import CheckpointError
 from gemma_deploy.names import CONFIG, EMBEDDING_WEIGHT, GENERATION_CONFIG, HEAD_WEIGHT
 from gemma_deploy.provenance import code_of
 
@@ -79,7 +81,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open checkpoint; make one with `Checkpoint.open`."""
+    """An open checkpoint; make one with `Checkpoint.open`.
+
+    With adapters, `config`, `tensors` and what is read are those of the merged model; its files are the checkpoint's.
+    """
 
     path: Path
     format: str
@@ -88,25 +93,24 @@ class Checkpoint:
     notes: tuple[str, ...]
     _places: Mapping[str, Place]
     _config_bytes: bytes
+    adapters: tuple[WeightedAdapter, ...] = ()
+    _merged: Mapping[str, Rows] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: str | Path, adapter: str | Path | None = None) -> Checkpoint:
+    def open(
+        cls, path: str | Path, adapter: str | Path | AdapterRef | Sequence[AdapterRef] | None = None
+    ) -> Checkpoint:
         """Open a directory of safetensors or a .gguf file and check all of it but the values.
 
         Args:
             path: of the directory or file, or `demo`.
-            adapter: a directory of weights to be added to the checkpoint's.
+            adapter: what is added to the weights while they are read: a directory that peft wrote, or several, each
+                with a weight, one after the other.
 
         Raises:
-            CheckpointError: everything missing, unexpected or misshaped, in one message.
-            NotBuiltError: there is an adapter, which this version does not merge.
+            CheckpointError: everything missing, unexpected or misshaped, in one message; an adapter that cannot be
+                carried out, or belongs to another model.
         """
-        if adapter is not None:
-            raise NotBuiltError(
-                "merging an adapter is not built yet",
-                where=str(adapter),
-                next_step=MERGE_ADAPTER.format("the merged one"),
-            )
         path = resolve_checkpoint(str(path))
         if absent := reading.why_absent(path):
             raise CheckpointError(
@@ -115,17 +119,47 @@ class Checkpoint:
                 expected="a checkpoint directory (config.json and *.safetensors), a .gguf file, or the word demo",
                 next_step="check the path (frontend.checkpoint, --checkpoint)",
             )
-        if not reading.is_dir(path):
-            return _open_gguf(cls, path)
-        return _open_directory(cls, path)
+        opened = _open_directory(cls, path) if reading.is_dir(path) else _open_gguf(cls, path)
+        refs = _refs(adapter)
+        return opened._with_adapters(open_adapters(refs, opened.config, (str(path),))) if refs else opened
+
+    def _with_adapters(self, adapters: Sequence[WeightedAdapter]) -> Checkpoint:
+        """The same with adapters added."""
+        merged = merge_places(adapters, self._places, self.config)
+        config = self.config
+        if merged.tied != config.tie_word_embeddings or merged.vocab_size != config.vocab_size:
+            raw = {**config.raw, "tie_word_embeddings": merged.tied, "vocab_size": merged.vocab_size}
+            config = replace(config, tie_word_embeddings=merged.tied, vocab_size=merged.vocab_size, raw=raw)
+        tensors = {
+            name: _merged_info(self, name, merged.places[name]) if name in merged.places else self.tensors[name]
+            for name in expected_tensors(config)
+        }
+        notes = [note for one in adapters for note in one.adapter.notes]
+        return replace(
+            self,
+            config=config,
+            tensors=tensors,
+            notes=(*self.notes, *notes, *merged.notes, *_tokenizer_notes(self, adapters)),
+            adapters=tuple(adapters),
+            _merged=merged.places,
+        )
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) as float32, [stop - start, cols] (1-D tensors: [stop - start])."""
-        return self._places[name].rows(start, stop)
+        return (self._merged.get(name) or self._places[name]).rows(start, stop)
 
     def raw_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """The same rows as stored: bfloat16 as uint16, GGUF blocks as uint8 [stop - start, bytes]."""
-        return self._places[name].raw_rows(start, stop)
+        return (self._merged.get(name) or self._places[name]).raw_rows(start, stop)
+
+    @property
+    def own_dtype(self) -> str:
+        """What the checkpoint's files store weights as: the dtype of the token table; float32 of a .gguf file."""
+        return "float32" if self.format == "gguf" else self._places[EMBEDDING_WEIGHT].entry.dtype
+
+    def is_changed(self, name: str) -> bool:
+        """Whether adapters changed a tensor."""
+        return name in self._merged
 
     def embedding_scale(self) -> np.ndarray | None:
         """None: rows are multiplied by sqrt(hidden_size) alone."""
@@ -145,18 +179,18 @@ class Checkpoint:
         return dict(self.config.raw)
 
     def tokenizer_dir(self) -> Path:
-        """Where tokenizer files would lie."""
-        return self.path.parent if self.path.is_file() else self.path
+        """Where tokenizer files would lie: the checkpoint's, or those that were saved with an adapter."""
+        own = self.path.parent if self.path.is_file() else self.path
+        return next((one.adapter.path for one in self.adapters if _tokenizer_in(one.adapter.path)), own)
 
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files; none when there is no vocabulary (a GGUF file carries its own inside)."""
-        found = [self.tokenizer_dir() / name for name in TOKENIZER_FILES]
-        found = [path for path in found if path.is_file()]
-        found += sorted((self.tokenizer_dir() / MORE_TEMPLATES).glob("*.jinja"))
-        return found if any(path.name in TOKENIZER_FILES[:2] for path in found) else []
+        return _tokenizer_in(self.tokenizer_dir())
 
     def fingerprint(self, *, times: bool = True) -> str:
         """Sha256 over config, generation config, tokenizer, and each weight file's name, size, time, header, first MiB.
+
+        Adapters count with their content and weight.
 
         Args:
             times: without them a copy of the files has the same fingerprint; a change behind the first MiB too.
@@ -164,6 +198,7 @@ class Checkpoint:
         digest = hashlib.sha256(self._config_bytes)
         self._add_weight_files(digest, times=times)
         self._add_text_files(digest)
+        self._add_adapters(digest)
         return digest.hexdigest()
 
     def weights_fingerprint(self) -> str:
@@ -175,6 +210,7 @@ class Checkpoint:
         if self.format == "gguf":
             reader = code_of((GGUF_READER,))
             digest.update(f"\0{reader.sha256} {reader.versions}".encode())
+        self._add_adapters(digest)
         return digest.hexdigest()
 
     def text_fingerprint(self) -> str:
@@ -196,6 +232,10 @@ class Checkpoint:
                 for _ in range(0, max(FINGERPRINT_BYTES, headers[path] + 8), FINGERPRINT_BYTES):
                     digest.update(file.read(FINGERPRINT_BYTES))
 
+    def _add_adapters(self, digest: _Digest) -> None:
+        for one in self.adapters:
+            digest.update(f"\0adapter\0{one.adapter.fingerprint()}\0{one.weight!r}".encode())
+
     def _add_text_files(self, digest: _Digest) -> None:
         for path in self.tokenizer_files():
             digest.update(f"\0{path.name}\0".encode())
@@ -204,6 +244,36 @@ class Checkpoint:
         if self.format != "gguf" and reading.exists(generation):
             digest.update(f"\0{GENERATION_CONFIG}\0".encode())
             digest.update(read_json(generation)[1])
+
+
+def _refs(adapter: str | Path | AdapterRef | Sequence[AdapterRef] | None) -> tuple[AdapterRef, ...]:
+    if adapter is None:
+        return ()
+    if isinstance(adapter, str | Path):
+        return (AdapterRef(adapter),)
+    return (adapter,) if isinstance(adapter, AdapterRef) else tuple(adapter)
+
+
+def _tokenizer_in(directory: Path) -> list[Path]:
+    """A tokenizer's files in a directory; none when there is no vocabulary."""
+    found = [directory / name for name in TOKENIZER_FILES]
+    found = [path for path in found if path.is_file()]
+    found += sorted((directory / MORE_TEMPLATES).glob("*.jinja"))
+    return found if any(path.name in TOKENIZER_FILES[:2] for path in found) else []
+
+
+def _tokenizer_notes(checkpoint: Checkpoint, adapters: Sequence[WeightedAdapter]) -> list[str]:
+    """Which tokenizer is taken, where adapters bring one."""
+    brought = [one.adapter.path for one in adapters if _tokenizer_in(one.adapter.path)]
+    notes = [f"the tokenizer is the one beside the adapter, {brought[0]}"] if brought else []
+    return notes + [f"the tokenizer beside the adapter {path} is not read" for path in brought[1:]]
+
+
+def _merged_info(checkpoint: Checkpoint, name: str, place: Rows) -> TensorInfo:
+    """Of a tensor that adapters changed; the file is the one its base lies in."""
+    own = checkpoint.tensors.get(name) or checkpoint.tensors[EMBEDDING_WEIGHT]
+    shape, dtype = place.entry.shape, place.entry.dtype
+    return TensorInfo(name, shape, dtype, own.file, math.prod(shape) * BY_NAME[dtype].itemsize)
 
 
 def resolve_checkpoint(spec: str) -> Path:

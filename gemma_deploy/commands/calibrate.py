@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from gemma_deploy.options import adapter_option
+
 if TYPE_CHECKING:
     from gemma_deploy.calibration.pipeline import Request
     from gemma_deploy.calibration.store import Calibration
+    from gemma_deploy.checkpoint import AdapterRef
     from gemma_deploy.recipe import Recipe
 
 PER_KIND = 2  # rows of the table for each kind of point
@@ -40,6 +43,7 @@ Examples:
 )
 @click.option("--recipe", metavar="FILE|NAME", help="Take checkpoint, data set and workspace from a recipe.")
 @click.option("--checkpoint", metavar="PATH", help="Directory, .gguf file or `demo`  [default: the recipe's, or demo]")
+@adapter_option("Added to the weights, instead of the recipe's adapter.")
 @click.option("--nsamples", type=click.IntRange(min=1), help="Windows  [default: 128; 32 of the bundled sample]")
 @click.option(
     "--seqlen",
@@ -56,6 +60,7 @@ def command(
     path: str | None,
     recipe: str | None,
     checkpoint: str | None,
+    adapter: tuple[AdapterRef, ...],
     nsamples: int | None,
     seqlen: int | None,
     seed: int,
@@ -77,8 +82,10 @@ def command(
         raise click.UsageError("Missing option '--dataset' (or '--recipe'). Choose from: c4, ceval, alpaca")
     extras.require("build", "calibrate", what="`gemma-deploy calibrate`")
     started = time.perf_counter()
-    loaded = Recipe.load(recipe, checkpoint=checkpoint) if recipe else None
-    source = Checkpoint.open(checkpoint or (loaded.frontend.checkpoint if loaded else "demo"))
+    loaded = Recipe.load(recipe, checkpoint=checkpoint, adapters=adapter) if recipe else None
+    source = Checkpoint.open(
+        checkpoint or (loaded.frontend.checkpoint if loaded else "demo"), loaded.adapters if loaded else adapter
+    )
     request = _request(loaded, dataset, path, nsamples, seqlen, seed, source.config.max_position_embeddings)
     place = workspace or Path(loaded.workspace.path if loaded else "workspace")
     refuse_directory(place / "calib", "--workspace")

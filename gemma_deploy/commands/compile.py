@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma_deploy.names import MIB
+from gemma_deploy.options import adapter_option
 
 if TYPE_CHECKING:
     from gemma_deploy.artifact.gate_rows import Result
+    from gemma_deploy.checkpoint import AdapterRef
     from gemma_deploy.stages.clock import StageTiming
 
 log = logging.getLogger(__name__)
@@ -22,6 +24,7 @@ Examples:
   gemma-deploy compile cpu-int8 --checkpoint /models/gemma-2b --dry-run
   gemma-deploy compile accelerator-fp16 -s frontend.shape.input_ids=[[256],[512]] -s name=mine
   gemma-deploy compile accelerator-fp32 --dynamic
+  gemma-deploy compile cpu-int8 --checkpoint /models/gemma-2b --adapter my-lora
 """
 
 
@@ -29,6 +32,7 @@ Examples:
 @click.argument("recipe")
 @click.option("-s", "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key.")
 @click.option("--checkpoint", metavar="PATH", help="Directory, .gguf file or `demo`, instead of the recipe's.")
+@adapter_option("Added to the weights, instead of the recipe's adapter.")
 @click.option("--dynamic", is_flag=True, help="Free batch and lengths: short for -s frontend.shape.dynamic=true.")
 @click.option("--out", type=click.Path(path_type=Path), help="Artifact directory  [default: workspace.path/NAME]")
 @click.option("--force", is_flag=True, help="Replace an artifact made from other inputs.")
@@ -40,6 +44,7 @@ def command(
     recipe: str,
     overrides: tuple[str, ...],
     checkpoint: str | None,
+    adapter: tuple[AdapterRef, ...],
     dynamic: bool,
     out: Path | None,
     force: bool,
@@ -58,7 +63,7 @@ def command(
     from gemma_deploy.tables import console
 
     overrides += ("frontend.shape.dynamic=true",) if dynamic else ()
-    loaded = Recipe.load(recipe, overrides, checkpoint=checkpoint)
+    loaded = Recipe.load(recipe, overrides, checkpoint=checkpoint, adapters=adapter)
     if loaded.vendor_keys():
         log.debug("carried for the vendor's compiler, not interpreted here: %s", ", ".join(loaded.vendor_keys()))
     if dry_run:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from gemma_deploy.options import adapter_option
+
+if TYPE_CHECKING:
+    from gemma_deploy.checkpoint import AdapterRef
 
 OF_TASK = {"ppl": ("text", "windows", "seqlen"), "ceval": ("path", "split", "shots", "subjects", "limit")}
 EPILOG = """\b
@@ -29,6 +34,7 @@ Examples:
     "[default: hf for the perplexity of an artifact, else none]",
 )
 @click.option("--checkpoint", metavar="PATH", help="Where an artifact's checkpoint is  [default: as in its recipe]")
+@adapter_option("Added to a checkpoint; of an artifact, where its adapter is now.")
 @click.option("--text", type=click.Path(path_type=Path), help="ppl: UTF-8 file  [default: the bundled C4 sample]")
 @click.option("--windows", type=click.IntRange(min=1), help="ppl: windows at most  [default: 16]")
 @click.option(
@@ -55,6 +61,7 @@ def command(
     task: str,
     against: str | None,
     checkpoint: str | None,
+    adapter: tuple[AdapterRef, ...],
     text: Path | None,
     windows: int | None,
     seqlen: int | None,
@@ -87,7 +94,7 @@ def command(
     if record:
         records.refuse_read_only(Path(target))
         records.finish_interrupted(Path(target))
-    pair = tasks.open_pair(target, against, checkpoint, task=task, kernels=kernels)
+    pair = tasks.open_pair(target, against, checkpoint, task=task, kernels=kernels, adapters=adapter)
     if task == "ppl":
         with shown("eval", "windows") as tick:
             result = tasks.run_text(pair, tasks.TextRequest(text, windows, seqlen), tick)

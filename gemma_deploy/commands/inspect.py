@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gemma_deploy.names import MANIFEST, MIB, PARAMS
+from gemma_deploy.options import adapter_option
 
 if TYPE_CHECKING:
     from gemma_deploy.artifact.manifest import GraphRecord, Manifest
+    from gemma_deploy.checkpoint import AdapterRef
 
 EPILOG = """\b
 Examples:
@@ -24,9 +27,10 @@ Examples:
 
 @click.command("inspect", epilog=EPILOG)
 @click.argument("path")
+@adapter_option("Of a checkpoint: show the model with it.")
 @click.option("--params", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-def command(path: str, params: bool, as_json: bool) -> None:
+def command(path: str, adapter: tuple[AdapterRef, ...], params: bool, as_json: bool) -> None:
     """Show what is in PATH: an artifact, a checkpoint directory, a .gguf file, or `demo`.
 
     Exit 1 when files of an artifact are missing or cut short.
@@ -39,10 +43,12 @@ def command(path: str, params: bool, as_json: bool) -> None:
     is_artifact = any(exists(Path(path) / name) for name in (MANIFEST, PARAMS))  # PARAMS alone: an unfinished one
     artifact = Artifact.open(path) if is_artifact else None
     if artifact is not None:
+        if adapter:
+            raise click.UsageError("--adapter goes with a checkpoint; an artifact says what was added to it")
         manifest = artifact.manifest
         facts, tensors = artifact_facts(manifest), manifest.table.to_json()
     else:
-        checkpoint = Checkpoint.open(resolve_checkpoint(path))
+        checkpoint = Checkpoint.open(resolve_checkpoint(path), adapter)
         facts = checkpoint_facts(checkpoint)
         tensors = [
             {"name": one.name, "dtype": one.dtype, "shape": list(one.shape), "nbytes": one.nbytes}
@@ -69,6 +75,7 @@ def artifact_facts(manifest: Manifest) -> dict[str, Any]:
             "scheme": manifest.scheme + (", int8 KV cache" if manifest.int8_cache else ""),
             "model": f"{manifest.model.model_type}, {manifest.model.num_hidden_layers} layers",
             "checkpoint": f"{manifest.checkpoint.path} ({manifest.checkpoint.format})",
+            **adapter_facts([one.model_dump() for one in manifest.checkpoint.adapters]),
             "batch, prefill, context": f"{contract.batch}, {contract.prefill}, {contract.context}"
             + (" (dynamic: any batch, largest lengths)" if contract.dynamic else ""),
             "parity": headline(parity) if parity else "not run: nothing is proven",
@@ -98,6 +105,12 @@ def artifact_facts(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def adapter_facts(adapters: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """A row for the adapters that were added; none without them."""
+    each = [f"{one['path']}, weight {one['weight']:g}, {one['fingerprint'][:12]}" for one in adapters]
+    return {"adapter": "; ".join(each)} if each else {}
+
+
 def part_rows(manifest: Manifest) -> list[dict[str, Any]]:
     """Stages and ranks of a divided artifact."""
     rows = []
@@ -122,6 +135,7 @@ def checkpoint_facts(checkpoint: Any) -> dict[str, Any]:
         "checkpoint": {
             "path": str(checkpoint.path),
             "format": checkpoint.format,
+            **adapter_facts([one.to_json() for one in checkpoint.adapters]),
             "model": f"{config.model_type}, {config.num_hidden_layers} layers",
             "heads": f"{config.num_attention_heads}, {config.num_key_value_heads} for keys and values, of "
             f"{config.head_dim}",

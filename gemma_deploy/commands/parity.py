@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gemma_deploy.backends import ROWS
+from gemma_deploy.options import adapter_option
 
 if TYPE_CHECKING:
+    from gemma_deploy.checkpoint import AdapterRef
     from gemma_deploy.parity.compare import ParityResult
     from gemma_deploy.proving.requests import Request
 
@@ -36,6 +38,7 @@ Examples:
     help="patched: compare the patched modeling files alone with transformers; needs no artifact.",
 )
 @click.option("--checkpoint", metavar="PATH", help="Where the checkpoint is  [default: as in the recipe]")
+@adapter_option("Where the artifact's adapter is now; with --stage patched, added to the checkpoint.")
 @click.option("--text", type=click.Path(path_type=Path), help="UTF-8 file to take the prompt from.")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), help="[default: the artifact's recipe, or 64]")
 @click.option("--decode-tokens", type=click.IntRange(min=0), help="[default: the artifact's recipe, or 32]")
@@ -49,6 +52,7 @@ def command(
     against: str,
     stage: str,
     checkpoint: str | None,
+    adapter: tuple[AdapterRef, ...],
     text: Path | None,
     prompt_tokens: int | None,
     decode_tokens: int | None,
@@ -74,7 +78,7 @@ def command(
         if file is not None:
             refuse_output(file, option)
     with reported("parity") as report:
-        request = requests.Request(text, prompt_tokens, decode_tokens, fast, report)
+        request = requests.Request(text, prompt_tokens, decode_tokens, fast, report, adapter)
         title, result, advice = _compare(artifact, against, stage, checkpoint, workspace, request, backend)
     _show(title, result)
     if json_file is not None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from gemma_deploy.errors import UsageError
+from gemma_deploy.options import adapter_option
+
+if TYPE_CHECKING:
+    from gemma_deploy.checkpoint import AdapterRef
 
 EPILOG = """\b
 Examples:
@@ -31,10 +36,17 @@ def _points(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 @click.argument("out", type=click.Path(path_type=Path), required=False)
 @click.option("--points", callback=_points, metavar="A,B", help="Layers that begin a new part.")
 @click.option("--parts", type=click.IntRange(2), help="Choose points that balance the bytes of this many parts.  [3]")
+@adapter_option("Added to the weights before they are cut.")
 @click.option("--force", is_flag=True, help="Replace a split model made before.")
 @click.option("--workers", type=click.IntRange(1, 256), default=2, show_default=True, help="Tensors written at a time.")
 def command(
-    checkpoint: str, out: Path | None, points: tuple[int, ...] | None, parts: int | None, force: bool, workers: int
+    checkpoint: str,
+    out: Path | None,
+    points: tuple[int, ...] | None,
+    parts: int | None,
+    adapter: tuple[AdapterRef, ...],
+    force: bool,
+    workers: int,
 ) -> None:
     """Cut CHECKPOINT (a directory, a .gguf file, or `demo`) into bottom, trunk and top; write them into OUT."""
     from rich.table import Table
@@ -51,7 +63,7 @@ def command(
     if out is not None:
         extras.require("build", what="writing parts")
         refuse_directory(out, "OUT")
-    opened = Checkpoint.open(checkpoint)
+    opened = Checkpoint.open(checkpoint, adapter)
     config = opened.config
     sizes = {name: info.nbytes for name, info in opened.tensors.items()}
     chosen = points if points is not None else recommended_points(config, parts or 3, sizes)

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+from gemma_deploy.options import adapter_option
+
+if TYPE_CHECKING:
+    from gemma_deploy.checkpoint import AdapterRef
 
 EPILOG = """\b
 Examples:
@@ -17,8 +23,9 @@ Examples:
 @click.command("stage", epilog=EPILOG)
 @click.argument("checkpoint")
 @click.argument("out", type=click.Path(path_type=Path))
+@adapter_option("Added to the weights, which are then written as float32.")
 @click.option("--force", is_flag=True, help="Replace a directory staged before.")
-def command(checkpoint: str, out: Path, force: bool) -> None:
+def command(checkpoint: str, out: Path, adapter: tuple[AdapterRef, ...], force: bool) -> None:
     """Link the weights of CHECKPOINT (a directory, a .gguf file, or `demo`) into OUT beside the patched files."""
     from gemma_deploy.checkpoint import resolve_checkpoint
     from gemma_deploy.progress import BYTES, shown
@@ -27,5 +34,5 @@ def command(checkpoint: str, out: Path, force: bool) -> None:
 
     refuse_directory(out, "OUT")
     with shown("stage", BYTES) as tick:
-        staged = stage_checkpoint(resolve_checkpoint(checkpoint), out, force=force, progress=tick)
+        staged = stage_checkpoint(resolve_checkpoint(checkpoint), out, adapter=adapter, force=force, progress=tick)
     click.echo(f"staged {staged}")

@@ -16,7 +16,7 @@ from gemma_deploy import extras
 from gemma_deploy.artifact.check import byte_problems, open_whole, refuse
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.artifact.origin import checkpoint_of
-from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint import AdapterRef, Checkpoint
 from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import CheckpointError, UsageError
 from gemma_deploy.machine import give_memory_back
@@ -63,7 +63,8 @@ class Evaluated:
     def title(self) -> str:
         """The name that tables and reports show."""
         how = "transformers, float32" if self.kind == "checkpoint" else f"{self.scheme}, {self.kernels}"
-        return f"{self.path} ({how})"
+        added = "".join(f" + {one.adapter.path}" for one in self.checkpoint.adapters) if self.checkpoint else ""
+        return f"{self.path}{added} ({how})"
 
     def to_json(self) -> dict[str, str]:
         """What identifies the model in eval.json."""
@@ -108,10 +109,13 @@ def is_artifact(path: Path) -> bool:
     return any(exists(path / name) for name in (MANIFEST, PARAMS))
 
 
-def open_model(spec: str, embed_scale: str = "exact", kernels: str | None = None) -> Evaluated:
+def open_model(
+    spec: str, embed_scale: str = "exact", kernels: str | None = None, *, adapters: Sequence[AdapterRef] = ()
+) -> Evaluated:
     """Open an artifact, a checkpoint's directory, a .gguf file or `demo`.
 
     Args:
+        adapters: added to a checkpoint; an artifact has its own.
         embed_scale: of a checkpoint; an artifact has its own.
         kernels: of an artifact, one that its back end names; None for the first of them.
 
@@ -119,17 +123,19 @@ def open_model(spec: str, embed_scale: str = "exact", kernels: str | None = None
         ArtifactError, CheckpointError: it is not there, incomplete or damaged.
     """
     path = expand(spec)
-    return _open_artifact(path, kernels) if is_artifact(path) else _of_checkpoint(Checkpoint.open(spec), embed_scale)
+    if is_artifact(path):
+        return _open_artifact(path, kernels)
+    return _of_checkpoint(Checkpoint.open(spec, adapters), embed_scale)
 
 
-def reference_of(model: Evaluated, checkpoint: str | None) -> Evaluated:
+def reference_of(model: Evaluated, checkpoint: str | None, adapters: Sequence[AdapterRef] = ()) -> Evaluated:
     """The checkpoint an artifact was made from, in transformers, float32.
 
     Raises:
         UsageError: it is not there any more, or has changed since.
     """
     assert model.artifact is not None
-    return _of_checkpoint(checkpoint_of(model.artifact, checkpoint), model.embed_scale)
+    return _of_checkpoint(checkpoint_of(model.artifact, checkpoint, adapters), model.embed_scale)
 
 
 def refuse_other_vocabularies(model: Evaluated, other: Evaluated, text: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from gemma_deploy.artifact.manifest import tool_versions
 from gemma_deploy.artifact.plots import ranges_of
+from gemma_deploy.checkpoint import AdapterRef
 from gemma_deploy.errors import UsageError
 from gemma_deploy.evaluation import ceval, perplexity
 from gemma_deploy.evaluation.models import Evaluated, open_model, reference_of, refuse_other_vocabularies
@@ -64,7 +65,13 @@ class ExamRequest:
 
 
 def open_pair(
-    target: str, against: str | None, checkpoint: str | None, *, task: str, kernels: str | None = None
+    target: str,
+    against: str | None,
+    checkpoint: str | None,
+    *,
+    task: str,
+    kernels: str | None = None,
+    adapters: Sequence[AdapterRef] = (),
 ) -> Comparison:
     """Open what is evaluated.
 
@@ -73,12 +80,19 @@ def open_pair(
             perplexity is compared with its checkpoint, and nothing else with anything.
         checkpoint: where an artifact's checkpoint is now.
         kernels: of the target, see `open_model`.
+        adapters: added to a checkpoint that is the target; of an artifact, where those are now that it was made with.
 
     Raises:
         UsageError: the two do not go together; ArtifactError, CheckpointError: one of them is not there, or damaged.
     """
-    opened = open_model(target, kernels=kernels)
+    opened = open_model(target, kernels=kernels, adapters=adapters)
     against = against or (CHECKPOINT if task == "ppl" and opened.artifact is not None else NONE)
+    if adapters and opened.artifact is not None and against != CHECKPOINT:
+        raise UsageError(
+            "an artifact has its adapter inside, and nothing here reads it again",
+            where=target,
+            next_step="leave --adapter out, or name it with --against hf",
+        )
     if against == NONE:
         return Comparison(opened)
     if against == CHECKPOINT:
@@ -89,7 +103,7 @@ def open_pair(
                 expected="--against with an artifact or another checkpoint",
                 next_step="leave --against out",
             )
-        return Comparison(opened, reference_of(opened, checkpoint))
+        return Comparison(opened, reference_of(opened, checkpoint, adapters))
     return Comparison(opened, open_model(against, opened.embed_scale))
 
 

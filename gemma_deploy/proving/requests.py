@@ -14,7 +14,7 @@ from gemma_deploy.artifact.opened import Artifact, newest_artifact
 from gemma_deploy.artifact.origin import checkpoint_of
 from gemma_deploy.artifact.pages import gate_values, rendered
 from gemma_deploy.backends import backend_of
-from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint
+from gemma_deploy.checkpoint import AdapterRef, Checkpoint, resolve_checkpoint
 from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import UsageError
 from gemma_deploy.parity.cases import GivenSizes
@@ -35,6 +35,7 @@ class Request:
     decode_tokens: int | None = None
     fast: bool = False
     report: Callable[[str], None] = lambda line: None
+    adapters: tuple[AdapterRef, ...] = ()
 
     def lengths(self, parity: ProofRecord | None) -> tuple[int, int]:
         """Prompt and decode tokens, from here or from a recipe's `parity`."""
@@ -54,7 +55,7 @@ def artifact_stage(path: Path, checkpoint: str | None, request: Request) -> Pari
         UsageError: the checkpoint is not the one the artifact was made from; DeployError: see run_parity.
     """
     artifact = Artifact.open(path)
-    opened = checkpoint_of(artifact, checkpoint)
+    opened = checkpoint_of(artifact, checkpoint, request.adapters)
     prompt, decode = request.lengths(artifact.manifest.recipe.parity)
     text = request.text or artifact.manifest.recipe.parity.text
     return run_parity(
@@ -77,7 +78,7 @@ def patched_stage(checkpoint: str, request: Request) -> ParityResult:
     from gemma_deploy.parity import alignment
     from gemma_deploy.parity.reference import TorchSource
 
-    opened = Checkpoint.open(resolve_checkpoint(checkpoint))
+    opened = Checkpoint.open(resolve_checkpoint(checkpoint), request.adapters)
     result = ParityResult()
     prompt, decode = request.lengths(None)
     longest = opened.config.max_position_embeddings
@@ -120,7 +121,7 @@ def two_artifacts(path: Path, other: Path, checkpoint: str | None, *, request: R
             problems=differing,
             next_step="compile both with the same frontend.shape",
         )
-    opened = checkpoint_of(test, checkpoint)
+    opened = checkpoint_of(test, checkpoint, request.adapters)
     result = ParityResult()
     prompt, decode = request.lengths(test.manifest.recipe.parity)
     cases = cases_for(

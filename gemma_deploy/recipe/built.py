@@ -34,11 +34,6 @@ def _not_built(recipe: Recipe) -> Iterator[str]:
             "frontend.model_kwargs.b2s: the batch-to-sequence layout of more than one sequence is not built yet; "
             "this version writes the low-latency layout, so set b2s: false, or frontend.shape.batch: 1"
         )
-    if recipe.frontend.adapter is not None:
-        yield (
-            "frontend.adapter: merging a LoRA adapter is not built yet; "
-            "merge it into the checkpoint first, and set adapter: null"
-        )
     if not recipe.backend.merge_params:
         yield (
             "backend.merge_params: separate parameter files are not built yet; "

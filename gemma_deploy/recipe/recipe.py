@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from gemma_deploy import reading
 from gemma_deploy.backends import backend
 from gemma_deploy.backends.spec import BuildSpec
+from gemma_deploy.checkpoint.adapters.merging import AdapterRef, adapter_refs
 from gemma_deploy.errors import RecipeError
 from gemma_deploy.recipe import document as documents
 from gemma_deploy.recipe import sections, validation
@@ -52,6 +53,7 @@ class Recipe(RecipeSections):
         env: Mapping[str, str] | None = None,
         *,
         checkpoint: str | None = None,
+        adapters: Sequence[AdapterRef] = (),
     ) -> Self:
         """Read a recipe file.
 
@@ -60,13 +62,14 @@ class Recipe(RecipeSections):
             overrides: `a.b.c=value` strings, the value in YAML; later ones win.
             env: where `${VAR}` is looked up (the process environment by default).
             checkpoint: replaces `frontend.checkpoint` verbatim, and `frontend.type` with what its name says.
+            adapters: replace `frontend.adapter`.
 
         Raises:
             RecipeError: the file cannot be read, or lists everything wrong in it.
         """
         path = find_recipe(path)
         text = reading.read_text(path, RECIPE_FILE, pipes=True)
-        return cls.from_text(text, overrides, env, checkpoint=checkpoint, where=str(path))
+        return cls.from_text(text, overrides, env, checkpoint=checkpoint, adapters=adapters, where=str(path))
 
     @classmethod
     def from_text(
@@ -76,12 +79,15 @@ class Recipe(RecipeSections):
         env: Mapping[str, str] | None = None,
         *,
         checkpoint: str | None = None,
+        adapters: Sequence[AdapterRef] = (),
         where: str = "recipe",
     ) -> Self:
         """Like `load`, from YAML text."""
         document = documents.parse(text, overrides, os.environ if env is None else env)
         if checkpoint is not None:
             validation.replace_checkpoint(document, checkpoint)
+        if adapters:
+            validation.replace_adapters(document, adapters)
         unreadable = not document.values and document.problems
         recipe = None if unreadable else validation.build(cls, document)
         if document.problems or recipe is None:
@@ -93,6 +99,11 @@ class Recipe(RecipeSections):
                 next_step="correct the lines above; `gemma-deploy recipes` lists working ones",
             )
         return recipe
+
+    @property
+    def adapters(self) -> tuple[AdapterRef, ...]:
+        """What `frontend.adapter` says."""
+        return adapter_refs(self.frontend.adapter)
 
     @property
     def spec(self) -> BuildSpec:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from gemma_deploy import backends
@@ -27,6 +27,8 @@ else:
 
 VENDOR = "interpreted by the vendor's compiler only; carried into the manifest"
 
+MOST_WEIGHT = 1e9  # of an adapter
+
 Positive = Annotated[int, Field(ge=1)]
 VendorOnly = Annotated[Any, Field(description=VENDOR)]
 
@@ -35,6 +37,21 @@ def _known_linear(kind: str) -> str:
     if kind not in linear_kinds():
         raise PydanticCustomError("literal_error", "expected {expected}", {"expected": ", ".join(linear_kinds())})
     return kind
+
+
+def _adapters(value: Any) -> Any:
+    """A directory, or a list of directories or of `{path, weight}`."""
+    parts = value if isinstance(value, list) else [] if value is None else [value]
+    for part in parts:
+        known = isinstance(value, list) and isinstance(part, dict) and part.keys() <= {"path", "weight"}
+        path = part.get("path") if known else part
+        weight = part.get("weight", 1) if known else 1
+        if not isinstance(path, str) or not path or type(weight) not in (int, float) or not abs(weight) < MOST_WEIGHT:
+            said = "a directory, or a list of directories or of {{path: DIRECTORY, weight: NUMBER}}"
+            raise PydanticCustomError("adapter_type", said)
+    if not parts and value is not None:
+        raise PydanticCustomError("adapter_type", "at least one directory, or null")
+    return value
 
 
 LinearKind = Annotated[str, AfterValidator(_known_linear)]
@@ -111,11 +128,14 @@ class Quantize(Section):
 
 
 class Frontend(Section):
-    """Which model, and in what form."""
+    """Which model, and in what form.
+
+    `adapter` is a directory that peft wrote, or a list of such, each alone or as `{path, weight}`.
+    """
 
     checkpoint: Annotated[str, Field(min_length=1)]
     type: Literal["huggingface", "gguf"] = "huggingface"
-    adapter: Annotated[str, Field(min_length=1)] | None = None
+    adapter: Annotated[str | list[Any] | None, BeforeValidator(_adapters)] = None
     shape: Shape
     model_kwargs: ModelKwargs = ModelKwargs()
     quantize: Quantize | None = None

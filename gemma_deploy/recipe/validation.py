@@ -5,12 +5,14 @@ What is wrong is taken out, and the rules about the other keys still run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from gemma_deploy.backends import DEFAULT, ROWS, backend
 from gemma_deploy.backends.spec import read_options
+from gemma_deploy.checkpoint.adapters.merging import AdapterRef
 from gemma_deploy.recipe import document as documents
 from gemma_deploy.recipe import explain, rules
 from gemma_deploy.recipe.document import Document
@@ -34,6 +36,14 @@ def replace_checkpoint(document: Document, checkpoint: str) -> None:
     kind = "gguf" if checkpoint.lower().endswith(".gguf") else "huggingface"
     documents.set_value(document, ("frontend", "checkpoint"), checkpoint, place=place)
     documents.set_value(document, ("frontend", "type"), kind, place=place)
+
+
+def replace_adapters(document: Document, adapters: Sequence[AdapterRef]) -> None:
+    """Let `--adapter` say what is added to the model."""
+    found = [one.to_json() for one in adapters]
+    place = " ".join(f"--adapter {one.path}" for one in adapters)
+    value = found[0] if len(found) == 1 and isinstance(found[0], str) else found
+    documents.set_value(document, ("frontend", "adapter"), value, place=place)
 
 
 def build(cls: type[T], document: Document) -> T | None:

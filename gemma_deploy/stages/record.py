@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_deploy.artifact.manifest import FORMAT_VERSION, Manifest, op_census, tool_versions
+from gemma_deploy.artifact.census import op_census
+from gemma_deploy.artifact.manifest import FORMAT_VERSION, Manifest, tool_versions
 from gemma_deploy.graph.contract import GraphContract
 from gemma_deploy.job import Job
 from gemma_deploy.params import ParamTable
@@ -42,6 +43,7 @@ def describe(
                 "format": job.checkpoint.format,
                 "fingerprint": job.checkpoint.fingerprint(),
                 "fingerprint_without_times": job.checkpoint.fingerprint(times=False),
+                "adapters": [one.to_json() for one in job.checkpoint.adapters],
             },
             "model": config.to_dict(),
             "scheme": job.scheme.weights,

@@ -29,7 +29,8 @@ def check_text(checkpoint: Checkpoint) -> TextCheck:
     Takes a second and some 500 MiB for a vocabulary of 262,144; give the memory back afterwards.
 
     Raises:
-        CheckpointError: a file of the tokenizer is damaged. What a GGUF file holds is damaged for text alone: a note.
+        CheckpointError: a file of the tokenizer is damaged, or an adapter's has tokens that the model lacks. What a
+            GGUF file holds is damaged for text alone: a note.
     """
     declared = checkpoint.config.eos_token_ids
     if not has_tokenizer(checkpoint):
@@ -40,8 +41,26 @@ def check_text(checkpoint: Checkpoint) -> TextCheck:
         if checkpoint.format != "gguf" or checkpoint.tokenizer_files():
             raise
         return TextCheck(declared, (f"the tokenizer inside cannot be used: {error.what}",))
+    if any(one.adapter.path == tokenizer.path for one in checkpoint.adapters):
+        _refuse_more_tokens(checkpoint, tokenizer)
     found = stop_tokens(tokenizer, declared)
     return TextCheck(found.ids, found.notes)
+
+
+def _refuse_more_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    """Refuse tokens that were added for an adapter whose larger table was not saved with it."""
+    size = checkpoint.config.vocab_size
+    outside = {number: str(tokenizer.backend.id_to_token(number)) for number in tokenizer.added_ids if number >= size}
+    if outside and has_tokenizer(own := replace(checkpoint, adapters=())):  # every Gemma 3 has one of its own
+        before = Tokenizer.of(own)
+        outside = {number: name for number, name in outside.items() if before.id_of(name) != number}
+    if outside:
+        raise CheckpointError(
+            f"has tokens that the model lacks: {', '.join(map(repr, list(outside.values())[:5]))}",
+            where=str(tokenizer.path),
+            expected=f"at most the {size} tokens of table and adapter",
+            next_step="save the larger table with the adapter (modules_to_save, or save_embedding_layers=True)",
+        )
 
 
 def with_stops(checkpoint: Checkpoint, check: TextCheck) -> Checkpoint:

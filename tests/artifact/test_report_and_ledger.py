@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from gemma_deploy.artifact.manifest import Manifest, op_census
+from gemma_deploy.artifact.census import op_census
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.artifact.report import write_report
 from gemma_deploy.backends import backend_of
 

@@ -154,13 +154,13 @@ def test_linears_kept_in_8_bits_are_a_matter_of_int4():
 
 def test_check_built_refuses_each_unbuilt_key_of_a_vendor_recipe_in_one_sentence():
     with pytest.raises(NotBuiltError) as caught:
-        check_built(load(VENDOR, "frontend.shape.batch=2", "frontend.adapter=lora"))
+        check_built(load(VENDOR, "frontend.shape.batch=2", "backend.merge_params=false"))
     assert str(caught.value) == (
         "recipe gemma-2b-it-int8-tp4-1024-2048: the recipe is valid, but asks for what this version does not do\n"
         "  - frontend.model_kwargs.b2s: the batch-to-sequence layout of more than one sequence is not built yet; this "
         "version writes the low-latency layout, so set b2s: false, or frontend.shape.batch: 1\n"
-        "  - frontend.adapter: merging a LoRA adapter is not built yet; merge it into the checkpoint first, and set "
-        "adapter: null\n"
+        "  - backend.merge_params: separate parameter files are not built yet; both graphs share params.safetensors, "
+        "so set merge_params: true\n"
         "  next: change the keys above in the recipe, or on the command line with -s KEY=VALUE"
     )
 
@@ -168,7 +168,6 @@ def test_check_built_refuses_each_unbuilt_key_of_a_vendor_recipe_in_one_sentence
 @pytest.mark.parametrize(
     ("override", "start"),
     [
-        ("frontend.adapter=./lora", "frontend.adapter: merging a LoRA adapter is not built yet"),
         ("backend.merge_params=false", "backend.merge_params: separate parameter files are not built yet"),
     ],
 )

@@ -7,11 +7,10 @@ another base, half of a pair, ranks that disagree, numbers that are none.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from gemma_deploy.checkpoint.adapters.settings import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     AdapterSettings,
+    is_in,
     matches,
     refuse_other_adapters,
 )
@@ -96,17 +96,19 @@ class Adapter:
         return self.path / CONFIG_NAME, self.path / WEIGHTS_NAME
 
     def fingerprint(self) -> str:
-        """Sha256 over both files, as they were when it was asked for first."""
-        return self._digest
+        """Sha256 over both files; they are read again where size or time say that they changed."""
+        return _digest_of(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in self.files))
 
-    @cached_property
-    def _digest(self) -> str:
-        digest = hashlib.sha256()
-        for file in self.files:
-            with open(file, "rb") as opened:
-                digest.update(f"\0{file.name}\0{os.fstat(opened.fileno()).st_size}\0".encode())
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-        return digest.hexdigest()
+
+@lru_cache(maxsize=16)
+def _digest_of(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of files as they are at a size and a time."""
+    digest = hashlib.sha256()
+    for file, size, _ in files:
+        digest.update(f"\0{file.name}\0{size}\0".encode())
+        with open(file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
 
 
 class _Reader:
@@ -125,6 +127,7 @@ class _Reader:
     def read(self) -> None:
         """Fill `updates` and `bases`."""
         modules = self._modules()
+        self._drop_tied_rows(modules)
         if not self.problems:
             self.problems += self._not_finite()
         if self.problems:
@@ -168,6 +171,15 @@ class _Reader:
             for tower, count in towers.items()
         ]
         return list(found.values())
+
+    def _drop_tied_rows(self, modules: list[Module]) -> None:
+        """Rows of a tied head are those of the table, unless others were asked for: a copy beside them is not read."""
+        heads = [module for module in modules if module.path == HEAD and "tokens" in module.parts]
+        table = any(module.path == EMBEDDING and "tokens" in module.parts for module in modules)
+        asked = self.settings.trainable_token_indices
+        if table and self.config.tie_word_embeddings and not (len(asked) > 1 and len(set(asked.values())) > 1):
+            for module in heads:
+                del module.parts["tokens"]
 
     def _add(self, module: Module, named: Named) -> None:
         if named.part in module.parts or named.trained != module.trained:
@@ -261,7 +273,7 @@ class _Reader:
         """What the settings name and the file does not hold."""
         for name in self.settings.modules_to_save:
             tied_head = self.settings.ensure_weight_tying and HEAD.endswith(name)
-            if not tied_head and not any(module.trained.endswith(name) for module in modules):
+            if not tied_head and not any(is_in(module.trained, name) for module in modules):
                 self.problems.append(f"modules_to_save names {name!r}, and the file holds no such module")
         trained = [module for module in modules if "tokens" in module.parts]
         for name in self.settings.trainable_token_indices:
@@ -284,9 +296,12 @@ class _Reader:
             )
         elif settings.ensure_weight_tying and isinstance(table, Replaced):
             self.updates[HEAD_WEIGHT] = table
+        elif settings.ensure_weight_tying and isinstance(table, LowRank) and table.magnitude is not None:
+            if head is None:  # its rows have lengths of their own, where the table's channels have
+                self.problems.append(
+                    "half of a pair: use_dora and ensure_weight_tying are set, and lm_head is not there"
+                )
         elif settings.ensure_weight_tying and isinstance(table, LowRank):
-            if table.magnitude is not None:
-                self.problems.append("use_dora with ensure_weight_tying on a tied table is not carried out")
             trained = next((module.trained for module in modules if module.path == HEAD), HEAD)
             self.updates[HEAD_WEIGHT] = replace(table, scaling=settings.scaling_of(trained, table.r))
 

@@ -156,8 +156,13 @@ class AdapterSettings:
         return self.alpha_of(module) / (math.sqrt(r) if self.use_rslora else r)
 
     def is_saved(self, module: str) -> bool:
-        """Whether a module was trained as a whole: peft looks at the end of its path."""
-        return any(module.endswith(name) for name in self.modules_to_save)
+        """Whether a module was trained as a whole, by itself or in a larger one."""
+        return any(is_in(module, name) for name in self.modules_to_save)
+
+
+def is_in(module: str, name: str) -> bool:
+    """Whether a module, or one that it is in, has a path that ends with a name of modules_to_save: peft wraps that."""
+    return any(f"{module}."[:at].endswith(name) for at, letter in enumerate(f"{module}.") if letter == ".")
 
 
 def matches(patterns: Mapping[str, Any], module: str) -> list[str]:
