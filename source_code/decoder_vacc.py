@@ -14,7 +14,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
-from .layers_vacc import FULL, SLIDING, prefill_mask, static_decode_mask, static_prefill_mask
+from .layers_vacc import FULL, SLIDING, packed_sequences, prefill_mask, static_decode_mask, static_prefill_mask
 from .quantization_vacc import quantize_model
 
 
@@ -48,7 +48,9 @@ class TextModelMixin:
         """Keys a query of this kind sees, itself included; None for all."""
         return self.config.sliding_window if kind == SLIDING else None
 
-    def build_masks(self, attention_mask, position_ids, batch, q_len, past_key_values, dtype, device) -> dict:
+    def build_masks(
+        self, attention_mask, position_ids, batch, q_len, past_key_values, dtype, device, sequences=None
+    ) -> dict:
         """One additive mask per layer kind; a prepared mapping or 4D mask is taken as it is."""
         kinds = {self.layer_kind(i): i for i in reversed(range(len(self.layers)))}
         if isinstance(attention_mask, dict):
@@ -64,7 +66,7 @@ class TextModelMixin:
         for kind, layer_idx in kinds.items():
             kv_len, kv_offset = kv_sizes(past_key_values, layer_idx, q_len)
             masks[kind] = prefill_mask(
-                attention_mask, batch, q_len, kv_len, q_offset, kv_offset, self.window(kind), dtype, device
+                attention_mask, batch, q_len, kv_len, q_offset, kv_offset, self.window(kind), dtype, device, sequences
             )
         return masks
 
@@ -84,7 +86,8 @@ class TextModelMixin:
         """Run the stack.
 
         Args:
-            input_ids: [batch, seq]; attention_mask: [batch, past + seq] of 0 / 1; position_ids: [batch, seq];
+            input_ids: [batch, seq]; attention_mask: [batch, past + seq] of 0 / 1; position_ids: [batch, seq]; without
+            a mask and a cache (`use_cache` False) a row may hold several samples, whose positions begin anew;
             past_key_values: a `Cache`, or a legacy tuple of (key, value) per layer, or None.
 
         Returns:
@@ -97,6 +100,8 @@ class TextModelMixin:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.training and self.gradient_checkpointing:
+            use_cache = False  # layers run twice
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -105,12 +110,15 @@ class TextModelMixin:
             raise ValueError("a static graph (config.iter_num 0 or 1) needs attention_mask and position_ids")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, q_len = hidden.shape[:2]
-        if past_key_values is None and use_cache and not static and not self.training:
+        if past_key_values is None and use_cache and not static:
             past_key_values = DynamicCache(config=self.config)
+        sequences = None
+        if position_ids is not None and attention_mask is None and past_key_values is None:
+            sequences = packed_sequences(position_ids)
         if position_ids is None:
             position_ids = torch.arange(q_len, device=hidden.device)[None] + past_length(past_key_values)
         masks = self.build_masks(
-            attention_mask, position_ids, batch, q_len, past_key_values, hidden.dtype, hidden.device
+            attention_mask, position_ids, batch, q_len, past_key_values, hidden.dtype, hidden.device, sequences
         )
         rotary = {kind: module(hidden, position_ids) for kind, module in self.rotary.items()}
 
@@ -124,7 +132,7 @@ class TextModelMixin:
             hidden, probs, present = layer(
                 hidden, position_embeddings=rotary[kind], attention_mask=masks[kind], past_key_values=past
             )
-            if use_cache:
+            if use_cache and cache is None:
                 presents.append(present)
             if output_attentions:
                 attentions.append(probs)

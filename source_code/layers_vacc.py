@@ -26,13 +26,18 @@ class ScaledEmbedding(nn.Embedding):
         self.rounding = rounding
         self.divisor = 1.0  # a power of two: the residual stream of a rescaled float16 graph is that much smaller
 
+    @property
+    def embed_scale(self) -> float:
+        """What the rows are multiplied by; PEFT reads it to scale what an adapter adds to them."""
+        return self.scale_value(self.weight.dtype) / self.divisor
+
     def scale_value(self, dtype: torch.dtype) -> float:
         """sqrt(hidden_size) as the number the run dtype holds (bfloat16: 640 -> 25.25, 3072 -> 55.5)."""
         return rounded_sqrt(self.embedding_dim, dtype, self.rounding)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids: [batch, seq] -> [batch, seq, hidden]."""
-        return super().forward(input_ids) * (self.scale_value(self.weight.dtype) / self.divisor)
+        return super().forward(input_ids) * self.embed_scale
 
 
 def rounded_sqrt(hidden_size: int, dtype: torch.dtype, rounding: str) -> float:
@@ -131,13 +136,20 @@ def additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(allowed, torch.zeros((), dtype=dtype, device=allowed.device), torch.finfo(dtype).min)
 
 
-def prefill_mask(attention_mask, batch, q_len, kv_len, q_offset, kv_offset, window, dtype, device):
+def packed_sequences(position_ids: torch.Tensor) -> torch.Tensor:
+    """Number of the sample that each token is of, [batch, seq]: one begins where positions do not follow each other."""
+    return (torch.diff(position_ids, dim=-1, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
+
+
+def prefill_mask(attention_mask, batch, q_len, kv_len, q_offset, kv_offset, window, dtype, device, sequences=None):
     """Explicit causal, padding and window mask over cache indices: [batch, 1, q_len, kv_len].
 
     Args:
         attention_mask: [batch, >= kv_offset + kv_len] of 0 / 1, or None. Columns past its end count as padding.
         q_offset: index of the first query; kv_offset: index of the first key.
         window: a query at i sees keys i - window + 1 .. i; None for global layers.
+        sequences: [batch or 1, q_len] of `packed_sequences`, where several samples lie in a row; no query sees another
+            sample's keys. Queries and keys are the same tokens.
     """
     q_idx = torch.arange(q_len, device=device)[:, None] + q_offset
     kv_idx = torch.arange(kv_len, device=device)[None, :] + kv_offset
@@ -150,6 +162,8 @@ def prefill_mask(attention_mask, batch, q_len, kv_len, q_offset, kv_offset, wind
         if padding.shape[1] < kv_offset + kv_len:
             padding = nn.functional.pad(padding, (0, kv_offset + kv_len - padding.shape[1]))
         allowed = allowed & padding[:, None, None, kv_offset : kv_offset + kv_len]
+    if sequences is not None:
+        allowed = allowed & (sequences[:, None, :, None] == sequences[:, None, None, :])
     return additive(allowed, dtype)
 
 
@@ -339,11 +353,12 @@ class Attention(nn.Module):
 class FourNormLayer(GradientCheckpointingLayer):
     """Decoder layer of Gemma 2 and 3: attention and MLP with a norm before each and one before its residual add.
 
-    A subclass adds `self_attn`.
+    Modules stand in the stock class's order: a seed then gives adapters the same first values on either class.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, attention: Attention):
         super().__init__()
+        self.self_attn = attention
         self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_activation)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)

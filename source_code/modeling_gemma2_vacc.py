@@ -19,10 +19,8 @@ class Gemma2DecoderLayer(FourNormLayer):
     """Capped attention scores; sliding and global layers take turns, the first one slides."""
 
     def __init__(self, config: Gemma2Config, layer_idx: int):
-        super().__init__(config)
-        self.self_attn = Attention(
-            config, layer_idx, scaling=config.query_pre_attn_scalar**-0.5, softcap=config.attn_logit_softcapping
-        )
+        scaling, softcap = config.query_pre_attn_scalar**-0.5, config.attn_logit_softcapping
+        super().__init__(config, Attention(config, layer_idx, scaling=scaling, softcap=softcap))
 
 
 class Gemma2PreTrainedModel(PreTrainedModel):

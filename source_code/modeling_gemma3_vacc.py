@@ -18,8 +18,8 @@ class Gemma3DecoderLayer(FourNormLayer):
     """Normed queries and keys; five sliding layers, then a global one."""
 
     def __init__(self, config: Gemma3TextConfig, layer_idx: int):
-        super().__init__(config)
-        self.self_attn = Attention(config, layer_idx, scaling=config.query_pre_attn_scalar**-0.5, qk_norm=True)
+        scaling = config.query_pre_attn_scalar**-0.5
+        super().__init__(config, Attention(config, layer_idx, scaling=scaling, qk_norm=True))
 
 
 class Gemma3PreTrainedModel(PreTrainedModel):

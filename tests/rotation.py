@@ -13,6 +13,7 @@ COSTLY = tuple(
     for part in (
         *("graph/", "runtime/", "quantization/", "backends/", "parity/", "evaluation/", "split/"),
         *("test_quantized_artifact.py", "test_divided.py", "test_staging.py", "test_as_documented.py"),
+        "source_code/test_training.py",
     )
 )
 # Tests of seconds, or of many cases: so many cases, evenly spaced, are in the default run.
@@ -77,6 +78,7 @@ A_FEW = {
     "tests/graph/test_export.py::test_every_module_output_is_named": 0,
     "tests/test_divided.py::test_every_share_of_a_linear_is_read_in_blocks_of_its_own": 0,
     "tests/graph/test_export.py::test_disagreeing_parameters_are_listed_at_once": 0,
+    "tests/parity/test_adapted.py::test_it_is_peft_s_own_model": 4,
 }
 
 
