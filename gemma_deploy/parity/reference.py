@@ -17,7 +17,7 @@ import torch
 from accelerate import cpu_offload, init_empty_weights
 from torch import nn
 
-from gemma_deploy.checkpoint import WeightSource
+from gemma_deploy.checkpoint import ModelConfig, WeightSource
 from gemma_deploy.errors import NotBuiltError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.names import EMBEDDING_WEIGHT
@@ -130,18 +130,13 @@ class TorchSource:
 
     def _forward(self, sequences: Sequence[Sequence[int]], watch: Callable[[nn.Module], None]) -> torch.Tensor:
         """Hidden states [rows, longest, H] of token sequences."""
-        used = sorted({token for sequence in sequences for token in sequence})
+        used = self._rows_in_use({token for sequence in sequences for token in sequence})
         index = {token: i for i, token in enumerate(used)}
         longest = max(map(len, sequences))
         ids = torch.zeros((len(sequences), longest), dtype=torch.int64)
         for i, sequence in enumerate(sequences):
             ids[i, : len(sequence)] = torch.tensor([index[token] for token in sequence])
-        model = self._build(len(used))
-        for name, module in list(model.named_modules()):
-            if name.endswith(LINEARS):
-                model.set_submodule(name, StreamedLinear(self, f"model.{name}.weight", module))
-        weights = Weights(self, used)
-        cpu_offload(model, torch.device("cpu"), offload_buffers=True, state_dict=weights)
+        model = self._streamed(used)
         watch(model)
         for number, layer in enumerate(model.layers, 1):
             layer.register_forward_hook(lambda *_, number=number: self._passed(number, len(model.layers)))
@@ -153,6 +148,19 @@ class TorchSource:
         if self.progress is not None:
             self.progress(number, count)
 
+    def _rows_in_use(self, tokens: set[int]) -> list[int]:
+        """Rows of the token table that the model is to have, in order."""
+        return sorted(tokens)
+
+    def _streamed(self, used: Sequence[int]) -> nn.Module:
+        """The decoder stack, which reads its weights when it needs them; its table holds the rows `used`."""
+        model = self._build(len(used))
+        for name, module in list(model.named_modules()):
+            if name.endswith(LINEARS):
+                model.set_submodule(name, StreamedLinear(self, f"model.{name}.weight", module))
+        cpu_offload(model, torch.device("cpu"), offload_buffers=True, state_dict=Weights(self, used))
+        return model
+
     def _build(self, vocab_size: int) -> nn.Module:
         """The decoder stack on the meta device, with a table of `vocab_size` rows."""
         config = self.checkpoint.config
@@ -162,13 +170,12 @@ class TorchSource:
             if self.weighting == "w8a16":
                 causal = causal.quantize(8, embeddings=True)
             return causal.model
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoModel
 
-        raw = {key: value for key, value in config.raw.items() if key not in ("auto_map", "model_type")}
-        raw |= {"vocab_size": vocab_size, "pad_token_id": None}
-        stock = configured(AutoConfig.for_model, {"model_type": config.architecture.transformers_type, **raw})
         with init_empty_weights(include_buffers=False):
-            model = AutoModel.from_config(stock, attn_implementation="eager", dtype=self.dtype)
+            model = AutoModel.from_config(
+                stock_config(config, vocab_size=vocab_size), attn_implementation="eager", dtype=self.dtype
+            )
         return model.eval()
 
     def _matrix(self, values: np.ndarray) -> torch.Tensor:
@@ -183,6 +190,15 @@ class TorchSource:
                 module.register_forward_pre_hook(_remember_input(f"{name}.in", self.absmax), with_kwargs=True)
             if name.endswith((*LINEARS, "norm", "act_fn", "embed_tokens")) or name.rpartition(".")[2].isdigit():
                 module.register_forward_hook(_remember_output(f"{name}.out", self.absmax))
+
+
+def stock_config(config: ModelConfig, **changes: Any) -> Any:
+    """The config of transformers' own class, without a padding token, whose row a cut-down table need not have."""
+    from transformers import AutoConfig
+
+    raw = {key: value for key, value in config.raw.items() if key not in ("auto_map", "model_type")}
+    raw |= {"pad_token_id": None, **changes}
+    return configured(AutoConfig.for_model, {"model_type": config.architecture.transformers_type, **raw})
 
 
 class StreamedLinear(nn.Module):

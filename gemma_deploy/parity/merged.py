@@ -1,0 +1,64 @@
+"""The gate of a merge: the merged weights compute what PEFT computes with the adapters beside the base.
+
+Both are transformers' own class in float32, streamed, on the cases of the artifact's gate, past the sliding window.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.names import HEAD
+from gemma_deploy.parity.adapted import NAME, PeftSource
+from gemma_deploy.parity.bisect import Divergence, torch_divergence
+from gemma_deploy.parity.cases import Case
+from gemma_deploy.parity.compare import ParityResult, Report, compare_sources, judged, measures_of
+from gemma_deploy.parity.gates import relative
+from gemma_deploy.parity.reference import TorchSource
+
+log = logging.getLogger(__name__)
+MERGED = "merged"
+LIMIT = 1e-5
+
+
+def prove_merge(
+    merged: Checkpoint,
+    base: Checkpoint,
+    adapters: Sequence[tuple[Path, float]],
+    *,
+    cases: Sequence[Case],
+    result: ParityResult,
+    report: Report = log.debug,
+) -> None:
+    """Add the line of the merge to a result, and the module where the two part when it fails.
+
+    Args:
+        merged: the base with the adapters in it; base: without them; adapters: see `PeftSource`.
+        cases: what both run.
+    """
+    vocab_size = merged.config.vocab_size
+    peft, hf = PeftSource(base, adapters, vocab_size=vocab_size), TorchSource(merged, "hf", name=MERGED)
+    pair = (NAME, MERGED)
+    found = compare_sources({NAME: peft, MERGED: hf}, [pair], cases, vocab_size=vocab_size, report=report)
+    (line,) = judged(relative(LIMIT, pair), found)
+    result.lines.append(line)
+    result.measures += measures_of(found)
+    if not line.passed and result.divergence is None:
+        report("looking for the first module that was merged wrongly")
+        result.divergence = _divergence(peft, hf, cases[0], line.value).to_json()
+
+
+def _divergence(peft: PeftSource, hf: TorchSource, case: Case, error: float) -> Divergence:
+    """The first module whose output differs; where none does before the head, and an adapter is about it, the head.
+
+    Args:
+        error: of the logits.
+    """
+    found = torch_divergence(peft, hf, case, tolerance=LIMIT)
+    assert found is not None  # both have modules
+    if found.error <= LIMIT and peft.changes_vocabulary:
+        return replace(found, module=HEAD, error=error)
+    return found
