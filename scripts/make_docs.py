@@ -24,7 +24,7 @@ from gemma_deploy import backends
 from gemma_deploy.backends.onnxruntime.gates import dynamic_gates
 from gemma_deploy.backends.spec import VENDOR_KEYS
 from gemma_deploy.backends.tvm_vacc.gates import gates_of
-from gemma_deploy.parity.gates import LOWEST_SQNR_DB, Gate
+from gemma_deploy.parity.gates import LOWEST_SQNR_DB, MERGE_LIMIT, Gate
 from gemma_deploy.parity.weights import LIMITS
 from gemma_deploy.quantization.rescaling import HEADROOM
 from gemma_deploy.recipe.sections import VENDOR, RecipeSections
@@ -252,6 +252,7 @@ def gate_limits() -> str:
         "| scheme | compared | measure | limit |",
         "| --- | --- | --- | --- |",
         f"| all | checkpoint = stored weights | error of the worst tensor, relative to its norm | at most {stored} |",
+        f"| all, with adapters | peft = merged | relative error | at most {MERGE_LIMIT:g} |",
         f"| 8-bit linears | weights | SQNR of the worst decoder layer | at least {LOWEST_SQNR_DB:g} dB |",
         f"| `fp16` | hf | headroom below float16's largest number | at least {HEADROOM:g} |",
     ]

@@ -23,7 +23,7 @@ from torch import nn
 
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError, NotBuiltError
-from gemma_deploy.names import EMBEDDING_WEIGHT
+from gemma_deploy.names import EMBEDDING, EMBEDDING_WEIGHT
 from gemma_deploy.parity.reference import LINEARS, TorchSource, stock_config
 
 NAME = "peft"
@@ -46,8 +46,11 @@ class PeftSource(TorchSource):
         self.adapters, self.vocab_size = tuple(adapters), vocab_size
         self.configs = [_config_of(path) for path, _ in self.adapters]
         self.trained_tokens = sorted({token for config in self.configs for token in _trained_tokens(config)})
+        names = [name for path, _ in self.adapters for name in _names(path)]
         # Whether an adapter is about the table or the head.
-        self.changes_vocabulary = any(_of_vocabulary(name) for path, _ in self.adapters for name in _names(path))
+        self.changes_vocabulary = any(_of_vocabulary(name) for name in names)
+        # DoRA divides a channel of the table by its length over all rows: then the whole table is in memory.
+        self.whole_table = any(f"{EMBEDDING}.lora_magnitude" in name for name in names)
 
     def head(self, features: np.ndarray, prompt_end: bool = False) -> np.ndarray:
         """features: [n, H] -> [n, V]."""
@@ -68,7 +71,7 @@ class PeftSource(TorchSource):
         return logits.numpy()
 
     def _rows_in_use(self, tokens: set[int]) -> list[int]:
-        return sorted(tokens | set(self.trained_tokens))
+        return list(range(self.vocab_size)) if self.whole_table else sorted(tokens | set(self.trained_tokens))
 
     def _streamed(self, used: Sequence[int]) -> nn.Module:
         stack: nn.Module = self._adapted(used, decoder=True).model

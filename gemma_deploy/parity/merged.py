@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.names import HEAD
@@ -16,34 +15,25 @@ from gemma_deploy.parity.adapted import NAME, PeftSource
 from gemma_deploy.parity.bisect import Divergence, torch_divergence
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.compare import ParityResult, Report, compare_sources, judged, measures_of
-from gemma_deploy.parity.gates import relative
+from gemma_deploy.parity.gates import MERGE_LIMIT, relative
 from gemma_deploy.parity.reference import TorchSource
 
 log = logging.getLogger(__name__)
 MERGED = "merged"
-LIMIT = 1e-5
 
 
-def prove_merge(
-    merged: Checkpoint,
-    base: Checkpoint,
-    adapters: Sequence[tuple[Path, float]],
-    *,
-    cases: Sequence[Case],
-    result: ParityResult,
-    report: Report = log.debug,
-) -> None:
+def prove_merge(merged: Checkpoint, cases: Sequence[Case], *, result: ParityResult, report: Report = log.debug) -> None:
     """Add the line of the merge to a result, and the module where the two part when it fails.
 
     Args:
-        merged: the base with the adapters in it; base: without them; adapters: see `PeftSource`.
-        cases: what both run.
+        merged: a checkpoint that was opened with adapters; cases: what both run.
     """
-    vocab_size = merged.config.vocab_size
+    base, vocab_size = Checkpoint.open(merged.path), merged.config.vocab_size
+    adapters = [(one.adapter.path, one.weight) for one in merged.adapters]
     peft, hf = PeftSource(base, adapters, vocab_size=vocab_size), TorchSource(merged, "hf", name=MERGED)
     pair = (NAME, MERGED)
     found = compare_sources({NAME: peft, MERGED: hf}, [pair], cases, vocab_size=vocab_size, report=report)
-    (line,) = judged(relative(LIMIT, pair), found)
+    (line,) = judged(relative(MERGE_LIMIT, pair), found)
     result.lines.append(line)
     result.measures += measures_of(found)
     if not line.passed and result.divergence is None:
@@ -57,8 +47,8 @@ def _divergence(peft: PeftSource, hf: TorchSource, case: Case, error: float) -> 
     Args:
         error: of the logits.
     """
-    found = torch_divergence(peft, hf, case, tolerance=LIMIT)
+    found = torch_divergence(peft, hf, case, tolerance=MERGE_LIMIT)
     assert found is not None  # both have modules
-    if found.error <= LIMIT and peft.changes_vocabulary:
+    if found.error <= MERGE_LIMIT and peft.changes_vocabulary:
         return replace(found, module=HEAD, error=error)
     return found

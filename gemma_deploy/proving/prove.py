@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from gemma_deploy import extras
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.backends import backend_of
@@ -40,15 +41,23 @@ def run_parity(
         report: is told what runs.
 
     Raises:
-        UsageError: the text file is missing or too short; DeployError: a source could not run.
+        UsageError: the text file is missing or too short, or peft is, which adapters are compared with; DeployError: a
+            source could not run.
     """
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
+    if opened.adapters:
+        extras.require("adapters", what="the proof of a merged adapter")
     result = ParityResult()
     cases = cases_for(
         opened, manifest.contract, text, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, notes=result.notes
     )
     proof = Proof(artifact, opened, manifest, tuple(cases), fast, report)
     backend_of(manifest).prove(proof, result)
+    if opened.adapters:
+        from gemma_deploy.parity.merged import prove_merge
+
+        report("comparing with PEFT's model, unmerged")
+        prove_merge(opened, cases, result=result, report=report)
     report("comparing weights")
     stored = ArtifactWeights(opened.config, artifact, manifest)
     folded = manifest.scheme in QUANTIZERS

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gemma_deploy import extras
 from gemma_deploy.artifact.commit import ArtifactDir
 from gemma_deploy.calibration.address import require_cluster
 from gemma_deploy.calibration.mix import HubPlace
@@ -73,6 +74,8 @@ def check(recipe: Recipe, out: Path | None, *, parity: bool, force: bool, thorou
         refusals.collect(work.refuse_strangers)
     if not is_up_to_date:
         if parity:
+            if job.checkpoint.adapters:
+                refusals.collect(lambda: extras.require("adapters", what="the proof of a merged adapter"))
             refusals.collect(lambda: _look_at_proof_text(job))
         if thorough:
             _look_closely(job, None if opened is None else opened[1], refusals)

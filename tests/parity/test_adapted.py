@@ -16,7 +16,8 @@ ANOTHER_ORDER = 5e-6  # of sums: rows are padded, matrices come in blocks; 2.1e-
 FORMS = {
     "linears": {},
     "patterns": {"rank_pattern": {"q_proj": 3, "layers.1.mlp.down_proj": 5}, "alpha_pattern": {"v_proj": 9}},
-    "rslora": {"use_rslora": True, "lora_bias": True},
+    "rslora": {"use_rslora": True},
+    "biases": {"lora_bias": True},
     "dora": {"use_dora": True},
     "table": {"target_modules": ["q_proj", "embed_tokens"]},
     "head": {"target_modules": ["q_proj", "lm_head"]},
