@@ -4,8 +4,9 @@
     python benchmarks/gpu/finetune.py --device cpu --tiny        # does the script itself run?
 
 Prepared for a GPU and not run on one yet: no figure of it is in the documents. It needs nothing from outside: the model
-(Gemma 2 2B's shape, normal(0, 0.02)) and the tokens are random, from fixed seeds. On a GPU the model takes 5 GB of disk
-under --work, 12 GB of memory for the CPU's steps, and about 10 GB on the device; the CPU's steps take minutes.
+(Gemma 2 2B's shape, normal(0, 0.02)) and the tokens are random, from fixed seeds. The model takes 5 GB of disk under
+--work and 12 GB of memory for the CPU's steps, which take minutes; on the device some 30 GB by estimate, most of them
+for logits (4 GB in float32 for 4 x 1024 tokens, several times over).
 
 First a few steps of one short window in float32 run on the CPU and on the device from the same first values, with the
 same windows; their losses are compared. Then steps of full batches run on the device, LoRA in bfloat16, QLoRA on nf4
