@@ -9,7 +9,8 @@
 #           before q. Nothing is said; logits differ. (With rank_pattern the shapes differ, and loading fails.)
 #
 # Output:
-#   OUTPUT
+#   alpha of layers.0.self_attn.q_proj: 16 in training, 2 after loading
+#   largest difference of logits: 1.3e-01 of the largest; warnings about it: []
 set -euo pipefail
 
 work=$(mktemp -d)

@@ -11,7 +11,9 @@
 #           no adapter. Neither merged model computes what it computed before; on an untied model it does.
 #
 # Output:
-#   OUTPUT
+#   tied, ensure_weight_tying=True: the update is in the merged table 2.0 times; logits move by 2.1e-01 of the largest
+#   tied: the update is in the merged table 1.0 times; logits move by 1.2e-01 of the largest
+#   untied: the update is in the merged table 1.0 times; logits move by 2.4e-07 of the largest
 set -euo pipefail
 
 work=$(mktemp -d)
@@ -46,7 +48,7 @@ def run(tied, **settings):
     config._attn_implementation = "eager"
     model = Gemma3ForCausalLM(config).eval()
     before = model.model.embed_tokens.weight.detach().clone()
-    lora = LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False, **settings)
+    lora = LoraConfig(r=2, lora_alpha=0.1, target_modules=["embed_tokens"], init_lora_weights=False, **settings)
     adapted = get_peft_model(model, lora).eval()
     table = adapted.get_input_embeddings()
     update = table.get_delta_weight("default").detach().clone()

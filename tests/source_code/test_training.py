@@ -120,6 +120,8 @@ def test_an_adapter_of_the_stock_class_is_the_same_on_the_patched_one(checkpoint
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.05)
     state = get_peft_model_state_dict(stock)
+    if settings["target_modules"] == "all-linear":  # which leaves table and head alone
+        assert {name.split(".lora_")[0].rpartition(".")[2] for name in state} == set(SEVEN)
     assert set_peft_model_state_dict(patched, state).unexpected_keys == []
     inputs = laid_out(batch, "left")
     (expected, stock_gradients), (got, patched_gradients) = (backward(model, inputs) for model in (stock, patched))
