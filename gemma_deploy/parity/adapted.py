@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,9 +25,9 @@ from torch import nn
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError, NotBuiltError
 from gemma_deploy.names import EMBEDDING, EMBEDDING_WEIGHT
+from gemma_deploy.parity.gates import MERGE
 from gemma_deploy.parity.reference import LINEARS, TorchSource, stock_config
 
-NAME = "peft"
 HEAD_BLOCK_BYTES = 64 << 20  # of its rows as float32; each block is a model of its own
 VOCABULARY = (".embed_tokens.", ".lm_head.")
 FILE = "adapter_model.safetensors"
@@ -42,7 +43,7 @@ class PeftSource(TorchSource):
     """
 
     def __init__(self, base: Checkpoint, adapters: Sequence[tuple[Path, float]], *, vocab_size: int) -> None:
-        super().__init__(base, "hf", name=NAME)
+        super().__init__(base, "hf", name=MERGE[0])
         self.adapters, self.vocab_size = tuple(adapters), vocab_size
         self.configs = [_config_of(path) for path, _ in self.adapters]
         self.trained_tokens = sorted({token for config in self.configs for token in _trained_tokens(config)})
@@ -235,8 +236,13 @@ class BaseLinear(nn.Linear):
 
 
 def _config_of(path: Path) -> Any:
-    from peft import PeftConfig
-
+    told = logging.getLogger("bitsandbytes")  # which peft imports, and which misses a kernel that is not used here
+    level = told.level
+    told.setLevel(logging.ERROR)
+    try:
+        from peft import PeftConfig
+    finally:
+        told.setLevel(level)
     config = PeftConfig.from_pretrained(str(path))
     config.inference_mode = True
     return config

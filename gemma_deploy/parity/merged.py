@@ -11,15 +11,14 @@ from dataclasses import replace
 
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.names import HEAD
-from gemma_deploy.parity.adapted import NAME, PeftSource
+from gemma_deploy.parity.adapted import PeftSource
 from gemma_deploy.parity.bisect import Divergence, torch_divergence
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.compare import ParityResult, Report, compare_sources, judged, measures_of
-from gemma_deploy.parity.gates import MERGE_LIMIT, relative
+from gemma_deploy.parity.gates import MERGE, MERGE_LIMIT, relative
 from gemma_deploy.parity.reference import TorchSource
 
 log = logging.getLogger(__name__)
-MERGED = "merged"
 
 
 def prove_merge(merged: Checkpoint, cases: Sequence[Case], *, result: ParityResult, report: Report = log.debug) -> None:
@@ -30,10 +29,10 @@ def prove_merge(merged: Checkpoint, cases: Sequence[Case], *, result: ParityResu
     """
     base, vocab_size = Checkpoint.open(merged.path), merged.config.vocab_size
     adapters = [(one.adapter.path, one.weight) for one in merged.adapters]
-    peft, hf = PeftSource(base, adapters, vocab_size=vocab_size), TorchSource(merged, "hf", name=MERGED)
-    pair = (NAME, MERGED)
-    found = compare_sources({NAME: peft, MERGED: hf}, [pair], cases, vocab_size=vocab_size, report=report)
-    (line,) = judged(relative(MERGE_LIMIT, pair), found)
+    peft, hf = PeftSource(base, adapters, vocab_size=vocab_size), TorchSource(merged, "hf", name=MERGE[1])
+    sources = dict(zip(MERGE, (peft, hf), strict=True))
+    found = compare_sources(sources, [MERGE], cases, vocab_size=vocab_size, report=report)
+    (line,) = judged(relative(MERGE_LIMIT, MERGE), found)
     result.lines.append(line)
     result.measures += measures_of(found)
     if not line.passed and result.divergence is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.job import Job
-from gemma_deploy.parity.gates import STORED_WEIGHTS
+from gemma_deploy.parity.gates import MERGE, STORED_WEIGHTS
 from gemma_deploy.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ def advice(scheme: Scheme, result: ParityResult) -> str:
         return "this model's activations do not fit float16: use backend.dtype int8, bf16 or fp32"
     if any(line.comparison == STORED_WEIGHTS and not line.passed for line in result.lines):
         return "the file does not hold the checkpoint's weights: a bug in gemma-deploy, please report it with that page"
+    if any(line.comparison == " = ".join(MERGE) and not line.passed for line in result.lines):
+        return "the adapter was merged wrongly: a bug in gemma-deploy, please report it with that page"
     exact = [line for line in result.lines if line.name == "relative error"]
     if scheme.calibrated and exact and all(line.passed for line in exact):
         return (

@@ -13,7 +13,9 @@ from gemma_deploy.parity.cases import make_cases
 from gemma_deploy.parity.compare import ParityResult
 from gemma_deploy.parity.merged import prove_merge
 from gemma_deploy.recipe import Recipe
+from gemma_deploy.schemes import Scheme
 from gemma_deploy.stages.check import check
+from gemma_deploy.stages.gate import advice
 from gemma_deploy.testing import write_tiny_checkpoint
 from tests.adapters import write_adapter
 from tests.parity.conftest import write_recipe
@@ -101,7 +103,9 @@ def test_a_head_without_its_update_is_named(checkpoint_dir, tmp_path):
     merged = Checkpoint.open(checkpoint_dir, tmp_path / "adapter")
     head = merged.config.head_weight
     wrong = {**merged._merged, head: replace(merged._merged[head], steps=())}
-    assert failed(gate(replace(merged, _merged=wrong))) == "lm_head"
+    result = gate(replace(merged, _merged=wrong))
+    assert failed(result) == "lm_head"
+    assert advice(Scheme("fp32"), result).startswith("the adapter was merged wrongly")
 
 
 @pytest.fixture
