@@ -23,6 +23,7 @@ from gemma_deploy.extras import extra_of, missing
 COMMANDS = {
     "recipes": "List the built-in recipes: what each is for, what it needs.",
     "compile": "Compile a recipe into a verified artifact.",
+    "finetune": "Train a LoRA adapter, or a whole model, on a file of examples.",
     "calibrate": "Tokenize calibration samples and measure activation ranges.",
     "parity": "Compare an artifact with its reference; fails when a gate fails.",
     "eval": "Measure perplexity, KL and top-1, or accuracy on C-Eval.",

@@ -19,6 +19,8 @@ MODULES = {
     "genai": ("onnxruntime_genai",),
     "ray": ("ray",),
     "adapters": ("peft",),
+    "finetune": ("peft", "trl", "datasets", "accelerate"),
+    "bitsandbytes": ("bitsandbytes",),
 }
 
 

@@ -42,7 +42,7 @@ ORDER = (
         "backends",
     ),
     "engine",
-    *("proving", "verifying", "evaluation", "bench", "api"),
+    *("proving", "verifying", "evaluation", "bench", "finetune", "api"),
     *("recipe", "job", "preflight", "stages", "compile", "generation", "options", "commands", "cli", "testing"),
 )
 TORCH_FREE = (
@@ -244,6 +244,9 @@ def test_the_search_for_tables_of_dtypes_sees_what_it_should():
 MOST_POSITIONAL = 3
 # Called by others, who give their arguments in an order.
 SIGNATURES_OF_OTHERS = {
+    "gemma_deploy/finetune/codes.py: _Product.forward",  # torch.autograd
+    "gemma_deploy/finetune/head.py: SummedCrossEntropy.forward",  # torch.autograd
+    "gemma_deploy/finetune/trainer.py: Trainer.compute_loss",  # TRL
     "gemma_deploy/graph/disconnected.py: DisconnectedParts.forward",  # torch.export
     "gemma_deploy/split/chain.py: SplitChain.forward",  # as transformers' models
     "gemma_deploy/split/factory.py: ModelFactory.create_split_models",  # the vendor's own interface

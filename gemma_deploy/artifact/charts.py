@@ -62,10 +62,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines or columns over the layers of a model.
+    """Lines or columns over the layers of a model, or over something else that is counted.
 
     Args:
-        label: what it shows, for those who do not see it; unit: of the values.
+        label: what it shows, for those who do not see it; unit: of the values; across: what the x axis counts.
         x_ticks, y_ticks: of the axes; rule: a value that is marked across, with its words.
     """
 
@@ -76,6 +76,7 @@ class Chart:
     series: tuple[Series, ...] = ()
     columns: tuple[Column, ...] = ()
     rule: Tick | None = None
+    across: str = "layer"
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,14 @@ def line_chart(
     unit: str,
     log: bool = False,
     rule: tuple[float, str] | None = None,
+    across: str = "layer",
 ) -> Chart:
     """Lines over layers.
 
     Args:
         values: name of a line -> layer -> finite value, above zero where `log`; at least one.
         rule: a value that is marked across, and its words.
+        across: what is counted in the place of layers.
     """
     every = [value for line in values.values() for value in line.values()] + ([rule[0]] if rule else [])
     layers = [layer for line in values.values() for layer in line]
@@ -119,14 +122,14 @@ def line_chart(
         Series(
             name,
             tuple(
-                Mark(x.at(layer), y.at(value), f"{name}, layer {layer}: {figure(value)} {unit}".rstrip())
+                Mark(x.at(layer), y.at(value), f"{name}, {across} {layer}: {figure(value)} {unit}".rstrip())
                 for layer, value in sorted(line.items())
             ),
         )
         for name, line in values.items()
     )
     marked = None if rule is None else Tick(y.at(rule[0]), rule[1])
-    return Chart(label, unit, x.ticks(), y.ticks(), series=series, rule=marked)
+    return Chart(label, unit, x.ticks(), y.ticks(), series=series, rule=marked, across=across)
 
 
 def column_chart(values: Sequence[float], *, label: str, unit: str) -> Chart:

@@ -22,7 +22,7 @@ from gemma_deploy.params.rescaled import exponent_of, rescaled
 from gemma_deploy.params.table import ParamRow
 from gemma_deploy.partition import parts_of
 from gemma_deploy.quantization.rescaling import Rescaling
-from gemma_deploy.schemes import CodeForm, Scheme, Storage
+from gemma_deploy.schemes import CodeForm, Codes, Scheme, Storage
 
 
 class ArtifactWeights:
@@ -44,7 +44,7 @@ class ArtifactWeights:
         parts = parts_of(self.config.num_hidden_layers, recipe.split.points, recipe.frontend.model_kwargs.tp)
         scheme = Scheme(manifest.scheme).form
         storage = manifest.storage or Storage()
-        self._rescaling = manifest.rescaling or Rescaling()
+        self._rescaling, self._storage = manifest.rescaling or Rescaling(), storage
         form = CodeForm(transposed=manifest.kernels is not None and manifest.kernels.integer)
         self._scales: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[str, list[tuple[Path, ParamRow, ParamSpec]]] = {}
@@ -75,6 +75,20 @@ class ArtifactWeights:
         grouped = values.reshape(*scales.shape, -1)
         dequantized: np.ndarray = (grouped * scales[..., None]).reshape(values.shape)
         return dequantized
+
+    def code_names(self) -> tuple[str, ...]:
+        """Names of the matrices that are codes, in file order."""
+        return tuple(f"{scale.removesuffix('.scale')}.weight" for scale in self._scales)
+
+    def codes(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A matrix of `code_names` as it is stored: int8 [rows, columns], float32 [rows, groups]."""
+        shape, scale = self.tensors[name].shape, f"{name.removesuffix('.weight')}.scale"
+        scales = self._gather(scale, self._scales[scale], 0, shape[0]).reshape(shape[0], -1)
+        return self._gather(name, shape, 0, shape[0]).astype(np.int8), scales
+
+    def form_of(self, module: str) -> Codes:
+        """Bits and groups of the codes of a linear, by its path."""
+        return self._storage.linear(module)
 
     def raw_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """As `rows`: the artifact has no other form of its weights."""

@@ -122,8 +122,11 @@ class Recipe(RecipeSections):
         return self.scheme.calibrated and not (section and section.calib_args.sensitivity is False)
 
     def resolved(self) -> dict[str, Any]:
-        """The recipe with all defaults, as plain data; `from_text` of its YAML gives an equal recipe."""
-        return _dump(self)
+        """The recipe with all defaults, as plain data; `from_text` of its YAML gives an equal recipe.
+
+        A section `finetune` is in it where the recipe has one: no artifact depends on it.
+        """
+        return {key: value for key, value in _dump(self).items() if key != "finetune" or value is not None}
 
     def vendor_keys(self) -> dict[str, Any]:
         """Dotted key -> value of what is carried into the manifest and has no effect here."""

@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from gemma_deploy import backends
 from gemma_deploy.architectures import linear_kinds
+from gemma_deploy.finetune.settings import FinetuneSettings
 from gemma_deploy.schemes import QUANTIZE_TYPES, TABLES
 
 if TYPE_CHECKING:
@@ -219,6 +220,7 @@ class RecipeSections(Section):
     backend: Backend
     parity: Parity = Parity()
     workspace: Workspace = Workspace()
+    finetune: FinetuneSettings | None = None
 
     @property
     def prefill_length(self) -> int:

@@ -120,6 +120,20 @@ class Tokenizer:
             raise self._outside(max(ids))
         return ids
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tokens of a text without BOS, and the characters that each of them stands for: [start, stop) in the text.
+
+        Raises:
+            UsageError: as `encode`.
+        """
+        refuse_half_characters(text)
+        with asking(self._unencodable):
+            found = self.backend.encode(text, add_special_tokens=False)
+            ids, offsets = list(found.ids), list(found.offsets)
+        if ids and self.table_size is not None and max(ids) >= self.table_size:
+            raise self._outside(max(ids))
+        return ids, offsets
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of texts of a data set, without BOS; half a surrogate pair in one becomes U+FFFD.
 

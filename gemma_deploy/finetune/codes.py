@@ -1,0 +1,145 @@
+"""LoRA on the weights of an artifact: its int8 or int4 codes stay as they are, and what is trained is what is deployed.
+
+Linears of the layers keep codes and scales in memory and are dequantized when they are used; the token table is
+dequantized once. Norms and biases are the checkpoint's own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from gemma_deploy.artifact.opened import Artifact
+from gemma_deploy.artifact.origin import checkpoint_of
+from gemma_deploy.artifact.weights import ArtifactWeights
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.errors import UsageError
+from gemma_deploy.patched import patched_module
+from gemma_deploy.quantization.scales import choose_scales
+
+if TYPE_CHECKING:
+    from gemma_deploy.schemes import Codes
+
+NORM_TOLERANCE = 1e-2  # of the largest value: norms are stored in 16 bits at least
+
+
+class DequantizedLinear(nn.Linear):
+    """y = x @ (codes * scale of their group).T; `weight` holds the codes.
+
+    Args:
+        codes: int8 [out, in]; scale: float32 [out, groups].
+    """
+
+    def __init__(self, codes: torch.Tensor, scale: torch.Tensor) -> None:
+        super().__init__(codes.shape[1], codes.shape[0], bias=False, device="meta")
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.register_buffer("scale", scale, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., in] -> [..., out]."""
+        return _Product.apply(x, self.weight, self.scale)
+
+
+class _Product(torch.autograd.Function):
+    """Keeps codes for the backward pass, not what they are dequantized to."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out]."""
+        ctx.save_for_backward(codes, scale)
+        return nn.functional.linear(x, dequantized(codes, scale).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """[..., out] -> [..., in]."""
+        codes, scale = ctx.saved_tensors
+        return grad @ dequantized(codes, scale).to(grad.dtype), None, None
+
+
+def dequantized(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Codes [out, in] times scales [out, groups]: float32 [out, in]."""
+    found: torch.Tensor = patched_module("quantization_vacc").dequantize(codes, scale)
+    return found
+
+
+def open_base(artifact: str | Path, checkpoint: Checkpoint) -> ArtifactWeights:
+    """The weights of an artifact whose linears an adapter of the checkpoint can stand beside.
+
+    Raises:
+        ArtifactError: it is damaged.
+        UsageError: it is another checkpoint's, its weights are no codes, or factors were moved from activations into
+            its norms, so that its linears read other numbers than the checkpoint's.
+    """
+    opened = Artifact.open(artifact)
+    checkpoint_of(opened, str(checkpoint.path))
+    weights = ArtifactWeights(checkpoint.config, opened.path, opened.manifest)
+    norms = [name for name, info in checkpoint.tensors.items() if len(info.shape) == 1]
+    problem = ""
+    if opened.manifest.storage is None:
+        problem = f"its weights are {opened.manifest.scheme}, not int8 or int4 codes"
+    elif weights.embedding_scale() is not None:
+        problem = "the columns of its token table were multiplied by factors"
+    elif any(_differ(weights, checkpoint, name) for name in norms):
+        problem = "factors were moved from activations into its norms: its linears read other numbers"
+    if problem:
+        raise UsageError(
+            problem,
+            where=f"{artifact} (finetune.base, --base)",
+            expected="an int8 artifact of the checkpoint, such as of the recipe cpu-int8",
+            next_step="compile one, or leave --base out and train on the checkpoint's own weights",
+        )
+    return weights
+
+
+def _differ(weights: ArtifactWeights, checkpoint: Checkpoint, name: str) -> bool:
+    size = checkpoint.tensors[name].shape[0]
+    one, other = weights.rows(name, 0, size), checkpoint.rows(name, 0, size)
+    return bool(np.abs(one - other).max() > NORM_TOLERANCE * max(1.0, float(np.abs(other).max())))
+
+
+def use_codes(model: nn.Module, weights: ArtifactWeights) -> None:
+    """Put linears that read an artifact's codes in the place of a model's own."""
+    for name in weights.code_names():
+        codes, scale = weights.codes(name)
+        if ".layers." in name:
+            linear = DequantizedLinear(torch.from_numpy(codes), torch.from_numpy(scale))
+            model.set_submodule(name.removesuffix(".weight"), linear)
+
+
+@torch.no_grad()
+def merge_and_quantize(model: Any, weights: ArtifactWeights, checkpoint: Checkpoint) -> None:
+    """Add the adapter to the checkpoint's float weights and round the sum to codes of the same form, to nearest.
+
+    What a compile of the merged checkpoint stores, so that the two ways can be compared; the adapter itself is left on.
+
+    Args:
+        model: of PEFT, over a model with the linears of `use_codes`; its codes are overwritten.
+        weights: of the artifact; checkpoint: it was made from.
+    """
+    for name, module in model.get_base_model().named_modules():
+        linear = getattr(module, "base_layer", None)
+        if not isinstance(linear, DequantizedLinear):
+            continue
+        full = f"{name}.weight"
+        merged = torch.from_numpy(checkpoint.rows(full, 0, linear.out_features)) + module.get_delta_weight("default")
+        form = weights.form_of(name)
+        codes, scale = quantized(merged, form)
+        linear.weight.data.copy_(codes)
+        linear.scale.copy_(scale)
+
+
+def quantized(weight: torch.Tensor, form: Codes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round to nearest: int8 codes [out, in] and scales [out, groups].
+
+    Args:
+        weight: float32 [out, in]; form: bits and groups.
+    """
+    most = 2 ** (form.bits - 1) - 1
+    scale = choose_scales(weight, most, form.groupsize)
+    grouped = weight.unflatten(-1, (scale.shape[-1], -1))
+    codes = (grouped / scale[..., None]).round().clamp(-most, most)
+    return codes.flatten(-2).to(torch.int8), scale

@@ -1,0 +1,178 @@
+"""The model that is trained: a class of transformers or of source_code/ with the checkpoint's weights in float32.
+
+Weights are read block by block into the parameters: nothing is in memory twice, and a GGUF file, odd names or shards
+in folders need no other way. QLoRA alone goes through `from_pretrained`, which is where bitsandbytes quantizes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma_deploy.checkpoint import Checkpoint, WeightSource
+from gemma_deploy.errors import UsageError
+from gemma_deploy.finetune.settings import FinetuneSettings
+from gemma_deploy.names import GENERATION_CONFIG, HEAD_WEIGHT
+from gemma_deploy.patched import configured, patched_config, patched_module
+from gemma_deploy.staging import stage_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+BLOCK_BYTES = 32 << 20  # of a tensor that is read at a time
+STAGED = "staged"
+
+
+def load_model(settings: FinetuneSettings, checkpoint: Checkpoint, folder: Path) -> Any:
+    """A causal LM with eager attention (a soft cap needs it), in training form.
+
+    Args:
+        settings: of the run.
+        checkpoint: the base.
+        folder: where a staged directory may be made, for what only `from_pretrained` can read.
+
+    Raises:
+        UsageError: bitsandbytes cannot do what is asked for on this machine.
+        CheckpointError: the checkpoint's weights cannot be read.
+    """
+    model = _quantized(settings, checkpoint, folder) if settings.method == "qlora" else _float(settings, checkpoint)
+    model.name_or_path = str(checkpoint.path.resolve())  # what an adapter names as its base
+    model.config.use_cache = False
+    return model
+
+
+def training_class(settings: FinetuneSettings, checkpoint: Checkpoint) -> tuple[type[nn.Module], Any]:
+    """The class, and its config object with eager attention."""
+    import transformers
+
+    config, row = checkpoint.config, checkpoint.config.architecture
+    if settings.model == "patched":
+        return getattr(patched_module(row.patched.modeling), row.patched.causal), patched_config(config)
+    raw = {key: value for key, value in config.raw.items() if key not in ("auto_map", "model_type", "dtype")}
+    raw.pop("torch_dtype", None)
+    made = configured(transformers.AutoConfig.for_model, {"model_type": row.transformers_type, **raw})
+    made._attn_implementation = "eager"
+    return getattr(transformers, row.causal_class), made
+
+
+def _float(settings: FinetuneSettings, checkpoint: Checkpoint) -> Any:
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import GenerationConfig
+
+    kind, config = training_class(settings, checkpoint)
+    config.dtype = torch.float32
+    with init_empty_weights(include_buffers=False):
+        model: Any = kind(config)
+    _in_running_order(model, checkpoint)
+    if settings.base is not None:
+        from gemma_deploy.finetune.codes import open_base, use_codes
+
+        weights = open_base(settings.base, checkpoint)
+        use_codes(model, weights)
+        fill(model, weights)
+    else:
+        fill(model, checkpoint)
+    if (checkpoint.tokenizer_dir() / GENERATION_CONFIG).is_file() and checkpoint.format != "gguf":
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    elif checkpoint.config.eos_token_ids:
+        model.generation_config.eos_token_id = list(checkpoint.config.eos_token_ids)
+    return model
+
+
+def _in_running_order(model: Any, checkpoint: Checkpoint) -> None:
+    """Let modules of a layer stand in the order in which they run, as in the stock classes.
+
+    PEFT draws adapters in the order of modules: the same seed gives the same adapter for both classes.
+    """
+    for layer, spec in zip(model.model.layers, checkpoint.config.layers, strict=True):
+        for branch in reversed(spec.branches):
+            layer._modules = {branch.module: layer._modules[branch.module], **layer._modules}
+
+
+def fill(model: nn.Module, weights: WeightSource) -> None:
+    """Give parameters without values those of a checkpoint or artifact, in float32.
+
+    A tied head is the table itself.
+    """
+    from torch import nn
+
+    for name, one in list(model.named_parameters()):
+        if name in weights.tensors and one.is_meta:
+            _set(model, name, nn.Parameter(read_tensor(weights, name)))
+    if HEAD_WEIGHT not in weights.tensors:
+        model.tie_weights()
+    left = [name for name, one in model.named_parameters() if one.is_meta]
+    if left:  # the checkpoint was checked against its config: a class that differs from it is a fault of ours
+        raise AssertionError(f"no values for {left}")
+
+
+def read_tensor(weights: WeightSource, name: str) -> torch.Tensor:
+    """A tensor in float32."""
+    import torch
+
+    shape = weights.tensors[name].shape
+    made = torch.empty(shape, dtype=torch.float32)
+    step = max(1, BLOCK_BYTES // (4 * max(1, made[0].numel())))
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        made[start:stop] = torch.from_numpy(weights.rows(name, start, stop))
+    return made
+
+
+def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, last = name.rpartition(".")
+    setattr(model.get_submodule(owner), last, parameter)
+
+
+def _quantized(settings: FinetuneSettings, checkpoint: Checkpoint, folder: Path) -> Any:
+    """Linears in 4 bits: nf4, scales quantized again; everything else float32."""
+    import torch
+    from peft import prepare_model_for_kbit_training
+    from transformers import BitsAndBytesConfig
+
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    how = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    place = checkpoint.path
+    if checkpoint.format == "gguf":
+        place = folder / STAGED
+        if not place.is_dir():
+            stage_checkpoint(checkpoint.path, place)
+    kind, config = training_class(settings, checkpoint)
+    try:
+        loaded = kind.from_pretrained(place, config=config, quantization_config=how, dtype=torch.float32)
+    except (ImportError, RuntimeError, NotImplementedError) as error:
+        said = " ".join(str(error).split())
+        raise UsageError(
+            f"bitsandbytes cannot quantize this model here: {said[:300]}",
+            where="finetune.method: qlora",
+            next_step='pip install "gemma-deploy[finetune,bitsandbytes]", or use `--method lora`',
+        ) from error
+    return prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False)
+
+
+def linear_kinds_of(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Names of the linears of the layers, `q_proj` ..., in file order."""
+    return tuple(dict.fromkeys(one.kind for layer in checkpoint.config.layers for one in layer.linears))
+
+
+def targets_of(settings: FinetuneSettings, checkpoint: Checkpoint) -> list[str]:
+    """Linears that get an adapter.
+
+    Raises:
+        UsageError: one of the names is no linear of a layer.
+    """
+    known = linear_kinds_of(checkpoint)
+    asked = settings.lora.targets
+    unknown = [name for name in asked or () if name not in known]
+    if unknown or asked == []:
+        raise UsageError(
+            f"no linear of a layer is called {', '.join(unknown)}" if unknown else "no linear is named",
+            where="finetune.lora.targets (--targets)",
+            expected=", ".join(known),
+            next_step="name some of these, or leave it out for all of them",
+        )
+    return list(dict.fromkeys(asked or known))
