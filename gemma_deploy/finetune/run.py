@@ -179,7 +179,7 @@ class _Work(WorkDir):
 
     def tidy(self) -> None:
         """Checkpoints of the trainer, and what only they need."""
-        for name in (CHECKPOINTS, "staged", "tokenizer"):
+        for name in (CHECKPOINTS, "staged"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in (REQUEST, BEFORE, "work.json", "outcome.json", "failure.json"):
             (self.path / name).unlink(missing_ok=True)

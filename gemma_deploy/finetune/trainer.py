@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from trl import SFTTrainer
 
 from gemma_deploy.errors import DeployError
@@ -31,6 +31,7 @@ class Trainer(SFTTrainer):
     def __init__(self, *, progress: Callable[[float, float], None] | None = None, **options: Any) -> None:
         super().__init__(**options)
         add_summed_loss(self.base)
+        self.remove_callback(PrinterCallback)  # a line on standard output for every step
         self._began: float | None = None
         if progress is not None:
             self.add_callback(_Progress(progress))

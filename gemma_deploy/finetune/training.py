@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import DeployError
 from gemma_deploy.finetune.arguments import sft_config
 from gemma_deploy.finetune.checkpoints import newest_whole
@@ -149,11 +148,15 @@ def make_trainer(prepared: Prepared, folder: Path, progress: Callable[[float, fl
     """The trainer with its model; TRL's seeds come before the adapter is drawn, as in a run without this program."""
     from datasets import Dataset, Features, Sequence, Value, disable_progress_bars
     from peft import LoraConfig
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     from gemma_deploy.finetune.trainer import Trainer, early_stopping
 
     disable_progress_bars()
+    # The one that made the ids, not a second one: with a vocabulary of 262,144 each takes hundreds of MiB.
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=prepared.tokenizer.backend, **dict(prepared.tokenizer.special_tokens)
+    )
     settings = prepared.settings
     arguments = sft_config(settings, str(folder / CHECKPOINTS), held_out=prepared.held_out is not None)
     numbers = Sequence(Value("int32"))
@@ -186,22 +189,10 @@ def make_trainer(prepared: Prepared, folder: Path, progress: Callable[[float, fl
         args=arguments,
         train_dataset=table(prepared.train),
         eval_dataset=table(prepared.held_out),
-        processing_class=AutoTokenizer.from_pretrained(tokenizer_place(prepared.checkpoint, folder)),
+        processing_class=tokenizer,
         peft_config=adapter,
         callbacks=early_stopping(settings.patience),
     )
-
-
-def tokenizer_place(checkpoint: Checkpoint, folder: Path) -> Path:
-    """A directory with the tokenizer's files: the checkpoint's own, or one that is made of a GGUF file."""
-    from gemma_deploy.text.saving import write_tokenizer
-
-    if checkpoint.tokenizer_files():
-        return checkpoint.tokenizer_dir()
-    place = folder / "tokenizer"
-    place.mkdir(exist_ok=True)
-    write_tokenizer(checkpoint, place, link=False)
-    return place
 
 
 def _row(one: Encoded) -> dict[str, list[int]]:
@@ -259,6 +250,6 @@ def _save(trainer: Any, prepared: Prepared, folder: Path) -> None:
     place = folder / (MODEL if prepared.settings.method == "full" else ADAPTER)
     trainer.save_model(str(place))
     if trainer.is_world_process_zero():
-        (place / "training_args.bin").unlink(missing_ok=True)
-        (place / "README.md").unlink(missing_ok=True)
+        for name in ("training_args.bin", "README.md", "tokenizer.json", "tokenizer_config.json"):
+            (place / name).unlink(missing_ok=True)
         write_tokenizer(prepared.checkpoint, place, link=False)
