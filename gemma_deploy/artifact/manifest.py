@@ -26,7 +26,7 @@ from typing_extensions import TypedDict
 
 from gemma_deploy.bounds import Bytes, Count, Index, Inside, Layers, Plain, Size
 from gemma_deploy.estimates import StageTiming
-from gemma_deploy.graph.contract import Port
+from gemma_deploy.graph.contract import AdapterSlots, Port
 from gemma_deploy.params.table import ParamRow, ParamTable
 from gemma_deploy.partition.parts import FOLDER
 from gemma_deploy.quantization.rescaling import Rescaling
@@ -154,6 +154,7 @@ class ContractRecord(Open):
     Args:
         logits: of ONNX Runtime's graph: of the `last` token or of `all`.
         not_for: what a caller may try that is refused or goes wrong, as sentences; None of graphs that say nothing.
+        adapters: what it takes of a LoRA adapter at run time; None: nothing.
     """
 
     batch: Size
@@ -165,6 +166,7 @@ class ContractRecord(Open):
     dynamic: bool
     logits: str | None = None
     not_for: tuple[str, ...] | None = None
+    adapters: AdapterSlots | None = None
     graphs: dict[Graph, GraphRecord]
 
     @model_serializer(mode="wrap")

@@ -54,6 +54,7 @@ class BuildSpec:
         table: form of token table and LM head, one of `schemes.TABLES`; None for the default.
         keep_w8: kinds of linears that keep 8 bits where the others have 4; None for the default.
         table_in_groups: the default table has groups of columns, as the back end's kernels want them.
+        adapter_rank: the largest rank of a LoRA adapter that is loaded beside the artifact; None: it takes none.
     """
 
     backend: str
@@ -72,6 +73,7 @@ class BuildSpec:
     table: str | None = None
     keep_w8: tuple[str, ...] | None = None
     table_in_groups: bool = False
+    adapter_rank: int | None = None
 
     def storage(self, hidden_size: int) -> Storage:
         """What matrices are stored as in a model of this width; of codes only."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from gemma_deploy.bounds import Count
+from gemma_deploy.bounds import Count, Size
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.partition import ArtifactPart
 from gemma_deploy.partition.ranks import kv_heads_of
@@ -36,6 +36,34 @@ class Port:
     name: str
     dtype: str
     shape: tuple[Count | str, ...]
+
+
+@dataclass(frozen=True)
+class AdapterSlots:
+    """What a graph takes of a LoRA adapter beside its weights: for every linear, two matrices that are optional inputs.
+
+    Args:
+        rank: the largest that an adapter may have; the graph itself takes any.
+        dtype: of the matrices, that of the activations.
+        linears: module path -> (input channels, output channels).
+    """
+
+    rank: Size
+    dtype: str
+    linears: dict[str, tuple[Size, Size]]
+
+    def inputs(self, module: str) -> tuple[Port, Port]:
+        """`lora_A` [in, rank] and `lora_B` [rank, out] of a linear; its output becomes W x + lora_B^T lora_A^T x.
+
+        Every linear has a rank of its own, 0 by default: ONNX Runtime shares buffers between values whose free
+        dimensions have one name.
+        """
+        entering, leaving = self.linears[module]
+        rank = f"{module}.rank"
+        return (
+            Port(f"{module}.lora_A", self.dtype, (entering, rank)),
+            Port(f"{module}.lora_B", self.dtype, (rank, leaving)),
+        )
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 else:
     QuantizeType, TableType, BackendType = Literal[QUANTIZE_TYPES], Literal[tuple(TABLES)], Literal[backends.ROWS]
 
+LARGEST_RANK = 1024  # of an adapter beside an artifact; above it, merging costs less than it saves
 VENDOR = "interpreted by the vendor's compiler only; carried into the manifest"
 
 MOST_WEIGHT = 1e9  # of an adapter
@@ -181,6 +182,12 @@ class Backend(Section):
     dynamic_compile: VendorOnly = None
 
 
+class Adapters(Section):
+    """LoRA adapters that are loaded beside the artifact, and changed without reloading it: of at most this rank."""
+
+    rank: Annotated[int, Field(ge=1, le=LARGEST_RANK)]
+
+
 class Parity(Section):
     """The comparison that ends a compile."""
 
@@ -218,6 +225,7 @@ class RecipeSections(Section):
     graph: Graph = Graph()
     dataset: Dataset = Dataset()
     backend: Backend
+    adapters: Adapters | None = None
     parity: Parity = Parity()
     workspace: Workspace = Workspace()
     finetune: FinetuneSettings | None = None

@@ -40,4 +40,5 @@ def spec_of(recipe: RecipeSections) -> BuildSpec:
         table=None if quantize is None else quantize.table,
         keep_w8=keep,
         table_in_groups=chosen.table_in_groups,
+        adapter_rank=None if recipe.adapters is None else recipe.adapters.rank,
     )

@@ -20,6 +20,7 @@ from gemma_deploy.backends.onnxruntime.decoder import build_decoder
 from gemma_deploy.backends.onnxruntime.options import Kernels
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.checkpoint.expected import expected_tensors
+from gemma_deploy.graph.contract import AdapterSlots
 from gemma_deploy.testing import TINY_CONFIGS
 
 FILE = "params.safetensors"
@@ -128,10 +129,14 @@ class Made:
     def folder(self) -> Path:
         return self.file.folder
 
-    def graph(self, *, rows: Sequence[Row] | None = None, **kernels: Any) -> ir.Model:
+    def graph(
+        self, *, rows: Sequence[Row] | None = None, adapters: AdapterSlots | None = None, **kernels: Any
+    ) -> ir.Model:
         """A fresh graph over the file."""
         scale = float(np.sqrt(np.float32(self.config.hidden_size)))
-        return build_decoder(self.config, Kernels(**kernels), rows or self.rows, location=FILE, embed_scale=scale)
+        return build_decoder(
+            self.config, Kernels(**kernels), rows or self.rows, location=FILE, embed_scale=scale, adapters=adapters
+        )
 
     def session(self, model: ir.Model | None = None, **kernels: Any) -> ort.InferenceSession:
         return open_session(model or self.graph(**kernels), self.folder)
@@ -214,6 +219,7 @@ def run(
     tokens: Sequence[Sequence[int]],
     caches: Caches | None = None,
     mask: Sequence[Sequence[int]] | None = None,
+    adapter: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """All outputs, of new tokens [B,S] after what the caches hold."""
     ids = np.array(tokens, np.int64)
@@ -225,7 +231,7 @@ def run(
     feeds = {"input_ids": ids, "attention_mask": np.ones((len(ids), past + ids.shape[1]), np.int64)}
     if mask is not None:
         feeds["attention_mask"] = np.array(mask, np.int64)
-    found = session.run(None, feeds | dict(caches))
+    found = session.run(None, feeds | dict(caches) | dict(adapter or {}))
     return dict(zip([value.name for value in session.get_outputs()], found, strict=True))
 
 
@@ -240,9 +246,10 @@ def step(
     tokens: Sequence[Sequence[int]],
     caches: Caches | None = None,
     mask: Sequence[Sequence[int]] | None = None,
+    adapter: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, Caches]:
     """Logits and the longer caches."""
-    found = run(session, tokens, caches, mask)
+    found = run(session, tokens, caches, mask, adapter)
     return found["logits"], grown(found)
 
 

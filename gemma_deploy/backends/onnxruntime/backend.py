@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.base import Export, Exported, ExportJob, Proof
 from gemma_deploy.backends.onnxruntime.decoder import build_decoder, embedding_scale, linears_of
 from gemma_deploy.backends.onnxruntime.genai_config import CONFIG_FILE, genai_config
+from gemma_deploy.backends.onnxruntime.lora import adapter_slots
 from gemma_deploy.backends.onnxruntime.options import (
     ALL,
     CANDIDATES,
@@ -27,13 +29,14 @@ from gemma_deploy.backends.onnxruntime.window import WINDOW, WINDOW_CACHE, windo
 from gemma_deploy.backends.spec import BuildSpec, Options
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.estimates import BASE_BYTES, GRAPH_BYTES, RUNTIME_BYTES, SESSION_BYTES, StageEstimate
-from gemma_deploy.graph.contract import BATCH, SEQUENCE, GraphContract, Port
+from gemma_deploy.graph.contract import BATCH, SEQUENCE, AdapterSlots, GraphContract, Port
 from gemma_deploy.names import PARAMS
 from gemma_deploy.partition.ranks import input_channels
 from gemma_deploy.quantization.budget import INTEGER_PRODUCTS
 from gemma_deploy.schemes import CodeForm, block_problems
 
 if TYPE_CHECKING:
+    from gemma_deploy.artifact.adapters import KeptAdapter
     from gemma_deploy.artifact.manifest import LedgerEntry
     from gemma_deploy.artifact.opened import Artifact
     from gemma_deploy.parity.compare import ParityResult
@@ -54,10 +57,12 @@ class OrtContract(GraphContract):
     Args:
         windowed: layers whose caches hold a window alone.
         logits: `last`, of each row's last token, or `all`, of every new token.
+        adapters: what the graph takes of a LoRA adapter, as inputs that may be left out; None: nothing.
     """
 
     windowed: tuple[int, ...] = ()
     logits: str = LAST
+    adapters: AdapterSlots | None = None
 
     @property
     def graph_names(self) -> tuple[str, ...]:
@@ -90,7 +95,10 @@ class OrtContract(GraphContract):
 
     def to_json(self) -> dict[str, Any]:
         """Sizes, ports and `not_for`, for the manifest."""
-        return super().to_json() | {"not_for": list(self.not_for)}
+        values = super().to_json() | {"not_for": list(self.not_for)}
+        if self.adapters is None:
+            del values["adapters"]
+        return values
 
     def _positions(self, layer: int, length: int | str) -> int | str:
         return WINDOW_CACHE if layer in self.windowed else length
@@ -138,6 +146,7 @@ class OnnxRuntime:
 
     def contract(self, spec: BuildSpec, config: ModelConfig) -> OrtContract:
         """Batch and lengths are free; P is the longest prompt that is compared, C the positions there are."""
+        dtype = "bfloat16" if spec.scheme.weights == "bf16" else "float32"
         return OrtContract(
             batch=1,
             prefill=spec.prefill,
@@ -146,11 +155,12 @@ class OnnxRuntime:
             kv_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             vocab_size=config.vocab_size,
-            cache_dtype="bfloat16" if spec.scheme.weights == "bf16" else "float32",
+            cache_dtype=dtype,
             dynamic=True,
             hidden_size=config.hidden_size,
             windowed=windowed_layers(config) if options_of(spec).cache == WINDOW else (),
             logits=options_of(spec).logits or LAST,
+            adapters=adapter_slots(config, spec.adapter_rank, dtype) if spec.adapter_rank else None,
         )
 
     def export(self, job: ExportJob) -> Export:
@@ -160,7 +170,12 @@ class OnnxRuntime:
         spec, config = job.spec, job.config
         scale = embedding_scale(config.hidden_size, spec.embed_scale)
         model = build_decoder(
-            config, chosen_kernels(spec, config, job.unrounded), job.tensors[PARAMS], location=PARAMS, embed_scale=scale
+            config,
+            chosen_kernels(spec, config, job.unrounded),
+            job.tensors[PARAMS],
+            location=PARAMS,
+            embed_scale=scale,
+            adapters=self.contract(spec, config).adapters,
         )
         log.debug("%s built: %d nodes", GRAPH, len(model.graph))
         return Exported({GRAPH: serialized(model)})
@@ -200,6 +215,14 @@ class OnnxRuntime:
         from gemma_deploy.backends.onnxruntime.engine import open_engine
 
         return open_engine(artifact, threads=threads, strict=strict)
+
+    def keep_adapter(
+        self, artifact: Artifact, directory: Path, name: str | None = None, *, force: bool = False
+    ) -> KeptAdapter:
+        """See `Backend`: in ONNX Runtime's adapter format."""
+        from gemma_deploy.backends.onnxruntime.adapters import keep
+
+        return keep(artifact, directory, name, force=force)
 
     def rounds(self, manifest: Manifest) -> bool:
         """Never: exact arithmetic leaves no rounding but that of the weights."""

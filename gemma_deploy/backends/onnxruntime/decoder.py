@@ -25,6 +25,7 @@ import onnx_ir as ir
 from gemma_deploy.architectures import EXACT_GELU, Branch, LayerSpec
 from gemma_deploy.backends.onnxruntime.head import screened_head, whole_head
 from gemma_deploy.backends.onnxruntime.linears import Matrix, product_of, rounded_tokens
+from gemma_deploy.backends.onnxruntime.lora import Updates
 from gemma_deploy.backends.onnxruntime.nodes import Nodes
 from gemma_deploy.backends.onnxruntime.options import ALL, Kernels
 from gemma_deploy.backends.onnxruntime.padding import Tokens, real_tokens_first
@@ -32,26 +33,38 @@ from gemma_deploy.backends.onnxruntime.weights import Weights
 from gemma_deploy.backends.onnxruntime.window import WINDOW_CACHE, windowed_layers
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.errors import ExportError
+from gemma_deploy.graph.contract import AdapterSlots
 from gemma_deploy.graph.external import Row
-from gemma_deploy.names import EMBEDDING, HEAD, MICROSOFT, NORM
+from gemma_deploy.names import COLUMN_FACTOR, EMBEDDING, HEAD, MICROSOFT, NORM
 
 OPSET, IR_VERSION = 23, 11
 EMBEDDED, NORMED, LOGITS = "model.embed_tokens.out", "model.norm.out", "logits"
 
 
 def build_decoder(
-    config: ModelConfig, kernels: Kernels, rows: Iterable[Row], *, location: str, embed_scale: float
+    config: ModelConfig,
+    kernels: Kernels,
+    rows: Iterable[Row],
+    *,
+    location: str,
+    embed_scale: float,
+    adapters: AdapterSlots | None = None,
 ) -> ir.Model:
     """The graph of an artifact; its weights are views of the parameter file.
 
     Args:
         rows: of the parameter file, which is `location` beside the graph.
         embed_scale: by which rows of the table are multiplied, where the file has no factor for each column.
+        adapters: what it takes of an adapter, as inputs that are nothing by default (lora.py); None: nothing.
 
     Raises:
         ExportError: graph and file disagree.
     """
-    return _Decoder(config, kernels, rows, location=location, embed_scale=embed_scale).model()
+    made = _Decoder(config, kernels, rows, location=location, embed_scale=embed_scale)
+    if adapters is not None:
+        made.updates = Updates(made.nodes, adapters)
+        made.weights.used.update(name for name in made.weights.rows if name.endswith(f".{COLUMN_FACTOR}"))
+    return made.model()
 
 
 def linears_of(config: ModelConfig) -> frozenset[str]:
@@ -76,6 +89,7 @@ class _Decoder:
         self.weights = Weights(self.nodes, rows, location)
         self.weights.norm_offset = config.architecture.norm_offset
         self.windowed = windowed_layers(config) if kernels.windowed else ()
+        self.updates: Updates | None = None
         half = self.weights.dtype(f"{EMBEDDING}.weight") == "bfloat16"
         self.dtype = self.weights.computed = ir.DataType.BFLOAT16 if half else ir.DataType.FLOAT
 
@@ -109,7 +123,7 @@ class _Decoder:
                 next_step="this is a bug: report it",
             )
         graph = ir.Graph(
-            [ids, mask, *past.values()],
+            [ids, mask, *past.values(), *(self.updates.inputs if self.updates else ())],
             [logits, *present],
             nodes=nodes.nodes,
             initializers=list(nodes.initializers.values()),
@@ -223,6 +237,13 @@ class _Decoder:
         Args:
             apart: split what one product makes, unless that is what all of them make.
         """
+        if self.updates is None:
+            return self._plain_products(x, modules, apart)
+        made = self._plain_products(x, modules, apart=True)
+        return [self.updates.added(x, module, value) for module, value in zip(modules, made, strict=True)]
+
+    def _plain_products(self, x: ir.Value, modules: Sequence[str], apart: bool) -> list[ir.Value]:
+        """`_products` of the weights alone."""
         nodes, joined = self.nodes, product_of(modules[0])
         if self._matrix(modules[0]).integer:
             tokens = rounded_tokens(nodes, x, joined, in_14_bits=modules[0] in self.kernels.in_14_bits)

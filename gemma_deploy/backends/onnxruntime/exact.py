@@ -51,6 +51,8 @@ def widen(model: ir.Model) -> None:
     for value in (*graph.inputs, *graph.outputs):
         if value.dtype == bfloat16:
             value.type = float32
+            if value.const_value is not None:  # an adapter's matrix, which has no values
+                value.const_value = ir.tensor(np.zeros(value.const_value.shape.numpy(), np.float32), name=value.name)
     for node in graph:
         if node.op_type == "Cast" and node.attributes["to"].as_int() == bfloat16.value:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT.value)
@@ -249,3 +251,5 @@ def drop_unread(graph: ir.Graph) -> None:
     for name, value in list(graph.initializers.items()):
         if not value.uses():
             graph.initializers.pop(name)
+            if value in graph.inputs:  # one that a caller may replace
+                graph.inputs.remove(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict
@@ -25,6 +26,7 @@ from gemma_deploy.quantization.budget import FLOAT_PRODUCTS
 from gemma_deploy.schemes import CodeForm
 
 if TYPE_CHECKING:
+    from gemma_deploy.artifact.adapters import KeptAdapter
     from gemma_deploy.artifact.manifest import LedgerEntry
     from gemma_deploy.artifact.opened import Artifact
     from gemma_deploy.parity.compare import ParityResult
@@ -55,8 +57,12 @@ class StaticPair:
         return iter(())
 
     def not_built(self, spec: BuildSpec) -> Iterator[str]:
-        """Nothing: whatever the recipe accepts is built."""
-        return iter(())
+        """What the vendor's graphs have no place for."""
+        if spec.adapter_rank is not None:
+            yield (
+                "adapters: static graphs take no adapter at run time; remove the section and merge the adapter into "
+                "the weights (frontend.adapter: DIR), or set backend.type: onnxruntime"
+            )
 
     def graphs_estimate(self) -> StageEstimate:
         """Traced in a process of its own."""
@@ -133,6 +139,19 @@ class StaticPair:
         from gemma_deploy.backends.tvm_vacc.engine import StaticEngine
 
         return StaticEngine(artifact, threads=threads, strict=strict, one_reply=one_reply)
+
+    def keep_adapter(
+        self, artifact: Artifact, directory: Path, name: str | None = None, *, force: bool = False
+    ) -> KeptAdapter:
+        """See `Backend`: there is no place for one.
+
+        Raises:
+            UsageError: always.
+        """
+        from gemma_deploy.artifact.adapters import slots_of
+
+        slots_of(artifact)
+        raise AssertionError(artifact.path)  # pragma: no cover: slots_of has raised
 
     def rounds(self, manifest: Manifest) -> bool:
         """With rounded activations (w8a8) or an int8 cache."""
