@@ -15,6 +15,7 @@ MANIFEST = "manifest.json"
 EMBEDDING = "model.embed_tokens"
 EMBEDDING_WEIGHT = "model.embed_tokens.weight"
 COLUMN_SCALE = "model.embed_tokens.column_scale"
+COLUMN_FACTOR = "column_factor"  # ends the name of what the columns of linears that read one input were multiplied by
 LAYERS = "model.layers."
 NORM = "model.norm"
 NORM_WEIGHT = "model.norm.weight"

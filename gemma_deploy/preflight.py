@@ -184,6 +184,7 @@ def parameter_bytes(job: Job) -> int:
             part=part,
             storage=job.storage,
             int8_cache=job.scheme.int8_cache,
+            factors=job.spec.adapter_rank is not None,
         )
         for part in job.parts
     )

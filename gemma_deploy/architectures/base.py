@@ -180,6 +180,16 @@ class LayerSpec:
                 return linear
         raise KeyError(name)
 
+    def feeding_rows(self, group: InputGroup) -> tuple[int, ...] | None:
+        """Row of a group's maker that feeds each channel of the group; None where every channel has its own.
+
+        A value head feeds those of all query heads that read it.
+        """
+        if group.maker != dict(self.caches).get("value"):
+            return None
+        shared, size = self.heads // self.kv_heads, self.head_dim
+        return tuple(head // shared * size + channel for head in range(self.heads) for channel in range(size))
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Names within the layer, without `.weight`, and shapes, in file order."""
         shapes: dict[str, tuple[int, ...]] = {one.name: (one.out_features, one.in_features) for one in self.linears}

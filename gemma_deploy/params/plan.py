@@ -7,7 +7,7 @@ constant inside the graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,7 +15,7 @@ from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.calibration.points import cache_factor_names
 from gemma_deploy.checkpoint import ModelConfig, Rope, expected_tensors
 from gemma_deploy.dtypes import BY_NAME, StoredDtype
-from gemma_deploy.names import COLUMN_SCALE, EMBEDDING_WEIGHT
+from gemma_deploy.names import COLUMN_FACTOR, COLUMN_SCALE, EMBEDDING_WEIGHT
 from gemma_deploy.params.quantized import OutputError
 from gemma_deploy.partition import ArtifactPart, whole
 from gemma_deploy.partition.ranks import Blocks, row_blocks, sharding
@@ -77,6 +77,7 @@ def build_plan(
     storage: Storage | None = None,
     int8_cache: bool = False,
     form: CodeForm | None = None,
+    factors: bool = False,
 ) -> tuple[ParamSpec, ...]:
     """Every parameter of the model in model order, then the rotary tables.
 
@@ -93,6 +94,7 @@ def build_plan(
         storage: bits and groups of the int8 schemes' codes; int8 per row by default.
         int8_cache: factors of the channels of keys and values, which the source holds as well.
         form: how codes lie in the file; signed by default.
+        factors: of w8a16_folded, by what the columns of linears were multiplied, for what is added to them later.
     """
     storage, form = storage or Storage(), form or CodeForm()
     rescaling, part = rescaling or Rescaling(), part or ArtifactPart(whole(config.num_hidden_layers))
@@ -139,6 +141,8 @@ def build_plan(
         for table in ("cos", "sin"):
             name, half = f"model.rotary_emb.{layer_type}.{table}", (context_length, widths[layer_type])
             specs.append(ParamSpec(name, half, ROTARY_DTYPE, "constant", rope=rope))
+    if factors and scheme == "w8a16_folded":
+        specs += [spec for layer in layers for spec in _factors(layer)]
     return tuple(specs) if part.ranks == 1 else tuple(_of_rank(spec, config, part) for spec in specs)
 
 
@@ -155,6 +159,13 @@ def _of_rank(spec: ParamSpec, config: ModelConfig, part: ArtifactPart) -> ParamS
         span = (part.rank * columns // part.ranks, (part.rank + 1) * columns // part.ranks)
         return replace(spec, shape=(rows, span[1] - span[0]), columns=span)
     return spec
+
+
+def _factors(layer: LayerSpec) -> Iterator[ParamSpec]:
+    """One vector for each input group of a layer."""
+    for group in layer.groups:
+        name = f"{layer.prefix}{group.observed}.{COLUMN_FACTOR}"
+        yield ParamSpec(name, (layer.linear(group.observed).in_features,), "float32", "stored", name)
 
 
 def _attention_scale(layer: LayerSpec, rescaling: Rescaling) -> ParamSpec:

@@ -13,11 +13,6 @@ from gemma_deploy.architectures import InputGroup, LayerSpec
 
 
 def shared_rows(layer: LayerSpec, group: InputGroup) -> torch.Tensor | None:
-    """[columns] row of the group's maker that feeds each column; None where every column has its own.
-
-    A value head feeds those of all query heads that read it.
-    """
-    if group.maker != dict(layer.caches).get("value"):
-        return None
-    first = torch.arange(layer.heads) // (layer.heads // layer.kv_heads) * layer.head_dim
-    return (first[:, None] + torch.arange(layer.head_dim)).reshape(-1)
+    """[columns] row of the group's maker that feeds each column; None where every column has its own."""
+    rows = layer.feeding_rows(group)
+    return None if rows is None else torch.tensor(rows)

@@ -26,6 +26,7 @@ from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.errors import CalibrationError
 from gemma_deploy.machine import give_memory_back
+from gemma_deploy.names import COLUMN_FACTOR
 from gemma_deploy.progress import Tick
 from gemma_deploy.quantization.cache import cache_factors
 from gemma_deploy.quantization.folding import shared_rows
@@ -152,6 +153,7 @@ def _quantize_layer(
     """
     solved: dict[str, QuantizedWeight] = {}
     norms: dict[str, torch.Tensor] = {}
+    factors: dict[str, torch.Tensor] = {}
     record: dict[str, Any] = {"groups": {}, "tensors": {}}
     for batch in [[group] for group in spec.groups] if true_sequential else [list(spec.groups)]:
         observers = inside.observe([group.observed for group in batch])
@@ -171,6 +173,7 @@ def _quantize_layer(
             if group.maker:
                 inside.divided(group.observed, found.factors)
             record["groups"][group.observed] = _describe(found)
+            factors[f"{group.observed}.{COLUMN_FACTOR}"] = found.factors.float()
             del weights, found, seen, tokens
         give_memory_back()  # before the next moments: up to a gigabyte of freed blocks in a layer of gemma-2b
     for reader, weight in solved.items():
@@ -182,7 +185,7 @@ def _quantize_layer(
         }
         if settings.activations:
             record["tensors"][reader]["activation_noise"] = weight.activation_noise
-    tensors = {f"{norm}.weight": value for norm, value in norms.items()}
+    tensors = {f"{norm}.weight": value for norm, value in norms.items()} | factors
     for reader, weight in solved.items():
         scale = weight.scale if settings.groupsize else weight.scale[:, 0]
         tensors |= {f"{reader}.weight": weight.codes, f"{reader}.scale": scale}

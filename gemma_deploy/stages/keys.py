@@ -154,6 +154,7 @@ def _asked(job: Job) -> dict[str, Any]:
         "context": spec.context,
         "split_points": spec.split_points,
         "ranks": spec.ranks,
+        "factors": spec.adapter_rank is not None,
     }
 
 

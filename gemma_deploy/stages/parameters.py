@@ -34,6 +34,7 @@ def plans_of(job: Job, source: WeightSource, rescaling: Rescaling | None = None)
             storage=job.storage,
             int8_cache=job.scheme.int8_cache,
             form=job.code_form,
+            factors=job.spec.adapter_rank is not None,
         )
         for part in job.parts
     ]
