@@ -30,6 +30,7 @@ COMMANDS = {
     "merge": "Write a checkpoint with an adapter added.",
     "stage": "Make a directory that transformers loads as the patched model.",
     "split": "Cut a checkpoint into parts for several devices.",
+    "adapter": "Keep a LoRA adapter in an artifact, to be loaded beside it.",
     "run": "Generate text with an artifact.",
     "chat": "Talk with an artifact.",
     "bench": "Measure how fast an artifact is, and what it takes.",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx
 
+from gemma_deploy.artifact.adapters import ADAPTERS, kept_names, kept_problems
 from gemma_deploy.artifact.check import ROWS, file_problems, refuse
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends import backend_of
@@ -34,6 +35,8 @@ def verify(path: Path, *, deep: bool = True, progress: Callable[[int, int], None
     artifact = Artifact.open(path)
     problems = file_problems(artifact) + _folder_problems(artifact)
     checked = [f"{len(artifact.manifest.files)} files present, sizes and hashes"]
+    if adapters := kept_names(artifact):
+        checked.append(f"{len(adapters)} adapters, each made for this artifact, its hash that of its record")
     tables = artifact.manifest.table.files
     for name, table in tables.items():
         if deep and (path / name).is_file():
@@ -63,9 +66,9 @@ def _folder_problems(artifact: Artifact) -> list[str]:
             problems.append(f"{name}: the rows in {MANIFEST} are not the ones it was written with")
     known = {*files, MANIFEST, MARK}
     found = (file.relative_to(artifact.path).as_posix() for file in artifact.path.rglob("*") if file.is_file())
-    strangers = (name for name in found if name not in known)
+    strangers = (name for name in found if name not in known and not name.startswith(f"{ADAPTERS}/"))
     problems += [f"{name} does not belong to the artifact" for name in sorted(strangers)]
-    return problems
+    return problems + kept_problems(artifact)
 
 
 def _graph_problems(params: Sequence[ParamRow], file: Path, shown: str, views: bool) -> list[str]:

@@ -209,7 +209,14 @@ def test_it_greets_who_sits_there_and_nobody_else(artifact, capfd, monkeypatch):
 def test_help_lists_the_commands_and_goes_to_no_model(artifact, capfd, monkeypatch):
     code, out, err = talk(monkeypatch, capfd, artifact, "/help\n", "-n", 1)
     assert (code, out) == (0, "")
-    assert [line.split()[0] for line in err.splitlines()] == ["/help", "/reset", "/exit", "Ctrl-C", "//TEXT"]
+    assert [line.split()[0] for line in err.splitlines()] == [
+        "/help",
+        "/adapter",
+        "/reset",
+        "/exit",
+        "Ctrl-C",
+        "//TEXT",
+    ]
 
 
 def test_what_looks_like_a_command_and_is_none_is_refused(artifact, capfd, monkeypatch):

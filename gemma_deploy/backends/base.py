@@ -19,6 +19,7 @@ from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import CodeForm
 
 if TYPE_CHECKING:
+    from gemma_deploy.artifact.adapters import KeptAdapter
     from gemma_deploy.artifact.manifest import LedgerEntry
     from gemma_deploy.artifact.opened import Artifact
     from gemma_deploy.parity.cases import Case
@@ -83,8 +84,10 @@ class Proof:
 
     Args:
         artifact: directory, finished or not; manifest: its manifest or what will become it.
+        checkpoint: what it was made from, the adapter merged into it where there is one.
         fast: measure what a user runs as well, where no gate is on it.
         report: is told what runs.
+        adapter: that the artifact is computed with; None: with none.
     """
 
     artifact: Path
@@ -93,6 +96,7 @@ class Proof:
     cases: tuple[Case, ...]
     fast: bool
     report: Report
+    adapter: KeptAdapter | None = None
 
 
 class Backend(Protocol):
@@ -176,6 +180,18 @@ class Backend(Protocol):
 
     def engine(self, artifact: Artifact, *, threads: int = 0, strict: bool = False, one_reply: bool = False) -> Engine:
         """An artifact, open; see `open_engine` of gemma_deploy/engine.py."""
+
+    def keep_adapter(
+        self, artifact: Artifact, directory: Path, name: str | None = None, *, force: bool = False
+    ) -> KeptAdapter:
+        """Convert an adapter that peft wrote into what the runtime loads, and keep it in the artifact.
+
+        Args:
+            name: of the kept adapter, None for one made from the directory's; force: replace another of that name.
+
+        Raises:
+            UsageError: the artifact takes no adapters, or not this one.
+        """
 
     def rounds(self, manifest: Manifest) -> bool:
         """Whether strict graphs round activations or the cache, so that two of them repeat no number."""

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 ASK = "> "
-HELP, RESET, EXIT = "/help", "/reset", "/exit"
+HELP, RESET, ADAPTER, EXIT = "/help", "/reset", "/adapter", "/exit"
+NONE = "none"  # /adapter none
 COMMANDS = {
     HELP: "this list",
+    ADAPTER: f"the adapters there are; {ADAPTER} NAME goes on with another, {ADAPTER} {NONE} with the model alone",
     RESET: "forget the conversation",
     EXIT: "leave; so does Ctrl-D",
 }
@@ -41,6 +43,7 @@ Examples:
   gemma-deploy chat workspace/NAME
   gemma-deploy chat workspace/NAME --temperature 0.8 --top-p 0.95 --seed 1 --stats
   gemma-deploy chat workspace/NAME --system "Answer in one sentence."
+  gemma-deploy chat workspace/NAME --adapter pirate --adapter runs/poet/adapter
   printf "Hello\\nWho are you?\\n" | gemma-deploy chat workspace/NAME
 
 A line is a message; /help lists the commands, /reset forgets the conversation, /exit or Ctrl-D leaves. Ctrl-C stops a
@@ -52,6 +55,13 @@ reply, and leaves when pressed twice while you type. Replies go to standard outp
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--system", metavar="TEXT", help="What the model is told beforehand, where its template has that.")
 @generation_options
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME|DIR",
+    help="A LoRA adapter: kept in the artifact, or a directory of peft's. The first one speaks; /adapter changes it.",
+)
 @click.option("--stats", is_flag=True, help="Say how many tokens and how fast, after every reply.")
 def command(
     artifact: Path,
@@ -62,11 +72,12 @@ def command(
     top_p: float,
     seed: int | None,
     threads: int,
+    adapters: tuple[str, ...],
     stats: bool,
 ) -> None:
     """Talk with ARTIFACT through its chat template; the conversation is kept from turn to turn."""
     from gemma_deploy.engine import open_engine
-    from gemma_deploy.errors import UsageError
+    from gemma_deploy.errors import DeployError, UsageError
     from gemma_deploy.runtime import Sampling
     from gemma_deploy.runtime.chat import Conversation
     from gemma_deploy.text import unended
@@ -76,7 +87,9 @@ def command(
     conversation = Conversation(engine.tokenizer, system)
     if note := unended(engine.tokenizer, engine.stop_ids):
         log.warning("%s", note)
+    loaded = [engine.load_adapter(adapter) for adapter in adapters]
     session = engine.session(sampling)
+    session.use(loaded[0] if loaded else None)
     keep_bytes_of_stdin()
     if sys.stdin.isatty():
         click.echo(_greeting(engine), err=True)
@@ -89,11 +102,16 @@ def command(
             click.echo(_help(), err=True)
         elif text:
             try:
+                if text.split()[0] == ADAPTER:
+                    click.echo(_change(engine, session, loaded, wanted=text.removeprefix(ADAPTER).strip()), err=True)
+                    continue
                 _turn(session, conversation, _message(text), max_new_tokens, stats)
-            except UsageError as error:
-                if not sys.stdin.isatty():
+            except DeployError as error:
+                changing = text.startswith(ADAPTER)
+                if not sys.stdin.isatty() or not (changing or isinstance(error, UsageError)):
                     raise  # nobody is there to read it and go on
-                click.echo(f"error: {error}\n  or: {RESET} forgets the conversation", err=True)
+                more = "" if changing else f"\n  or: {RESET} forgets the conversation"
+                click.echo(f"error: {error}{more}", err=True)
 
 
 def _greeting(engine: Engine) -> str:
@@ -107,7 +125,27 @@ def _greeting(engine: Engine) -> str:
 
 
 def _help() -> str:
-    return "\n".join(f"{name:<8}{meaning}" for name, meaning in (COMMANDS | BESIDE).items())
+    return "\n".join(f"{name:<10}{meaning}" for name, meaning in (COMMANDS | BESIDE).items())
+
+
+def _change(engine: Engine, session: Session, loaded: list[str], *, wanted: str) -> str:
+    """Go on with another adapter; what to say about it.
+
+    Args:
+        loaded: names of those there are; one that is loaded now is added.
+        wanted: a name, a directory, `none`, or nothing at all.
+
+    Raises:
+        UsageError, ArtifactError, CheckpointError: there is none like this.
+    """
+    if wanted == NONE:
+        session.use(None)
+    elif wanted:
+        name = wanted if wanted in loaded else engine.load_adapter(wanted)
+        session.use(name)
+        loaded += [name] if name not in loaded else []
+    names = [f"{name} (speaks)" if name == session.adapter else name for name in loaded]
+    return f"adapters: {', '.join(names) or 'none is loaded'}" + ("" if session.adapter else "; the model alone speaks")
 
 
 def _message(text: str) -> str:

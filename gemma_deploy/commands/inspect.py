@@ -15,6 +15,7 @@ from gemma_deploy.options import adapter_option
 
 if TYPE_CHECKING:
     from gemma_deploy.artifact.manifest import GraphRecord, Manifest
+    from gemma_deploy.artifact.opened import Artifact
     from gemma_deploy.checkpoint import AdapterRef
 
 EPILOG = """\b
@@ -46,7 +47,7 @@ def command(path: str, adapter: tuple[AdapterRef, ...], params: bool, as_json: b
         if adapter:
             raise click.UsageError("--adapter goes with a checkpoint; an artifact says what was added to it")
         manifest = artifact.manifest
-        facts, tensors = artifact_facts(manifest), manifest.table.to_json()
+        facts, tensors = artifact_facts(manifest) | runtime_adapters(artifact), manifest.table.to_json()
     else:
         checkpoint = Checkpoint.open(resolve_checkpoint(path), adapter)
         facts = checkpoint_facts(checkpoint)
@@ -109,6 +110,29 @@ def adapter_facts(adapters: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """A row for the adapters that were added; none without them."""
     each = [f"{one['path']}, weight {one['weight']:g}, {one['fingerprint'][:12]}" for one in adapters]
     return {"adapter": "; ".join(each)} if each else {}
+
+
+def runtime_adapters(artifact: Artifact) -> dict[str, Any]:
+    """What an artifact takes of LoRA adapters, and those that it keeps; nothing where it takes none."""
+    from gemma_deploy.artifact.adapters import kept_names, open_kept
+    from gemma_deploy.errors import DeployError
+
+    slots = artifact.manifest.contract.adapters
+    if slots is None:
+        return {}
+    rows: list[dict[str, Any]] = []
+    for name in kept_names(artifact):
+        try:
+            record = open_kept(artifact, name).record
+        except DeployError as error:
+            rows.append({"adapter": name, "from": error.what})
+            continue
+        size = round(record.file.bytes / MIB, 2)
+        rows.append(
+            {"adapter": name, "rank": record.rank, "linears": record.linears, "MiB": size, "from": record.source}
+        )
+    takes = f"of rank {slots.rank} at most, {slots.dtype}, on {len(slots.linears)} linears"
+    return {"adapters": {"takes": takes, "keeps": len(rows) or "none"}, "kept adapters": rows}
 
 
 def part_rows(manifest: Manifest) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ Examples:
   gemma-deploy run workspace/NAME -p "Once upon a time" -n 100 --temperature 0.8 --top-p 0.95 --seed 1
   gemma-deploy run workspace/NAME --chat -p "Why is the sky blue?" --stats
   gemma-deploy run workspace/NAME --chat -p - --lookup --stats < text_to_correct.txt
+  gemma-deploy run workspace/NAME --adapter runs/pirate/adapter -p "Once upon a time"
   echo "The list of" | gemma-deploy run workspace/NAME -p - --strict
 
 Artifacts of `backend.type: onnxruntime` run in onnxruntime-genai where that is installed, or else in ONNX Runtime
@@ -42,6 +43,7 @@ itself. The text goes to standard output, everything else to standard error.
 @generation_options
 @click.option("--strict", is_flag=True, help="Compute exactly what the graph says (slow; static artifacts).")
 @click.option("--lookup", is_flag=True, help="Guess ahead where text repeats itself (greedy; ONNX Runtime artifacts).")
+@click.option("--adapter", metavar="NAME|DIR", help="A LoRA adapter: kept in the artifact, or a directory of peft's.")
 @click.option("--stats", is_flag=True, help="Say how many tokens and how fast, at the end.")
 def command(
     artifact: Path,
@@ -55,6 +57,7 @@ def command(
     threads: int,
     strict: bool,
     lookup: bool,
+    adapter: str | None,
     stats: bool,
 ) -> None:
     """Continue a text with ARTIFACT and print it as it comes.
@@ -79,7 +82,10 @@ def command(
     engine = open_engine(opened, threads=threads, strict=strict, one_reply=True)
     if chat and (note := unended(engine.tokenizer, engine.stop_ids)):
         log.warning("%s", note)
-    pieces = engine.stream(text, sampling=sampling, max_new_tokens=max_new_tokens, lookup=lookup, stats=done)
+    name = None if adapter is None else engine.load_adapter(adapter)
+    pieces = engine.stream(
+        text, sampling=sampling, max_new_tokens=max_new_tokens, lookup=lookup, adapter=name, stats=done
+    )
     waiting, interrupted = "" if chat else prompt, False  # a prompt is shown when its continuation begins
     try:
         for piece in pieces:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gemma_deploy.artifact.adapters import slots_of
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.errors import UsageError
@@ -82,6 +83,23 @@ class Session(ABC):
         Raises:
             UsageError: there is no room for them; the sequence is as it was.
         """
+
+    @property
+    def adapter(self) -> str | None:
+        """Name of the adapter that the model is computed with; None: with none."""
+        return None
+
+    def use(self, adapter: str | None) -> None:
+        """Go on with another adapter, or with none: what the sequence holds is read again when it goes on.
+
+        Args:
+            adapter: what `Engine.load_adapter` gave.
+
+        Raises:
+            UsageError: no adapter of that name is loaded.
+        """
+        if adapter is not None:
+            raise UsageError(f"no adapter {adapter!r} is loaded", where=str(self.path))
 
     def reply(
         self,
@@ -252,15 +270,34 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def source(self, kernels: str | None = None) -> LogitSource:
+    def source(self, kernels: str | None = None, adapter: str | None = None) -> LogitSource:
         """Logits at every position of many prompts, for comparisons; computed apart from all sessions.
 
         Args:
             kernels: one of `kernel_names`, None for the first of them; `strict` computes what the weights stand for.
+            adapter: what `load_adapter` gave; None: with none.
 
         Raises:
-            UsageError: there are no such kernels.
+            UsageError: there are no such kernels, or no adapter of that name is loaded.
         """
+
+    def load_adapter(self, adapter: str | Path) -> str:
+        """Make an adapter ready for sessions; the model stays open.
+
+        Args:
+            adapter: name of one that the artifact keeps (`gemma-deploy adapter`), or a directory that peft wrote, which
+                is kept on the way.
+
+        Returns:
+            The name that `Session.use` takes.
+
+        Raises:
+            UsageError: the artifact takes no adapters, there is none of that name, or it cannot be loaded beside an
+                artifact. ArtifactError: its file has changed. CheckpointError: the directory is damaged, or is of
+                another model.
+        """
+        slots_of(self.artifact)  # says what an artifact without them needs
+        raise AssertionError(adapter)  # pragma: no cover: a back end that has slots loads them
 
     def stream(
         self,
@@ -270,6 +307,7 @@ class Engine(ABC):
         max_new_tokens: int = 128,
         stop: Sequence[str] = (),
         lookup: bool = False,
+        adapter: str | None = None,
         stats: GenerationStats | None = None,
     ) -> Iterator[str]:
         """What the model says to one prompt, in a session for that alone; see `Session.reply`.
@@ -277,6 +315,7 @@ class Engine(ABC):
         Args:
             prompt: a text to continue, chat messages to answer, or token ids as they are.
             lookup: see `session`.
+            adapter: what `load_adapter` gave; None: with none.
 
         Raises:
             UsageError, ArtifactError: see `session` and `Session.reply`; at once, before the first piece.
@@ -284,6 +323,7 @@ class Engine(ABC):
         check_length(max_new_tokens)
         ids = encoded(self.tokenizer, prompt)
         session = self.session(sampling, max_length=len(ids) + max_new_tokens, lookup=lookup)
+        session.use(adapter)
         stats = stats if stats is not None else GenerationStats()
         stats.load_seconds = self._loaded_for_stream()
         return session.reply(ids, max_new_tokens=max_new_tokens, stop=stop, stats=stats)

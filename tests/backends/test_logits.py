@@ -95,7 +95,7 @@ def test_logits_of_other_tokens_fail_the_gate(compiled, tmp_path):
 def test_as_many_positions_are_compared_as_fit(compiled, monkeypatch):
     """Of a large vocabulary, so that the proof stays in bounded memory; two at least, which shows their order."""
     seen, whole = [], source.whole_logits
-    monkeypatch.setattr(source, "whole_logits", lambda path, ids: seen.append(whole(path, ids)) or seen[-1])
+    monkeypatch.setattr(source, "whole_logits", lambda *given: seen.append(whole(*given)) or seen[-1])
     monkeypatch.setattr(source, "WHOLE_BYTES", 7 * 4 * 512)
     assert gate(compiled("gemma2")).passed
     monkeypatch.setattr(source, "WHOLE_BYTES", 1)

@@ -39,19 +39,37 @@ def write_tokenizer(directory: Path, *, template: str | None = TEMPLATE) -> Path
     return directory
 
 
-def compile_tiny(root: Path, model_type: str, backend: dict, *, template: str | None = TEMPLATE, **changes) -> Path:
-    """A tiny checkpoint with a tokenizer, compiled without its gate: ROOT/checkpoint, ROOT/workspace/tiny."""
+def compile_tiny(
+    root: Path,
+    model_type: str,
+    backend: dict,
+    *,
+    template: str | None = TEMPLATE,
+    recipe: dict | None = None,
+    **changes,
+) -> Path:
+    """A tiny checkpoint with a tokenizer, compiled without its gate: ROOT/checkpoint, ROOT/workspace/tiny.
+
+    Args:
+        recipe: more sections of the recipe, and keys of `frontend`; changes: of the config.
+    """
     from gemma_deploy.compile import compile_recipe  # needs torch
     from gemma_deploy.recipe import Recipe
     from gemma_deploy.testing import write_tiny_checkpoint
 
     checkpoint = write_tiny_checkpoint(root / "checkpoint", model_type, **changes)
     write_tokenizer(checkpoint, template=template)
-    recipe = {
+    more = dict(recipe or {})
+    sections = {
         "name": "tiny",
-        "frontend": {"checkpoint": str(checkpoint), "shape": {"input_ids": [[64], [128]]}},
+        "frontend": {
+            "checkpoint": str(checkpoint),
+            "shape": {"input_ids": [[64], [128]]},
+            **more.pop("frontend", {}),
+        },
         "backend": backend,
         "workspace": {"path": str(root / "workspace")},
+        **more,
     }
-    (root / "recipe.json").write_text(json.dumps(recipe))  # JSON is YAML
+    (root / "recipe.json").write_text(json.dumps(sections))  # JSON is YAML
     return compile_recipe(Recipe.load(root / "recipe.json"), parity=False).path

@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gemma_deploy.artifact.adapters import KeptAdapter, open_kept, slots_of
 from gemma_deploy.artifact.opened import Artifact
+from gemma_deploy.backends.onnxruntime.adapters import adapter_named, arrays_of, keep, values_of
 from gemma_deploy.backends.onnxruntime.genai import INSTALL, GenaiModel, GenaiSession, genai_installed, require_genai
 from gemma_deploy.backends.onnxruntime.lookup import NEAR_TIE, Greedy, LookupModel, LookupSequence
 from gemma_deploy.errors import UsageError
+from gemma_deploy.reading import is_dir
 from gemma_deploy.runtime.engine import Engine, Limits, Session
 from gemma_deploy.runtime.generate import GenerationStats, check_context
 from gemma_deploy.runtime.limits import check_tokens
@@ -39,6 +44,7 @@ class OrtSession(Session):
         max_length: tokens there may be in all; the cache is made for as many. The model's context by default.
         endless: no stop token ends a reply.
         lookup: guess ahead; greedy only.
+        adapters: those that may be used, by name.
 
     Raises:
         UsageError: what is drawn at random cannot be looked up.
@@ -53,9 +59,11 @@ class OrtSession(Session):
         max_length: int | None = None,
         endless: bool = False,
         lookup: bool = False,
+        adapters: Mapping[str, KeptAdapter] = MappingProxyType({}),
     ) -> None:
         super().__init__(tokenizer, model.path, () if endless else model.stop_ids)
-        self.model, self.lookup = model, lookup
+        self.model, self.lookup, self._adapters = model, lookup, adapters
+        self._adapter: str | None = None
         sampling = sampling if sampling is not None else Sampling()
         if lookup and sampling.temperature > 0:
             raise UsageError(
@@ -71,7 +79,29 @@ class OrtSession(Session):
         """See `Session`."""
         self._ids: list[int] = []
         self._answer: Sequence[int] = ()  # of the last reply, as far as it came
-        self._sequence = LookupSequence(self.model, self.max_length)
+        self._begin_cache()
+
+    def _begin_cache(self) -> None:
+        """An empty cache for what the model computes with the adapter that is used."""
+        matrices = None if self._adapter is None else self.model.adapters[self._adapter]
+        self._sequence = LookupSequence(self.model, self.max_length, matrices)
+
+    @property
+    def adapter(self) -> str | None:
+        """See `Session`."""
+        return self._adapter
+
+    def use(self, adapter: str | None) -> None:
+        """See `Session`."""
+        if adapter == self._adapter:
+            return
+        if adapter is not None and adapter not in self.model.adapters:
+            kept = adapter_named(adapter, self._adapters, self.path)
+            self.model.adapters[adapter] = values_of(kept, self.model.slots)
+        self.cancel()
+        self._ids, self._answer = self.ids, ()
+        self._adapter = adapter
+        self._begin_cache()
 
     @property
     def ids(self) -> list[int]:
@@ -127,6 +157,7 @@ class OrtEngine(Engine):
     def __init__(self, artifact: Artifact, *, threads: int = 0) -> None:
         super().__init__(artifact, threads=threads)
         self._told = False
+        self._adapters: dict[str, KeptAdapter] = {}
 
     def check_runtime(self) -> None:
         """See `Engine`.
@@ -172,13 +203,38 @@ class OrtEngine(Engine):
     def _session(self, sampling: Sampling | None, max_length: int | None, endless: bool, lookup: bool) -> Session:
         with self._opening:
             graph = self._graph
-        return OrtSession(graph, self.tokenizer, sampling, max_length=max_length, endless=endless, lookup=lookup)
+        return OrtSession(
+            graph,
+            self.tokenizer,
+            sampling,
+            max_length=max_length,
+            endless=endless,
+            lookup=lookup,
+            adapters=self._adapters,
+        )
 
-    def source(self, kernels: str | None = None) -> LogitSource:
+    def source(self, kernels: str | None = None, adapter: str | None = None) -> LogitSource:
         """See `Engine`: the graph made exact, or with the kernels it ships."""
         from gemma_deploy.backends.onnxruntime.source import DynamicSource
 
-        return DynamicSource(self.path, "strict" if kernels == "strict" else "shipped")
+        kept = None if adapter is None else adapter_named(adapter, self._adapters, self.path)
+        matrices = None if kept is None else arrays_of(values_of(kept, slots_of(self.artifact)))
+        return DynamicSource(self.path, "strict" if kernels == "strict" else "shipped", adapter=matrices)
+
+    def load_adapter(self, adapter: str | Path) -> str:
+        """See `Engine`."""
+        slots_of(self.artifact)
+        given = str(adapter)
+        if is_dir(given):
+            kept, name = keep(self.artifact, Path(given)), Path(given).resolve().name
+        else:
+            kept, name = open_kept(self.artifact, given), given
+        kept.check()
+        known = self._adapters.get(name)
+        if known is not None and known != kept:
+            name = kept.name
+        self._adapters[name] = kept
+        return name
 
 
 class GenaiEngine(OrtEngine):
@@ -191,7 +247,7 @@ class GenaiEngine(OrtEngine):
 
     @functools.cached_property
     def _model(self) -> GenaiModel:
-        return GenaiModel(self.path, self.threads)
+        return GenaiModel(self.path, self.threads, self.manifest.contract.adapters)
 
     @property
     def load_seconds(self) -> float:
@@ -214,7 +270,9 @@ class GenaiEngine(OrtEngine):
             model = self._model
         length = max_length or model.context_length
         min_length = min(length, model.context_length) if endless else 0  # a stop token would end genai's generator
-        session = GenaiSession(model, self.tokenizer, sampling, max_length=length, min_length=min_length)
+        session = GenaiSession(
+            model, self.tokenizer, sampling, max_length=length, min_length=min_length, adapters=self._adapters
+        )
         if endless:
             session.stop_ids = frozenset()
         return session

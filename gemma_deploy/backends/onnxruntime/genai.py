@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from gemma_deploy import extras
+from gemma_deploy.artifact.adapters import KeptAdapter
+from gemma_deploy.backends.onnxruntime.adapters import adapter_named, values_of
 from gemma_deploy.backends.onnxruntime.genai_config import CONFIG_FILE, read_genai_config
 from gemma_deploy.errors import NO_MEMORY, ArtifactError, DeployError, UsageError
+from gemma_deploy.graph.contract import AdapterSlots
 from gemma_deploy.names import PARAMS
 from gemma_deploy.runtime.engine import Session
 from gemma_deploy.runtime.generate import GenerationStats, check_context
@@ -36,6 +40,7 @@ class GenaiModel:
     Args:
         artifact_dir: directory with genai_config.json, the graph it names and params.safetensors.
         threads: of one operator; 0 for as many as there are cores.
+        slots: what the graph takes of an adapter; None: nothing.
 
     Attributes:
         context_length: positions there are, prompt and answer together.
@@ -48,8 +53,8 @@ class GenaiModel:
         ArtifactError: a file is missing or damaged, or genai refuses the model.
     """
 
-    def __init__(self, artifact_dir: str | Path, threads: int = 0) -> None:
-        self.path = Path(artifact_dir)
+    def __init__(self, artifact_dir: str | Path, threads: int = 0, slots: AdapterSlots | None = None) -> None:
+        self.path, self.slots = Path(artifact_dir), slots
         require_genai(str(self.path))
         import onnxruntime_genai as og
 
@@ -77,13 +82,35 @@ class GenaiModel:
                 if "interface not available" in reason
                 else "run `gemma-deploy verify` on the artifact, then compile it again",
             ) from error
+        self._adapters: Any = None
+        self._loaded: set[str] = set()
         self.load_seconds = time.perf_counter() - started
 
-    def generator(self, sampling: Sampling, max_length: int, min_length: int = 0) -> Any:
+    def load_adapter(self, kept: KeptAdapter) -> None:
+        """Let genai load a kept adapter, once.
+
+        Raises:
+            ArtifactError: it has changed since it was made, or does not fit; genai refuses it.
+        """
+        if kept.name in self._loaded:
+            return
+        import onnxruntime_genai as og
+
+        values_of(kept, self.slots)  # genai itself says what is wrong when it computes
+        if self._adapters is None:
+            self._adapters = og.Adapters(self._model)
+        with _explained(kept.file):
+            self._adapters.load(str(kept.file), kept.name)
+        self._loaded.add(kept.name)
+
+    def generator(
+        self, sampling: Sampling, max_length: int, min_length: int = 0, *, adapter: KeptAdapter | None = None
+    ) -> Any:
         """A generator of genai for one sequence of up to `max_length` tokens.
 
         Args:
             min_length: no stop token is chosen before.
+            adapter: what it is computed with; it is loaded where it is not yet.
         """
         import onnxruntime_genai as og
 
@@ -97,7 +124,12 @@ class GenaiModel:
         with _explained(self.path):
             parameters = og.GeneratorParams(self._model)
             parameters.set_search_options(**options)
-            return og.Generator(self._model, parameters)
+            generator = og.Generator(self._model, parameters)
+        if adapter is not None:
+            self.load_adapter(adapter)
+            with _explained(adapter.file):
+                generator.set_active_adapter(self._adapters, adapter.name)
+        return generator
 
 
 class GenaiSession(Session):
@@ -108,6 +140,7 @@ class GenaiSession(Session):
         max_length: tokens there may be in all; the model's context by default. The cache is made for as many, and for
             a window of the model where its caches hold that alone.
         min_length: no stop token is chosen before.
+        adapters: those that may be used, by name.
     """
 
     def __init__(
@@ -118,9 +151,11 @@ class GenaiSession(Session):
         *,
         max_length: int | None = None,
         min_length: int = 0,
+        adapters: Mapping[str, KeptAdapter] = MappingProxyType({}),
     ) -> None:
         super().__init__(tokenizer, model.path, model.stop_ids)
-        self.model = model
+        self.model, self._adapters = model, adapters
+        self._adapter: str | None = None
         self.sampling = sampling if sampling is not None else Sampling()
         self.max_length = min(max(max_length or model.context_length, model.window), model.context_length)
         self.min_length = min_length
@@ -128,12 +163,35 @@ class GenaiSession(Session):
 
     def reset(self) -> None:
         """See `Session`."""
-        self._generator = self.model.generator(self.sampling, self.max_length, self.min_length)
+        self._before: list[int] = []  # tokens of the sequence that this generator has yet to read
+        self._begin()
+
+    def _begin(self) -> None:
+        """A generator that has read nothing, with the adapter that is used."""
+        kept = None if self._adapter is None else self._adapters[self._adapter]
+        self._generator = self.model.generator(self.sampling, self.max_length, self.min_length, adapter=kept)
+
+    @property
+    def adapter(self) -> str | None:
+        """See `Session`."""
+        return self._adapter
+
+    def use(self, adapter: str | None) -> None:
+        """See `Session`; an active adapter of genai's generator cannot be taken back, so there is a new one."""
+        if adapter == self._adapter:
+            return
+        if adapter is not None:
+            self.model.load_adapter(adapter_named(adapter, self._adapters, self.path))
+        self.cancel()
+        self._before, self._adapter = self.ids, adapter
+        self._begin()
 
     @property
     def ids(self) -> list[int]:
         """See `Session`."""
-        return [int(token) for token in self._generator.get_sequence(0)] if self._generator.token_count() else []
+        if not self._generator.token_count():
+            return list(self._before)
+        return [int(token) for token in self._generator.get_sequence(0)]
 
     def read(self, ids: Sequence[int]) -> np.ndarray:
         """See `Session`."""
@@ -143,7 +201,8 @@ class GenaiSession(Session):
             return np.array(self._generator.get_logits()[0, -1], np.float32)
 
     def _admit(self, ids: list[int]) -> int:
-        check_context(len(ids), self.model.context_length, str(self.path), before=self._generator.token_count())
+        before = self._generator.token_count() or len(self._before)
+        check_context(len(ids), self.model.context_length, str(self.path), before=before)
         check_tokens(ids, self.model.vocab_size, "prompt")
         return len(ids)
 
@@ -157,6 +216,8 @@ class GenaiSession(Session):
                 # genai may have chosen the last token but not read it: without this it never would, nor shift what
                 # follows. Rewinding to read it again is no way: caches of a window do not give up what they have read.
                 generator.get_logits()
+            else:
+                ids, self._before = [*self._before, *ids], []
             generator.append_tokens(np.asarray(ids, np.int32))
 
     def _steps(self, ids: list[int], stats: GenerationStats) -> Iterator[Sequence[int]]:

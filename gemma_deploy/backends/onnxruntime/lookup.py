@@ -14,8 +14,9 @@ Runtime's, on the artifact's graph with another choice of positions (backends/on
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from gemma_deploy.backends.onnxruntime.window import CACHES, capacity_of, empty_
 from gemma_deploy.errors import ArtifactError, DeployError, UsageError
 from gemma_deploy.runtime.generate import stop_token_ids
 from gemma_deploy.runtime.session import VERIFY, as_compiled, load_file, open_graph
+
+if TYPE_CHECKING:
+    from onnxruntime import OrtValue
 
 MOST_TOKENS = 8  # in a step, the newest one and those guessed
 TOGETHER = 512  # tokens of a prompt, see CHUNKS in backend.py
@@ -102,6 +106,8 @@ class LookupModel:
         if not any(value.name.startswith(CACHES) for value in self.session.get_inputs()):
             raise ArtifactError("its graph has no cache", where=str(self.path / GRAPH), next_step=VERIFY)
         self.vocab_size = int(next(v for v in self.session.get_outputs() if v.name == "logits").shape[2])
+        self.slots = manifest.contract.adapters
+        self.adapters: dict[str, Mapping[str, OrtValue]] = {}  # loaded ones, their matrices by input
 
 
 class LookupSequence:
@@ -109,15 +115,16 @@ class LookupSequence:
 
     Args:
         room: tokens there may be, at most.
+        adapter: matrices of an adapter, by input of the graph.
 
     Attributes:
         length: tokens that count; it may be set back by as many as `ahead` gave, if these were more than one.
     """
 
-    def __init__(self, model: LookupModel, room: int) -> None:
+    def __init__(self, model: LookupModel, room: int, adapter: Mapping[str, OrtValue] | None = None) -> None:
         from onnxruntime import OrtValue
 
-        self.model, self.length = model, 0
+        self.model, self.length, self._adapter = model, 0, dict(adapter or {})
         empty = empty_caches(model.session, model.windows, room)
         self._caches = {name: OrtValue.ortvalue_from_numpy(array) for name, array in empty.items()}
         self._windows = set(model.windows.values())
@@ -143,6 +150,9 @@ class LookupSequence:
         for name, cache in self._caches.items():
             binding.bind_ortvalue_input(name, cache)
             binding.bind_ortvalue_output(name.replace("past_key_values", "present"), cache)
+        # Bound like any input: ONNX Runtime 1.32 ignores RunOptions.add_active_adapter where inputs are bound.
+        for name, matrix in self._adapter.items():
+            binding.bind_ortvalue_input(name, matrix)
         self.model.session.run_with_iobinding(binding)
         self.length = total
         logits: np.ndarray = binding.get_outputs()[0].numpy()[0]  # in the order in which they were bound

@@ -7,7 +7,7 @@ included, is `whole_logits`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,7 @@ SAME_TYPE = (
 )  # fmt: skip
 Kernels = Literal["strict", "shipped"]
 STRICT: Kernels = "strict"
+SHIPPED: Kernels = "shipped"
 # One row of the head alone and among others: MatMulNBits adds in another order (real 270M: 5e-7).
 WHOLE_LIMIT = 1e-5
 WHOLE_BYTES = 64 << 20  # of logits of all positions that are compared
@@ -56,6 +57,7 @@ class DynamicSource:
         path: the artifact's directory.
         kernels: `strict` puts float32 products on dequantized weights in the place of kernels; `shipped` leaves them.
         watched: inner values to hand over, `MODULE.out`, for the search of a difference.
+        adapter: float32 matrices of an adapter, by input of the graph.
     """
 
     def __init__(
@@ -63,10 +65,12 @@ class DynamicSource:
         path: Path,
         kernels: Kernels = STRICT,
         watched: Sequence[str] = (),
+        *,
+        adapter: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self.name: str = kernels
         self.path, self.kernels = Path(path).resolve(), kernels
-        self.watched = watched
+        self.watched, self.adapter = watched, dict(adapter or {})
         self.values: dict[str, list[np.ndarray]] = {}
         self._head: Any = None
         self.progress: Tick | None = None
@@ -127,7 +131,12 @@ class DynamicSource:
         session = open_graph(model, self.path, strict=self.kernels == STRICT)
         empty = empty_caches(session, windows_of(graph))
         return _Session(
-            session, [str(value.name) for value in names.values()], list(names), empty=empty, values=self.values
+            session,
+            [str(value.name) for value in names.values()],
+            list(names),
+            empty=empty,
+            values=self.values,
+            adapter=self.adapter,
         )
 
 
@@ -137,6 +146,7 @@ class _Session:
     Args:
         names: values to fetch, the final norm's first; known_as: what the caller calls them.
         values: gets those after the first, a piece for each call.
+        adapter: see `DynamicSource`.
     """
 
     def __init__(
@@ -147,7 +157,9 @@ class _Session:
         *,
         empty: Caches,
         values: dict[str, list[np.ndarray]],
+        adapter: Caches,
     ) -> None:
+        self.adapter = adapter
         self.session, self.names, self.known_as, self.empty, self.values = session, list(names), known_as, empty, values
 
     def run(self, tokens: Sequence[int], before: _State | None = None) -> tuple[np.ndarray, _State]:
@@ -156,19 +168,19 @@ class _Session:
         total = before.length + len(tokens)
         feeds = {"input_ids": np.array([tokens], np.int64), "attention_mask": np.ones((1, total), np.int64)}
         present = [name.replace("past_key_values", "present") for name in before.caches]
-        results = self.session.run([*self.names, *present], feeds | before.caches)
+        results = self.session.run([*self.names, *present], feeds | before.caches | self.adapter)
         kept = results[: len(self.names)]
         for name, value in zip(self.known_as[1:], kept[1:], strict=True):
             self.values.setdefault(name, []).append(value[0].reshape(len(tokens), -1))
         return kept[0][0], _State(total, dict(zip(before.caches, results[len(self.names) :], strict=True)))
 
 
-def whole_logits(path: Path, tokens: Sequence[int]) -> np.ndarray:
+def whole_logits(path: Path, tokens: Sequence[int], adapter: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
     """Logits [1,V] after a prompt, or [S,V] of all its tokens, as the graph gives them; nothing of it is changed."""
     model = load_file(Path(path) / GRAPH)
     windows, session = windows_of(model.graph), open_graph(model, Path(path).resolve(), strict=False)
     feeds = {"input_ids": np.array([tokens], np.int64), "attention_mask": np.ones((1, len(tokens)), np.int64)}
-    feeds |= empty_caches(session, windows)
+    feeds |= empty_caches(session, windows) | dict(adapter or {})
     logits: np.ndarray = session.run([LOGITS], feeds)[0][0]
     return logits
 
@@ -183,7 +195,7 @@ def whole_graph_line(path: Path, shipped: DynamicSource, case: Case, *, vocab_si
     if logits == ALL:
         prompt, where = prompt[: max(2, WHOLE_BYTES // (4 * vocab_size))], "for every token of a prompt"
     parts = shipped.run([Case(case.name, (prompt,), ((),))])[0][0]
-    found = whole_logits(path, prompt)
+    found = whole_logits(path, prompt, shipped.adapter)
     expected = shipped.head(parts if logits == ALL else parts[-1:])
     error = largest_error(found, expected)
     return Line(f"shipped = its parts {where}", "relative error", error, WHOLE_LIMIT, error <= WHOLE_LIMIT)

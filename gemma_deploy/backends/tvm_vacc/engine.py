@@ -74,7 +74,7 @@ class StaticEngine(Engine):
         sampler = sampling.sampler() if sampling is not None else None
         return StaticSession(runner, self.tokenizer, sampler, stop_ids=() if endless else None)
 
-    def source(self, kernels: str | None = None) -> LogitSource:
+    def source(self, kernels: str | None = None, adapter: str | None = None) -> LogitSource:
         """See `Engine`: the graphs to the letter."""
         from gemma_deploy.backends.tvm_vacc.segments import StrictSource
 
