@@ -129,7 +129,7 @@ class Job:
         extras.require(*needed, what=f"compiling {recipe.name}")
         check_built(recipe)
         spec = recipe.spec
-        checkpoint = Checkpoint.open(resolve_checkpoint(recipe.frontend.checkpoint), recipe.adapters)
+        checkpoint = Checkpoint.open(resolve_checkpoint(recipe.frontend.checkpoint), recipe.merged_adapters)
         check_against_model(recipe, checkpoint.config.max_position_embeddings, _model_problems(spec, checkpoint.config))
         text = check_text(checkpoint)
         give_memory_back()  # of the tokenizer

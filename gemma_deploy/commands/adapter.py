@@ -9,11 +9,10 @@ import click
 EPILOG = """\b
 Examples:
   gemma-deploy adapter workspace/NAME runs/pirate/adapter --name pirate
-  gemma-deploy run workspace/NAME --adapter pirate -p "Once upon a time"
   gemma-deploy chat workspace/NAME --adapter pirate --adapter runs/poet/adapter
 
 The artifact's recipe says `adapters: {rank: N}` (backend.type onnxruntime). What cannot stay beside an artifact (DoRA,
-modules_to_save, LoRA of the token table) is merged: gemma-deploy compile RECIPE -s frontend.adapter=ADAPTER_DIR.
+modules_to_save, LoRA of the token table) is merged: gemma-deploy compile RECIPE --adapter ADAPTER_DIR.
 """
 
 
@@ -25,8 +24,8 @@ modules_to_save, LoRA of the token table) is merged: gemma-deploy compile RECIPE
 def command(artifact: Path, adapter_dir: Path, name: str | None, force: bool) -> None:
     """Keep the adapter in ADAPTER_DIR, which peft's save_pretrained wrote, in ARTIFACT as adapters/NAME.
 
-    It is checked against the artifact's model and never merged: `run` and `chat` load it with --adapter NAME, and `chat`
-    changes it without loading the model again.
+    It is checked against the artifact's model and never merged: `run` and `chat` load it with --adapter NAME, and
+    `chat` changes it without loading the model again.
     """
     from gemma_deploy.artifact.check import open_whole
     from gemma_deploy.backends import backend_of

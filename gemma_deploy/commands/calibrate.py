@@ -84,7 +84,7 @@ def command(
     started = time.perf_counter()
     loaded = Recipe.load(recipe, checkpoint=checkpoint, adapters=adapter) if recipe else None
     source = Checkpoint.open(
-        checkpoint or (loaded.frontend.checkpoint if loaded else "demo"), loaded.adapters if loaded else adapter
+        checkpoint or (loaded.frontend.checkpoint if loaded else "demo"), loaded.merged_adapters if loaded else adapter
     )
     request = _request(loaded, dataset, path, nsamples, seqlen, seed, source.config.max_position_embeddings)
     place = workspace or Path(loaded.workspace.path if loaded else "workspace")

@@ -101,7 +101,7 @@ class Recipe(RecipeSections):
         return recipe
 
     @property
-    def adapters(self) -> tuple[AdapterRef, ...]:
+    def merged_adapters(self) -> tuple[AdapterRef, ...]:
         """What `frontend.adapter` says."""
         return adapter_refs(self.frontend.adapter)
 

@@ -35,7 +35,7 @@ def load(adapter="", *overrides, **options):
 )
 def test_what_is_written(written, refs):
     recipe = load(written, env={"WHERE": "123"})
-    assert recipe.adapters == refs
+    assert recipe.merged_adapters == refs
     check_built(recipe)
     assert Recipe.from_text(yaml.safe_dump(recipe.resolved()), env={}) == recipe
 
@@ -50,11 +50,11 @@ def test_what_is_refused(written):
 
 
 def test_the_command_line_replaces_it():
-    assert load("adapter: a", "frontend.adapter=b").adapters == (AdapterRef("b"),)
-    assert load("adapter: a", "frontend.adapter=null").adapters == ()
+    assert load("adapter: a", "frontend.adapter=b").merged_adapters == (AdapterRef("b"),)
+    assert load("adapter: a", "frontend.adapter=null").merged_adapters == ()
     refs = (AdapterRef("b", 0.5), AdapterRef("c"))
     recipe = load("adapter: a", adapters=refs)
-    assert recipe.adapters == refs
+    assert recipe.merged_adapters == refs
     assert recipe.resolved()["frontend"]["adapter"] == [{"path": "b", "weight": 0.5}, "c"]
     assert load("adapter: a", adapters=[AdapterRef("b")]).resolved()["frontend"]["adapter"] == "b"
 
