@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gemma_deploy.api import evaluate, prove
     from gemma_deploy.artifact.opened import Artifact
+    from gemma_deploy.checkpoint.adapters.merging import AdapterRef
     from gemma_deploy.compile import compile_recipe
     from gemma_deploy.engine import open_engine
     from gemma_deploy.errors import DeployError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "AdapterRef",
     "Artifact",
     "Conversation",
     "DeployError",
@@ -40,6 +42,7 @@ __all__ = [
     "prove",
 ]
 _WHERE = {
+    "AdapterRef": "checkpoint.adapters.merging",
     "Artifact": "artifact.opened",
     "Conversation": "runtime.chat",
     "DeployError": "errors",

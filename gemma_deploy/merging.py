@@ -31,7 +31,6 @@ from gemma_deploy.workdir import Maker, WorkDir, partial_of
 from gemma_deploy.writing import finite, whole_file, write_json
 
 SHARD_BYTES = 5_000_000_000
-BLOCK_BYTES = 8 << 20  # of a weight at a time: whole tiles of rows, and no more than two of them in memory
 LEFT_BYTES = 64 << 20  # of the disk
 DTYPES: dict[str, StoredDtype] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 MERGE = Maker("merge", ParamsError, full="make room there and run the same command again: it continues")
@@ -104,7 +103,6 @@ def merge(
                 merged.path / name,
                 journal=merged.path / f"{name}.journal",
                 workers=workers,
-                block_bytes=BLOCK_BYTES,
                 progress=None if progress is None else _from(progress, done, total),
             )
             done += sum(spec.nbytes for spec in plan)

@@ -17,7 +17,9 @@ import numpy as np
 from gemma_deploy.checkpoint.adapters.updates import LowRank, TokenRows
 from gemma_deploy.checkpoint.source import Rows
 
-TILE_ROWS = 64
+TILE_BYTES = (
+    2 << 20
+)  # of a product that is computed at once; blocks that the parameter writer reads begin where tiles do
 RANKS_AT_ONCE = 128  # above some 384 the library cuts the sum into pieces that depend on its threads
 NORM_ROWS = 4096  # of a table at a time, where its channels' lengths are summed
 CACHED_BYTES = 32 << 20  # of first factors
@@ -53,6 +55,11 @@ class FirstFactors:
         return found
 
 
+def tile_rows(width: int) -> int:
+    """Rows of a tile; the same for every block of a weight."""
+    return max(1, TILE_BYTES // (4 * width))
+
+
 def multiplied(b: np.ndarray, a: np.ndarray) -> np.ndarray:
     """`b @ a`, float32; for one shape always the same bits.
 
@@ -75,6 +82,12 @@ class Step:
 
     update: LowRank
     scaling: float
+
+    def scaled_rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of `scaling * B`."""
+        b = self.update.b_rows(start, stop)
+        b *= np.float32(self.scaling)
+        return b
 
 
 @dataclass(frozen=True)
@@ -101,17 +114,17 @@ class Sum:
 
     def _rows(self, start: int, stop: int) -> np.ndarray:
         out = self.base.rows(start, stop)
-        count = self.entry.shape[0]
-        begin, end = start - start % TILE_ROWS, min(-(-stop // TILE_ROWS) * TILE_ROWS, count)
-        pairs = [(self.factors.of(step.update), step.update.b_rows(begin, end)) for step in self.steps]
-        for first in range(begin, end, TILE_ROWS):
-            last = min(first + TILE_ROWS, count)
+        count, width = self.entry.shape
+        tile = tile_rows(width)
+        begin, end = start - start % tile, min(-(-stop // tile) * tile, count)
+        pairs = [(self.factors.of(step.update), step.scaled_rows(begin, end)) for step in self.steps]
+        for first in range(begin, end, tile):
+            last = min(first + tile, count)
             asked = slice(max(first, start), min(last, stop))
             part = out[asked.start - start : asked.stop - start]
             base = part.copy() if self._lengths_count else part
             for step, (a, b) in zip(self.steps, pairs, strict=True):
                 product = multiplied(b[first - begin : last - begin], a)
-                product *= np.float32(step.scaling)
                 product = product[asked.start - first : asked.stop - first]
                 factor = self._factor(step, base, product, asked)
                 part += product

@@ -7,19 +7,21 @@ import numpy as np
 import pytest
 
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.checkpoint.adapters import Adapter
-from gemma_deploy.checkpoint.adapters.sums import TILE_ROWS, FirstFactors, Step, Sum
+from gemma_deploy.checkpoint.adapters import Adapter, sums
+from gemma_deploy.checkpoint.adapters.sums import FirstFactors, Step, Sum
 from tests.checkpoint.adapters.make import PREFIX, TABLE, pair, write_adapter
 from tests.checkpoint.make import config, weights, write_checkpoint
 
+TILE = 64  # rows, by the fixture below
 WIDE = {"hidden_size": 96, "intermediate_size": 300, "vocab_size": 200}
 UP = f"{PREFIX}model.layers.1.mlp.up_proj"
 NAME, TABLE_NAME = "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"
 
 
 @pytest.fixture(params=["lora", "dora"])
-def opened(request, tmp_path):
+def opened(request, tmp_path, monkeypatch):
     """A checkpoint whose up_proj [300, 96] and table [200, 96] an adapter of rank 33 changes; and its tensors."""
+    monkeypatch.setattr(sums, "TILE_BYTES", TILE * 4 * 96)
     raw = config(**WIDE)
     tensors = write_checkpoint(tmp_path / "base", raw, weights(raw), dtype="BF16")
     rng = np.random.default_rng(1)
@@ -62,7 +64,7 @@ def test_it_is_the_definition(opened, name):
 
 
 @pytest.mark.parametrize("name", [NAME, TABLE_NAME])
-@pytest.mark.parametrize("step", [1, 7, TILE_ROWS - 1, TILE_ROWS, TILE_ROWS + 1, 199])
+@pytest.mark.parametrize("step", [1, 7, TILE - 1, TILE, TILE + 1, 199])
 def test_a_row_is_the_same_bits_in_every_block(opened, name, step):
     count = opened[0].tensors[name].shape[0]
     whole = opened[0].rows(name, 0, count)
@@ -84,9 +86,9 @@ def test_other_tensors_are_the_checkpoint_s_own(opened):
 def test_threads_change_no_bit(rank):
     code = (
         "import numpy as np, hashlib, sys\n"
-        "from gemma_deploy.checkpoint.adapters.sums import TILE_ROWS, multiplied\n"
+        "from gemma_deploy.checkpoint.adapters.sums import multiplied, tile_rows\n"
         f"rng = np.random.default_rng(0); a = rng.standard_normal(({rank}, 2048), np.float32)\n"
-        f"b = rng.standard_normal((TILE_ROWS, {rank}), np.float32)\n"
+        f"b = rng.standard_normal((tile_rows(2048), {rank}), np.float32)\n"
         "print(hashlib.sha256(multiplied(b, a).tobytes()).hexdigest())"
     )
     said = set()
@@ -95,6 +97,13 @@ def test_threads_change_no_bit(rank):
         done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
         said.add(done.stdout)
     assert len(said) == 1
+
+
+def test_the_writer_s_blocks_are_tiles():
+    """Else the products of a tile would be computed for each block of it."""
+    from gemma_deploy.params.writer import BLOCK_BYTES
+
+    assert all(max(1, BLOCK_BYTES // (4 * width)) == sums.tile_rows(width) for width in (640, 2048, 16384, 1 << 20))
 
 
 def test_factors_in_memory_are_bounded(tmp_path):
