@@ -29,8 +29,9 @@ from gemma_deploy.checkpoint.index import (
     refuse_other_formats,
 )
 from gemma_deploy.checkpoint.naming import PREFIX, name_tensors
-from gemma_deploy.checkpoint.safetensors_reader import Entry, SafetensorsFile, readable
+from gemma_deploy.checkpoint.safetensors_reader import SafetensorsFile, readable
 from gemma_deploy.checkpoint.source import Rows, TensorInfo, equal
+from gemma_deploy.checkpoint.stored import Stored
 from gemma_deploy.dtypes import BY_NAME
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.names import CONFIG, EMBEDDING_WEIGHT, GENERATION_CONFIG, HEAD_WEIGHT
@@ -39,7 +40,7 @@ from gemma_deploy.provenance import code_of
 if TYPE_CHECKING:
     from hashlib import _Hash as _Digest
 
-    from gemma_deploy.checkpoint.gguf_reader import GgufEntry, GgufFile
+    from gemma_deploy.checkpoint.gguf_reader import GgufFile
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -59,27 +60,6 @@ TOKENIZER_FILE = reading.FileKind(
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor is: an open file, and its name there."""
-
-    file: SafetensorsFile | GgufFile
-    name: str
-
-    @property
-    def entry(self) -> Entry | GgufEntry:
-        """Shape, dtype and byte offsets."""
-        return self.file.entries[self.name]
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """See `Checkpoint.rows`."""
-        return self.file.rows(self.name, start, stop)
-
-    def raw_rows(self, start: int, stop: int) -> np.ndarray:
-        """See `Checkpoint.raw_rows`."""
-        return self.file.raw_rows(self.name, start, stop)
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """An open checkpoint; make one with `Checkpoint.open`.
 
@@ -91,7 +71,7 @@ class Checkpoint:
     config: ModelConfig
     tensors: Mapping[str, TensorInfo]
     notes: tuple[str, ...]
-    _places: Mapping[str, Place]
+    _places: Mapping[str, Stored[Any]]
     _config_bytes: bytes
     adapters: tuple[WeightedAdapter, ...] = ()
     _merged: Mapping[str, Rows] = field(default_factory=dict)
@@ -328,7 +308,7 @@ def _assemble(
     refuse_multimodal_names(path, files)
     expected = expected_tensors(config)
     named = name_tensors(files, expected, tied=config.tie_word_embeddings)
-    places = {name: Place(files[source], source) for name, source in named.sources.items()}
+    places = {name: Stored(files[source], source) for name, source in named.sources.items()}
     shapes = expected | ({HEAD_WEIGHT: expected[EMBEDDING_WEIGHT]} if HEAD_WEIGHT in places else {})
     problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in places]
     problems += [f"unexpected: {name} {list(files[name].entries[name].shape)}" for name in named.extras]
@@ -356,12 +336,12 @@ def _assemble(
     return cls(path, kind, config, tensors, tuple(notes), {name: places[name] for name in tensors}, config_bytes)
 
 
-def _info(name: str, place: Place) -> TensorInfo:
+def _info(name: str, place: Stored[Any]) -> TensorInfo:
     entry = place.entry
     return TensorInfo(name, entry.shape, entry.dtype, place.file.path, int(entry.stop - entry.start))
 
 
-def _tied_or_not(config: ModelConfig, places: Mapping[str, Place], notes: list[str]) -> ModelConfig:
+def _tied_or_not(config: ModelConfig, places: Mapping[str, Stored[Any]], notes: list[str]) -> ModelConfig:
     """Keep a head beside the table apart when it is another matrix, whatever the config says, as transformers does."""
     if equal(places[HEAD_WEIGHT], places[EMBEDDING_WEIGHT]):
         notes.append(f"{HEAD_WEIGHT} is ignored: it equals the token table, to which the config ties it")

@@ -42,7 +42,7 @@ class Described(Protocol):
 
 
 class Rows(Protocol):
-    """A matrix, or a vector, that is read in blocks of rows; a `Place` of a checkpoint is one."""
+    """A matrix, or a vector, that is read in blocks of rows; a `Stored` of a file is one."""
 
     @property
     def entry(self) -> Described:

@@ -180,8 +180,8 @@ def test_comparing_a_head_takes_blocks(tmp_path, stock, monkeypatch):
     from gemma_deploy.checkpoint import source
 
     monkeypatch.setattr(source, "COMPARED_BYTES", 4 * 32 * 10)
-    most, real = [], module.Place.raw_rows
-    monkeypatch.setattr(module.Place, "raw_rows", lambda self, a, b: most.append(b - a) or real(self, a, b))
+    most, real = [], module.Stored.raw_rows
+    monkeypatch.setattr(module.Stored, "raw_rows", lambda self, a, b: most.append(b - a) or real(self, a, b))
     config, tensors = stock()
     assert Checkpoint.open(write(tmp_path / "a", config, {"model.safetensors": other_head(tensors, -1)}))
     assert (max(most), len(most)) == (10, 20)  # of 96 rows, the last block differs

@@ -5,7 +5,6 @@ import pytest
 
 from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.errors import NotBuiltError
 from gemma_deploy.params import build_plan, write_params
 from gemma_deploy.params.quantized import QuantizedCheckpoint
 from gemma_deploy.params.rescaled import RescaledCheckpoint
@@ -110,9 +109,3 @@ def test_an_artifact_gives_the_checkpoints_numbers_back(sources, checkpoint):
         matrix = len(info.shape) == 2  # float16: 11 bits, and none below 2**-24, where a factor of 8 may have put it
         limits = {"rtol": 2.0**-11 if matrix else 0, "atol": 3e-7}
         np.testing.assert_allclose(rows(sources["artifact"], name), rows(checkpoint, name), **limits, err_msg=name)
-
-
-def test_an_adapter_is_refused(checkpoint, tmp_path):
-    with pytest.raises(NotBuiltError, match="merging an adapter is not built yet") as caught:
-        Checkpoint.open(checkpoint.path, adapter=tmp_path)
-    assert "merge_and_unload" in str(caught.value)

@@ -2,6 +2,6 @@
 
 from gemma_deploy.checkpoint.adapters.adapter import Adapter
 from gemma_deploy.checkpoint.adapters.settings import AdapterSettings
-from gemma_deploy.checkpoint.adapters.updates import LowRank, Replaced, Stored, TokenRows, Update
+from gemma_deploy.checkpoint.adapters.updates import LowRank, Replaced, TokenRows, Update
 
-__all__ = ["Adapter", "AdapterSettings", "LowRank", "Replaced", "Stored", "TokenRows", "Update"]
+__all__ = ["Adapter", "AdapterSettings", "LowRank", "Replaced", "TokenRows", "Update"]

@@ -25,7 +25,7 @@ from gemma_deploy.checkpoint.adapters.settings import (
     matches,
     refuse_other_adapters,
 )
-from gemma_deploy.checkpoint.adapters.updates import LowRank, Replaced, Stored, TokenRows, Update
+from gemma_deploy.checkpoint.adapters.updates import AdapterTensor, LowRank, Replaced, TokenRows, Update
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.checkpoint.expected import expected_tensors
 from gemma_deploy.checkpoint.safetensors_reader import SafetensorsFile, readable
@@ -54,7 +54,7 @@ class Adapter:
     path: Path
     settings: AdapterSettings
     updates: Mapping[str, Update]
-    bases: Mapping[str, Stored]
+    bases: Mapping[str, AdapterTensor]
     notes: tuple[str, ...]
 
     @classmethod
@@ -120,7 +120,7 @@ class _Reader:
         if config.tie_word_embeddings:
             self.shapes[HEAD_WEIGHT] = self.shapes[EMBEDDING_WEIGHT]
         self.updates: dict[str, Update] = {}
-        self.bases: dict[str, Stored] = {}
+        self.bases: dict[str, AdapterTensor] = {}
         self.problems: list[str] = []
         self.notes: list[str] = []
 
@@ -186,7 +186,7 @@ class _Reader:
             other = module.parts.get(named.part)
             beside = other.name if other else module.trained
             self.problems.append(f"twice: {named.stored} and {beside} are of one module, {module.path}")
-        module.parts[named.part] = Stored(self.file, named.stored)
+        module.parts[named.part] = AdapterTensor(self.file, named.stored)
 
     def _not_finite(self) -> list[str]:
         problems = []
@@ -228,7 +228,7 @@ class _Reader:
         elif base is not None:
             self.problems.append(f"{base.name}: the base of an adapted linear is not taken from an adapter")
 
-    def _fits(self, stored: Stored, name: str, *, resizable: bool) -> None:
+    def _fits(self, stored: AdapterTensor, name: str, *, resizable: bool) -> None:
         shape, expected = stored.entry.shape, self.shapes[name]
         if shape == expected or (resizable and len(shape) == 2 and shape[1] == expected[1] and shape[0] > 0):
             return

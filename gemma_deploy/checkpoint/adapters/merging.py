@@ -10,9 +10,10 @@ from typing import Any
 
 from gemma_deploy.checkpoint.adapters.adapter import Adapter
 from gemma_deploy.checkpoint.adapters.sums import FirstFactors, Step, Sum, WithRows
-from gemma_deploy.checkpoint.adapters.updates import LowRank, Replaced, Stored, TokenRows, Update
+from gemma_deploy.checkpoint.adapters.updates import LowRank, Replaced, TokenRows, Update
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.checkpoint.source import Rows, equal
+from gemma_deploy.checkpoint.stored import Stored
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.names import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from gemma_deploy.reading import is_dir

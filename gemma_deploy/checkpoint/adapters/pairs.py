@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gemma_deploy.checkpoint.adapters.settings import AdapterSettings
-from gemma_deploy.checkpoint.adapters.updates import LowRank, Stored, TokenRows, Update
+from gemma_deploy.checkpoint.adapters.updates import AdapterTensor, LowRank, TokenRows, Update
 from gemma_deploy.names import EMBEDDING
 
 FACTORS = {False: ("A", "B"), True: ("embedding_B", "embedding_A")}  # of an embedding: first [in, r], second [r, out]
@@ -25,7 +25,7 @@ class Module:
 
     path: str
     trained: str
-    parts: dict[str, Stored] = field(default_factory=dict)
+    parts: dict[str, AdapterTensor] = field(default_factory=dict)
 
 
 def is_named(module: Module, name: str) -> bool:

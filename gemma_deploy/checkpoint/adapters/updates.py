@@ -10,36 +10,10 @@ from typing import TypeAlias
 
 import numpy as np
 
-from gemma_deploy.checkpoint.safetensors_reader import Entry, SafetensorsFile
+from gemma_deploy.checkpoint.safetensors_reader import SafetensorsFile
+from gemma_deploy.checkpoint.stored import Stored
 
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of the adapter's file.
-
-    Args:
-        file: the open file; name: of the tensor there.
-    """
-
-    file: SafetensorsFile
-    name: str
-
-    @property
-    def entry(self) -> Entry:
-        """Shape, dtype and byte offsets."""
-        return self.file.entries[self.name]
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) as float32."""
-        return self.file.rows(self.name, start, stop)
-
-    def raw_rows(self, start: int, stop: int) -> np.ndarray:
-        """The same rows as stored."""
-        return self.file.raw_rows(self.name, start, stop)
-
-    def whole(self) -> np.ndarray:
-        """All of it as float32."""
-        return self.rows(0, self.entry.shape[0])
+AdapterTensor: TypeAlias = Stored[SafetensorsFile]
 
 
 @dataclass(frozen=True)
@@ -55,12 +29,12 @@ class LowRank:
         magnitude: lora_magnitude_vector [out], of an embedding [in]; None without DoRA.
     """
 
-    first: Stored
-    second: Stored
+    first: AdapterTensor
+    second: AdapterTensor
     r: int
     scaling: float
     embedding: bool = False
-    magnitude: Stored | None = None
+    magnitude: AdapterTensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -87,7 +61,7 @@ class LowRank:
 class Replaced:
     """Other numbers stand in the tensor's place (`modules_to_save`)."""
 
-    stored: Stored
+    stored: AdapterTensor
 
 
 @dataclass(frozen=True)
@@ -99,7 +73,7 @@ class TokenRows:
         indices: the row of each.
     """
 
-    stored: Stored
+    stored: AdapterTensor
     indices: tuple[int, ...]
 
 
