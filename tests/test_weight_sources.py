@@ -26,6 +26,7 @@ OPENERS = {
     "calibration/executors/worker.py": "tasks of a process, which the parent writes",
     "calibration/store.py": "a calibration's statistics, which are no weights",
     "split/factory.py": "a divided model's own",
+    "parity/adapted.py": "an adapter's, which PEFT is to read in its own way",
 }
 MEMBERS = {name for name in vars(WeightSource) if not name.startswith("_")}
 OPENING = {"safe_open", "load_file", "memmap", "fromfile", "SafetensorsFile", "GgufFile"}

@@ -16,7 +16,7 @@ import numpy as np
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.checkpoint import ModelConfig, TensorInfo
 from gemma_deploy.checkpoint.expected import expected_tensors
-from gemma_deploy.names import PARAMS
+from gemma_deploy.names import COLUMN_FACTOR, PARAMS
 from gemma_deploy.params.plan import COLUMN_SCALE, ParamSpec, build_plan
 from gemma_deploy.params.rescaled import exponent_of, rescaled
 from gemma_deploy.params.table import ParamRow
@@ -107,6 +107,15 @@ class ArtifactWeights:
         if COLUMN_SCALE not in self._pieces:
             return None
         return self._gather(COLUMN_SCALE, (self.config.hidden_size,), 0, self.config.hidden_size)
+
+    def column_factors(self) -> dict[str, np.ndarray]:
+        """Name of each float32 [columns] by which the columns of linears that read one input were multiplied.
+
+        Of an artifact in one part; empty where the scheme moves no factors.
+        """
+        names = [name for name in self._pieces if name.endswith(f".{COLUMN_FACTOR}")]
+        sizes = [self._pieces[name][0][1].shape for name in names]
+        return {name: self._gather(name, size, 0, size[0]) for name, size in zip(names, sizes, strict=True)}
 
     def _gather(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
         """Rows of a tensor from all files that hold some of it, as float32; NaN where none does."""

@@ -16,7 +16,7 @@ from torch import nn
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.artifact.origin import checkpoint_of
 from gemma_deploy.artifact.weights import ArtifactWeights
-from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint import Checkpoint, WeightSource
 from gemma_deploy.errors import UsageError
 from gemma_deploy.patched import patched_module
 from gemma_deploy.quantization.scales import choose_scales
@@ -95,9 +95,9 @@ def open_base(artifact: str | Path, checkpoint: Checkpoint) -> ArtifactWeights:
     return weights
 
 
-def _differ(weights: ArtifactWeights, checkpoint: Checkpoint, name: str) -> bool:
-    size = checkpoint.tensors[name].shape[0]
-    one, other = weights.rows(name, 0, size), checkpoint.rows(name, 0, size)
+def _differ(weights: WeightSource, source: WeightSource, name: str) -> bool:
+    size = source.tensors[name].shape[0]
+    one, other = weights.rows(name, 0, size), source.rows(name, 0, size)
     return bool(np.abs(one - other).max() > NORM_TOLERANCE * max(1.0, float(np.abs(other).max())))
 
 
@@ -111,21 +111,21 @@ def use_codes(model: nn.Module, weights: ArtifactWeights) -> None:
 
 
 @torch.no_grad()
-def merge_and_quantize(model: Any, weights: ArtifactWeights, checkpoint: Checkpoint) -> None:
+def merge_and_quantize(model: Any, weights: ArtifactWeights, source: WeightSource) -> None:
     """Add the adapter to the checkpoint's float weights and round the sum to codes of the same form, to nearest.
 
     What a compile of the merged checkpoint stores, so that the two ways can be compared; the adapter itself is left on.
 
     Args:
         model: of PEFT, over a model with the linears of `use_codes`; its codes are overwritten.
-        weights: of the artifact; checkpoint: it was made from.
+        weights: of the artifact; source: the checkpoint that it was made from.
     """
     for name, module in model.get_base_model().named_modules():
         linear = getattr(module, "base_layer", None)
         if not isinstance(linear, DequantizedLinear):
             continue
         full = f"{name}.weight"
-        merged = torch.from_numpy(checkpoint.rows(full, 0, linear.out_features)) + module.get_delta_weight("default")
+        merged = torch.from_numpy(source.rows(full, 0, linear.out_features)) + module.get_delta_weight("default")
         form = weights.form_of(name)
         codes, scale = quantized(merged, form)
         linear.weight.data.copy_(codes)

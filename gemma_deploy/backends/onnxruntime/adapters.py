@@ -31,6 +31,7 @@ from gemma_deploy.artifact.adapters import (
 )
 from gemma_deploy.artifact.manifest import FileFacts
 from gemma_deploy.artifact.opened import Artifact
+from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.checkpoint.adapters import Adapter, LowRank, Replaced, TokenRows, Update
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.checkpoint.index import read_json
@@ -165,14 +166,13 @@ def folded(matrices: Matrices, artifact: Artifact) -> Matrices:
     What a linear reads was divided by them, so that the columns of A are multiplied likewise; where rows of another
     linear make what is read, those were divided, and so are the columns of its B.
     """
-    rows = {row.name: row for row in artifact.manifest.params if row.name.endswith(f".{COLUMN_FACTOR}")}
-    if not rows:
+    config, found = config_of(artifact), dict(matrices)
+    of_columns = ArtifactWeights(config, artifact.path, artifact.manifest).column_factors()
+    if not of_columns:
         return matrices
-    found = dict(matrices)
-    for layer in config_of(artifact).layers:
+    for layer in config.layers:
         for group in layer.groups:
-            row = rows[f"{layer.prefix}{group.observed}.{COLUMN_FACTOR}"]
-            factors = np.fromfile(artifact.path / row.file, np.float32, row.shape[0], offset=row.offset)
+            factors = of_columns[f"{layer.prefix}{group.observed}.{COLUMN_FACTOR}"]
             for reader in group.readers:
                 if (name := f"{layer.prefix}{reader}.lora_A") in found:
                     found[name] = found[name] * factors[:, None]
