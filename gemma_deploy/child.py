@@ -17,7 +17,8 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, BinaryIO, NoReturn
 
 from gemma_deploy import paths
@@ -62,14 +63,17 @@ def _place(entry: object) -> str | None:
     return place if real != here or real == os.path.realpath(paths.PACKAGE.parent) else None
 
 
-def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[Any]:
+def run(
+    *arguments: str, variables: Mapping[str, str] = MappingProxyType({}), **options: Any
+) -> subprocess.CompletedProcess[Any]:
     """`subprocess.run` of a child; the caller looks at its exit code.
 
     Args:
         arguments: see `command`.
+        variables: of the environment, beside those of `environment`.
         options: of `subprocess.run`, such as `input`, `stdout`, `text` and `timeout`.
     """
-    return subprocess.run(command(*arguments), env=environment(), check=False, **options)
+    return subprocess.run(command(*arguments), env={**environment(), **variables}, check=False, **options)
 
 
 def start(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:

@@ -34,7 +34,7 @@ Examples:
 @click.command("finetune", epilog=EPILOG)
 @click.argument("recipe", required=False)
 @click.option("--checkpoint", metavar="PATH", help="Directory, .gguf file or `demo`  [default: the recipe's]")
-@click.option("--data", metavar="FILE", help="Examples: JSONL, or a JSON list.")
+@click.option("--data", metavar="FILE", help="What is learned: JSONL, or a JSON list.")
 @click.option("--base", metavar="ARTIFACT", help="Train LoRA on the int8 codes of an artifact of the checkpoint.")
 @click.option("--out", metavar="DIR", help="Where adapter, report and figures go.")
 @click.option("--method", type=click.Choice(["lora", "qlora", "full"]), help="[default: lora]")

@@ -59,7 +59,11 @@ def read_pairs(pairs: typing.Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             value = text
         if not equals or not key.strip():
-            raise UsageError(f"--set {pair} is not understood", expected="--set KEY=VALUE, such as --set max_steps=200")
+            raise UsageError(
+                f"--set {pair} is not understood",
+                expected="--set KEY=VALUE, such as --set max_steps=200",
+                next_step="put = between a field of TRL's SFTConfig and its value",
+            )
         found[key.strip()] = value
     return found
 

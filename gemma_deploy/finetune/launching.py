@@ -7,7 +7,6 @@ writes what came of it.
 from __future__ import annotations
 
 import dataclasses
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -56,8 +55,7 @@ def launch(prepared: Prepared, folder: Path) -> Outcome:
         (folder / name).unlink(missing_ok=True)
     work = {"settings": settings.model_dump(mode="json"), "checkpoint": str(prepared.checkpoint.path)}
     write_json(folder / WORK, work)
-    words = child.command(*_words(settings), "-m", MODULE, str(folder / WORK))
-    done = subprocess.run(words, env={**child.environment(), **_environment(settings)}, check=False)
+    done = child.run(*_words(settings), "-m", MODULE, str(folder / WORK), variables=_environment(settings))
     if is_file(folder / FAILURE):
         failure = read_object(folder / FAILURE, _FILE)
         raise DeployError(failure["what"], where=failure["where"], next_step=failure["next_step"])

@@ -128,6 +128,7 @@ def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 def _quantized(settings: FinetuneSettings, checkpoint: Checkpoint, folder: Path) -> Any:
     """Linears in 4 bits: nf4, scales quantized again; everything else float32."""
+    import bitsandbytes
     import torch
     from peft import prepare_model_for_kbit_training
     from transformers import BitsAndBytesConfig
@@ -147,7 +148,7 @@ def _quantized(settings: FinetuneSettings, checkpoint: Checkpoint, folder: Path)
     except (ImportError, RuntimeError, NotImplementedError) as error:
         said = " ".join(str(error).split())
         raise UsageError(
-            f"bitsandbytes cannot quantize this model here: {said[:300]}",
+            f"bitsandbytes {bitsandbytes.__version__} cannot quantize this model here: {said[:300]}",
             where="finetune.method: qlora",
             next_step='pip install "gemma-deploy[finetune,bitsandbytes]", or use `--method lora`',
         ) from error
