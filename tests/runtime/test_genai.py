@@ -283,6 +283,10 @@ def test_damaged_artifacts_are_named(copy):
     assert "onnxruntime-genai refuses it" in error()
     (copy / "params.safetensors").unlink()
     assert "params.safetensors: is missing" in error()
+    config = json.loads((copy / "genai_config.json").read_text())
+    config["model"]["vocab_size"] = 2**31 - 1  # genai would make room for the logits before it looks at the graph
+    (copy / "genai_config.json").write_text(json.dumps(config))
+    assert "model.vocab_size: input should be less than or equal to 4194304" in error()
     (copy / "genai_config.json").write_text('{"model": {}}')
     assert "genai_config.json: is damaged" in error()
     assert "model.eos_token_id: field required" in error()

@@ -16,6 +16,7 @@ from gemma_deploy.reading import FileKind, read_object
 from gemma_deploy.runtime.limits import REBUILD
 
 CONFIG_FILE = "genai_config.json"
+LARGEST_VOCABULARY = 1 << 22  # logits of a position are made whatever the graph says; Gemma has 262,208 at most
 LARGEST_WINDOW = 65536  # positions of a cache that is made whatever the prompt; Gemma's windows are below 8192
 FILE_KIND = FileKind(ArtifactError, "what `gemma-deploy compile` wrote", REBUILD, missing=REBUILD, unique_keys=True)
 
@@ -146,7 +147,7 @@ class Model(_Section):
     eos_token_id: list[Count] | Count
     pad_token_id: int
     type: str
-    vocab_size: Size
+    vocab_size: Annotated[int, Field(ge=1, le=LARGEST_VOCABULARY)]
 
 
 class GenaiConfig(_Section):
