@@ -50,7 +50,16 @@ class ArtifactWeights:
         self._pieces: dict[str, list[tuple[Path, ParamRow, ParamSpec]]] = {}
         for part in parts:
             file = part.file(PARAMS)
-            for spec in build_plan(self.config, scheme, context, part=part, storage=storage, form=form):
+            plan = build_plan(
+                self.config,
+                scheme,
+                context,
+                part=part,
+                storage=storage,
+                form=form,
+                factors=manifest.contract.adapters is not None,
+            )
+            for spec in plan:
                 if spec.source is not None:
                     row = rows[file, spec.name]
                     self._pieces.setdefault(spec.name, []).append((artifact / file, row, spec))
