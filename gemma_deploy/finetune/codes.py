@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -18,13 +17,12 @@ from gemma_deploy.artifact.origin import checkpoint_of
 from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.checkpoint import Checkpoint, WeightSource
 from gemma_deploy.errors import UsageError
+from gemma_deploy.names import COLUMN_FACTOR
 from gemma_deploy.patched import patched_module
 from gemma_deploy.quantization.scales import choose_scales
 
 if TYPE_CHECKING:
     from gemma_deploy.schemes import Codes
-
-NORM_TOLERANCE = 1e-2  # of the largest value: norms are stored in 16 bits at least
 
 
 class DequantizedLinear(nn.Linear):
@@ -66,39 +64,40 @@ def dequantized(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def open_base(artifact: str | Path, checkpoint: Checkpoint) -> ArtifactWeights:
-    """The weights of an artifact whose linears an adapter of the checkpoint can stand beside.
+def open_base(artifact: str | Path, checkpoint: Checkpoint, rank: int) -> ArtifactWeights:
+    """The weights of an artifact that an adapter of the checkpoint is trained on, and then runs beside.
+
+    Args:
+        rank: of the adapter.
 
     Raises:
         ArtifactError: it is damaged.
-        UsageError: it is another checkpoint's, its weights are no codes, or factors were moved from activations into
-            its norms, so that its linears read other numbers than the checkpoint's.
+        UsageError: it is another checkpoint's, its weights are no codes, it takes no adapter of that rank, or factors
+            were moved from activations into its weights, so that its linears read other numbers than the checkpoint's.
     """
     opened = Artifact.open(artifact)
     checkpoint_of(opened, str(checkpoint.path))
-    weights = ArtifactWeights(checkpoint.config, opened.path, opened.manifest)
-    norms = [name for name, info in checkpoint.tensors.items() if len(info.shape) == 1]
-    problem = ""
-    if opened.manifest.storage is None:
-        problem = f"its weights are {opened.manifest.scheme}, not int8 or int4 codes"
-    elif weights.embedding_scale() is not None:
-        problem = "the columns of its token table were multiplied by factors"
-    elif any(_differ(weights, checkpoint, name) for name in norms):
-        problem = "factors were moved from activations into its norms: its linears read other numbers"
-    if problem:
+    manifest = opened.manifest
+    weights, slots = ArtifactWeights(checkpoint.config, opened.path, manifest), manifest.contract.adapters
+    problems = []
+    if manifest.storage is None:
+        problems.append(f"its weights are {manifest.scheme}, not int8 or int4 codes")
+    if any(row.name.endswith(COLUMN_FACTOR) for row in manifest.params) or weights.embedding_scale() is not None:
+        problems.append("factors were moved from activations into its weights: its linears read other numbers")
+    if slots is None:
+        problems.append("its recipe has no section adapters: what is trained could not run beside it")
+    elif slots.rank < rank:
+        problems.append(f"it takes adapters of rank {slots.rank} at most, and finetune.lora.r is {rank}")
+    if problems:
         raise UsageError(
-            problem,
+            "no adapter can be trained on the weights of this artifact",
             where=f"{artifact} (finetune.base, --base)",
-            expected="an int8 artifact of the checkpoint, such as of the recipe cpu-int8",
-            next_step="compile one, or leave --base out and train on the checkpoint's own weights",
+            problems=problems,
+            expected=f"an int8 artifact of the checkpoint that takes adapters of rank {rank}",
+            next_step="compile one: gemma-deploy compile cpu-int8 --checkpoint CHECKPOINT -s adapters.rank="
+            f"{rank}; or leave --base out and train on the checkpoint's own weights",
         )
     return weights
-
-
-def _differ(weights: WeightSource, source: WeightSource, name: str) -> bool:
-    size = source.tensors[name].shape[0]
-    one, other = weights.rows(name, 0, size), source.rows(name, 0, size)
-    return bool(np.abs(one - other).max() > NORM_TOLERANCE * max(1.0, float(np.abs(other).max())))
 
 
 def use_codes(model: nn.Module, weights: ArtifactWeights) -> None:

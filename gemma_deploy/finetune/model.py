@@ -69,7 +69,7 @@ def _float(settings: FinetuneSettings, checkpoint: Checkpoint) -> Any:
     if settings.base is not None:
         from gemma_deploy.finetune.codes import open_base, use_codes
 
-        weights = open_base(settings.base, checkpoint)
+        weights = open_base(settings.base, checkpoint, settings.lora.r)
         use_codes(model, weights)
         fill(model, weights)
     else:

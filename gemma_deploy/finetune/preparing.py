@@ -85,4 +85,4 @@ def _check_base(settings: FinetuneSettings, checkpoint: Checkpoint) -> None:
             expected="--method lora without DoRA",
             next_step="leave --base out, or train plain LoRA",
         )
-    open_base(settings.base, checkpoint)
+    open_base(settings.base, checkpoint, settings.lora.r)

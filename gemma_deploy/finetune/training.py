@@ -139,7 +139,9 @@ def _merged_again(
         return None
     from gemma_deploy.finetune.codes import merge_and_quantize, open_base
 
-    merge_and_quantize(trainer.model, open_base(base, prepared.checkpoint), prepared.checkpoint)
+    merge_and_quantize(
+        trainer.model, open_base(base, prepared.checkpoint, prepared.settings.lora.r), prepared.checkpoint
+    )
     with trainer.model.disable_adapter():
         return measure()[0]
 

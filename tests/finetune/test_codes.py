@@ -1,5 +1,7 @@
 """LoRA on the codes of an artifact: it is trained on what the artifact computes with, and nothing is rounded again."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +11,14 @@ pytest.importorskip("trl")
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.errors import DeployError
-from gemma_deploy.finetune.codes import DequantizedLinear, quantized
+from gemma_deploy.engine import open_engine
+from gemma_deploy.errors import DeployError, UsageError
+from gemma_deploy.finetune.codes import DequantizedLinear, open_base, quantized
 from gemma_deploy.finetune.model import load_model
 from gemma_deploy.finetune.run import finetune
+from gemma_deploy.parity.cases import Case
 from tests.finetune.make import TEXTS, adapter_of, settings, texts_file, tiny, write_lines
+from tests.runtime.make import compile_tiny
 
 LORA = {"r": 4, "alpha": 8}
 LENGTH = 64
@@ -21,6 +26,7 @@ RECIPE = """\
 name: tiny
 frontend: {{checkpoint: {checkpoint}, shape: {{input_ids: [[64], [128]]}}}}
 backend: {{type: onnxruntime, dtype: int8}}
+adapters: {{rank: 8}}
 workspace: {{path: {workspace}}}
 """
 
@@ -43,17 +49,24 @@ def checkpoint(artifact):
     return Checkpoint.open(artifact.parent.parent / "checkpoint")
 
 
+def with_weights_of(artifact, checkpoint):
+    """Transformers' class with the dequantized weights of an artifact, float32."""
+    from transformers import AutoModelForCausalLM
+
+    weights = ArtifactWeights(checkpoint.config, artifact, Artifact.open(artifact).manifest)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            value.copy_(torch.from_numpy(weights.rows(name, 0, value.shape[0])))
+    return model
+
+
 def test_the_model_computes_with_the_weights_of_the_artifact(artifact, checkpoint, tmp_path):
     """Against a float model with the dequantized weights, gradients of the inputs too."""
-    weights = ArtifactWeights(checkpoint.config, artifact, Artifact.open(artifact).manifest)
-    asked = settings(tmp_path, tmp_path, base=str(artifact))
+    asked = settings(tmp_path, tmp_path, base=str(artifact), lora=LORA)
     model = load_model(asked, checkpoint, tmp_path)
-    plain = load_model(settings(tmp_path, tmp_path), checkpoint, tmp_path)
+    plain = with_weights_of(artifact, checkpoint)
     assert sum(isinstance(one, DequantizedLinear) for one in model.modules()) == 7 * 7
-    with torch.no_grad():
-        for name, value in plain.named_parameters():
-            if name in weights.tensors:
-                value.copy_(torch.from_numpy(weights.rows(name, 0, value.shape[0])))
     ids = torch.arange(20)[None]
     found = []
     for one in (model, plain):
@@ -95,8 +108,56 @@ def test_another_base_is_refused(artifact, checkpoint, tmp_path, genai_artifact)
         ({"base": str(tmp_path)}, "no finished artifact"),
         ({"base": str(artifact), "method": "full"}, "full on the codes of an artifact is not built"),
         ({"base": str(artifact), "lora": {"dora": True}}, "DoRA on the codes of an artifact is not built"),
+        ({"base": str(artifact), "lora": {"r": 9}}, "it takes adapters of rank 8 at most, and finetune.lora.r is 9"),
         ({"base": str(genai_artifact("gemma3_text", "fp32"))}, "is not the checkpoint this artifact was made from"),
     ):
         with pytest.raises(DeployError) as raised:
             finetune(settings(data, tmp_path / "out", max_length=LENGTH, **changes), checkpoint.path)
         assert said in str(raised.value)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["texts.jsonl"]
+
+
+def test_a_float_artifact_without_adapters_is_refused_with_both(tmp_path, genai_artifact):
+    floats = genai_artifact("gemma3_text", "fp32")
+    own = Checkpoint.open(floats.parent.parent / "checkpoint")
+    with pytest.raises(UsageError) as raised:
+        open_base(floats, own, 4)
+    assert raised.value.problems == (
+        "its weights are fp32, not int8 or int4 codes",
+        "its recipe has no section adapters: what is trained could not run beside it",
+    )
+    assert "-s adapters.rank=4" in str(raised.value)
+
+
+@pytest.mark.slow
+def test_factors_in_the_weights_are_refused(tmp_path):
+    recipe = {"adapters": {"rank": 4}, "dataset": {"nsamples": 4, "seqlen": 32},
+              "frontend": {"quantize": {"type": "w8a8"}}}  # fmt: skip
+    calibrated = compile_tiny(tmp_path, "gemma3_text", {"type": "onnxruntime", "dtype": "int8"}, recipe=recipe)
+    with pytest.raises(UsageError) as raised:
+        open_base(calibrated, Checkpoint.open(tmp_path / "checkpoint"), 4)
+    assert raised.value.problems == (
+        "factors were moved from activations into its weights: its linears read other numbers",
+    )
+
+
+def test_the_adapter_runs_beside_the_artifact_it_was_trained_on(artifact, checkpoint, tmp_path):
+    """Logits of the engine against PEFT on transformers' class with the artifact's dequantized weights, past 8 keys."""
+    from peft import PeftModel
+
+    copy = shutil.copytree(artifact, tmp_path / artifact.name)  # the adapter is kept in it
+    result = finetune(
+        settings(texts_file(tmp_path), tmp_path / "out", lora=LORA, base=str(copy), max_length=LENGTH), checkpoint.path
+    )
+    model = PeftModel.from_pretrained(with_weights_of(artifact, checkpoint), result.adapter).eval()
+    ids = [2, *np.random.default_rng(1).integers(3, 4000, 24).tolist()]
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0].numpy()
+        with model.disable_adapter():
+            without = model(torch.tensor([ids])).logits[0].numpy()
+    engine = open_engine(copy)
+    source = engine.source("strict", engine.load_adapter(result.adapter))
+    found = source.head(source.run([Case("text", (tuple(ids),), ((),))])[0][0])
+    apart = np.abs(found - expected).max() / np.abs(expected).max()
+    assert apart <= 1e-5  # measured: 1.7e-6
+    assert np.abs(without - expected).max() / np.abs(expected).max() > 1e-2
