@@ -45,12 +45,6 @@ def prepare(settings: FinetuneSettings, checkpoint: Checkpoint, data: str) -> Pr
     settings = settings.model_copy(update={"max_length": length})
     if settings.method != "full":
         targets_of(settings, checkpoint)
-    if settings.model == "patched" and settings.sft.get("packing"):
-        raise UsageError(
-            "the patched class does not keep packed examples apart",
-            where="finetune.model: patched, with packing",
-            next_step="train the stock class (--model stock, same numbers), or leave packing out",
-        )
     if settings.base is not None:
         _check_base(settings, checkpoint)
     tokenizer = Tokenizer.of(checkpoint)
