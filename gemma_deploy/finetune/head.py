@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from gemma_deploy.finetune.encoding import IGNORED
 from gemma_deploy.finetune.settings import LOGITS_BYTES
+from gemma_deploy.finetune.table import converted
 
 FLAG = "summed_loss"  # the keyword argument that asks a model for this loss
 
@@ -64,19 +65,22 @@ class SummedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
         losses = hidden.new_zeros(len(hidden), dtype=torch.float32)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        table = weight.to(dtype)
+        table = weight.to(dtype) if weight.dtype.itemsize >= dtype.itemsize else weight
+        buffer = torch.empty(min(rows, len(hidden)), len(weight), dtype=torch.float32, device=hidden.device)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(hidden), rows):
                 part = slice(start, start + rows)
                 some, wanted = hidden[part].to(dtype), targets[part]
-                logits = (some @ table.T).float()
+                logits = buffer[: len(some)]
+                for columns, block in converted(table, dtype):
+                    _product(some, block.T, logits[:, columns])
                 losses[part], likeliest, slope = _softmax(logits, wanted, softcap, gradient=for_hidden or for_weight)
                 correct += (likeliest == wanted).sum()
                 if slope is None:
                     continue
                 slope = slope.to(dtype)
                 if grad_hidden is not None:
-                    grad_hidden[part] = slope @ table
+                    grad_hidden[part] = sum(slope[:, columns] @ block for columns, block in converted(table, dtype))
                 if grad_weight is not None:
                     grad_weight += slope.T @ some
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
@@ -93,6 +97,14 @@ class SummedCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _product(one: torch.Tensor, other: torch.Tensor, out: torch.Tensor) -> None:
+    """Write a product of matrices to a part of a float32 matrix, without a copy where the factors are float32."""
+    if one.dtype == out.dtype:
+        torch.mm(one, other, out=out)
+    else:
+        out.copy_(one @ other)
 
 
 def _softmax(

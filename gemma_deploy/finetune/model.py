@@ -1,7 +1,8 @@
 """The model that is trained: a class of transformers or of source_code/ with the checkpoint's weights in float32.
 
 Weights are read block by block into the parameters: nothing is in memory twice, and a GGUF file, odd names or shards
-in folders need no other way. QLoRA alone goes through `from_pretrained`, which is where bitsandbytes quantizes.
+in folders need no other way. A token table of 16 bits that is not trained stays as it is (table.py). QLoRA alone goes
+through `from_pretrained`, which is where bitsandbytes quantizes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_deploy.checkpoint import Checkpoint, WeightSource
 from gemma_deploy.errors import UsageError
 from gemma_deploy.finetune.settings import FinetuneSettings
-from gemma_deploy.names import GENERATION_CONFIG, HEAD_WEIGHT
+from gemma_deploy.names import EMBEDDING_WEIGHT, GENERATION_CONFIG, HEAD_WEIGHT
 from gemma_deploy.patched import configured, patched_config, patched_module
 from gemma_deploy.staging import stage_checkpoint
 
@@ -73,12 +74,27 @@ def _float(settings: FinetuneSettings, checkpoint: Checkpoint) -> Any:
         use_codes(model, weights)
         fill(model, weights)
     else:
+        if kept_as_stored(settings, checkpoint):
+            from gemma_deploy.finetune.table import keep_as_stored
+
+            keep_as_stored(model, checkpoint)
         fill(model, checkpoint)
     if (checkpoint.tokenizer_dir() / GENERATION_CONFIG).is_file() and checkpoint.format != "gguf":
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     elif checkpoint.config.eos_token_ids:
         model.generation_config.eos_token_id = list(checkpoint.config.eos_token_ids)
     return model
+
+
+def kept_as_stored(settings: FinetuneSettings, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Names of matrices that stay in the 16 bits they are stored in: the table that is not trained, and its head.
+
+    None where FSDP may want weights of one dtype, and where bitsandbytes or an artifact decides.
+    """
+    if settings.method != "lora" or settings.base is not None or settings.accelerate_config is not None:
+        return ()
+    names = tuple(name for name in (EMBEDDING_WEIGHT, HEAD_WEIGHT) if name in checkpoint.tensors)
+    return names if all(checkpoint.tensors[name].dtype in ("bfloat16", "float16") for name in names) else ()
 
 
 def _in_running_order(model: Any, checkpoint: Checkpoint) -> None:

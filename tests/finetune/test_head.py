@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gemma_deploy.finetune import head
+from gemma_deploy.finetune import head, table
 from gemma_deploy.finetune.head import SummedCrossEntropy
 
 
@@ -33,6 +33,25 @@ def test_loss_and_gradients_are_those_of_cross_entropy(softcap, rows, monkeypatc
     assert correct.item() == (likeliest == targets).sum().item() >= 1
     for one, other in zip(found, (hidden.grad, weight.grad), strict=True):
         assert (one - other).abs().max() <= 2e-6 * other.abs().max()  # measured: 4e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block_rows", [1, 7, 50])
+def test_a_table_of_16_bits_is_the_same_in_float32(dtype, block_rows, monkeypatch):
+    """Blocks of the vocabulary are converted and multiplied one after the other; the reference is in float64."""
+    monkeypatch.setattr(head, "LOGITS_BYTES", 3 * 4 * 50)
+    monkeypatch.setattr(table, "BLOCK_BYTES", block_rows * 4 * 16)
+    draw = torch.Generator().manual_seed(3)
+    hidden = torch.randn(11, 16, generator=draw, requires_grad=True)
+    weight, targets = torch.randn(50, 16, generator=draw).to(dtype), torch.randint(50, (11,), generator=draw)
+    loss, correct = SummedCrossEntropy.apply(hidden, weight, targets, 3.0)
+    (2.5 * loss).backward()
+    found, hidden.grad = hidden.grad.clone(), None
+    expected, likeliest = reference(hidden, weight, targets, 3.0)
+    (2.5 * expected).backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert correct.item() == (likeliest == targets).sum().item()
+    assert (found - hidden.grad).abs().max() <= 2e-6 * hidden.grad.abs().max()  # measured: 4e-7
 
 
 def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch):
