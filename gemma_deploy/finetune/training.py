@@ -97,7 +97,7 @@ def train(prepared: Prepared, folder: Path, progress: Callable[[float, float], N
     def measure() -> tuple[float | None, list[str]]:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # no process has all of the weights
             return None, []
-        with _undisturbed():
+        with _undisturbed(), trainer.accelerator.autocast():  # the trainer leaves the model in it, but only afterwards
             loss = held_out_loss(trainer.model, rows, collate, batch=batch) if rows else None
             return loss, [_answer(trainer.model, one, prepared.tokenizer) for one in _samples(prepared)]
 

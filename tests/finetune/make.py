@@ -87,8 +87,8 @@ def trl_run(checkpoint: Path, rows, folder: Path, *, r=4, alpha=8, targets=None,
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
-            output_dir=str(folder), logging_steps=1, report_to="none", bf16=False, disable_tqdm=True,
-            **{**QUICK, "save_strategy": "no", **arguments},
+            output_dir=str(folder), logging_steps=1, report_to="none", disable_tqdm=True,
+            **{**QUICK, "save_strategy": "no", "bf16": False, **arguments},
         ),
         train_dataset=Dataset.from_list(list(rows)),
         processing_class=AutoTokenizer.from_pretrained(checkpoint),
