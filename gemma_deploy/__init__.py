@@ -3,7 +3,7 @@
 The names below are imported when they are first used, so that a program that serves an artifact loads neither torch nor
 transformers:
 
-    from gemma_deploy import Artifact, Recipe, compile_recipe, evaluate, merge, open_engine, prove
+    from gemma_deploy import Artifact, Recipe, compile_recipe, evaluate, fine_tune, merge, open_engine, prove
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gemma_deploy.api import evaluate, prove
+    from gemma_deploy.api import evaluate, fine_tune, prove
     from gemma_deploy.artifact.opened import Artifact
     from gemma_deploy.checkpoint.adapters.merging import AdapterRef
     from gemma_deploy.compile import compile_recipe
@@ -37,6 +37,7 @@ __all__ = [
     "Sampling",
     "compile_recipe",
     "evaluate",
+    "fine_tune",
     "merge",
     "open_engine",
     "prove",
@@ -51,6 +52,7 @@ _WHERE = {
     "Sampling": "runtime.sampling",
     "compile_recipe": "compile",
     "evaluate": "api",
+    "fine_tune": "api",
     "merge": "merging",
     "open_engine": "engine",
     "prove": "api",

@@ -1,4 +1,4 @@
-"""What Python programs call beside `Recipe`, `compile_recipe`, `Artifact` and `open_engine`: `prove` and `evaluate`.
+"""What Python programs call beside `Recipe`, `compile_recipe` and `open_engine`: `prove`, `evaluate`, `fine_tune`.
 
 Importing this imports no torch: a proof loads it when it runs, an evaluation where transformers is one of its models.
 """
@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from gemma_deploy import extras
 from gemma_deploy.artifact.check import byte_problems, open_whole, refuse
@@ -18,6 +18,9 @@ from gemma_deploy.artifact.manifest import GateRecord
 from gemma_deploy.checkpoint import AdapterRef
 from gemma_deploy.errors import UsageError
 from gemma_deploy.progress import Tick
+
+if TYPE_CHECKING:
+    from gemma_deploy.finetune.result import FinetuneResult
 
 
 @dataclass(frozen=True)
@@ -243,6 +246,42 @@ def evaluate(
     if record:
         records.record(Path(target), {key: value for key, value in result.items() if key != "answers"})
     return _typed(TextEvaluation, result) if task == "ppl" else _typed(ExamEvaluation, result)
+
+
+def fine_tune(
+    checkpoint: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    dry_run: bool = False,
+    progress: Tick | None = None,
+    **settings: Any,
+) -> FinetuneResult:
+    """Train a LoRA adapter, or a whole model, on a file of examples.
+
+    Args:
+        checkpoint: the base: a directory, a .gguf file, or "demo".
+        data: JSONL or a JSON list, see docs/finetune.md.
+        out: where adapter/ (or model/), report.html and run.json go. What a killed call with the same arguments left
+            there is gone on with.
+        dry_run: check everything, estimate memory and disk, and stop; nothing is written.
+        progress: is called with steps done and all.
+        settings: other keys of a recipe's section `finetune`, as plain values: `method="lora"`, `max_length=512`,
+            `lora={"r": 8}`, `sft={"max_steps": 200}` (fields of TRL's SFTConfig).
+
+    Raises:
+        UsageError: settings or data that make no sense, or `out` is finished. CheckpointError: the base is damaged.
+        PreflightError: too little memory or disk. DeployError: the training failed.
+    """
+    from gemma_deploy.finetune.run import finetune
+    from gemma_deploy.finetune.settings import settings_of
+
+    asked = settings_of(
+        {**settings, "data": str(data), "out": str(out)},
+        where="fine_tune",
+        next_step="see the keys of `finetune` in docs/recipes.md",
+    )
+    return finetune(asked, checkpoint, dry_run=dry_run, progress=progress)
 
 
 AnyEvaluation = TypeVar("AnyEvaluation", bound=Evaluation)

@@ -92,11 +92,8 @@ def _recipe(recipe: str | None, checkpoint: str | None) -> Any:
 
 def _settings(loaded: Any, pairs: tuple[str, ...], options: dict[str, Any]) -> Any:
     """The recipe's section with the options in the place of its keys."""
-    from pydantic import ValidationError
-
-    from gemma_deploy.errors import UsageError
     from gemma_deploy.finetune.arguments import read_pairs
-    from gemma_deploy.finetune.settings import FinetuneSettings
+    from gemma_deploy.finetune.settings import FinetuneSettings, settings_of
 
     section = loaded.finetune if loaded and loaded.finetune is not None else FinetuneSettings()
     values = section.model_dump()
@@ -107,16 +104,7 @@ def _settings(loaded: Any, pairs: tuple[str, ...], options: dict[str, Any]) -> A
         given["format"] = given.pop("data_format")
     values["lora"] |= {name: given.pop(name) for name in OF_LORA if name in given}
     values["sft"] |= {field: given.pop(name) for name, field in SHORT.items() if name in given} | read_pairs(pairs)
-    try:
-        return FinetuneSettings.model_validate({**values, **given})
-    except ValidationError as error:
-        said = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False)]
-        raise UsageError(
-            "the options cannot be used",
-            where="finetune",
-            problems=said,
-            next_step="see `gemma-deploy finetune --help`",
-        ) from error
+    return settings_of({**values, **given}, where="finetune", next_step="see `gemma-deploy finetune --help`")
 
 
 def _show(result: FinetuneResult, dry_run: bool, recipe: str) -> None:

@@ -5,9 +5,12 @@ Everything that SFTConfig of TRL has a field for keeps its name there and goes t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gemma_deploy.errors import UsageError
 
 LOGITS_BYTES = 64 << 20  # of one block of logits in float32: 64 rows of a vocabulary of 262,144
 Positive = Annotated[int, Field(ge=1)]
@@ -69,3 +72,19 @@ class FinetuneSettings(_Section):
     accelerate_config: Text | None = None
     lora: LoraSettings = LoraSettings()
     sft: dict[str, Any] = {}
+
+
+def settings_of(values: Mapping[str, Any], *, where: str, next_step: str) -> FinetuneSettings:
+    """Check settings that are no recipe's.
+
+    Args:
+        values: keys of `FinetuneSettings`, sections as mappings; where, next_step: for the error.
+
+    Raises:
+        UsageError: all that are unknown or of another type.
+    """
+    try:
+        return FinetuneSettings.model_validate(dict(values))
+    except ValidationError as error:
+        said = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False)]
+        raise UsageError("these settings cannot be used", where=where, problems=said, next_step=next_step) from error

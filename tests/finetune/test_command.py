@@ -99,3 +99,23 @@ def test_a_stop_token_of_the_base_stays_one(base, tmp_path):
     from gemma_deploy.text import stop_tokens
 
     assert {end, eos} <= set(stop_tokens(tokenizer, (eos,)).ids)
+
+
+def test_from_python(base, tmp_path):
+    from gemma_deploy import fine_tune
+    from gemma_deploy.errors import UsageError
+
+    data, out = texts_file(tmp_path), tmp_path / "out"
+    asked = {"validation": 2, "lora": {"r": 2}, "sft": QUICK | {"max_steps": 1}}
+    planned = fine_tune(base, data, out, dry_run=True, **asked)
+    assert planned.outcome is None
+    assert not out.exists()
+    with pytest.raises(UsageError) as raised:
+        fine_tune(base, data, out, lorra={"r": 2}, method="lorra")
+    assert [line.partition(":")[0] for line in raised.value.problems] == ["method", "lorra"]
+    steps = []
+    result = fine_tune(base, data, out, progress=lambda *told: steps.append(told), **asked)
+    assert steps == [(1, 1)]
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+    assert result.adapter == out / "adapter"
+    assert result.outcome.loss_after != result.outcome.loss_before
