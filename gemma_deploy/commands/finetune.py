@@ -62,7 +62,7 @@ Examples:
 @click.option("--devices", type=click.IntRange(1), help="Processes that train together  [default: 1]")
 @click.option("--accelerate-config", metavar="FILE", help="From `accelerate config`: DDP, FSDP, DeepSpeed.")
 @click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A field of TRL's SFTConfig; repeatable.")
-@click.option("--dry-run", is_flag=True, help="Check data, settings and memory, and stop.")
+@click.option("--dry-run", is_flag=True, help="Check data, settings, memory and disk, and stop.")
 def command(recipe: str | None, checkpoint: str | None, pairs: tuple[str, ...], dry_run: bool, **options: Any) -> None:
     """Fine-tune CHECKPOINT on the examples of FILE with TRL and PEFT; options go before RECIPE's section `finetune`.
 
@@ -110,13 +110,14 @@ def _settings(loaded: Any, pairs: tuple[str, ...], options: dict[str, Any]) -> A
 def _show(result: FinetuneResult, dry_run: bool, recipe: str) -> None:
     from gemma_deploy.finetune.report import command as compile_command
     from gemma_deploy.finetune.report import perplexity
-    from gemma_deploy.machine import gib
+    from gemma_deploy.machine import gib, size
     from gemma_deploy.tables import figure
 
     click.echo(f"data  {result.examples}")
     if result.held_out is not None:
         click.echo(f"held out  {result.held_out}")
     click.echo(f"memory  about {gib(result.memory.total)}: {result.memory}")
+    click.echo(f"disk  about {size(result.room.total)}: {result.room}")
     if dry_run:
         click.echo("this machine can do it; nothing has been written")
         return

@@ -1,7 +1,8 @@
 """Memory of a training, estimated before the model is loaded, and which smaller setting fits where it does not.
 
 Weights, gradients and optimizer states follow from shapes. Activations are counted as the arrays that autograd keeps of
-an eagerly attending Gemma layer (`KEPT`), measured on the 270M model and on random models of each generation.
+an eagerly attending Gemma layer (`KEPT`); the sum was compared with the peak of LoRA on the real Gemma 3 270M, 4 x 256
+tokens in float32 (docs/finetune.md), and with nothing else: of other models and methods it is arithmetic alone.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig
 from gemma_deploy.errors import PreflightError
-from gemma_deploy.finetune.model import targets_of
+from gemma_deploy.finetune.model import kept_as_stored, targets_of
 from gemma_deploy.finetune.settings import LOGITS_BYTES, FinetuneSettings
 from gemma_deploy.machine import Machine, gib
 from gemma_deploy.names import EMBEDDING_WEIGHT, HEAD_WEIGHT
@@ -70,8 +71,8 @@ def estimate(settings: FinetuneSettings, checkpoint: Checkpoint, shape: Shape) -
     sizes = {name: prod(info.shape) for name, info in checkpoint.tensors.items()}
     everything = sum(sizes.values())
     linears = sum(one.in_features * one.out_features for layer in config.layers for one in layer.linears)
-    trained = everything if shape.method == "full" else _adapter_weights(settings, checkpoint)
-    weights = 4 * everything if shape.method != "qlora" else 4 * (everything - linears) + int(0.53 * linears)
+    trained = trained_weights(settings, checkpoint, shape.method)
+    weights = _weight_bytes(settings.model_copy(update={"method": shape.method}), checkpoint, everything, linears)
     if shape.method != "full":
         weights += 4 * trained
     table = sizes.get(HEAD_WEIGHT, sizes[EMBEDDING_WEIGHT])
@@ -79,9 +80,24 @@ def estimate(settings: FinetuneSettings, checkpoint: Checkpoint, shape: Shape) -
         libraries=LIBRARIES_BYTES,
         weights=weights,
         gradients=4 * trained,
-        optimizer=STATES.get(shape.optim, 8) * trained,
+        optimizer=optimizer_bytes(shape.optim, trained),
         activations=_activations(config, shape),
         head=(3 if config.final_logit_softcapping else 2) * LOGITS_BYTES + (4 * table if shape.method == "full" else 0),
+    )
+
+
+def _weight_bytes(settings: FinetuneSettings, checkpoint: Checkpoint, everything: int, linears: int) -> int:
+    """Of a base: float32 but for linears in 4 bits or in codes, and a table in the 16 bits of the checkpoint.
+
+    Args:
+        everything, linears: numbers of weights.
+    """
+    if settings.method == "qlora":
+        return 4 * (everything - linears) + int(0.53 * linears)
+    if settings.base is not None:
+        return 4 * (everything - linears) + linears
+    return 4 * everything - sum(
+        2 * prod(checkpoint.tensors[name].shape) for name in kept_as_stored(settings, checkpoint)
     )
 
 
@@ -96,7 +112,15 @@ def _activations(config: ModelConfig, shape: Shape) -> int:
     return max(kept) + between if shape.checkpointing else sum(kept)
 
 
-def _adapter_weights(settings: FinetuneSettings, checkpoint: Checkpoint) -> int:
+def optimizer_bytes(optim: str, trained: int) -> int:
+    """Of the states of an optimizer of SFTConfig, in memory and in a checkpoint."""
+    return STATES.get(optim, 8) * trained
+
+
+def trained_weights(settings: FinetuneSettings, checkpoint: Checkpoint, method: str) -> int:
+    """How many numbers are trained: all of the model's, or those of the adapter."""
+    if method == "full":
+        return sum(prod(info.shape) for info in checkpoint.tensors.values())
     targets = targets_of(settings, checkpoint)
     return sum(
         settings.lora.r * (one.in_features + one.out_features) + settings.lora.dora * one.out_features
@@ -115,8 +139,13 @@ def shape_of(settings: FinetuneSettings, arguments: Any, longest: int) -> Shape:
     length = arguments.max_length if arguments.packing else longest
     batch = max(arguments.per_device_train_batch_size, arguments.per_device_eval_batch_size)
     batch = arguments.per_device_train_batch_size if arguments.gradient_checkpointing else batch
-    optim = str(getattr(arguments.optim, "value", arguments.optim))
-    return Shape(settings.method, batch, length, bool(arguments.gradient_checkpointing), optim, bool(arguments.bf16))
+    checkpointing, half = bool(arguments.gradient_checkpointing), bool(arguments.bf16)
+    return Shape(settings.method, batch, length, checkpointing, optimizer_of(arguments), half)
+
+
+def optimizer_of(arguments: Any) -> str:
+    """The field `optim` of an SFTConfig."""
+    return str(getattr(arguments.optim, "value", arguments.optim))
 
 
 def smaller(shape: Shape) -> Iterator[tuple[str, Shape]]:

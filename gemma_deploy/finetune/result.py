@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from gemma_deploy.finetune.disk import Room
 from gemma_deploy.finetune.encoding import Examples
 from gemma_deploy.finetune.plan import Memory
 from gemma_deploy.finetune.training import Outcome
@@ -18,7 +19,7 @@ class FinetuneResult:
         path: OUT; adapter: PEFT's directory in it, None after a full training; model: a checkpoint, or None.
         outcome: losses, samples and figures; None where `--dry-run` was asked for.
         base: the artifact whose codes it was trained on, or None.
-        memory: the estimate.
+        memory, room: estimates of memory and disk.
         examples: trained on; held_out: evaluated on, or None.
     """
 
@@ -28,5 +29,6 @@ class FinetuneResult:
     base: str | None
     outcome: Outcome | None
     memory: Memory
+    room: Room
     examples: Examples
     held_out: Examples | None

@@ -16,11 +16,12 @@ from typing import Any
 
 from gemma_deploy import extras
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.errors import DeployError, UsageError
+from gemma_deploy.errors import DeployError, PreflightError, UsageError
 from gemma_deploy.finetune import launching
 from gemma_deploy.finetune.arguments import sft_config
+from gemma_deploy.finetune.disk import Room, check_disk, saving_of
 from gemma_deploy.finetune.encoding import Examples
-from gemma_deploy.finetune.plan import check_memory, shape_of
+from gemma_deploy.finetune.plan import Memory, check_memory, shape_of
 from gemma_deploy.finetune.preparing import Prepared, prepare
 from gemma_deploy.finetune.report import page, record
 from gemma_deploy.finetune.result import FinetuneResult
@@ -73,9 +74,7 @@ def finetune(
     prepared = prepare(settings, opened, data)
     settings = prepared.settings
     arguments = sft_config(settings, str(out), held_out=prepared.held_out is not None)
-    longest = max(len(row.ids) for row in prepared.train.rows)
-    found = machine or Machine.measure(out)
-    memory = check_memory(settings, opened, shape_of(settings, arguments, longest), machine=found)
+    memory, room = _room_for(settings, prepared, arguments, out, machine or Machine.measure(out))
     full = settings.method == "full"
     result = FinetuneResult(
         path=out,
@@ -84,6 +83,7 @@ def finetune(
         base=settings.base,
         outcome=None,
         memory=memory,
+        room=room,
         examples=prepared.train,
         held_out=prepared.held_out,
     )
@@ -97,6 +97,30 @@ def finetune(
             _describe(work.path, result, outcome, request=request, recipe=recipe)
             work.publish()
     return FinetuneResult(**{**vars(result), "outcome": outcome})
+
+
+def _room_for(
+    settings: FinetuneSettings, prepared: Prepared, arguments: Any, out: Path, machine: Machine
+) -> tuple[Memory, Room]:
+    """Memory and disk that are needed; one error where both are short."""
+    checkpoint, rows = prepared.checkpoint, prepared.train.rows
+    shape = shape_of(settings, arguments, max(len(row.ids) for row in rows))
+    saving = saving_of(settings, arguments, examples=len(rows))
+    try:
+        memory = check_memory(settings, checkpoint, shape, machine=machine)
+    except PreflightError as short:
+        try:
+            check_disk(settings, checkpoint, saving, out=out, machine=machine)
+        except PreflightError as also:
+            problems = [f"{one.what}; {one.next_step}" for one in (short, also)]
+            raise PreflightError(
+                "memory and disk are too small for the training",
+                where=f"finetune, {out}",
+                problems=problems,
+                next_step="change the settings that are named, or take another machine",
+            ) from None
+        raise
+    return memory, check_disk(settings, checkpoint, saving, out=out, machine=machine)
 
 
 def run_in(folder: Path, prepared: Prepared, progress: Tick | None) -> Outcome:

@@ -109,6 +109,7 @@ def test_from_python(base, tmp_path):
     asked = {"validation": 2, "lora": {"r": 2}, "sft": QUICK | {"max_steps": 1}}
     planned = fine_tune(base, data, out, dry_run=True, **asked)
     assert planned.outcome is None
+    assert planned.room.total > planned.room.result > 0
     assert not out.exists()
     with pytest.raises(UsageError) as raised:
         fine_tune(base, data, out, lorra={"r": 2}, method="lorra")
