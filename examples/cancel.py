@@ -1,12 +1,15 @@
 """End a reply from another thread, as a server does when its caller has gone.
 
-python examples/cancel.py ARTIFACT SECONDS
+Use: python examples/cancel.py ARTIFACT SECONDS
 """
 
 import sys
 import threading
 
 from gemma_deploy import GenerationStats, open_engine
+
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 
 engine = open_engine(sys.argv[1])
 session, stats = engine.session(), GenerationStats()

@@ -1,11 +1,14 @@
 """Two conversations with one artifact at the same time: sessions share its weights, and each has a cache of its own.
 
-python examples/chat.py ARTIFACT
+Use: python examples/chat.py ARTIFACT
 """
 
 import sys
 
 from gemma_deploy import Conversation, Sampling, open_engine
+
+if len(sys.argv) != 2:
+    sys.exit(__doc__)
 
 engine = open_engine(sys.argv[1])
 talks = [(Conversation(engine.tokenizer), engine.session(Sampling(temperature=0.7, seed=seed))) for seed in (1, 2)]

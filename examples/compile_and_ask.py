@@ -1,11 +1,14 @@
 """Compile the bundled demo checkpoint, and continue a text with what came of it.
 
-python examples/compile_and_ask.py [WORKSPACE]
+Use: python examples/compile_and_ask.py [WORKSPACE]
 """
 
 import sys
 
 from gemma_deploy import GenerationStats, Recipe, compile_recipe, open_engine
+
+if len(sys.argv) > 2 or "--help" in sys.argv:
+    sys.exit(__doc__)
 
 workspace = sys.argv[1] if len(sys.argv) > 1 else "workspace"
 recipe = Recipe.load("accelerator-int8", [f"workspace.path={workspace}"])

@@ -1,11 +1,14 @@
 """The likeliest next tokens after a prompt, and after one token more.
 
-python examples/logits.py ARTIFACT PROMPT
+Use: python examples/logits.py ARTIFACT PROMPT
 """
 
 import sys
 
 from gemma_deploy import open_engine
+
+if len(sys.argv) != 3:
+    sys.exit(__doc__)
 
 engine = open_engine(sys.argv[1])
 session = engine.session()

@@ -75,4 +75,6 @@ def main(artifact: Path, text: str, new_tokens: int = 32) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) not in (3, 4):
+        sys.exit(__doc__)
     main(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:4]))

@@ -60,17 +60,16 @@ class CompileResult:
 
 
 def plan_recipe(recipe: Recipe, *, out: Path | None = None, parity: bool = True, force: bool = False) -> ResourcePlan:
-    """What `--dry-run` shows: every stage with its estimates, shortfalls included.
+    """What `--dry-run` shows: every stage that would run with its estimates, shortfalls included.
 
     Raises:
         DeployError: whatever `compile_recipe` would refuse before its first stage, or at the beginning of it.
     """
     checked = check(recipe, out, parity=parity, force=force, thorough=True)
     plan = make_plan(checked.job, parity=parity, built=checked.work.known is not None, request=checked.request)
-    notes = [*plan.notes, *([checked.text] if checked.text else [])]
     if checked.is_up_to_date:
-        notes.append(f"nothing has changed: {checked.job.out} is up to date, and nothing would be done")
-    return replace(plan, notes=tuple(notes))
+        return replace(plan, is_up_to_date=True, stages=(), shortfalls=())
+    return replace(plan, notes=(*plan.notes, *([checked.text] if checked.text else [])))
 
 
 def compile_recipe(

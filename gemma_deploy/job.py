@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -135,7 +136,7 @@ class Job:
         give_memory_back()  # of the tokenizer
         for note in dict.fromkeys((*checkpoint.notes, *checkpoint.config.warnings, *text.notes)):
             log.warning("%s", note)
-        if misnamed := _other_generation(recipe.name, checkpoint.config.model_type):
+        if misnamed := _other_generation(recipe.name, checkpoint.config.model_type) or _other_size(recipe, checkpoint):
             log.warning("%s", misnamed)
         if repeated := repeated_heads(checkpoint.config, spec.ranks):
             log.info("%s", repeated)
@@ -239,6 +240,22 @@ def _other_generation(name: str, model_type: str) -> str | None:
         if row.gguf.name != own and re.search(rf"(?<![a-z0-9]){row.gguf.name}(?![a-z0-9])", name.lower()):
             return f"the artifact is called {name}, but the model is a {model_type}: set another with -s name=NAME"
     return None
+
+
+def _other_size(recipe: Recipe, checkpoint: Checkpoint) -> str | None:
+    """A note about an artifact whose name, `gemma-2b-it-int8`, says another size than the model's.
+
+    A gemma-2b has 2.5 billion parameters and a gemma-7b 8.5: half as many again is the same size, and a third fewer.
+    """
+    said = re.search(r"(?<![a-z0-9.])(\d{1,3}(?:\.\d)?)([bm])(?![a-z0-9])", recipe.name.lower())
+    if said is None:
+        return None
+    named = float(said[1]) * (1e9 if said[2] == "b" else 1e6)
+    has = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    if named / 1.5 <= has <= named * 1.5:
+        return None
+    size = f"{has / 1e9:.1f} billion" if has >= 1e9 else f"{has / 1e6:.3g} million"
+    return f"the artifact is called {recipe.name}, but the model has {size} parameters: set another with -s name=NAME"
 
 
 def _model_problems(spec: BuildSpec, config: ModelConfig) -> list[str]:

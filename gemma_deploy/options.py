@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class GivenPath(click.Path):
+    """A path as a `pathlib.Path`; "" is refused, which pathlib takes for the current directory."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See click."""
+        if value == "":
+            self.fail("it is empty; name a file or a directory.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class GivenName(click.types.StringParamType):
+    """A name or a path as text; "" is refused, which a shell gives for a variable that is not set."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See click."""
+        if value == "":
+            self.fail("it is empty; give a name or a path.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH, NAME = GivenPath(), GivenName()
 
 
 def adapter_option(what: str) -> Callable[[Command], Command]:
@@ -17,7 +44,7 @@ def adapter_option(what: str) -> Callable[[Command], Command]:
         what: a sentence that says what the adapter does here.
     """
     return click.option(
-        "--adapter", multiple=True, callback=_references, metavar="DIR[:WEIGHT]", help=f"{what} Repeatable."
+        "--adapter", type=NAME, multiple=True, callback=_references, metavar="DIR[:WEIGHT]", help=f"{what} Repeatable."
     )
 
 

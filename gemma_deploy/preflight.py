@@ -66,6 +66,7 @@ class ResourcePlan:
         machine: what was measured.
         shortfalls: plain sentences; empty when the job fits.
         notes: what the user should know although it does not stop the job.
+        is_up_to_date: the artifact is there, and no stage would run.
     """
 
     name: str
@@ -76,6 +77,7 @@ class ResourcePlan:
     machine: Machine
     shortfalls: tuple[str, ...]
     notes: tuple[str, ...]
+    is_up_to_date: bool = False
 
     @property
     def peak_ram_bytes(self) -> int:
@@ -220,13 +222,15 @@ def _idle_bytes(job: Job) -> int:
 def _ranges_stage(job: Job, tensors: Mapping[str, TensorInfo], elements: int, request: Request | None) -> StageEstimate:
     """As the gate's torch side: a block of one matrix at a time, activations of a few windows."""
     config, seqlen = job.config, request.seqlen if request else min(SEQLEN, job.spec.context)
-    windows = (request.nsamples if request else TEXT_WINDOWS) + 1  # and one of random tokens
+    texts = request.nsamples if request else TEXT_WINDOWS
+    windows = texts + 1  # and one of random tokens
     layers = sum(prod(tensor.shape) for name, tensor in tensors.items() if ".layers." in name)
     activations = 4 * windows * seqlen * (3 * config.intermediate_size + 2 * config.num_attention_heads * seqlen)
     flops = 2.0 * layers * windows * seqlen
     seconds = IMPORT_SECONDS + flops / FLOPS_PER_S + 4 * elements / STREAM_BYTES_PER_S
     ram = BASE_BYTES + TOKENIZER_BYTES + BLOCK_BYTES + activations
-    return StageEstimate("ranges", f"largest activations of {windows} windows of {seqlen} tokens", ram, 0, seconds)
+    what = f"largest activations of {texts} windows of {seqlen} tokens, and of one of random tokens"
+    return StageEstimate("ranges", what, ram, 0, seconds)
 
 
 def _quantize_stage(job: Job, tensors: Mapping[str, TensorInfo], machine: Machine) -> StageEstimate:
@@ -339,11 +343,13 @@ def _notes(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def render(plan: ResourcePlan) -> Any:
-    """The plan as a rich renderable: one row per stage, then what is available and what is short."""
+    """The plan as a rich renderable: one row per stage, then what is available and short; or that nothing is to do."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
+    if plan.is_up_to_date:
+        return Text(f"nothing has changed: {plan.out} is up to date, and nothing would be done")
     table = Table(title=f"Plan for {plan.name} ({plan.scheme})", title_justify="left")
     table.add_column("stage")
     table.add_column("what")

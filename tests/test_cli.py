@@ -299,3 +299,29 @@ def test_a_closed_pipe_is_no_error():
 def test_the_table_of_commands_is_what_is_there():
     files = {file.stem for file in (PACKAGE / "commands").glob("*.py")} - {"__init__"}
     assert files == set(COMMANDS)
+
+
+FREE_TEXT = {"prompt", "system", "overrides", "pairs", "subjects", "contexts", "points", "field", "targets"}
+
+
+def named_arguments():
+    """(command, words) that give "" for each argument and option of a command that is a path or a name."""
+    for name in COMMANDS:
+        command = cli.cli.get_command(None, name)
+        named = [one for one in command.params if isinstance(one, click.Argument)]
+        for one in command.params:
+            if one.name not in FREE_TEXT and isinstance(one.type, click.Path | click.types.StringParamType):
+                words = ["" if other is one else "x" for other in named if other is one or other.required]
+                yield pytest.param(
+                    [name, *words, *([] if one in named else [one.opts[0], ""])], id=f"{name} {one.name}"
+                )
+
+
+@pytest.mark.parametrize("words", list(named_arguments()))
+def test_an_empty_name_is_no_name(words, tmp_path, monkeypatch, capsys):
+    """It is neither the current directory nor the default."""
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "it is empty; " in said or "no built-in recipe of that name" in said
+    assert not list(tmp_path.iterdir())

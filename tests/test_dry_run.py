@@ -117,7 +117,8 @@ def test_what_is_up_to_date_is_said(demo_artifact, capsys):
     with_gate = demo_artifact.parent
     code, out, _ = run(capsys, "-s", f"workspace.path={with_gate}", "--dry-run")
     assert code == 0
-    assert "is up to date, and nothing would be done" in " ".join(out.split())
+    path = with_gate / "gemma-demo-int8-128-256"
+    assert " ".join(out.split()) == f"nothing has changed: {path} is up to date, and nothing would be done"
 
 
 def test_the_calibration_text_is_said_in_one_line(here, capsys, caplog):

@@ -103,3 +103,12 @@ def test_its_tokenizer_puts_no_bos_in_front(demo_for_genai):
 )
 def test_the_page_shows_the_program(page, shown):
     assert shown() in (ROOT / "docs" / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("program", sorted(EXAMPLES.glob("*.py")), ids=lambda file: file.stem)
+def test_a_program_without_its_arguments_says_how_it_is_used(program, monkeypatch):
+    """`compile_and_ask.py` alone needs none."""
+    monkeypatch.setattr("sys.argv", [str(program), *(["--help"] if program.stem == "compile_and_ask" else [])])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(program), run_name="__main__")
+    assert f"\nUse: python examples/{program.name} " in ended.value.code  # sys.exit prints text, and the code is 1

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from gemma_deploy.options import NAME, PATH
+
 EPILOG = """\b
 Examples:
   gemma-deploy adapter workspace/NAME runs/pirate/adapter --name pirate
@@ -17,9 +19,11 @@ modules_to_save, LoRA of the token table) is merged: gemma-deploy compile RECIPE
 
 
 @click.command("adapter", epilog=EPILOG)
-@click.argument("artifact", type=click.Path(path_type=Path))
-@click.argument("adapter_dir", type=click.Path(path_type=Path))
-@click.option("--name", metavar="NAME", help="What it is called  [default: the directory's name and its fingerprint]")
+@click.argument("artifact", type=PATH)
+@click.argument("adapter_dir", type=PATH)
+@click.option(
+    "--name", type=NAME, metavar="NAME", help="What it is called  [default: the directory's name and its fingerprint]"
+)
 @click.option("--force", is_flag=True, help="Replace another adapter of that name.")
 def command(artifact: Path, adapter_dir: Path, name: str | None, force: bool) -> None:
     """Keep the adapter in ADAPTER_DIR, which peft's save_pretrained wrote, in ARTIFACT as adapters/NAME.

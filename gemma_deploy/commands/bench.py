@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gemma_deploy.names import MIB
+from gemma_deploy.options import PATH
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,14 +37,14 @@ def lengths(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int
 
 
 @click.command("bench", epilog=EPILOG)
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=PATH)
 @click.option("--prompt-tokens", type=click.IntRange(min=1), default=512, show_default=True)
 @click.option("--decode-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--repeat", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--threads", type=click.IntRange(0, 1024), default=0, show_default=True, help="0 takes all cores.")
 @click.option("--contexts", callback=lengths, metavar="N,N", default="128,512,2048,8192", show_default=True)
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures there.")
-@click.option("--plot", "plot_file", type=click.Path(path_type=Path), help="Draw speed over context length there.")
+@click.option("--json", "json_file", type=PATH, help="Write the figures there.")
+@click.option("--plot", "plot_file", type=PATH, help="Draw speed over context length there.")
 def command(
     artifact: Path,
     prompt_tokens: int,

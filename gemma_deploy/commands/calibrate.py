@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma_deploy.options import adapter_option
+from gemma_deploy.options import NAME, PATH, adapter_option
 
 if TYPE_CHECKING:
     from gemma_deploy.calibration.pipeline import Request
@@ -33,16 +33,20 @@ Examples:
 @click.command("calibrate", epilog=EPILOG)
 @click.option(
     "--dataset",
+    type=NAME,
     metavar="NAME[:N,...]",
     help="c4, ceval or alpaca, or a mix of them with the windows of each; without --recipe needed.",
 )
 @click.option(
     "--path",
+    type=NAME,
     metavar="PLACE",
     help="A file, or hub to stream it; in a mix NAME=PLACE,NAME=PLACE  [default: the bundled samples]",
 )
-@click.option("--recipe", metavar="FILE|NAME", help="Take checkpoint, data set and workspace from a recipe.")
-@click.option("--checkpoint", metavar="PATH", help="Directory, .gguf file or `demo`  [default: the recipe's, or demo]")
+@click.option("--recipe", type=NAME, metavar="FILE|NAME", help="Take checkpoint, data set and workspace from a recipe.")
+@click.option(
+    "--checkpoint", type=NAME, metavar="PATH", help="Directory, .gguf or `demo`  [default: the recipe's, or demo]"
+)
 @adapter_option("Added to the weights, instead of the recipe's adapter.")
 @click.option("--nsamples", type=click.IntRange(min=1), help="Windows  [default: 128; 32 of the bundled sample]")
 @click.option(
@@ -51,9 +55,7 @@ Examples:
     help="Tokens in each, BOS too  [default: 1024 or what the model takes; 128 of the sample]",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Order of the texts.")
-@click.option(
-    "--workspace", type=click.Path(path_type=Path), help="Results go to WORKSPACE/calib/  [default: workspace]"
-)
+@click.option("--workspace", type=PATH, help="Results go to WORKSPACE/calib/  [default: workspace]")
 @click.option("--force", is_flag=True, help="Measure again what has been measured before.")
 def command(
     dataset: str | None,

@@ -18,6 +18,7 @@ from gemma_deploy.generation import (
     read_stdin,
     summary,
 )
+from gemma_deploy.options import NAME, PATH
 
 if TYPE_CHECKING:
     from gemma_deploy.runtime.chat import Conversation
@@ -52,12 +53,13 @@ reply, and leaves when pressed twice while you type. Replies go to standard outp
 
 
 @click.command("chat", epilog=EPILOG)
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=PATH)
 @click.option("--system", metavar="TEXT", help="What the model is told beforehand, where its template has that.")
 @generation_options
 @click.option(
     "--adapter",
     "adapters",
+    type=NAME,
     multiple=True,
     metavar="NAME|DIR",
     help="A LoRA adapter: kept in the artifact, or a directory of peft's. The first one speaks; /adapter changes it.",

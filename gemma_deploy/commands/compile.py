@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma_deploy.names import MIB
-from gemma_deploy.options import adapter_option
+from gemma_deploy.options import NAME, PATH, adapter_option
 
 if TYPE_CHECKING:
     from gemma_deploy.artifact.gate_rows import Result
@@ -31,10 +31,10 @@ Examples:
 @click.command("compile", epilog=EPILOG)
 @click.argument("recipe")
 @click.option("-s", "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a recipe key.")
-@click.option("--checkpoint", metavar="PATH", help="Directory, .gguf file or `demo`, instead of the recipe's.")
+@click.option("--checkpoint", type=NAME, metavar="PATH", help="Directory, .gguf or `demo`, instead of the recipe's.")
 @adapter_option("Added to the weights, instead of the recipe's adapter.")
 @click.option("--dynamic", is_flag=True, help="Free batch and lengths: short for -s frontend.shape.dynamic=true.")
-@click.option("--out", type=click.Path(path_type=Path), help="Artifact directory  [default: workspace.path/NAME]")
+@click.option("--out", type=PATH, help="Artifact directory  [default: workspace.path/NAME]")
 @click.option("--force", is_flag=True, help="Replace an artifact made from other inputs.")
 @click.option(
     "--dry-run", is_flag=True, help="Check everything, show memory, disk and time of every stage; do nothing."

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gemma_deploy.options import adapter_option
+from gemma_deploy.options import NAME, PATH, adapter_option
 
 if TYPE_CHECKING:
     from gemma_deploy.checkpoint import AdapterRef
@@ -25,24 +25,25 @@ Examples:
 
 
 @click.command("eval", epilog=EPILOG)
-@click.argument("target")
+@click.argument("target", type=NAME)
 @click.option("--task", type=click.Choice(list(OF_TASK)), required=True)
 @click.option(
     "--against",
+    type=NAME,
     metavar="hf|none|PATH",
     help="hf: the artifact's checkpoint in transformers, float32; or an artifact or checkpoint  "
     "[default: hf for the perplexity of an artifact, else none]",
 )
-@click.option("--checkpoint", metavar="PATH", help="Where an artifact's checkpoint is  [default: as in its recipe]")
+@click.option("--checkpoint", type=NAME, metavar="PATH", help="An artifact's checkpoint  [default: as in its recipe]")
 @adapter_option("Added to a checkpoint; of an artifact, where its adapter is now.")
-@click.option("--text", type=click.Path(path_type=Path), help="ppl: UTF-8 file  [default: the bundled C4 sample]")
+@click.option("--text", type=PATH, help="ppl: UTF-8 file  [default: the bundled C4 sample]")
 @click.option("--windows", type=click.IntRange(min=1), help="ppl: windows at most  [default: 16]")
 @click.option(
     "--seqlen",
     type=click.IntRange(min=2),
     help="ppl: tokens of a window, BOS too  [default: 512, or the prefill length]",
 )
-@click.option("--path", type=click.Path(path_type=Path), help="ceval: ceval-exam.zip  [default: the bundled sample]")
+@click.option("--path", type=PATH, help="ceval: ceval-exam.zip  [default: the bundled sample]")
 @click.option("--split", type=click.Choice(["val", "test"]), help="ceval: which questions  [default: val]")
 @click.option("--shots", type=click.IntRange(0, 5), help="ceval: solved examples before each  [default: 5]")
 @click.option("--subjects", metavar="NAME,NAME", help="ceval: only these  [default: all]")
@@ -52,7 +53,7 @@ Examples:
     type=click.Choice(["shipped", "strict"]),
     help="Of an ONNX Runtime artifact: those it ships, or float32 products on its weights  [default: shipped]",
 )
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the result there.")
+@click.option("--json", "json_file", type=PATH, help="Write the result there.")
 @click.option("--record/--no-record", default=True, help="Keep it in the artifact and its report.  [default: record]")
 @click.pass_context
 def command(

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from gemma_deploy.options import NAME
+
 if TYPE_CHECKING:
     from gemma_deploy.finetune.result import FinetuneResult
 
@@ -33,10 +35,14 @@ Examples:
 
 @click.command("finetune", epilog=EPILOG)
 @click.argument("recipe", required=False)
-@click.option("--checkpoint", metavar="PATH", help="Directory, .gguf file or `demo`  [default: the recipe's]")
-@click.option("--data", metavar="FILE", help="What is learned: JSONL, or a JSON list.")
-@click.option("--base", metavar="ARTIFACT", help="Train LoRA on the int8 codes of an artifact of the checkpoint.")
-@click.option("--out", metavar="DIR", help="Where adapter, report and figures go.")
+@click.option(
+    "--checkpoint", type=NAME, metavar="PATH", help="Directory, .gguf file or `demo`  [default: the recipe's]"
+)
+@click.option("--data", type=NAME, metavar="FILE", help="What is learned: JSONL, or a JSON list.")
+@click.option(
+    "--base", type=NAME, metavar="ARTIFACT", help="Train LoRA on the int8 codes of an artifact of the checkpoint."
+)
+@click.option("--out", type=NAME, metavar="DIR", help="Where adapter, report and figures go.")
 @click.option("--method", type=click.Choice(["lora", "qlora", "full"]), help="[default: lora]")
 @click.option("--field", metavar="KEY", help="The key that holds the text of an example  [default: text]")
 @click.option(
@@ -45,7 +51,7 @@ Examples:
 @click.option("--loss", type=click.Choice(["answers", "all"]), help="Tokens that are learned  [default: answers]")
 @click.option("--max-length", type=click.IntRange(2), help="Tokens of an example at most  [default: 1024]")
 @click.option("--too-long", type=click.Choice(["cut", "refuse"]), help="What becomes of longer ones  [default: cut]")
-@click.option("--eval-data", metavar="FILE", help="Held-out examples  [default: a part of the data]")
+@click.option("--eval-data", type=NAME, metavar="FILE", help="Held-out examples  [default: a part of the data]")
 @click.option("--validation", type=click.FloatRange(0), help="The part: a share below 1, or a number  [default: 0.05]")
 @click.option("--patience", type=click.IntRange(1), help="End after so many evaluations without a better loss.")
 @click.option("--model", type=click.Choice(["stock", "patched"]), help="Class that is trained  [default: stock]")
@@ -60,7 +66,7 @@ Examples:
 @click.option("--seed", type=click.IntRange(0), help="[default: 42]")
 @click.option("--packing", is_flag=True, default=None, help="Several examples in a row, none of which sees another.")
 @click.option("--devices", type=click.IntRange(1), help="Processes that train together  [default: 1]")
-@click.option("--accelerate-config", metavar="FILE", help="From `accelerate config`: DDP, FSDP, DeepSpeed.")
+@click.option("--accelerate-config", type=NAME, metavar="FILE", help="From `accelerate config`: DDP, FSDP, DeepSpeed.")
 @click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A field of TRL's SFTConfig; repeatable.")
 @click.option("--dry-run", is_flag=True, help="Check data, settings, memory and disk, and stop.")
 def command(recipe: str | None, checkpoint: str | None, pairs: tuple[str, ...], dry_run: bool, **options: Any) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gemma_deploy.names import MANIFEST, MIB, PARAMS
-from gemma_deploy.options import adapter_option
+from gemma_deploy.options import NAME, adapter_option
 
 if TYPE_CHECKING:
     from gemma_deploy.artifact.manifest import GraphRecord, Manifest
@@ -27,7 +27,7 @@ Examples:
 
 
 @click.command("inspect", epilog=EPILOG)
-@click.argument("path")
+@click.argument("path", type=NAME)
 @adapter_option("Of a checkpoint: show the model with it.")
 @click.option("--params", is_flag=True, help="List every tensor.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma_deploy.names import GIB, MIB
-from gemma_deploy.options import adapter_option
+from gemma_deploy.options import NAME, PATH, adapter_option
 
 if TYPE_CHECKING:
     from gemma_deploy.checkpoint import AdapterRef
@@ -22,9 +22,9 @@ Examples:
 
 
 @click.command("merge", epilog=EPILOG)
-@click.argument("checkpoint")
-@click.argument("first", metavar="ADAPTER")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=NAME)
+@click.argument("first", type=NAME, metavar="ADAPTER")
+@click.argument("out", type=PATH)
 @adapter_option("One more, added after ADAPTER.")
 @click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), help="[default: the checkpoint's own]")
 @click.option("--workers", type=click.IntRange(1, 256), default=2, show_default=True, help="Tensors written at a time.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gemma_deploy.backends import ROWS
-from gemma_deploy.options import adapter_option
+from gemma_deploy.options import NAME, PATH, adapter_option
 
 if TYPE_CHECKING:
     from gemma_deploy.checkpoint import AdapterRef
@@ -25,11 +25,13 @@ Examples:
 
 
 @click.command("parity", epilog=EPILOG)
-@click.argument("artifact", required=False, type=click.Path(path_type=Path))
+@click.argument("artifact", required=False, type=PATH)
 @click.option(
-    "--backend", type=click.Choice(ROWS), help="What the graphs run on  [default: what there is for the artifact]"
+    "--backend",
+    type=click.Choice(ROWS),
+    help="What computes the graphs here, not the recipe's backend.type  [default: what there is for the artifact]",
 )
-@click.option("--against", default="hf", show_default=True, metavar="hf|ARTIFACT", help="The reference.")
+@click.option("--against", type=NAME, default="hf", show_default=True, metavar="hf|ARTIFACT", help="The reference.")
 @click.option(
     "--stage",
     type=click.Choice(["artifact", "patched"]),
@@ -37,15 +39,15 @@ Examples:
     show_default=True,
     help="patched: compare the patched modeling files alone with transformers; needs no artifact.",
 )
-@click.option("--checkpoint", metavar="PATH", help="Where the checkpoint is  [default: as in the recipe]")
+@click.option("--checkpoint", type=NAME, metavar="PATH", help="Where the checkpoint is  [default: as in the recipe]")
 @adapter_option("Where the artifact's adapter is now; with --stage patched, added to the checkpoint.")
-@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 file to take the prompt from.")
+@click.option("--text", type=PATH, help="UTF-8 file to take the prompt from.")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), help="[default: the artifact's recipe, or 64]")
 @click.option("--decode-tokens", type=click.IntRange(min=0), help="[default: the artifact's recipe, or 32]")
 @click.option("--fast/--no-fast", default=True, help="Measure the optimized session as well.  [default: fast]")
-@click.option("--workspace", type=click.Path(path_type=Path), default=Path("workspace"), show_default=True)
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every measure there.")
-@click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write a page there.")
+@click.option("--workspace", type=PATH, default=Path("workspace"), show_default=True)
+@click.option("--json", "json_file", type=PATH, help="Write every measure there.")
+@click.option("--html", "html_file", type=PATH, help="Write a page there.")
 def command(
     artifact: Path | None,
     backend: str | None,

@@ -36,7 +36,7 @@ def command(name: str | None) -> None:
         return
     for shipped in shipped_recipes():
         click.echo("\n".join([shipped.name, *map(_wrapped, (shipped.goal, *_facts(shipped)))]) + "\n")
-    click.echo("compile one:  gemma-deploy compile NAME --checkpoint /models/gemma-3-270m")
+    click.echo("compile one:  gemma-deploy compile NAME --checkpoint /models/gemma-3-270m -s name=gemma-3-270m-int8")
     click.echo("see one:      gemma-deploy recipes NAME")
 
 

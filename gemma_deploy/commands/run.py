@@ -15,6 +15,7 @@ from gemma_deploy.generation import (
     read_stdin,
     summary,
 )
+from gemma_deploy.options import NAME, PATH
 
 if TYPE_CHECKING:
     from gemma_deploy.artifact.opened import Artifact
@@ -37,13 +38,15 @@ itself. The text goes to standard output, everything else to standard error.
 
 
 @click.command("run", epilog=EPILOG)
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=PATH)
 @click.option("-p", "--prompt", required=True, metavar="TEXT", help="The text to continue; - reads standard input.")
 @click.option("--chat", is_flag=True, help="Send the text as a user's message through the chat template.")
 @generation_options
 @click.option("--strict", is_flag=True, help="Compute exactly what the graph says (slow; static artifacts).")
 @click.option("--lookup", is_flag=True, help="Guess ahead where text repeats itself (greedy; ONNX Runtime artifacts).")
-@click.option("--adapter", metavar="NAME|DIR", help="A LoRA adapter: kept in the artifact, or a directory of peft's.")
+@click.option(
+    "--adapter", type=NAME, metavar="NAME|DIR", help="A LoRA adapter: kept in the artifact, or peft's directory."
+)
 @click.option("--stats", is_flag=True, help="Say how many tokens and how fast, at the end.")
 def command(
     artifact: Path,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from gemma_deploy.errors import UsageError
-from gemma_deploy.options import adapter_option
+from gemma_deploy.options import NAME, PATH, adapter_option
 
 if TYPE_CHECKING:
     from gemma_deploy.checkpoint import AdapterRef
@@ -32,8 +32,8 @@ def _points(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 
 
 @click.command("split", epilog=EPILOG)
-@click.argument("checkpoint")
-@click.argument("out", type=click.Path(path_type=Path), required=False)
+@click.argument("checkpoint", type=NAME)
+@click.argument("out", type=PATH, required=False)
 @click.option("--points", callback=_points, metavar="A,B", help="Layers that begin a new part.")
 @click.option("--parts", type=click.IntRange(2), help="Choose points that balance the bytes of this many parts.  [3]")
 @adapter_option("Added to the weights before they are cut.")

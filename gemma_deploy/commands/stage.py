@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from gemma_deploy.options import adapter_option
+from gemma_deploy.options import NAME, PATH, adapter_option
 
 if TYPE_CHECKING:
     from gemma_deploy.checkpoint import AdapterRef
@@ -21,8 +21,8 @@ Examples:
 
 
 @click.command("stage", epilog=EPILOG)
-@click.argument("checkpoint")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=NAME)
+@click.argument("out", type=PATH)
 @adapter_option("Added to the weights, which are then written as float32.")
 @click.option("--force", is_flag=True, help="Replace a directory staged before.")
 def command(checkpoint: str, out: Path, adapter: tuple[AdapterRef, ...], force: bool) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from gemma_deploy.options import PATH
+
 EPILOG = """\b
 Examples:
   gemma-deploy verify workspace/gemma-demo-int8-128-256
@@ -14,7 +16,7 @@ Examples:
 
 
 @click.command("verify", epilog=EPILOG)
-@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("artifact", type=PATH)
 @click.option("--quick", is_flag=True, help="Do not read params.safetensors (sizes only).")
 def command(artifact: Path, quick: bool) -> None:
     """Check ARTIFACT; exit 1 and name every damaged file and tensor."""

@@ -44,7 +44,9 @@ class Sampling:
         if self.seed is not None and self.seed < 0:
             problems.append(f"seed {self.seed}: 0 or more")
         if problems:
-            raise UsageError("sampling cannot be done like this", problems=problems)
+            raise UsageError(
+                "sampling cannot be done like this", problems=problems, next_step="give values of these ranges"
+            )
 
     def sampler(self) -> Sampler:
         """A new sampler with these settings."""

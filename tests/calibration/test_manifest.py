@@ -85,4 +85,6 @@ def test_float16_looks_at_as_many_windows_as_its_estimate_says(recipe_file):
     job, request = with_text(Job.open(Recipe.load(recipe_file)))
     assert job.record["dataset"]["nsamples"] == 96
     told = plan_recipe(Recipe.load(recipe_file)).stages[0].what
-    assert told == f"largest activations of {request.nsamples + 1} windows of {request.seqlen} tokens"
+    said = f"{request.nsamples} windows of {request.seqlen} tokens"  # in the line about the text, too
+    assert told == f"largest activations of {said}, and of one of random tokens"
+    assert any(f"calibration text: {said}" in note for note in plan_recipe(Recipe.load(recipe_file)).notes)
