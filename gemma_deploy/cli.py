@@ -39,6 +39,9 @@ COMMANDS = {
 }
 
 
+# Commands that have nothing to do when nobody reads them any more; the others have work, and a verdict.
+WRITERS = ("run", "chat")
+
 # What the machine refuses a program that has no bug, with what to do about it; `main` explains what no stage has.
 FULL = "free space there and run the same command again"
 DENIED = "allow it, or name another place"
@@ -85,6 +88,25 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         return importlib.import_module(f"gemma_deploy.commands.{cmd_name}").command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """See click; called once, before anything is written."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name not in WRITERS:
+            for stream in ("stdout", "stderr"):
+                _outlive_the_reader(stream)
+        return name, command, rest
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """See click, which would end with 1 where nobody reads any more."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            if ctx.invoked_subcommand in WRITERS:
+                raise click.exceptions.Exit(0) from None
+            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
@@ -212,6 +234,36 @@ def _prepare_streams() -> None:
                 setattr(sys, name, os.fdopen(opened, "w" if descriptor else "r", encoding="utf-8"))
         elif descriptor and isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
+
+
+class _Pipe(io.FileIO):
+    """An output whose reader may go: what is written after that goes to the null device."""
+
+    def write(self, data: Any, /) -> int:
+        """See io."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
+            return len(data)
+
+
+def _outlive_the_reader(name: str) -> None:
+    """`compile | head -1` is to end with an artifact, and `parity | head -1` with the gate's exit code."""
+    stream = getattr(sys, name)
+    if stream is not getattr(sys, f"__{name}__") or not isinstance(stream, io.TextIOWrapper):
+        return
+    stream.flush()
+    patient = io.TextIOWrapper(
+        io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False)),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+    setattr(sys, name, patient)
 
 
 def _flush(stream: TextIO | None) -> None:

@@ -25,6 +25,8 @@ NO_MEMORY = re.compile(
     r"|failed to map segment",
     re.IGNORECASE,
 )
+# A file may be called so; in a message it would break the line, or tell the terminal something.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
 class DeployError(Exception):
@@ -58,7 +60,8 @@ class DeployError(Exception):
         return _rebuilt, (type(self), self.__dict__.copy())
 
     def __str__(self) -> str:
-        lines = [f"{self.where}: {self.what}" if self.where else self.what]
+        where = _CONTROLS.sub(lambda found: repr(found[0])[1:-1], self.where or "")
+        lines = [f"{where}: {self.what}" if where else self.what]
         lines += [f"  - {problem}" for problem in self.problems]
         if self.expected:
             lines.append(f"  expected: {self.expected}")

@@ -313,13 +313,19 @@ def refuse_output(path: str | Path, option: str) -> None:
     """See that a file can be written at a path, before the work whose result it is to hold.
 
     Raises:
-        UsageError: its directory is not there, a directory has its name, or it is no possible path.
+        UsageError: its directory is not there or not to be written to, a directory has its name, or it is no possible
+            path.
     """
     what = why_impossible(path)
     if what is None and not is_dir(Path(path).absolute().parent):
         what = "its directory does not exist"
     if what is None and is_dir(path):
         what = "is a directory"
+    if what is None:
+        # A file is written beside the old one and renamed; devices and pipes are written to as they are.
+        place = path if exists(path) and not is_file(path) else os.path.dirname(os.path.realpath(path))
+        if not os.access(place, os.W_OK):
+            what = "cannot be written: " + os.strerror(errno.EACCES)
     if what:
         raise UsageError(
             what, where=str(path)[:300], expected="the path of a file", next_step=f"name another with {option}"

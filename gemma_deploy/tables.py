@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LOG_WIDTH = 110  # of a file or a pipe, for which rich takes 80
+LEAST_WIDTH = 10  # less is no terminal: with COLUMNS=0 rich prints nothing
 
 
 def console(*, stderr: bool = False, log_width: int = LOG_WIDTH) -> Console:
@@ -24,7 +25,7 @@ def console(*, stderr: bool = False, log_width: int = LOG_WIDTH) -> Console:
     from rich.console import Console
 
     made = Console(stderr=stderr, markup=False, emoji=False)
-    if not made.is_terminal and "COLUMNS" not in os.environ:
+    if made.width < LEAST_WIDTH or (not made.is_terminal and "COLUMNS" not in os.environ):
         made.width = log_width
     return made
 

@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,11 @@ def test_verbose_shows_where_a_refusal_happened(monkeypatch, caplog, options, sh
     assert fail_with(monkeypatch, PermissionError(errno.EACCES, "Permission denied", "/there/file"), *options) == 1
     traces = [record for record in caplog.records if record.exc_info]
     assert [record.exc_info[0] for record in traces] == [PermissionError] * shown
+
+
+def test_a_file_name_breaks_no_line_and_tells_the_terminal_nothing(tmp_path, capsys):
+    assert main(["run", str(tmp_path / "a\nb\x1b[2J\x9b1mé"), "-p", "x"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/a\\nb\\x1b[2J\\x9b1mé: there is no such directory\n")
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "none"), OSError("no number"), KeyError("k")])
@@ -294,6 +300,54 @@ def test_a_closed_pipe_is_no_error():
     assert "Traceback" not in run.stderr
     assert "BrokenPipe" not in run.stderr
     assert run.stdout.strip()
+
+
+@pytest.mark.parametrize("command", ["parity", "eval", "bench"])
+def test_a_place_that_may_not_be_written_to_is_told_before_the_work(command, tmp_path, monkeypatch, capsys):
+    """Tests may run as a user who may do everything, so the system is asked in its name."""
+    asked = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and asked(path, mode))
+    words = ["--task", "ppl"] if command == "eval" else []
+    assert main([command, "nowhere", *words, "--json", str(tmp_path / "figures.json")]) == 2
+    assert "figures.json: cannot be written: Permission denied\n" in capsys.readouterr().err
+
+
+def unread(*arguments, streams=("stdout",)):
+    """Exit code and standard error of the program when nobody reads some of its streams."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = [sys.executable, "-m", "gemma_deploy.cli", *map(str, arguments)]
+    run = subprocess.run(program, text=True, **({"stderr": subprocess.PIPE} | dict.fromkeys(streams, writer)))
+    os.close(writer)
+    return run.returncode, run.stderr or ""
+
+
+@pytest.mark.parametrize("streams", [("stdout",), ("stdout", "stderr")])
+def test_work_goes_on_when_nobody_reads_what_it_says(tmp_path, streams):
+    """`compile | head -1`, with a command that has less to do."""
+    code, said = unread("stage", "demo", tmp_path / "staged", streams=streams)
+    assert (code, said.count("Error")) == (0, 0)
+    assert (tmp_path / "staged" / "config.json").is_file()
+
+
+def test_a_verdict_is_the_exit_code_when_nobody_reads_it(demo_artifact, tmp_path):
+    shutil.copytree(demo_artifact, tmp_path / "damaged")
+    with open(tmp_path / "damaged" / "config.json", "a") as config:
+        config.write(" ")
+    assert unread("verify", demo_artifact, "--quick", streams=("stdout", "stderr"))[0] == 0
+    assert unread("verify", tmp_path / "damaged", "--quick", streams=("stdout", "stderr"))[0] == 1
+
+
+def test_text_that_nobody_reads_is_not_gone_on_with(demo_artifact):
+    assert unread("run", demo_artifact, "-p", "Return the") == (0, "")
+
+
+@pytest.mark.parametrize("columns", ["0", "5", "-3", "many", ""])
+def test_no_width_is_the_width_of_a_log(columns, monkeypatch, capsys):
+    """With COLUMNS=0 rich prints nothing at all."""
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["inspect", "demo"]) == 0
+    assert "bfloat16" in capsys.readouterr().out
 
 
 def test_the_table_of_commands_is_what_is_there():

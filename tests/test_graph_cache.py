@@ -111,6 +111,16 @@ def test_what_was_not_used_for_longest_goes_first(tmp_path, monkeypatch):
     assert [cache.get(name, ["graph"]) is not None for name in "abcd"] == [True, False, True, True]
 
 
+def test_a_folder_that_is_none_is_told_once_with_what_to_do(tmp_path, caplog):
+    (tmp_path / "file").write_text("mine")
+    kept = GraphCache(tmp_path / "file" / "below")
+    with caplog.at_level("INFO"):
+        assert kept.get("key", ["a.onnx"]) is None
+        kept.put("key", {"a.onnx": b"1"})
+    (said,) = caplog.messages
+    assert said.endswith("Not a directory; set GEMMA_DEPLOY_CACHE to a folder that you may write to, or to off")
+
+
 def test_a_folder_that_cannot_be_written_to_is_no_reason_to_fail(tmp_path):
     (tmp_path / "graphs").write_text("a file")
     cache = GraphCache(tmp_path)

@@ -70,10 +70,10 @@ class GraphCache:
                     return None
                 found = {name: packed.read(name) for name in names}
             os.utime(file)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # `put` tells why nothing can be kept there
             return None
         except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            log.info("graphs in %s cannot be used and are made again: %s", file, error)
+            log.info("graphs in %s cannot be used and are made again: %s", file, getattr(error, "strerror", 0) or error)
             return None
         return found
 
@@ -94,7 +94,13 @@ class GraphCache:
                 raise
             self._shrink()
         except OSError as error:
-            log.info("graphs cannot be kept in %s: %s", self.folder, error.strerror or error)
+            log.info(
+                "graphs cannot be kept in %s: %s; set %s to a folder that you may write to, or to %s",
+                self.folder,
+                error.strerror or error,
+                VARIABLE,
+                OFF,
+            )
 
     def _shrink(self) -> None:
         assert self.folder is not None

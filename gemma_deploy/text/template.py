@@ -24,6 +24,7 @@ Message = Mapping[str, Any]
 # Names under which a message's reasoning is passed; templates read the first, and gpt-oss's the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _NO_TEMPLATE = "use `gemma-deploy run ARTIFACT -p TEXT`, or compile an instruction-tuned checkpoint (-it)"
+_REFUSED = "send messages that it takes, or mend it; `gemma-deploy run ARTIFACT -p TEXT` needs no template"
 
 
 class ChatTemplateError(UsageError):
@@ -122,7 +123,7 @@ class ChatTemplate:
                 next_step="do not use this template unless you know who made it",
             ) from error
         except Exception as error:  # a template may fail in every way that Python can
-            raise ChatTemplateError(f"{REFUSES}{_reason(error)}", where=self.where) from error
+            raise ChatTemplateError(f"{REFUSES}{_reason(error)}", where=self.where, next_step=_REFUSED) from error
 
 
 @functools.lru_cache(maxsize=8)

@@ -147,6 +147,7 @@ def test_a_template_that_fails_is_a_sentence(artifact, capfd, monkeypatch, comma
     code, out, err = run(capfd, command, artifact, *(ASKED if command == "run" else ["-n", "2"]))
     assert (code, out) == (2, "")
     assert f"the chat template {said}" in err
+    assert "\n  next: " in err
 
 
 @pytest.mark.parametrize("command", ["run", "chat"])
