@@ -231,10 +231,12 @@ def write_file(file: Path, matrices: Matrices, dtype: str) -> None:
     """
     import onnxruntime as ort
 
+    # Kept until the file is written: ONNX Runtime copies no bfloat16 matrix, and does not keep the array it lies in.
+    values = {name: _value(matrix, dtype) for name, matrix in sorted(matrices.items())}
     stored = ort.AdapterFormat()
     stored.set_adapter_version(1)
     stored.set_model_version(1)
-    stored.set_parameters({name: _value(matrix, dtype) for name, matrix in sorted(matrices.items())})
+    stored.set_parameters(values)
     stored.export_adapter(str(file))
 
 
