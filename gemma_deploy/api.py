@@ -106,8 +106,9 @@ def prove(
     Args:
         artifact: its directory.
         against: another artifact; None for the checkpoint.
-        checkpoint: where the checkpoint is now; None for where the recipe says. adapters: likewise those that were
-            added to it; () for where the recipe says.
+        checkpoint: where the checkpoint is now; None for where the recipe says.
+        adapters: one that is computed beside the weights of an artifact that takes adapters, and compared with PEFT; of
+            any other, where those are now that were merged into it; () for where the recipe says.
         text: UTF-8 file to take the prompt from; prompt_tokens, decode_tokens: how many of it are read as a prompt and
             fed one by one. None for what the recipe says.
         fast: measure the optimized session of a static artifact as well.
@@ -199,7 +200,8 @@ def evaluate(
         against: "hf" for an artifact's checkpoint in transformers, "none", or another artifact or checkpoint; None for
             "hf" where the perplexity of an artifact is asked for, and "none" otherwise.
         checkpoint: where an artifact's checkpoint is now; None for where its recipe says.
-        adapters: added to a checkpoint that is the target; of an artifact, where those are now that it was made with.
+        adapters: added to a checkpoint that is the target; one that is computed beside the weights of an artifact that
+            takes adapters; of any other artifact, where those are now that were merged into it.
         kernels: of an artifact for ONNX Runtime: "shipped" (the default) or "strict".
         text: of "ppl": UTF-8 file, None for the bundled sample; windows: at most so many (16); seqlen: tokens of each
             (512, or the longest prompt).

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from gemma_deploy import backends
-from gemma_deploy.backends.onnxruntime.gates import dynamic_gates
+from gemma_deploy.backends.onnxruntime.gates import adapter_gates, dynamic_gates
 from gemma_deploy.backends.spec import VENDOR_KEYS
 from gemma_deploy.backends.tvm_vacc.gates import gates_of
 from gemma_deploy.parity.gates import LOWEST_SQNR_DB, MERGE_LIMIT, Gate
@@ -274,6 +274,8 @@ def gate_limits() -> str:
         *gate_table({names[scheme]: gates_of(scheme, True) for scheme in cached}),
         *("", "### ONNX Runtime", ""),
         *gate_table({scheme: dynamic_gates(scheme) for scheme in schemes if scheme != "fp16"}),
+        *("", "With an adapter beside the weights (mean KL to `peft`):", ""),
+        *gate_table({scheme: adapter_gates(scheme) for scheme in schemes if scheme != "fp16"}),
         *("", "### Both", ""),
         "| scheme | compared | measure | limit |",
         "| --- | --- | --- | --- |",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +20,7 @@ from gemma_deploy import reading
 from gemma_deploy.artifact.manifest import FileFacts, Record
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.bounds import Count, Size, lines_of
+from gemma_deploy.checkpoint.adapters.merging import AdapterRef
 from gemma_deploy.errors import ArtifactError, UsageError
 from gemma_deploy.graph.contract import AdapterSlots
 from gemma_deploy.workdir import MARK, is_temporary
@@ -110,6 +111,38 @@ def slots_of(artifact: Artifact) -> AdapterSlots:
             "gemma-deploy compile RECIPE -s frontend.adapter=ADAPTER_DIR",
         )
     return slots
+
+
+def beside_of(artifact: Artifact, adapters: Sequence[AdapterRef]) -> Path | None:
+    """Directory of the adapter that is to be computed beside an artifact's weights.
+
+    None where none is given, or where the artifact takes none: then those given are the ones merged into it.
+
+    Raises:
+        UsageError: several, or one with a weight; there is no such directory; the artifact takes none and has none
+            merged into it.
+    """
+    if not adapters:
+        return None
+    if artifact.manifest.contract.adapters is None and artifact.manifest.checkpoint.adapters:
+        return None
+    slots_of(artifact)
+    if len(adapters) > 1 or adapters[0].weight != 1:
+        raise UsageError(
+            "one adapter at a time is computed beside an artifact, with the weight 1",
+            where=str(artifact.path),
+            next_step="name one, or merge them: gemma-deploy compile RECIPE --adapter DIR:WEIGHT --adapter DIR:WEIGHT",
+        )
+    path = reading.expand(adapters[0].path)
+    if absent := reading.why_absent(path):
+        kept = " (of a kept adapter too: PEFT reads the directory)" if str(path) in kept_names(artifact) else ""
+        raise UsageError(
+            absent,
+            where=str(path),
+            expected=f"the directory that peft's save_pretrained wrote{kept}",
+            next_step="check the path (--adapter)",
+        )
+    return path
 
 
 def folder_of(artifact: Artifact, name: str) -> Path:

@@ -17,6 +17,9 @@ LEGEND = {
     "patched": "this program's modeling files; with the name of a scheme: with the weights of the artifact",
     "strict": "the artifact, computed exactly as its graphs say",
     "shipped": "the artifact with the kernels that the runtime chooses for speed",
+    "peft": "PEFT's own model of the checkpoint and the adapter, nothing merged; with the name of a scheme: of the "
+    "weights of the artifact",
+    "merged": "the checkpoint with the adapter added to its weights, in transformers' own class",
     "weights": "what is stored, beside what the checkpoint holds",
 }
 

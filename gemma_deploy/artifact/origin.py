@@ -29,19 +29,14 @@ def checkpoint_of(artifact: Artifact, given: str | None, adapters: Sequence[Adap
             where=str(artifact.path),
             next_step="say where it is now with --checkpoint PATH",
         )
-    frontend, made_of = artifact.manifest.recipe.frontend, artifact.manifest.checkpoint.adapters
-    refs = tuple(adapters) or adapter_refs(frontend.adapter)
-    if adapters and not made_of:
-        raise UsageError(
-            "no adapter was added when this artifact was made",
-            where=str(artifact.path),
-            next_step="leave --adapter out, or compile with it (frontend.adapter)",
-        )
+    refs = tuple(adapters) or adapter_refs(artifact.manifest.recipe.frontend.adapter)
     if gone := [str(ref.path) for ref in refs if why_absent(expand(ref.path))]:
         raise UsageError(
             f"its adapter {', '.join(gone)} is not there",
             where=str(artifact.path),
-            next_step="say where it is now with --adapter DIR",
+            next_step="say where it is now with --adapter DIR"
+            if artifact.manifest.contract.adapters is None
+            else "put it back there: --adapter names one beside the weights of this artifact",
         )
     checkpoint = Checkpoint.open(path, refs)
     if checkpoint.fingerprint(times=False) != artifact.manifest.checkpoint.fingerprint_without_times:

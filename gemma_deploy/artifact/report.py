@@ -155,16 +155,24 @@ def _text_row(result: Mapping[str, Any]) -> tuple[str, ...]:
     other = (_plus(result, "perplexity_reference"), figure(result["kl_mean"])) if against else ("", "")
     top1 = "-" if not against or result["top1"] is None else f"{result['top1']:.2%}"
     beside = against["path"] if against else ""
-    return (settings["text"], settings["windowing"], beside, _plus(result, "perplexity"), *other, top1)
+    if against and against.get("adapter"):
+        beside += f" with {against['adapter']} in peft"
+    text = settings["text"] + _with_adapter(settings)
+    return (text, settings["windowing"], beside, _plus(result, "perplexity"), *other, top1)
+
+
+def _with_adapter(settings: Mapping[str, Any]) -> str:
+    """Where an adapter was computed beside the weights, which."""
+    return f", with the adapter {settings['adapter']}" if settings.get("adapter") else ""
 
 
 def _exam(result: Mapping[str, Any]) -> dict[str, Any]:
     """A sentence about an exam, and a row for each subject."""
     settings = result["settings"]
     said = (
-        f"C-Eval, {settings['split']}, {settings['shots']}-shot, {result['questions']} questions of "
-        f"{len(result['subjects'])} subjects: accuracy {_plus(result, 'accuracy')}, mean of the subjects "
-        f"{_plus(result, 'average_over_subjects')}"
+        f"C-Eval{_with_adapter(settings)}, {settings['split']}, {settings['shots']}-shot, "
+        f"{result['questions']} questions of {len(result['subjects'])} subjects: accuracy {_plus(result, 'accuracy')}, "
+        f"mean of the subjects {_plus(result, 'average_over_subjects')}"
     )
     if result["against"]:
         said += (

@@ -79,6 +79,18 @@ class Exported:
 
 
 @dataclass(frozen=True)
+class BesideAdapter:
+    """A LoRA adapter that an artifact is computed with, beside its weights.
+
+    Args:
+        kept: in the artifact, as its runtime loads it; directory: the adapter itself, as peft's save_pretrained wrote.
+    """
+
+    kept: KeptAdapter
+    directory: Path
+
+
+@dataclass(frozen=True)
 class Proof:
     """What a proof looks at.
 
@@ -96,7 +108,7 @@ class Proof:
     cases: tuple[Case, ...]
     fast: bool
     report: Report
-    adapter: KeptAdapter | None = None
+    adapter: BesideAdapter | None = None
 
 
 class Backend(Protocol):

@@ -18,6 +18,7 @@ Examples:
   gemma-deploy eval workspace/NAME --task ppl --text wikitext2_valid.txt --windows 32
   gemma-deploy eval workspace/NAME --task ppl --against workspace/OTHER
   gemma-deploy eval workspace/NAME --task ppl --kernels strict
+  gemma-deploy eval workspace/NAME --task ppl --adapter runs/pirate/adapter
   gemma-deploy eval /models/gemma-3-270m --task ppl --text book.txt --seqlen 1024
   gemma-deploy eval workspace/NAME --task ceval --path ceval-exam.zip --shots 5
   gemma-deploy eval workspace/NAME --task ceval --path ceval-exam.zip --shots 0 --against hf --limit 20
@@ -35,7 +36,10 @@ Examples:
     "[default: hf for the perplexity of an artifact, else none]",
 )
 @click.option("--checkpoint", type=NAME, metavar="PATH", help="An artifact's checkpoint  [default: as in its recipe]")
-@adapter_option("Added to a checkpoint; of an artifact, where its adapter is now.")
+@adapter_option(
+    "Added to a checkpoint; computed beside the weights of an artifact that takes adapters; where one was merged into "
+    "it, where that is now."
+)
 @click.option("--text", type=PATH, help="ppl: UTF-8 file  [default: the bundled C4 sample]")
 @click.option("--windows", type=click.IntRange(min=1), help="ppl: windows at most  [default: 16]")
 @click.option(

@@ -20,6 +20,7 @@ Examples:
   gemma-deploy parity --backend onnxruntime
   gemma-deploy parity workspace/NAME --text book.txt --prompt-tokens 700 --html parity.html
   gemma-deploy parity workspace/NAME --against workspace/OTHER
+  gemma-deploy parity workspace/NAME --adapter runs/pirate/adapter
   gemma-deploy parity --stage patched --checkpoint /models/gemma-3-270m
 """
 
@@ -40,7 +41,10 @@ Examples:
     help="patched: compare the patched modeling files alone with transformers; needs no artifact.",
 )
 @click.option("--checkpoint", type=NAME, metavar="PATH", help="Where the checkpoint is  [default: as in the recipe]")
-@adapter_option("Where the artifact's adapter is now; with --stage patched, added to the checkpoint.")
+@adapter_option(
+    "Computed beside the weights of an artifact that takes adapters, and compared with PEFT; where one was merged into "
+    "it, where that is now; with --stage patched, added to the checkpoint."
+)
 @click.option("--text", type=PATH, help="UTF-8 file to take the prompt from.")
 @click.option("--prompt-tokens", type=click.IntRange(min=1), help="[default: the artifact's recipe, or 64]")
 @click.option("--decode-tokens", type=click.IntRange(min=0), help="[default: the artifact's recipe, or 32]")

@@ -13,9 +13,12 @@ from typing import Literal
 import numpy as np
 
 from gemma_deploy import extras
+from gemma_deploy.artifact.adapters import beside_of
 from gemma_deploy.artifact.check import byte_problems, open_whole, refuse
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.artifact.origin import checkpoint_of
+from gemma_deploy.backends import backend_of
+from gemma_deploy.backends.base import BesideAdapter
 from gemma_deploy.checkpoint import AdapterRef, Checkpoint
 from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import CheckpointError, UsageError
@@ -44,6 +47,7 @@ class Evaluated:
         embed_scale: rounding of the embedding scale, see docs/gemma-facts.md.
         artifact, checkpoint: whichever it is.
         kernels: of an artifact, what computes it.
+        beside: an adapter that is computed beside the weights; of a checkpoint by PEFT.
     """
 
     path: Path
@@ -58,13 +62,17 @@ class Evaluated:
     artifact: Artifact | None = None
     checkpoint: Checkpoint | None = None
     kernels: str = STRICT
+    beside: BesideAdapter | None = None
 
     @property
     def title(self) -> str:
         """The name that tables and reports show."""
-        how = "transformers, float32" if self.kind == "checkpoint" else f"{self.scheme}, {self.kernels}"
-        added = "".join(f" + {one.adapter.path}" for one in self.checkpoint.adapters) if self.checkpoint else ""
-        return f"{self.path}{added} ({how})"
+        how = f"{self.scheme}, {self.kernels}"
+        if self.kind == "checkpoint":
+            how = f"{'transformers' if self.beside is None else 'peft'}, float32"
+        added = [one.adapter.path for one in self.checkpoint.adapters] if self.checkpoint else []
+        added += [] if self.beside is None else [self.beside.directory]
+        return "".join((str(self.path), *(f" + {path}" for path in added), f" ({how})"))
 
     def to_json(self) -> dict[str, str]:
         """What identifies the model in eval.json."""
@@ -73,6 +81,8 @@ class Evaluated:
         else:
             assert self.checkpoint is not None
             identity = {"fingerprint": self.checkpoint.fingerprint(times=False)}
+        if self.beside is not None:
+            identity |= {"adapter": self.beside.kept.name, "adapter_fingerprint": self.beside.kept.record.fingerprint}
         return {"path": str(self.path), "kind": self.kind, "scheme": self.scheme, **identity}
 
     def encoder(self) -> tuple[Callable[[str], list[int]], int]:
@@ -115,27 +125,34 @@ def open_model(
     """Open an artifact, a checkpoint's directory, a .gguf file or `demo`.
 
     Args:
-        adapters: added to a checkpoint; an artifact has its own.
+        adapters: added to a checkpoint; one that is computed beside the weights of an artifact that takes adapters;
+            those that were merged into an artifact are there already.
         embed_scale: of a checkpoint; an artifact has its own.
         kernels: of an artifact, one that its back end names; None for the first of them.
 
     Raises:
-        ArtifactError, CheckpointError: it is not there, incomplete or damaged.
+        ArtifactError, CheckpointError: it is not there, incomplete or damaged. UsageError: it takes no adapter.
     """
     path = expand(spec)
     if is_artifact(path):
-        return _open_artifact(path, kernels)
+        return _open_artifact(path, kernels, adapters)
     return _of_checkpoint(Checkpoint.open(spec, adapters), embed_scale)
 
 
 def reference_of(model: Evaluated, checkpoint: str | None, adapters: Sequence[AdapterRef] = ()) -> Evaluated:
-    """The checkpoint an artifact was made from, in transformers, float32.
+    """The checkpoint an artifact was made from, in transformers, float32; with its adapter beside it in PEFT.
+
+    Args:
+        adapters: where those are now that were merged into the artifact.
 
     Raises:
         UsageError: it is not there any more, or has changed since.
     """
     assert model.artifact is not None
-    return _of_checkpoint(checkpoint_of(model.artifact, checkpoint, adapters), model.embed_scale)
+    if model.beside is None:
+        return _of_checkpoint(checkpoint_of(model.artifact, checkpoint, adapters), model.embed_scale)
+    extras.require("adapters", what="an adapter beside the checkpoint")
+    return _of_checkpoint(checkpoint_of(model.artifact, checkpoint), model.embed_scale, model.beside)
 
 
 def refuse_other_vocabularies(model: Evaluated, other: Evaluated, text: str) -> None:
@@ -190,10 +207,15 @@ def _without(bos: int, ids: Sequence[int]) -> list[int]:
     return [token for token in ids if token != bos]
 
 
-def _open_artifact(path: Path, kernels: str | None = None) -> Evaluated:
+def _open_artifact(path: Path, kernels: str | None, adapters: Sequence[AdapterRef]) -> Evaluated:
     artifact = open_whole(path)
+    directory, beside = beside_of(artifact, adapters), None
     engine = open_engine(artifact)
-    source = engine.source(kernels)
+    if directory is None:
+        source = engine.source(kernels)
+    else:
+        beside = BesideAdapter(backend_of(artifact.manifest).keep_adapter(artifact, directory), directory)
+        source = engine.source(kernels, engine.load_adapter(directory))
     refuse(artifact, byte_problems(artifact))  # the figures of a damaged one would be believed
     contract = artifact.manifest.contract
     dynamic = contract.dynamic
@@ -209,17 +231,31 @@ def _open_artifact(path: Path, kernels: str | None = None) -> Evaluated:
         source,
         artifact=artifact,
         kernels=kernels or engine.kernel_names[0],
+        beside=beside,
     )
 
 
-def _of_checkpoint(checkpoint: Checkpoint, embed_scale: str) -> Evaluated:
+def _of_checkpoint(checkpoint: Checkpoint, embed_scale: str, beside: BesideAdapter | None = None) -> Evaluated:
     extras.require("build", what="a checkpoint in transformers")
+    from gemma_deploy.parity.adapted import PeftSource
     from gemma_deploy.parity.reference import TorchSource
 
     config = checkpoint.config
-    source = TorchSource(checkpoint, "hf", embed_scale=embed_scale)
-    longest = config.max_position_embeddings
-    path = checkpoint.path
+    if beside is None:
+        source = TorchSource(checkpoint, "hf", embed_scale=embed_scale)
+    else:
+        adapters = [(beside.directory, 1.0)]
+        source = PeftSource(checkpoint, adapters, vocab_size=config.vocab_size, embed_scale=embed_scale)
     return Evaluated(
-        path, "checkpoint", "fp32", 1, None, longest, config.vocab_size, embed_scale, source, checkpoint=checkpoint
+        checkpoint.path,
+        "checkpoint",
+        "fp32",
+        1,
+        None,
+        config.max_position_embeddings,
+        config.vocab_size,
+        embed_scale,
+        source,
+        checkpoint=checkpoint,
+        beside=beside,
     )

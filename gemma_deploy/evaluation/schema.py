@@ -13,6 +13,7 @@ class Against(Part):
     """What a result was compared with."""
 
     path: str
+    adapter: str = ""
 
 
 class TextSettings(Part):
@@ -20,6 +21,7 @@ class TextSettings(Part):
 
     text: str
     windowing: str
+    adapter: str = ""
 
 
 class ExamSettings(Part):
@@ -27,6 +29,7 @@ class ExamSettings(Part):
 
     split: str
     shots: Count
+    adapter: str = ""
 
 
 class Subject(Part):

@@ -80,14 +80,15 @@ def open_pair(
             perplexity is compared with its checkpoint, and nothing else with anything.
         checkpoint: where an artifact's checkpoint is now.
         kernels: of the target, see `open_model`.
-        adapters: added to a checkpoint that is the target; of an artifact, where those are now that it was made with.
+        adapters: added to a checkpoint that is the target; computed beside the weights of an artifact that takes
+            adapters; of any other artifact, where those are now that were merged into it.
 
     Raises:
         UsageError: the two do not go together; ArtifactError, CheckpointError: one of them is not there, or damaged.
     """
     opened = open_model(target, kernels=kernels, adapters=adapters)
     against = against or (CHECKPOINT if task == "ppl" and opened.artifact is not None else NONE)
-    if adapters and opened.artifact is not None and against != CHECKPOINT:
+    if adapters and opened.artifact is not None and opened.beside is None and against != CHECKPOINT:
         raise UsageError(
             "an artifact has its adapter inside, and nothing here reads it again",
             where=target,
@@ -138,6 +139,7 @@ def run_text(pair: Comparison, request: TextRequest, progress: Tick | None = Non
             "windows": len(windows.ids),
             "seqlen": max(map(len, windows.ids)),
             "windowing": str(windows),
+            **_adapter(pair),
         },
         **measured.to_json(),
         "activation_absmax": _ranges(pair),
@@ -181,6 +183,7 @@ def run_exam(pair: Comparison, request: ExamRequest, progress: Tick | None = Non
             "shots": request.shots,
             "subjects": sorted(chosen) if request.subjects else "all",
             "limit": request.limit,
+            **_adapter(pair),
         },
         **ceval.summary(answered, test),
         "prompts_with_fewer_shots": len(short),
@@ -200,6 +203,12 @@ def _head(task: str, pair: Comparison) -> dict[str, Any]:
         "against": None if pair.reference is None else pair.reference.to_json(),
         "tool": tool_versions(),
     }
+
+
+def _adapter(pair: Comparison) -> dict[str, str]:
+    """A setting where an adapter is computed beside the weights."""
+    beside = pair.target.beside
+    return {} if beside is None else {"adapter": beside.kept.name}
 
 
 def _answer(one: ceval.Answered, pair: Comparison) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 
-from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.errors import CheckpointError, NotBuiltError
 from gemma_deploy.names import EMBEDDING, EMBEDDING_WEIGHT
 from gemma_deploy.parity.gates import MERGE
@@ -37,13 +37,26 @@ class PeftSource(TorchSource):
     """float32 arithmetic on a base and adapters as PEFT's model computes them, unmerged.
 
     Args:
-        base: the checkpoint that the adapters belong to, without them.
+        base: the checkpoint that the adapters belong to, without them, or the weights that an artifact holds of it.
         adapters: directories in PEFT's form, and the factor of each one's update.
         vocab_size: rows of the merged table; an adapter may bring more than the base has.
+        embed_scale: rounding of the embedding scale, see docs/gemma-facts.md.
+        rounding: type that A, and B times its scaling, are rounded to, as a graph stores them; None for not at all.
+        name: of the source.
     """
 
-    def __init__(self, base: Checkpoint, adapters: Sequence[tuple[Path, float]], *, vocab_size: int) -> None:
-        super().__init__(base, "hf", name=MERGE[0])
+    def __init__(
+        self,
+        base: WeightSource,
+        adapters: Sequence[tuple[Path, float]],
+        *,
+        vocab_size: int,
+        embed_scale: str = "exact",
+        rounding: torch.dtype | None = None,
+        name: str = MERGE[0],
+    ) -> None:
+        super().__init__(base, "hf", embed_scale=embed_scale, name=name)
+        self.rounding = rounding
         self.adapters, self.vocab_size = tuple(adapters), vocab_size
         self.configs = [_config_of(path) for path, _ in self.adapters]
         self.trained_tokens = sorted({token for config in self.configs for token in _trained_tokens(config)})
@@ -104,6 +117,8 @@ class PeftSource(TorchSource):
             if isinstance(module, LoraLayer):
                 for number, (_, weight) in enumerate(self.adapters):
                     module.set_scale(f"adapter_{number}", weight)
+                    if self.rounding is not None:
+                        _round(module, f"adapter_{number}", self.rounding)
                 if module.lora_variant and isinstance(module.base_layer, BaseLinear):
                     module.register_forward_pre_hook(lambda module, _: module.base_layer.read())
                     module.register_forward_hook(lambda module, *_: module.base_layer.drop())
@@ -128,13 +143,17 @@ class PeftSource(TorchSource):
             if parameter.is_meta and name in checkpoint.tensors and parameter.ndim == 1:
                 values = checkpoint.rows(name, 0, checkpoint.tensors[name].shape[0])
                 _set(causal, name, nn.Parameter(torch.from_numpy(values), requires_grad=False))
-        table = nn.Parameter(self._base_rows(EMBEDDING_WEIGHT, rows), requires_grad=False)
+        values = self._base_rows(EMBEDDING_WEIGHT, rows)
+        if decoder:  # which reads the table as the embedding alone
+            values = self.embedded(values)
+        table = nn.Parameter(torch.from_numpy(values), requires_grad=False)
         causal.model.embed_tokens.weight = causal.lm_head.weight = table
         if config.head_weight != EMBEDDING_WEIGHT:
-            causal.lm_head.weight = nn.Parameter(self._base_rows(config.head_weight, rows), requires_grad=False)
+            head = torch.from_numpy(self._base_rows(config.head_weight, rows))
+            causal.lm_head.weight = nn.Parameter(head, requires_grad=False)
         return causal
 
-    def _base_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+    def _base_rows(self, name: str, rows: Sequence[int]) -> np.ndarray:
         """[rows, H] of the base; zeros where it has none, which an adapter's own table stands for."""
         count, width = self.checkpoint.tensors[name].shape
         values = np.zeros((len(rows), width), np.float32)
@@ -144,7 +163,7 @@ class PeftSource(TorchSource):
             if start < there:
                 values[at : at + there - start] = self.checkpoint.rows(name, start, there)
             at += stop - start
-        return torch.from_numpy(values)
+        return values
 
     def _config(self, number: int, rows: Sequence[int], *, decoder: bool) -> Any:
         """An adapter's settings for a model of `rows`."""
@@ -233,6 +252,14 @@ class BaseLinear(nn.Linear):
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Linear:
         """A linear with a weight of its own, for `modules_to_save`, which loads another one into it."""
         return nn.Linear(self.in_features, self.out_features, bias=False)
+
+
+def _round(module: Any, adapter: str, dtype: torch.dtype) -> None:
+    """Round a linear's A, and its B times the scaling, in place."""
+    if adapter in module.lora_A:
+        down, up, scaling = module.lora_A[adapter].weight, module.lora_B[adapter].weight, module.scaling[adapter]
+        down.data = down.data.to(dtype).float()
+        up.data = (up.data * scaling).to(dtype).float() / scaling
 
 
 def _config_of(path: Path) -> Any:

@@ -19,7 +19,8 @@ from gemma_deploy.schemes import QUANTIZERS
 
 LOWEST_SQNR_DB = 38.0
 STORED_WEIGHTS = "checkpoint = stored weights"  # the comparison of weights.py
-MERGE = "peft", "merged"  # the comparison of merged.py
+PEFT = "peft"
+MERGE = PEFT, "merged"  # the comparison of merged.py
 # Its limit: float32 in another order of sums. Real 270M behind its window 2.3e-6; tiny models whose updates are as
 # large as their weights up to 6.6e-6.
 MERGE_LIMIT = 1e-5

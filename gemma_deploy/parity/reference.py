@@ -107,6 +107,18 @@ class TorchSource:
                 out[..., start:stop] = nn.functional.linear(x, weight)
         return out
 
+    def embedded(self, rows: np.ndarray) -> np.ndarray:
+        """Rows [n, H] of the table as the class has to have them, which multiplies them by its own square root."""
+        checkpoint, size = self.checkpoint, self.checkpoint.config.hidden_size
+        if self.kind == "hf" and self.embed_scale != "exact":
+            rounded = patched_module("layers_vacc").rounded_sqrt(size, torch.float32, self.embed_scale)
+            rows = (rows * (rounded / float(np.float32(size**0.5)))).astype(np.float32)
+        scale = checkpoint.embedding_scale()
+        if scale is not None:  # the model multiplies by the root itself
+            root = patched_module("layers_vacc").rounded_sqrt(size, torch.float32, self.embed_scale)
+            rows = (rows * (scale.astype(np.float64) / root)).astype(np.float32)
+        return rows
+
     def modules(
         self, case: Case, row: int, wanted: Callable[[str], bool], *, keep: Callable[[str, np.ndarray], None]
     ) -> None:
@@ -240,18 +252,7 @@ class Weights(Mapping[str, torch.Tensor]):
     def _table(self) -> torch.Tensor:
         checkpoint = self.source.checkpoint
         rows = np.concatenate([checkpoint.rows(EMBEDDING_WEIGHT, token, token + 1) for token in self.used])
-        if self.source.kind == "hf" and self.source.embed_scale != "exact":
-            rounded = patched_module("layers_vacc").rounded_sqrt(
-                checkpoint.config.hidden_size, torch.float32, self.source.embed_scale
-            )
-            rows = (rows * (rounded / float(np.float32(checkpoint.config.hidden_size**0.5)))).astype(np.float32)
-        scale = checkpoint.embedding_scale()
-        if scale is not None:  # the model multiplies by the root itself
-            root = patched_module("layers_vacc").rounded_sqrt(
-                checkpoint.config.hidden_size, torch.float32, self.source.embed_scale
-            )
-            rows = (rows * (scale.astype(np.float64) / root)).astype(np.float32)
-        return self.source._matrix(rows)
+        return self.source._matrix(self.source.embedded(rows))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.source.checkpoint.tensors)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from gemma_deploy import extras
 from gemma_deploy.artifact.manifest import Manifest
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.backends import backend_of
-from gemma_deploy.backends.base import Proof
+from gemma_deploy.backends.base import BesideAdapter, Proof
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.parity.compare import ParityResult, Report, cases_for
 from gemma_deploy.parity.gates import sqnr_line
@@ -29,6 +30,7 @@ def run_parity(
     prompt_tokens: int = 64,
     decode_tokens: int = 32,
     fast: bool = False,
+    adapter: Path | None = None,
     report: Report = log.debug,
 ) -> ParityResult:
     """Prove an artifact against its checkpoint.
@@ -38,21 +40,27 @@ def run_parity(
         text: file to take the prompt from; the bundled C4 sample by default.
         prompt_tokens: at least this long; longer where the sliding window asks for it.
         fast: compare the optimized session as well; it holds the whole model, and no gate is on it.
+        adapter: directory of a LoRA adapter that peft wrote: it is kept in the artifact, which computes with it beside
+            its weights, and compared with PEFT's model of the checkpoint and the adapter.
         report: is told what runs.
 
     Raises:
-        UsageError: the text file is missing or too short, or peft is, which adapters are compared with; DeployError: a
-            source could not run.
+        UsageError: the text file is missing or too short, or peft is, which adapters are compared with; the artifact
+            takes no adapter; DeployError: a source could not run.
     """
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
-    if opened.adapters:
-        extras.require("adapters", what="the proof of a merged adapter")
+    if opened.adapters or adapter is not None:
+        extras.require("adapters", what=f"the proof of {'a merged' if adapter is None else 'an'} adapter")
+    backend, beside = backend_of(manifest), None
+    if adapter is not None:
+        beside = BesideAdapter(backend.keep_adapter(Artifact(artifact, manifest), adapter), adapter)
     result = ParityResult()
     cases = cases_for(
         opened, manifest.contract, text, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, notes=result.notes
     )
-    proof = Proof(artifact, opened, manifest, tuple(cases), fast, report)
-    backend_of(manifest).prove(proof, result)
+    if beside is not None:
+        result.notes.append(f"with the adapter {beside.kept.name} of rank {beside.kept.record.rank} beside the weights")
+    backend.prove(Proof(artifact, opened, manifest, tuple(cases), fast, report, beside), result)
     if opened.adapters:
         from gemma_deploy.parity.merged import prove_merge
 

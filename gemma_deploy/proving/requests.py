@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from gemma_deploy.artifact.adapters import beside_of
 from gemma_deploy.artifact.manifest import Manifest, ProofRecord
 from gemma_deploy.artifact.opened import Artifact, newest_artifact
 from gemma_deploy.artifact.origin import checkpoint_of
@@ -55,7 +56,8 @@ def artifact_stage(path: Path, checkpoint: str | None, request: Request) -> Pari
         UsageError: the checkpoint is not the one the artifact was made from; DeployError: see run_parity.
     """
     artifact = Artifact.open(path)
-    opened = checkpoint_of(artifact, checkpoint, request.adapters)
+    beside = beside_of(artifact, request.adapters)
+    opened = checkpoint_of(artifact, checkpoint, () if beside else request.adapters)
     prompt, decode = request.lengths(artifact.manifest.recipe.parity)
     text = request.text or artifact.manifest.recipe.parity.text
     return run_parity(
@@ -66,6 +68,7 @@ def artifact_stage(path: Path, checkpoint: str | None, request: Request) -> Pari
         prompt_tokens=prompt,
         decode_tokens=decode,
         fast=request.fast,
+        adapter=beside,
         report=request.report,
     )
 
@@ -109,6 +112,12 @@ def two_artifacts(path: Path, other: Path, checkpoint: str | None, *, request: R
         UsageError: the two differ in batch, lengths or model.
     """
     test, reference = Artifact.open(path), Artifact.open(other)
+    if beside_of(test, request.adapters):
+        raise UsageError(
+            "an adapter beside an artifact is compared with PEFT's own model",
+            where="--adapter",
+            next_step="leave --against out; `gemma-deploy eval ARTIFACT --adapter DIR --against OTHER` compares two",
+        )
     differing = [
         f"{key}: {here} here, {there} there"
         for key in ("batch", "prefill", "context", "vocab_size")

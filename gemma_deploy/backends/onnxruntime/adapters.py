@@ -29,6 +29,7 @@ from gemma_deploy.artifact.adapters import (
     open_kept,
     slots_of,
 )
+from gemma_deploy.artifact.factors import linear_factors
 from gemma_deploy.artifact.manifest import FileFacts
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.artifact.weights import ArtifactWeights
@@ -37,7 +38,7 @@ from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.checkpoint.index import read_json
 from gemma_deploy.errors import ArtifactError, NotBuiltError, UsageError
 from gemma_deploy.graph.contract import AdapterSlots
-from gemma_deploy.names import COLUMN_FACTOR, CONFIG
+from gemma_deploy.names import CONFIG
 from gemma_deploy.workdir import Maker, WorkDir
 from gemma_deploy.writing import write_json
 
@@ -166,22 +167,14 @@ def folded(matrices: Matrices, artifact: Artifact) -> Matrices:
     What a linear reads was divided by them, so that the columns of A are multiplied likewise; where rows of another
     linear make what is read, those were divided, and so are the columns of its B.
     """
-    config, found = config_of(artifact), dict(matrices)
-    of_columns = ArtifactWeights(config, artifact.path, artifact.manifest).column_factors()
-    if not of_columns:
-        return matrices
-    for layer in config.layers:
-        for group in layer.groups:
-            factors = of_columns[f"{layer.prefix}{group.observed}.{COLUMN_FACTOR}"]
-            for reader in group.readers:
-                if (name := f"{layer.prefix}{reader}.lora_A") in found:
-                    found[name] = found[name] * factors[:, None]
-            if group.maker and (name := f"{layer.prefix}{group.maker}.lora_B") in found:
-                shared, divided = layer.feeding_rows(group), factors
-                if shared is not None:
-                    divided = np.ones(found[name].shape[1], np.float32)
-                    divided[list(shared)] = factors
-                found[name] = found[name] / divided
+    weights = ArtifactWeights(config_of(artifact), artifact.path, artifact.manifest)
+    factors, found = linear_factors(weights), dict(matrices)
+    for module, columns in factors.columns.items():
+        if (name := f"{module}.lora_A") in found:
+            found[name] = found[name] * columns[:, None]
+    for module, rows in factors.rows.items():
+        if (name := f"{module}.lora_B") in found:
+            found[name] = found[name] / rows
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,27 @@ def dynamic_divergence(
     found = torch_divergence(hf, patched, case, tolerance=TOLERANCE)
     if found is not None and found.error > found.tolerance:
         return found
-    layers = hf.checkpoint.config.layers
+    return graph_divergence(same_weights, artifact=artifact, case=case)
+
+
+def graph_divergence(
+    same_weights: TorchSource,
+    *,
+    artifact: Path,
+    case: Case,
+    adapter: Mapping[str, np.ndarray] | None = None,
+    divided: Collection[str] = (),
+) -> Divergence | None:
+    """Compare what modules of the graph make with a model that has its weights.
+
+    Args:
+        adapter: see `DynamicSource`; `same_weights` has it as well.
+        divided: paths of modules that make something else in the graph, which calibration divided by factors.
+    """
+    layers = same_weights.checkpoint.config.layers
     points = [f"{layer.prefix}{name}" for layer in layers for name in (*layer.points(), "out")]
-    inside = [name for name in points if not name.endswith(".in")]
-    source = DynamicSource(artifact, "strict", watched=[EMBEDDED, *inside])
+    inside = [name for name in points if not name.endswith(".in") and name.removesuffix(".out") not in divided]
+    source = DynamicSource(artifact, "strict", watched=[EMBEDDED, *inside], adapter=adapter)
     hidden = source.run([Case(case.name, case.prompts[:1], case.forced[:1])])[0][0]
     got = {name: np.concatenate(pieces) for name, pieces in source.values.items()} | {NORMED: hidden}
     expected: dict[str, np.ndarray] = {}

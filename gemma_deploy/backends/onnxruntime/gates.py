@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemma_deploy.parity.gates import GATES, Gate, relative
+from gemma_deploy.parity.gates import GATES, PEFT, Gate, relative
 from gemma_deploy.schemes import QUANTIZERS
 
 # Logits by which a token may lead in float32 products and yet lose to the kernels: microsoft/onnxruntime#29849 saw the
@@ -11,6 +11,12 @@ from gemma_deploy.schemes import QUANTIZERS
 MOST_OVERTURNED = 2.0
 # What a screened head (head.py) may lose besides: 0.0149 on 2,044 positions of WikiText-2, real 270M.
 SCREEN_LIMIT = 0.025
+# PEFT beside the weights of an artifact, which repeats it. Real 270M with a random adapter of rank 16, int8, 288
+# positions behind its window: 2.4e-6, and 1.9e-5 at one where PEFT itself is 8.6e-6 from float64, the graph 7.2e-6 and
+# float32 products of merged weights 1.4e-5. Tiny models up to 6.4e-6.
+ADAPTER_LIMIT = 5e-5
+FOLDED_LIMIT = 1e-4  # where factors of calibration were taken out of the weights in float32: tiny models up to 1.5e-5
+BFLOAT16_KL = 0.01  # that of int8, which rounds weights more coarsely; tiny models up to 1.0e-4
 
 
 def dynamic_gates(scheme: str, screened: bool = False) -> tuple[Gate, ...]:
@@ -34,3 +40,31 @@ def dynamic_gates(scheme: str, screened: bool = False) -> tuple[Gate, ...]:
         Gate(("hf", "shipped"), "kl_mean", quantizer.kernels_kl_limit + SCREEN_LIMIT * screened, ("text",)),
         Gate(("strict", "shipped"), "overturned", MOST_OVERTURNED, ("text",)),
     )
+
+
+def adapter_gates(scheme: str, screened: bool = False) -> tuple[Gate, ...]:
+    """The gates of an artifact with an adapter beside its weights; the reference is PEFT's model, nothing merged.
+
+    With float32 products the artifact repeats PEFT on the weights it holds; how near it comes to PEFT on the
+    checkpoint has the limits of its scheme, as without an adapter.
+
+    Args:
+        screened: see `dynamic_gates`.
+    """
+    if scheme == "fp32":
+        return relative(ADAPTER_LIMIT, (PEFT, "strict"), (PEFT, "shipped"))
+    quantizer = QUANTIZERS.get(scheme)
+    same = f"{PEFT} {scheme}", "strict"
+    if quantizer is None:
+        return (*relative(ADAPTER_LIMIT, same), *_near((PEFT, "strict"), BFLOAT16_KL))
+    return (
+        *relative(FOLDED_LIMIT if quantizer.calibrated else ADAPTER_LIMIT, same),
+        *_near((PEFT, "strict"), quantizer.kl_limit),
+        *_near((PEFT, "shipped"), quantizer.kernels_kl_limit + SCREEN_LIMIT * screened),
+        Gate(("strict", "shipped"), "overturned", MOST_OVERTURNED, ("text",)),
+    )
+
+
+def _near(pair: tuple[str, str], limit: float) -> tuple[Gate, ...]:
+    """Finite logits, and a mean KL on text."""
+    return Gate(pair, "bad_test", 0), Gate(pair, "kl_mean", limit, ("text",), pooled=True)
