@@ -1,7 +1,8 @@
 """A directory transformers can load as remote code: links to the weights, our modeling files, the checkpoint's config.
 
 Third step of the data path (docs/design.md 2). The checkpoint's own config.json is kept; only `auto_map` and the
-patch's switches are added (the generation's row says which). Weights are never copied, except out of a GGUF file.
+patch's switches are added (the generation's row says which). Weights are never copied, except out of a GGUF file and
+out of a model that reads images as well, whose names no text class knows.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from gemma_deploy.checkpoint.adapters.merging import AdapterRef
 from gemma_deploy.checkpoint.checkpoint import Checkpoint
 from gemma_deploy.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json
 from gemma_deploy.checkpoint.source import WeightSource
+from gemma_deploy.dtypes import BY_NAME
 from gemma_deploy.errors import CheckpointError, UsageError
 from gemma_deploy.names import CONFIG, GENERATION_CONFIG
 from gemma_deploy.progress import Tick
@@ -49,8 +51,8 @@ def stage_checkpoint(
         adapter: added to the weights, see `Checkpoint.open`; they are then written as float32 instead of linked.
         force: replace an OUT that an earlier `stage` made.
         source_code: the modeling files; by default the program's own.
-        progress: called with (bytes written, bytes in all) of weights that are written: a .gguf file's, and those an
-            adapter is added to.
+        progress: called with (bytes written, bytes in all) of weights that are written: a .gguf file's, those of a
+            multimodal model, and those an adapter is added to.
 
     Raises:
         UsageError: OUT exists.
@@ -66,15 +68,17 @@ def stage_checkpoint(
         for file in sorted(source.glob("*.py")):
             shutil.copyfile(file, partial / file.name)
         config = checkpoint.config_dict()
-        if checkpoint.format == "gguf" or checkpoint.adapters:
+        dequantized = checkpoint.format == "gguf" or bool(checkpoint.adapters)
+        if dequantized:
             config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": "float32"}
-            _write_float32(checkpoint, partial / SINGLE_NAME, progress)
+        if dequantized or checkpoint.is_nested:
+            _write_weights(checkpoint, partial / SINGLE_NAME, progress, as_stored=not dequantized)
+        else:
+            _link_weights(checkpoint, partial)
         if checkpoint.format == "gguf":
             _write_generation_config(checkpoint, partial / GENERATION_CONFIG)
         elif (checkpoint.path / GENERATION_CONFIG).is_file():
             link_file(checkpoint.path / GENERATION_CONFIG, partial / GENERATION_CONFIG)
-        if checkpoint.format != "gguf" and not checkpoint.adapters:
-            _link_weights(checkpoint, partial)
         write_tokenizer(checkpoint, partial)
         _write_json(partial / CONFIG, config | additions)
         staged.publish()
@@ -160,21 +164,27 @@ def _write_generation_config(checkpoint: Checkpoint, path: Path) -> None:
     _write_json(path, {key: value for key, value in ids.items() if value not in (None, [])})
 
 
-def _write_float32(checkpoint: WeightSource, path: Path, progress: Tick | None) -> None:
-    """Stream every tensor as float32: a dequantized value fits no 16-bit type without loss."""
+def _write_weights(source: WeightSource, path: Path, progress: Tick | None, *, as_stored: bool) -> None:
+    """Stream every tensor under its name here.
+
+    Args:
+        as_stored: in its own dtype; else as float32: a dequantized value fits no 16-bit type without loss.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for name, info in checkpoint.tensors.items():
-        size = 4 * math.prod(info.shape)
-        header[name] = {"dtype": "F32", "shape": list(info.shape), "data_offsets": [at, at + size]}
+    for name, info in source.tensors.items():
+        dtype = BY_NAME[info.dtype if as_stored else "float32"]
+        size = dtype.itemsize * math.prod(info.shape)
+        header[name] = {"dtype": dtype.safetensors, "shape": list(info.shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    read = source.raw_rows if as_stored else source.rows
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for name, info in checkpoint.tensors.items():
+        for name, info in source.tensors.items():
             step = max(1, BLOCK_BYTES // (4 * math.prod(info.shape[1:])))
             for start in range(0, info.shape[0], step):
-                file.write(checkpoint.rows(name, start, min(start + step, info.shape[0])).data)
+                file.write(read(name, start, min(start + step, info.shape[0])).data)
                 if progress is not None:
                     progress(file.tell() - 8 - len(text), at)

@@ -91,8 +91,8 @@ def test_the_table_in_source_code_is_what_staging_adds():
 def test_names_are_found_and_others_refused_with_the_nearest():
     assert architectures.find("gemma3") is None
     assert architectures.text_type("gemma3") == "gemma3_text"
-    assert architectures.is_multimodal("gemma3")
-    assert not architectures.is_multimodal("gemma2")
+    assert architectures.by_multimodal("gemma3").model_type == "gemma3_text"
+    assert architectures.by_multimodal("gemma2") is None
     assert architectures.names() == "Gemma 1, Gemma 2 or Gemma 3"
     with pytest.raises(NotBuiltError) as refused:
         architectures.architecture_of("gemma33_text")

@@ -64,12 +64,18 @@ def by_gguf_name(name: object) -> Architecture | None:
 
 def text_type(model_type: str) -> str:
     """The model type of the text model: that of the language model where `model_type` is a multimodal one's."""
-    return next((row.model_type for row in ROWS if model_type in row.multimodal), model_type)
+    row = by_multimodal(model_type)
+    return model_type if row is None else row.model_type
 
 
-def is_multimodal(model_type: object) -> bool:
-    """Whether it is the type of a model that has one of these as its language model."""
-    return any(model_type in row.multimodal for row in ROWS)
+def by_multimodal(model_type: object) -> Architecture | None:
+    """The row of a multimodal model's language model, None where `model_type` is no such model's."""
+    return next((row for row in ROWS if model_type in row.multimodal), None)
+
+
+def multimodal_types() -> tuple[str, ...]:
+    """Model types of multimodal models whose language model is one of these."""
+    return tuple(name for row in ROWS for name in row.multimodal)
 
 
 def nearest(name: object, known: Collection[str]) -> str:
@@ -138,13 +144,14 @@ __all__ = [
     "architecture_of",
     "branches",
     "by_gguf_name",
+    "by_multimodal",
     "cached_kinds",
     "find",
     "inner_modules",
     "input_groups",
-    "is_multimodal",
     "linear_kinds",
     "model_types",
+    "multimodal_types",
     "names",
     "nearest",
     "text_type",

@@ -7,7 +7,7 @@ none of them names a model type, and none spells the linears of a layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from gemma_deploy.architectures.keys import ConfigKeys
@@ -296,7 +296,7 @@ class Architecture:
 
     Args:
         name: for people; model_type: in config.json.
-        multimodal: model types whose language model it is.
+        multimodal: model types whose language model it is; text_defaults: what their `text_config` may leave out.
         transformers_type: the model type under which transformers has its class; causal_class: that class.
         genai_type: `model.type` of genai_config.json.
         activation_key: of config.json.
@@ -317,4 +317,5 @@ class Architecture:
     layer: Callable[[Sizes, int], LayerSpec]
     branches: tuple[Branch, ...]
     multimodal: tuple[str, ...] = ()
+    text_defaults: Mapping[str, Any] = field(default_factory=dict)
     norm_offset: float = 1.0

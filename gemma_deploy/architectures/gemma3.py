@@ -38,6 +38,21 @@ ACTIVATION_KEY = "hidden_activation"
 PATTERN, MOST_LAYERS = 6, 1024
 GLOBAL_THETA, LOCAL_THETA = 1e6, 1e4
 SHAPE_27B = (62, 5376)  # layers, hidden size
+# Of transformers' Gemma3TextConfig: the 4B, 12B and 27B as published leave most of them out.
+TEXT_DEFAULTS = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    ACTIVATION_KEY: "gelu_pytorch_tanh",
+}
 BRANCHES = (
     attention(post_norm="post_attention_layernorm", head_norms=HEAD_NORMS),
     gated_mlp(norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm"),
@@ -128,4 +143,5 @@ GEMMA3 = Architecture(
     layer=layer,
     branches=BRANCHES,
     multimodal=("gemma3",),
+    text_defaults=TEXT_DEFAULTS,
 )

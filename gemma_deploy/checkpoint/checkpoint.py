@@ -25,10 +25,9 @@ from gemma_deploy.checkpoint.index import (
     locate_shards,
     read_json,
     read_shards,
-    refuse_multimodal_names,
     refuse_other_formats,
 )
-from gemma_deploy.checkpoint.naming import PREFIX, name_tensors
+from gemma_deploy.checkpoint.naming import is_inside, name_tensors
 from gemma_deploy.checkpoint.safetensors_reader import SafetensorsFile, readable
 from gemma_deploy.checkpoint.source import Rows, TensorInfo, equal
 from gemma_deploy.checkpoint.stored import Stored
@@ -136,6 +135,11 @@ class Checkpoint:
     def own_dtype(self) -> str:
         """What the checkpoint's files store weights as: the dtype of the token table; float32 of a .gguf file."""
         return "float32" if self.format == "gguf" else self._places[EMBEDDING_WEIGHT].entry.dtype
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether the files are those of a multimodal model: transformers' text class does not know such names."""
+        return any(is_inside(place.name) for place in self._places.values())
 
     def is_changed(self, name: str) -> bool:
         """Whether adapters changed a tensor."""
@@ -305,14 +309,13 @@ def _assemble(
     config_bytes: bytes,
 ) -> Checkpoint:
     """Compare what is there with what the config calls for."""
-    refuse_multimodal_names(path, files)
     expected = expected_tensors(config)
     named = name_tensors(files, expected, tied=config.tie_word_embeddings)
     places = {name: Stored(files[source], source) for name, source in named.sources.items()}
     shapes = expected | ({HEAD_WEIGHT: expected[EMBEDDING_WEIGHT]} if HEAD_WEIGHT in places else {})
     problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in places]
     problems += [f"unexpected: {name} {list(files[name].entries[name].shape)}" for name in named.extras]
-    problems += [f"twice: {name} and {PREFIX}{name} are one tensor of the model" for name in named.twice]
+    problems += [f"twice: {names} are one tensor of the model" for names in named.twice]
     for name, place in places.items():
         entry = place.entry
         if entry.shape != shapes[name]:

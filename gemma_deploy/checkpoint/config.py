@@ -18,24 +18,16 @@ from gemma_deploy.architectures import (
     Rope,
     architecture_of,
     find,
-    is_multimodal,
     model_types,
+    multimodal_types,
     names,
     nearest,
 )
 from gemma_deploy.architectures.keys import ConfigKeys
+from gemma_deploy.checkpoint.nested import language_model
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.names import EMBEDDING_WEIGHT, HEAD_WEIGHT, LAYERS
 
-# What works for every published spelling of the names. Without the mapping `from_pretrained` gives random weights, and
-# without the last argument `save_pretrained` undoes it.
-EXTRACT_TEXT_MODEL = (
-    'use a text checkpoint (Gemma 3 270M or 1B), or extract the text model: python -c "from transformers import '
-    "AutoConfig, AutoModelForCausalLM as M; D = 'CHECKPOINT'; M.from_pretrained(D, dtype='auto', "
-    "config=AutoConfig.from_pretrained(D).get_text_config(), key_mapping={'^language_model.model': 'model', "
-    "'^model.language_model': 'model', '^language_model.lm_head': 'lm_head'}).save_pretrained('OUT', "
-    "save_original_format=False)\", and copy the tokenizer's files to OUT"
-)
 REQUIRED_SIZES = (
     "vocab_size",
     "hidden_size",
@@ -91,7 +83,7 @@ class ModelConfig:
         Raises:
             CheckpointError: listing every wrong or missing key.
         """
-        return _parse(ConfigKeys(raw, where))
+        return _parse(language_model(ConfigKeys(raw, where)))
 
     @property
     def architecture(self) -> Architecture:
@@ -167,21 +159,14 @@ def _parse(keys: ConfigKeys) -> ModelConfig:
 
 def _architecture(keys: ConfigKeys) -> Architecture:
     kind = keys.raw.get("model_type")
-    if "text_config" in keys.raw or is_multimodal(kind):
-        raise CheckpointError(
-            "this is a multimodal Gemma (text and images); gemma-deploy compiles text models only",
-            where=keys.where,
-            expected=f"no text_config, and a model_type among {', '.join(model_types())}",
-            next_step=EXTRACT_TEXT_MODEL,
-        )
     row = find(kind)
     if row is None:
         said = "model_type is missing" if kind is None else f"unknown model_type {kind!r}{nearest(kind, model_types())}"
         raise CheckpointError(
             said,
             where=keys.where,
-            expected="one of " + ", ".join(model_types()),
-            next_step=f"pass a text checkpoint of {names()}",
+            expected="one of " + ", ".join((*model_types(), *multimodal_types())),
+            next_step=f"pass a checkpoint of {names()}",
         )
     return row
 

@@ -6,13 +6,12 @@ Says in plain words what else was found (pickles, an adapter, a lone shard) inst
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gemma_deploy import reading
-from gemma_deploy.checkpoint.config import EXTRACT_TEXT_MODEL
 from gemma_deploy.checkpoint.safetensors_reader import SafetensorsFile
 from gemma_deploy.errors import CheckpointError
 
@@ -146,22 +145,6 @@ def refuse_other_formats(directory: Path, found: Sequence[Path]) -> None:
         what, step = "no weights here", "pass the directory that holds config.json and the *.safetensors files"
     where = str(found[0]) if len(found) == 1 and found[0].is_file() else str(directory)
     raise CheckpointError(what, where=where, expected=expected, next_step=step)
-
-
-def refuse_multimodal_names(path: Path, names: Collection[str]) -> None:
-    """Refuse the tensors of a Gemma that reads images as well.
-
-    Raises:
-        CheckpointError: there are some, with the way to a text model.
-    """
-    inner = [name for name in names if name.startswith(("language_model.", "model.language_model."))]
-    if inner:
-        raise CheckpointError(
-            f"{len(inner)} tensors are named like {inner[0]}: this is a multimodal Gemma (text and images); "
-            "gemma-deploy compiles text models only",
-            where=str(path),
-            next_step=EXTRACT_TEXT_MODEL,
-        )
 
 
 def _is_inside(directory: Path, name: str) -> bool:

@@ -43,7 +43,7 @@ class Room:
 
     Args:
         result: what stays; checkpoint: one of the trainer's; checkpoints: how many stand beside each other at most.
-        staged: the float32 weights of a .gguf file, which bitsandbytes reads.
+        staged: weights written for bitsandbytes: of a .gguf file in float32, of a multimodal model under other names.
     """
 
     result: int
@@ -57,7 +57,7 @@ class Room:
         return self.result + self.checkpoint * self.checkpoints + self.staged
 
     def __str__(self) -> str:
-        staged = f", the base in float32 {size(self.staged)}" if self.staged else ""
+        staged = f", the base for bitsandbytes {size(self.staged)}" if self.staged else ""
         return f"what stays {size(self.result)}, checkpoints {self.checkpoints} x {size(self.checkpoint)}{staged}"
 
 
@@ -86,6 +86,8 @@ def room(settings: FinetuneSettings, checkpoint: Checkpoint, saving: Saving) -> 
     staged = 0
     if saving.method == "qlora" and checkpoint.format == "gguf":
         staged = 4 * trained_weights(settings, checkpoint, "full")
+    elif saving.method == "qlora" and checkpoint.is_nested:
+        staged = sum(info.nbytes for info in checkpoint.tensors.values())
     return Room(result, result + optimizer_bytes(saving.optim, trained), count, staged)
 
 

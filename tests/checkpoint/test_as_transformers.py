@@ -2,9 +2,6 @@
 
 import json
 import os
-import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -247,47 +244,3 @@ class TestFolders:
         (sharded / "b").rename(sharded / "c")
         (sharded / INDEX).write_text((sharded / INDEX).read_text().replace("b/1", "c/1"))
         assert Checkpoint.open(sharded).fingerprint(times=False) != before
-
-
-@pytest.mark.parametrize("spelling", ["language_model.model.", "model.language_model."])
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_way_to_a_text_model_that_is_advised_gives_its_own_weights(tmp_path, spelling, tied):
-    """Runs the command in the message; nothing else of the advice is taken for granted."""
-    torch.manual_seed(0)
-    text = {
-        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8,
-        "layer_types": ["sliding_attention", "full_attention"], "max_position_embeddings": 256,
-        "tie_word_embeddings": tied,
-    }  # fmt: skip
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "image_size": 32, "patch_size": 8}  # fmt: skip
-    config = transformers.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=90, boi_token_index=91,
-        eoi_token_index=92, tie_word_embeddings=tied,
-    )  # fmt: skip
-    model = transformers.Gemma3ForConditionalGeneration(config).to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "CHECKPOINT")
-    file = tmp_path / "CHECKPOINT" / "model.safetensors"
-    renamed = {re.sub(r"^language_model\.model\.", spelling, name): value for name, value in load_file(file).items()}
-    save_file(renamed, file, {"format": "pt"})
-    with pytest.raises(CheckpointError, match="multimodal Gemma") as refused:
-        Checkpoint.open(tmp_path / "CHECKPOINT")
-    (code,) = re.findall('python -c "([^"]*)"', refused.value.next_step)
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
-    checkpoint = Checkpoint.open(tmp_path / "OUT")
-    for name, value in model.model.language_model.state_dict().items():
-        rows = checkpoint.rows(f"model.{name}", 0, len(value))
-        np.testing.assert_array_equal(rows, value.float().numpy())
-    assert checkpoint.config.tie_word_embeddings is tied
-    np.testing.assert_array_equal(
-        checkpoint.rows(checkpoint.config.head_weight, 0, 96), model.lm_head.weight.detach().float().numpy()
-    )
-
-
-def test_a_gemma_of_text_and_images_is_told_the_same_by_its_names_alone(tmp_path, stock):
-    config, tensors = stock()
-    renamed = {name.replace("model.", "language_model.model."): value for name, value in tensors.items()}
-    with pytest.raises(CheckpointError, match="multimodal Gemma") as refused:
-        Checkpoint.open(write(tmp_path / "ck", config, {"model.safetensors": renamed}))
-    assert "key_mapping" in refused.value.next_step

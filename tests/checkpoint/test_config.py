@@ -170,11 +170,6 @@ def test_unknown_model_type_suggests_the_nearest():
     assert "unknown model_type ['gemma']" in refusal({"model_type": ["gemma"]})
 
 
-@pytest.mark.parametrize("raw", [{"model_type": "gemma3"}, config("gemma3_text", text_config={})])
-def test_multimodal_is_refused_in_plain_words(raw):
-    assert "multimodal Gemma (text and images)" in refusal(raw)
-
-
 def test_gemma2_9b_with_224_warns():
     parsed = parse(config("gemma2", hidden_size=3584, head_dim=256, num_attention_heads=16, query_pre_attn_scalar=224))
     assert parsed.query_pre_attn_scalar == 224

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from gemma_deploy.checkpoint.naming import PREFIX, TOWERS
+from gemma_deploy.checkpoint.naming import PREFIX, TOWERS, inside, is_inside
 from gemma_deploy.names import HEAD
 
 ADAPTER_PREFIX = "base_model.model."
@@ -31,8 +31,6 @@ PARTS = {
     ".weight": "weight",
     ".bias": "bias",
 }
-# The text model inside multimodal Gemmas, as transformers has named it: prefix there -> prefix here.
-INSIDE = {"model.language_model.": "model.", "language_model.model.": "model.", "language_model.": ""}
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Named:
     @property
     def multimodal(self) -> bool:
         """Whether the name is one of a multimodal model."""
-        return bool(self.tower) or self.trained.startswith(tuple(INSIDE))
+        return bool(self.tower) or is_inside(self.trained)
 
 
 def name_of(stored: str, modules: Collection[str]) -> Named:
@@ -80,5 +78,4 @@ def name_of(stored: str, modules: Collection[str]) -> Named:
 
 def _paths(trained: str) -> list[str]:
     """What a module's path may be here."""
-    inside = [here + trained.removeprefix(there) for there, here in INSIDE.items() if trained.startswith(there)]
-    return [trained, *inside, *([] if trained == HEAD else [PREFIX + trained])]
+    return [trained, *inside(trained), *([] if trained == HEAD else [PREFIX + trained])]
