@@ -88,6 +88,14 @@ def test_it_refuses_what_compile_refuses_in_the_same_words(case, here, capsys, m
     assert messages[0] == messages[1]
 
 
+@pytest.mark.parametrize("windows", [["-s", "dataset.nsamples=2"], []])
+def test_windows_longer_than_the_context_are_told_in_the_words_of_a_recipe(windows, here, capsys):
+    code, out, err = run(capsys, *GPTQ, "-s", "dataset.seqlen=4096", *windows, "--dry-run")
+    assert (code, out) == (2, "")
+    assert "- dataset.seqlen: windows of 4096 tokens are longer than the model's context, expected at most 2048" in err
+    assert " --" not in err
+
+
 def test_all_of_it_is_told_at_once(here, capsys):
     arguments = [*short_data(here), *short_text(here), *stranger(here)]
     code, out, err = run(capsys, *arguments, "--dry-run")

@@ -31,7 +31,10 @@ from gemma_deploy.provenance import code_of
 from gemma_deploy.reading import read_bytes
 from gemma_deploy.text import template_of
 
-OPTIONS = {NAME: "--dataset", PATH: "--path", NSAMPLES: "--nsamples"}
+SEQLEN = "seqlen"
+# What the parts of a request are called: by `calibrate`, and by the recipe of a compile.
+OPTIONS = {NAME: "--dataset", PATH: "--path", NSAMPLES: "--nsamples", SEQLEN: "--seqlen"}
+KEYS = {key: f"dataset.{key}" for key in OPTIONS}
 CODE = ("gemma_deploy.calibration.pipeline",)
 log = logging.getLogger(__name__)
 
@@ -128,30 +131,38 @@ def calibrate(
     return Outcome(Calibration.open(out), False)
 
 
-def check(checkpoint: Checkpoint, request: Request) -> None:
+def check(checkpoint: Checkpoint, request: Request, called: Mapping[str, str] = OPTIONS) -> None:
     """Refuse what can be refused before anything is read.
+
+    Args:
+        called: the words for the parts of the request, `OPTIONS` or `KEYS`.
 
     Raises:
         UsageError: with everything that is wrong with the request; CheckpointError: no BOS.
     """
-    problems = [f"{OPTIONS[key]}: {text}" for key, text in request.mix.problems]
+    problems = [f"{called[key]}: {text}" for key, text in request.mix.problems]
     if request.nsamples < 1:
-        problems.append(f"--nsamples: {request.nsamples} windows, expected at least 1")
+        problems.append(f"{called[NSAMPLES]}: {request.nsamples} windows, expected at least 1")
     if request.seqlen < 2:
-        problems.append(f"--seqlen: windows of {request.seqlen} tokens, expected at least 2, the first of them BOS")
+        problems.append(
+            f"{called[SEQLEN]}: windows of {request.seqlen} tokens, expected at least 2, the first of them BOS"
+        )
     longest = checkpoint.config.max_position_embeddings
     if request.seqlen > longest:
         problems.append(
-            f"--seqlen: windows of {request.seqlen} tokens are longer than the model's context, "
+            f"{called[SEQLEN]}: windows of {request.seqlen} tokens are longer than the model's context, "
             f"expected at most {longest} (max_position_embeddings of {checkpoint.path})"
         )
     if problems:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        help_with = (
+            "`gemma-deploy calibrate --help` has examples" if called is OPTIONS else "docs/recipes.md has every key"
+        )
         raise UsageError(
             f"this request makes no sense ({count})",
             problems=problems,
-            expected=f"--dataset c4, or a mix such as --dataset {EXAMPLE}, of windows that the model can take",
-            next_step="correct the options above; `gemma-deploy calibrate --help` has examples",
+            expected=f"{called[NAME]} c4, or a mix such as {EXAMPLE}, of windows that the model can take",
+            next_step=f"correct the lines above; {help_with}",
         )
     if checkpoint.config.bos_token_id is None:
         raise CheckpointError(
@@ -183,7 +194,7 @@ def dataset_record(checkpoint: Checkpoint, request: Request) -> dict[str, Any]:
     Raises:
         UsageError: the request makes no sense; CalibrationError: a data set is not there.
     """
-    check(checkpoint, request)
+    check(checkpoint, request, KEYS)
     said = describe_dataset(checkpoint, request, locate(request.mix.parts, request.nsamples))
     return {"fingerprint": fingerprint_of(said), **said}
 
@@ -260,7 +271,7 @@ def fit_to_sample(checkpoint: Checkpoint, request: Request) -> Request:
         UsageError: the request makes no sense; CalibrationError: the sample is damaged.
         CheckpointError: no usable tokenizer.
     """
-    check(checkpoint, request)
+    check(checkpoint, request, KEYS)
     (part,) = request.mix.parts
     if part.place is not None:
         return request
