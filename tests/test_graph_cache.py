@@ -139,6 +139,8 @@ def test_where_it_lies(monkeypatch, tmp_path):
     assert folder_of_user() == tmp_path / "xdg/gemma-deploy"
     monkeypatch.setenv(graph_cache.VARIABLE, str(tmp_path / "given"))
     assert folder_of_user() == tmp_path / "given"
+    monkeypatch.setenv(graph_cache.VARIABLE, "~/kept")  # as a file of settings has it, which no shell expands
+    assert folder_of_user() == tmp_path / "kept"
     monkeypatch.setenv(graph_cache.VARIABLE, "off")
     assert folder_of_user() is None
     GraphCache(None).put("key", GRAPHS)

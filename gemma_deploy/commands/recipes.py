@@ -65,6 +65,7 @@ def _facts(shipped: Shipped) -> tuple[str, ...]:
     low, high = _bytes_per_weight(recipe)
     size = f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f} to {high:.1f}"
     made = f"back end {recipe.backend.type}, weights {recipe.scheme}, about {size} GB for a billion of them"
+    made += f"; a context of {recipe.spec.context} tokens"
     former = (f"before: {shipped.former}, which still works",) if shipped.former else ()
     return (made, f"needs {', '.join(needs)}", *former)
 

@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from gemma_deploy.reading import expand
+
 log = logging.getLogger(__name__)
 
 VARIABLE = "GEMMA_DEPLOY_CACHE"
@@ -32,7 +34,7 @@ def folder_of_user() -> Path | None:
     if given == OFF:
         return None
     if given:
-        return Path(given)
+        return expand(given)
     base = os.environ.get("XDG_CACHE_HOME", "")
     try:
         # The specification of XDG: a path that is not absolute is ignored.
