@@ -306,13 +306,18 @@ def _disk_errors(out_path: Path, layout: Layout) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        what = "no space left for the parameters" if full else f"cannot be written: {error.strerror or error}"
+        large, full = error.errno == errno.EFBIG, error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = f"cannot be written: {error.strerror or error}"
+        step = "make the directory writable or choose another workspace (workspace.path)"
+        if full:
+            what = "no space left for the parameters"
+            step = "free space or choose another workspace (workspace.path), and run again: it continues"
+        elif large:
+            what = "the parameters are larger than a file may be here"
+            step = "raise the limit (ulimit -f) or choose another disk (workspace.path), and run again: it continues"
         raise ParamsError(
             what,
             where=str(error.filename or out_path),
-            expected=f"{layout.file_bytes} bytes ({layout.file_bytes / 2**30:.2f} GiB)" if full else None,
-            next_step="free space or choose another workspace (workspace.path), and run again: it continues"
-            if full
-            else "make the directory writable or choose another workspace (workspace.path)",
+            expected=f"{layout.file_bytes} bytes ({layout.file_bytes / 2**30:.2f} GiB)" if full or large else None,
+            next_step=step,
         ) from error

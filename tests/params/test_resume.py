@@ -252,10 +252,11 @@ def test_space_is_reserved_before_any_work(tmp_path, whole, monkeypatch):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        with pytest.raises(ParamsError, match="no space left"):
+        with pytest.raises(ParamsError, match="larger than a file may be here") as caught:
             write(checkpoint, tmp_path, "w8a16")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "ulimit -f" in str(caught.value)
     assert not ran
     assert not list(tmp_path.glob("p.safetensors*"))
 
