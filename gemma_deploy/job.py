@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_deploy import extras
-from gemma_deploy.architectures import ROWS, architecture_of
+from gemma_deploy.architectures import ROWS
 from gemma_deploy.backends import backend
 from gemma_deploy.backends.base import Backend
 from gemma_deploy.backends.spec import BuildSpec
@@ -235,9 +235,9 @@ def _choices(recipe: Recipe) -> QuantizerChoices:
 
 def _other_generation(name: str, model_type: str) -> str | None:
     """A note about an artifact that would bear the name of another generation than its model's."""
-    own = architecture_of(model_type).gguf.name
     for row in ROWS[1:]:  # every name may hold the first one's
-        if row.gguf.name != own and re.search(rf"(?<![a-z0-9]){row.gguf.name}(?![a-z0-9])", name.lower()):
+        other = row.model_type.removesuffix("_text")
+        if row.model_type != model_type and re.search(rf"(?<![a-z0-9]){other}(?![a-z0-9])", name.lower()):
             return f"the artifact is called {name}, but the model is a {model_type}: set another with -s name=NAME"
     return None
 

@@ -30,6 +30,12 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 512, "rope_theta": 10000.0, "query_pre_attn_scalar": 24, "sliding_window": 8,
         "attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0,
     },
+    "vaultgemma": {
+        **_COMMON, "model_type": "vaultgemma", "architectures": ["VaultGemmaForCausalLM"],
+        "hidden_activation": "gelu_pytorch_tanh", "num_hidden_layers": 5, "num_key_value_heads": 2,
+        "max_position_embeddings": 512, "rope_theta": 10000.0, "query_pre_attn_scalar": 24, "sliding_window": 8,
+        "attn_logit_softcapping": 1.5, "final_logit_softcapping": 3.0,
+    },
     "gemma3_text": {
         **_COMMON, "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"],
         "hidden_activation": "gelu_pytorch_tanh", "num_hidden_layers": 7, "num_key_value_heads": 2,

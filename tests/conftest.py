@@ -99,7 +99,7 @@ def demo_copy(demo_artifact, tmp_path):
     return shutil.copytree(demo_artifact, tmp_path / demo_artifact.name)
 
 
-@pytest.fixture(scope="session", params=["gemma", "gemma2", "gemma3_text"])
+@pytest.fixture(scope="session", params=["gemma", "gemma2", "gemma3_text", "vaultgemma"])
 def model_type(request):
     return request.param
 

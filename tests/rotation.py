@@ -6,7 +6,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-GENERATIONS = ("gemma", "gemma2", "gemma3_text")
+GENERATIONS = ("gemma", "gemma2", "gemma3_text", "vaultgemma")
 # Where a case takes an export, a calibration or a run of a model.
 COSTLY = tuple(
     f"tests/{part}"
@@ -21,7 +21,6 @@ A_FEW = {
     "tests/test_quantized_artifact.py::test_tables_groups_and_divisions_pass_the_gate": 1,
     "tests/test_quantized_artifact.py::test_compiles_proven_and_repeats_its_twin": 1,
     "tests/quantization/test_kv_cache.py::test_compiles_proven_with_half_the_bytes": 0,
-    "tests/checkpoint/test_as_transformers.py::test_the_way_to_a_text_model_that_is_advised_gives_its_own_weights": 1,
     "tests/evaluation/test_exam.py::test_choices_and_accuracy_are_transformers": 1,
     "tests/test_new_generation.py::test_it_compiles_proven": 0,
     "tests/test_graph_cache.py::test_another_graph_is_exported": 0,

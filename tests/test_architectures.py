@@ -71,15 +71,15 @@ def test_points_are_what_hooks_see_in_that_order(row):
     assert own == seen
 
 
-@pytest.mark.parametrize("row", ROWS, ids=MODEL_TYPES)
-def test_llama_cpp_has_these_tensors(row):
+@pytest.mark.parametrize(("row", "layout"), architectures.by_gguf_name().values(), ids=architectures.by_gguf_name())
+def test_llama_cpp_has_these_tensors(row, layout):
     known = {
         gguf.TENSOR_NAMES[kind].removeprefix("blk.{bid}.")
-        for kind in gguf.MODEL_TENSORS[getattr(gguf.MODEL_ARCH, row.gguf.name.upper())]
+        for kind in gguf.MODEL_TENSORS[getattr(gguf.MODEL_ARCH, layout.name.upper())]
     }
-    assert set(row.gguf.blocks) <= known
+    assert set(layout.blocks) <= known
     layer = config_of(row.model_type).layers[0]
-    assert sorted(row.gguf.blocks.values()) == sorted(layer.tensors())
+    assert sorted(layout.blocks.values()) == sorted(layer.tensors())
 
 
 def test_the_table_in_source_code_is_what_staging_adds():
@@ -93,7 +93,7 @@ def test_names_are_found_and_others_refused_with_the_nearest():
     assert architectures.text_type("gemma3") == "gemma3_text"
     assert architectures.by_multimodal("gemma3").model_type == "gemma3_text"
     assert architectures.by_multimodal("gemma2") is None
-    assert architectures.names() == "Gemma 1, Gemma 2 or Gemma 3"
+    assert architectures.names() == "Gemma 1, Gemma 2, Gemma 3 or VaultGemma"
     with pytest.raises(NotBuiltError) as refused:
         architectures.architecture_of("gemma33_text")
     assert "the nearest known one is 'gemma3_text'" in str(refused.value)

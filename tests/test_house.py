@@ -12,7 +12,7 @@ import yaml
 from click.testing import CliRunner
 
 from gemma_deploy import dtypes, names
-from gemma_deploy.architectures import ROWS
+from gemma_deploy.architectures import ROWS, by_gguf_name
 from gemma_deploy.cli import COMMANDS, cli
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.recipe.catalogue import find_recipe
@@ -155,7 +155,7 @@ def test_every_folder_with_modules_is_a_package_and_has_a_place_in_the_order():
     assert {part_of(file) for file in MODULES} - {"__init__"} <= set(ORDER)
 
 
-NAMES_OF_GENERATIONS = {name for row in ROWS for name in (row.model_type, row.gguf.name, *row.multimodal)}
+NAMES_OF_GENERATIONS = {name for row in ROWS for name in (row.model_type, *row.multimodal)} | set(by_gguf_name())
 
 
 def literals(source: str) -> list[tuple[str, int]]:

@@ -66,7 +66,7 @@ def program(tmp_path_factory):
     table = root / "gemma_deploy/architectures/__init__.py"
     text = table.read_text()
     text = text.replace("import GEMMA3\n", "import GEMMA3\nfrom gemma_deploy.architectures.gemmax import OTHER\n", 1)
-    table.write_text(text.replace("(GEMMA, GEMMA2, GEMMA3)", "(GEMMA, GEMMA2, GEMMA3, OTHER)", 1))
+    table.write_text(text.replace("GEMMA3, VAULTGEMMA)", "GEMMA3, VAULTGEMMA, OTHER)", 1))
     return root
 
 
@@ -128,4 +128,4 @@ def test_it_is_staged_split_and_refused_by_its_names(run, tmp_path):
     refused = run("inspect", tmp_path / "ck").stderr
     assert "tensor(s) do not fit the config" in refused  # of its language model, which the row has
     (tmp_path / "ck/config.json").write_text('{"model_type": "gemmay"}')
-    assert "gemma3_text, gemmax_text, gemma3, gemmax" in run("inspect", tmp_path / "ck").stderr
+    assert "gemma3_text, vaultgemma, gemmax_text, gemma3, gemmax" in run("inspect", tmp_path / "ck").stderr

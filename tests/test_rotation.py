@@ -10,8 +10,8 @@ def cases(name, **others):
 def test_one_generation_of_each_test_stays():
     found = [*cases("a"), *cases("b", scheme="w8a16"), *cases("b", scheme="w8a8")]
     gone = left_out(found)
-    assert len(gone) == 6
-    assert [len(gone & set(range(start, start + 3))) for start in (0, 3, 6)] == [2, 2, 2]
+    many = len(GENERATIONS)
+    assert [len(gone & set(range(start, start + many))) for start in (0, many, 2 * many)] == [many - 1] * 3
     assert left_out(found) == gone  # the same ones every time
 
 
@@ -27,9 +27,9 @@ def test_they_take_turns():
     names = [f"test_{number}" for number in range(300)]
     stay = Counter()
     for name in names:
-        (kept,) = set(range(3)) - left_out(cases(name))
+        (kept,) = set(range(len(GENERATIONS))) - left_out(cases(name))
         stay[GENERATIONS[kept]] += 1
-    assert min(stay.values()) > 70
+    assert min(stay.values()) > 50
 
 
 def test_a_few_of_many_cases_stay():

@@ -17,6 +17,7 @@ from gemma_deploy.architectures.base import (
     Architecture,
     Axis,
     Branch,
+    Gguf,
     InputGroup,
     LayerSpec,
     LayerType,
@@ -26,9 +27,10 @@ from gemma_deploy.architectures.base import (
 from gemma_deploy.architectures.gemma import GEMMA
 from gemma_deploy.architectures.gemma2 import GEMMA2
 from gemma_deploy.architectures.gemma3 import GEMMA3
+from gemma_deploy.architectures.vaultgemma import VAULTGEMMA
 from gemma_deploy.errors import NotBuiltError
 
-ROWS: tuple[Architecture, ...] = (GEMMA, GEMMA2, GEMMA3)
+ROWS: tuple[Architecture, ...] = (GEMMA, GEMMA2, GEMMA3, VAULTGEMMA)
 
 
 def model_types() -> tuple[str, ...]:
@@ -57,9 +59,9 @@ def architecture_of(model_type: str) -> Architecture:
     return found
 
 
-def by_gguf_name(name: object) -> Architecture | None:
-    """The row of a GGUF file's `general.architecture`, None where there is none."""
-    return next((row for row in ROWS if row.gguf.name == name), None)
+def by_gguf_name() -> dict[str, tuple[Architecture, Gguf]]:
+    """Rows, and what llama.cpp calls theirs, by a GGUF file's `general.architecture`."""
+    return {row.gguf.name: (row, row.gguf) for row in ROWS if row.gguf is not None}
 
 
 def text_type(model_type: str) -> str:
@@ -136,6 +138,7 @@ __all__ = [
     "Architecture",
     "Axis",
     "Branch",
+    "Gguf",
     "InputGroup",
     "LayerSpec",
     "LayerType",

@@ -250,7 +250,8 @@ class Patched:
     """Files and classes of source_code/.
 
     Args:
-        configuration, modeling: modules; config_class, stack, causal, classifier: classes in them.
+        configuration, modeling: modules; config_class, stack, causal, classifier: classes in them. No classifier where
+            transformers has none.
         layer_types: whether the config class has a kind for each layer.
     """
 
@@ -259,7 +260,7 @@ class Patched:
     modeling: str
     stack: str
     causal: str
-    classifier: str
+    classifier: str | None
     layer_types: bool = True
 
     @property
@@ -269,8 +270,9 @@ class Patched:
             "AutoConfig": f"{self.configuration}.{self.config_class}",
             "AutoModel": f"{self.modeling}.{self.stack}",
             "AutoModelForCausalLM": f"{self.modeling}.{self.causal}",
-            "AutoModelForSequenceClassification": f"{self.modeling}.{self.classifier}",
         }
+        if self.classifier is not None:
+            auto_map["AutoModelForSequenceClassification"] = f"{self.modeling}.{self.classifier}"
         return {"auto_map": auto_map, **SWITCHES}
 
 
@@ -301,6 +303,7 @@ class Architecture:
         genai_type: `model.type` of genai_config.json.
         activation_key: of config.json.
         norm_offset: norms multiply by this plus their weight.
+        gguf: what llama.cpp calls all that; None where it has no such model.
         read: the generation's own keys of a config.json; layers: their number, or 1 where that is wrong.
         layer: the layer of a number; branches: all that some layer has.
     """
@@ -312,7 +315,7 @@ class Architecture:
     genai_type: str
     activation_key: str
     patched: Patched
-    gguf: Gguf
+    gguf: Gguf | None
     read: Callable[[ConfigKeys, Mapping[str, int], int], Facts]
     layer: Callable[[Sizes, int], LayerSpec]
     branches: tuple[Branch, ...]

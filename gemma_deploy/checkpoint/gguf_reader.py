@@ -7,6 +7,7 @@ Two things differ from the safetensors of the same model: llama.cpp stores norm 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gemma_deploy import architectures, extras
-from gemma_deploy.architectures import TANH_GELU, Architecture
+from gemma_deploy.architectures import TANH_GELU, Architecture, Gguf
 from gemma_deploy.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from gemma_deploy.checkpoint.mapped import MappedFile
 from gemma_deploy.dtypes import BY_SAFETENSORS
@@ -64,7 +65,7 @@ class GgufFile:
         header = read_gguf_header(self.file)
         self.header_bytes = header.data_start
         self.metadata = header.metadata
-        self.architecture = self._architecture()
+        self.architecture, self.layout = self._architecture()
         self.entries = self._entries(header)
 
     def raw_rows(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -122,17 +123,17 @@ class GgufFile:
             ]
             if ids:
                 config[key] = ids[0] if len(ids) == 1 and type(ids[0]) is int else ids
-        return config | row.gguf.config(meta)
+        return config | self.layout.config(meta)
 
     def _meta(self, key: str) -> Any:
         value = self.metadata.get(f"{self.metadata['general.architecture']}.{key}")
         return _shortest(value) if isinstance(value, float) else value
 
-    def _architecture(self) -> Architecture:
+    def _architecture(self) -> tuple[Architecture, Gguf]:
         name = self.metadata.get("general.architecture")
-        row = architectures.by_gguf_name(name)
-        if row is None:
-            known = [one.gguf.name for one in architectures.ROWS]
+        rows = architectures.by_gguf_name()
+        if not isinstance(name, str) or name not in rows:
+            known = list(rows)
             raise CheckpointError(
                 f"holds a model of architecture {name!r}" + architectures.nearest(name, known),
                 where=str(self.path),
@@ -146,7 +147,7 @@ class GgufFile:
                 where=str(self.path),
                 next_step="merge the parts first: llama-gguf-split --merge FIRST_PART OUT.gguf",
             )
-        return row
+        return rows[name]
 
     def _entries(self, header: GgufHeader) -> dict[str, GgufEntry]:
         problems: list[str] = []
@@ -172,7 +173,7 @@ class GgufFile:
     def _entry(self, tensor: GgufTensor, data_start: int, problems: list[str]) -> GgufEntry | None:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        name = _hf_name(tensor.name, self.architecture)
+        name = _hf_name(tensor.name, self.layout.blocks)
         try:
             kind = GGMLQuantizationType(tensor.ggml_type)
             per_block, block_bytes = GGML_QUANT_SIZES[kind]
@@ -196,11 +197,11 @@ class GgufFile:
         return GgufEntry(name, shape, kind.name, start, stop, tensor.ggml_type)
 
 
-def _hf_name(name: str, architecture: Architecture) -> str:
+def _hf_name(name: str, blocks: Mapping[str, str]) -> str:
     """The Hugging Face name; a name llama.cpp does not use for Gemma stays as it is and is reported as unexpected."""
     if name in GLOBAL_NAMES:
         return GLOBAL_NAMES[name]
-    parts, blocks = name.split("."), architecture.gguf.blocks
+    parts = name.split(".")
     if len(parts) == 4 and parts[0] == "blk" and parts[2] in blocks and parts[3] == "weight":
         return f"model.layers.{parts[1]}.{blocks[parts[2]]}.weight"
     return name

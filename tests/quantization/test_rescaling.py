@@ -24,6 +24,9 @@ ALL_MAXIMA_FIT = FP16_MAX / 8
 GENERATIONS = list(TINY_CONFIGS)
 
 
+TWO_NORMS = ("gemma", "vaultgemma")  # nothing is between a branch and its residual add
+
+
 def config_of(model_type, **changes):
     return ModelConfig.from_dict(TINY_CONFIGS[model_type] | changes, "config.json")
 
@@ -72,9 +75,9 @@ def test_both_ends_of_every_tensor_agree(model_type):
     config = config_of(model_type)
     rng = np.random.default_rng(1)
     chosen = choose(config, {point: float(10 ** rng.uniform(0, 8)) for point in points_of(config)})
-    e, four, stream = chosen.of, model_type != "gemma", chosen.residual
+    e, four, stream = chosen.of, model_type not in TWO_NORMS, chosen.residual
     assert stream > 0
-    middle = "pre_feedforward_layernorm" if four else "post_attention_layernorm"
+    middle = "post_attention_layernorm" if model_type == "gemma" else "pre_feedforward_layernorm"
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
         attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
@@ -130,7 +133,7 @@ def plant(folder, model_type, gate=1.0):
     checkpoint = write_tiny_checkpoint(folder, model_type)
     weights = load_file(checkpoint / "model.safetensors")
     factors = {"up_proj": 3e3, "v_proj": 3e3, "o_proj": 3e3, "down_proj": 3e3, "gate_proj": gate}
-    if model_type == "gemma":
+    if model_type in TWO_NORMS:
         factors = {"o_proj": 1e5, "down_proj": 1e5 / gate, "gate_proj": gate}
     if model_type == "gemma3_text":
         factors |= {"q_proj": 8e4, "k_proj": 8e4}
@@ -138,7 +141,7 @@ def plant(folder, model_type, gate=1.0):
         module = name.split(".")[-2]
         if module in factors:
             weights[name] = (weight * factors[module]).astype(np.float32)
-        elif module in ("post_attention_layernorm", "post_feedforward_layernorm") and model_type != "gemma":
+        elif module in ("post_attention_layernorm", "post_feedforward_layernorm") and model_type not in TWO_NORMS:
             weights[name] = ((1 + weight) * 4e5 - 1).astype(np.float32)
         if "_proj" in name:
             assert np.abs(weights[name]).max() < FP16_MAX, name

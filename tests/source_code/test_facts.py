@@ -16,8 +16,8 @@ from gemma_deploy.patched import patched_causal, patched_module
 from gemma_deploy.testing import write_tiny_checkpoint
 
 LAYERS = patched_module("layers_vacc")
-GEMMA, GEMMA2, GEMMA3 = "gemma", "gemma2", "gemma3_text"
-ALL = (GEMMA, GEMMA2, GEMMA3)
+GEMMA, GEMMA2, GEMMA3, VAULT = "gemma", "gemma2", "gemma3_text", "vaultgemma"
+ALL = (GEMMA, GEMMA2, GEMMA3, VAULT)
 
 
 def norm_casts_before_the_gain(model, patch):
@@ -147,17 +147,17 @@ BREAKAGES = [
     *((gelu_is_exact, model, torch.float32) for model in ALL),
     *((embedding_scale_has_two_decimals, model, torch.float32) for model in ALL),
     *((embedding_scale_is_not_rounded_to_the_run_dtype, model, torch.bfloat16) for model in ALL),
-    (attention_scale_is_head_dim, GEMMA2, torch.float32),
+    *((attention_scale_is_head_dim, model, torch.float32) for model in (GEMMA2, VAULT)),
     (attention_scale_is_head_dim, GEMMA3, torch.float32),
-    (attention_cap_is_dropped, GEMMA2, torch.float32),
-    (attention_cap_after_the_mask, GEMMA2, torch.float32),
-    (final_cap_is_dropped, GEMMA2, torch.float32),
-    (layer_order_is_reversed, GEMMA2, torch.float32),
+    *((attention_cap_is_dropped, model, torch.float32) for model in (GEMMA2, VAULT)),
+    *((attention_cap_after_the_mask, model, torch.float32) for model in (GEMMA2, VAULT)),
+    *((final_cap_is_dropped, model, torch.float32) for model in (GEMMA2, VAULT)),
+    *((layer_order_is_reversed, model, torch.float32) for model in (GEMMA2, VAULT)),
     (layer_order_is_reversed, GEMMA3, torch.float32),
     (one_theta_for_all_layers, GEMMA3, torch.float32),
     (no_linear_factor, GEMMA3, torch.float32),
     (linear_factor_on_local_layers, GEMMA3, torch.float32),
-    *((window_is_one_key_wider, model, torch.float32) for model in (GEMMA2, GEMMA3)),
+    *((window_is_one_key_wider, model, torch.float32) for model in (GEMMA2, GEMMA3, VAULT)),
     *((window_is_one_key_narrower, model, torch.float32) for model in (GEMMA2, GEMMA3)),
     (no_query_and_key_norm, GEMMA3, torch.float32),
     (norm_after_rotary, GEMMA3, torch.float32),
