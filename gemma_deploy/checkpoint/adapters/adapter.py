@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma_deploy.checkpoint.adapters.naming import Named, name_of
-from gemma_deploy.checkpoint.adapters.pairs import Module, is_named, read_module
+from gemma_deploy.checkpoint.adapters.pairs import Module, biases_that_count, is_named, read_module
 from gemma_deploy.checkpoint.adapters.settings import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -85,7 +85,9 @@ class Adapter:
                 problems=found.problems,
                 expected=f"an adapter of a {config.model_type} with {config.num_hidden_layers} layers of "
                 f"{config.hidden_size} channels and {config.vocab_size} tokens",
-                next_step="pass the checkpoint that the adapter was trained on",
+                next_step="train the adapter without biases"
+                if found.problems == found.biases
+                else "pass the checkpoint that the adapter was trained on",
             )
         notes = (*settings.notes, *found.notes, *([stranger] if stranger else []))
         return cls(directory, settings, found.updates, found.bases, notes)
@@ -122,6 +124,7 @@ class _Reader:
         self.updates: dict[str, Update] = {}
         self.bases: dict[str, AdapterTensor] = {}
         self.problems: list[str] = []
+        self.biases: list[str] = []  # of `problems`, those about biases
         self.notes: list[str] = []
 
     def read(self) -> None:
@@ -134,6 +137,8 @@ class _Reader:
             return
         for module in modules:
             self._one(module)
+        self.biases = biases_that_count(modules)
+        self.problems += self.biases
         self._vocabulary()
         self._rows_in_reach()
         self._absent(modules)
@@ -292,7 +297,8 @@ class _Reader:
             self.updates[HEAD_WEIGHT] = table
         elif isinstance(table, TokenRows) and not isinstance(head, TokenRows):
             self.problems.append(
-                "trainable_token_indices ties the rows of table and head, and the file changes the head in another way"
+                "trainable_token_indices ties the rows of table and head, and the file changes the head in another way: "
+                "peft's own model fails"
             )
         elif settings.ensure_weight_tying and isinstance(table, Replaced):
             self.updates[HEAD_WEIGHT] = table

@@ -1,7 +1,11 @@
-"""The factors of one module: whether both are there, fit each other, the weight, and the rank the settings say."""
+"""The factors of one module: whether both are there, fit each other, the weight, and the rank the settings say.
+
+Biases are only let through where they are zero: see `biases_that_count`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +16,11 @@ from gemma_deploy.names import EMBEDDING
 
 FACTORS = {False: ("A", "B"), True: ("embedding_B", "embedding_A")}  # of an embedding: first [in, r], second [r, out]
 HALVES = {"A": "lora_A", "B": "lora_B", "embedding_A": "lora_embedding_A", "embedding_B": "lora_embedding_B"}
+# Part that is a bias -> what it is, and why it cannot be taken where it is not zero.
+BIASES = {
+    "lora_bias": ("of lora_B", "no merged checkpoint can hold it, and peft's merge refuses it for the same reason"),
+    "bias": ("of a base", "the adapter was trained on another model (attention_bias)"),
+}
 
 
 @dataclass
@@ -33,16 +42,33 @@ def is_named(module: Module, name: str) -> bool:
     return module.path == EMBEDDING if name == "" else module.trained.endswith(name)
 
 
+def biases_that_count(modules: Iterable[Module]) -> list[str]:
+    """What is wrong with biases, a line for each kind: those that are not zero have no place in a Gemma's checkpoint.
+
+    peft stores `lora_B.bias` with `lora_bias=True`, and adds scaling times it to the linear's output; with `bias="all"`
+    or "lora_only" it stores the biases of the base, of which a Gemma has none.
+    """
+    lines = []
+    for part, (what, why) in BIASES.items():
+        stored = [module.parts[part] for module in modules if part in module.parts]
+        lines += [f"{one.name} is no vector" for one in stored if len(one.entry.shape) != 1]
+        counting = [one.name for one in stored if len(one.entry.shape) == 1 and np.any(one.whole())]
+        if counting:
+            rest = len(counting) - 1
+            more = f", and so are {rest} more biases {what}" if rest else ""
+            lines.append(f"{counting[0]} is a bias that is not zero{more}: the linears of a Gemma have no bias: {why}")
+    return lines
+
+
 def read_module(module: Module, shape: tuple[int, ...], settings: AdapterSettings) -> tuple[Update | None, list[str]]:
     """What a module's factors, or its trained rows, do to its weight; and everything that is wrong with them.
 
     Args:
         shape: of the weight, [out, in].
     """
-    problems = [f"{module.parts['bias'].name}: the linears of a Gemma have no bias"] if "bias" in module.parts else []
     embedding = module.path == EMBEDDING
     strange = [part for part in FACTORS[not embedding] if part in module.parts]
-    problems += [f"unexpected: {module.parts[part].name}: {module.path} is {_kind(embedding)}" for part in strange]
+    problems = [f"unexpected: {module.parts[part].name}: {module.path} is {_kind(embedding)}" for part in strange]
     if strange or len(shape) != 2:
         factors = [one.name for part, one in module.parts.items() if part in HALVES and part not in strange]
         return None, problems + [f"unexpected: {name}: {module.path} is no linear" for name in factors]
@@ -104,9 +130,6 @@ def _factors(module: Module, shape: tuple[int, ...], settings: AdapterSettings) 
         problems.append(f"{magnitude.name} is there, and use_dora is not set")
     elif magnitude is not None and magnitude.entry.shape not in ((length,), (1, length), (length, 1)):
         problems.append(f"wrong shape: {magnitude.name} is {list(magnitude.entry.shape)}, expected {[length]}")
-    bias = module.parts.get("lora_bias")
-    if bias is not None and np.any(bias.whole()):
-        problems.append(f"{bias.name} is not zero: the linears of a Gemma have no bias that it could be added to")
     if problems:
         return None, problems
     scaling = settings.scaling_of(module.trained, rank)
@@ -123,5 +146,9 @@ def _tokens(module: Module, shape: tuple[int, ...], settings: AdapterSettings) -
         problems.append(
             f"wrong shape: {stored.name} is {list(stored.entry.shape)}, trainable_token_indices calls for "
             f"{list(expected)}"
+        )
+    if settings.is_saved(module.trained):
+        problems.append(
+            f"{stored.name}: rows of {module.path} are trained, and modules_to_save names it too: peft's own model fails"
         )
     return TokenRows(stored, indices), problems

@@ -1,6 +1,7 @@
 """Merged weights give the logits of peft's own model, which merges nothing: for every field that is carried out."""
 
 import json
+import shutil
 import warnings
 
 import numpy as np
@@ -77,6 +78,7 @@ CASES = {
     "factors of the head": {"target_modules": ["q_proj", "lm_head"]},
     "factors of both": {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
     "rows": {"trainable_token_indices": [5, 127, 3]},
+    "rows, and factors of the head": {"target_modules": ["q_proj", "lm_head"], "trainable_token_indices": [5, 127]},
     "rows of the head": {"trainable_token_indices": {"lm_head": [5, 6]}},
     "other rows of both": {"trainable_token_indices": {"embed_tokens": [5, 6], "lm_head": [7]}},
     "mica": {"init_lora_weights": "mica"},
@@ -147,6 +149,24 @@ def test_a_resized_table_with_factors(base, tmp_path):
         Checkpoint.open(base(tied=False), untied)
 
 
+@pytest.mark.parametrize(
+    ("tied", "saved", "said"),
+    [
+        (True, ["embed_tokens"], "rows of model.embed_tokens are trained, and modules_to_save names it too"),
+        (False, ["embed_tokens"], "rows of model.embed_tokens are trained, and modules_to_save names it too"),
+        (True, ["lm_head"], "ties the rows of table and head, and the file changes the head in another way"),
+    ],
+)
+def test_rows_of_what_is_saved_whole(base, tmp_path, tied, saved, said):
+    """peft makes and saves such an adapter, and cannot compute with it."""
+    checkpoint = base(tied=tied)
+    adapter = save_adapter(checkpoint, tmp_path / "a", modules_to_save=saved, trainable_token_indices=[5, 127])
+    with pytest.raises(ValueError, match="TrainableTokensLayer wraps an unknown layer type"):
+        logits(unmerged(checkpoint, (adapter, 1.0)), 128)
+    with pytest.raises(CheckpointError, match=said):
+        Checkpoint.open(checkpoint, adapter)
+
+
 @pytest.mark.parametrize("dora", [(False, False), (True, False), (False, True), (True, True)])
 def test_several_adapters(base, tmp_path, dora):
     checkpoint = base()
@@ -155,6 +175,60 @@ def test_several_adapters(base, tmp_path, dora):
     second = save_adapter(checkpoint, tmp_path / "b", modules_to_save=["norm"], **fields)
     opened = check(checkpoint, [(first, 0.7), (second, -1.5)])
     assert [one.weight for one in opened.adapters] == [0.7, -1.5]
+
+
+def with_biases(adapter, factor):
+    """Multiply what `lora_bias=True` added."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(adapter / "adapter_model.safetensors")
+    biases = [name for name in weights if name.endswith(".lora_B.bias")]
+    assert len(biases) == 7 * LAYERS["gemma2"]
+    changed = weights | {name: factor * weights[name] for name in biases}
+    save_file(changed, adapter / "adapter_model.safetensors", {"format": "pt"})
+    return biases
+
+
+def test_biases_that_count_are_refused_as_peft_s_merge_does(base, tmp_path):
+    """Unmerged they change the logits, and without a bias in the base peft does not merge them either."""
+    checkpoint = base()
+    adapter = save_adapter(checkpoint, tmp_path / "a", lora_bias=True)
+    model = unmerged(checkpoint, (adapter, 1.0))
+    expected = logits(model, 128)
+    with pytest.raises(RuntimeError, match="Impossible to merge LoRA with `lora_bias=True` because the base layer has"):
+        model.merge_and_unload()
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(checkpoint, adapter)
+    (problem,) = caught.value.problems
+    (first, *others) = with_biases(adapter, 0)
+    assert problem == (
+        f"{first} is a bias that is not zero, and so are {len(others)} more biases of lora_B: the linears of a Gemma "
+        "have no bias: no merged checkpoint can hold it, and peft's merge refuses it for the same reason"
+    )
+    assert caught.value.next_step == "train the adapter without biases"
+    check(checkpoint, [(adapter, 1.0)])  # zeros are the adapter without them
+    assert distance(logits(merged_model(checkpoint, adapter)[1], 128), expected) > 1e-2
+
+
+def test_trained_biases_of_a_base_that_has_them(base, tmp_path):
+    """peft merges onto transformers' class with `attention_bias`; no Gemma is that, and neither part is taken here."""
+    other = tmp_path / "other"
+    shutil.copytree(base(), other)
+    config = json.loads((other / "config.json").read_text()) | {"attention_bias": True}
+    (other / "config.json").write_text(json.dumps(config))
+    adapter = save_adapter(other, tmp_path / "a", bias="all")
+    model = unmerged(other, (adapter, 1.0))
+    expected = logits(model, 128)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged = model.merge_and_unload()
+    assert merged.model.layers[0].self_attn.q_proj.bias.abs().max() > 0.05
+    assert distance(logits(merged, 128), expected) < CLOSE
+    with pytest.raises(CheckpointError, match="attention_bias: got True, expected false: no Gemma has attention bia"):
+        Checkpoint.open(other, adapter)
+    said = r"k_proj.base_layer.bias is a bias that is not zero, and so are 7 more biases of a base: .*attention_bias"
+    with pytest.raises(CheckpointError, match=said):
+        Checkpoint.open(base(), adapter)
 
 
 def test_16_bit_factors(base, tmp_path):

@@ -228,8 +228,9 @@ def without(*names):
         (pair("model.layers.0.self_attn.q_proj", (32, 16)), "unexpected: model.layers.0.self_attn.q_proj.lora_A"),
         (pair(TABLE, (40, 16)), "model.embed_tokens is an embedding"),
         (pair(f"{PREFIX}model.norm", (16, 16)), "model.norm is no linear"),
-        (factors() | {f"{Q}.lora_B.bias": np.ones(32)}, f"{Q}.lora_B.bias is not zero"),
-        (factors() | {f"{Q}.base_layer.bias": np.ones(32)}, "the linears of a Gemma have no bias"),
+        (factors() | {f"{Q}.lora_B.bias": np.ones(32)}, f"{Q}.lora_B.bias is a bias that is not zero: the linears of"),
+        (factors() | {f"{Q}.lora_B.bias": np.array(1.0)}, f"{Q}.lora_B.bias is no vector"),
+        (factors() | {f"{Q}.base_layer.bias": np.ones(32)}, f"{Q}.base_layer.bias is a bias that is not zero: the lin"),
         (factors() | {f"{Q}.lora_magnitude_vector": np.ones(32)}, "is there, and use_dora is not set"),
         (factors() | {f"{Q}.weight": np.ones((32, 16))}, f"{Q}.weight replaces"),
         (factors() | {f"{PREFIX}model.norm.weight": np.ones(17)}, "wrong shape: base_model.model.model.norm.weight"),
@@ -335,6 +336,16 @@ def test_damaged_files_are_named(tmp_path):
     assert "adapter_config.json" in refused(directory)
     (directory / "adapter_config.json").write_text("[]")
     assert "adapter_config.json" in refused(directory)
+
+
+@pytest.mark.parametrize("part", ["lora_B.bias", "base_layer.bias"])
+def test_biases_of_zero_change_nothing(tmp_path, part):
+    plain = Adapter.open(write_adapter(tmp_path / "plain"), model())
+    zeros = factors() | {f"{Q}.{part}": np.zeros(32)}
+    adapter = Adapter.open(write_adapter(tmp_path / "zeros", zeros, bias="all", lora_bias=True), model())
+    assert adapter.notes == plain.notes
+    assert adapter.updates.keys() == plain.updates.keys()
+    np.testing.assert_array_equal(adapter.updates[NAME].b(), plain.updates[NAME].b())
 
 
 def test_fields_without_effect(tmp_path):
