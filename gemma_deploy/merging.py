@@ -6,13 +6,14 @@ tokenizer. Each number is computed in float32 and rounded once, to the dtype of 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,19 +98,31 @@ def merge(
     with _Merged(out, key) as merged:
         done = 0
         for name, plan in shards.items():
-            write_params(
-                opened,
-                plan,
-                merged.path / name,
-                journal=merged.path / f"{name}.journal",
-                workers=workers,
-                progress=None if progress is None else _from(progress, done, total),
-            )
+            with _disk_errors(merged.path / name):
+                write_params(
+                    opened,
+                    plan,
+                    merged.path / name,
+                    journal=merged.path / f"{name}.journal",
+                    workers=workers,
+                    progress=None if progress is None else _from(progress, done, total),
+                )
             done += sum(spec.nbytes for spec in plan)
         _write_beside(with_stops(opened, text), merged.path, stored, shards)
         merged.publish()
     notes = tuple(dict.fromkeys((*opened.notes, *text.notes)))
     return MergedCheckpoint(merged.out, stored, tuple(shards), total, notes)
+
+
+@contextlib.contextmanager
+def _disk_errors(file: Path) -> Iterator[None]:
+    """Say what a user of `merge` can do where the disk refuses: the writer of parameters speaks of workspaces."""
+    try:
+        yield
+    except ParamsError as error:
+        if isinstance(error.__cause__, OSError):
+            raise MERGE.disk_error(error.__cause__, file) from error.__cause__
+        raise
 
 
 def _shards(checkpoint: Checkpoint, dtype: str, shard_bytes: int) -> dict[str, list[ParamSpec]]:

@@ -101,10 +101,11 @@ class Maker:
 
     def disk_error(self, error: OSError, place: Path) -> DeployError:
         """A sentence for what the disk said about `place`, or the file that the error names."""
-        named = isinstance(error.filename, str | bytes | os.PathLike)
+        file = error.filename2 or error.filename  # of two, the second is the one that is written (copies, renames)
+        named = isinstance(file, str | bytes | os.PathLike)
         return self.error(
             f"cannot be written: {error.strerror or error}",
-            where=os.fsdecode(error.filename) if named else str(place),
+            where=os.fsdecode(file) if named else str(place),
             next_step=(error.errno in _FULL and self.full) or self.advice,
         )
 

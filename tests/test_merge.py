@@ -1,11 +1,16 @@
 """`gemma-deploy merge`: what it writes is what transformers loads, rounded once; whole or not at all."""
 
+import errno
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma_deploy import merge, paths
 from gemma_deploy.checkpoint import AdapterRef, Checkpoint
-from gemma_deploy.cli import cli
+from gemma_deploy.cli import cli, main
 from gemma_deploy.errors import CheckpointError, ParamsError, PreflightError, UsageError
 from gemma_deploy.testing import write_tiny_checkpoint
+from gemma_deploy.workdir import MARK
+from tests.calibration.make import write_tokenizer
 from tests.checkpoint.adapters.make import PREFIX, pair, write_adapter
+from tests.killing import killer
 
 Q = "model.layers.1.self_attn.q_proj"
 DOWN = "model.layers.0.mlp.down_proj"
@@ -183,3 +191,100 @@ def test_what_another_adapter_left_is_not_continued(world):
     merge(world / "base", world / "adapter", world / "out", shard_bytes=150_000)
     merge(world / "base", world / "adapter", world / "expected", shard_bytes=150_000)
     assert files(world / "out") == files(world / "expected")
+
+
+@pytest.fixture
+def with_text(world):
+    """The adapter brings a tokenizer, a larger file than the weights."""
+    write_tokenizer(world / "adapter")
+    file = world / "adapter/tokenizer.json"
+    file.write_bytes(file.read_bytes() + b" " * 800_000)
+    assert (world / "base/model.safetensors").stat().st_size < 700_000
+    return world
+
+
+@contextmanager
+def no_file_above(limit):
+    """As a full disk: a write beyond `limit` bytes of a file fails with EFBIG."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def full_after(count):
+    """The disk is full at the n-th write of weights, when some of them are written."""
+    left, pwrite = [count], os.pwrite
+
+    def wrapped(fd, data, offset):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(fd, data, offset)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pwrite", wrapped)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("full", "named"),
+    [
+        (lambda: no_file_above(1000), "model.safetensors"),  # no room is reserved
+        (lambda: full_after(4), "model.safetensors"),
+        (lambda: full_after(20), "model.safetensors"),
+        (lambda: no_file_above(700_000), "out.partial/."),  # a file beside the weights, under its temporary name
+    ],
+    ids=["reserving", "early", "late", "tokenizer"],
+)
+def test_a_full_disk_is_one_sentence_and_the_same_command_goes_on(with_text, capsys, full, named):
+    words = ["merge", *map(str, (with_text / "base", with_text / "adapter", with_text / "out"))]
+    with full():
+        assert main(words) == 1
+    said = capsys.readouterr().err
+    sentence = (
+        r"error: (\S+): cannot be written: (?:No space left on device|File too large)\n"
+        r"  next: make room there and run the same command again: it continues\n"
+    )
+    (place,) = re.findall(sentence, said)
+    assert place.startswith(f"{with_text / 'out.partial'}")
+    assert named in place
+    assert said.count("\n") == 2 + said.count("\nmerge ") + said.startswith("merge ")  # and lines of progress
+    assert not (with_text / "out").exists()
+    assert main(words) == 0
+    assert not (with_text / "out.partial").exists()
+    merge(with_text / "base", with_text / "adapter", with_text / "expected")
+    assert files(with_text / "out") == files(with_text / "expected")
+
+
+def work(world, out):
+    """What is killed."""
+    merge(Path(world) / "base", Path(world) / "adapter", out, shard_bytes=400_000)
+
+
+@pytest.mark.slow
+def test_killed_at_every_step(with_text):
+    """SIGKILL before each sync, rename and deletion: OUT is whole or not there, and the same call makes it."""
+    work(with_text, with_text / "expected")
+    expected = files(with_text / "expected")
+    seen = set()
+    with killer("tests.test_merge:work") as run:
+        count = run(1_000_000, str(with_text), str(with_text / "first"))
+        assert files(with_text / "first") == expected
+        for at in range(count):
+            out = with_text / f"out{at}"
+            assert run(at, str(with_text), str(out)) == 0
+            seen.add(out.exists())
+            if out.exists():  # the kill came after the last rename; a mark does no harm there
+                assert files(out).items() >= expected.items()
+                assert files(out).keys() - expected.keys() <= {MARK}
+                continue
+            work(with_text, out)
+            assert files(out) == expected
+            assert [file.name for file in with_text.iterdir() if out.name in file.name] == [out.name]
+            shutil.rmtree(out)
+    assert count > 30
+    assert seen == {True, False}

@@ -322,6 +322,9 @@ def test_a_disk_that_refuses_is_a_sentence(tmp_path, number, step):
     with pytest.raises(CheckpointError, match="cannot be written: ") as caught, Made(tmp_path / "a", "k", False):
         raise OSError(number, os.strerror(number), "/some/file")
     assert (caught.value.where, caught.value.next_step) == ("/some/file", step)
+    with pytest.raises(CheckpointError) as caught, Made(tmp_path / "a", "k", False):
+        raise OSError(number, os.strerror(number), "/read", None, "/written")  # as shutil.copyfile raises it
+    assert caught.value.where == "/written"
     with pytest.raises(FileNotFoundError), Made(tmp_path / "a", "k", False):  # a bug: not ours to explain
         raise FileNotFoundError(errno.ENOENT, "x", "y")
 
