@@ -41,6 +41,7 @@ def stage_checkpoint(
     adapter: str | Path | AdapterRef | Sequence[AdapterRef] | None = None,
     force: bool = False,
     source_code: Path | None = None,
+    weights: bool = True,
     progress: Tick | None = None,
 ) -> Path:
     """Make the staged directory, complete or not at all.
@@ -51,6 +52,7 @@ def stage_checkpoint(
         adapter: added to the weights, see `Checkpoint.open`; they are then written as float32 instead of linked.
         force: replace an OUT that an earlier `stage` made.
         source_code: the modeling files; by default the program's own.
+        weights: without them config, tokenizer and modeling files are there alone.
         progress: called with (bytes written, bytes in all) of weights that are written: a .gguf file's, those of a
             multimodal model, and those an adapter is added to.
 
@@ -71,9 +73,9 @@ def stage_checkpoint(
         dequantized = checkpoint.format == "gguf" or bool(checkpoint.adapters)
         if dequantized:
             config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": "float32"}
-        if dequantized or checkpoint.is_nested:
+        if weights and (dequantized or checkpoint.is_nested):
             _write_weights(checkpoint, partial / SINGLE_NAME, progress, as_stored=not dequantized)
-        else:
+        elif weights:
             _link_weights(checkpoint, partial)
         if checkpoint.format == "gguf":
             _write_generation_config(checkpoint, partial / GENERATION_CONFIG)

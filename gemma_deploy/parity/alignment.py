@@ -15,13 +15,15 @@ import numpy as np
 
 from gemma_deploy.architectures import SWITCHES
 from gemma_deploy.calibration.sources import SOURCES
-from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint import AdapterRef, Checkpoint
 from gemma_deploy.errors import CheckpointError
+from gemma_deploy.names import CONFIG
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.compare import compare_sources, judged, measures_of
 from gemma_deploy.parity.gates import Line, relative
 from gemma_deploy.reading import read_text, text_kind
 from gemma_deploy.staging import stage_checkpoint
+from gemma_deploy.text.saving import link_file
 
 if TYPE_CHECKING:
     from gemma_deploy.parity.reference import TorchSource
@@ -47,7 +49,10 @@ def config_line(checkpoint: Checkpoint) -> Line:
 
 
 def tokenizer_lines(checkpoint: Checkpoint, text: Path | None, notes: list[str]) -> list[Line]:
-    """How many texts become other tokens with the staged directory's tokenizer; no line where there is none."""
+    """How many texts become other tokens with the staged directory's tokenizer; no line where there is none.
+
+    Where an adapter brings a tokenizer, that is the one of both sides.
+    """
     if not checkpoint.tokenizer_files() or checkpoint.format == "gguf":
         notes.append("no tokenizer files of transformers' own beside the checkpoint: tokenizers are not compared")
         return []
@@ -56,10 +61,25 @@ def tokenizer_lines(checkpoint: Checkpoint, text: Path | None, notes: list[str])
     if text is not None:
         texts.append(read_text(text, text_kind("--text")))
     with tempfile.TemporaryDirectory() as scratch:
-        staged = _tokenizer(stage_checkpoint(checkpoint.path, Path(scratch) / "staged"))
-        stock = _tokenizer(checkpoint.path)
+        refs = [AdapterRef(one.adapter.path, one.weight) for one in checkpoint.adapters]
+        staged = _tokenizer(stage_checkpoint(checkpoint.path, Path(scratch) / "staged", adapter=refs, weights=False))
+        stock = _tokenizer(_stock_directory(checkpoint, Path(scratch) / "stock"))
         differing = sum(stock(one)["input_ids"] != staged(one)["input_ids"] for one in texts)
     return [Line("hf = patched", f"texts of {len(texts)} with other tokens", float(differing), 0.0, not differing)]
+
+
+def _stock_directory(checkpoint: Checkpoint, out: Path) -> Path:
+    """What transformers reads config and tokenizer from: the checkpoint, or `out` with the tokenizer of an adapter."""
+    own = checkpoint.tokenizer_dir()
+    if own == checkpoint.path:
+        return own
+    out.mkdir()
+    for file in checkpoint.tokenizer_files():
+        target = out / file.relative_to(own)
+        target.parent.mkdir(exist_ok=True)
+        link_file(file, target)
+    link_file(checkpoint.path / CONFIG, out / CONFIG)
+    return out
 
 
 def _tokenizer(directory: Path) -> Any:

@@ -8,11 +8,15 @@ from transformers import AutoModelForCausalLM
 
 from gemma_deploy import paths
 from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.errors import CheckpointError
 from gemma_deploy.parity import alignment
 from gemma_deploy.parity.cases import make_cases
 from gemma_deploy.parity.reference import TorchSource
 from gemma_deploy.patched import patched_module
 from gemma_deploy.proving.requests import Request, patched_stage
+from gemma_deploy.testing import write_tiny_checkpoint
+from tests.calibration.make import write_tokenizer
+from tests.checkpoint.adapters.make import PREFIX, pair, write_adapter
 
 SMALL = Request(prompt_tokens=40, decode_tokens=4)  # five windows of 8
 
@@ -67,8 +71,8 @@ def test_other_tokens_are_counted(tmp_path, monkeypatch):
     assert (line.value, line.passed, notes) == (0, True, [])
     right = alignment.stage_checkpoint
 
-    def wrong(path, out):
-        staged = right(path, out)
+    def wrong(path, out, **options):
+        staged = right(path, out, **options)
         file = staged / "tokenizer.json"
         content = json.loads(file.read_text())
         content["model"]["merges"] = content["model"]["merges"][:100]
@@ -80,6 +84,25 @@ def test_other_tokens_are_counted(tmp_path, monkeypatch):
     (line,) = alignment.tokenizer_lines(checkpoint, None, notes)
     assert line.value > 0
     assert not line.passed
+
+
+def test_the_tokenizer_beside_an_adapter_is_what_is_compared(tmp_path, monkeypatch):
+    """Both sides have its tokens, and the base's own are not looked at: that of this base would be refused."""
+    base = write_tiny_checkpoint(tmp_path / "base", "gemma2")
+    (base / "tokenizer.json").write_text("{}")
+    write_adapter(tmp_path / "a", pair(PREFIX + "model.layers.1.self_attn.q_proj", (128, 64)))
+    write_tokenizer(tmp_path / "a")
+    seen = []
+    right = alignment._tokenizer
+    monkeypatch.setattr(alignment, "_tokenizer", lambda directory: seen.append(right(directory)) or seen[-1])
+    (line,) = alignment.tokenizer_lines(Checkpoint.open(base, tmp_path / "a"), None, [])
+    assert (line.value, line.passed) == (0, True)
+    staged, stock = seen
+    words = json.loads((tmp_path / "a/tokenizer.json").read_text())["model"]["vocab"]
+    assert words.items() <= staged.get_vocab().items()
+    assert words.items() <= stock.get_vocab().items()
+    with pytest.raises(CheckpointError, match="transformers refuses the tokenizer"):
+        alignment.tokenizer_lines(Checkpoint.open(base), None, [])
 
 
 @pytest.mark.parametrize("break_in", ["float32", "bfloat16"])
