@@ -26,7 +26,7 @@ from gemma_deploy.names import CONFIG, GENERATION_CONFIG
 from gemma_deploy.params.plan import ParamSpec
 from gemma_deploy.params.writer import write_params
 from gemma_deploy.progress import Tick
-from gemma_deploy.text import check_text, with_stops
+from gemma_deploy.text import TextCheck, check_text, with_stops
 from gemma_deploy.text.saving import write_tokenizer
 from gemma_deploy.workdir import Maker, WorkDir, partial_of
 from gemma_deploy.writing import finite, whole_file, write_json
@@ -88,7 +88,7 @@ def merge(
     out = Path(out)
     _refuse_existing(out)
     opened = Checkpoint.open(checkpoint, adapter)
-    text = check_text(opened)
+    text = _text_of(opened)
     stored = BY_NAME[DTYPES[dtype] if dtype else opened.own_dtype].name
     stored = stored if stored in DTYPES.values() else "float32"
     shards = _shards(opened, stored, shard_bytes)
@@ -112,6 +112,17 @@ def merge(
         merged.publish()
     notes = tuple(dict.fromkeys((*opened.notes, *text.notes)))
     return MergedCheckpoint(merged.out, stored, tuple(shards), total, notes)
+
+
+def _text_of(checkpoint: Checkpoint) -> TextCheck:
+    """Build the tokenizer only where what is written, or whether, depends on it: with a large one that takes a second.
+
+    A .gguf file states too few stop tokens, and an adapter's own tokenizer may have tokens that the model lacks.
+    """
+    own = checkpoint.tokenizer_dir()
+    if checkpoint.format == "gguf" or any(one.adapter.path == own for one in checkpoint.adapters):
+        return check_text(checkpoint)
+    return TextCheck(checkpoint.config.eos_token_ids)
 
 
 @contextlib.contextmanager

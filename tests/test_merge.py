@@ -24,6 +24,7 @@ from gemma_deploy.checkpoint import AdapterRef, Checkpoint
 from gemma_deploy.cli import cli, main
 from gemma_deploy.errors import CheckpointError, ParamsError, PreflightError, UsageError
 from gemma_deploy.testing import write_tiny_checkpoint
+from gemma_deploy.text import Tokenizer
 from gemma_deploy.workdir import MARK
 from tests.calibration.make import write_tokenizer
 from tests.checkpoint.adapters.make import PREFIX, pair, write_adapter
@@ -145,6 +146,30 @@ def test_what_is_refused_leaves_nothing(world, monkeypatch):
     with pytest.raises(PreflightError, match="do not fit on the disk"):
         merge(world / "base", world / "adapter", world / "out")
     assert left(world) == before
+
+
+def test_a_tokenizer_is_built_where_something_depends_on_it(world, monkeypatch):
+    """With the vocabulary of a Gemma 3 that takes a second; a token that the model lacks must still be found."""
+    built = []
+    right = Tokenizer.of
+    monkeypatch.setattr(
+        Tokenizer, "of", lambda checkpoint: built.append(checkpoint.tokenizer_dir()) or right(checkpoint)
+    )
+    write_tokenizer(world / "base")
+    merge(world / "base", world / "adapter", world / "plain")
+    assert built == []
+    assert (world / "plain/tokenizer.json").read_bytes() == (world / "base/tokenizer.json").read_bytes()
+    write_tokenizer(world / "adapter")
+    file = world / "adapter/tokenizer.json"
+    content = json.loads(file.read_text())
+    plain = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    content["added_tokens"] += [{"id": 400 + at, "content": f"<more{at}>", **plain} for at in range(200)]
+    file.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="has tokens that the model lacks: '<more1"):
+        merge(world / "base", world / "adapter", world / "out")
+    assert built[0] == world / "adapter"
+    assert not (world / "out").exists()
+    assert not (world / "out.partial").exists()
 
 
 def test_what_overflows_is_named(world):
