@@ -1,4 +1,4 @@
-"""`calibrate` and GPTQ with an adapter see the merged model: the codes are those of the checkpoint that `merge` wrote."""
+"""`calibrate` and GPTQ with an adapter see the merged model: codes are those of the checkpoint that `merge` wrote."""
 
 import numpy as np
 import pytest

@@ -77,6 +77,13 @@ def test_staged_directory_is_complete(checkpoint, source, out):
     assert set(Checkpoint.open(out).tensors) == set(Checkpoint.open(checkpoint).tensors)
 
 
+def test_without_weights_everything_else_is_there(checkpoint, source, out):
+    stage_checkpoint(checkpoint, out, source_code=source)
+    bare = stage_checkpoint(checkpoint, out.with_name("bare"), source_code=source, weights=False)
+    left_out = {file.name for file in out.iterdir()} - {file.name for file in bare.iterdir()}
+    assert left_out == {*(file.name for file in checkpoint.glob("*.safetensors")), "model.safetensors.index.json"}
+
+
 def test_the_checkpoint_itself_is_untouched(checkpoint, source, out):
     before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     stage_checkpoint(checkpoint, out, source_code=source)
