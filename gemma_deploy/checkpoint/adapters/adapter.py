@@ -130,6 +130,7 @@ class _Reader:
     def read(self) -> None:
         """Fill `updates` and `bases`."""
         modules = self._modules()
+        self._rows_of_whole(modules)
         self._drop_tied_rows(modules)
         if not self.problems:
             self.problems += self._not_finite()
@@ -176,6 +177,17 @@ class _Reader:
             for tower, count in towers.items()
         ]
         return list(found.values())
+
+    def _rows_of_whole(self, modules: list[Module]) -> None:
+        """Refuse rows of a module that is trained as a whole: peft makes such an adapter, and fails to compute it."""
+        paths = {module.path for module in modules if "tokens" in module.parts}
+        if self.config.tie_word_embeddings and EMBEDDING in paths:
+            paths.add(HEAD)
+        self.problems += [
+            f"rows of {module.path} are trained, and modules_to_save names it too: peft itself cannot compute that"
+            for module in modules
+            if module.path in paths and self.settings.is_saved(module.trained)
+        ]
 
     def _drop_tied_rows(self, modules: list[Module]) -> None:
         """Rows of a tied head are those of the table, unless others were asked for: a copy beside them is not read."""
@@ -295,10 +307,9 @@ class _Reader:
         table, head = self.updates.get(EMBEDDING_WEIGHT), self.updates.get(HEAD_WEIGHT)
         if isinstance(table, TokenRows) and head is None:
             self.updates[HEAD_WEIGHT] = table
-        elif isinstance(table, TokenRows) and not isinstance(head, TokenRows):
+        elif isinstance(table, TokenRows) and isinstance(head, LowRank) and head.magnitude is not None:
             self.problems.append(
-                "trainable_token_indices ties the rows of table and head, and the file changes the head in another way: "
-                "peft's own model fails"
+                "rows of table and head are trained, and the head has a magnitude (DoRA): peft itself cannot compute it"
             )
         elif settings.ensure_weight_tying and isinstance(table, Replaced):
             self.updates[HEAD_WEIGHT] = table

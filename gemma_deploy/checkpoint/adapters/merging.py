@@ -202,10 +202,16 @@ class _Chains:
         """The checkpoint's tensor, or what an adapter brings in its place; a tied head's is the table's."""
         tied = self.config.tie_word_embeddings and name in (EMBEDDING_WEIGHT, HEAD_WEIGHT)
         wanted = (EMBEDDING_WEIGHT, HEAD_WEIGHT) if tied else (name,)
-        brought = [(one, base) for one in self.adapters for key, base in one.adapter.bases.items() if key in wanted]
-        for one, base in brought[1:]:
-            if not equal(brought[0][1], base):
+        brought = [(one, own) for one in self.adapters for key, own in one.adapter.bases.items() if key in wanted]
+        for one, own in brought[1:]:
+            if not equal(brought[0][1], own):
                 self.problems.append(
                     f"{name} is {brought[0][0].adapter.path}'s own and {one.adapter.path}'s own, and they differ"
                 )
-        return brought[0][1] if brought else self.own[EMBEDDING_WEIGHT if tied else name]
+        base: Rows = brought[0][1] if brought else self.own[EMBEDDING_WEIGHT if tied else name]
+        if tied and name == HEAD_WEIGHT:  # rows that are trained are the head's too, under the factors that it has
+            for one in self.adapters:
+                rows, head = (one.adapter.updates.get(key) for key in (EMBEDDING_WEIGHT, HEAD_WEIGHT))
+                if isinstance(rows, TokenRows) and isinstance(head, LowRank):
+                    base = WithRows(base, rows)
+        return base

@@ -147,8 +147,4 @@ def _tokens(module: Module, shape: tuple[int, ...], settings: AdapterSettings) -
             f"wrong shape: {stored.name} is {list(stored.entry.shape)}, trainable_token_indices calls for "
             f"{list(expected)}"
         )
-    if settings.is_saved(module.trained):
-        problems.append(
-            f"{stored.name}: rows of {module.path} are trained, and modules_to_save names it too: peft's own model fails"
-        )
     return TokenRows(stored, indices), problems
