@@ -4,7 +4,7 @@
 
 Both train on the same windows, `--batch` of `--length` tokens a step, in float32, with the same seeds, each in a
 process of its own, one after the other. TRL's run is SFTTrainer with its defaults on the class that from_pretrained
-gives (eager attention), nothing of this project in it.
+gives (eager attention), nothing of this project in it. On a busy machine compare the seconds of processor time.
 
 Limits: losses equal within 1e-3 at every step, time at most 1.0 x, peak RSS at most 0.7 x.
 """
@@ -48,6 +48,7 @@ def trl_run(checkpoint: str, data: Path, length: int, sft: dict[str, Any]) -> di
     class Clock(TrainerCallback):
         def __init__(self) -> None:
             self.seconds: list[float] = []
+            self.processor: list[float] = []
             self.began = 0.0
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -55,6 +56,7 @@ def trl_run(checkpoint: str, data: Path, length: int, sft: dict[str, Any]) -> di
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             self.seconds.append(time.perf_counter() - self.began)
+            self.processor.append(time.process_time())
 
     clock = Clock()
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
@@ -74,7 +76,11 @@ def trl_run(checkpoint: str, data: Path, length: int, sft: dict[str, Any]) -> di
             callbacks=[clock],
         )  # fmt: skip
         trainer.train()
-    return {"losses": [one["loss"] for one in trainer.state.log_history if "loss" in one], "seconds": clock.seconds}
+    return {
+        "losses": [one["loss"] for one in trainer.state.log_history if "loss" in one],
+        "seconds": clock.seconds,
+        "processor": clock.processor,
+    }
 
 
 def own_run(checkpoint: str, data: Path, length: int, sft: dict[str, Any]) -> dict[str, Any]:
@@ -82,17 +88,19 @@ def own_run(checkpoint: str, data: Path, length: int, sft: dict[str, Any]) -> di
     from gemma_deploy.finetune.run import finetune
     from gemma_deploy.finetune.settings import FinetuneSettings
 
+    processor: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         asked = FinetuneSettings.model_validate(
             {"data": str(data), "out": f"{folder}/out", "max_length": length, "validation": 0, "lora": LORA,
              "sft": sft | {"save_steps": 10**6}}
         )  # fmt: skip
-        result = finetune(asked, checkpoint)
+        result = finetune(asked, checkpoint, progress=lambda done, every: processor.append(time.process_time()))
     assert result.outcome is not None
     steps = [one for one in result.outcome.log if "loss" in one]
     return {
         "losses": [one["loss"] for one in steps],
         "seconds": [one["step_seconds"] for one in steps],
+        "processor": processor,
         "estimated": result.memory.total,
     }
 
@@ -108,7 +116,7 @@ def measured(which: str, words: list[str]) -> dict[str, Any]:
 @click.command()
 @click.argument("checkpoint")
 @click.argument("text", type=click.Path(exists=True, path_type=Path))
-@click.option("--steps", default=40, show_default=True)
+@click.option("--steps", type=click.IntRange(2), default=40, show_default=True)
 @click.option("--batch", default=4, show_default=True)
 @click.option("--length", default=256, show_default=True)
 @click.option("--only", type=click.Choice(["trl", "own"]), help="Print the figures of one as JSON.")
@@ -129,18 +137,24 @@ def main(checkpoint: str, text: Path, steps: int, batch: int, length: int, only:
     click.echo(json.dumps(found | {"peak": peak_rss_bytes()}))
 
 
+def _apart(moments: list[float]) -> float:
+    """Mean seconds from one step's end to the next one's."""
+    return (moments[-1] - moments[0]) / max(1, len(moments) - 1)
+
+
 def _show(theirs: dict[str, Any], own: dict[str, Any], steps: int) -> None:
     for name, found in (("TRL", theirs), ("here", own)):
-        seconds = sum(found["seconds"])
         click.echo(
-            f"{name:>5}: {seconds / steps:.2f} s a step, peak RSS {found['peak'] / GIB:.2f} GiB, "
+            f"{name:>5}: {sum(found['seconds']) / steps:.2f} s a step ({_apart(found['processor']):.2f} s of a "
+            f"processor), peak RSS {found['peak'] / GIB:.2f} GiB, "
             f"loss {found['losses'][0]:.4f} to {found['losses'][-1]:.4f}"
         )
     apart = max(abs(one - other) for one, other in zip(theirs["losses"], own["losses"], strict=True))
     times, peaks = sum(own["seconds"]) / sum(theirs["seconds"]), own["peak"] / theirs["peak"]
+    processor = _apart(own["processor"]) / _apart(theirs["processor"])
     click.echo(
-        f"losses apart by {apart:.1e} at most, over {steps} steps; time {times:.2f} x, peak RSS {peaks:.2f} x; "
-        f"estimated {own['estimated'] / GIB:.2f} GiB"
+        f"losses apart by {apart:.1e} at most, over {steps} steps; time {times:.2f} x (processor {processor:.2f} x), "
+        f"peak RSS {peaks:.2f} x; estimated {own['estimated'] / GIB:.2f} GiB"
     )
 
 
