@@ -28,12 +28,13 @@ class Conversation:
         self._system = [{"role": "system", "content": system}] if system else []
         self._turns: list[dict[str, str]] = []
         mark = uuid.uuid4().hex
-        trial = [{"role": "system", "content": mark}] if system else []
+        trial, first = [{"role": "system", "content": mark}] if system else [], {"role": "user", "content": "-"}
         try:
-            shown = tokenizer.render_chat([*trial, {"role": "user", "content": "-"}])
+            shown = tokenizer.render_chat([*trial, first])
         except UsageError as error:
             if system:
-                error = UsageError(error.what, where=error.where, next_step=error.next_step or NO_SYSTEM)
+                tokenizer.render_chat([first])  # what is wrong without it too is said as it is
+                error = UsageError(error.what, where=error.where, next_step=NO_SYSTEM)
             raise error from None
         if system and mark not in shown:
             raise UsageError(

@@ -163,6 +163,7 @@ def test_every_bad_setting_is_named_at_once():
         "  - top_k -2: 0 (all tokens) or more",
         "  - top_p 0: above 0, up to 1 (all tokens)",
         "  - seed -3: 0 or more",
+        "  next: give values of these ranges",
     ]
     for temperature, top_p in ((np.nan, 1), (np.inf, 1), (1, 1.5), (1, np.nan)):
         with pytest.raises(UsageError):
