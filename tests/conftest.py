@@ -15,14 +15,15 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import pytest
 
 from gemma_deploy.testing import write_tiny_checkpoint
-from tests.rotation import COSTLY, all_but_a_few, left_out
+from tests.rotation import COSTLY, all_but_a_few, left_out, of_others
 
 
 @pytest.hookimpl(tryfirst=True)  # before cases are chosen by their marks
 def pytest_collection_modifyitems(items):
     """Of the generations of a costly test one is in the default run, of many cases a few; the others are `slow`."""
     costly = [item for item in items if item.nodeid.startswith(COSTLY) and hasattr(item, "callspec")]
-    for number in left_out((item.nodeid.partition("[")[0], item.callspec.params) for item in costly):
+    cases = [(item.nodeid.partition("[")[0], item.callspec.params) for item in costly]
+    for number in left_out(cases) | of_others(cases):
         costly[number].add_marker(pytest.mark.slow)
     quick = [item for item in items if not item.get_closest_marker("slow")]
     for number in all_but_a_few([item.nodeid.partition("[")[0] for item in quick]):

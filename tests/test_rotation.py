@@ -1,6 +1,6 @@
 from collections import Counter
 
-from tests.rotation import A_FEW, GENERATIONS, all_but_a_few, left_out
+from tests.rotation import A_FEW, GENERATIONS, OTHERS, all_but_a_few, left_out, of_others
 
 
 def cases(name, **others):
@@ -21,6 +21,11 @@ def test_what_has_no_other_generation_stays():
         left_out([("a", {"first": "gemma", "second": "gemma2"}), ("a", {"first": "gemma2", "second": "gemma"})])
         == set()
     )
+
+
+def test_other_generations_are_left_out():
+    found = [*cases("a"), ("a", {"model_type": OTHERS[0]}), ("b", {"size": 3, "kind": OTHERS[0]})]
+    assert of_others(found) == {len(GENERATIONS), len(GENERATIONS) + 1}
 
 
 def test_they_take_turns():
