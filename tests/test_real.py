@@ -62,18 +62,18 @@ def test_bf16_logits_of_the_staged_model_are_the_stock_class_s(tmp_path):
 @real
 def test_the_fp32_artifact_computes_the_model(tmp_path):
     artifact = compiled(tmp_path, "fp32")
-    lines = {line["comparison"]: line for line in artifact.manifest.parity.lines}
-    assert lines["hf = strict"]["passed"]
-    assert lines["hf = strict"]["value"] <= 1e-5
+    lines = {line.comparison: line for line in artifact.manifest.parity.lines}
+    assert lines["hf = strict"].passed
+    assert lines["hf = strict"].value <= 1e-5
 
 
 @real
 def test_a_prompt_of_two_thousand_tokens(tmp_path):
     long = ("frontend.shape.input_ids=[[2048],[2304]]", "parity.prompt_tokens=2000")
     (line,) = [
-        line for line in compiled(tmp_path, "fp32", *long).manifest.parity.lines if line["comparison"] == "hf = strict"
+        line for line in compiled(tmp_path, "fp32", *long).manifest.parity.lines if line.comparison == "hf = strict"
     ]
-    assert line["value"] <= 1e-5
+    assert line.value <= 1e-5
 
 
 @real
@@ -143,9 +143,9 @@ def test_calibrated_int8_for_onnx_runtime_passes_its_gate_and_looks_ahead(tmp_pa
         checkpoint=os.environ["GEMMA_270M"],
     )
     artifact = Artifact.open(compile_recipe(recipe).path)
-    lines = {(line["comparison"], line["name"]): line for line in artifact.manifest.parity.lines}
-    assert all(line["passed"] for line in lines.values())
-    assert lines["strict = shipped", "largest lead overturned"]["value"] < 1
+    lines = {(line.comparison, line.name): line for line in artifact.manifest.parity.lines}
+    assert all(line.passed for line in lines.values())
+    assert lines["strict = shipped", "largest lead overturned"].value < 1
     assert verify(artifact.path)
     model, tokenizer = LookupModel(artifact.path, artifact.manifest, 2), Tokenizer(artifact.path)
     text = "The quick brown fox jumps over the lazy dog. A stitch in time saves nine, and no one knows it better.\n"
