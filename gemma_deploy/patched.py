@@ -47,6 +47,26 @@ def patched_config(config: ModelConfig, **changes: Any) -> Any:
     return made
 
 
+def stock_config(config: ModelConfig, **changes: Any) -> Any:
+    """The config object of transformers' own class, with eager attention.
+
+    Args:
+        changes: keys to set.
+    """
+    from transformers import AutoConfig
+
+    raw = {key: value for key, value in config.raw.items() if key not in ("auto_map", "model_type")}
+    made = configured(AutoConfig.for_model, {"model_type": config.architecture.transformers_type, **raw, **changes})
+    made._attn_implementation = "eager"
+    return made
+
+
+def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put a parameter into a model, by its path."""
+    owner, _, last = name.rpartition(".")
+    setattr(model.get_submodule(owner), last, parameter)
+
+
 def configured(kind: Callable[..., Any], raw: Mapping[str, Any]) -> Any:
     """A config object of transformers, made from the keys of a config.json.
 

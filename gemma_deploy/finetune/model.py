@@ -14,14 +14,12 @@ from gemma_deploy.checkpoint import Checkpoint, WeightSource
 from gemma_deploy.errors import UsageError
 from gemma_deploy.finetune.settings import FinetuneSettings
 from gemma_deploy.names import EMBEDDING_WEIGHT, GENERATION_CONFIG, HEAD_WEIGHT
-from gemma_deploy.patched import configured, patched_config, patched_module
+from gemma_deploy.patched import patched_config, patched_module, set_parameter, stock_config
 from gemma_deploy.staging import stage_checkpoint
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
-BLOCK_BYTES = 32 << 20  # of a tensor that is read at a time
 STAGED = "staged"
 
 
@@ -50,11 +48,7 @@ def training_class(settings: FinetuneSettings, checkpoint: Checkpoint) -> tuple[
     config, row = checkpoint.config, checkpoint.config.architecture
     if settings.model == "patched":
         return getattr(patched_module(row.patched.modeling), row.patched.causal), patched_config(config)
-    raw = {key: value for key, value in config.raw.items() if key not in ("auto_map", "model_type", "dtype")}
-    raw.pop("torch_dtype", None)
-    made = configured(transformers.AutoConfig.for_model, {"model_type": row.transformers_type, **raw})
-    made._attn_implementation = "eager"
-    return getattr(transformers, row.causal_class), made
+    return getattr(transformers, row.causal_class), stock_config(config)
 
 
 def _float(settings: FinetuneSettings, checkpoint: Checkpoint) -> Any:
@@ -114,32 +108,16 @@ def fill(model: nn.Module, weights: WeightSource) -> None:
     """
     from torch import nn
 
+    from gemma_deploy.split.factory import read_tensor
+
     for name, one in list(model.named_parameters()):
         if name in weights.tensors and one.is_meta:
-            _set(model, name, nn.Parameter(read_tensor(weights, name)))
+            set_parameter(model, name, nn.Parameter(read_tensor(weights, name)))
     if HEAD_WEIGHT not in weights.tensors:
         model.tie_weights()
     left = [name for name, one in model.named_parameters() if one.is_meta]
     if left:  # the checkpoint was checked against its config: a class that differs from it is a fault of ours
         raise AssertionError(f"no values for {left}")
-
-
-def read_tensor(weights: WeightSource, name: str) -> torch.Tensor:
-    """A tensor in float32."""
-    import torch
-
-    shape = weights.tensors[name].shape
-    made = torch.empty(shape, dtype=torch.float32)
-    step = max(1, BLOCK_BYTES // (4 * max(1, made[0].numel())))
-    for start in range(0, shape[0], step):
-        stop = min(start + step, shape[0])
-        made[start:stop] = torch.from_numpy(weights.rows(name, start, stop))
-    return made
-
-
-def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, last = name.rpartition(".")
-    setattr(model.get_submodule(owner), last, parameter)
 
 
 def _quantized(settings: FinetuneSettings, checkpoint: Checkpoint, folder: Path) -> Any:

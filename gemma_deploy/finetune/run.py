@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def finetune(
             outcome = run_in(work.path, prepared, progress)
             _describe(work.path, result, outcome, request=request, recipe=recipe)
             work.publish()
-    return FinetuneResult(**{**vars(result), "outcome": outcome})
+    return replace(result, outcome=outcome)
 
 
 def _room_for(

@@ -14,6 +14,7 @@ from torch import nn
 
 from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.names import EMBEDDING, EMBEDDING_WEIGHT, HEAD, HEAD_WEIGHT
+from gemma_deploy.split.factory import read_tensor
 
 BLOCK_BYTES = 4 << 20  # of converted rows: they are multiplied while they are in the cache of the processor
 
@@ -83,12 +84,6 @@ def keep_as_stored(model: Any, weights: WeightSource) -> None:
 
 
 def _read(weights: WeightSource, name: str) -> nn.Parameter:
-    """A matrix as it is stored."""
-    info = weights.tensors[name]
-    count, width = info.shape
-    made = torch.empty(count, width, dtype=getattr(torch, info.dtype))
-    step = max(1, BLOCK_BYTES // (2 * width))
-    for start in range(0, count, step):
-        stop = min(start + step, count)
-        made[start:stop] = torch.from_numpy(weights.raw_rows(name, start, stop)).view(made.dtype)
-    return nn.Parameter(made, requires_grad=False)
+    """A matrix in the 16 bits that it is stored in, which become the same ones by way of float32."""
+    stored = getattr(torch, weights.tensors[name].dtype)
+    return nn.Parameter(read_tensor(weights, name, dtype=stored), requires_grad=False)

@@ -26,7 +26,8 @@ from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.errors import CheckpointError, NotBuiltError
 from gemma_deploy.names import EMBEDDING, EMBEDDING_WEIGHT
 from gemma_deploy.parity.gates import MERGE
-from gemma_deploy.parity.reference import LINEARS, TorchSource, stock_config
+from gemma_deploy.parity.reference import LINEARS, TorchSource
+from gemma_deploy.patched import set_parameter, stock_config
 
 HEAD_BLOCK_BYTES = 64 << 20  # of its rows as float32; each block is a model of its own
 VOCABULARY = (".embed_tokens.", ".lm_head.")
@@ -129,7 +130,7 @@ class PeftSource(TorchSource):
         from transformers import AutoModelForCausalLM
 
         checkpoint, config = self.checkpoint, self.checkpoint.config
-        changes: dict[str, Any] = {"vocab_size": len(rows)}
+        changes: dict[str, Any] = {"vocab_size": len(rows), "pad_token_id": None}
         if not decoder:
             changes |= {"num_hidden_layers": 1, "layer_types": list(config.layer_types[:1])}
         with init_empty_weights(include_buffers=False):
@@ -142,7 +143,7 @@ class PeftSource(TorchSource):
         for name, parameter in list(causal.named_parameters()):
             if parameter.is_meta and name in checkpoint.tensors and parameter.ndim == 1:
                 values = checkpoint.rows(name, 0, checkpoint.tensors[name].shape[0])
-                _set(causal, name, nn.Parameter(torch.from_numpy(values), requires_grad=False))
+                set_parameter(causal, name, nn.Parameter(torch.from_numpy(values), requires_grad=False))
         values = self._base_rows(EMBEDDING_WEIGHT, rows)
         if decoder:  # which reads the table as the embedding alone
             values = self.embedded(values)
@@ -301,8 +302,3 @@ def _runs(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
         start = previous = row
     if start is not None and previous is not None:
         yield start, previous + 1
-
-
-def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, parameter)

@@ -17,13 +17,13 @@ import torch
 from accelerate import cpu_offload, init_empty_weights
 from torch import nn
 
-from gemma_deploy.checkpoint import ModelConfig, WeightSource
+from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.errors import NotBuiltError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.names import EMBEDDING_WEIGHT
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.sources import Features
-from gemma_deploy.patched import configured, patched_causal, patched_module
+from gemma_deploy.patched import patched_causal, patched_module, stock_config
 from gemma_deploy.progress import Tick
 
 Weighting = Literal["fp32", "bf16", "w8a16"]
@@ -185,9 +185,9 @@ class TorchSource:
         from transformers import AutoModel
 
         with init_empty_weights(include_buffers=False):
-            model = AutoModel.from_config(
-                stock_config(config, vocab_size=vocab_size), attn_implementation="eager", dtype=self.dtype
-            )
+            # no padding token, whose row a cut-down table need not have
+            stock = stock_config(config, vocab_size=vocab_size, pad_token_id=None)
+            model = AutoModel.from_config(stock, attn_implementation="eager", dtype=self.dtype)
         return model.eval()
 
     def _matrix(self, values: np.ndarray) -> torch.Tensor:
@@ -202,15 +202,6 @@ class TorchSource:
                 module.register_forward_pre_hook(_remember_input(f"{name}.in", self.absmax), with_kwargs=True)
             if name.endswith((*LINEARS, "norm", "act_fn", "embed_tokens")) or name.rpartition(".")[2].isdigit():
                 module.register_forward_hook(_remember_output(f"{name}.out", self.absmax))
-
-
-def stock_config(config: ModelConfig, **changes: Any) -> Any:
-    """The config of transformers' own class, without a padding token, whose row a cut-down table need not have."""
-    from transformers import AutoConfig
-
-    raw = {key: value for key, value in config.raw.items() if key not in ("auto_map", "model_type")}
-    raw |= {"pad_token_id": None, **changes}
-    return configured(AutoConfig.for_model, {"model_type": config.architecture.transformers_type, **raw})
 
 
 class StreamedLinear(nn.Module):

@@ -150,21 +150,27 @@ def from_pretrained_split(
 
     def read(local: str, source: str) -> torch.Tensor:
         give_memory_back()
-        return _read(opened, source, torch.device(device), stored)
+        return read_tensor(opened, source, dtype=stored, device=device)
 
     return part.fill(ParameterMapper(opened.config, span), read, str(opened.path))
 
 
-def _read(checkpoint: WeightSource, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+def read_tensor(
+    weights: WeightSource,
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> torch.Tensor:
     """A tensor in its own memory, copied a block of rows at a time."""
-    shape = checkpoint.tensors[name].shape
+    shape = weights.tensors[name].shape
     tensor = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "meta":
+    if tensor.is_meta:
         return tensor
     step = max(1, BLOCK_BYTES * shape[0] // max(1, 4 * tensor.numel()))
     for start in range(0, shape[0], step):
         stop = min(start + step, shape[0])
-        tensor[start:stop].copy_(torch.from_numpy(checkpoint.rows(name, start, stop)))
+        tensor[start:stop].copy_(torch.from_numpy(weights.rows(name, start, stop)))
     return tensor
 
 
