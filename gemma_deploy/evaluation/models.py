@@ -214,8 +214,8 @@ def _open_artifact(path: Path, kernels: str | None, adapters: Sequence[AdapterRe
     if directory is None:
         source = engine.source(kernels)
     else:
-        beside = BesideAdapter(backend_of(artifact.manifest).keep_adapter(artifact, directory), directory)
-        source = engine.source(kernels, engine.load_adapter(directory))
+        kept = backend_of(artifact.manifest).keep_adapter(artifact, directory)
+        beside, source = BesideAdapter(kept, directory), engine.source(kernels, engine.load_adapter(kept.name))
     refuse(artifact, byte_problems(artifact))  # the figures of a damaged one would be believed
     contract = artifact.manifest.contract
     dynamic = contract.dynamic

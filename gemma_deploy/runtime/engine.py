@@ -60,6 +60,7 @@ class Session(ABC):
     def __init__(self, tokenizer: Tokenizer, path: Path, stop_ids: Collection[int]) -> None:
         self.tokenizer, self.path, self.stop_ids = tokenizer, path, frozenset(stop_ids)
         self._ending = threading.Event()  # of the reply that is being made
+        self._adapter: str | None = None
 
     @property
     @abstractmethod
@@ -87,7 +88,7 @@ class Session(ABC):
     @property
     def adapter(self) -> str | None:
         """Name of the adapter that the model is computed with; None: with none."""
-        return None
+        return self._adapter
 
     def use(self, adapter: str | None) -> None:
         """Go on with another adapter, or with none: what the sequence holds is read again when it goes on.
@@ -98,8 +99,12 @@ class Session(ABC):
         Raises:
             UsageError: no adapter of that name is loaded.
         """
-        if adapter is not None:
-            raise UsageError(f"no adapter {adapter!r} is loaded", where=str(self.path))
+        if adapter != self._adapter:
+            self._change_adapter(adapter)
+
+    def _change_adapter(self, adapter: str | None) -> None:
+        """See `use`: of a session that can go on with adapters, to another one than it has."""
+        raise UsageError(f"no adapter {adapter!r} is loaded", where=str(self.path))
 
     def reply(
         self,

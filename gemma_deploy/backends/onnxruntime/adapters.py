@@ -23,6 +23,7 @@ from gemma_deploy.artifact.adapters import (
     FORMAT_VERSION,
     NAME,
     RECORD,
+    RECORD_FILE,
     KeptAdapter,
     KeptRecord,
     folder_of,
@@ -280,14 +281,14 @@ def values_of(kept: KeptAdapter, slots: AdapterSlots | None) -> dict[str, OrtVal
         raise ArtifactError(
             f"ONNX Runtime refuses it: {str(error).splitlines()[0]}",
             where=str(kept.file),
-            next_step="delete the adapter's folder, and make it again: gemma-deploy adapter ARTIFACT ADAPTER_DIR",
+            next_step=RECORD_FILE.next_step,
         ) from error
     if problems := list(_misfits(values, slots)):
         raise ArtifactError(
             "does not hold what the artifact's graph takes",
             where=str(kept.file),
             problems=_some(problems),
-            next_step="delete the adapter's folder, and make it again: gemma-deploy adapter ARTIFACT ADAPTER_DIR",
+            next_step=RECORD_FILE.next_step,
         )
     return values
 

@@ -63,7 +63,6 @@ class OrtSession(Session):
     ) -> None:
         super().__init__(tokenizer, model.path, () if endless else model.stop_ids)
         self.model, self.lookup, self._adapters = model, lookup, adapters
-        self._adapter: str | None = None
         sampling = sampling if sampling is not None else Sampling()
         if lookup and sampling.temperature > 0:
             raise UsageError(
@@ -86,15 +85,7 @@ class OrtSession(Session):
         matrices = None if self._adapter is None else self.model.adapters[self._adapter]
         self._sequence = LookupSequence(self.model, self.max_length, matrices)
 
-    @property
-    def adapter(self) -> str | None:
-        """See `Session`."""
-        return self._adapter
-
-    def use(self, adapter: str | None) -> None:
-        """See `Session`."""
-        if adapter == self._adapter:
-            return
+    def _change_adapter(self, adapter: str | None) -> None:
         if adapter is not None and adapter not in self.model.adapters:
             kept = adapter_named(adapter, self._adapters, self.path)
             self.model.adapters[adapter] = values_of(kept, self.model.slots)

@@ -155,7 +155,6 @@ class GenaiSession(Session):
     ) -> None:
         super().__init__(tokenizer, model.path, model.stop_ids)
         self.model, self._adapters = model, adapters
-        self._adapter: str | None = None
         self.sampling = sampling if sampling is not None else Sampling()
         self.max_length = min(max(max_length or model.context_length, model.window), model.context_length)
         self.min_length = min_length
@@ -171,15 +170,8 @@ class GenaiSession(Session):
         kept = None if self._adapter is None else self._adapters[self._adapter]
         self._generator = self.model.generator(self.sampling, self.max_length, self.min_length, adapter=kept)
 
-    @property
-    def adapter(self) -> str | None:
-        """See `Session`."""
-        return self._adapter
-
-    def use(self, adapter: str | None) -> None:
-        """See `Session`; an active adapter of genai's generator cannot be taken back, so there is a new one."""
-        if adapter == self._adapter:
-            return
+    def _change_adapter(self, adapter: str | None) -> None:
+        """An active adapter of genai's generator cannot be taken back, so there is a new one."""
         if adapter is not None:
             self.model.load_adapter(adapter_named(adapter, self._adapters, self.path))
         self.cancel()
