@@ -7,11 +7,10 @@ Copied beside the weights and loaded by transformers as remote code; needs torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_vaultgemma_vacc import VaultGemmaConfig
 from .decoder_vacc import CausalLMMixin, TextModelMixin
-from .layers_vacc import MLP, Attention, LegacyRotary, RMSNorm, ScaledEmbedding
+from .layers_vacc import Attention, FourNormLayer, LegacyRotary, RMSNorm, ScaledEmbedding
 
 __all__ = [
     "VaultGemmaForCausalLM",
@@ -20,25 +19,14 @@ __all__ = [
 ]
 
 
-class VaultGemmaDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm attention with capped scores, and MLP; sliding and global layers take turns, the first one slides."""
+class VaultGemmaDecoderLayer(FourNormLayer):
+    """Gemma 2's layer without the norms before the residual adds; sliding and global layers take turns."""
 
     def __init__(self, config: VaultGemmaConfig, layer_idx: int):
-        super().__init__()
         scaling, softcap = config.query_pre_attn_scalar**-0.5, config.attn_logit_softcapping
-        self.self_attn = Attention(config, layer_idx, scaling=scaling, softcap=softcap)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_activation)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None):
-        """hidden_states: [batch, seq, hidden] -> the same, probabilities, present (see `Attention`)."""
-        attn, probs, present = self.self_attn(
-            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values
-        )
-        hidden_states = hidden_states + attn
-        hidden_states = hidden_states + self.mlp(self.pre_feedforward_layernorm(hidden_states))
-        return hidden_states, probs, present
+        super().__init__(config, Attention(config, layer_idx, scaling=scaling, softcap=softcap))
+        self.post_attention_layernorm = nn.Identity()
+        self.post_feedforward_layernorm = nn.Identity()
 
 
 class VaultGemmaPreTrainedModel(PreTrainedModel):
