@@ -89,8 +89,7 @@ def merge(
     _refuse_existing(out)
     opened = Checkpoint.open(checkpoint, adapter)
     text = _text_of(opened)
-    stored = BY_NAME[DTYPES[dtype] if dtype else opened.own_dtype].name
-    stored = stored if stored in DTYPES.values() else "float32"
+    stored = DTYPES[dtype] if dtype else _own_dtype(opened)
     shards = _shards(opened, stored, shard_bytes)
     total = sum(spec.nbytes for plan in shards.values() for spec in plan)
     _refuse_small_disk(out, total)
@@ -112,6 +111,11 @@ def merge(
         merged.publish()
     notes = tuple(dict.fromkeys((*opened.notes, *text.notes)))
     return MergedCheckpoint(merged.out, stored, tuple(shards), total, notes)
+
+
+def _own_dtype(checkpoint: Checkpoint) -> StoredDtype:
+    """What a checkpoint stores; float32 where that is no float type of these."""
+    return next((one for one in DTYPES.values() if one == checkpoint.own_dtype), "float32")
 
 
 def _text_of(checkpoint: Checkpoint) -> TextCheck:
@@ -136,13 +140,12 @@ def _disk_errors(file: Path) -> Iterator[None]:
         raise
 
 
-def _shards(checkpoint: Checkpoint, dtype: str, shard_bytes: int) -> dict[str, list[ParamSpec]]:
+def _shards(checkpoint: Checkpoint, dtype: StoredDtype, shard_bytes: int) -> dict[str, list[ParamSpec]]:
     """File name -> tensors, in the model's order; the names are those of transformers."""
-    kind: StoredDtype = next(one for one in DTYPES.values() if one == dtype)
     plans: list[list[ParamSpec]] = [[]]
     held = 0
     for name, info in checkpoint.tensors.items():
-        spec = ParamSpec(name, info.shape, kind, "cast", name)
+        spec = ParamSpec(name, info.shape, dtype, "cast", name)
         if plans[-1] and held + spec.nbytes > shard_bytes:
             plans.append([])
             held = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma_deploy import reading
 from gemma_deploy.checkpoint import Checkpoint
@@ -20,6 +20,9 @@ from gemma_deploy.text.building import Built, build
 from gemma_deploy.text.files import TOKENIZER, TokenizerFiles
 from gemma_deploy.text.library import asking
 from gemma_deploy.text.template import ChatTemplate, Message
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 
 class Tokenizer:
@@ -113,12 +116,7 @@ class Tokenizer:
         Raises:
             UsageError: as `encode`.
         """
-        refuse_half_characters(text)
-        with asking(self._unencodable):
-            ids = list(self.backend.encode(text, add_special_tokens=False).ids)
-        if ids and self.table_size is not None and max(ids) >= self.table_size:
-            raise self._outside(max(ids))
-        return ids
+        return list(self._encoding(text).ids)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Tokens of a text without BOS, and the characters that each of them stands for: [start, stop) in the text.
@@ -126,13 +124,17 @@ class Tokenizer:
         Raises:
             UsageError: as `encode`.
         """
+        found = self._encoding(text)
+        return list(found.ids), list(found.offsets)
+
+    def _encoding(self, text: str) -> Encoding:
         refuse_half_characters(text)
         with asking(self._unencodable):
             found = self.backend.encode(text, add_special_tokens=False)
-            ids, offsets = list(found.ids), list(found.offsets)
+        ids = found.ids
         if ids and self.table_size is not None and max(ids) >= self.table_size:
             raise self._outside(max(ids))
-        return ids, offsets
+        return found
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of texts of a data set, without BOS; half a surrogate pair in one becomes U+FFFD.

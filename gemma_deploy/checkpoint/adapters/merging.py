@@ -120,7 +120,7 @@ def merge_places(adapters: Sequence[WeightedAdapter], own: Mapping[str, Rows], c
     Raises:
         CheckpointError: two adapters do not go together.
     """
-    chains, problems = _Chains(adapters, own, config), []
+    chains = _Chains(adapters, own, config)
     names = dict.fromkeys(name for one in adapters for name in (*one.adapter.updates, *one.adapter.bases))
     if config.tie_word_embeddings and names.keys() & {EMBEDDING_WEIGHT, HEAD_WEIGHT}:
         names |= dict.fromkeys((EMBEDDING_WEIGHT, HEAD_WEIGHT))

@@ -17,9 +17,7 @@ import numpy as np
 from gemma_deploy.checkpoint.adapters.updates import LowRank, TokenRows
 from gemma_deploy.checkpoint.source import Rows
 
-TILE_BYTES = (
-    2 << 20
-)  # of a product that is computed at once; blocks that the parameter writer reads begin where tiles do
+TILE_BYTES = 2 << 20  # of a product that is computed at once; blocks of the parameter writer begin where tiles do
 RANKS_AT_ONCE = 128  # above some 384 the library cuts the sum into pieces that depend on its threads
 NORM_ROWS = 4096  # of a table at a time, where its channels' lengths are summed
 CACHED_BYTES = 32 << 20  # of first factors
