@@ -168,9 +168,7 @@ def _write_beside(checkpoint: Checkpoint, out: Path, dtype: str, shards: dict[st
     write_json(out / CONFIG, finite(config | {"dtype": dtype}), indent=2, sort_keys=False, ensure_ascii=False)
     source = checkpoint.path / GENERATION_CONFIG
     if checkpoint.format == "gguf":
-        stops = list(checkpoint.config.eos_token_ids)
-        ids = {"bos_token_id": checkpoint.config.bos_token_id, "eos_token_id": stops}
-        write_json(out / GENERATION_CONFIG, {key: value for key, value in ids.items() if value not in (None, [])})
+        write_json(out / GENERATION_CONFIG, checkpoint.config.generation_ids())
     elif source.is_file():
         read_json(source)  # says in a sentence what is wrong with it
         with whole_file(out / GENERATION_CONFIG) as partial:

@@ -78,7 +78,7 @@ def stage_checkpoint(
         elif weights:
             _link_weights(checkpoint, partial)
         if checkpoint.format == "gguf":
-            _write_generation_config(checkpoint, partial / GENERATION_CONFIG)
+            _write_json(partial / GENERATION_CONFIG, checkpoint.config.generation_ids())
         elif (checkpoint.path / GENERATION_CONFIG).is_file():
             link_file(checkpoint.path / GENERATION_CONFIG, partial / GENERATION_CONFIG)
         write_tokenizer(checkpoint, partial)
@@ -157,13 +157,6 @@ def _link_weights(checkpoint: Checkpoint, out: Path) -> None:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     write_json(path, finite(value), indent=2, sort_keys=False, ensure_ascii=False)
-
-
-def _write_generation_config(checkpoint: Checkpoint, path: Path) -> None:
-    config = checkpoint.config
-    stops = list(config.eos_token_ids)
-    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": stops, "pad_token_id": config.pad_token_id}
-    _write_json(path, {key: value for key, value in ids.items() if value not in (None, [])})
 
 
 def _write_weights(source: WeightSource, path: Path, progress: Tick | None, *, as_stored: bool) -> None:

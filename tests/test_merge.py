@@ -28,6 +28,7 @@ from gemma_deploy.text import Tokenizer
 from gemma_deploy.workdir import MARK
 from tests.calibration.make import write_tokenizer
 from tests.checkpoint.adapters.make import PREFIX, pair, write_adapter
+from tests.checkpoint.test_gguf import write_gguf
 from tests.killing import killer
 
 Q = "model.layers.1.self_attn.q_proj"
@@ -313,3 +314,13 @@ def test_killed_at_every_step(with_text):
             shutil.rmtree(out)
     assert count > 30
     assert seen == {True, False}
+
+
+def test_a_gguf_file_gives_its_ids(world):
+    """As staging writes them: transformers pads with what the file says, not with the end token."""
+    base = json.loads((world / "base" / "config.json").read_text())
+    floats = {name: value.float().numpy() for name, value in load_file(world / "base" / "model.safetensors").items()}
+    write_gguf(world / "base.gguf", base, floats)
+    merge(world / "base.gguf", world / "adapter", world / "out")
+    ids = json.loads((world / "out" / "generation_config.json").read_text())
+    assert ids == {"bos_token_id": 2, "eos_token_id": [1], "pad_token_id": 0}

@@ -114,6 +114,15 @@ class ModelConfig:
         """Name of the matrix the LM head multiplies by: the token table where the two are tied."""
         return EMBEDDING_WEIGHT if self.tie_word_embeddings else HEAD_WEIGHT
 
+    def generation_ids(self) -> dict[str, Any]:
+        """The ids of a generation_config.json, for a checkpoint that has no such file of its own."""
+        ids = {
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": list(self.eos_token_ids),
+            "pad_token_id": self.pad_token_id,
+        }
+        return {key: value for key, value in ids.items() if value not in (None, [])}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, without the raw config, for the manifest."""
         plain = {key: value for key, value in asdict(self).items() if key != "raw"}

@@ -17,10 +17,6 @@ from gemma_deploy.errors import CheckpointError
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
-MERGE_ADAPTER = (
-    "merge it into its base model with peft (PeftModel.from_pretrained(base, ADAPTER).merge_and_unload()"
-    ".save_pretrained(DIR)) and pass {}"
-)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 JSON_LIMIT_BYTES = 64 << 20
 AGAIN = "repair it, or copy it again from where the weights came from"
@@ -132,7 +128,7 @@ def refuse_other_formats(directory: Path, found: Sequence[Path]) -> None:
     expected = f"{SINGLE_NAME}, or {INDEX_NAME} with its shards, or the path of a .gguf file"
     if {"adapter_model.safetensors", "adapter_config.json"} & set(names):
         what = "this is a LoRA adapter, not a model"
-        step = MERGE_ADAPTER.format("DIR")
+        step = "name its base model as the checkpoint, and this directory with --adapter (or run: gemma-deploy merge)"
     elif pickles:
         what = f"only pickled weights ({', '.join(pickles[:3])}); they can run code when loaded and are never opened"
         step = "convert them to safetensors: load them in transformers where you trust them, then save_pretrained(DIR)"

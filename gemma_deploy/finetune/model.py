@@ -20,22 +20,29 @@ from gemma_deploy.staging import stage_checkpoint
 if TYPE_CHECKING:
     from torch import nn
 
+    from gemma_deploy.artifact.weights import ArtifactWeights
+
 STAGED = "staged"
 
 
-def load_model(settings: FinetuneSettings, checkpoint: Checkpoint, folder: Path) -> Any:
+def load_model(
+    settings: FinetuneSettings, checkpoint: Checkpoint, folder: Path, *, base: ArtifactWeights | None = None
+) -> Any:
     """A causal LM with eager attention (a soft cap needs it), in training form.
 
     Args:
         settings: of the run.
         checkpoint: the base.
         folder: where a staged directory may be made, for what only `from_pretrained` can read.
+        base: weights of an artifact whose codes are trained on, in the place of the checkpoint's.
 
     Raises:
         UsageError: bitsandbytes cannot do what is asked for on this machine.
         CheckpointError: the checkpoint's weights cannot be read.
     """
-    model = _quantized(settings, checkpoint, folder) if settings.method == "qlora" else _float(settings, checkpoint)
+    model = (
+        _quantized(settings, checkpoint, folder) if settings.method == "qlora" else _float(settings, checkpoint, base)
+    )
     model.name_or_path = str(checkpoint.path.resolve())  # what an adapter names as its base
     model.config.use_cache = False
     return model
@@ -51,7 +58,7 @@ def training_class(settings: FinetuneSettings, checkpoint: Checkpoint) -> tuple[
     return getattr(transformers, row.causal_class), stock_config(config)
 
 
-def _float(settings: FinetuneSettings, checkpoint: Checkpoint) -> Any:
+def _float(settings: FinetuneSettings, checkpoint: Checkpoint, base: ArtifactWeights | None) -> Any:
     import torch
     from accelerate import init_empty_weights
     from transformers import GenerationConfig
@@ -61,12 +68,11 @@ def _float(settings: FinetuneSettings, checkpoint: Checkpoint) -> Any:
     with init_empty_weights(include_buffers=False):
         model: Any = kind(config)
     _in_running_order(model, checkpoint)
-    if settings.base is not None:
-        from gemma_deploy.finetune.codes import open_base, use_codes
+    if base is not None:
+        from gemma_deploy.finetune.codes import use_codes
 
-        weights = open_base(settings.base, checkpoint, settings.lora.r)
-        use_codes(model, weights)
-        fill(model, weights)
+        use_codes(model, base)
+        fill(model, base)
     else:
         if kept_as_stored(settings, checkpoint):
             from gemma_deploy.finetune.table import keep_as_stored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import UsageError
@@ -11,6 +12,9 @@ from gemma_deploy.finetune.encoding import Examples, encode_examples, split
 from gemma_deploy.finetune.model import targets_of
 from gemma_deploy.finetune.settings import FinetuneSettings
 from gemma_deploy.text import Tokenizer
+
+if TYPE_CHECKING:
+    from gemma_deploy.artifact.weights import ArtifactWeights
 
 LENGTH = 1024  # tokens of an example at most, unless the settings say otherwise
 
@@ -22,6 +26,7 @@ class Prepared:
     Args:
         settings: of the run, with the length that is meant; checkpoint: the base; tokenizer: its own.
         train: examples; held_out: for evaluation, or None.
+        base: the artifact's weights that it is trained on, or None: the checkpoint's own.
     """
 
     settings: FinetuneSettings
@@ -29,6 +34,7 @@ class Prepared:
     tokenizer: Tokenizer
     train: Examples
     held_out: Examples | None
+    base: ArtifactWeights | None = None
 
 
 def prepare(settings: FinetuneSettings, checkpoint: Checkpoint, data: str) -> Prepared:
@@ -45,8 +51,7 @@ def prepare(settings: FinetuneSettings, checkpoint: Checkpoint, data: str) -> Pr
     settings = settings.model_copy(update={"max_length": length})
     if settings.method != "full":
         targets_of(settings, checkpoint)
-    if settings.base is not None:
-        _check_base(settings, checkpoint)
+    base = None if settings.base is None else _base(settings, settings.base, checkpoint)
     tokenizer = Tokenizer.of(checkpoint)
 
     def encoded(file: str) -> Examples:
@@ -65,13 +70,12 @@ def prepare(settings: FinetuneSettings, checkpoint: Checkpoint, data: str) -> Pr
             where="finetune.patience (--patience)",
             next_step="give some with --eval-data, or let --validation hold some out",
         )
-    return Prepared(settings, checkpoint, tokenizer, train_on, held_out)
+    return Prepared(settings, checkpoint, tokenizer, train_on, held_out, base)
 
 
-def _check_base(settings: FinetuneSettings, checkpoint: Checkpoint) -> None:
+def _base(settings: FinetuneSettings, artifact: str, checkpoint: Checkpoint) -> ArtifactWeights:
     from gemma_deploy.finetune.codes import open_base
 
-    assert settings.base is not None
     if settings.method != "lora" or settings.lora.dora:
         raise UsageError(
             f"{'DoRA' if settings.method == 'lora' else settings.method} on the codes of an artifact is not built",
@@ -79,4 +83,4 @@ def _check_base(settings: FinetuneSettings, checkpoint: Checkpoint) -> None:
             expected="--method lora without DoRA",
             next_step="leave --base out, or train plain LoRA",
         )
-    open_base(settings.base, checkpoint, settings.lora.r)
+    return open_base(artifact, checkpoint, settings.lora.r)

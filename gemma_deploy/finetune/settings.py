@@ -31,7 +31,7 @@ class LoraSettings(_Section):
     r: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: list[Text] | None = None
+    targets: Annotated[list[Text], Field(min_length=1)] | None = None
     rslora: bool = False
     dora: bool = False
 

@@ -134,14 +134,11 @@ def _merged_again(
     prepared: Prepared, trainer: Any, measure: Callable[[], tuple[float | None, list[str]]]
 ) -> float | None:
     """The held-out loss of the other way to an int8 model: merge first, then quantize; overwrites the model's codes."""
-    base = prepared.settings.base
-    if base is None or prepared.held_out is None:
+    if prepared.base is None or prepared.held_out is None:
         return None
-    from gemma_deploy.finetune.codes import merge_and_quantize, open_base
+    from gemma_deploy.finetune.codes import merge_and_quantize
 
-    merge_and_quantize(
-        trainer.model, open_base(base, prepared.checkpoint, prepared.settings.lora.r), prepared.checkpoint
-    )
+    merge_and_quantize(trainer.model, prepared.base, prepared.checkpoint)
     with trainer.model.disable_adapter():
         return measure()[0]
 
@@ -172,7 +169,7 @@ def make_trainer(prepared: Prepared, folder: Path, progress: Callable[[float, fl
         }
         return Dataset.from_dict(columns, features=Features({"input_ids": numbers, "labels": numbers}))
 
-    model = load_model(settings, prepared.checkpoint, folder)
+    model = load_model(settings, prepared.checkpoint, folder, base=prepared.base)
     give_memory_back()
     adapter = None
     if settings.method != "full":

@@ -64,7 +64,7 @@ def with_weights_of(artifact, checkpoint):
 def test_the_model_computes_with_the_weights_of_the_artifact(artifact, checkpoint, tmp_path):
     """Against a float model with the dequantized weights, gradients of the inputs too."""
     asked = settings(tmp_path, tmp_path, base=str(artifact), lora=LORA)
-    model = load_model(asked, checkpoint, tmp_path)
+    model = load_model(asked, checkpoint, tmp_path, base=open_base(artifact, checkpoint, 4))
     plain = with_weights_of(artifact, checkpoint)
     assert sum(isinstance(one, DequantizedLinear) for one in model.modules()) == 7 * 7
     ids = torch.arange(20)[None]

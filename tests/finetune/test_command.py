@@ -59,6 +59,7 @@ def test_wrong_keys_of_the_section_are_told_with_their_lines(base):
         (["--data", "{data}.no", "--out", "{out}"], "No such file"),
         (["--data", "{data}", "--out", "{out}", "--field", "quote"], "has no 'quote'"),
         (["--data", "{data}", "--out", "{out}", "--targets", "q_proj,x_proj"], "no linear of a layer is called x_proj"),
+        (["--data", "{data}", "--out", "{out}", "--targets", " , "], "lora.targets"),
         (["--data", "{data}", "--out", "{out}", "--max-length", "9999"], "more than the model was made for"),
         (["--data", "{data}", "--out", "{out}", "--validation", "8"], "8 examples are to be held out, and there are 8"),
         (["--data", "{data}", "--out", "{out}", "--set", "max_step=1"], "did you mean max_steps"),
