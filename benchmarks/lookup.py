@@ -1,10 +1,12 @@
 """Decoding that looks ahead beside decoding a token a step, in one process, in turns.
 
     python benchmarks/lookup.py ARTIFACT [FILE ...] --tokens 128 --json result.json
+    python benchmarks/lookup.py ARTIFACT --draft SMALLER_ARTIFACT
 
-Each FILE is a prompt; without any, three are made of this repository's own files: prose that goes on, code that goes
-on, and a text to be repeated. Both ways run on one ONNX Runtime session; a difference of tokens is listed with how far
-the two largest logits lay apart.
+The text itself guesses what comes next (`run --lookup`), or a smaller model does (`run --draft`). Each FILE is a
+prompt; without any, three are made of this repository's own files: prose that goes on, code that goes on, and a text
+to be repeated. Both ways run on one ONNX Runtime session; a difference of tokens is listed with how far the two
+largest logits lay apart.
 """
 
 from __future__ import annotations
@@ -18,8 +20,11 @@ from typing import Any
 
 from gemma_deploy import paths
 from gemma_deploy.artifact.opened import Artifact
-from gemma_deploy.backends.onnxruntime.lookup import Greedy, LookupModel, LookupSequence, best_of
-from gemma_deploy.runtime import Tokenizer
+from gemma_deploy.backends.onnxruntime.draft import Draft
+from gemma_deploy.backends.onnxruntime.in_place import OrtModel, OrtSequence
+from gemma_deploy.backends.onnxruntime.lookup import History
+from gemma_deploy.backends.onnxruntime.speculative import Guesser, Speculative, best_of
+from gemma_deploy.runtime import Sampling, Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,9 +40,9 @@ def own_prompts() -> dict[str, str]:
     }
 
 
-def plain(model: LookupModel, prompt: list[int], count: int) -> tuple[list[int], list[float], float]:
+def plain(model: OrtModel, prompt: list[int], count: int) -> tuple[list[int], list[float], float]:
     """A token a step: tokens, by how much each was ahead of the next best, seconds after the first."""
-    sequence, tokens, leads = LookupSequence(model, len(prompt) + count), [], []
+    sequence, tokens, leads = OrtSequence(model, len(prompt) + count), [], []
     rows, started = sequence.feed(prompt), 0.0
     while True:
         token, lead = best_of(rows[-1], model.path)
@@ -50,9 +55,16 @@ def plain(model: LookupModel, prompt: list[int], count: int) -> tuple[list[int],
         rows = sequence.feed(tokens[-1:])
 
 
-def ahead(model: LookupModel, prompt: list[int], count: int) -> tuple[list[int], Greedy, float]:
+def ahead(
+    model: OrtModel, prompt: list[int], count: int, draft: OrtModel | None
+) -> tuple[list[int], Speculative, float]:
     """Looking ahead: tokens, what the search did, seconds after the first."""
-    greedy = Greedy(model, prompt, len(prompt) + count)
+    room = len(prompt) + count
+    guesser: Guesser = History(prompt)
+    if draft is not None:
+        guesser = Draft(draft, room, vocab_size=model.vocab_size, sampler=Sampling().sampler())
+        guesser.follow(prompt)
+    greedy = Speculative(model, prompt, room, guesser=guesser)
     tokens = [greedy.first()]
     started = time.perf_counter()
     while len(tokens) < count:
@@ -60,9 +72,9 @@ def ahead(model: LookupModel, prompt: list[int], count: int) -> tuple[list[int],
     return tokens, greedy, time.perf_counter() - started
 
 
-def measure(model: LookupModel, prompt: list[int], count: int, repeat: int) -> dict[str, Any]:
+def measure(model: OrtModel, prompt: list[int], count: int, *, repeat: int, draft: OrtModel | None) -> dict[str, Any]:
     """Both ways, in turns: medians."""
-    runs = [(plain(model, prompt, count), ahead(model, prompt, count)) for _ in range(repeat)]
+    runs = [(plain(model, prompt, count), ahead(model, prompt, count, draft)) for _ in range(repeat)]
     (tokens, leads, _), (found, greedy, _) = runs[0]
     first = next((at for at, (a, b) in enumerate(zip(tokens, found, strict=False)) if a != b), None)
     one, several = (statistics.median(run[way][2] for run in runs) for way in (0, 1))
@@ -70,7 +82,7 @@ def measure(model: LookupModel, prompt: list[int], count: int, repeat: int) -> d
         "prompt_tokens": len(prompt),
         "tokens": count,
         "tok_s": (count - 1) / one,
-        "lookup_tok_s": (len(found) - 1) / several,
+        "ahead_tok_s": (len(found) - 1) / several,
         "ratio": (len(found) - 1) / (count - 1) * one / several,
         "tokens_a_step": (len(found) - 1) / greedy.steps,
         "guessed": greedy.guessed,
@@ -79,23 +91,32 @@ def measure(model: LookupModel, prompt: list[int], count: int, repeat: int) -> d
     }
 
 
+def opened(artifact: Path, threads: int) -> OrtModel:
+    """An artifact in ONNX Runtime."""
+    return OrtModel(artifact, Artifact.open(artifact).manifest, threads)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path)
     parser.add_argument("prompts", type=Path, nargs="*")
+    parser.add_argument("--draft", type=Path, help="an artifact of a smaller model of the same vocabulary")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     texts = {file.name: file.read_text(encoding="utf-8") for file in arguments.prompts} or own_prompts()
-    model = LookupModel(arguments.artifact, Artifact.open(arguments.artifact).manifest, arguments.threads)
+    model = opened(arguments.artifact, arguments.threads)
+    draft = None if arguments.draft is None else opened(arguments.draft, arguments.threads)
     tokenizer, results = Tokenizer(arguments.artifact), {}
     for name, text in texts.items():
-        results[name] = one = measure(model, tokenizer.encode(text), arguments.tokens, arguments.repeat)
+        results[name] = one = measure(
+            model, tokenizer.encode(text), arguments.tokens, repeat=arguments.repeat, draft=draft
+        )
         print(
-            f"{name}: {one['tok_s']:.1f} -> {one['lookup_tok_s']:.1f} tokens/s ({one['ratio']:.2f} x, "
+            f"{name}: {one['tok_s']:.1f} -> {one['ahead_tok_s']:.1f} tokens/s ({one['ratio']:.2f} x, "
             f"{one['tokens_a_step']:.2f} a step, {one['right']} of {one['guessed']} guesses right), "
             f"first difference: {one['first_difference'] or 'none'}",
             flush=True,

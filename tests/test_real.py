@@ -10,7 +10,9 @@ import pytest
 
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime.genai import GenaiModel, GenaiSession
-from gemma_deploy.backends.onnxruntime.lookup import Greedy, LookupModel, LookupSequence, best_of
+from gemma_deploy.backends.onnxruntime.in_place import OrtModel, OrtSequence
+from gemma_deploy.backends.onnxruntime.lookup import History
+from gemma_deploy.backends.onnxruntime.speculative import Speculative, best_of
 from gemma_deploy.compile import compile_recipe
 from gemma_deploy.proving.requests import Request, patched_stage, two_artifacts
 from gemma_deploy.recipe import Recipe
@@ -147,17 +149,17 @@ def test_calibrated_int8_for_onnx_runtime_passes_its_gate_and_looks_ahead(tmp_pa
     assert all(line.passed for line in lines.values())
     assert lines["strict = shipped", "largest lead overturned"].value < 1
     assert verify(artifact.path)
-    model, tokenizer = LookupModel(artifact.path, artifact.manifest, 2), Tokenizer(artifact.path)
+    model, tokenizer = OrtModel(artifact.path, artifact.manifest, 2), Tokenizer(artifact.path)
     text = "The quick brown fox jumps over the lazy dog. A stitch in time saves nine, and no one knows it better.\n"
     prompt = tokenizer.encode(text * 3 + text[:40])
-    sequence, alone, leads = LookupSequence(model, len(prompt) + 64), [], []
+    sequence, alone, leads = OrtSequence(model, len(prompt) + 64), [], []
     rows = sequence.feed(prompt)
     for _ in range(64):
         token, lead = best_of(rows[-1], artifact.path)
         alone.append(token)
         leads.append(lead)
         rows = sequence.feed(alone[-1:])
-    ahead = Greedy(model, prompt, len(prompt) + 64)
+    ahead = Speculative(model, prompt, len(prompt) + 64, guesser=History(prompt))
     tokens = [ahead.first()]
     while len(tokens) < 64:
         tokens += ahead.next()
@@ -186,7 +188,9 @@ def test_caches_of_a_window_give_the_tokens_of_whole_ones(tmp_path):
         prompt = tokenizer.encode(text)
         assert 1600 < len(prompt) < 2400
         list(GenaiSession(GenaiModel(artifact.path, 2), tokenizer).reply(prompt, max_new_tokens=60, stats=stats))
-        ahead = Greedy(LookupModel(artifact.path, artifact.manifest, 2), prompt, len(prompt) + 60)
+        ahead = Speculative(
+            OrtModel(artifact.path, artifact.manifest, 2), prompt, len(prompt) + 60, guesser=History(prompt)
+        )
         tokens = [ahead.first()]
         while len(tokens) < 60:
             tokens += ahead.next()

@@ -29,6 +29,7 @@ Examples:
   gemma-deploy run workspace/NAME -p "Once upon a time" -n 100 --temperature 0.8 --top-p 0.95 --seed 1
   gemma-deploy run workspace/NAME --chat -p "Why is the sky blue?" --stats
   gemma-deploy run workspace/NAME --chat -p - --lookup --stats < text_to_correct.txt
+  gemma-deploy run workspace/LARGE -p "Once upon a time" --draft workspace/SMALL --stats
   gemma-deploy run workspace/NAME --adapter runs/pirate/adapter -p "Once upon a time"
   echo "The list of" | gemma-deploy run workspace/NAME -p - --strict
 
@@ -44,6 +45,7 @@ itself. The text goes to standard output, everything else to standard error.
 @generation_options
 @click.option("--strict", is_flag=True, help="Compute exactly what the graph says (slow; static artifacts).")
 @click.option("--lookup", is_flag=True, help="Guess ahead where text repeats itself (greedy; ONNX Runtime artifacts).")
+@click.option("--draft", type=PATH, help="An artifact of a smaller Gemma that guesses ahead (ONNX Runtime artifacts).")
 @click.option(
     "--adapter", type=NAME, metavar="NAME|DIR", help="A LoRA adapter: kept in the artifact, or peft's directory."
 )
@@ -60,6 +62,7 @@ def command(
     threads: int,
     strict: bool,
     lookup: bool,
+    draft: Path | None,
     adapter: str | None,
     stats: bool,
 ) -> None:
@@ -80,14 +83,21 @@ def command(
         prompt = read_stdin().rstrip("\n")
     done = GenerationStats()
     text: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
-    if lookup:
-        _refuse_lookup(opened, sampling, strict)
+    if lookup or draft is not None:
+        _refuse_ahead(opened, sampling, strict=strict, lookup=lookup, draft=draft)
     engine = open_engine(opened, threads=threads, strict=strict, one_reply=True)
     if chat and (note := unended(engine.tokenizer, engine.stop_ids)):
         log.warning("%s", note)
     name = None if adapter is None else engine.load_adapter(adapter)
+    smaller = None if draft is None else open_engine(open_whole(draft, hashes=True), threads=threads)
     pieces = engine.stream(
-        text, sampling=sampling, max_new_tokens=max_new_tokens, lookup=lookup, adapter=name, stats=done
+        text,
+        sampling=sampling,
+        max_new_tokens=max_new_tokens,
+        lookup=lookup,
+        draft=smaller,
+        adapter=name,
+        stats=done,
     )
     waiting, interrupted = "" if chat else prompt, False  # a prompt is shown when its continuation begins
     try:
@@ -103,21 +113,24 @@ def command(
         raise click.exceptions.Exit(INTERRUPTED)
 
 
-def _refuse_lookup(artifact: Artifact, sampling: Sampling, strict: bool) -> None:
+def _refuse_ahead(artifact: Artifact, sampling: Sampling, *, strict: bool, lookup: bool, draft: Path | None) -> None:
     from gemma_deploy.backends import backend_of
     from gemma_deploy.errors import UsageError
 
+    asked = " and ".join(name for name, given in (("--lookup", lookup), ("--draft", draft is not None)) if given)
     no_lookup = backend_of(artifact.manifest).no_lookup
     problems = [no_lookup] if no_lookup else []
-    if sampling.temperature > 0:
+    if lookup and draft is not None:
+        problems.append("both guess what comes next, and one is listened to")
+    if lookup and sampling.temperature > 0:
         problems.append(f"--temperature {sampling.temperature:g}: what is drawn at random cannot be looked up")
     if strict:
         problems.append("--strict is for static artifacts")
     if problems:
         raise UsageError(
-            "--lookup is not possible here",
+            f"{asked} is not possible here" if asked.count("--") == 1 else f"{asked} are not possible here",
             where=str(artifact.path),
             problems=problems,
-            expected="greedy decoding of an artifact of backend.type onnxruntime",
-            next_step="leave --lookup out",
+            expected=f"{'greedy decoding of ' if lookup else ''}an artifact of backend.type onnxruntime",
+            next_step=f"leave {asked} out",
         )

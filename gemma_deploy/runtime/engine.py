@@ -260,6 +260,7 @@ class Engine(ABC):
         max_length: int | None = None,
         endless: bool = False,
         lookup: bool = False,
+        draft: Engine | None = None,
     ) -> Session:
         """A sequence of its own.
 
@@ -268,9 +269,11 @@ class Engine(ABC):
             max_length: tokens there will be in all, at most; where a cache grows with that, it is made for as many.
             endless: no stop token ends a reply: for measuring.
             lookup: guess ahead where the text repeats itself; greedy only.
+            draft: a smaller model of the same vocabulary that guesses ahead. It changes the speed alone: greedy text is
+                the same, and what is drawn has the same distribution.
 
         Raises:
-            UsageError: this back end does not look ahead, or not with this sampling.
+            UsageError: this back end does not look ahead, or not with this sampling or this draft.
             ArtifactError: a graph is missing or damaged.
         """
 
@@ -312,6 +315,7 @@ class Engine(ABC):
         max_new_tokens: int = 128,
         stop: Sequence[str] = (),
         lookup: bool = False,
+        draft: Engine | None = None,
         adapter: str | None = None,
         stats: GenerationStats | None = None,
     ) -> Iterator[str]:
@@ -319,7 +323,7 @@ class Engine(ABC):
 
         Args:
             prompt: a text to continue, chat messages to answer, or token ids as they are.
-            lookup: see `session`.
+            lookup, draft: see `session`.
             adapter: what `load_adapter` gave; None: with none.
 
         Raises:
@@ -327,7 +331,7 @@ class Engine(ABC):
         """
         check_length(max_new_tokens)
         ids = encoded(self.tokenizer, prompt)
-        session = self.session(sampling, max_length=len(ids) + max_new_tokens, lookup=lookup)
+        session = self.session(sampling, max_length=len(ids) + max_new_tokens, lookup=lookup, draft=draft)
         session.use(adapter)
         stats = stats if stats is not None else GenerationStats()
         stats.load_seconds = self._loaded_for_stream()

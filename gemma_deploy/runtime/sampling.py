@@ -75,15 +75,29 @@ class Sampler:
         Raises:
             DeployError: logits are NaN or all infinite: the graph has overflowed.
         """
-        top = logits.max(axis=-1)
-        if not np.isfinite(top).all():
-            raise DeployError(
-                f"the model gave {top[~np.isfinite(top)][0]} as its largest logit",
-                next_step="run `gemma-deploy parity` on the artifact; fp16 overflows are listed there",
-            )
+        _check_finite(logits)
         if self.temperature == 0:
             return [int(token) for token in logits.argmax(axis=-1)]
-        return [self._draw(row) for row in self.filtered(logits)]
+        return [self.draw(_softmax(row)) for row in self.filtered(logits)]
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """What a token is drawn from. [V] float32 -> [V] float64, whose sum is 1.
+
+        Raises:
+            DeployError: see `__call__`.
+        """
+        _check_finite(logits)
+        return _softmax(self.filtered(logits[None])[0])
+
+    def draw(self, weights: np.ndarray) -> int:
+        """A token id, each as often as its weight says. weights: [V] float64, 0 or more, and not all 0."""
+        edges = np.cumsum(weights)
+        # The last edge may be a hair below 1 and tokens of probability 0 have edges of zero width: never drawn.
+        return int(np.searchsorted(edges, self._random.random() * edges[-1], side="right"))
+
+    def happens(self, probability: float) -> bool:
+        """Whether something of this probability comes about; always where it is 1 or more."""
+        return bool(self._random.random() < probability)
 
     def filtered(self, logits: np.ndarray) -> np.ndarray:
         """Logits with temperature, top-k and top-p applied, removed tokens at -inf. [B, V] -> [B, V] float64.
@@ -104,10 +118,14 @@ class Sampler:
                 row[_outside_nucleus(row, self.top_p)] = -np.inf
         return scores
 
-    def _draw(self, scores: np.ndarray) -> int:
-        edges = np.cumsum(_softmax(scores))
-        # The last edge may be a hair below 1 and tokens of probability 0 have edges of zero width: never drawn.
-        return int(np.searchsorted(edges, self._random.random() * edges[-1], side="right"))
+
+def _check_finite(logits: np.ndarray) -> None:
+    top = logits.max(axis=-1)
+    if not np.isfinite(top).all():
+        raise DeployError(
+            f"the model gave {np.ravel(top)[~np.isfinite(np.ravel(top))][0]} as its largest logit",
+            next_step="run `gemma-deploy parity` on the artifact; fp16 overflows are listed there",
+        )
 
 
 def _outside_nucleus(scores: np.ndarray, top_p: float) -> np.ndarray:

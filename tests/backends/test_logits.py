@@ -9,7 +9,7 @@ import pytest
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime import source
 from gemma_deploy.backends.onnxruntime.genai import GenaiModel, GenaiSession
-from gemma_deploy.backends.onnxruntime.lookup import LookupModel
+from gemma_deploy.backends.onnxruntime.in_place import OrtModel
 from gemma_deploy.cli import main
 from gemma_deploy.runtime import Tokenizer
 from gemma_deploy.runtime.generate import GenerationStats
@@ -105,7 +105,7 @@ def test_as_many_positions_are_compared_as_fit(compiled, monkeypatch):
 
 def test_lookup_and_genai_sessions_give_transformers_tokens(compiled, prompts):
     artifact = compiled("gemma2")
-    model = LookupModel(artifact, Artifact.open(artifact).manifest, 1)
+    model = OrtModel(artifact, Artifact.open(artifact).manifest, 1)
     text = [*prompts[1], *prompts[1][1:9]]
     assert looked_up(model, text, COUNT)[0] == greedy_of_transformers(artifact, text, COUNT)
     pytest.importorskip("onnxruntime_genai")

@@ -8,10 +8,13 @@ import onnx_ir as ir
 import pytest
 
 from gemma_deploy.artifact.opened import Artifact
-from gemma_deploy.backends.onnxruntime import genai, window
+from gemma_deploy.backends.onnxruntime import draft, genai, window
+from gemma_deploy.backends.onnxruntime.draft import Draft
 from gemma_deploy.backends.onnxruntime.exact import exact
 from gemma_deploy.backends.onnxruntime.genai import GenaiModel, GenaiSession
-from gemma_deploy.backends.onnxruntime.lookup import Greedy, History, LookupModel, LookupSequence
+from gemma_deploy.backends.onnxruntime.in_place import OrtModel, OrtSequence
+from gemma_deploy.backends.onnxruntime.lookup import History
+from gemma_deploy.backends.onnxruntime.speculative import Speculative
 from gemma_deploy.backends.onnxruntime.window import most_ahead, resident, window_problems, windowed_layers, windows_of
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.cli import main
@@ -289,11 +292,11 @@ def test_lookup_takes_back_only_what_is_still_there(compiled, prompt, monkeypatc
     if guess != "own":
         wrong = guess == "wrong"
         monkeypatch.setattr(
-            History, "guess", lambda self, most: [t + wrong for t in whole[len(self.ids) : len(self.ids) + most]]
+            History, "followed", lambda self, most: [t + wrong for t in whole[len(self.ids) : len(self.ids) + most]]
         )
-    model = LookupModel(artifact, Artifact.open(artifact).manifest, 1)
+    model = OrtModel(artifact, Artifact.open(artifact).manifest, 1)
     model.near_tie = 1.0 if guess == "right" else model.near_tie  # many tokens are computed again on their own
-    greedy = Greedy(model, prompt, len(whole))
+    greedy = Speculative(model, prompt, len(whole), guesser=History(prompt))
     tokens = [greedy.first()]
     while len(tokens) < 40:
         tokens += greedy.next()
@@ -305,8 +308,8 @@ def test_lookup_takes_back_only_what_is_still_there(compiled, prompt, monkeypatc
 def test_a_sequence_goes_back_as_if_nothing_had_been_read(compiled, prompt, monkeypatch, slack):
     monkeypatch.setattr(window, "SLACK", slack)
     artifact = compiled("gemma2", "fp32")
-    model = LookupModel(artifact, Artifact.open(artifact).manifest, 1)
-    straight, back = LookupSequence(model, 100), LookupSequence(model, 100)
+    model = OrtModel(artifact, Artifact.open(artifact).manifest, 1)
+    straight, back = OrtSequence(model, 100), OrtSequence(model, 100)
     straight.feed(prompt)
     back.feed(prompt)
     counts = set()
@@ -336,3 +339,36 @@ def test_what_has_no_window_or_no_room_for_one_is_refused(tmp_path, capsys):
     assert "backend.compile.cache: window is for layers with a sliding window" in " ".join(
         capsys.readouterr().err.split()
     )
+
+
+@pytest.mark.parametrize("slack", [4, 9])
+def test_a_draft_takes_back_what_it_guessed_wrong(compiled, prompt, slack, monkeypatch):
+    """Every third guess of a draft that is the target itself is made wrong; the others are right past moved buffers."""
+    monkeypatch.setattr(window, "SLACK", slack)
+    monkeypatch.setattr(draft, "LEAST_SURE", 0)
+    artifact = compiled("gemma2", "fp32")
+    model = OrtModel(artifact, Artifact.open(artifact).manifest, 1)
+    chosen, guess, calls, coming = Draft._chosen, Draft.guess, [], []
+
+    def misled(self, row, drawn_from):
+        token, sure = chosen(self, row, drawn_from)
+        calls.append((token + 1) % 400 if len(calls) % 3 == 2 else token)
+        return calls[-1], sure
+
+    def watched(self, most):
+        first, made = len(calls), guess(self, most)
+        wrong = (at for at in range(len(made.tokens)) if (first + at) % 3 == 2)
+        coming.append(next(wrong, len(made.tokens)))
+        return made
+
+    monkeypatch.setattr(Draft, "_chosen", misled)
+    monkeypatch.setattr(Draft, "guess", watched)
+    guesser = Draft(model, 100, vocab_size=model.vocab_size, sampler=Sampling().sampler())
+    guesser.follow(prompt)
+    ahead = Speculative(model, prompt, len(prompt) + 40, guesser=guesser)
+    tokens = [ahead.first()]
+    while len(tokens) < 40:
+        tokens += ahead.next()
+    assert tokens[:40] == greedy_of_transformers(artifact, prompt, 40)
+    assert ahead.right == sum(coming) > 10
+    assert guesser.sequence.length > 2 * 8 + slack

@@ -367,7 +367,7 @@ def test_a_reply_that_ends_within_a_step_keeps_what_was_said_alone(genai_artifac
     """Every guess is right, so that a step has several tokens, and the end comes among them."""
     expected = reference(PROMPTS[0], 12)
     whole = [*PROMPTS[0], *expected]
-    monkeypatch.setattr(History, "guess", lambda self, most: whole[len(self.ids) : len(self.ids) + most])
+    monkeypatch.setattr(History, "followed", lambda self, most: whole[len(self.ids) : len(self.ids) + most])
     session = spelling(open_engine(genai_artifact("gemma3_text"), threads=1).session(lookup=True))
     stats, push = GenerationStats(), TextStream.push
     if end == "cancelled":

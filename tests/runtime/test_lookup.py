@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from gemma_deploy.artifact.opened import Artifact
-from gemma_deploy.backends.onnxruntime import lookup
+from gemma_deploy.backends.onnxruntime import speculative
 from gemma_deploy.backends.onnxruntime.engine import OrtSession
-from gemma_deploy.backends.onnxruntime.lookup import Greedy, History, LookupModel, LookupSequence
+from gemma_deploy.backends.onnxruntime.in_place import OrtModel, OrtSequence
+from gemma_deploy.backends.onnxruntime.lookup import History
+from gemma_deploy.backends.onnxruntime.speculative import Speculative
 from gemma_deploy.cli import main
 from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import DeployError, UsageError
@@ -29,7 +31,7 @@ def prompts():
 
 @functools.cache
 def opened(artifact):
-    return LookupModel(artifact, Artifact.open(artifact).manifest, 1)
+    return OrtModel(artifact, Artifact.open(artifact).manifest, 1)
 
 
 @functools.cache
@@ -52,7 +54,7 @@ def greedy_of_transformers(artifact, prompt, count):
 
 def looked_up(model, prompt, count):
     """So many tokens, and who gave them."""
-    greedy = Greedy(model, prompt, len(prompt) + count)
+    greedy = Speculative(model, prompt, len(prompt) + count, guesser=History(prompt))
     tokens = [greedy.first()]
     while len(tokens) < count:
         tokens += greedy.next()
@@ -61,7 +63,7 @@ def looked_up(model, prompt, count):
 
 def one_by_one(model, prompt, count):
     """The graph's own greedy tokens, a token a step."""
-    sequence, tokens = LookupSequence(model, len(prompt) + count), []
+    sequence, tokens = OrtSequence(model, len(prompt) + count), []
     rows = sequence.feed(prompt)
     while True:
         tokens.append(int(rows[-1].argmax()))
@@ -72,14 +74,14 @@ def one_by_one(model, prompt, count):
 
 def test_the_guess_is_what_followed_the_longest_latest_occurrence():
     history = History([1, 2, 3, 4, 1, 2, 3, 5, 9, 2, 3])
-    assert history.guess(3) == [5, 9, 2]  # of "2 3" the latest, not "4 1 2"
+    assert history.followed(3) == [5, 9, 2]  # of "2 3" the latest, not "4 1 2"
     history = History([1, 2, 3, 4, 7, 2, 3, 5, 1, 2, 3])
-    assert history.guess(2) == [4, 7]  # "1 2 3" counts more than the later "2 3"
-    assert history.guess(50) == [4, 7, 2, 3, 5, 1, 2, 3]
+    assert history.followed(2) == [4, 7]  # "1 2 3" counts more than the later "2 3"
+    assert history.followed(50) == [4, 7, 2, 3, 5, 1, 2, 3]
     history.append(11)
-    assert history.guess(3) == []
-    assert History([5]).guess(3) == []
-    assert History([5, 5, 5]).guess(2) == [5]
+    assert history.followed(3) == []
+    assert History([5]).followed(3) == []
+    assert History([5, 5, 5]).followed(2) == [5]
 
 
 def test_tokens_are_transformers_greedy_ones_past_the_window(genai_artifact, model_type, prompts):
@@ -88,7 +90,7 @@ def test_tokens_are_transformers_greedy_ones_past_the_window(genai_artifact, mod
     for prompt in prompts:
         tokens, greedy = looked_up(opened(artifact), prompt, COUNT)
         assert tokens[:COUNT] == greedy_of_transformers(artifact, prompt, COUNT)
-        assert greedy.sequence.length == len(greedy.history.ids) - 1  # what was guessed wrong is forgotten
+        assert greedy.sequence.length == len(greedy.ids) - 1  # what was guessed wrong is forgotten
         steps += greedy.steps
     assert steps < 2 * (COUNT - 1)  # in what these models repeat, several tokens a step
 
@@ -106,7 +108,7 @@ def test_guesses_change_the_steps_and_no_token(genai_artifact, prompts, monkeypa
             coming = [(token + 1) % 500 for token in coming]
         return coming if guess == "right" else [*coming[: most // 2], *[3] * len(coming[most // 2 :])]
 
-    monkeypatch.setattr(History, "guess", told)
+    monkeypatch.setattr(History, "followed", told)
     tokens, greedy = looked_up(model, prompt, 24)
     assert tokens[:24] == expected
     if guess == "right":
@@ -119,9 +121,9 @@ def test_guesses_change_the_steps_and_no_token(genai_artifact, prompts, monkeypa
 
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
 def test_tokens_together_differ_from_tokens_alone_by_less_than_a_near_tie(genai_artifact, prompts, dtype):
-    """Tiny models: 2e-6 in fp32, 0.015 in int8, where the head rounds. lookup.py has the figures of the real 270M."""
+    """Tiny models: 2e-6 in fp32, 0.015 in int8, where the head rounds. in_place.py has the figures of the real 270M."""
     model = opened(genai_artifact("gemma3_text", dtype))
-    alone, together = LookupSequence(model, 64), LookupSequence(model, 64)
+    alone, together = OrtSequence(model, 64), OrtSequence(model, 64)
     prompt = prompts[0][:20]
     alone.feed(prompt)
     together.feed(prompt)
@@ -143,8 +145,8 @@ def test_int8_tokens_are_those_of_single_steps(genai_artifact, model_type, promp
 def test_a_near_tie_is_decided_by_a_token_alone(genai_artifact, prompts, monkeypatch):
     model = opened(genai_artifact("gemma3_text"))
     monkeypatch.setattr(model, "near_tie", np.inf)
-    fed, feed = [], LookupSequence.feed
-    monkeypatch.setattr(LookupSequence, "feed", lambda self, tokens: fed.append(len(tokens)) or feed(self, tokens))
+    fed, feed = [], OrtSequence.feed
+    monkeypatch.setattr(OrtSequence, "feed", lambda self, tokens: fed.append(len(tokens)) or feed(self, tokens))
     tokens, greedy = looked_up(model, prompts[0], COUNT)
     assert max(fed[1:]) > 1  # guesses were made
     singles = sum(count == 1 for count in fed)
@@ -191,10 +193,10 @@ def test_what_does_not_fit_is_refused(genai_artifact):
         engine.stream([2, 9999], lookup=True)
     with pytest.raises(UsageError, match="what is drawn at random cannot be looked up"):
         engine.stream([2], sampling=Sampling(temperature=1), lookup=True)
-    with pytest.raises(UsageError, match="--lookup is for CPUs"):
-        LookupModel(artifact, manifest(recipe={"backend": {"dtype": "bf16"}}))
+    with pytest.raises(UsageError, match="is for CPUs"):
+        OrtModel(artifact, manifest(recipe={"backend": {"dtype": "bf16"}}))
     with pytest.raises(DeployError, match="nan"):
-        lookup.best_of(np.array([1.0, np.nan]), artifact)
+        speculative.best_of(np.array([1.0, np.nan]), artifact)
 
 
 def test_run_looks_up(genai_artifact, capfd):

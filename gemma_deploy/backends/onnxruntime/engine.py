@@ -12,15 +12,18 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gemma_deploy.artifact.adapters import KeptAdapter, open_kept, slots_of
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime.adapters import adapter_named, arrays_of, keep, values_of
+from gemma_deploy.backends.onnxruntime.draft import Draft, check_draft
 from gemma_deploy.backends.onnxruntime.genai import INSTALL, GenaiModel, GenaiSession, genai_installed, require_genai
-from gemma_deploy.backends.onnxruntime.lookup import NEAR_TIE, Greedy, LookupModel, LookupSequence
+from gemma_deploy.backends.onnxruntime.in_place import NEAR_TIE, OrtModel, OrtSequence
+from gemma_deploy.backends.onnxruntime.lookup import History
+from gemma_deploy.backends.onnxruntime.speculative import Guesser, Speculative
 from gemma_deploy.errors import UsageError
 from gemma_deploy.reading import is_dir
 from gemma_deploy.runtime.engine import Engine, Limits, Session
@@ -44,6 +47,7 @@ class OrtSession(Session):
         max_length: tokens there may be in all; the cache is made for as many. The model's context by default.
         endless: no stop token ends a reply.
         lookup: guess ahead; greedy only.
+        draft: a smaller model that guesses ahead.
         adapters: those that may be used, by name.
 
     Raises:
@@ -52,13 +56,14 @@ class OrtSession(Session):
 
     def __init__(
         self,
-        model: LookupModel,
+        model: OrtModel,
         tokenizer: Tokenizer,
         sampling: Sampling | None = None,
         *,
         max_length: int | None = None,
         endless: bool = False,
         lookup: bool = False,
+        draft: OrtModel | None = None,
         adapters: Mapping[str, KeptAdapter] = MappingProxyType({}),
     ) -> None:
         super().__init__(tokenizer, model.path, () if endless else model.stop_ids)
@@ -72,6 +77,9 @@ class OrtSession(Session):
             )
         self._sampler = sampling.sampler()
         self.max_length = min(max_length or model.context_length, model.context_length)
+        self._draft = (
+            None if draft is None else Draft(draft, self.max_length, vocab_size=model.vocab_size, sampler=self._sampler)
+        )
         self.reset()
 
     def reset(self) -> None:
@@ -83,7 +91,7 @@ class OrtSession(Session):
     def _begin_cache(self) -> None:
         """An empty cache for what the model computes with the adapter that is used."""
         matrices = None if self._adapter is None else self.model.adapters[self._adapter]
-        self._sequence = LookupSequence(self.model, self.max_length, matrices)
+        self._sequence = OrtSequence(self.model, self.max_length, matrices)
 
     def _change_adapter(self, adapter: str | None) -> None:
         if adapter is not None and adapter not in self.model.adapters:
@@ -120,7 +128,8 @@ class OrtSession(Session):
 
     def _steps(self, ids: list[int], stats: GenerationStats) -> Iterator[Sequence[int]]:
         self._begin(ids, stats.tokens)
-        yield from self._looked_up(stats) if self.lookup else self._one_by_one()
+        guesser: Guesser | None = History(self._ids) if self.lookup else self._draft
+        yield from self._one_by_one() if guesser is None else self._guessed(guesser, stats)
 
     def _one_by_one(self) -> Iterator[Sequence[int]]:
         sequence = self._sequence
@@ -130,12 +139,16 @@ class OrtSession(Session):
             yield [token]
             rows = sequence.feed([token])
 
-    def _looked_up(self, stats: GenerationStats) -> Iterator[Sequence[int]]:
-        greedy = Greedy(self.model, self._ids, self.max_length, sequence=self._sequence)
-        yield [greedy.first()]
+    def _guessed(self, guesser: Guesser, stats: GenerationStats) -> Iterator[Sequence[int]]:
+        if self._draft is not None:
+            self._draft.follow(self._ids)
+        ahead = Speculative(
+            self.model, self._ids, self.max_length, guesser=guesser, sampler=self._sampler, sequence=self._sequence
+        )
+        yield [ahead.first()]
         while True:
-            taken = greedy.next()
-            stats.steps = greedy.steps
+            taken = ahead.next()
+            stats.steps = ahead.steps
             yield taken
 
 
@@ -163,8 +176,8 @@ class OrtEngine(Engine):
         self._told = True
 
     @functools.cached_property
-    def _graph(self) -> LookupModel:
-        return LookupModel(self.path, self.manifest, self.threads)
+    def _graph(self) -> OrtModel:
+        return OrtModel(self.path, self.manifest, self.threads)
 
     @property
     def limits(self) -> Limits:
@@ -185,24 +198,37 @@ class OrtEngine(Engine):
         max_length: int | None = None,
         endless: bool = False,
         lookup: bool = False,
+        draft: Engine | None = None,
     ) -> Session:
         """See `Engine`."""
-        if not lookup:
+        if not lookup and draft is None:
             self.check_runtime()
-        return self._session(sampling, max_length, endless, lookup)
+        return self._session(sampling, max_length=max_length, endless=endless, lookup=lookup, draft=draft)
 
-    def _session(self, sampling: Sampling | None, max_length: int | None, endless: bool, lookup: bool) -> Session:
+    def _session(self, sampling: Sampling | None, *, draft: Engine | None, **options: Any) -> Session:
+        """A session in ONNX Runtime."""
+        guesses = None if draft is None else self._drafting(draft, lookup=options["lookup"])
+        return OrtSession(self._opened(), self.tokenizer, sampling, draft=guesses, adapters=self._adapters, **options)
+
+    def _opened(self) -> OrtModel:
         with self._opening:
-            graph = self._graph
-        return OrtSession(
-            graph,
-            self.tokenizer,
-            sampling,
-            max_length=max_length,
-            endless=endless,
-            lookup=lookup,
-            adapters=self._adapters,
-        )
+            return self._graph
+
+    def _drafting(self, draft: Engine, *, lookup: bool) -> OrtModel:
+        """The graph of a draft, after a look at whether it can be one."""
+        if lookup:
+            raise UsageError(
+                "lookup and a draft both guess what comes next", where=str(self.path), next_step="leave one of them out"
+            )
+        if not isinstance(draft, OrtEngine):
+            raise UsageError(
+                "a static artifact cannot guess for another: its decode graph takes one token",
+                where=f"{draft.path} (--draft)",
+                expected="an artifact of backend.type onnxruntime",
+                next_step="compile the draft for onnxruntime, or leave --draft out",
+            )
+        check_draft(draft, self)
+        return draft._opened()
 
     def source(self, kernels: str | None = None, adapter: str | None = None) -> LogitSource:
         """See `Engine`: the graph made exact, or with the kernels it ships."""
@@ -253,10 +279,11 @@ class GenaiEngine(OrtEngine):
         max_length: int | None = None,
         endless: bool = False,
         lookup: bool = False,
+        draft: Engine | None = None,
     ) -> Session:
         """See `Engine`."""
-        if lookup:
-            return self._session(sampling, max_length, endless, lookup)
+        if lookup or draft is not None:
+            return self._session(sampling, max_length=max_length, endless=endless, lookup=lookup, draft=draft)
         with self._opening:
             model = self._model
         length = max_length or model.context_length

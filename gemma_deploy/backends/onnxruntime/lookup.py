@@ -1,52 +1,31 @@
-"""Greedy text several tokens a step where it repeats what was there before: `run --lookup`.
+"""Guesses from the text itself: `run --lookup`.
 
 Prompt lookup (Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding): what followed the last few tokens when they
-occurred before is fed together with the newest token; logits of all of them say how far it was right. Decoding reads
-every weight once a step whatever the number of tokens, so that a right guess costs little more than nothing.
-
-Kernels add in another order for several tokens than for one, and rounding to int8 makes that visible (`NEAR_TIE`).
-Where the two largest logits lie closer together, the token is computed again on its own, as decoding without lookup
-does. What MatMulNBits leaves in the cache still depends on the company a token had, so that a near tie can end in
-another way; in fp32, and where the linears are integer products, the tokens are the same. The session is ONNX
-Runtime's, on the artifact's graph with another choice of positions (backends/onnxruntime/last_positions.py).
+occurred before.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-import numpy as np
+from gemma_deploy.backends.onnxruntime.in_place import MOST_TOKENS
+from gemma_deploy.backends.onnxruntime.speculative import Guess
 
-from gemma_deploy.artifact.manifest import Manifest
-from gemma_deploy.backends.onnxruntime.options import GRAPH
-from gemma_deploy.backends.onnxruntime.window import CACHES, capacity_of, empty_caches, most_ahead
-from gemma_deploy.errors import ArtifactError, DeployError, UsageError
-from gemma_deploy.runtime.generate import stop_token_ids
-from gemma_deploy.runtime.session import VERIFY, as_compiled, load_file, open_graph
-
-if TYPE_CHECKING:
-    from onnxruntime import OrtValue
-
-MOST_TOKENS = 8  # in a step, the newest one and those guessed
-TOGETHER = 512  # tokens of a prompt, see CHUNKS in backend.py
 LONGEST, SHORTEST = 3, 2  # tokens that must have occurred before
-# Logits. Alone and among others the lead of a token differs by 2e-5 in fp32; with int8 kernels, real 270M, 440 tokens
-# of WikiText-2, by 0.06 (median), 0.3 to 0.4 (99 %), 0.7 (most); where the head alone is such a kernel, and linears are
-# integer products, by 0.015, 0.08, 0.11.
-NEAR_TIE = {"fp32": 1e-3, "int8": 0.5, "integer": 0.25}
 
 
 class History:
-    """The tokens so far, and what followed the last few of them before."""
+    """The tokens so far, and what followed the last few of them before; a `Guesser`."""
 
     def __init__(self, ids: Sequence[int]) -> None:
         self.ids: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # place behind the latest occurrence that something follows
+        self._ahead = MOST_TOKENS // 2  # tokens to guess next time
         for token in ids:
             self.append(token)
+
+    def prepare(self) -> None:
+        """Nothing is to be read."""
 
     def append(self, token: int) -> None:
         """A token more."""
@@ -55,171 +34,19 @@ class History:
                 self._after[tuple(self.ids[-length:])] = len(self.ids)
         self.ids.append(token)
 
-    def guess(self, most: int) -> list[int]:
-        """What may come next: at most so many tokens, none where the last ones are new."""
+    def guess(self, most: int) -> Guess:
+        """What may come next: none where the last tokens are new."""
+        return Guess(self.followed(min(most, self._ahead)))
+
+    def followed(self, most: int) -> list[int]:
+        """What followed the last tokens before, the longest and then latest occurrence of them; at most so many."""
         for length in range(LONGEST, SHORTEST - 1, -1):
             place = self._after.get(tuple(self.ids[-length:])) if len(self.ids) >= length else None
             if place is not None:
                 return self.ids[place : place + most]
         return []
 
-
-class LookupModel:
-    """An artifact's graph in ONNX Runtime, with a cache that is written in place.
-
-    Args:
-        artifact_dir: directory with model.onnx and params.safetensors; manifest: of the artifact.
-        threads: of one operator; 0 for as many as there are cores.
-
-    Attributes:
-        context_length: positions there are; load_seconds: what opening took.
-        windows: caches that hold a window alone, and how many positions that is.
-        near_tie: largest logits closer than this are not told apart by several tokens in one step.
-
-    Raises:
-        UsageError: an artifact for a GPU. ArtifactError: a file is missing or damaged, or refused by ONNX Runtime.
-    """
-
-    def __init__(self, artifact_dir: str | Path, manifest: Manifest, threads: int = 0) -> None:
-        from gemma_deploy.backends.onnxruntime.last_positions import last_positions
-        from gemma_deploy.backends.onnxruntime.window import windows_of
-
-        self.path = Path(artifact_dir).resolve()
-        dtype = manifest.recipe.backend.dtype
-        if dtype not in NEAR_TIE:
-            raise UsageError(
-                f"--lookup is for CPUs, and this artifact's dtype is {dtype}",
-                where=str(self.path),
-                expected="backend.dtype fp32 or int8",
-                next_step="leave --lookup out",
-            )
-        integer = manifest.kernels is not None and manifest.kernels.integer
-        self.near_tie, self.stop_ids = NEAR_TIE["integer" if integer else dtype], frozenset(stop_token_ids(manifest))
-        self.context_length = manifest.contract.context
-        started = time.perf_counter()
-        model = load_file(self.path / GRAPH)
-        with as_compiled(self.path / GRAPH):
-            last_positions(model, MOST_TOKENS)
-            self.windows = windows_of(model.graph)
-        self.session = open_graph(model, self.path, threads=threads)
-        self.load_seconds = time.perf_counter() - started
-        if not any(value.name.startswith(CACHES) for value in self.session.get_inputs()):
-            raise ArtifactError("its graph has no cache", where=str(self.path / GRAPH), next_step=VERIFY)
-        self.vocab_size = int(next(v for v in self.session.get_outputs() if v.name == "logits").shape[2])
-        self.slots = manifest.contract.adapters
-        self.adapters: dict[str, Mapping[str, OrtValue]] = {}  # loaded ones, their matrices by input
-
-
-class LookupSequence:
-    """One sequence in a cache of fixed size.
-
-    Args:
-        room: tokens there may be, at most.
-        adapter: matrices of an adapter, by input of the graph.
-
-    Attributes:
-        length: tokens that count; it may be set back by as many as `ahead` gave, if these were more than one.
-    """
-
-    def __init__(self, model: LookupModel, room: int, adapter: Mapping[str, OrtValue] | None = None) -> None:
-        from onnxruntime import OrtValue
-
-        self.model, self.length, self._adapter = model, 0, dict(adapter or {})
-        empty = empty_caches(model.session, model.windows, room)
-        self._caches = {name: OrtValue.ortvalue_from_numpy(array) for name, array in empty.items()}
-        self._windows = set(model.windows.values())
-
-    def ahead(self, wanted: int) -> int:
-        """Of so many tokens to read next, as many as can be taken back; one that cannot where there is none."""
-        counts = (most_ahead(self.length, window, capacity_of(window), wanted=wanted) for window in self._windows)
-        return min(counts, default=wanted)
-
-    def read(self, tokens: Sequence[int]) -> np.ndarray:
-        """As `feed`, any number of tokens: in pieces, whose activations alone are alive at once."""
-        for start in range(0, len(tokens), TOGETHER):
-            rows = self.feed(tokens[start : start + TOGETHER])
-        return rows
-
-    def feed(self, tokens: Sequence[int]) -> np.ndarray:
-        """Read tokens behind the `length` that count; logits [min(tokens, MOST_TOKENS), V] of the last of them."""
-        binding = self.model.session.io_binding()
-        total = self.length + len(tokens)
-        binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
-        binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
-        binding.bind_output("logits", "cpu")
-        for name, cache in self._caches.items():
-            binding.bind_ortvalue_input(name, cache)
-            binding.bind_ortvalue_output(name.replace("past_key_values", "present"), cache)
-        # Bound like any input: ONNX Runtime 1.32 ignores RunOptions.add_active_adapter where inputs are bound.
-        for name, matrix in self._adapter.items():
-            binding.bind_ortvalue_input(name, matrix)
-        self.model.session.run_with_iobinding(binding)
-        self.length = total
-        logits: np.ndarray = binding.get_outputs()[0].numpy()[0]  # in the order in which they were bound
-        return logits
-
-
-class Greedy:
-    """Greedy decoding that looks ahead.
-
-    Args:
-        ids: the prompt, and what was before it; room: tokens there may be in all.
-        sequence: which has read some of them already, the last not among those; a new one by default.
-
-    Attributes:
-        steps: of the graph after the prompt; guessed, right: tokens that were fed ahead, and that were.
-    """
-
-    def __init__(
-        self, model: LookupModel, ids: Sequence[int], room: int, *, sequence: LookupSequence | None = None
-    ) -> None:
-        self.model, self.history, self.room = model, History(ids), room
-        self.sequence = sequence if sequence is not None else LookupSequence(model, room)
-        self.steps = self.guessed = self.right = 0
-        self._ahead = MOST_TOKENS // 2  # tokens to guess next time
-
-    def first(self) -> int:
-        """Read the prompt and choose a token."""
-        rows = self.sequence.read(self.history.ids[self.sequence.length :])
-        return self._take(best_of(rows[-1], self.model.path)[0])
-
-    def next(self) -> list[int]:
-        """Tokens of one step, one at least."""
-        start, newest = self.sequence.length, self.history.ids[-1]
-        most = self.sequence.ahead(1 + max(0, min(self._ahead, self.room - start - 2))) - 1
-        guess = self.history.guess(most)
-        rows, taken = self.sequence.feed([newest, *guess]), []
-        self.steps += 1
-        for place, row in enumerate(rows):
-            token, lead = best_of(row, self.model.path)
-            if guess and lead < self.model.near_tie:
-                self.sequence.length = start + place
-                token, _ = best_of(self.sequence.feed([[newest, *guess][place]])[-1], self.model.path)
-                self.steps += 1
-            taken.append(self._take(token))
-            if place == len(guess) or guess[place] != token or token in self.model.stop_ids:
-                break
-        self.sequence.length = start + len(taken)
-        if guess:
-            right = len(taken) - 1
-            self.guessed, self.right = self.guessed + len(guess), self.right + right
-            self._ahead = min(MOST_TOKENS - 1, 2 * right + 1) if right < len(guess) else MOST_TOKENS - 1
-        return taken
-
-    def _take(self, token: int) -> int:
-        self.history.append(token)
-        return token
-
-
-def best_of(logits: np.ndarray, where: Path) -> tuple[int, float]:
-    """The token of the largest of logits [V], and by how much it is ahead of the second. Changes the logits."""
-    token = int(logits.argmax())
-    largest = float(logits[token])
-    if not np.isfinite(largest):
-        raise DeployError(
-            f"the model gave {largest} as its largest logit",
-            where=str(where),
-            next_step="run `gemma-deploy parity` on the artifact",
-        )
-    logits[token] = -np.inf
-    return token, largest - float(logits.max())
+    def learn(self, guessed: int, right: int) -> None:
+        """Guess more next time where all were right, less where they were not."""
+        if guessed:
+            self._ahead = min(MOST_TOKENS - 1, 2 * right + 1) if right < guessed else MOST_TOKENS - 1

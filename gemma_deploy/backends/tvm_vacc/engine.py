@@ -61,13 +61,14 @@ class StaticEngine(Engine):
         max_length: int | None = None,
         endless: bool = False,
         lookup: bool = False,
+        draft: Engine | None = None,
     ) -> Session:
         """See `Engine`; caches have the size that the graphs say, whatever `max_length`."""
-        if lookup:
+        if lookup or draft is not None:
             raise UsageError(
                 "this artifact is static: its decode graph takes one token, and none that was guessed",
                 where=str(self.path),
-                next_step="decode without lookup, or compile for backend.type onnxruntime",
+                next_step="decode without lookup or draft, or compile for backend.type onnxruntime",
             )
         with self._opening:
             runner = StaticRunner.on(self._graphs)

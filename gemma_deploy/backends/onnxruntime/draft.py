@@ -1,0 +1,123 @@
+"""Guesses of a smaller model of the same vocabulary: `run --draft ARTIFACT`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gemma_deploy.backends.onnxruntime.in_place import MOST_TOKENS, OrtModel, OrtSequence
+from gemma_deploy.backends.onnxruntime.speculative import Guess, best_of
+from gemma_deploy.errors import UsageError
+from gemma_deploy.runtime.sampling import Sampler
+
+if TYPE_CHECKING:
+    from gemma_deploy.runtime.engine import Engine
+
+# A token of a smaller probability is the last that is guessed: behind it the next is hardly ever right.
+LEAST_SURE = 0.4
+
+
+class Draft:
+    """A model that guesses, and its own cache; a `Guesser`.
+
+    It is told of every token, and reads it when it guesses next; what it guessed itself and what turned out to be right
+    it has read already.
+
+    Args:
+        room: tokens there may be, at most; fewer where this model's context is shorter: it guesses no more then.
+        vocab_size: logits of the model that decides; rows that only one of both has are padding.
+        sampler: how that model's tokens are drawn: its guesses are drawn likewise.
+    """
+
+    def __init__(self, model: OrtModel, room: int, *, vocab_size: int, sampler: Sampler) -> None:
+        self.model, self.vocab_size, self.sampler = model, vocab_size, sampler
+        self.room = min(room, model.context_length)
+        self.sequence = OrtSequence(model, self.room)
+        self._ids: list[int] = []
+        self._read: list[int] = []  # what lies in the cache, guesses among it
+        self._ahead = MOST_TOKENS // 2  # tokens to guess next time
+
+    def follow(self, ids: Sequence[int]) -> None:
+        """Guess what comes behind these tokens, the next time."""
+        self._ids = list(ids)
+
+    def prepare(self) -> None:
+        """Read the prompt; the last token comes with the first guess."""
+        waiting = self._waiting()[:-1]
+        if waiting and len(self._ids) <= self.room:
+            self.sequence.read(waiting)
+            self._read += waiting
+
+    def append(self, token: int) -> None:
+        """A token more."""
+        self._ids.append(token)
+
+    def guess(self, most: int) -> Guess:
+        """What this model would say."""
+        waiting = self._waiting()
+        most = min(most, self._ahead, self.room - len(self._ids))
+        if most < 1:
+            return Guess(())
+        # All but the last guess are read, and taken back where they are wrong.
+        most = max(1, self.sequence.ahead(len(waiting) + most - 1) - len(waiting) + 1)
+        tokens: list[int] = []
+        drawn_from: list[np.ndarray] = []
+        row = self.sequence.read(waiting)[-1]
+        self._read += waiting
+        while True:
+            token, sure = self._chosen(row, drawn_from)
+            tokens.append(token)
+            if len(tokens) == most or sure < LEAST_SURE or token in self.model.stop_ids:
+                return Guess(tokens, drawn_from or None)
+            row = self.sequence.feed([token])[-1]
+            self._read.append(token)
+
+    def learn(self, guessed: int, right: int) -> None:
+        """Guess one more next time where all were right, one less where they were not."""
+        if guessed:
+            self._ahead = min(MOST_TOKENS - 1, self._ahead + 1) if right == guessed else max(1, self._ahead - 1)
+
+    def _waiting(self) -> list[int]:
+        """Tokens to be read, one at least; what was read and is not so is taken back."""
+        count = len(self._read)
+        if self._read != self._ids[:count] or count == len(self._ids):
+            pairs = zip(self._read, self._ids[:-1], strict=False)
+            count = next((at for at, (one, other) in enumerate(pairs) if one != other), min(count, len(self._ids) - 1))
+            del self._read[count:]
+            self.sequence.length = count
+        return self._ids[count:]
+
+    def _chosen(self, row: np.ndarray, drawn_from: list[np.ndarray]) -> tuple[int, float]:
+        """A token, and how probable it is to this model."""
+        if len(row) < self.vocab_size:
+            row = np.concatenate([row, np.full(self.vocab_size - len(row), -np.inf, row.dtype)])
+        row = row[: self.vocab_size]
+        if self.sampler.temperature > 0:
+            drawn_from.append(self.sampler.probabilities(row))
+            token = self.sampler.draw(drawn_from[-1])
+            return token, float(drawn_from[-1][token])
+        others = float(np.exp(row - row.max()).sum(dtype=np.float64))
+        return best_of(row, self.model.path)[0], 1 / others
+
+
+def check_draft(draft: Engine, model: Engine) -> None:
+    """See that one artifact's tokens are another's.
+
+    Raises:
+        UsageError: they are not.
+    """
+    ours, theirs = model.tokenizer.backend.get_vocab(), draft.tokenizer.backend.get_vocab()
+    if ours == theirs:
+        return
+    odd = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    shown = ", ".join(
+        f"{token[:40]!r} ({theirs.get(token, 'none')}, here {ours.get(token, 'none')})" for token in odd[:3]
+    )
+    raise UsageError(
+        f"the vocabulary of the draft is another: {len(odd)} tokens have another id or none, such as {shown}",
+        where=f"{draft.path} (--draft)",
+        expected=f"a smaller Gemma with the tokenizer of {model.path}",
+        next_step="compile one of the same generation, or leave --draft out",
+    )
