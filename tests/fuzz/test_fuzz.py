@@ -11,7 +11,7 @@ from tests.fuzz.surfaces import NAMES, SURFACES
 FEW, MANY = 8, 2000
 # Those that take longer get fewer in the default tests.
 FEWER = {
-    **{"tokenizer_json": 4, "tokenizer_config": 4, "manifest": 4, "calibration_record": 4, "evaluation": 4},
+    **{"tokenizer_json": 4, "tokenizer_config": 4, "manifest": 2, "calibration_record": 4, "evaluation": 4},
     **{"c4": 6},
 }
 
