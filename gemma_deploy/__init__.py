@@ -3,7 +3,8 @@
 The names below are imported when they are first used, so that a program that serves an artifact loads neither torch nor
 transformers:
 
-    from gemma_deploy import Artifact, Recipe, compile_recipe, evaluate, fine_tune, merge, open_engine, prove
+    from gemma_deploy import Artifact, Recipe, compile_recipe, evaluate, fine_tune, merge
+    from gemma_deploy import open_embedder, open_engine, prove
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from gemma_deploy.artifact.opened import Artifact
     from gemma_deploy.checkpoint.adapters.merging import AdapterRef
     from gemma_deploy.compile import compile_recipe
-    from gemma_deploy.engine import open_engine
+    from gemma_deploy.engine import open_embedder, open_engine
     from gemma_deploy.errors import DeployError
     from gemma_deploy.merging import merge
     from gemma_deploy.recipe import Recipe
@@ -39,6 +40,7 @@ __all__ = [
     "evaluate",
     "fine_tune",
     "merge",
+    "open_embedder",
     "open_engine",
     "prove",
 ]
@@ -54,6 +56,7 @@ _WHERE = {
     "evaluate": "api",
     "fine_tune": "api",
     "merge": "merging",
+    "open_embedder": "engine",
     "open_engine": "engine",
     "prove": "api",
 }

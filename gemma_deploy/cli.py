@@ -33,6 +33,7 @@ COMMANDS = {
     "adapter": "Keep a LoRA adapter in an artifact, to be loaded beside it.",
     "run": "Generate text with an artifact.",
     "chat": "Talk with an artifact.",
+    "embed": "Make vectors of texts with an artifact of an encoder.",
     "bench": "Measure how fast an artifact is, and what it takes.",
     "inspect": "Show what is in an artifact or a checkpoint.",
     "verify": "Check every hash, graph and table of an artifact.",

@@ -1,4 +1,4 @@
-"""The one way to open an artifact in order to run it: `open_engine`."""
+"""The one way to open an artifact in order to run it: `open_engine`; of an encoder, `open_embedder`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from pathlib import Path
 from gemma_deploy.artifact.check import open_whole
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends import backend_of
+from gemma_deploy.errors import UsageError
+from gemma_deploy.runtime.embedding import Embedder
 from gemma_deploy.runtime.engine import Engine, Limits, Session
+from gemma_deploy.text import Tokenizer
 
-__all__ = ["Engine", "Limits", "Session", "open_engine"]
+__all__ = ["Embedder", "Engine", "Limits", "Session", "open_embedder", "open_engine"]
 
 
 def open_engine(
@@ -30,7 +33,45 @@ def open_engine(
 
     Raises:
         ArtifactError: it is not there, not finished, or damaged.
-        UsageError: it cannot be run like this here.
+        UsageError: it cannot be run like this here, or makes vectors and no text.
     """
     opened = artifact if isinstance(artifact, Artifact) else open_whole(artifact, hashes=True)
+    refuse_encoder(opened)
     return backend_of(opened.manifest).engine(opened, threads=threads, strict=strict, one_reply=one_reply)
+
+
+def refuse_encoder(artifact: Artifact) -> None:
+    """Refuse what makes no text.
+
+    Raises:
+        UsageError: it is an encoder.
+    """
+    if artifact.manifest.model.sentence is not None:
+        raise UsageError(
+            "this artifact is an encoder: it makes vectors of texts, and no text of tokens",
+            where=str(artifact.path),
+            expected="an artifact of a model that generates text",
+            next_step=f"`gemma-deploy embed {artifact.path} -p TEXT`, or `open_embedder` from Python",
+        )
+
+
+def open_embedder(artifact: Artifact | str | Path, *, threads: int = 0, strict: bool = False) -> Embedder:
+    """Open the artifact of an encoder. Imports no torch.
+
+    Args:
+        artifact, threads: see `open_engine`; strict: compute exactly what the graph says, slowly.
+
+    Raises:
+        ArtifactError: it is not there, not finished, or damaged. UsageError: it generates text.
+    """
+    opened = artifact if isinstance(artifact, Artifact) else open_whole(artifact, hashes=True)
+    head = opened.manifest.model.sentence
+    if head is None:
+        raise UsageError(
+            "this artifact generates text: it makes no vectors",
+            where=str(opened.path),
+            expected="an artifact of an encoder, such as EmbeddingGemma",
+            next_step=f"`gemma-deploy run {opened.path} -p TEXT` generates, or compile an encoder",
+        )
+    graph = backend_of(opened.manifest).encoder(opened, threads=threads, strict=strict)
+    return Embedder(graph, Tokenizer(opened.path), head, path=opened.path)

@@ -130,7 +130,9 @@ class Job:
         extras.require(*needed, what=f"compiling {recipe.name}")
         check_built(recipe)
         spec = recipe.spec
-        checkpoint = Checkpoint.open(resolve_checkpoint(recipe.frontend.checkpoint), recipe.merged_adapters)
+        checkpoint = Checkpoint.open(
+            resolve_checkpoint(recipe.frontend.checkpoint), recipe.merged_adapters, encoder=True
+        )
         check_against_model(recipe, checkpoint.config.max_position_embeddings, _model_problems(spec, checkpoint.config))
         text = check_text(checkpoint)
         give_memory_back()  # of the tokenizer
@@ -146,10 +148,14 @@ class Job:
     def of(cls, recipe: Recipe, checkpoint: Checkpoint, out: Path | None = None) -> Job:
         """The job of a recipe and a checkpoint that go together."""
         given, dataset, workspace = recipe.dataset.model_fields_set, recipe.dataset, recipe.workspace
+        spec = recipe.spec
+        if checkpoint.config.architecture.encoder:  # one length: there is no cache
+            contract = backend(spec.backend).contract(spec, checkpoint.config)
+            spec = replace(spec, prefill=contract.prefill, context=contract.context)
         return cls(
             name=recipe.name,
             out=out or Path(workspace.path) / recipe.name,
-            spec=recipe.spec,
+            spec=spec,
             checkpoint=checkpoint,
             dataset=Dataset(
                 dataset.name,
@@ -159,7 +165,7 @@ class Job:
                 "nsamples" in given,
                 "seqlen" in given,
             ),
-            quantizer=_choices(recipe),
+            quantizer=_choices(recipe, encoder=checkpoint.config.architecture.encoder),
             workers=Workers(workspace.workers, workspace.processes, workspace.cluster),
             proof=ProofRequest(
                 recipe.parity.text, recipe.parity.prompt_tokens, recipe.parity.decode_tokens, recipe.parity.gate
@@ -215,13 +221,14 @@ class Job:
     @property
     def graph_files(self) -> list[str]:
         """Every .onnx file, by its path in the artifact."""
-        return [part.file(f"{graph}.onnx") for part in self.parts for graph in self.backend.graphs]
+        return [part.file(f"{graph}.onnx") for part in self.parts for graph in self.contract.graph_names]
 
 
-def _choices(recipe: Recipe) -> QuantizerChoices:
-    section = recipe.frontend.quantize
+def _choices(recipe: Recipe, *, encoder: bool) -> QuantizerChoices:
+    """What a recipe says; what a layer costs is measured in logits, which an encoder has not."""
+    section, sensitivity = recipe.frontend.quantize, recipe.sensitivity and not encoder
     if section is None:
-        return QuantizerChoices(sensitivity=recipe.sensitivity)
+        return QuantizerChoices(sensitivity=sensitivity)
     args = section.calib_args
     return QuantizerChoices(
         true_sequential=args.true_sequential,
@@ -229,7 +236,7 @@ def _choices(recipe: Recipe) -> QuantizerChoices:
         act_order=args.act_order,
         blocksize=args.blocksize,
         keep_a16=args.keep_a16,
-        sensitivity=recipe.sensitivity,
+        sensitivity=sensitivity,
     )
 
 
@@ -258,8 +265,24 @@ def _other_size(recipe: Recipe, checkpoint: Checkpoint) -> str | None:
     return f"the artifact is called {recipe.name}, but the model has {size} parameters: set another with -s name=NAME"
 
 
+def _encoder_problems(spec: BuildSpec) -> list[str]:
+    """What of a spec means nothing to an encoder, or is not built for one."""
+    problems = []
+    if spec.scheme.int8_cache:
+        problems.append("frontend.quantize.type: the model is an encoder and has no cache: leave +kv8 out")
+    if spec.scheme.rounds_activations:
+        problems.append("frontend.quantize.type: w8a8 is not built for encoders: set w8a16 or w8a16_gptq")
+    if spec.ranks > 1 or spec.split_points:
+        problems.append("split.points and model_kwargs.tp: the graph of an encoder is not divided: remove them")
+    if spec.adapter_rank is not None:
+        problems.append("adapters: an encoder takes none at run time: remove the section")
+    return problems
+
+
 def _model_problems(spec: BuildSpec, config: ModelConfig) -> list[str]:
     """What of a spec does not go with a model, a sentence for each key."""
+    if config.architecture.encoder and (problems := _encoder_problems(spec)):
+        return problems
     problems = division_problems(config, spec.split_points, spec.ranks, align_qkv=spec.align_qkv)
     problems += backend(spec.backend).model_problems(spec, config)
     if spec.scheme.codes:

@@ -6,12 +6,15 @@ For the project's tests and for users who want to try a recipe without weights. 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gemma_deploy.names import CONFIG
+
+WEIGHTS = "model.safetensors"
 
 _COMMON: dict[str, Any] = {
     "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
@@ -60,18 +63,43 @@ def write_tiny_checkpoint(path: Path, model_type: str, *, seed: int = 0, dtype: 
     (path / CONFIG).write_text(json.dumps(raw, indent=1))
     rng = np.random.default_rng(seed)
     shapes = expected_tensors(ModelConfig.from_dict(raw, CONFIG))
-    header, offset, blobs = {}, 0, []
+    tensors = {}
     for name, shape in shapes.items():
         # Wide enough that attention, caps and the window matter; norms random so that (1 + w) does.
         std = 0.3 if "norm" in name else 0.12
-        blob = _encode(rng.standard_normal(shape, np.float32) * std, dtype)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + len(blob)]}
+        tensors[name] = (dtype, shape, _encode(rng.standard_normal(shape, np.float32) * std, dtype))
+    _write_safetensors(path / WEIGHTS, tensors)
+    return path
+
+
+Encoded = tuple[str, tuple[int, ...], bytes]  # dtype, shape, bytes
+
+
+def _write_safetensors(path: Path, tensors: Mapping[str, Encoded]) -> None:
+    header, offset = {}, 0
+    for name, (dtype, shape, blob) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + len(blob)]}
         offset += len(blob)
-        blobs.append(blob)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blobs))
-    return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(blob for _, _, blob in tensors.values()))
+
+
+def _stored(path: Path) -> dict[str, Encoded]:
+    """What `_write_safetensors` wrote."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    found = {}
+    for name, entry in json.loads(data[8:start]).items():
+        first, last = entry["data_offsets"]
+        found[name] = (entry["dtype"], tuple(entry["shape"]), data[start + first : start + last])
+    return found
+
+
+def _write(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1))
 
 
 def _encode(values: np.ndarray, dtype: str) -> bytes:
@@ -79,3 +107,48 @@ def _encode(values: np.ndarray, dtype: str) -> bytes:
         return values.astype("<f4").tobytes()
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()  # round half to even
+
+
+# An encoder with every trait: window shorter than a text, odd depth, heads != KV heads, dense layers wider and back.
+TINY_ENCODER: dict[str, Any] = {
+    **TINY_CONFIGS["gemma3_text"], "architectures": ["Gemma3TextModel"], "use_bidirectional_attention": True,
+}  # fmt: skip
+TINY_PROMPTS = {"query": "task: search result | query: ", "document": "title: none | text: "}
+
+
+def write_tiny_encoder(
+    path: Path, *, seed: int = 0, dtype: str = "BF16", dense: Sequence[int] = (192, 64), **changes: Any
+) -> Path:
+    """Write a tiny random EmbeddingGemma in the folders of sentence-transformers, and return the directory.
+
+    Args:
+        dtype: "BF16" or "F32", of the weights on disk.
+        dense: channels that each dense layer gives.
+        changes: config keys to set.
+    """
+    raw = {**TINY_ENCODER, **changes}
+    changes = {key: value for key, value in raw.items() if key != "model_type"}
+    write_tiny_checkpoint(path, raw["model_type"], seed=seed, dtype=dtype, **changes)
+    stored = _stored(path / WEIGHTS)  # named as a stack without a head is saved
+    _write_safetensors(path / WEIGHTS, {name.removeprefix("model."): values for name, values in stored.items()})
+    library, width, rng = "sentence_transformers.models", raw["hidden_size"], np.random.default_rng(seed + 1)
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
+    modules += [("Dense", f"{number}_Dense") for number in range(2, 2 + len(dense))]
+    modules.append(("Normalize", f"{2 + len(dense)}_Normalize"))
+    listed = [
+        {"idx": i, "name": str(i), "path": one, "type": f"{library}.{kind}"} for i, (kind, one) in enumerate(modules)
+    ]
+    _write(path / "modules.json", listed)
+    pooling = {"word_embedding_dimension": width, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+    _write(path / "1_Pooling" / CONFIG, {**pooling, "include_prompt": True})
+    for number, size in enumerate(dense, 2):
+        folder = path / f"{number}_Dense"
+        config = {"in_features": width, "out_features": size, "bias": False}
+        _write(folder / CONFIG, {**config, "activation_function": "torch.nn.modules.linear.Identity"})
+        weight = rng.standard_normal((size, width), np.float32) / np.float32(width**0.5)
+        _write_safetensors(folder / WEIGHTS, {"linear.weight": (dtype, weight.shape, _encode(weight, dtype))})
+        width = size
+    prompts = {"prompts": TINY_PROMPTS, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+    _write(path / "config_sentence_transformers.json", prompts)
+    _write(path / "sentence_bert_config.json", {"max_seq_length": 256, "do_lower_case": False})
+    return path

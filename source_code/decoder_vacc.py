@@ -39,6 +39,8 @@ def past_length(past_key_values) -> int:
 class TextModelMixin:
     """Forward of the decoder stack; expects embed_tokens, layers, norm, rotary (a ModuleDict by layer kind)."""
 
+    encodes = False  # whether positions see those behind them as well; nothing is cached then
+
     def layer_kind(self, layer_idx: int) -> str:
         """`full_attention` or `sliding_attention`."""
         kinds = getattr(self.config, "layer_types", None)
@@ -95,13 +97,16 @@ class TextModelMixin:
             (key, value) when a tuple was given or `config.iter_num` is set.
 
         Raises:
-            ValueError: not exactly one of input_ids and inputs_embeds, or a static graph without its mask.
+            ValueError: not exactly one of input_ids and inputs_embeds, a static graph without its mask, or a cache for
+                an encoder.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.training and self.gradient_checkpointing:
-            use_cache = False  # layers run twice
+        if self.encodes or (self.training and self.gradient_checkpointing):  # in training, layers run twice
+            use_cache = False
+        if self.encodes and past_key_values is not None:
+            raise ValueError("config.use_bidirectional_attention is set: an encoder has no cache")
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 
 from .configuration_gemma3_vacc import Gemma3TextConfig
-from .decoder_vacc import CausalLMMixin, SequenceClassificationMixin, TextModelMixin
+from .decoder_vacc import CausalLMMixin, SequenceClassificationMixin
+from .encoder_vacc import EncoderTextModelMixin
 from .layers_vacc import Attention, FourNormLayer, LegacyRotary, RMSNorm, ScaledEmbedding
 
 __all__ = ["Gemma3ForCausalLM", "Gemma3PreTrainedModel", "Gemma3TextForSequenceClassification", "Gemma3TextModel"]
@@ -38,13 +39,15 @@ class Gemma3PreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.weight)
 
 
-class Gemma3TextModel(TextModelMixin, Gemma3PreTrainedModel):
-    """Embedding, decoder layers, final norm; a rotary table for each kind of layer present."""
+class Gemma3TextModel(EncoderTextModelMixin, Gemma3PreTrainedModel):
+    """Embedding, decoder layers, final norm; a rotary table for each kind of layer present.
+
+    With `config.use_bidirectional_attention` an encoder (EmbeddingGemma), whose window lies on both sides.
+    """
 
     def __init__(self, config: Gemma3TextConfig):
         super().__init__(config)
-        if config.use_bidirectional_attention:
-            raise ValueError("config.use_bidirectional_attention is set; the patched model is causal")
+        self.encodes = bool(config.use_bidirectional_attention)
         self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
         self.embed_tokens = ScaledEmbedding(
             config.vocab_size, config.hidden_size, config.pad_token_id, config.embed_scale

@@ -12,13 +12,13 @@ from gemma_deploy.architectures import ROWS
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.errors import NotBuiltError
 from gemma_deploy.patched import patched_causal, patched_config, patched_stack
-from gemma_deploy.testing import TINY_CONFIGS
+from gemma_deploy.testing import TINY_CONFIGS, TINY_ENCODER
 
 MODEL_TYPES = [row.model_type for row in ROWS]
 
 
 def config_of(model_type):
-    return ModelConfig.from_dict(TINY_CONFIGS[model_type], "config.json")
+    return ModelConfig.from_dict({**TINY_CONFIGS, "embedding_gemma": TINY_ENCODER}[model_type], "config.json")
 
 
 @pytest.mark.parametrize("row", ROWS, ids=MODEL_TYPES)
@@ -98,6 +98,15 @@ def test_names_are_found_and_others_refused_with_the_nearest():
         architectures.architecture_of("gemma33_text")
     assert "the nearest known one is 'gemma3_text'" in str(refused.value)
     assert "gemma, gemma2, gemma3_text" in str(refused.value)
+
+
+def test_an_encoder_is_found_by_its_flag():
+    """Its own name stands in no config.json."""
+    assert architectures.of_config(TINY_ENCODER).model_type == "embedding_gemma"
+    assert architectures.of_config({**TINY_ENCODER, "use_bidirectional_attention": False}).model_type == "gemma3_text"
+    assert architectures.of_config({"model_type": "embedding_gemma"}) is None
+    assert architectures.of_config({"model_type": "gemma2", "use_bidirectional_attention": True}).name == "Gemma 2"
+    assert "embedding_gemma" not in architectures.model_types()
 
 
 def test_what_is_the_same_in_all_generations():

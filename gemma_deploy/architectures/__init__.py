@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cache
+from typing import Any
 
 from gemma_deploy.architectures.base import (
     EXACT_GELU,
@@ -24,23 +25,37 @@ from gemma_deploy.architectures.base import (
     Linear,
     Rope,
 )
+from gemma_deploy.architectures.embedding_gemma import EMBEDDING_GEMMA
 from gemma_deploy.architectures.gemma import GEMMA
 from gemma_deploy.architectures.gemma2 import GEMMA2
 from gemma_deploy.architectures.gemma3 import GEMMA3
 from gemma_deploy.architectures.vaultgemma import VAULTGEMMA
 from gemma_deploy.errors import NotBuiltError
 
-ROWS: tuple[Architecture, ...] = (GEMMA, GEMMA2, GEMMA3, VAULTGEMMA)
+ROWS: tuple[Architecture, ...] = (GEMMA, GEMMA2, GEMMA3, VAULTGEMMA, EMBEDDING_GEMMA)
 
 
 def model_types() -> tuple[str, ...]:
-    """All model types, in the order of the rows."""
-    return tuple(row.model_type for row in ROWS)
+    """All model types that a config.json may say, in the order of the rows."""
+    return tuple(row.model_type for row in ROWS if not row.written_as)
 
 
 def find(model_type: object) -> Architecture | None:
     """The row of a model type, None where there is none."""
     return next((row for row in ROWS if row.model_type == model_type), None)
+
+
+def of_config(raw: Mapping[str, Any]) -> Architecture | None:
+    """The row of a config.json; None where its model type is unknown.
+
+    What reads in both directions is a row of its own; where a generation has none, its decoder's is returned.
+    """
+    kind = raw.get("model_type")
+    if raw.get("use_bidirectional_attention"):
+        encoder = next((row for row in ROWS if row.encoder and row.written_as == kind), None)
+        if encoder is not None:
+            return encoder
+    return find(kind) if kind in model_types() else None
 
 
 def architecture_of(model_type: str) -> Architecture:
@@ -87,8 +102,8 @@ def nearest(name: object, known: Collection[str]) -> str:
 
 
 def names() -> str:
-    """The generations for people: `Gemma 1, Gemma 2 or Gemma 3`."""
-    *first, last = (row.name for row in ROWS)
+    """The generations that generate text, for people: `Gemma 1, Gemma 2 or Gemma 3`."""
+    *first, last = (row.name for row in ROWS if not row.encoder)
     return f"{', '.join(first)} or {last}" if first else last
 
 
@@ -157,5 +172,6 @@ __all__ = [
     "multimodal_types",
     "names",
     "nearest",
+    "of_config",
     "text_type",
 ]

@@ -119,7 +119,7 @@ class LayerSpec:
         template: layers of one template have the same graph but for their weights.
         heads: of queries; kv_heads: of keys and values; head_dim: of all of them.
         intermediate_size: width of the MLP.
-        window: positions that a query sees, itself included; None for all.
+        window: positions that a query sees, itself included; None for all. Of an encoder as many on either side.
         rope: of its kind; attention_scale: by which scores are multiplied.
         linears: in file order.
         branches: in running order.
@@ -303,6 +303,8 @@ class Architecture:
         genai_type: `model.type` of genai_config.json.
         activation_key: of config.json.
         norm_offset: norms multiply by this plus their weight.
+        encoder: positions see those behind them as well; there is neither cache nor LM head, texts become vectors.
+        written_as: the model type that config.json says of an encoder, beside `use_bidirectional_attention`.
         gguf: what llama.cpp calls all that; None where it has no such model.
         read: the generation's own keys of a config.json; layers: their number, or 1 where that is wrong.
         layer: the layer of a number; branches: all that some layer has.
@@ -322,3 +324,5 @@ class Architecture:
     multimodal: tuple[str, ...] = ()
     text_defaults: Mapping[str, Any] = field(default_factory=dict)
     norm_offset: float = 1.0
+    encoder: bool = False
+    written_as: str = ""

@@ -47,6 +47,29 @@ def shared_entries(manifest: Manifest, words: Words) -> list[LedgerEntry]:
     return entries
 
 
+def encoder_entries(manifest: Manifest) -> list[LedgerEntry]:
+    """What stands behind an encoder, and what it does not have."""
+    head = manifest.model.sentence
+    if head is None:
+        return []
+    rows = {row.name: row.dtype for row in manifest.params}
+    stored = ", ".join(dict.fromkeys(rows[name] for name in head.tensors())) or "none"
+    longest = manifest.contract.context
+    return [
+        LedgerEntry(
+            f"mean, dense layers ({stored}) and length in float32",
+            "behind the last norm",
+            "everything passes through them; vectors of length 1, as sentence-transformers makes them",
+            measured_effect(manifest),
+        ),
+        LedgerEntry(
+            f"texts of at most {longest} tokens",
+            "rotary tables" if manifest.contract.dynamic else "every input",
+            "length of the recipe; a longer text is cut at its end as sentence-transformers does, and that is told",
+        ),
+    ]
+
+
 def context_entries(manifest: Manifest, where: str) -> list[LedgerEntry]:
     """That the context is shorter than the model's, where it is."""
     context, most = manifest.contract.context, manifest.model.max_position_embeddings

@@ -25,6 +25,7 @@ from pydantic_core import to_jsonable_python
 from typing_extensions import TypedDict
 
 from gemma_deploy.bounds import Bytes, Count, Index, Inside, Layers, Plain, Size
+from gemma_deploy.checkpoint.sentence import SentenceHead
 from gemma_deploy.estimates import StageTiming
 from gemma_deploy.graph.contract import AdapterSlots, Port
 from gemma_deploy.params.table import ParamRow, ParamTable
@@ -129,7 +130,7 @@ class RecipeRecord(Open):
 
 
 class ModelRecord(Open):
-    """The model's config as it was understood."""
+    """The model's config as it was understood; `sentence` of an encoder."""
 
     model_type: str
     num_hidden_layers: Layers
@@ -139,6 +140,11 @@ class ModelRecord(Open):
     max_position_embeddings: Size
     tie_word_embeddings: bool
     eos_token_ids: tuple[Count, ...]
+    sentence: SentenceHead | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_has_no_value(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in plain(self).items() if key != "sentence" or value is not None}
 
 
 class GraphRecord(Record):

@@ -38,7 +38,7 @@ def checkpoint_of(artifact: Artifact, given: str | None, adapters: Sequence[Adap
             if artifact.manifest.contract.adapters is None
             else "put it back there: --adapter names one beside the weights of this artifact",
         )
-    checkpoint = Checkpoint.open(path, refs)
+    checkpoint = Checkpoint.open(path, refs, encoder=True)
     if checkpoint.fingerprint(times=False) != artifact.manifest.checkpoint.fingerprint_without_times:
         what, options = "checkpoint", "--checkpoint PATH"
         if refs:

@@ -25,6 +25,7 @@ EFFECTS = {
     "case": ("on", ""),
     "positions": ("positions", ""),
     "relative_error": ("relative error", ""),
+    "cosine_distance": ("largest cosine distance", ""),
     "kl_mean": ("mean KL", " nats"),
     "top1": ("same first token", "%"),
     "overturned": ("largest lead overturned", ""),
@@ -140,6 +141,11 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
 
 def _use(manifest: Manifest) -> str:
     """What a program that opens the graphs itself must know."""
+    if manifest.model.sentence is not None:
+        return (
+            "An encoder: texts with their prompt, and the tokens that tokenizer.json puts before and behind them; "
+            "padding on either side. What the graph takes and gives is listed by gemma-deploy inspect."
+        )
     bos = (manifest.model.model_extra or {}).get("bos_token_id")
     if "genai_config.json" in manifest.files or manifest.kernels or manifest.contract.logits:
         return f"In onnxruntime-genai, put BOS (id {bos}) in front of every prompt yourself: its tokenizer puts none."

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gemma_deploy.artifact.opened import Artifact
     from gemma_deploy.parity.cases import Case
     from gemma_deploy.parity.compare import ParityResult, Report
+    from gemma_deploy.runtime.encoder import EncoderGraph
     from gemma_deploy.runtime.engine import Engine
 
 
@@ -147,6 +148,10 @@ class Backend(Protocol):
         """Whether an initializer may show several tensors of the parameter file, or some rows of one."""
 
     @property
+    def runs_bf16(self) -> bool:
+        """Whether its graphs of bfloat16 weights run on this machine, as they are."""
+
+    @property
     def no_lookup(self) -> str:
         """Why its artifacts are not decoded with lookahead, for a message; "" where they are."""
 
@@ -192,6 +197,16 @@ class Backend(Protocol):
 
     def engine(self, artifact: Artifact, *, threads: int = 0, strict: bool = False, one_reply: bool = False) -> Engine:
         """An artifact, open; see `open_engine` of gemma_deploy/engine.py."""
+
+    def encoder(self, artifact: Artifact, *, threads: int = 0, strict: bool = False) -> EncoderGraph:
+        """The graph of an encoder's artifact, open.
+
+        Args:
+            threads: of one operator, 0 for as many as there are cores; strict: compute exactly what the graph says.
+
+        Raises:
+            ArtifactError: a file is missing or damaged.
+        """
 
     def keep_adapter(
         self, artifact: Artifact, directory: Path, name: str | None = None, *, force: bool = False

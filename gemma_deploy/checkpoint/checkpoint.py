@@ -29,10 +29,11 @@ from gemma_deploy.checkpoint.index import (
 )
 from gemma_deploy.checkpoint.naming import is_inside, name_tensors
 from gemma_deploy.checkpoint.safetensors_reader import SafetensorsFile, readable
+from gemma_deploy.checkpoint.sentence import read_sentence_head
 from gemma_deploy.checkpoint.source import Rows, TensorInfo, equal
 from gemma_deploy.checkpoint.stored import Stored
 from gemma_deploy.dtypes import BY_NAME
-from gemma_deploy.errors import CheckpointError
+from gemma_deploy.errors import CheckpointError, NotBuiltError
 from gemma_deploy.names import CONFIG, EMBEDDING_WEIGHT, GENERATION_CONFIG, HEAD_WEIGHT
 from gemma_deploy.provenance import code_of
 
@@ -77,7 +78,11 @@ class Checkpoint:
 
     @classmethod
     def open(
-        cls, path: str | Path, adapter: str | Path | AdapterRef | Sequence[AdapterRef] | None = None
+        cls,
+        path: str | Path,
+        adapter: str | Path | AdapterRef | Sequence[AdapterRef] | None = None,
+        *,
+        encoder: bool = False,
     ) -> Checkpoint:
         """Open a directory of safetensors or a .gguf file and check all of it but the values.
 
@@ -85,10 +90,11 @@ class Checkpoint:
             path: of the directory or file, or `demo`.
             adapter: what is added to the weights while they are read: a directory that peft wrote, or several, each
                 with a weight, one after the other.
+            encoder: whether a model that makes vectors of texts will do; what makes text of tokens needs another.
 
         Raises:
             CheckpointError: everything missing, unexpected or misshaped, in one message; an adapter that cannot be
-                carried out, or belongs to another model.
+                carried out, or belongs to another model. NotBuiltError: an encoder where none will do.
         """
         path = resolve_checkpoint(str(path))
         if absent := reading.why_absent(path):
@@ -100,6 +106,8 @@ class Checkpoint:
             )
         opened = _open_directory(cls, path) if reading.is_dir(path) else _open_gguf(cls, path)
         refs = _refs(adapter)
+        if opened.config.architecture.encoder and (refs or not encoder):
+            _refuse_encoder(opened, bool(refs))
         return opened._with_adapters(open_adapters(refs, opened.config, (str(path),))) if refs else opened
 
     def _with_adapters(self, adapters: Sequence[WeightedAdapter]) -> Checkpoint:
@@ -230,6 +238,20 @@ class Checkpoint:
             digest.update(read_json(generation)[1])
 
 
+def _refuse_encoder(checkpoint: Checkpoint, adapted: bool) -> None:
+    name = checkpoint.config.architecture.name
+    raise NotBuiltError(
+        f"is an encoder ({name}), and adapters are not added to one"
+        if adapted
+        else f"is an encoder ({name}): it makes vectors of texts, and no text of tokens",
+        where=str(checkpoint.path),
+        expected="no adapter" if adapted else "a model that generates text",
+        next_step="merge it with peft, save, and pass the result"
+        if adapted
+        else "`gemma-deploy compile RECIPE --checkpoint PATH` compiles it, `gemma-deploy embed ARTIFACT` makes vectors",
+    )
+
+
 def _refs(adapter: str | Path | AdapterRef | Sequence[AdapterRef] | None) -> tuple[AdapterRef, ...]:
     if adapter is None:
         return ()
@@ -281,8 +303,16 @@ def _open_directory(cls: type[Checkpoint], path: Path) -> Checkpoint:
     raw, config_bytes = read_json(path / CONFIG, missing="copy config.json from where the weights came from")
     config = ModelConfig.from_dict(raw, str(path / CONFIG))
     config = _with_generation_stops(config, path)
+    behind: Mapping[str, Stored[SafetensorsFile]] = {}
+    if config.architecture.encoder:
+        found = read_sentence_head(path, config.hidden_size, config.max_position_embeddings)
+        config, behind, config_bytes = (
+            replace(config, sentence=found.head),
+            found.places,
+            config_bytes + found.described,
+        )
     files = read_shards(path, weights)
-    checkpoint = _assemble(cls, path, "safetensors", config, files, config_bytes)
+    checkpoint = _assemble(cls, path, "safetensors", config, files, config_bytes, behind=behind)
     if reading.exists(path / INDEX_NAME) and weights.index is None:
         note = f"{INDEX_NAME} is ignored because model.safetensors is there, as transformers does"
         checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
@@ -307,11 +337,18 @@ def _assemble(
     config: ModelConfig,
     files: Mapping[str, SafetensorsFile] | Mapping[str, GgufFile],
     config_bytes: bytes,
+    *,
+    behind: Mapping[str, Stored[SafetensorsFile]] | None = None,
 ) -> Checkpoint:
-    """Compare what is there with what the config calls for."""
-    expected = expected_tensors(config)
-    named = name_tensors(files, expected, tied=config.tie_word_embeddings)
-    places = {name: Stored(files[source], source) for name, source in named.sources.items()}
+    """Compare what is there with what the config calls for.
+
+    Args:
+        behind: what lies in files of its own, behind an encoder.
+    """
+    expected, behind = expected_tensors(config), behind or {}
+    named = name_tensors(files, [name for name in expected if name not in behind], tied=config.tie_word_embeddings)
+    places: dict[str, Stored[Any]] = {name: Stored(files[source], source) for name, source in named.sources.items()}
+    places |= behind
     shapes = expected | ({HEAD_WEIGHT: expected[EMBEDDING_WEIGHT]} if HEAD_WEIGHT in places else {})
     problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in places]
     problems += [f"unexpected: {name} {list(files[name].entries[name].shape)}" for name in named.extras]

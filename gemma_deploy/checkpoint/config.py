@@ -17,14 +17,15 @@ from gemma_deploy.architectures import (
     LayerType,
     Rope,
     architecture_of,
-    find,
     model_types,
     multimodal_types,
     names,
     nearest,
+    of_config,
 )
 from gemma_deploy.architectures.keys import ConfigKeys
 from gemma_deploy.checkpoint.nested import language_model
+from gemma_deploy.checkpoint.sentence import SentenceHead
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.names import EMBEDDING_WEIGHT, HEAD_WEIGHT, LAYERS
 
@@ -45,7 +46,8 @@ class ModelConfig:
     """What the weights mean.
 
     `layer_types` has one entry per layer, `rope` one per kind that occurs in it. Sizes are those of most layers;
-    `layers` says what each one has.
+    `layers` says what each one has. `sentence` is what stands behind an encoder's last norm, from the files beside
+    config.json; None of a decoder.
     """
 
     model_type: str
@@ -71,6 +73,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     raw: dict[str, Any] = field(repr=False, compare=False)
     warnings: tuple[str, ...] = ()
+    sentence: SentenceHead | None = None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str) -> ModelConfig:
@@ -123,16 +126,23 @@ class ModelConfig:
         }
         return {key: value for key, value in ids.items() if value not in (None, [])}
 
+    @property
+    def head_reads_table(self) -> bool:
+        """Whether there is an LM head, and it multiplies by the token table."""
+        return self.tie_word_embeddings and not self.architecture.encoder
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, without the raw config, for the manifest."""
         plain = {key: value for key, value in asdict(self).items() if key != "raw"}
+        if self.sentence is None:
+            del plain["sentence"]
         return plain | {key: list(plain[key]) for key in ("layer_types", "eos_token_ids", "warnings")}
 
 
 def _parse(keys: ConfigKeys) -> ModelConfig:
     """Read all keys, and raise once."""
     row = _architecture(keys)
-    _refuse_unbuilt(keys)
+    _refuse_unbuilt(keys, row)
     size = {key: keys.integer(key, most=LARGEST.get(key, 2**31)) for key in REQUIRED_SIZES}
     _check_heads(keys, size)
     layers, vocab = size["num_hidden_layers"], size["vocab_size"]
@@ -149,12 +159,13 @@ def _parse(keys: ConfigKeys) -> ModelConfig:
         hidden_activation=facts.hidden_activation,
         attn_logit_softcapping=facts.attn_logit_softcapping,
         final_logit_softcapping=facts.final_logit_softcapping,
-        tie_word_embeddings=keys.boolean("tie_word_embeddings", True),
+        tie_word_embeddings=keys.boolean("tie_word_embeddings", True) or row.encoder,  # which has no head
         bos_token_id=_token(keys, "bos_token_id", 2, vocab),
         pad_token_id=_token(keys, "pad_token_id", 0, vocab),
         eos_token_ids=_stop_tokens(keys, vocab),
         raw=dict(keys.raw),
         warnings=tuple(keys.warnings),
+        sentence=None,  # of files beside it
     )
     if keys.problems:
         raise CheckpointError(
@@ -168,7 +179,7 @@ def _parse(keys: ConfigKeys) -> ModelConfig:
 
 def _architecture(keys: ConfigKeys) -> Architecture:
     kind = keys.raw.get("model_type")
-    row = find(kind)
+    row = of_config(keys.raw)
     if row is None:
         said = "model_type is missing" if kind is None else f"unknown model_type {kind!r}{nearest(kind, model_types())}"
         raise CheckpointError(
@@ -180,7 +191,7 @@ def _architecture(keys: ConfigKeys) -> Architecture:
     return row
 
 
-def _refuse_unbuilt(keys: ConfigKeys) -> None:
+def _refuse_unbuilt(keys: ConfigKeys, row: Architecture) -> None:
     raw = keys.raw
     if raw.get("quantization_config"):
         method = raw["quantization_config"]
@@ -188,8 +199,8 @@ def _refuse_unbuilt(keys: ConfigKeys) -> None:
         keys.problem("quantization_config", f"already quantized ({method})", "bf16, fp16 or fp32 weights")
     if raw.get("attention_bias"):
         keys.problem("attention_bias", raw["attention_bias"], "false: no Gemma has attention biases")
-    if raw.get("use_bidirectional_attention"):
-        keys.problem("use_bidirectional_attention", True, "false: only causal models are compiled")
+    if raw.get("use_bidirectional_attention") and not row.encoder:
+        keys.problem("use_bidirectional_attention", True, f"false: of {row.name}, only causal models are compiled")
 
 
 def _check_heads(keys: ConfigKeys, size: Mapping[str, int]) -> None:

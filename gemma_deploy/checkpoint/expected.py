@@ -7,12 +7,17 @@ from gemma_deploy.names import EMBEDDING_WEIGHT, HEAD_WEIGHT, NORM_WEIGHT
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Hugging Face names and shapes ([out, in] for linears) in model order; no lm_head.weight when it is tied."""
+    """Hugging Face names and shapes ([out, in] for linears) in model order; no lm_head.weight when it is tied.
+
+    Of an encoder, the dense layers behind it in the place of a head.
+    """
     table = (config.vocab_size, config.hidden_size)
     tensors: dict[str, tuple[int, ...]] = {EMBEDDING_WEIGHT: table}
     for layer in config.layers:
         tensors |= {f"{layer.prefix}{name}.weight": shape for name, shape in layer.tensors().items()}
     tensors[NORM_WEIGHT] = (config.hidden_size,)
+    if config.architecture.encoder:
+        return tensors | ({} if config.sentence is None else config.sentence.tensors())
     if not config.tie_word_embeddings:
         tensors[HEAD_WEIGHT] = table
     return tensors

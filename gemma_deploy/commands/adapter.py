@@ -33,9 +33,11 @@ def command(artifact: Path, adapter_dir: Path, name: str | None, force: bool) ->
     """
     from gemma_deploy.artifact.check import open_whole
     from gemma_deploy.backends import backend_of
+    from gemma_deploy.engine import refuse_encoder
     from gemma_deploy.names import MIB
 
     opened = open_whole(artifact, hashes=True)
+    refuse_encoder(opened)
     kept = backend_of(opened.manifest).keep_adapter(opened, adapter_dir, name, force=force)
     found = kept.record
     size = f"{found.file.bytes / MIB:.1f} MiB"

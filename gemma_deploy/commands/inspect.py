@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gemma_deploy.artifact.manifest import GraphRecord, Manifest
     from gemma_deploy.artifact.opened import Artifact
     from gemma_deploy.checkpoint import AdapterRef
+    from gemma_deploy.checkpoint.sentence import SentenceHead
 
 EPILOG = """\b
 Examples:
@@ -47,10 +48,11 @@ def command(path: str, adapter: tuple[AdapterRef, ...], params: bool, as_json: b
         if adapter:
             raise click.UsageError("--adapter goes with a checkpoint; an artifact says what was added to it")
         manifest = artifact.manifest
-        facts, tensors = artifact_facts(manifest) | runtime_adapters(artifact), manifest.table.to_json()
+        more = runtime_adapters(artifact) | encoder_facts(manifest.model.sentence)
+        facts, tensors = artifact_facts(manifest) | more, manifest.table.to_json()
     else:
-        checkpoint = Checkpoint.open(resolve_checkpoint(path), adapter)
-        facts = checkpoint_facts(checkpoint)
+        checkpoint = Checkpoint.open(resolve_checkpoint(path), adapter, encoder=True)
+        facts = checkpoint_facts(checkpoint) | encoder_facts(checkpoint.config.sentence)
         tensors = [
             {"name": one.name, "dtype": one.dtype, "shape": list(one.shape), "nbytes": one.nbytes}
             for one in checkpoint.tensors.values()
@@ -133,6 +135,21 @@ def runtime_adapters(artifact: Artifact) -> dict[str, Any]:
         )
     takes = f"of rank {slots.rank} at most, {slots.dtype}, on {len(slots.linears)} linears"
     return {"adapters": {"takes": takes, "keeps": len(rows) or "none"}, "kept adapters": rows}
+
+
+def encoder_facts(head: SentenceHead | None) -> dict[str, Any]:
+    """What stands behind an encoder; nothing of a model that generates text."""
+    if head is None:
+        return {}
+    facts = {
+        "vectors": f"{', '.join(map(str, head.sizes))} channels",
+        "behind the mean": ", ".join(f"{one.name} {one.in_features} -> {one.out_features}" for one in head.dense)
+        or "nothing",
+        "prompts": "; ".join(f"{name}: {text!r}" for name, text in head.prompts.items()) or "none",
+        "default prompt": head.default_prompt or "none",
+        "longest text": f"{head.longest} tokens" if head.longest else "not said",
+    }
+    return {"encoder": facts}
 
 
 def part_rows(manifest: Manifest) -> list[dict[str, Any]]:

@@ -71,13 +71,14 @@ def command(
     Weights are not hashed at every start: `gemma-deploy verify` does that.
     """
     from gemma_deploy.artifact.check import open_whole
-    from gemma_deploy.engine import open_engine
+    from gemma_deploy.engine import open_engine, refuse_encoder
     from gemma_deploy.runtime import Sampling
     from gemma_deploy.runtime.generate import GenerationStats
     from gemma_deploy.text import unended
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     opened = open_whole(artifact, hashes=True)
+    refuse_encoder(opened)
     if prompt == "-":
         keep_bytes_of_stdin()
         prompt = read_stdin().rstrip("\n")

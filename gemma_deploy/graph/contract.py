@@ -26,6 +26,9 @@ from gemma_deploy.schemes import Form
 GRAPHS = ("iter0", "iter1")
 PREFILL, DECODE = GRAPHS
 ENTERING, LEAVING = "inputs_embeds", "hidden_states"  # of a stage that does not embed, or has no head
+# Of an encoder: what leaves the last norm, and the vector of each text; named as sentence-transformers' exports are.
+TOKEN_STATES, TEXT_VECTORS = "last_hidden_state", "sentence_embedding"
+ENCODER = "model"  # its one graph, without `.onnx`
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past_sequence", "past_sequence + sequence"
 
 
@@ -200,3 +203,61 @@ class GraphContract:
     def computed(self) -> GraphContract:
         """With the cache as attention computes it: what is traced, before its caches become codes."""
         return replace(self, cache_dtype=self.hidden_dtype) if self.cache_dtype == "int8" else self
+
+
+@dataclass(frozen=True)
+class EncoderContract(GraphContract):
+    """One graph of an encoder: token ids and their mask -> hidden states, and a vector for each text.
+
+    input_ids, attention_mask [B,S] int64 -> last_hidden_state [B,S,H] float32, behind the last norm, and
+    sentence_embedding [B,dimensions] float32, of length 1. S is P where the graph is static: texts are padded to it, on
+    either side. There are no caches; `context` is the longest text.
+
+    Args:
+        dimensions: of a vector.
+    """
+
+    dimensions: int = 0
+
+    @classmethod
+    def of_encoder(cls, config: ModelConfig, *, batch: int, length: int, dynamic: bool) -> EncoderContract:
+        """Contract of an encoder.
+
+        Args:
+            length: tokens of the longest text, or, where the graph is static, of every one with its padding.
+        """
+        assert config.sentence is not None  # what opens a checkpoint has read it
+        return cls(
+            batch=batch,
+            prefill=length,
+            context=length,
+            layers=config.num_hidden_layers,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            vocab_size=config.vocab_size,
+            cache_dtype="float32",
+            dynamic=dynamic,
+            hidden_size=config.hidden_size,
+            dimensions=config.sentence.dimensions,
+        )
+
+    @property
+    def graph_names(self) -> tuple[str, ...]:
+        """The name of the one graph."""
+        return (ENCODER,)
+
+    def inputs(self, graph: str) -> tuple[Port, ...]:
+        """Token ids, and which of them are real."""
+        shape = self._lengths()
+        return (Port("input_ids", "int64", shape), Port("attention_mask", "int64", shape))
+
+    def outputs(self, graph: str) -> tuple[Port, ...]:
+        """Hidden states of all tokens, padding too, and vectors."""
+        batch, length = self._lengths()
+        return (
+            Port(TOKEN_STATES, "float32", (batch, length, self.hidden_size)),
+            Port(TEXT_VECTORS, "float32", (batch, self.dimensions)),
+        )
+
+    def _lengths(self) -> tuple[int | str, int | str]:
+        return (BATCH, SEQUENCE) if self.dynamic else (self.batch, self.prefill)

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 import onnx_ir as ir
+from torch import nn
 
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.graph import stamp
@@ -150,7 +151,7 @@ class Traced:
         return model
 
 
-def parameter_names(pair: GraphPair, config: ModelConfig) -> dict[str, str]:
+def parameter_names(pair: nn.Module, config: ModelConfig) -> dict[str, str]:
     """Name in the trace -> name in the parameter file, for every parameter and buffer of both graphs."""
     names = [name for name, _ in pair.named_parameters(remove_duplicate=False)]
     names += [name for name, _ in pair.named_buffers(remove_duplicate=False)]

@@ -183,7 +183,7 @@ def _store_table(
     scale = embed.scale_value(dtype)
     if scheme in INT8 and storage.table:
         weight, row_scale = _codes(shape, storage.table)
-        if scheme == "w8a16_folded" and storage.table.groupsize is None and config.tie_word_embeddings:
+        if scheme == "w8a16_folded" and storage.table.groupsize is None and config.head_reads_table:
             scale = _zeros((config.hidden_size,), torch.float32)
         model.model.embed_tokens = quantization.QuantizedEmbedding(weight, row_scale, scale, dtype)
         head: nn.Module = quantization.quantized_linear(weight, row_scale)

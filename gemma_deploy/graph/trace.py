@@ -11,14 +11,14 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch import nn
 
 from gemma_deploy.errors import ExportError
-from gemma_deploy.graph.disconnected import GraphPair
 
 OPSET = 21
 
 
-def trace(pair: GraphPair, args: tuple[Any, ...], dynamic: tuple[Any, ...] | None = None) -> ir.Model:
+def trace(pair: nn.Module, args: tuple[Any, ...], dynamic: tuple[Any, ...] | None = None) -> ir.Model:
     """Trace the module and convert it, without optimisation.
 
     Args:

@@ -58,6 +58,8 @@ def export_here(task: Task) -> dict[str, bytes]:
     from gemma_deploy.graph.export import Traced
     from gemma_deploy.graph.external import attach_external, serialized
 
+    if task.config.architecture.encoder:
+        return _encoder(task)
     ranks = task.rows[0][0].ranks
     traced = Traced(
         task.config,
@@ -77,6 +79,24 @@ def export_here(task: Task) -> dict[str, bytes]:
         del graphs
         gc.collect()  # nodes and values refer to each other; those of the next part come on top otherwise
     return files
+
+
+def _encoder(task: Task) -> dict[str, bytes]:
+    """The one graph of an encoder, likewise."""
+    from gemma_deploy.graph.encoder import export_encoder
+    from gemma_deploy.graph.external import attach_external, serialized
+
+    ((part, rows),) = task.rows
+    graphs = export_encoder(
+        task.config,
+        task.scheme,
+        task.contract,
+        embed_scale=task.embed_scale,
+        rescaling=task.rescaling,
+        storage=task.storage,
+    )
+    attach_external(graphs, rows, task.location)
+    return {part.file(f"{name}.onnx"): serialized(graph) for name, graph in graphs.items()}
 
 
 class ExportProcess:

@@ -86,7 +86,8 @@ def build_plan(
         scheme: w8a16 stores each matrix as int8 `X.weight` and float32 `X.scale`; fp16 has the eps of every norm and
             the scale factor of every attention as parameters, [1] each, because rescaling makes them differ by layer.
             w8a16_folded is w8a16 with one more scale, of each column that the embedding gives, where the table is the
-            LM head's matrix as well and has one scale per row.
+            LM head's matrix as well and has one scale per row. Dense layers behind an encoder are float16 where others
+            are codes: 2 % of EmbeddingGemma, and everything passes through them.
         context_length: positions the rotary half tables [context_length, head_dim / 2] cover.
         rescaling: of the source, which eps and scale factors take into account.
         part: only what this part of a divided artifact holds. Names are the whole model's.
@@ -98,7 +99,7 @@ def build_plan(
     """
     storage, form = storage or Storage(), form or CodeForm()
     rescaling, part = rescaling or Rescaling(), part or ArtifactPart(whole(config.num_hidden_layers))
-    span = part.span
+    span, behind = part.span, config.sentence.tensors() if config.sentence else {}
     layers = config.layers[span.start : span.stop]
     specs: list[ParamSpec] = []
     for name, shape in expected_tensors(config).items():
@@ -110,7 +111,7 @@ def build_plan(
             if scheme == "fp16":
                 eps = config.rms_norm_eps * 4.0 ** -rescaling.of(f"{module}.in")
                 specs.append(ParamSpec(f"{module}.eps", (1,), "float32", "constant", value=eps))
-        elif MATRIX_DTYPE[scheme] == "int8" and (codes := storage.of(module)):
+        elif MATRIX_DTYPE[scheme] == "int8" and name not in behind and (codes := storage.of(module)):
             made = quantized.get(name) if quantized else None
             kinds: tuple[Kind, Kind] = ("stored", "stored") if made else ("int8_per_channel", "scale")
             scales = f"{module}.scale"
@@ -122,7 +123,7 @@ def build_plan(
             specs.append(ParamSpec(name, lies, dtype, kinds[0], name, transposed=transposed, output_error=made))
             source = scales if made else name
             specs.append(ParamSpec(scales, codes.scale_shape(shape), "float32", kinds[1], source))
-            folded = scheme == "w8a16_folded" and codes.groupsize is None and config.tie_word_embeddings
+            folded = scheme == "w8a16_folded" and codes.groupsize is None and config.head_reads_table
             if folded and name == EMBEDDING_WEIGHT and span.start == 0:
                 specs.append(ParamSpec(COLUMN_SCALE, shape[1:], "float32", "stored", COLUMN_SCALE))
         elif MATRIX_DTYPE[scheme] == "int8":

@@ -3,8 +3,8 @@
 The model is built empty. accelerate's hooks ask `Weights` for norms and embedding rows when a module runs and drop them
 afterwards; linears read their matrix a block of rows at a time. So 8 MiB of weights are in memory, whatever the model's
 size, and everything else is the class's own code. All rows of all cases go through the stack
-in one pass, padded on the right, where causality keeps padding from reaching a token. The token table is cut down to
-the tokens in use: no copy of it is ever made.
+in one pass, padded on the right, where causality keeps padding from reaching a token; an encoder gets a mask. The token
+table is cut down to the tokens in use: no copy of it is ever made.
 """
 
 from __future__ import annotations
@@ -145,14 +145,16 @@ class TorchSource:
         used = self._rows_in_use({token for sequence in sequences for token in sequence})
         index = {token: i for i, token in enumerate(used)}
         longest = max(map(len, sequences))
-        ids = torch.zeros((len(sequences), longest), dtype=torch.int64)
+        ids, real = (torch.zeros((len(sequences), longest), dtype=torch.int64) for _ in range(2))
         for i, sequence in enumerate(sequences):
             ids[i, : len(sequence)] = torch.tensor([index[token] for token in sequence])
+            real[i, : len(sequence)] = 1
+        mask = {"attention_mask": real} if self.checkpoint.config.architecture.encoder else {}
         model = self._streamed(used)
         watch(model)
         for number, layer in enumerate(model.layers, 1):
             layer.register_forward_hook(lambda *_, number=number: self._passed(number, len(model.layers)))
-        return model(input_ids=ids, use_cache=False).last_hidden_state
+        return model(input_ids=ids, use_cache=False, **mask).last_hidden_state
 
     def _passed(self, number: int, count: int) -> None:
         """Give memory back behind a layer, and tell how far the run is."""

@@ -112,6 +112,11 @@ def _folded(compared: _Compared, embed_scale: str) -> Iterator[Difference]:
             local = name.removeprefix(prefix).removesuffix(".weight")
             if name.startswith(prefix) and len(info.shape) == 1 and local not in norms:
                 yield compared.norm(name)
+    if config.sentence is not None:
+        yield compared.norm(f"{NORM}.weight")
+        for name in config.sentence.tensors():
+            yield compared.matrix(name)
+        return
     yield compared.matrix(config.head_weight, columns=compared.norm_factors(NORM), use="LM head, ")
 
 

@@ -48,10 +48,12 @@ def run_parity(
         UsageError: the text file is missing or too short, or peft is, which adapters are compared with; the artifact
             takes no adapter; DeployError: a source could not run.
     """
-    opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint, encoder=True)
     if opened.adapters or adapter is not None:
         extras.require("adapters", what=f"the proof of {'a merged' if adapter is None else 'an'} adapter")
     backend, beside = backend_of(manifest), None
+    if opened.config.architecture.encoder:
+        return _encoder(artifact, opened, manifest, text=text, prompt_tokens=prompt_tokens, report=report)
     if adapter is not None:
         beside = BesideAdapter(backend.keep_adapter(Artifact(artifact, manifest), adapter), adapter)
     result = ParityResult()
@@ -66,6 +68,14 @@ def run_parity(
 
         report("comparing with PEFT's model, unmerged")
         prove_merge(opened, cases, result=result, report=report)
+    _compare_weights(artifact, opened, manifest, result=result, report=report)
+    return result
+
+
+def _compare_weights(
+    artifact: Path, opened: Checkpoint, manifest: Manifest, *, result: ParityResult, report: Report
+) -> None:
+    """What is stored, beside what the checkpoint holds."""
     report("comparing weights")
     stored = ArtifactWeights(opened.config, artifact, manifest)
     folded = manifest.scheme in QUANTIZERS
@@ -73,4 +83,24 @@ def run_parity(
     result.lines.append(weights_line(opened, stored, folded=folded, embed_scale=manifest.embed_scale, progress=tick))
     if manifest.storage and manifest.storage.linears.bits == 8:
         result.lines.append(sqnr_line(manifest.params))
+
+
+def _encoder(
+    artifact: Path,
+    opened: Checkpoint,
+    manifest: Manifest,
+    *,
+    text: str | Path | None,
+    prompt_tokens: int,
+    report: Report,
+) -> ParityResult:
+    """The proof of an encoder."""
+    from gemma_deploy.parity.encoder import text_cases
+    from gemma_deploy.proving.encoder import prove_encoder
+
+    result = ParityResult()
+    file = None if text is None else str(text)
+    cases = text_cases(opened, manifest.contract.context, file, asked=prompt_tokens, notes=result.notes)
+    prove_encoder(Proof(artifact, opened, manifest, tuple(cases), True, report), result)
+    _compare_weights(artifact, opened, manifest, result=result, report=report)
     return result

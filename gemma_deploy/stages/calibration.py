@@ -150,7 +150,8 @@ def quantize_weights(job: Job, request: Request, out: Path, *, key: str, progres
             progress=progress,
             executor=executor,
         )
-    table = scale_table(checkpoint, windows.ids.shape, folder, codes=job.storage.table, embed_scale=request.embed_scale)
+    codes = None if checkpoint.config.architecture.encoder else job.storage.table  # no head reads the table
+    table = scale_table(checkpoint, windows.ids.shape, folder, codes=codes, embed_scale=request.embed_scale)
     files = [layer_file(folder, layer) for layer in range(checkpoint.config.num_hidden_layers)]
     unrounded = None
     if job.scheme.rounds_activations:

@@ -136,6 +136,35 @@ class Tokenizer:
             raise self._outside(max(ids))
         return found
 
+    @functools.cached_property
+    def frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What transformers puts in front of a text and behind it where special tokens are asked for.
+
+        The post-processor of tokenizer.json decides alone: transformers drops `add_bos_token` and `add_eos_token` of
+        tokenizer_config.json where that file is.
+        """
+        with asking(self._unencodable):
+            found = self.backend.encode("a", add_special_tokens=True)
+        special = list(found.special_tokens_mask)
+        inside = [at for at, marked in enumerate(special) if not marked] or [len(special)]
+        return tuple(found.ids[: inside[0]]), tuple(found.ids[inside[-1] + 1 :])
+
+    def encode_framed(self, text: str, longest: int) -> tuple[list[int], int]:
+        """Tokens of a text between those of `frame`, as transformers' tokenizer gives them with truncation.
+
+        Args:
+            longest: tokens there may be, those of the frame included.
+
+        Returns:
+            The tokens, and how many of the text's own did not fit.
+
+        Raises:
+            UsageError: as `encode`.
+        """
+        (front, back), ids = self.frame, self.encode_more(text)
+        kept = ids[: max(0, longest - len(front) - len(back))]
+        return [*front, *kept, *back], len(ids) - len(kept)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of texts of a data set, without BOS; half a surrogate pair in one becomes U+FFFD.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.base import Export, Exported, ExportJob, Proof
 from gemma_deploy.backends.onnxruntime.decoder import build_decoder, embedding_scale, linears_of
+from gemma_deploy.backends.onnxruntime.encoder import build_encoder
 from gemma_deploy.backends.onnxruntime.genai_config import CONFIG_FILE, genai_config
 from gemma_deploy.backends.onnxruntime.lora import adapter_slots
 from gemma_deploy.backends.onnxruntime.options import (
@@ -22,6 +23,7 @@ from gemma_deploy.backends.onnxruntime.options import (
     Kernels,
     OrtOptions,
     contradictions,
+    encoder_problems,
     not_built,
     options_of,
 )
@@ -29,7 +31,7 @@ from gemma_deploy.backends.onnxruntime.window import WINDOW, WINDOW_CACHE, windo
 from gemma_deploy.backends.spec import BuildSpec, Options
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.estimates import BASE_BYTES, GRAPH_BYTES, RUNTIME_BYTES, SESSION_BYTES, StageEstimate
-from gemma_deploy.graph.contract import BATCH, SEQUENCE, AdapterSlots, GraphContract, Port
+from gemma_deploy.graph.contract import BATCH, SEQUENCE, AdapterSlots, EncoderContract, GraphContract, Port
 from gemma_deploy.names import PARAMS
 from gemma_deploy.partition.ranks import input_channels
 from gemma_deploy.quantization.budget import INTEGER_PRODUCTS
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from gemma_deploy.artifact.manifest import LedgerEntry
     from gemma_deploy.artifact.opened import Artifact
     from gemma_deploy.parity.compare import ParityResult
+    from gemma_deploy.runtime.encoder import EncoderGraph
     from gemma_deploy.runtime.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -109,6 +112,7 @@ class OnnxRuntime:
 
     graphs: Sequence[str] = (MODEL,)
     runs_on = "onnxruntime"
+    runs_bf16 = False  # ONNX Runtime has no such kernels for a CPU
     shares_tensors = True
     no_lookup = ""
     options: type[Options] = OrtOptions
@@ -138,14 +142,21 @@ class OnnxRuntime:
         problems = block_problems(input_channels(config, 1)) if spec.scheme.codes else []
         if options_of(spec).cache == WINDOW:
             problems += window_problems(config, spec.context)
+        if config.architecture.encoder:
+            problems += encoder_problems(spec)
         return problems
 
     def codes(self, spec: BuildSpec) -> CodeForm:
         """Unsigned, as the block kernel and the embedding want them; of integer products signed and transposed."""
         return CodeForm(unsigned=True, transposed=options_of(spec).prefill == "fast")
 
-    def contract(self, spec: BuildSpec, config: ModelConfig) -> OrtContract:
+    def contract(self, spec: BuildSpec, config: ModelConfig) -> GraphContract:
         """Batch and lengths are free; P is the longest prompt that is compared, C the positions there are."""
+        if config.architecture.encoder:
+            return EncoderContract.of_encoder(config, batch=1, length=spec.context, dynamic=True)
+        return self._decoder_contract(spec, config)
+
+    def _decoder_contract(self, spec: BuildSpec, config: ModelConfig) -> OrtContract:
         dtype = "bfloat16" if spec.scheme.weights == "bf16" else "float32"
         return OrtContract(
             batch=1,
@@ -169,19 +180,19 @@ class OnnxRuntime:
 
         spec, config = job.spec, job.config
         scale = embedding_scale(config.hidden_size, spec.embed_scale)
-        model = build_decoder(
-            config,
-            chosen_kernels(spec, config, job.unrounded),
-            job.tensors[PARAMS],
-            location=PARAMS,
-            embed_scale=scale,
-            adapters=self.contract(spec, config).adapters,
-        )
+        kernels, rows = chosen_kernels(spec, config, job.unrounded), job.tensors[PARAMS]
+        if config.architecture.encoder:
+            model = build_encoder(config, kernels, rows, location=PARAMS, embed_scale=scale)
+        else:
+            adapters = self._decoder_contract(spec, config).adapters
+            model = build_decoder(config, kernels, rows, location=PARAMS, embed_scale=scale, adapters=adapters)
         log.debug("%s built: %d nodes", GRAPH, len(model.graph))
         return Exported({GRAPH: serialized(model)})
 
     def files(self, spec: BuildSpec, config: ModelConfig) -> dict[str, dict[str, Any]]:
-        """What onnxruntime-genai reads."""
+        """What onnxruntime-genai reads; it runs no encoders."""
+        if config.architecture.encoder:
+            return {}
         options, gpu = options_of(spec), spec.scheme.weights == "bf16"
         assert options.prefill is not None
         # genai's Engine, for which logits of all positions are, refuses models with a chunk_size.
@@ -215,6 +226,19 @@ class OnnxRuntime:
         from gemma_deploy.backends.onnxruntime.engine import open_engine
 
         return open_engine(artifact, threads=threads, strict=strict)
+
+    def encoder(self, artifact: Artifact, *, threads: int = 0, strict: bool = False) -> EncoderGraph:
+        """The graph of an encoder: as it is, or computed exactly."""
+        from gemma_deploy.backends.onnxruntime.exact import exact
+        from gemma_deploy.runtime.encoder import EncoderGraph
+        from gemma_deploy.runtime.session import load_file, open_graph
+
+        path = artifact.path.resolve()
+        model = load_file(path / GRAPH)
+        if strict:
+            exact(model)
+        session = open_graph(model, path, strict=strict, threads=threads)
+        return EncoderGraph(session, artifact.manifest.contract, where=path / GRAPH)
 
     def keep_adapter(
         self, artifact: Artifact, directory: Path, name: str | None = None, *, force: bool = False

@@ -60,7 +60,7 @@ def build_decoder(
     Raises:
         ExportError: graph and file disagree.
     """
-    made = _Decoder(config, kernels, rows, location=location, embed_scale=embed_scale)
+    made = Decoder(config, kernels, rows, location=location, embed_scale=embed_scale)
     if adapters is not None:
         made.updates = Updates(made.nodes, adapters)
         made.weights.used.update(name for name in made.weights.rows if name.endswith(f".{COLUMN_FACTOR}"))
@@ -80,7 +80,9 @@ class _Shared:
     caches: dict[str, ir.Value]  # past_key_values.{i}.{key|value}
 
 
-class _Decoder:
+class Decoder:
+    """The graph of a decoder in the making; an encoder's shares its layers. Arguments as of `build_decoder`."""
+
     def __init__(
         self, config: ModelConfig, kernels: Kernels, rows: Iterable[Row], *, location: str, embed_scale: float
     ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gemma_deploy.artifact.ledger import LedgerEntry, Words, context_entries, shared_entries
+from gemma_deploy.artifact.ledger import LedgerEntry, Words, context_entries, encoder_entries, shared_entries
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.onnxruntime.options import ALL
 
@@ -16,6 +16,8 @@ WORDS = Words(
 
 def ledger_of(manifest: Manifest) -> list[LedgerEntry]:
     """All entries of an artifact."""
+    if manifest.model.sentence is not None:
+        return [*shared_entries(manifest, WORDS), *_encoder_kernels(manifest), *encoder_entries(manifest)]
     last = LedgerEntry(
         "prefill returns the last position's logits only",
         "GatherND behind the last attention",
@@ -27,6 +29,21 @@ def ledger_of(manifest: Manifest) -> list[LedgerEntry]:
         *context_entries(manifest, "rotary tables; genai_config.json"),
         *([] if manifest.contract.logits == ALL else [last]),
     ]
+
+
+def _encoder_kernels(manifest: Manifest) -> list[LedgerEntry]:
+    """What int8 kernels round besides the weights in an encoder."""
+    kernels = manifest.kernels
+    if not kernels:
+        return []
+    how = (
+        "14 bits with a scale for each token"
+        if kernels.integer
+        else (f"8 bits, a scale for each token and {kernels.block} input channels (or group of grouped weights)")
+    )
+    where = "MatMulIntegerToFloat" if kernels.integer else "MatMulNBits"
+    why = "backend.compile.prefill " + ("fast" if kernels.integer else "lean")
+    return [LedgerEntry(f"activations rounded to {how}", f"{where} of every linear", why)]
 
 
 def _kernels(manifest: Manifest) -> list[LedgerEntry]:

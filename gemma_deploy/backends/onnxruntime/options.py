@@ -88,6 +88,20 @@ def not_built(spec: BuildSpec) -> Iterator[str]:
         )
 
 
+def encoder_problems(spec: BuildSpec) -> Iterator[str]:
+    """Options that mean nothing to an encoder, a sentence for each."""
+    given = spec.options
+    assert isinstance(given, OrtOptions)
+    whys = {
+        ("head", "screened"): "it has no LM head",
+        ("cache", "window"): "it has no cache",
+        ("logits", "all"): "it gives no logits",
+    }
+    for (key, value), why in whys.items():
+        if getattr(given, key) == value:
+            yield f"backend.compile.{key}: {value} means nothing to an encoder, {why}: remove the key"
+
+
 @dataclass(frozen=True)
 class Kernels:
     """How the linears of an int8 graph are computed.

@@ -20,7 +20,7 @@ from gemma_deploy.estimates import (
     WRITER_BYTES,
     StageEstimate,
 )
-from gemma_deploy.graph.contract import GRAPHS, GraphContract
+from gemma_deploy.graph.contract import ENCODER, GRAPHS, EncoderContract, GraphContract
 from gemma_deploy.names import PARAMS
 from gemma_deploy.quantization.budget import FLOAT_PRODUCTS
 from gemma_deploy.schemes import CodeForm
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gemma_deploy.artifact.manifest import LedgerEntry
     from gemma_deploy.artifact.opened import Artifact
     from gemma_deploy.parity.compare import ParityResult
+    from gemma_deploy.runtime.encoder import EncoderGraph
     from gemma_deploy.runtime.engine import Engine
 
 
@@ -44,6 +45,7 @@ class StaticPair:
 
     graphs: Sequence[str] = GRAPHS
     runs_on = "onnxruntime"
+    runs_bf16 = True  # float32 products on weights that are stored so
     shares_tensors = False
     no_lookup = "this artifact is static: its decode graph takes one token"
     options: type[Options] = VaccOptions
@@ -83,7 +85,10 @@ class StaticPair:
         return CodeForm()
 
     def contract(self, spec: BuildSpec, config: ModelConfig) -> GraphContract:
-        """Of `ranks` ranks joined, with all their KV heads."""
+        """Of `ranks` ranks joined, with all their KV heads; of an encoder, P or, where it is dynamic, C tokens."""
+        if config.architecture.encoder:
+            length = spec.context if spec.dynamic else spec.prefill
+            return EncoderContract.of_encoder(config, batch=spec.batch, length=length, dynamic=spec.dynamic)
         return GraphContract.of(
             config,
             spec.scheme.form,
@@ -139,6 +144,15 @@ class StaticPair:
         from gemma_deploy.backends.tvm_vacc.engine import StaticEngine
 
         return StaticEngine(artifact, threads=threads, strict=strict, one_reply=one_reply)
+
+    def encoder(self, artifact: Artifact, *, threads: int = 0, strict: bool = False) -> EncoderGraph:
+        """The one graph of an encoder, in ONNX Runtime."""
+        from gemma_deploy.backends.tvm_vacc.sessions import open_session
+        from gemma_deploy.runtime.encoder import EncoderGraph
+
+        file = artifact.path.resolve() / f"{ENCODER}.onnx"
+        session = open_session(file, "strict" if strict else "fast", threads)
+        return EncoderGraph(session, artifact.manifest.contract, where=file)
 
     def keep_adapter(
         self, artifact: Artifact, directory: Path, name: str | None = None, *, force: bool = False

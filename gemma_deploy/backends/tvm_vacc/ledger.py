@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from gemma_deploy.artifact.ledger import LedgerEntry, Words, context_entries, measured_effect, shared_entries
+from gemma_deploy.artifact.ledger import (
+    LedgerEntry,
+    Words,
+    context_entries,
+    encoder_entries,
+    measured_effect,
+    shared_entries,
+)
 from gemma_deploy.artifact.manifest import Manifest
 
 
@@ -12,8 +19,11 @@ def ledger_of(manifest: Manifest) -> list[LedgerEntry]:
     """All entries of an artifact."""
     effect = measured_effect(manifest) if manifest.scheme == "fp32" else {}
     to_nearest = "a 16-bit target rounds activations as well, which this graph does not"
+    shared = shared_entries(manifest, Words(to_nearest, _linears_read(manifest)))
+    if manifest.model.sentence is not None:
+        return [*shared, *encoder_entries(manifest)]
     return [
-        *shared_entries(manifest, Words(to_nearest, _linears_read(manifest))),
+        *shared,
         *context_entries(manifest, "iter1: cache slots; rotary tables"),
         LedgerEntry(
             "prefill returns the last position's logits only",
