@@ -15,6 +15,7 @@ MANIFEST = "manifest.json"
 EMBEDDING = "model.embed_tokens"
 EMBEDDING_WEIGHT = "model.embed_tokens.weight"
 COLUMN_SCALE = "model.embed_tokens.column_scale"
+CACHE_FACTOR = "cache_factor"  # ends the name of what channels of keys or values are divided by, in an int8 cache
 COLUMN_FACTOR = "column_factor"  # ends the name of what the columns of linears that read one input were multiplied by
 LAYERS = "model.layers."
 NORM = "model.norm"

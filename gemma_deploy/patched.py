@@ -8,7 +8,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from gemma_deploy.checkpoint import ModelConfig
+from gemma_deploy.checkpoint import ModelConfig, WeightSource
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.names import CONFIG
 from gemma_deploy.paths import source_code_dir
@@ -67,6 +67,16 @@ def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     setattr(model.get_submodule(owner), last, parameter)
 
 
+def fill_numbers(model: nn.Module, source: WeightSource) -> None:
+    """Give the numbers of layers, which both classes have as buffers, a checkpoint's values in float32."""
+    import torch
+
+    for layer in source.config.layers:
+        if layer.scalar is not None:
+            value = torch.from_numpy(source.rows(f"{layer.prefix}{layer.scalar}", 0, 1))
+            model.get_submodule(layer.prefix.removesuffix(".")).register_buffer(layer.scalar, value)
+
+
 def configured(kind: Callable[..., Any], raw: Mapping[str, Any]) -> Any:
     """A config object of transformers, made from the keys of a config.json.
 
@@ -103,8 +113,7 @@ def patched_causal(config: ModelConfig, **changes: Any) -> nn.Module:
 
 def one_layer_of_each_template(config: ModelConfig) -> dict[str, Any]:
     """Changes for the two above: `config.templates` in their order are all the layers there are."""
-    templates = config.templates
-    return {"num_hidden_layers": len(templates), "layer_types": [layer.kind for layer in templates]}
+    return config.architecture.part_keys(config.templates)
 
 
 def _on_meta(config: ModelConfig, name: str, changes: dict[str, Any]) -> nn.Module:

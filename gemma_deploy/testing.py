@@ -45,6 +45,17 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 512, "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0,
         "query_pre_attn_scalar": 24, "sliding_window": 8, "sliding_window_pattern": 6,
     },
+    "gemma4_text": {
+        **_COMMON, "model_type": "gemma4_text", "architectures": ["Gemma4ForCausalLM"],
+        "hidden_activation": "gelu_pytorch_tanh", "num_hidden_layers": 7, "num_key_value_heads": 2,
+        "max_position_embeddings": 512, "sliding_window": 8, "final_logit_softcapping": 3.0,
+        "global_head_dim": 64, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+    },
+}  # fmt: skip
+TINY_CONFIGS["gemma4_unified_text"] = TINY_CONFIGS["gemma4_text"] | {
+    "model_type": "gemma4_unified_text", "architectures": ["Gemma4UnifiedForCausalLM"],
+    "use_bidirectional_attention": "vision",
 }  # fmt: skip
 
 
@@ -55,10 +66,12 @@ def write_tiny_checkpoint(path: Path, model_type: str, *, seed: int = 0, dtype: 
         dtype: "BF16" or "F32", of the weights on disk.
         changes: config keys to set.
     """
+    from gemma_deploy.architectures import architecture_of
     from gemma_deploy.checkpoint.config import ModelConfig
     from gemma_deploy.checkpoint.expected import expected_tensors
 
     raw = {**TINY_CONFIGS[model_type], **changes}
+    unit = 1 - architecture_of(model_type).norm_offset  # the weight of a norm that changes nothing
     path.mkdir(parents=True, exist_ok=True)
     (path / CONFIG).write_text(json.dumps(raw, indent=1))
     rng = np.random.default_rng(seed)
@@ -66,8 +79,11 @@ def write_tiny_checkpoint(path: Path, model_type: str, *, seed: int = 0, dtype: 
     tensors = {}
     for name, shape in shapes.items():
         # Wide enough that attention, caps and the window matter; norms random so that (1 + w) does.
-        std = 0.3 if "norm" in name else 0.12
-        tensors[name] = (dtype, shape, _encode(rng.standard_normal(shape, np.float32) * std, dtype))
+        mean, std = (unit, 0.3) if "norm" in name or len(shape) == 1 else (0, 0.12)
+        # Scores have the scale of other generations where the norm of queries carries it.
+        size = 0.2 if unit and "q_norm" in name else 1.0
+        values = (rng.standard_normal(shape, np.float32) * std + mean) * size
+        tensors[name] = (dtype, shape, _encode(values, dtype))
     _write_safetensors(path / WEIGHTS, tensors)
     return path
 

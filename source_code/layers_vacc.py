@@ -74,11 +74,12 @@ class LegacyRotary(nn.Module):
         head_dim: D.
         theta: base of the frequencies.
         factor: linear position scaling (Gemma 3, 4B and up, global layers).
+        rotated: share of the pairs that turn, the first ones; frequencies are those of all (Gemma 4, global layers).
     """
 
-    def __init__(self, head_dim: int, theta: float, factor: float = 1.0):
+    def __init__(self, head_dim: int, theta: float, factor: float = 1.0, rotated: float = 1.0):
         super().__init__()
-        self.head_dim, self.theta, self.factor = head_dim, theta, factor
+        self.head_dim, self.theta, self.factor, self.rotated = head_dim, theta, factor, rotated
         self.in_float32 = False  # cos and sin in float32, for activations of any dtype
         self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -89,14 +90,17 @@ class LegacyRotary(nn.Module):
         Raises:
             ValueError: a rope_type that no Gemma has.
         """
-        if rope["rope_type"] not in ("default", "linear"):
-            raise ValueError(f"config.rope_parameters: rope_type is {rope['rope_type']!r}; allowed: default, linear")
-        return cls(head_dim, rope["rope_theta"], rope.get("factor", 1.0) if rope["rope_type"] == "linear" else 1.0)
+        kind, factor = rope["rope_type"], rope.get("factor", 1.0)
+        if kind not in ("default", "linear", "proportional"):
+            raise ValueError(f"config.rope_parameters: rope_type is {kind!r}; allowed: default, linear, proportional")
+        rotated = rope.get("partial_rotary_factor", 1.0) if kind == "proportional" else 1.0
+        return cls(head_dim, rope["rope_theta"], 1.0 if kind == "default" else factor, rotated)
 
     def make_tables(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin: [length, head_dim / 2], float32 on the CPU."""
         with torch.device("cpu"):
             inv_freq = 1.0 / (self.theta ** (torch.arange(0, self.head_dim, 2, dtype=torch.float) / self.head_dim))
+            inv_freq[int(self.rotated * self.head_dim // 2) :] = 0.0
             freqs = torch.arange(length).float()[:, None] * (inv_freq / self.factor)[None, :]
         return freqs.cos(), freqs.sin()
 
@@ -126,9 +130,12 @@ def rotate_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((-x2, x1), dim=-1)
 
 
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x: [batch, heads, seq, head_dim]; cos, sin: [batch, seq, head_dim], whose dtype is computed in."""
-    return ((x * cos.unsqueeze(1)) + (rotate_half(x) * sin.unsqueeze(1))).to(x.dtype)
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int = 1) -> torch.Tensor:
+    """x: [batch, heads, seq, head_dim], or with heads in another dimension; cos, sin: [batch, seq, head_dim].
+
+    Computed in the dtype of cos and sin.
+    """
+    return ((x * cos.unsqueeze(heads)) + (rotate_half(x) * sin.unsqueeze(heads))).to(x.dtype)
 
 
 def additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -299,11 +306,18 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with legacy rotary; Gemma 3 adds RMSNorm on q and k (`qk_norm`)."""
+    """Grouped-query attention with legacy rotary; Gemma 3 adds RMSNorm on q and k (`qk_norm`).
 
-    def __init__(self, config, layer_idx: int, scaling: float, qk_norm: bool = False, softcap: float | None = None):
+    Args:
+        sizes: KV heads and head_dim, where layers differ in them.
+    """
+
+    def __init__(
+        self, config, layer_idx: int, scaling: float, qk_norm: bool = False, softcap: float | None = None, sizes=None
+    ):
         super().__init__()
-        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        kv_heads, dim = sizes or (config.num_key_value_heads, config.head_dim)
+        heads = config.num_attention_heads
         self.config, self.layer_idx, self.head_dim, self.scaling = config, layer_idx, dim, scaling
         self.softcap, self.wide_scores = softcap, False
         self.q_proj = nn.Linear(config.hidden_size, heads * dim, bias=config.attention_bias)
@@ -313,6 +327,16 @@ class Attention(nn.Module):
         if qk_norm:
             self.q_norm = RMSNorm(dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(dim, config.rms_norm_eps)
+
+    def heads_of(self, hidden_states, position_embeddings):
+        """Queries, keys and values [batch, heads, seq, head_dim] of hidden states [batch, seq, hidden]."""
+        batch, seq = hidden_states.shape[:2]
+        q = self.q_proj(hidden_states).view(batch, seq, -1, self.head_dim).transpose(1, 2)
+        k = self.k_proj(hidden_states).view(batch, seq, -1, self.head_dim).transpose(1, 2)
+        v = self.v_proj(hidden_states).view(batch, seq, -1, self.head_dim).transpose(1, 2)
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        return apply_rotary(q, *position_embeddings), apply_rotary(k, *position_embeddings), v
 
     def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None):
         """Attend, and return what this layer adds to the cache.
@@ -326,12 +350,7 @@ class Attention(nn.Module):
             `config.iter_num` 1, past and new together otherwise; None with a `Cache`, which is updated in place.
         """
         batch, seq = hidden_states.shape[:2]
-        q = self.q_proj(hidden_states).view(batch, seq, -1, self.head_dim).transpose(1, 2)
-        k = self.k_proj(hidden_states).view(batch, seq, -1, self.head_dim).transpose(1, 2)
-        v = self.v_proj(hidden_states).view(batch, seq, -1, self.head_dim).transpose(1, 2)
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rotary(q, *position_embeddings), apply_rotary(k, *position_embeddings)
+        q, k, v = self.heads_of(hidden_states, position_embeddings)
         present = (k, v)
         if self.config.iter_num == 1:
             out, probs = decode_attention(
@@ -351,19 +370,22 @@ class Attention(nn.Module):
 
 
 class FourNormLayer(GradientCheckpointingLayer):
-    """Decoder layer of Gemma 2 and 3: attention and MLP with a norm before each and one before its residual add.
+    """Decoder layer of Gemma 2, 3 and 4: attention and MLP with a norm before each and one before its residual add.
 
     Modules stand in the stock class's order: a seed then gives adapters the same first values on either class.
     """
 
-    def __init__(self, config, attention: Attention):
+    norm_class = RMSNorm
+
+    def __init__(self, config, attention: Attention, intermediate_size: int | None = None):
         super().__init__()
+        hidden, norm = config.hidden_size, self.norm_class
         self.self_attn = attention
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_activation)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(hidden, intermediate_size or config.intermediate_size, config.hidden_activation)
+        self.input_layernorm = norm(hidden, config.rms_norm_eps)
+        self.post_attention_layernorm = norm(hidden, config.rms_norm_eps)
+        self.pre_feedforward_layernorm = norm(hidden, config.rms_norm_eps)
+        self.post_feedforward_layernorm = norm(hidden, config.rms_norm_eps)
 
     def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None):
         """hidden_states: [batch, seq, hidden] -> the same, probabilities, present (see `Attention`)."""

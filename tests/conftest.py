@@ -100,7 +100,7 @@ def demo_copy(demo_artifact, tmp_path):
     return shutil.copytree(demo_artifact, tmp_path / demo_artifact.name)
 
 
-@pytest.fixture(scope="session", params=["gemma", "gemma2", "gemma3_text", "vaultgemma"])
+@pytest.fixture(scope="session", params=["gemma", "gemma2", "gemma3_text", "vaultgemma", "gemma4_text"])
 def model_type(request):
     return request.param
 

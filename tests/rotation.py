@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 GENERATIONS = ("gemma", "gemma2", "gemma3_text")
 # Theirs are `slow` where they are costly: tests/test_other_generations.py compiles each in the default run.
-OTHERS = ("vaultgemma",)
+OTHERS = ("vaultgemma", "gemma4_text")
 # Where a case takes an export, a calibration or a run of a model.
 COSTLY = tuple(
     f"tests/{part}"

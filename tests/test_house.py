@@ -173,6 +173,7 @@ def test_generations_are_named_in_their_rows_alone():
         if part_of(file) not in ("architectures", "testing")
         for text, line in literals(file.read_text(encoding="utf-8"))
         if text in NAMES_OF_GENERATIONS
+        and (file.name, text) != ("gguf.py", "gemma4")  # llama.cpp's name of a kind of tokenizer
     ]
     assert not wrong, "\n".join(wrong)
 

@@ -128,4 +128,4 @@ def test_it_is_staged_split_and_refused_by_its_names(run, tmp_path):
     refused = run("inspect", tmp_path / "ck").stderr
     assert "tensor(s) do not fit the config" in refused  # of its language model, which the row has
     (tmp_path / "ck/config.json").write_text('{"model_type": "gemmay"}')
-    assert "gemma3_text, vaultgemma, gemmax_text, gemma3, gemmax" in run("inspect", tmp_path / "ck").stderr
+    assert ", gemmax_text, gemma3, gemma4, gemma4_unified, gemmax" in (run("inspect", tmp_path / "ck").stderr)

@@ -29,10 +29,11 @@ from gemma_deploy.architectures.embedding_gemma import EMBEDDING_GEMMA
 from gemma_deploy.architectures.gemma import GEMMA
 from gemma_deploy.architectures.gemma2 import GEMMA2
 from gemma_deploy.architectures.gemma3 import GEMMA3
+from gemma_deploy.architectures.gemma4 import GEMMA4, GEMMA4_UNIFIED
 from gemma_deploy.architectures.vaultgemma import VAULTGEMMA
 from gemma_deploy.errors import NotBuiltError
 
-ROWS: tuple[Architecture, ...] = (GEMMA, GEMMA2, GEMMA3, VAULTGEMMA, EMBEDDING_GEMMA)
+ROWS: tuple[Architecture, ...] = (GEMMA, GEMMA2, GEMMA3, VAULTGEMMA, GEMMA4, GEMMA4_UNIFIED, EMBEDDING_GEMMA)
 
 
 def model_types() -> tuple[str, ...]:

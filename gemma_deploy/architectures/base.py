@@ -6,8 +6,8 @@ none of them names a model type, and none spells the linears of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 from gemma_deploy.architectures.keys import ConfigKeys
@@ -27,10 +27,20 @@ TANH_GELU: Activation = "gelu_pytorch_tanh"
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding of one kind of layer: base frequency and linear position divisor."""
+    """Rotary embedding of one kind of layer: base frequency and linear position divisor.
+
+    Args:
+        rotated: share of the channel pairs that turn, the first ones; frequencies are those of all pairs.
+    """
 
     theta: float
     factor: float = 1.0
+    rotated: float = 1.0
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain JSON values; without `rotated` where all pairs turn."""
+        plain = asdict(self)
+        return plain if self.rotated != 1.0 else {"theta": self.theta, "factor": self.factor}
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,8 @@ class LayerSpec:
         caches: ("key" or "value", the linear it comes from); both from one linear where keys are values.
         cache_from: the layer whose keys and values it reads; None where it has its own.
         norms: of the hidden size, in file order.
+        value_norm: the norm without weights of each head of values; None where they have none.
+        scalar: the number in the file by which the residual stream is multiplied behind the layer; None for no such.
     """
 
     index: int
@@ -146,6 +158,8 @@ class LayerSpec:
     caches: tuple[tuple[str, str], ...]
     norms: tuple[str, ...]
     cache_from: int | None = None
+    value_norm: str | None = None
+    scalar: str | None = None
 
     @property
     def prefix(self) -> str:
@@ -191,10 +205,12 @@ class LayerSpec:
         return tuple(head // shared * size + channel for head in range(self.heads) for channel in range(size))
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Names within the layer, without `.weight`, and shapes, in file order."""
+        """Names within the layer and shapes, in file order."""
         shapes: dict[str, tuple[int, ...]] = {one.name: (one.out_features, one.in_features) for one in self.linears}
         shapes |= {norm: (self.head_dim,) for _, norm in self.head_norms}
-        return shapes | {norm: (self.hidden_size,) for norm in self.norms}
+        shapes |= {norm: (self.hidden_size,) for norm in self.norms}
+        named = {f"{name}.weight": shape for name, shape in shapes.items()}
+        return named if self.scalar is None else {**named, self.scalar: (1,)}
 
     def points(self) -> tuple[str, ...]:
         """What its modules make, `MODULE.out`, and what last linears read, `MODULE.in`, in running order."""
@@ -292,6 +308,11 @@ class Gguf:
     config: Callable[[Callable[[str], Any]], dict[str, Any]]
 
 
+def part_keys(layers: Sequence[LayerSpec]) -> dict[str, Any]:
+    """Keys of config.json by which the patched classes have these layers, and no others."""
+    return {"num_hidden_layers": len(layers), "layer_types": [layer.kind for layer in layers]}
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A generation.
@@ -308,6 +329,9 @@ class Architecture:
         gguf: what llama.cpp calls all that; None where it has no such model.
         read: the generation's own keys of a config.json; layers: their number, or 1 where that is wrong.
         layer: the layer of a number; branches: all that some layer has.
+        part_keys: of config.json, by which the patched classes have some layers and no others.
+        positions_first: whether heads are normed as [batch, positions, heads, head_dim].
+        causal_text: what `use_bidirectional_attention` may say, because text stays causal with it.
     """
 
     name: str
@@ -326,3 +350,6 @@ class Architecture:
     norm_offset: float = 1.0
     encoder: bool = False
     written_as: str = ""
+    part_keys: Callable[[Sequence[LayerSpec]], dict[str, Any]] = part_keys
+    positions_first: bool = False
+    causal_text: tuple[str, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from gemma_deploy.architectures.base import (
@@ -50,6 +51,7 @@ FOUR_NORMS = (
     *("input_layernorm", "post_attention_layernorm"),
     *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )
+VALUE_NORM = "self_attn.v_norm"  # of Gemma 3n and 4; it has no weight
 
 
 def gate_up(norm: str) -> InputGroup:
@@ -57,11 +59,28 @@ def gate_up(norm: str) -> InputGroup:
     return InputGroup(("mlp.gate_proj", "mlp.up_proj"), norm=norm, fused="mlp.gate_up_proj")
 
 
-def attention(post_norm: str | None, head_norms: tuple[tuple[str, str], ...] = ()) -> Branch:
-    """Grouped-query attention."""
-    inner = (*QKV.readers, *(norm for _, norm in head_norms))
-    between = "rotary embedding, mask, softmax or cache"
-    return Branch("self_attn", "input_layernorm", QKV, ATTENDED, post_norm, inner, attends=True, between=between)
+def attention(
+    post_norm: str | None, head_norms: tuple[tuple[str, str], ...] = (), *, value_norm: str | None = None
+) -> Branch:
+    """Grouped-query attention.
+
+    Args:
+        value_norm: of each head of values; no factor of v_proj's rows passes it. Queries are normed first then.
+    """
+    inner: tuple[str, ...] = (*QKV.readers, *(norm for _, norm in head_norms))
+    between, attended = "rotary embedding, mask, softmax or cache", ATTENDED
+    if value_norm:
+        (query, query_norm), (_, key_norm) = head_norms
+        inner = (query, query_norm, *QKV.readers[1:], key_norm, value_norm)
+        attended = replace(ATTENDED, maker=None)
+    return Branch("self_attn", "input_layernorm", QKV, attended, post_norm, inner, attends=True, between=between)
+
+
+def without_values(branch: Branch) -> Branch:
+    """The same attention where keys are values: there is no v_proj."""
+    readers = branch.entry.readers[:2]
+    inner = tuple(name for name in branch.inner if name != branch.entry.readers[2])
+    return replace(branch, entry=replace(branch.entry, readers=readers, fused="self_attn.qk_proj"), inner=inner)
 
 
 def gated_mlp(norm: str, post_norm: str | None) -> Branch:
@@ -78,19 +97,24 @@ def decoder_layer(
     norms: tuple[str, ...],
     attention_scale: float,
     head_norms: tuple[tuple[str, str], ...] = (),
+    sizes: tuple[int, int] | None = None,
 ) -> LayerSpec:
-    """A layer of the sizes that the config has for all of them."""
+    """A layer of the sizes that the config has for all of them.
+
+    Args:
+        sizes: KV heads and head_dim of this one, where layers differ in them.
+    """
     kind, hidden, inner = config.layer_types[index], config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
+    kv_heads, head_dim = sizes or (config.num_key_value_heads, config.head_dim)
+    queries, keys = config.num_attention_heads * head_dim, kv_heads * head_dim
     return LayerSpec(
         index=index,
         kind=kind,
         template=kind,
         hidden_size=hidden,
         heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         intermediate_size=inner,
         window=config.sliding_window if kind == "sliding_attention" else None,
         rope=config.rope[kind],
@@ -163,12 +187,17 @@ def rope(
     found = {**(entry if isinstance(entry, dict) else {}), **scaling}
     theta = found.get("rope_theta")
     theta = keys.number(legacy, default=default) if theta is None else keys.positive(where, theta)
-    kind, factor = found.get("rope_type") or found.get("type") or "default", 1.0
+    kind, factor, rotated = found.get("rope_type") or found.get("type") or "default", 1.0, 1.0
     if kind == "linear":
         factor = keys.positive(f"{where} factor", found.get("factor"))
+    elif kind == "proportional":
+        factor = keys.positive(f"{where} factor", found.get("factor", 1.0))
+        rotated = keys.positive(f"{where} partial_rotary_factor", found.get("partial_rotary_factor", 1.0))
+        if rotated > 1:
+            keys.problem(f"{where} partial_rotary_factor", rotated, "a share, 1 at most")
     elif kind != "default":
-        keys.problem(f"{where} rope_type", kind, "default or linear: no Gemma uses another")
-    return Rope(theta, factor)
+        keys.problem(f"{where} rope_type", kind, "default, linear or proportional: no Gemma uses another")
+    return Rope(theta, factor, rotated)
 
 
 def one_rope(keys: ConfigKeys, layer_types: tuple[LayerType, ...]) -> dict[LayerType, Rope]:

@@ -139,11 +139,11 @@ def _quantized(manifest: Manifest, words: Words, effect: dict[str, Any]) -> Ledg
 
 
 def _cache(contract: ContractRecord, effect: dict[str, Any]) -> LedgerEntry:
-    heads, dim = contract.kv_heads, contract.head_dim
+    alike = dict.fromkeys(contract.geometry or ((contract.kv_heads, contract.head_dim),))
+    each = [f"{2 * heads * (dim + 2)} bytes a token and layer, float16 takes {4 * heads * dim}" for heads, dim in alike]
     return LedgerEntry(
         "keys and values are kept as int8, with a float16 scale for each head and token",
-        f"past_key_values and present of every layer: {2 * heads * (dim + 2)} bytes a token and layer, "
-        f"float16 takes {4 * heads * dim}",
+        f"past_key_values and present of every layer: {'; or '.join(each)}",
         "frontend.quantize.type +kv8; channels are divided by factors from calibration text before they are rounded, "
         "and attention reads the new token through its codes as well",
         effect,

@@ -161,6 +161,7 @@ class ContractRecord(Open):
         logits: of ONNX Runtime's graph: of the `last` token or of `all`.
         not_for: what a caller may try that is refused or goes wrong, as sentences; None of graphs that say nothing.
         adapters: what it takes of a LoRA adapter at run time; None: nothing.
+        geometry: KV heads and head_dim of each layer of the model; None where all are alike.
     """
 
     batch: Size
@@ -173,6 +174,7 @@ class ContractRecord(Open):
     logits: str | None = None
     not_for: tuple[str, ...] | None = None
     adapters: AdapterSlots | None = None
+    geometry: tuple[tuple[Size, Size], ...] | None = None
     graphs: dict[Graph, GraphRecord]
 
     @model_serializer(mode="wrap")

@@ -6,8 +6,8 @@ A point is named `MODULE.in` or `MODULE.out`, MODULE as in the checkpoint: `mode
 from __future__ import annotations
 
 from gemma_deploy.architectures import LayerSpec, input_groups
+from gemma_deploy.names import CACHE_FACTOR
 
-CACHE_FACTOR = "cache_factor"
 SHARD_TOKENS = 2048  # windows of about so many tokens pass through a layer together, see shards.py
 TOKENS = 1024  # inputs kept as they are, of each group of linears, where activations are rounded
 LAYER_OUTPUT = "out"
@@ -30,7 +30,10 @@ def input_point(linear: str) -> str:
 
 def cache_factor_names(layer: LayerSpec) -> dict[str, str]:
     """The parameters [Hk * D] by which channels of a layer's "key" and "value" are divided before they become codes."""
-    return {part: f"{layer.prefix}{maker}.{CACHE_FACTOR}" for part, maker in layer.caches}
+    makers = dict(layer.caches)
+    if makers.get("key") == makers.get("value"):  # both come from one linear
+        makers["value"] = layer.value_norm or f"{makers['value']}.value"
+    return {part: f"{layer.prefix}{maker}.{CACHE_FACTOR}" for part, maker in makers.items()}
 
 
 def split_point(point: str) -> tuple[int | None, str]:

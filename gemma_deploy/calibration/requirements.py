@@ -30,7 +30,7 @@ def workers_bytes(
         moments: for the quantizer; `calibrate` observes ranges, which take no room.
     """
     weights, window = _weights(config), _activations(config, seqlen)
-    columns = max(config.intermediate_size, config.num_attention_heads * config.head_dim, config.hidden_size)
+    columns = max(linear.in_features for layer in config.templates for linear in layer.linears)
     shard = max(SHARD_TOKENS, seqlen) * columns if moments else 0
     if processes == 1:
         return 4 * ((threads - 1) * window + threads * shard), 0
@@ -48,17 +48,15 @@ def memory_bytes(config: ModelConfig, nsamples: int, seqlen: int, *, processes: 
 
 
 def _weights(config: ModelConfig) -> int:
-    """Elements of the seven matrices of a layer."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    return 3 * config.hidden_size * config.intermediate_size + 2 * config.hidden_size * config.head_dim * (
-        heads + kv_heads
-    )
+    """Elements of the matrices of the largest layer."""
+    return max(sum(one.out_features * one.in_features for one in layer.linears) for layer in config.templates)
 
 
 def _activations(config: ModelConfig, seqlen: int) -> int:
     """Elements alive while a window passes through a layer."""
     scores = SCORES * config.num_attention_heads * seqlen * seqlen
-    return scores + seqlen * (4 * config.intermediate_size + 8 * config.hidden_size)
+    widest = max(layer.intermediate_size for layer in config.templates)
+    return scores + seqlen * (4 * widest + 8 * config.hidden_size)
 
 
 def states_bytes(config: ModelConfig, nsamples: int, seqlen: int) -> int:

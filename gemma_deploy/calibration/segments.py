@@ -87,4 +87,4 @@ def walk(layer: Walkable, state: np.ndarray, route: Route, *, stop: str | None, 
         if begin <= 2 * number + 1:
             added = module.get_submodule(leaving)(made)
             hidden = hidden + (module.get_submodule(branch.post_norm)(added) if branch.post_norm else added)
-    return (hidden,)
+    return (hidden if spec.scalar is None else hidden * module.get_buffer(spec.scalar),)

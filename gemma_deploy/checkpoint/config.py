@@ -72,7 +72,7 @@ class ModelConfig:
     pad_token_id: int | None
     eos_token_ids: tuple[int, ...]
     raw: dict[str, Any] = field(repr=False, compare=False)
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = field(default=(), compare=False)  # they name the file
     sentence: SentenceHead | None = None
 
     @classmethod
@@ -134,6 +134,7 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, without the raw config, for the manifest."""
         plain = {key: value for key, value in asdict(self).items() if key != "raw"}
+        plain["rope"] = {kind: rope.to_dict() for kind, rope in self.rope.items()}
         if self.sentence is None:
             del plain["sentence"]
         return plain | {key: list(plain[key]) for key in ("layer_types", "eos_token_ids", "warnings")}
@@ -199,7 +200,8 @@ def _refuse_unbuilt(keys: ConfigKeys, row: Architecture) -> None:
         keys.problem("quantization_config", f"already quantized ({method})", "bf16, fp16 or fp32 weights")
     if raw.get("attention_bias"):
         keys.problem("attention_bias", raw["attention_bias"], "false: no Gemma has attention biases")
-    if raw.get("use_bidirectional_attention") and not row.encoder:
+    both_ways = raw.get("use_bidirectional_attention")
+    if both_ways and not row.encoder and both_ways not in row.causal_text:
         keys.problem("use_bidirectional_attention", True, f"false: of {row.name}, only causal models are compiled")
 
 

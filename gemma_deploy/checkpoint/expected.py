@@ -14,7 +14,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     table = (config.vocab_size, config.hidden_size)
     tensors: dict[str, tuple[int, ...]] = {EMBEDDING_WEIGHT: table}
     for layer in config.layers:
-        tensors |= {f"{layer.prefix}{name}.weight": shape for name, shape in layer.tensors().items()}
+        tensors |= {f"{layer.prefix}{name}": shape for name, shape in layer.tensors().items()}
     tensors[NORM_WEIGHT] = (config.hidden_size,)
     if config.architecture.encoder:
         return tensors | ({} if config.sentence is None else config.sentence.tensors())

@@ -16,7 +16,15 @@ PREFIX = "model."
 # The text model inside multimodal Gemmas, as transformers has named it: prefix there -> prefix here.
 INSIDE = {"model.language_model.": "model.", "language_model.model.": "model.", "language_model.": ""}
 # Parts of multimodal Gemmas that read images and sounds. A text model has no use for them.
-TOWERS = ("vision_tower", "multi_modal_projector", "audio_tower", "embed_vision", "embed_audio", "vision_model")
+TOWERS = (
+    "vision_tower",
+    "multi_modal_projector",
+    "audio_tower",
+    "embed_vision",
+    "embed_audio",
+    "vision_model",
+    "vision_embedder",
+)
 # A classifier's head is no part of a language model; staging carries it because it links the whole file.
 CLASSIFIER_HEAD = "score.weight"
 

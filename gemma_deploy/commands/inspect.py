@@ -178,8 +178,7 @@ def checkpoint_facts(checkpoint: Any) -> dict[str, Any]:
             "format": checkpoint.format,
             **adapter_facts([one.to_json() for one in checkpoint.adapters]),
             "model": f"{config.model_type}, {config.num_hidden_layers} layers",
-            "heads": f"{config.num_attention_heads}, {config.num_key_value_heads} for keys and values, of "
-            f"{config.head_dim}",
+            "heads": "; ".join(head_lines(config)),
             "hidden, intermediate": f"{config.hidden_size}, {config.intermediate_size}",
             "vocabulary": f"{config.vocab_size}, {'tied' if config.tie_word_embeddings else 'LM head of its own'}",
             "positions": config.max_position_embeddings,
@@ -194,6 +193,17 @@ def checkpoint_facts(checkpoint: Any) -> dict[str, Any]:
         "parameters": sizes((one.dtype, one.nbytes) for one in checkpoint.tensors.values()),
         "notes": [{"note": note} for note in dict.fromkeys((*checkpoint.notes, *config.warnings, *text.notes))],
     }
+
+
+def head_lines(config: Any) -> list[str]:
+    """Heads of every layer, or of each kind of layer where they differ."""
+    found: dict[str, list[str]] = {}
+    for layer in config.layers:
+        said = f"{layer.heads}, {layer.kv_heads} for keys and values, of {layer.head_dim}"
+        kinds = found.setdefault(said, [])
+        if layer.kind not in kinds:
+            kinds.append(layer.kind)
+    return list(found) if len(found) == 1 else [f"{said} ({', '.join(kinds)})" for said, kinds in found.items()]
 
 
 def sizes(tensors: Any) -> list[dict[str, Any]]:

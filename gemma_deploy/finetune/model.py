@@ -14,7 +14,7 @@ from gemma_deploy.checkpoint import Checkpoint, WeightSource
 from gemma_deploy.errors import UsageError
 from gemma_deploy.finetune.settings import FinetuneSettings
 from gemma_deploy.names import EMBEDDING_WEIGHT, GENERATION_CONFIG, HEAD_WEIGHT
-from gemma_deploy.patched import patched_config, patched_module, set_parameter, stock_config
+from gemma_deploy.patched import fill_numbers, patched_config, patched_module, set_parameter, stock_config
 from gemma_deploy.staging import stage_checkpoint
 
 if TYPE_CHECKING:
@@ -119,6 +119,7 @@ def fill(model: nn.Module, weights: WeightSource) -> None:
     for name, one in list(model.named_parameters()):
         if name in weights.tensors and one.is_meta:
             set_parameter(model, name, nn.Parameter(read_tensor(weights, name)))
+    fill_numbers(model, weights)
     if HEAD_WEIGHT not in weights.tensors:
         model.tie_weights()
     left = [name for name, one in model.named_parameters() if one.is_meta]

@@ -80,6 +80,8 @@ class GraphContract:
         dynamic: batch and lengths are free.
         hidden_size: H; hidden_dtype: of what passes between stages, float16 in fp16 artifacts.
         first_layer: `layers` are counted from it; embeds, heads: whether token ids enter and logits leave.
+        geometry: KV heads and head_dim of each layer of the whole model, where they are not `kv_heads` and `head_dim`
+            in all of them; else ().
     """
 
     batch: int
@@ -96,6 +98,7 @@ class GraphContract:
     first_layer: int = 0
     embeds: bool = True
     heads: bool = True
+    geometry: tuple[tuple[int, int], ...] = ()
 
     @property
     def graph_names(self) -> tuple[str, ...]:
@@ -117,13 +120,15 @@ class GraphContract:
     ) -> GraphContract:
         """Contract of the whole of `config` compiled as `scheme`; of `ranks` ranks joined, with all their KV heads."""
         dtype = "float16" if scheme == "fp16" else "float32"
+        kv_heads, head_dim, geometry = kv_shapes(config, ranks)
         return cls(
             batch=batch,
             prefill=prefill,
             context=context,
             layers=config.num_hidden_layers,
-            kv_heads=kv_heads_of(config.num_key_value_heads, ranks) * ranks,
-            head_dim=config.head_dim,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            geometry=geometry,
             vocab_size=config.vocab_size,
             cache_dtype="int8" if int8_cache else dtype,
             dynamic=dynamic,
@@ -135,13 +140,21 @@ class GraphContract:
         """Contract of one rank of one stage."""
         span = part.span
         return replace(
-            self,
+            self.of_rank(part.ranks),
             layers=span.stop - span.start,
             first_layer=span.start,
-            kv_heads=self.kv_heads // part.ranks,
             embeds=span.embeds,
             heads=span.heads,
         )
+
+    def of_rank(self, ranks: int) -> GraphContract:
+        """The same with the KV heads of one rank."""
+        geometry = tuple((heads // ranks, size) for heads, size in self.geometry)
+        return replace(self, kv_heads=self.kv_heads // ranks, geometry=geometry)
+
+    def kv_shape(self, layer: int) -> tuple[int, int]:
+        """KV heads and head_dim of a layer, by its number in the whole model."""
+        return self.geometry[layer] if self.geometry else (self.kv_heads, self.head_dim)
 
     def inputs(self, graph: str) -> tuple[Port, ...]:
         """Inputs of `iter0` or `iter1`, in order."""
@@ -177,7 +190,10 @@ class GraphContract:
             }
             for graph in self.graph_names
         }
-        return {**asdict(self), "graphs": graphs}
+        sizes = asdict(self)
+        if not self.geometry:
+            del sizes["geometry"]
+        return {**sizes, "graphs": graphs}
 
     def _sizes(self, graph: str) -> tuple[int | str, int | str, int | str]:
         """Batch, new tokens, columns of the attention mask."""
@@ -188,7 +204,8 @@ class GraphContract:
     def _cache(self, prefix: str, length: int | str) -> list[Port]:
         batch, ports = BATCH if self.dynamic else self.batch, []
         for i in range(self.first_layer, self.first_layer + self.layers):
-            shape = (batch, self.kv_heads, self._positions(i, length), self.head_dim)
+            heads, size = self.kv_shape(i)
+            shape = (batch, heads, self._positions(i, length), size)
             for part in ("key", "value"):
                 ports.append(Port(f"{prefix}.{i}.{part}", self.cache_dtype, shape))
                 if self.cache_dtype == "int8":
@@ -261,3 +278,10 @@ class EncoderContract(GraphContract):
 
     def _lengths(self) -> tuple[int | str, int | str]:
         return (BATCH, SEQUENCE) if self.dynamic else (self.batch, self.prefill)
+
+
+def kv_shapes(config: ModelConfig, ranks: int = 1) -> tuple[int, int, tuple[tuple[int, int], ...]]:
+    """KV heads and head_dim of most layers, and of each layer where they differ; of `ranks` ranks joined."""
+    each = tuple((kv_heads_of(layer.kv_heads, ranks) * ranks, layer.head_dim) for layer in config.layers)
+    heads, size = kv_heads_of(config.num_key_value_heads, ranks) * ranks, config.head_dim
+    return heads, size, each if {*each} != {(heads, size)} else ()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.graph.collectives import all_gather
 from gemma_deploy.graph.contract import DECODE, GraphContract
 from gemma_deploy.graph.skeleton import Skeleton
@@ -111,17 +112,19 @@ def example_inputs(skeleton: Skeleton, contract: GraphContract, graph: str, *, h
     def zeros(*shape: int, dtype: torch.dtype = skeleton.dtype) -> torch.Tensor:
         return torch.zeros((), dtype=dtype).expand(shape)
 
-    def part() -> tuple[torch.Tensor, ...]:  # fresh tensors: torch.export takes one object given twice for one input
-        turns = [zeros(batch, seq, contract.head_dim, dtype=skeleton.score_dtype) for _ in range(2)]
+    def part(layer: LayerSpec) -> tuple[torch.Tensor, ...]:
+        # Fresh tensors: torch.export takes one object given twice for one input.
+        kv_heads, head_dim = contract.kv_shape(layer.index)
+        turns = [zeros(batch, seq, head_dim, dtype=skeleton.score_dtype) for _ in range(2)]
         mask = zeros(batch, 1, seq, keys, dtype=skeleton.score_dtype)
         tensors = [zeros(batch, seq, hidden_size), *turns, mask]
         if decode:
-            tensors += [zeros(batch, contract.kv_heads, past, contract.head_dim) for _ in range(2)]
+            tensors += [zeros(batch, kv_heads, past, head_dim) for _ in range(2)]
         return tuple(tensors)
 
     ids = torch.zeros(batch, seq, dtype=torch.int64)
     mask = torch.ones(batch, keys, dtype=torch.int64)
-    return ids, mask, ids.clone(), [part() for _ in skeleton.templates], zeros(batch, seq, hidden_size)
+    return ids, mask, ids.clone(), [part(layer) for layer in skeleton.templates], zeros(batch, seq, hidden_size)
 
 
 def dynamic_dimensions(skeleton: Skeleton, graph: str) -> tuple[Any, ...]:

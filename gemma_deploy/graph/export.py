@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection
-from dataclasses import replace
 
 import onnx_ir as ir
 from torch import nn
@@ -84,7 +83,7 @@ class Traced:
     ) -> None:
         started = time.perf_counter()
         self.config, self.contract, self.unrounded = config, contract, unrounded
-        local = replace(contract.computed, kv_heads=contract.kv_heads // ranks)
+        local = contract.computed.of_rank(ranks)
         skeletons = {
             graph: build_skeleton(
                 config,

@@ -104,7 +104,7 @@ def _store(
 ) -> None:
     """Give every module its zero-storage weights in the form the artifact stores them."""
     weight_dtype = torch.bfloat16 if scheme == "bf16" else dtype
-    quantization = patched_module("quantization_vacc")
+    quantization, norm = patched_module("quantization_vacc"), patched_module("layers_vacc").RMSNorm
     for path, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
             if not isinstance(child, nn.Linear) or (child is model.lm_head and config.tie_word_embeddings):
@@ -121,8 +121,11 @@ def _store(
                 child.weight = nn.Parameter(_zeros(shape, weight_dtype), requires_grad=False)
                 continue
             setattr(parent, name, new)
-        if type(parent).__name__ == "RMSNorm":  # computes in float32: stored that way in every scheme
+        if isinstance(parent, norm) and parent.weight is not None:  # computes in float32: stored so in every scheme
             parent.weight = nn.Parameter(_zeros(parent.weight.shape, torch.float32), requires_grad=False)
+    for layer, module in zip(config.templates, model.model.layers, strict=True):
+        if layer.scalar is not None:
+            module.register_buffer(layer.scalar, _zeros((1,), torch.float32))
     _store_table(model, config, scheme, dtype, ranks, storage)
 
 
@@ -155,13 +158,12 @@ def _divide(model: nn.Module, in_float32: bool) -> None:
 
 def _rescale(model: nn.Module, templates: Sequence[LayerSpec], rescaling: Rescaling) -> None:
     """Make parameters of what rescaling changes from layer to layer, and widen what no power of two can save."""
-    stored = patched_module("quantization_vacc").StoredLinear
+    stored, blocks = patched_module("quantization_vacc").StoredLinear, patched_module("layers_vacc")
     for module in list(model.modules()):
-        kind = type(module).__name__
-        if kind == "RMSNorm":
+        if isinstance(module, blocks.RMSNorm):
             del module.eps
             module.register_buffer("eps", _zeros((1,), torch.float32))
-        elif kind == "Attention":
+        elif isinstance(module, blocks.Attention):
             del module.scaling
             module.register_buffer("scaling", _zeros((1,), torch.float32))
             module.wide_scores = True

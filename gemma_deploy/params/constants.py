@@ -30,6 +30,7 @@ def rotary_rows(spec: ParamSpec, start: int, stop: int) -> torch.Tensor:
     head_dim = 2 * spec.shape[1]
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     inv_freq = 1.0 / (spec.rope.theta**exponent)
+    inv_freq[int(spec.rope.rotated * head_dim // 2) :] = 0.0
     if spec.rope.factor != 1.0:
         inv_freq /= spec.rope.factor
     angles = torch.arange(start, stop, dtype=torch.float32)[:, None] * inv_freq

@@ -108,7 +108,7 @@ def build_plan(
         module = name.removesuffix(".weight")
         if len(shape) == 1:
             specs.append(ParamSpec(name, shape, "float32", "cast", name))
-            if scheme == "fp16":
+            if scheme == "fp16" and name != module:
                 eps = config.rms_norm_eps * 4.0 ** -rescaling.of(f"{module}.in")
                 specs.append(ParamSpec(f"{module}.eps", (1,), "float32", "constant", value=eps))
         elif MATRIX_DTYPE[scheme] == "int8" and name not in behind and (codes := storage.of(module)):
@@ -132,6 +132,7 @@ def build_plan(
             specs.append(ParamSpec(name, shape, MATRIX_DTYPE[scheme], "cast", name))
     if scheme == "fp16":
         specs += [_attention_scale(layer, rescaling) for layer in layers]
+        specs += [_value_eps(layer, rescaling, config.rms_norm_eps) for layer in layers if layer.value_norm]
     if int8_cache:
         for layer in layers:
             channels = (layer.kv_heads * layer.head_dim,)
@@ -167,6 +168,12 @@ def _factors(layer: LayerSpec) -> Iterator[ParamSpec]:
     for group in layer.groups:
         name = f"{layer.prefix}{group.observed}.{COLUMN_FACTOR}"
         yield ParamSpec(name, (layer.linear(group.observed).in_features,), "float32", "stored", name)
+
+
+def _value_eps(layer: LayerSpec, rescaling: Rescaling, eps: float) -> ParamSpec:
+    """Of the norm of values, which has no weight beside which it would stand."""
+    name = f"{layer.prefix}{layer.value_norm}"
+    return ParamSpec(f"{name}.eps", (1,), "float32", "constant", value=eps * 4.0 ** -rescaling.of(f"{name}.in"))
 
 
 def _attention_scale(layer: LayerSpec, rescaling: Rescaling) -> ParamSpec:

@@ -27,7 +27,7 @@ from gemma_deploy.errors import CheckpointError, NotBuiltError
 from gemma_deploy.names import EMBEDDING, EMBEDDING_WEIGHT
 from gemma_deploy.parity.gates import MERGE
 from gemma_deploy.parity.reference import LINEARS, TorchSource
-from gemma_deploy.patched import set_parameter, stock_config
+from gemma_deploy.patched import fill_numbers, set_parameter, stock_config
 
 HEAD_BLOCK_BYTES = 64 << 20  # of its rows as float32; each block is a model of its own
 VOCABULARY = (".embed_tokens.", ".lm_head.")
@@ -132,7 +132,7 @@ class PeftSource(TorchSource):
         checkpoint, config = self.checkpoint, self.checkpoint.config
         changes: dict[str, Any] = {"vocab_size": len(rows), "pad_token_id": None}
         if not decoder:
-            changes |= {"num_hidden_layers": 1, "layer_types": list(config.layer_types[:1])}
+            changes |= config.architecture.part_keys(config.layers[:1])
         with init_empty_weights(include_buffers=False):
             causal = AutoModelForCausalLM.from_config(
                 stock_config(config, **changes), attn_implementation="eager", dtype=torch.float32
@@ -144,6 +144,8 @@ class PeftSource(TorchSource):
             if parameter.is_meta and name in checkpoint.tensors and parameter.ndim == 1:
                 values = checkpoint.rows(name, 0, checkpoint.tensors[name].shape[0])
                 set_parameter(causal, name, nn.Parameter(torch.from_numpy(values), requires_grad=False))
+        if decoder:
+            fill_numbers(causal, checkpoint)
         values = self._base_rows(EMBEDDING_WEIGHT, rows)
         if decoder:  # which reads the table as the embedding alone
             values = self.embedded(values)

@@ -128,14 +128,18 @@ class TorchSource:
             wanted: is asked for each name, `MODULE.out` or `MODULE.in`.
             keep: called with the name and a float32 array [positions, features].
         """
+        turned = not self.checkpoint.config.architecture.positions_first
+
+        def kept(name: str, value: torch.Tensor) -> None:
+            keep(name, _flat(value, turned))
 
         def watch(model: nn.Module) -> None:
             for name, module in model.named_modules():
                 name = f"model.{name}"
                 if wanted(f"{name}.in"):
-                    module.register_forward_pre_hook(_hand_over_input(f"{name}.in", keep), with_kwargs=True)
+                    module.register_forward_pre_hook(_hand_over_input(f"{name}.in", kept), with_kwargs=True)
                 if wanted(f"{name}.out"):
-                    module.register_forward_hook(_hand_over_output(f"{name}.out", keep))
+                    module.register_forward_hook(_hand_over_output(f"{name}.out", kept))
 
         with torch.inference_mode():
             self._forward([case.sequence(row)], watch)
@@ -204,6 +208,11 @@ class TorchSource:
                 module.register_forward_pre_hook(_remember_input(f"{name}.in", self.absmax), with_kwargs=True)
             if name.endswith((*LINEARS, "norm", "act_fn", "embed_tokens")) or name.rpartition(".")[2].isdigit():
                 module.register_forward_hook(_remember_output(f"{name}.out", self.absmax))
+        for layer in (layer for layer in self.checkpoint.config.layers if layer.scalar):
+            number = float(self.checkpoint.rows(f"{layer.prefix}{layer.scalar}", 0, 1)[0])
+            if number:  # the stream in front of the layer's number
+                hook = _remember_output(f"{layer.prefix}unscaled", self.absmax, 1 / number)
+                model.layers[layer.index].register_forward_hook(hook)
 
 
 class StreamedLinear(nn.Module):
@@ -258,9 +267,9 @@ def _first_tensor(value: Any) -> torch.Tensor:
     return value if isinstance(value, torch.Tensor) else value[0]
 
 
-def _flat(value: torch.Tensor) -> np.ndarray:
-    """[1, positions, ...] or [1, heads, positions, D] -> [positions, features]."""
-    if value.ndim == 4:
+def _flat(value: torch.Tensor, turned: bool) -> np.ndarray:
+    """[1, positions, ...] -> [positions, features]; of four dimensions [1, heads, positions, D] where `turned`."""
+    if value.ndim == 4 and turned:
         value = value.transpose(1, 2)
     return value[0].reshape(value.shape[1], -1).float().numpy()
 
@@ -270,9 +279,9 @@ def _remember(name: str, found: dict[str, float], values: torch.Tensor) -> None:
     found[name] = float(np.max([found.get(name, 0.0), float(high), -float(low)]))  # NaN stays NaN
 
 
-def _remember_output(name: str, found: dict[str, float]) -> Callable[..., None]:
+def _remember_output(name: str, found: dict[str, float], factor: float = 1.0) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        _remember(name, found, _first_tensor(getattr(output, "last_hidden_state", output)))
+        _remember(name, found, factor * _first_tensor(getattr(output, "last_hidden_state", output)))
 
     return hook
 
@@ -284,15 +293,15 @@ def _remember_input(name: str, found: dict[str, float]) -> Callable[..., None]:
     return hook
 
 
-def _hand_over_output(name: str, keep: Callable[[str, np.ndarray], None]) -> Callable[..., None]:
+def _hand_over_output(name: str, keep: Callable[[str, torch.Tensor], None]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        keep(name, _flat(_first_tensor(output)))
+        keep(name, _first_tensor(output))
 
     return hook
 
 
-def _hand_over_input(name: str, keep: Callable[[str, np.ndarray], None]) -> Callable[..., None]:
+def _hand_over_input(name: str, keep: Callable[[str, torch.Tensor], None]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        keep(name, _flat(_first_tensor(args[0] if args else kwargs["hidden_states"])))
+        keep(name, _first_tensor(args[0] if args else kwargs["hidden_states"]))
 
     return hook

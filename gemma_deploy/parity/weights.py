@@ -127,16 +127,16 @@ class _Compared:
     checkpoint: WeightSource
     stored: ArtifactWeights
 
-    def gains(self, norm: str) -> tuple[np.ndarray, np.ndarray]:
-        """What a norm multiplies by, [hidden] float64: the checkpoint's and the artifact's."""
-        name, size = f"{norm}.weight", self.checkpoint.tensors[f"{norm}.weight"].shape[0]
-        offset, both = self.checkpoint.config.architecture.norm_offset, (self.checkpoint, self.stored)
+    def gains(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """What a norm's weight, or a number, multiplies by, [hidden] float64: the checkpoint's and the artifact's."""
+        size, both = self.checkpoint.tensors[name].shape[0], (self.checkpoint, self.stored)
+        offset = self.checkpoint.config.architecture.norm_offset if name.endswith(".weight") else 0.0
         expected, found = (offset + one.rows(name, 0, size).astype(np.float64) for one in both)
         return expected, found
 
     def norm_factors(self, norm: str) -> np.ndarray:
         """[hidden] by which a norm's gain was divided; 1 where it lets nothing through."""
-        expected, found = self.gains(norm)
+        expected, found = self.gains(f"{norm}.weight")
         open_ = np.abs(expected) > CLOSED * np.abs(expected).max()
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(open_, expected / found, 1).astype(np.float32)
@@ -162,8 +162,8 @@ class _Compared:
         return np.concatenate(factors).astype(np.float32)
 
     def norm(self, name: str) -> Difference:
-        """A norm by its gain."""
-        expected, found = self.gains(name.removesuffix(".weight"))
+        """A norm by its gain, or a number."""
+        expected, found = self.gains(name)
         return Difference(name, _relative(_square(found - expected), _square(expected)), self.stored.dtype(name))
 
     def matrix(

@@ -11,7 +11,7 @@ from functools import cache
 
 from gemma_deploy.architectures import ROWS, Axis, LayerSpec
 from gemma_deploy.checkpoint import ModelConfig
-from gemma_deploy.names import HEAD
+from gemma_deploy.names import CACHE_FACTOR, HEAD
 
 Blocks = tuple[tuple[int, int], ...]
 
@@ -32,6 +32,8 @@ def sharding(name: str, dimensions: int = 1) -> Axis | None:
     Args:
         dimensions: of a scale: 2 where groups of columns have their own.
     """
+    if name.endswith(f".{CACHE_FACTOR}"):
+        return "rows"
     axis = _axes().get(name.rpartition(".")[0].rpartition(".")[2])
     if axis == "rows" and not name.endswith(".column_scale"):
         return "rows"
@@ -66,7 +68,8 @@ def row_blocks(name: str, rows: int, layer: LayerSpec | None, *, rank: int, rank
         name: of a parameter; layer: that it belongs to, None where it is no layer's.
     """
     module = name.rpartition(".")[0]
-    if layer is not None and any(module.endswith(f".{maker}") for _, maker in layer.caches):
+    of_cache = name.endswith(f".{CACHE_FACTOR}")
+    if layer is not None and (of_cache or any(module.endswith(f".{maker}") for _, maker in layer.caches)):
         size = layer.head_dim
         blocks = kv_head_blocks(layer.kv_heads, rank, ranks)
         return tuple((start * size, stop * size) for start, stop in blocks)
@@ -88,29 +91,32 @@ def input_channels(config: ModelConfig, ranks: int) -> dict[str, int]:
 
 def repeated_heads(config: ModelConfig, ranks: int) -> str | None:
     """How KV heads are repeated, as a sentence; None where every rank has heads of its own."""
-    kv = config.num_key_value_heads
-    total = kv_heads_of(kv, ranks) * ranks
-    if total == kv:
-        return None
-    heads = f"{kv} key/value head{'s' if kv > 1 else ''}"
-    return (
-        f"tp {ranks}: the model's {heads} {'are' if kv > 1 else 'is'} repeated to {total}, {total // ranks} in each "
-        f"rank: k_proj, v_proj and the KV cache take {total // kv} times the memory over all ranks"
-    )
+    found = []
+    for kv in dict.fromkeys(layer.kv_heads for layer in config.layers):
+        total = kv_heads_of(kv, ranks) * ranks
+        if total != kv:
+            heads = f"{kv} key/value head{'s' if kv > 1 else ''}"
+            found.append(
+                f"the model's {heads} {'are' if kv > 1 else 'is'} repeated to {total}, {total // ranks} in each "
+                f"rank: k_proj, v_proj and the KV cache take {total // kv} times the memory over all ranks"
+            )
+    return f"tp {ranks}: {'; '.join(found)}" if found else None
 
 
 def obstacles(config: ModelConfig, ranks: int, align_qkv: bool) -> list[str]:
     """Why a model cannot be divided among `ranks`; empty when it can."""
-    kv, heads = config.num_key_value_heads, config.num_attention_heads
+    heads = config.num_attention_heads
     problems = []
     if heads % ranks:
         problems.append(f"{ranks} ranks do not divide the {heads} attention heads")
-    if kv % ranks and ranks % kv and not align_qkv:
-        problems.append(
-            f"{ranks} ranks neither divide the {kv} key/value heads nor are a multiple of them; "
-            "set frontend.model_kwargs.align_qkv: true to repeat some of them"
-        )
-    for what, count in (("intermediate_size", config.intermediate_size), ("vocab_size", config.vocab_size)):
+    for kv in dict.fromkeys(layer.kv_heads for layer in config.layers):
+        if kv % ranks and ranks % kv and not align_qkv:
+            problems.append(
+                f"{ranks} ranks neither divide the {kv} key/value heads nor are a multiple of them; "
+                "set frontend.model_kwargs.align_qkv: true to repeat some of them"
+            )
+    widths = dict.fromkeys(("intermediate_size", layer.intermediate_size) for layer in config.layers)
+    for what, count in (*widths, ("vocab_size", config.vocab_size)):
         if count % ranks:
             problems.append(f"{ranks} ranks do not divide the {what} {count}")
     return problems

@@ -163,9 +163,9 @@ def _quantize_layer(
             seen = observers.pop(group.observed)
             tokens = seen.tokens.take() if seen.tokens else None
             own = [settings.linear(reader) for reader in group.readers]
-            found = solve(
-                weights, seen.moments.take(), settings, shared=shared_rows(spec, group), tokens=tokens, own=own
-            )
+            # Where nothing in front can absorb factors, there are none.
+            how = settings if group.norm or group.maker else replace(settings, equalize=False)
+            found = solve(weights, seen.moments.take(), how, shared=shared_rows(spec, group), tokens=tokens, own=own)
             for reader, module, weight in zip(group.readers, modules, found.weights, strict=True):
                 solved[reader] = weight
                 module.weight.data = weight.dequantized()

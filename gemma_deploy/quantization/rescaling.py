@@ -94,6 +94,7 @@ class _Chooser:
         stream = ["model.embed_tokens.out"]
         for layer in self.config.layers:
             stream.append(f"{layer.prefix}out")
+            stream += [f"{layer.prefix}unscaled"] if layer.scalar else []
             stream += [f"{layer.prefix}{branch.norm}.in" for branch in layer.branches[1:]]
             stream += [f"{layer.prefix}{branch.post_norm or branch.output}.out" for branch in layer.branches]
         residual = max(self._need(point) for point in stream)
@@ -119,8 +120,12 @@ class _Chooser:
             self.in_float32.add(branch.module)  # GELU is not linear: nothing undoes a scale
         # What the last linear reads is as large as its maker's rows: probabilities weigh values, and their sum is no
         # larger than the largest; in the MLP a product takes the scale of one of its factors.
-        made, read = f"{at}{branch.exit.maker}.out", f"{at}{branch.output}.in"
-        e[made] = e[read] = max(self._need(made), self._need(read))
+        read = f"{at}{branch.output}.in"
+        if branch.exit.maker is None:  # values have a norm of their own, and are no larger than the root of head_dim
+            e[read] = 0
+        else:
+            made = f"{at}{branch.exit.maker}.out"
+            e[made] = e[read] = max(self._need(made), self._need(read))
         if branch.post_norm:
             added = self._need(f"{at}{branch.output}.out")
             e[f"{at}{branch.output}.out"] = e[f"{at}{branch.post_norm}.in"] = added
@@ -133,3 +138,6 @@ class _Chooser:
             if norm := norms.get(linear):
                 e[f"{at}{norm}.in"] = e[f"{at}{linear}.out"]
                 e[f"{at}{norm}.out"] = self._need(f"{at}{norm}.out")
+        if layer.value_norm:
+            maker = dict(layer.caches)["value"]
+            e[f"{at}{maker}.out"] = e[f"{at}{layer.value_norm}.in"] = self._need(f"{at}{maker}.out")

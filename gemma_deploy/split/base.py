@@ -42,8 +42,7 @@ class Part(nn.Module):
         self.model_config, self.span, self.embed_scale = config, span, embed_scale
         causal = patched_causal(
             config,
-            num_hidden_layers=self.num_layers,
-            layer_types=list(config.layer_types[span.start : span.stop]),
+            **config.architecture.part_keys(config.layers[span.start : span.stop]),
             embed_scale=embed_scale,
         )
         self.config = causal.config
@@ -115,12 +114,16 @@ class Part(nn.Module):
         Raises:
             CheckpointError: a tensor has another shape than the config says.
         """
-        mapper.check((name for name, _ in self.named_parameters()), where)
+        mapper.check(self.state_dict(), where)
         for local, source in mapper.sources.items():
             value = read(local, source)
             mapper.check_shape(local, tuple(value.shape), where)
             module_name, _, parameter = local.rpartition(".")
-            self.get_submodule(module_name).register_parameter(parameter, nn.Parameter(value))
+            module = self.get_submodule(module_name)
+            if parameter in module._buffers:
+                module.register_buffer(parameter, value)
+            else:
+                module.register_parameter(parameter, nn.Parameter(value))
         return self.eval()
 
     @property

@@ -196,7 +196,7 @@ def save_part(part: Part, directory: str | Path) -> Path:
     with _SavedPart(Path(directory), SAVE_PART) as saved:
         config = part_config(part.model_config, part.span, part.embed_scale)
         write_json(saved.path / CONFIG, finite(config), indent=2, sort_keys=False)
-        tensors = {name: value.detach().contiguous() for name, value in part.named_parameters()}
+        tensors = {name: value.detach().contiguous() for name, value in part.state_dict().items()}
         save_file(tensors, saved.path / WEIGHTS, metadata={"format": "pt"})
         saved.publish()
     return saved.out

@@ -20,8 +20,7 @@ def teacher_forced(out, contract, sequences, prompts):
         positions[b, prefill - n :] = np.arange(n)
     first = session(out / "iter0.onnx").run(None, {"input_ids": ids, "attention_mask": mask, "position_ids": positions})
     logits = [first[0][:, 0]]
-    shape = (batch, contract.kv_heads, context, contract.head_dim)
-    caches = [np.zeros(shape, cache_dtype) for _ in first[1:]]
+    caches = [np.zeros((batch, one.shape[1], context, one.shape[3]), cache_dtype) for one in first[1:]]
     slots = np.zeros((batch, context + 1), np.int64)
     slots[:, :prefill], slots[:, -1] = mask, 1
     for cache, present in zip(caches, first[1:], strict=True):

@@ -105,11 +105,15 @@ def test_the_tokenizer_beside_an_adapter_is_what_is_compared(tmp_path, monkeypat
         alignment.tokenizer_lines(Checkpoint.open(base), None, [])
 
 
+def break_norm(monkeypatch, norm, dtype):
+    right = norm.forward
+    monkeypatch.setattr(norm, "forward", lambda self, x: right(self, x) * (1.02 if x.dtype == dtype else 1))
+
+
 @pytest.mark.parametrize("break_in", ["float32", "bfloat16"])
 def test_a_wrong_dtype_path_fails_in_its_own_line(checkpoint_dir, monkeypatch, break_in):
-    norm = patched_module("layers_vacc").RMSNorm
-    right = norm.forward
     dtype = getattr(torch, break_in)
-    monkeypatch.setattr(norm, "forward", lambda self, x: right(self, x) * (1.02 if x.dtype == dtype else 1))
+    for norm in (patched_module("layers_vacc").RMSNorm, patched_module("gain_vacc").GainNorm):
+        break_norm(monkeypatch, norm, dtype)
     failed = {line.name for line in patched_stage(str(checkpoint_dir), SMALL).lines if not line.passed}
     assert failed == {f"base model, {break_in}, relative error", f"causal LM, {break_in}, relative error"}

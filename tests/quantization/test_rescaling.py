@@ -7,6 +7,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from gemma_deploy.architectures import architecture_of
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.artifact.report import headroom_rows
 from gemma_deploy.checkpoint import ModelConfig, expected_tensors
@@ -21,10 +22,9 @@ from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
 from tests.exporting import export_once
 
 ALL_MAXIMA_FIT = FP16_MAX / 8
-GENERATIONS = list(TINY_CONFIGS)
-
-
+GENERATIONS = [kind for kind in TINY_CONFIGS if kind != "gemma4_unified_text"]  # the layers of gemma4_text
 TWO_NORMS = ("gemma", "vaultgemma")  # nothing is between a branch and its residual add
+NORMED_HEADS = ("gemma3_text", "gemma4_text")
 
 
 def config_of(model_type, **changes):
@@ -33,12 +33,13 @@ def config_of(model_type, **changes):
 
 def points_of(config):
     """Every tensor the reference records, by its name."""
-    linears = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
     names = {name.removesuffix(".weight") for name in expected_tensors(config) if "norm" in name}
     points = ["model.embed_tokens.out"]
     for i in range(config.num_hidden_layers):
-        points += [f"model.layers.{i}.{linear}.{side}" for linear in linears for side in ("in", "out")]
+        linears = config.layers[i].linears
+        points += [f"model.layers.{i}.{linear.name}.{side}" for linear in linears for side in ("in", "out")]
         points += [f"model.layers.{i}.out", f"model.layers.{i}.mlp.act_fn.out"]
+        points += [f"model.layers.{i}.unscaled"] if config.layers[i].scalar else []
     return points + [f"{norm}.{side}" for norm in sorted(names) for side in ("in", "out")]
 
 
@@ -82,8 +83,15 @@ def test_both_ends_of_every_tensor_agree(model_type):
         layer = f"model.layers.{i}"
         attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
         assert e(f"{layer}.input_layernorm.in") == e(f"{layer}.{middle}.in") == e(f"{layer}.out") == stream
-        assert {e(f"{attention}.{name}_proj.in") for name in "qkv"} == {e(f"{layer}.input_layernorm.out")}
-        assert e(f"{attention}.v_proj.out") == e(f"{attention}.o_proj.in")
+        readers = config.layers[i].branches[0].entry.readers
+        assert {e(f"{layer}.{reader}.in") for reader in readers} == {e(f"{layer}.input_layernorm.out")}
+        if config.layers[i].value_norm:
+            maker = dict(config.layers[i].caches)["value"]
+            assert e(f"{layer}.{maker}.out") == e(f"{attention}.v_norm.in")
+            assert e(f"{attention}.o_proj.in") == e(f"{attention}.v_norm.out") == 0
+            assert e(f"{layer}.unscaled") == stream
+        else:
+            assert e(f"{attention}.v_proj.out") == e(f"{attention}.o_proj.in")
         assert e(f"{mlp}.gate_proj.in") == e(f"{mlp}.up_proj.in") == e(f"{layer}.{middle}.out")
         assert e(f"{mlp}.gate_proj.out") == 0  # GELU
         assert e(f"{mlp}.up_proj.out") == e(f"{mlp}.down_proj.in")
@@ -93,7 +101,7 @@ def test_both_ends_of_every_tensor_agree(model_type):
                 assert e(f"{layer}.{norm}_layernorm.out") == stream
             else:
                 assert e(f"{layer}.{branch}.out") == stream
-        if model_type == "gemma3_text":
+        if model_type in NORMED_HEADS:
             assert all(e(f"{attention}.{name}_proj.out") == e(f"{attention}.{name}_norm.in") for name in "qk")
     assert e("model.norm.in") == stream
     assert e("model.norm.out") == 0
@@ -110,9 +118,9 @@ def test_what_is_folded_into_parameters(model_type):
         if name.endswith(".eps"):
             assert spec.value == config.rms_norm_eps / 4.0 ** chosen.of(f"{module}.in")
         elif name.endswith(".scaling"):
-            after = "norm" if model_type == "gemma3_text" else "proj"
+            after = "norm" if model_type in NORMED_HEADS else "proj"
             scale = 2.0 ** (chosen.of(f"{module}.q_{after}.out") + chosen.of(f"{module}.k_{after}.out"))
-            assert spec.value == config.query_pre_attn_scalar**-0.5 * scale
+            assert spec.value == config.layers[0].attention_scale * scale
         elif "norm" in name:
             assert exponent_of(name, 1, chosen) == chosen.of(f"{module}.out")
         elif "_proj" in name:
@@ -135,14 +143,15 @@ def plant(folder, model_type, gate=1.0):
     factors = {"up_proj": 3e3, "v_proj": 3e3, "o_proj": 3e3, "down_proj": 3e3, "gate_proj": gate}
     if model_type in TWO_NORMS:
         factors = {"o_proj": 1e5, "down_proj": 1e5 / gate, "gate_proj": gate}
-    if model_type == "gemma3_text":
+    if model_type in NORMED_HEADS:
         factors |= {"q_proj": 8e4, "k_proj": 8e4}
     for name, weight in weights.items():
         module = name.split(".")[-2]
         if module in factors:
             weights[name] = (weight * factors[module]).astype(np.float32)
         elif module in ("post_attention_layernorm", "post_feedforward_layernorm") and model_type not in TWO_NORMS:
-            weights[name] = ((1 + weight) * 4e5 - 1).astype(np.float32)
+            offset = architecture_of(model_type).norm_offset
+            weights[name] = ((offset + weight) * 4e5 - offset).astype(np.float32)
         if "_proj" in name:
             assert np.abs(weights[name]).max() < FP16_MAX, name
     save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
@@ -168,7 +177,7 @@ def compiled(folder, checkpoint, capsys):
 
 @pytest.mark.parametrize(
     "model_type",
-    ["gemma3_text", pytest.param("gemma", marks=pytest.mark.slow), pytest.param("gemma2", marks=pytest.mark.slow)],
+    ["gemma3_text", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gemma", "gemma2", "gemma4_text"))],
 )
 def test_a_model_that_reaches_a_million_compiles_and_stays_exact(tmp_path, model_type, capsys):
     code, artifact, said = compiled(tmp_path, plant(tmp_path / "checkpoint", model_type), capsys)

@@ -16,8 +16,10 @@ from gemma_deploy.patched import patched_causal, patched_module
 from gemma_deploy.testing import write_tiny_checkpoint
 
 LAYERS = patched_module("layers_vacc")
-GEMMA, GEMMA2, GEMMA3, VAULT = "gemma", "gemma2", "gemma3_text", "vaultgemma"
-ALL = (GEMMA, GEMMA2, GEMMA3, VAULT)
+GAINS = patched_module("gain_vacc")
+GEMMA, GEMMA2, GEMMA3, VAULT, GEMMA4 = "gemma", "gemma2", "gemma3_text", "vaultgemma", "gemma4_text"
+ONE_PLUS = (GEMMA, GEMMA2, GEMMA3, VAULT)  # what norms multiply by
+ALL = (*ONE_PLUS, GEMMA4)
 
 
 def norm_casts_before_the_gain(model, patch):
@@ -141,9 +143,91 @@ def values_share_heads_in_another_order(model, patch):
     patch.setattr(LAYERS, "repeat_kv", repeat)
 
 
+def norm_gain_is_one_plus_the_weight(model, patch):
+    for module in model.modules():
+        if isinstance(module, GAINS.GainNorm) and module.weight is not None:
+            module.weight.data += 1
+
+
+def values_have_no_norm(model, patch):
+    for layer in model.model.layers:
+        layer.self_attn.v_norm = nn.Identity()
+
+
+def values_of_global_layers_have_no_norm(model, patch):
+    for layer in model.model.layers:
+        if not hasattr(layer.self_attn, "v_proj"):
+            layer.self_attn.v_norm = nn.Identity()
+
+
+def values_are_normed_keys(model, patch):
+    for layer in model.model.layers:
+        if not hasattr(layer.self_attn, "v_proj"):
+            layer.self_attn.v_norm = layer.self_attn.k_norm
+
+
+def no_number_behind_layers(model, patch):
+    for layer in model.model.layers:
+        layer.layer_scalar.fill_(1)
+
+
+def number_of_the_layer_before(model, patch):
+    numbers = [layer.layer_scalar.clone() for layer in model.model.layers]
+    for layer, number in zip(model.model.layers, numbers[-1:] + numbers[:-1], strict=True):
+        layer.layer_scalar.copy_(number)
+
+
+def number_multiplies_the_branch_alone(model, patch):
+    for layer in model.model.layers:
+        layer.post_feedforward_layernorm.weight.data *= layer.layer_scalar
+        layer.layer_scalar.fill_(1)
+
+
+def every_channel_of_global_layers_turns(model, patch):
+    rotary = model.model.rotary[LAYERS.FULL]
+    rotary.rotated, rotary._tables = 1.0, None
+
+
+def other_channels_turn(model, patch):
+    rotary = model.model.rotary[LAYERS.FULL]
+    right, rotary._tables = rotary.make_tables, None
+    patch.setattr(rotary, "make_tables", lambda length: tuple(table.roll(1, 1) for table in right(length)))
+
+
+def frequencies_are_those_of_the_turned_part(model, patch):
+    rotary = model.model.rotary[LAYERS.FULL]
+    rotary.theta **= 1 / rotary.rotated  # theta ** (-2i / (D * share))
+    rotary._tables = None
+
+
+def final_cap_in_front_of_the_head(model, patch):
+    cap, head = model.config.final_logit_softcapping, model.lm_head
+    model.config.final_logit_softcapping = None
+    head.register_forward_pre_hook(lambda module, args: (torch.tanh(args[0] / cap) * cap,))
+
+
 BREAKAGES = [
-    *((norm_casts_before_the_gain, model, torch.bfloat16) for model in ALL),
-    *((norm_gain_is_the_weight, model, torch.float32) for model in ALL),
+    *((norm_casts_before_the_gain, model, torch.bfloat16) for model in ONE_PLUS),
+    *((norm_gain_is_the_weight, model, torch.float32) for model in ONE_PLUS),
+    *(
+        (broken, GEMMA4, torch.float32)
+        for broken in (
+            norm_gain_is_one_plus_the_weight,
+            values_have_no_norm,
+            values_of_global_layers_have_no_norm,
+            values_are_normed_keys,
+            no_number_behind_layers,
+            number_of_the_layer_before,
+            number_multiplies_the_branch_alone,
+            every_channel_of_global_layers_turns,
+            other_channels_turn,
+            frequencies_are_those_of_the_turned_part,
+            final_cap_in_front_of_the_head,
+            attention_scale_is_head_dim,
+            window_is_one_key_narrower,
+            values_share_heads_in_another_order,
+        )
+    ),
     *((gelu_is_exact, model, torch.float32) for model in ALL),
     *((embedding_scale_has_two_decimals, model, torch.float32) for model in ALL),
     *((embedding_scale_is_not_rounded_to_the_run_dtype, model, torch.bfloat16) for model in ALL),
@@ -151,13 +235,13 @@ BREAKAGES = [
     (attention_scale_is_head_dim, GEMMA3, torch.float32),
     *((attention_cap_is_dropped, model, torch.float32) for model in (GEMMA2, VAULT)),
     *((attention_cap_after_the_mask, model, torch.float32) for model in (GEMMA2, VAULT)),
-    *((final_cap_is_dropped, model, torch.float32) for model in (GEMMA2, VAULT)),
+    *((final_cap_is_dropped, model, torch.float32) for model in (GEMMA2, VAULT, GEMMA4)),
     *((layer_order_is_reversed, model, torch.float32) for model in (GEMMA2, VAULT)),
     (layer_order_is_reversed, GEMMA3, torch.float32),
     (one_theta_for_all_layers, GEMMA3, torch.float32),
     (no_linear_factor, GEMMA3, torch.float32),
     (linear_factor_on_local_layers, GEMMA3, torch.float32),
-    *((window_is_one_key_wider, model, torch.float32) for model in (GEMMA2, GEMMA3, VAULT)),
+    *((window_is_one_key_wider, model, torch.float32) for model in (GEMMA2, GEMMA3, VAULT, GEMMA4)),
     *((window_is_one_key_narrower, model, torch.float32) for model in (GEMMA2, GEMMA3)),
     (no_query_and_key_norm, GEMMA3, torch.float32),
     (norm_after_rotary, GEMMA3, torch.float32),

@@ -31,7 +31,15 @@ from gemma_deploy.backends.onnxruntime.window import WINDOW, WINDOW_CACHE, windo
 from gemma_deploy.backends.spec import BuildSpec, Options
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.estimates import BASE_BYTES, GRAPH_BYTES, RUNTIME_BYTES, SESSION_BYTES, StageEstimate
-from gemma_deploy.graph.contract import BATCH, SEQUENCE, AdapterSlots, EncoderContract, GraphContract, Port
+from gemma_deploy.graph.contract import (
+    BATCH,
+    SEQUENCE,
+    AdapterSlots,
+    EncoderContract,
+    GraphContract,
+    Port,
+    kv_shapes,
+)
 from gemma_deploy.names import PARAMS
 from gemma_deploy.partition.ranks import input_channels
 from gemma_deploy.quantization.budget import INTEGER_PRODUCTS
@@ -158,13 +166,15 @@ class OnnxRuntime:
 
     def _decoder_contract(self, spec: BuildSpec, config: ModelConfig) -> OrtContract:
         dtype = "bfloat16" if spec.scheme.weights == "bf16" else "float32"
+        kv_heads, head_dim, geometry = kv_shapes(config)
         return OrtContract(
             batch=1,
             prefill=spec.prefill,
             context=spec.context,
             layers=config.num_hidden_layers,
-            kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            geometry=geometry,
             vocab_size=config.vocab_size,
             cache_dtype=dtype,
             dynamic=True,

@@ -172,17 +172,22 @@ class Decoder:
     def _attention(self, layer: LayerSpec, hidden: ir.Value, shared: _Shared) -> list[ir.Value]:
         """Attention's output [B,S,heads*D] before o_proj, and the layer's two caches."""
         path, nodes, norms = layer.prefix, self.nodes, dict(layer.head_norms)
-        attention, _ = layer.branches
-        readers = attention.entry.readers
+        attention = layer.branches[0]
+        readers, makers = attention.entry.readers, dict(layer.caches)
         # Attention reads all three from one value as well, unless something stands between.
         made = self._products(
             self._norm(hidden, f"{path}{attention.norm}"), [f"{path}{name}" for name in readers], apart=bool(norms)
         )
         if norms:
-            heads = [layer.heads if name == attention.entry.observed else layer.kv_heads for name in readers]
+            by_name, size = dict(zip(readers, made, strict=True)), layer.head_dim
+            query, key = attention.entry.observed, makers["key"]
+            value = by_name[makers["value"]]
+            if layer.value_norm:
+                value = self._head_norm(value, f"{path}{layer.value_norm}", layer.kv_heads, size)
             made = [
-                self._head_norm(value, f"{path}{norms[name]}", count, layer.head_dim) if name in norms else value
-                for name, value, count in zip(readers, made, heads, strict=True)
+                self._head_norm(by_name[query], f"{path}{norms[query]}", layer.heads, size),
+                self._head_norm(by_name[key], f"{path}{norms[key]}", layer.kv_heads, size),
+                value,
             ]
         rotary = [self.weights.rotary(layer.kind, table) for table in ("cos", "sin")]
         past = [shared.caches[f"past_key_values.{layer.index}.{part}"] for part in ("key", "value")]
@@ -219,7 +224,10 @@ class Decoder:
         made = self._mlp(path, mlp, normed)
         if mlp.post_norm:
             made = self._norm(made, f"{path}{mlp.post_norm}")
-        return nodes.one("Add", [hidden, made], f"{path}out")
+        if layer.scalar is None:
+            return nodes.one("Add", [hidden, made], f"{path}out")
+        added = nodes.one("Add", [hidden, made], f"{path}unscaled")
+        return nodes.one("Mul", [added, self.weights.number(f"{path}{layer.scalar}")], f"{path}out")
 
     def _mlp(self, path: str, mlp: Branch, normed: ir.Value) -> ir.Value:
         """down_proj(gelu(gate_proj x) * up_proj x)."""
@@ -265,9 +273,11 @@ class Decoder:
     def _matrix(self, *modules: str, name: str = "") -> Matrix:
         return Matrix(self.weights, modules, name or modules[0], block=self.kernels.block)
 
-    def _norm(self, x: ir.Value, norm: str) -> ir.Value:
+    def _norm(self, x: ir.Value, norm: str, size: int | None = None) -> ir.Value:
+        """RMSNorm; of `size` channels, where it has no weight."""
+        gain = self.weights.gain(norm) if size is None else self.weights.ones(size)
         return self.nodes.one(
-            "RMSNormalization", [x, self.weights.gain(norm)], f"{norm}.out",
+            "RMSNormalization", [x, gain], f"{norm}.out",
             axis=-1, epsilon=self.config.rms_norm_eps, stash_type=1,
         )  # fmt: skip
 
@@ -275,7 +285,8 @@ class Decoder:
         """The norm of every head on its own."""
         nodes = self.nodes
         apart = nodes.one("Reshape", [x, nodes.numbers(0, -1, dim)], f"{norm}.heads")
-        return nodes.one("Reshape", [self._norm(apart, norm), nodes.numbers(0, -1, heads * dim)], f"{norm}.joined")
+        normed = self._norm(apart, norm, None if self.weights.has(f"{norm}.weight") else dim)
+        return nodes.one("Reshape", [normed, nodes.numbers(0, -1, heads * dim)], f"{norm}.joined")
 
     def _head(self, normed: ir.Value) -> ir.Value:
         """Logits in float32, soft-capped where the model does."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
+import numpy as np
 import onnx_ir as ir
 
 from gemma_deploy.backends.onnxruntime.nodes import Nodes
@@ -100,6 +101,21 @@ class Weights:
             return gain if exact else self.top.one("Cast", [gain], name, to=self.computed.value)
 
         return self._once(f"{norm}.gain", added)
+
+    def ones(self, size: int) -> ir.Value:
+        """What a norm without a weight multiplies by."""
+        name = f"ones.{size}"
+        plain = self.top.constant(np.ones(size, np.float32), f"float32.{name}")
+        if self.computed == ir.DataType.FLOAT:
+            return plain
+        return self._once(f"{name}.half", lambda made: self.top.one("Cast", [plain], made, to=self.computed.value))
+
+    def number(self, name: str) -> ir.Value:
+        """A tensor of one number, in the type that is computed in."""
+        stored = self.view([name], name)
+        if self.computed == ir.DataType.FLOAT:
+            return stored
+        return self._once(f"{name}.half", lambda made: self.top.one("Cast", [stored], made, to=self.computed.value))
 
     def rotary(self, kind: str, table: str) -> ir.Value:
         """[positions, head_dim / 2] "cos" or "sin" of a kind of layer."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma_deploy.architectures import branches
+from gemma_deploy.architectures import branches, find
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.tvm_vacc.contract import Port, StaticContract, read_contract, read_manifest, stages_of
 from gemma_deploy.backends.tvm_vacc.cutting import DECODE_INPUTS, EMBEDDED, LOGITS, NORMED, Cutter, by_position
@@ -46,8 +46,10 @@ class CaseState:
         steps: the same for every decode step, [B, 1, H].
     """
 
-    def __init__(self, case: Case, contract: StaticContract, rescaling: Rescaling) -> None:
-        self.case, self.contract, self.rescaling = case, contract, rescaling
+    def __init__(
+        self, case: Case, contract: StaticContract, rescaling: Rescaling, *, positions_first: bool = False
+    ) -> None:
+        self.case, self.contract, self.rescaling, self.turned = case, contract, rescaling, not positions_first
         batch, width, context = len(case.prompts), contract.prefill, contract.context
         ids, mask, positions = (np.zeros((batch, width), np.int64) for _ in range(3))
         for row, prompt in enumerate(case.prompts):
@@ -70,8 +72,8 @@ class CaseState:
         """A value of every row, [prompt + steps, features] float32, padding removed and rescaling undone."""
         found, scale = [], np.float32(2.0 ** self.rescaling.of(name))
         for row, prompt in enumerate(self.case.prompts):
-            parts = [_flat(self.prefill[name], row)[-len(prompt) :]]
-            parts += [_flat(step[name], row) for step in self.steps if name in step]
+            parts = [_flat(self.prefill[name], row, self.turned)[-len(prompt) :]]
+            parts += [_flat(step[name], row, self.turned) for step in self.steps if name in step]
             found.append(np.concatenate(parts).astype(np.float32) * scale)
         return found
 
@@ -91,6 +93,8 @@ class StrictSource:
         self.path = Path(path).resolve()
         manifest = manifest if manifest is not None else read_manifest(self.path)
         self.contract = read_contract(self.path, manifest)
+        row = None if manifest is None else find(manifest.model.model_type)
+        self.positions_first = row is not None and row.positions_first
         self.rescaling = (manifest and manifest.rescaling) or Rescaling()
         stages = stages_of(manifest)
         self.graphs = {graph: Cutter(self.path, graph, stages, rounding=rounding) for graph in ("iter0", "iter1")}
@@ -123,7 +127,7 @@ class StrictSource:
         if contract.dynamic:
             width = max(map(len, case.prompts))
             contract = contract.sized(len(case.prompts), width, width + case.steps)
-        return CaseState(case, contract, self.rescaling)
+        return CaseState(case, contract, self.rescaling, positions_first=self.positions_first)
 
     def embed(self, state: CaseState) -> None:
         """Input ids -> the first layer's input."""
@@ -163,7 +167,7 @@ class StrictSource:
         values = {name: cutter.value(name) for name in kept}
         for branch, group in ((one, group) for one in branches() for group in (one.entry, one.exit)):
             names = [f"model.layers.{layer}.{name}.out" for name in group.readers]
-            linears = [share for name in names for share in cutter.linears(name)]
+            linears = [share for name in names for share in cutter.linears(name) if share in cutter.values]
             inputs = [cutter.linear_input(linear) for linear in linears]
             attends, spent = branch.attends and group is branch.exit, []
             if group is branch.exit and not attends:  # what it is made from are the widest values there are
@@ -271,8 +275,8 @@ def layer_input(layer: int) -> str:
     return EMBEDDED if layer == 0 else f"model.layers.{layer - 1}.out"
 
 
-def _flat(value: np.ndarray, row: int) -> np.ndarray:
-    """[B, positions, features] or [B, heads, positions, D] -> [positions, features] of one row."""
-    if value.ndim == 4:
+def _flat(value: np.ndarray, row: int, turned: bool) -> np.ndarray:
+    """[B, positions, ...], or of four dimensions [B, heads, positions, D] where `turned`, -> [positions, features]."""
+    if value.ndim == 4 and turned:
         value = np.swapaxes(value, 1, 2)
     return value[row].reshape(value.shape[1], -1)

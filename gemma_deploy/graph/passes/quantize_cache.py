@@ -32,7 +32,7 @@ def quantize_cache(model: ir.Model, contract: GraphContract, graph: str, *, laye
     for layer in layers[contract.first_layer : contract.first_layer + contract.layers]:
         for part, name in cache_factor_names(layer).items():
             done += 1
-            factor = _factor(model.graph, contract, name)
+            factor = _factor(model.graph, contract, name, layer=layer.index)
             past, present = f"past_key_values.{layer.index}.{part}", f"present.{layer.index}.{part}"
             if past in inputs:
                 read = next(value for value in model.graph.inputs if value.name == past)
@@ -47,18 +47,20 @@ def quantize_cache(model: ir.Model, contract: GraphContract, graph: str, *, laye
     return done
 
 
-def _factor(graph: ir.Graph, contract: GraphContract, name: str) -> ir.Value:
+def _factor(graph: ir.Graph, contract: GraphContract, name: str, *, layer: int) -> ir.Value:
     """[Hk, 1, D], from the parameter of that name."""
-    count = contract.kv_heads * contract.head_dim
-    parameter = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([count]))
+    heads, size = contract.kv_shape(layer)
+    parameter = ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([heads * size]))
     graph.initializers.add(parameter)  # its data comes with the parameter file
-    if SHAPE not in graph.initializers:
-        sizes = ir.tensor([contract.kv_heads, 1, contract.head_dim], dtype=ir.DataType.INT64, name=SHAPE)
-        shape = ir.Value(name=SHAPE, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([3]), const_value=sizes)
+    usual = (heads, size) == (contract.kv_heads, contract.head_dim)
+    called = SHAPE if usual else f"{SHAPE}.{heads}.{size}"
+    if called not in graph.initializers:
+        sizes = ir.tensor([heads, 1, size], dtype=ir.DataType.INT64, name=called)
+        shape = ir.Value(name=called, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([3]), const_value=sizes)
         graph.register_initializer(shape)
-    node = ir.node("Reshape", [parameter, graph.initializers[SHAPE]], name=f"{name}.by_head")
+    node = ir.node("Reshape", [parameter, graph.initializers[called]], name=f"{name}.by_head")
     node.outputs[0].name, node.outputs[0].type = f"{name}.by_head", ir.TensorType(ir.DataType.FLOAT)
-    node.outputs[0].shape = ir.Shape([contract.kv_heads, 1, contract.head_dim])
+    node.outputs[0].shape = ir.Shape([heads, 1, size])
     graph.append(node)
     return node.outputs[0]
 

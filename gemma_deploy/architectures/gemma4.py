@@ -1,0 +1,260 @@
+"""Gemma 4, text: norms that multiply by their weight, unscaled scores, wider heads in global layers, a number a layer.
+
+Dense models: 12B (`gemma4_unified_text`) and 31B. The stock names of what else there is are refused in a sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from gemma_deploy.architectures.base import (
+    FULL,
+    SLIDING,
+    Architecture,
+    Facts,
+    LayerSpec,
+    LayerType,
+    Patched,
+    Rope,
+    Sizes,
+    part_keys,
+)
+from gemma_deploy.architectures.keys import ConfigKeys
+from gemma_deploy.architectures.shared import (
+    FOUR_NORMS,
+    HEAD_NORMS,
+    VALUE_NORM,
+    activation,
+    attention,
+    by_pattern,
+    decoder_layer,
+    gated_mlp,
+    given_layer_types,
+    rope,
+    without_values,
+)
+
+ACTIVATION_KEY = "hidden_activation"
+PATTERN, GLOBAL_HEAD_DIM, WINDOW = 6, 512, 512
+PER_LAYER = "per_layer_config"
+SIZES = ("head_dim", "num_key_value_heads")  # what of a layer that key may change
+DEFAULT_ROPE: Mapping[str, Mapping[str, Any]] = {
+    SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+    FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+}
+BRANCHES = (
+    attention(post_norm="post_attention_layernorm", head_norms=HEAD_NORMS, value_norm=VALUE_NORM),
+    gated_mlp(norm="pre_feedforward_layernorm", post_norm="post_feedforward_layernorm"),
+)
+KEY_IS_VALUE = (without_values(BRANCHES[0]), BRANCHES[1])
+K_AND_V = (("key", "self_attn.k_proj"), ("value", "self_attn.k_proj"))
+# Of transformers' Gemma4TextConfig: what the text_config of a published model may leave out.
+TEXT_DEFAULTS = {
+    "vocab_size": 262144,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "sliding_window": WINDOW,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    ACTIVATION_KEY: "gelu_pytorch_tanh",
+}
+UNIFIED_DEFAULTS = {**TEXT_DEFAULTS, "sliding_window": 1024, "max_position_embeddings": 262144}
+
+
+def read(keys: ConfigKeys, size: Mapping[str, int], layers: int) -> Facts:
+    """What config.json says about a Gemma 4, defaults filled in."""
+    _refuse_variants(keys)
+    layer_types = _layer_types(keys, layers)
+    keys.boolean("attention_k_eq_v", False)
+    if keys.raw.get(PER_LAYER) is None:
+        keys.integer("global_head_dim", default=GLOBAL_HEAD_DIM)
+        if keys.raw.get("num_global_key_value_heads") is not None:
+            keys.integer("num_global_key_value_heads")
+    else:
+        _check_per_layer(keys, layers)
+    if not keys.problems:
+        _check_sizes(keys, size, layer_types)
+    return Facts(
+        layer_types=layer_types,
+        sliding_window=keys.integer("sliding_window", default=WINDOW) if SLIDING in layer_types else None,
+        rope=_ropes(keys, layer_types),
+        query_pre_attn_scalar=1.0,  # scores are not scaled: the norms of queries and keys carry it
+        max_position_embeddings=keys.integer("max_position_embeddings", default=131072),
+        hidden_activation=activation(keys, ACTIVATION_KEY),
+        final_logit_softcapping=keys.cap("final_logit_softcapping", None),
+    )
+
+
+def read_text(keys: ConfigKeys, size: Mapping[str, int], layers: int) -> Facts:
+    """`read` of `gemma4_text`, whose config class has per-layer embeddings by default."""
+    if keys.raw.get("hidden_size_per_layer_input", 256):
+        keys.problem(
+            "hidden_size_per_layer_input",
+            keys.raw.get("hidden_size_per_layer_input", "missing, which means 256"),
+            "0: Gemma 4 E2B and E4B, which have per-layer embeddings, are not built",
+        )
+    return read(keys, size, layers)
+
+
+def layer(config: Sizes, index: int) -> LayerSpec:
+    """What decoder layer `index` of a Gemma 4 computes."""
+    shared = bool(config.raw.get("attention_k_eq_v")) and config.layer_types[index] == FULL
+    spec = decoder_layer(
+        config,
+        index,
+        branches=KEY_IS_VALUE if shared else BRANCHES,
+        norms=FOUR_NORMS,
+        attention_scale=1.0,
+        head_norms=HEAD_NORMS,
+        sizes=_sizes(config.raw, config.layer_types[index], index, (config.num_key_value_heads, config.head_dim)),
+    )
+    spec = replace(spec, value_norm=VALUE_NORM, scalar="layer_scalar")
+    if not shared:
+        return spec
+    linears = tuple(one for one in spec.linears if one.name != "self_attn.v_proj")
+    return replace(spec, linears=linears, caches=K_AND_V)
+
+
+def keys_of_part(layers: Sequence[LayerSpec]) -> dict[str, Any]:
+    """Keys of config.json by which the patched classes have these layers, and no others."""
+    sizes = {
+        number: {"head_dim": layer.head_dim, "num_key_value_heads": layer.kv_heads}
+        for number, layer in enumerate(layers)
+    }
+    found = {**part_keys(layers), PER_LAYER: sizes, "is_part": True}
+    if all(len({maker for _, maker in layer.caches}) == 2 for layer in layers):
+        found["attention_k_eq_v"] = False  # the stock class makes the last layer a global one
+    return found
+
+
+def _layer_types(keys: ConfigKeys, layers: int) -> tuple[LayerType, ...]:
+    layer_types = given_layer_types(keys, layers) or by_pattern(layers, PATTERN)
+    if layer_types[-1] != FULL:
+        keys.warn(f"the last layer is one of {FULL}, whatever layer_types says, as in transformers")
+    return (*layer_types[:-1], FULL)
+
+
+def _refuse_variants(keys: ConfigKeys) -> None:
+    """Keys of variants that are not built, by the models' names."""
+    raw = keys.raw
+    if raw.get("enable_moe_block"):
+        keys.problem("enable_moe_block", True, "false: Gemma 4 26B-A4B, a mixture of experts, is not built")
+    if raw.get("num_kv_shared_layers"):
+        keys.problem(
+            "num_kv_shared_layers",
+            raw["num_kv_shared_layers"],
+            "0: Gemma 4 E2B and E4B, whose last layers share keys and values, are not built",
+        )
+
+
+def _sizes(raw: Mapping[str, Any], kind: LayerType, index: int, of_most: tuple[int, int]) -> tuple[int, int]:
+    """KV heads and head_dim of a layer.
+
+    Args:
+        of_most: those that the config has for all.
+    """
+    heads, dim = of_most
+    given = raw.get(PER_LAYER)
+    if given is not None:
+        own: Mapping[str, int] = next((one for number, one in given.items() if int(number) == index), {})
+        return own.get("num_key_value_heads", heads), own.get("head_dim", dim)
+    if kind != FULL:
+        return of_most
+    fewer = raw.get("num_global_key_value_heads") if raw.get("attention_k_eq_v") else None
+    return heads if fewer is None else fewer, raw.get("global_head_dim", GLOBAL_HEAD_DIM)
+
+
+def _check_per_layer(keys: ConfigKeys, layers: int) -> None:
+    """What may be wrong with `per_layer_config` by itself."""
+    for number, own in keys.mapping(PER_LAYER).items():
+        where = f"{PER_LAYER}.{number}"
+        if not str(number).isdecimal() or int(number) >= layers:
+            keys.problem(where, number, f"the number of a layer, 0 to {layers - 1}")
+        elif not isinstance(own, dict):
+            keys.problem(where, own, "an object")
+        else:
+            for key, value in own.items():
+                if key not in SIZES:
+                    keys.problem(f"{where}.{key}", value, f"{' and '.join(SIZES)} alone: nothing else is built")
+                elif type(value) is not int or not 0 < value <= 2**31:
+                    keys.problem(f"{where}.{key}", value, "a whole number from 1 on")
+
+
+def _check_sizes(keys: ConfigKeys, size: Mapping[str, int], layer_types: Sequence[LayerType]) -> None:
+    """That heads can be shared out in every layer, and that layers of one kind are alike, as their rotary table is."""
+    of_most, heads = (size["num_key_value_heads"], size["head_dim"]), size["num_attention_heads"]
+    first: dict[LayerType, tuple[int, int]] = {}
+    for index, kind in enumerate(layer_types):
+        kv_heads, head_dim = own = _sizes(keys.raw, kind, index, of_most)
+        if first.setdefault(kind, own) != own:
+            keys.problems.append(
+                f"{PER_LAYER}: layer {index} ({kind}) has {kv_heads} key/value heads of {head_dim}, and the first of "
+                f"its kind {first[kind][0]} of {first[kind][1]}: expected one size for each kind of layer"
+            )
+        elif heads % kv_heads or head_dim % 2:
+            keys.problems.append(
+                f"layer {index} ({kind}) has {kv_heads} key/value heads of {head_dim}: expected a divisor of "
+                f"num_attention_heads {heads}, and an even head_dim"
+            )
+
+
+def _ropes(keys: ConfigKeys, layer_types: Sequence[LayerType]) -> dict[LayerType, Rope]:
+    """Rotary settings of each kind of layer."""
+    parameters, found = keys.mapping("rope_parameters") or DEFAULT_ROPE, {}
+    for kind in (kind for kind in (FULL, SLIDING) if kind in layer_types):
+        entry, where = parameters.get(kind), f"rope_parameters.{kind}"
+        if not isinstance(entry, Mapping):
+            keys.problem(where, entry, "an object with rope_type and rope_theta")
+            entry = {}
+        found[kind] = rope(keys, dict(entry), where, legacy="rope_theta", default=1e4, scaling={})
+    return found
+
+
+GEMMA4 = Architecture(
+    name="Gemma 4",
+    model_type="gemma4_text",
+    transformers_type="gemma4_text",
+    causal_class="Gemma4ForCausalLM",
+    genai_type="gemma4_text",
+    activation_key=ACTIVATION_KEY,
+    patched=Patched(
+        configuration="configuration_gemma4_vacc",
+        config_class="Gemma4TextConfig",
+        modeling="modeling_gemma4_vacc",
+        stack="Gemma4TextModel",
+        causal="Gemma4ForCausalLM",
+        classifier=None,
+    ),
+    gguf=None,
+    read=read_text,
+    layer=layer,
+    branches=BRANCHES,
+    multimodal=("gemma4",),
+    text_defaults=TEXT_DEFAULTS,
+    norm_offset=0.0,
+    part_keys=keys_of_part,
+    positions_first=True,
+    causal_text=("vision",),
+)
+GEMMA4_UNIFIED = replace(
+    GEMMA4,
+    name="Gemma 4 12B",
+    model_type="gemma4_unified_text",
+    transformers_type="gemma4_unified_text",
+    causal_class="Gemma4UnifiedForCausalLM",
+    patched=replace(
+        GEMMA4.patched,
+        config_class="Gemma4UnifiedTextConfig",
+        stack="Gemma4UnifiedTextModel",
+        causal="Gemma4UnifiedForCausalLM",
+    ),
+    read=read,
+    multimodal=("gemma4_unified",),
+    text_defaults=UNIFIED_DEFAULTS,
+)

@@ -1,0 +1,114 @@
+"""Patched Gemma 4 text: legacy rotary and sizes per layer kind, explicit masks, strided slice, int8 linears.
+
+The stock numbers. Copied beside the weights and loaded by transformers as remote code; needs torch and transformers
+alone.
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.generation import GenerationMixin
+
+from .configuration_gemma4_vacc import Gemma4TextConfig, Gemma4UnifiedTextConfig
+from .decoder_vacc import CausalLMMixin, TextModelMixin
+from .gain_vacc import GainAttention, GainNorm
+from .layers_vacc import FULL, FourNormLayer, LegacyRotary, ScaledEmbedding
+
+__all__ = [
+    "Gemma4ForCausalLM",
+    "Gemma4PreTrainedModel",
+    "Gemma4TextModel",
+    "Gemma4UnifiedForCausalLM",
+    "Gemma4UnifiedTextModel",
+]
+
+
+class Gemma4DecoderLayer(FourNormLayer):
+    """Five sliding layers, then a global one with wider heads; the stream is multiplied by a number at the end."""
+
+    norm_class = GainNorm
+
+    def __init__(self, config: Gemma4TextConfig, layer_idx: int):
+        own = config.per_layer_config[layer_idx]
+        sizes = own.num_key_value_heads, own.head_dim
+        value_is_key = config.attention_k_eq_v and config.layer_types[layer_idx] == FULL
+        super().__init__(config, GainAttention(config, layer_idx, sizes, value_is_key))
+        self.layer_scalar = nn.Buffer(torch.ones(1))
+
+    def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None):
+        """hidden_states: [batch, seq, hidden] -> the same, probabilities, present (see `Attention`)."""
+        hidden_states, probs, present = super().forward(
+            hidden_states, position_embeddings, attention_mask, past_key_values
+        )
+        return hidden_states * self.layer_scalar.to(hidden_states.dtype), probs, present
+
+
+class Gemma4PreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation."""
+
+    config_class = Gemma4TextConfig
+    config: Gemma4TextConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Gemma4DecoderLayer"]  # noqa: RUF012 (transformers' own form)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, GainNorm) and module.weight is not None:
+            nn.init.ones_(module.weight)
+        if isinstance(module, Gemma4DecoderLayer):
+            nn.init.ones_(module.layer_scalar)
+
+
+class Gemma4TextModel(TextModelMixin, Gemma4PreTrainedModel):
+    """Embedding, decoder layers, final norm; a rotary table for each kind of layer present."""
+
+    def __init__(self, config: Gemma4TextConfig):
+        super().__init__(config)
+        if config.use_bidirectional_attention == "all":
+            raise ValueError('config.use_bidirectional_attention is "all"; the patched model is causal')
+        self.padding_idx, self.vocab_size = config.pad_token_id, config.vocab_size
+        self.embed_tokens = ScaledEmbedding(
+            config.vocab_size, config.hidden_size, config.pad_token_id, config.embed_scale
+        )
+        self.layers = nn.ModuleList(Gemma4DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = GainNorm(config.hidden_size, config.rms_norm_eps)
+        first = {kind: config.layer_types.index(kind) for kind in sorted(set(config.layer_types))}
+        self.rotary = nn.ModuleDict(
+            {
+                kind: LegacyRotary.of(config.per_layer_config[layer].head_dim, config.rope_parameters[kind])
+                for kind, layer in first.items()
+            }
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class Gemma4ForCausalLM(CausalLMMixin, Gemma4PreTrainedModel, GenerationMixin):
+    """Gemma 4 text with its language model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    stack_class = Gemma4TextModel
+
+    def __init__(self, config: Gemma4TextConfig):
+        super().__init__(config)
+        self.model = self.stack_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class Gemma4UnifiedTextModel(Gemma4TextModel):
+    """The same for Gemma 4 12B, whose text model has a model type of its own."""
+
+    config_class = Gemma4UnifiedTextConfig
+    config: Gemma4UnifiedTextConfig
+
+
+class Gemma4UnifiedForCausalLM(Gemma4ForCausalLM):
+    """Gemma 4 12B, text, with its language model head."""
+
+    config_class = Gemma4UnifiedTextConfig
+    config: Gemma4UnifiedTextConfig
+    stack_class = Gemma4UnifiedTextModel
