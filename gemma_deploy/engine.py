@@ -7,7 +7,7 @@ from pathlib import Path
 from gemma_deploy.artifact.check import open_whole
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends import backend_of
-from gemma_deploy.errors import UsageError
+from gemma_deploy.errors import ArtifactError, UsageError
 from gemma_deploy.runtime.embedding import Embedder
 from gemma_deploy.runtime.engine import Engine, Limits, Session
 from gemma_deploy.text import Tokenizer
@@ -74,4 +74,10 @@ def open_embedder(artifact: Artifact | str | Path, *, threads: int = 0, strict: 
             next_step=f"`gemma-deploy run {opened.path} -p TEXT` generates, or compile an encoder",
         )
     graph = backend_of(opened.manifest).encoder(opened, threads=threads, strict=strict)
+    if graph.dimensions != head.dimensions:
+        raise ArtifactError(
+            f"says vectors of {head.dimensions} channels, and its graph gives {graph.dimensions}",
+            where=str(opened.path),
+            next_step="copy the artifact again, or compile the recipe again with --force",
+        )
     return Embedder(graph, Tokenizer(opened.path), head, path=opened.path)

@@ -12,7 +12,7 @@ from gemma_deploy import open_embedder
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.cli import main
 from gemma_deploy.compile import compile_recipe
-from gemma_deploy.errors import GateError, RecipeError, UsageError
+from gemma_deploy.errors import ArtifactError, GateError, RecipeError, UsageError
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.testing import TINY_PROMPTS
 from gemma_deploy.text import Tokenizer
@@ -169,6 +169,28 @@ def test_a_default_prompt_is_put_in_front(tmp_path, dynamic):
     embedder = open_embedder(folder)
     np.testing.assert_array_equal(embedder.embed(TEXTS), embedder.embed(TEXTS, prompt_name="query"))
     assert np.abs(embedder.embed(TEXTS) - embedder.embed(TEXTS, prompt_name="document")).max() > 0.01
+
+
+@both
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda manifest: manifest["model"]["sentence"].update(dimensions=64), "says vectors of 64 channels"),
+        (lambda manifest: manifest["contract"]["graphs"]["model"]["outputs"].pop(), "sentence_embedding: not in the"),
+        (lambda manifest: manifest["contract"]["graphs"]["model"]["inputs"][0].update(shape=[3, 5]), "input_ids: "),
+        (lambda manifest: manifest["contract"]["graphs"].clear(), "graph and manifest disagree"),
+        (lambda manifest: manifest["model"]["sentence"].update(dense="no"), "model.sentence.dense"),
+        (lambda manifest: manifest["contract"].update(batch=7, dynamic=False), "input_ids: "),
+    ],
+    ids=["dimensions", "no vectors", "another shape", "no graph", "dense", "batch"],
+)
+def test_a_manifest_that_is_not_the_graph_s_is_refused(tmp_path, artifact, change, said):
+    folder = shutil.copytree(artifact, tmp_path / "a")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=re.escape(said)):
+        open_embedder(folder)
 
 
 @pytest.mark.parametrize(
@@ -370,6 +392,7 @@ def test_inspect_shows_a_checkpoint(checkpoint, capsys):
 def test_sentence_transformers_gives_the_same_vectors(dynamic, checkpoint):
     """Version 6.2: 3e-7."""
     library = pytest.importorskip("sentence_transformers")
-    model = library.SentenceTransformer(str(checkpoint), device="cpu", model_kwargs={"attn_implementation": "eager"})
+    kwargs = {"attn_implementation": "eager", "dtype": "float32"}
+    model = library.SentenceTransformer(str(checkpoint), device="cpu", model_kwargs=kwargs)
     expected = model.encode(TEXTS, prompt_name="query", convert_to_numpy=True)
     np.testing.assert_allclose(open_embedder(dynamic).embed(TEXTS, prompt_name="query"), expected, atol=2e-6)

@@ -24,7 +24,8 @@ class EncoderGraph:
         session: open; contract: of the artifact; where: the graph's file, for messages.
 
     Attributes:
-        longest: tokens of a text, at most; rows: texts that one run computes where that is fixed, else 0.
+        dimensions: of a vector; longest: tokens of a text, at most.
+        rows: texts that one run computes where that is fixed, else 0.
 
     Raises:
         ArtifactError: graph and manifest disagree.
@@ -33,14 +34,23 @@ class EncoderGraph:
     def __init__(self, session: ort.InferenceSession, contract: ContractRecord, *, where: Path) -> None:
         self.session, self.vocab_size, self.where = session, contract.vocab_size, where
         self.longest, self.rows = contract.context, 0 if contract.dynamic else contract.batch
-        found = {port.name for port in (*session.get_inputs(), *session.get_outputs())}
-        missing = {"input_ids", "attention_mask", TOKEN_STATES, TEXT_VECTORS} - found
-        if missing:
-            raise ArtifactError(
-                f"is not the graph of an encoder: {', '.join(sorted(missing))} not there",
-                where=str(where),
-                next_step=REBUILD,
-            )
+        found = {port.name: list(port.shape) for port in (*session.get_inputs(), *session.get_outputs())}
+        said = {
+            port.name: list(port.shape)
+            for graph in contract.graphs.values()
+            for port in (*graph.inputs, *graph.outputs)
+        }
+        names = ("input_ids", "attention_mask", TOKEN_STATES, TEXT_VECTORS)
+        problems = [
+            f"{name}: {said.get(name, 'not')} in the manifest, {found.get(name, 'not')} in the graph"
+            for name in names
+            if name not in said or found.get(name) != said[name]
+        ]
+        if self.rows and found.get("input_ids") != [self.rows, self.longest]:
+            problems.append(f"input_ids: {[self.rows, self.longest]} by the contract's batch and context")
+        if problems:
+            raise ArtifactError("graph and manifest disagree", where=str(where), problems=problems, next_step=REBUILD)
+        self.dimensions = found[TEXT_VECTORS][-1]
 
     def vectors(self, texts: Sequence[Sequence[int]]) -> np.ndarray:
         """Vectors [n, dimensions] float32 of texts, each a list of 1 to `longest` token ids.
