@@ -19,10 +19,11 @@ from gemma_deploy.backends.spec import BuildSpec
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig, resolve_checkpoint
 from gemma_deploy.graph.contract import GraphContract
 from gemma_deploy.machine import give_memory_back
+from gemma_deploy.params.taken_over import storage_like, taken_over
 from gemma_deploy.partition import ArtifactPart, division_problems, parts_of
 from gemma_deploy.partition.ranks import input_channels, repeated_heads
 from gemma_deploy.recipe import Recipe, check_against_model, check_built
-from gemma_deploy.schemes import CodeForm, Scheme, Storage, group_problems
+from gemma_deploy.schemes import CodeForm, Codes, Scheme, Storage, group_problems
 from gemma_deploy.text import check_text, with_stops
 
 log = logging.getLogger(__name__)
@@ -129,10 +130,10 @@ class Job:
         needed = ["build", *(["calibrate"] if recipe.scheme.calibrates or recipe.scheme.weights == "fp16" else [])]
         extras.require(*needed, what=f"compiling {recipe.name}")
         check_built(recipe)
-        spec = recipe.spec
         checkpoint = Checkpoint.open(
             resolve_checkpoint(recipe.frontend.checkpoint), recipe.merged_adapters, encoder=True
         )
+        spec = _spec_for(recipe, checkpoint)
         check_against_model(recipe, checkpoint.config.max_position_embeddings, _model_problems(spec, checkpoint.config))
         text = check_text(checkpoint)
         give_memory_back()  # of the tokenizer
@@ -148,7 +149,7 @@ class Job:
     def of(cls, recipe: Recipe, checkpoint: Checkpoint, out: Path | None = None) -> Job:
         """The job of a recipe and a checkpoint that go together."""
         given, dataset, workspace = recipe.dataset.model_fields_set, recipe.dataset, recipe.workspace
-        spec = recipe.spec
+        spec = _spec_for(recipe, checkpoint)
         if checkpoint.config.architecture.encoder:  # one length: there is no cache
             contract = backend(spec.backend).contract(spec, checkpoint.config)
             spec = replace(spec, prefill=contract.prefill, context=contract.context)
@@ -209,6 +210,11 @@ class Job:
         return self.spec.storage(self.config.hidden_size)
 
     @cached_property
+    def taken_over(self) -> Mapping[str, Codes]:
+        """Matrices whose codes and scales are the checkpoint's, and their form; nothing where it has floats."""
+        return taken_over(self.checkpoint, self.scheme, self.storage)
+
+    @cached_property
     def code_form(self) -> CodeForm:
         """How codes lie in the file."""
         return self.backend.codes(self.spec)
@@ -222,6 +228,28 @@ class Job:
     def graph_files(self) -> list[str]:
         """Every .onnx file, by its path in the artifact."""
         return [part.file(f"{graph}.onnx") for part in self.parts for graph in self.contract.graph_names]
+
+
+def _spec_for(recipe: Recipe, checkpoint: Checkpoint) -> BuildSpec:
+    """What is to be built; of a checkpoint that has codes, in a form that takes over as many as the recipe leaves free.
+
+    Kernels that the recipe asks for come first: where they want another form, the recipe's is kept.
+    """
+    spec = recipe.spec
+    if not spec.scheme.codes or spec.scheme.calibrated or not checkpoint.quantized:
+        return spec
+    storage = spec.storage(checkpoint.config.hidden_size)
+    four = storage.linears.bits == 4  # the recipe's groups are those of int4; int8 to nearest has none
+    found = storage_like(
+        checkpoint.quantized,
+        storage,
+        groups=spec.groupsize is None or not four,
+        kept=spec.keep_w8 is None,
+        table=spec.table is None,
+        channels=tuple(input_channels(checkpoint.config, spec.ranks).values()),
+    )
+    made = replace(spec, own_storage=found)
+    return spec if any(backend(spec.backend).contradictions(made)) else made
 
 
 def _choices(recipe: Recipe, *, encoder: bool) -> QuantizerChoices:

@@ -16,7 +16,7 @@ from typing import Any
 from gemma_deploy.calibration.pipeline import Request
 from gemma_deploy.calibration.points import TOKENS
 from gemma_deploy.calibration.requirements import memory_bytes, workers_bytes
-from gemma_deploy.checkpoint import Checkpoint, ModelConfig, TensorInfo
+from gemma_deploy.checkpoint import ModelConfig, TensorInfo
 from gemma_deploy.errors import PreflightError
 from gemma_deploy.estimates import (
     BASE_BYTES,
@@ -156,7 +156,7 @@ def make_plan(
     if parity:
         stages.append(_parity_stage(job, tensors, elements))
     drafted = ResourcePlan(job.name, str(job.scheme), job.out, parameters, tuple(stages), machine, (), ())
-    return replace(drafted, shortfalls=_shortfalls(drafted, job), notes=_notes(job.checkpoint))
+    return replace(drafted, shortfalls=_shortfalls(drafted, job), notes=_notes(job))
 
 
 def _building_stages(
@@ -336,7 +336,12 @@ def _already_there(out: Path) -> int:
     return sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.is_dir() else 0
 
 
-def _notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+def _notes(job: Job) -> tuple[str, ...]:
+    checkpoint, taken = job.checkpoint, len(job.taken_over)
+    if arrived := len(checkpoint.quantized):
+        said = f"{taken} of {arrived} matrices that arrive quantized are taken over as they are"
+        rest = "" if taken == arrived else "; the others are dequantized once, and treated as floats"
+        return (f"{said}{rest}: the artifact repeats the quantized model, not the original",)
     if checkpoint.path.suffix.lower() == ".gguf":
         return ("a GGUF file's weights are the dequantized ones: the artifact repeats that model, not the original",)
     return ()

@@ -1,8 +1,8 @@
 """A directory transformers can load as remote code: links to the weights, our modeling files, the checkpoint's config.
 
 Third step of the data path (docs/design.md 2). The checkpoint's own config.json is kept; only `auto_map` and the
-patch's switches are added (the generation's row says which). Weights are never copied, except out of a GGUF file and
-out of a model that reads images as well, whose names no text class knows.
+patch's switches are added (the generation's row says which). Weights are never copied, except out of a GGUF file,
+where they are codes, and out of a model that reads images as well, whose names no text class knows.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def stage_checkpoint(
         for file in sorted(source.glob("*.py")):
             shutil.copyfile(file, partial / file.name)
         config = checkpoint.config_dict()
-        dequantized = checkpoint.format == "gguf" or bool(checkpoint.adapters)
+        dequantized = checkpoint.is_dequantized or bool(checkpoint.adapters)
         if dequantized:
             config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": "float32"}
         if weights and (dequantized or checkpoint.is_nested):

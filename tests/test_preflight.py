@@ -54,7 +54,9 @@ def checkpoint(path: str = "/models/g", **changes: object) -> SimpleNamespace:
     tensors = {
         name: SimpleNamespace(shape=shape, nbytes=2 * prod(shape)) for name, shape in expected_tensors(config).items()
     }
-    return SimpleNamespace(path=Path(path), config=config, tensors=tensors, notes=(), tokenizer_files=list)
+    return SimpleNamespace(
+        path=Path(path), config=config, tensors=tensors, notes=(), tokenizer_files=list, quantized={}
+    )
 
 
 def test_parameter_bytes_are_exact():

@@ -80,6 +80,7 @@ def test_quantizers_and_what_each_may_lose():
         "w8a16": (8, False, None, 0.01, 0.005, 0.02),
         "w8a16_gptq": (8, True, None, 0.005, 0.005, 0.015),
         "w8a8": (8, True, None, 0.016, 0.016, 0.02),
+        "w4a16_rtn": (4, False, 32, 0.7, 0.5, 1.0),
         "w4a16": (4, False, 32, 0.5, 0.5, 0.6),
         "w4a16_gptq": (4, True, 32, 0.3, 0.3, 0.35),
     }

@@ -33,7 +33,7 @@ class Words:
 def shared_entries(manifest: Manifest, words: Words) -> list[LedgerEntry]:
     """Weights, rescaling, cache and embedding scale: the entries of every artifact, in order."""
     effect = measured_effect(manifest)
-    entries = [_storage(manifest, words, effect), *_rescaling(manifest.rescaling or Rescaling())]
+    entries = [_storage(manifest, words, effect), *_arrived(manifest), *_rescaling(manifest.rescaling or Rescaling())]
     if manifest.int8_cache:
         entries.append(_cache(manifest.contract, effect))
     scale, hidden = manifest.embed_scale, manifest.model.hidden_size
@@ -84,7 +84,7 @@ def _storage(manifest: Manifest, words: Words, effect: dict[str, Any]) -> Ledger
     matrices = "weight matrices and token table"
     if Scheme(scheme).calibrated:
         return _quantized(manifest, words, effect)
-    if scheme == "w8a16":
+    if Scheme(scheme).codes:
         storage = manifest.storage or Storage()
         rows = [row for row in manifest.params if row.sqnr_db is not None]
         worst = lowest_sqnr(rows)
@@ -92,8 +92,10 @@ def _storage(manifest: Manifest, words: Words, effect: dict[str, Any]) -> Ledger
             effect = {**effect, "lowest_sqnr_db": worst.sqnr_db, "lowest_sqnr_tensor": worst.name}
         return LedgerEntry(
             f"{storage.linears_text}, {_table(storage)}, symmetric, to nearest; activations and norms float32",
-            f"the seven linears of every layer, the token table ({len(rows)} tensors)",
-            f"backend.dtype int8 (w8a16); {words.to_nearest}",
+            f"{len(rows)} matrices that did not arrive in this form"
+            if takes_over(manifest)
+            else f"the seven linears of every layer, the token table ({len(rows)} tensors)",
+            f"{'backend.dtype int8' if scheme == 'w8a16' else 'frontend.quantize.type'} ({scheme}); {words.to_nearest}",
             effect,
         )
     texts = {
@@ -107,6 +109,29 @@ def _storage(manifest: Manifest, words: Words, effect: dict[str, Any]) -> Ledger
     }
     what, why = texts[scheme]
     return LedgerEntry(what, "whole model", why, effect)
+
+
+def takes_over(manifest: Manifest) -> bool:
+    """Whether codes of the checkpoint are in an artifact as they were."""
+    return any(row.taken_over for row in manifest.checkpoint.arrived)
+
+
+def _arrived(manifest: Manifest) -> list[LedgerEntry]:
+    """Of a checkpoint that has codes: what was taken over, and what was dequantized."""
+    entries = []
+    for row in manifest.checkpoint.arrived:
+        where = f"{row.matrices} matrices that arrived as {row.form}"
+        if row.taken_over:
+            entries.append(
+                LedgerEntry(
+                    "taken over: codes and scales are the checkpoint's, bit for bit", where, "nothing is rounded"
+                )
+            )
+        else:
+            entries.append(
+                LedgerEntry("dequantized once, in float32, and treated as floats from there on", where, row.why or "")
+            )
+    return entries
 
 
 def _quantized(manifest: Manifest, words: Words, effect: dict[str, Any]) -> LedgerEntry:

@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import (
@@ -34,8 +33,6 @@ from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import Scheme, Storage
 
 FORMAT_VERSION = 2  # 2: parts, and the file of every row
-# Whose versions decide what a graph looks like or how weights are rounded.
-TOOLS = ("gemma-deploy", "torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxsim", "onnxruntime")
 Ranks = Annotated[int, Field(ge=1, le=1024)]
 Graph = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 
@@ -74,6 +71,15 @@ class AdapterRecord(Record):
     fingerprint: str
 
 
+class ArrivedRecord(Record):
+    """Matrices that the checkpoint has in one quantized form, and whether they were taken over; why not, if not."""
+
+    form: str
+    matrices: Count
+    taken_over: bool
+    why: str | None
+
+
 class CheckpointRecord(Record):
     """Where the weights came from: the directory's or file's name, and what it held, adapters included."""
 
@@ -82,6 +88,11 @@ class CheckpointRecord(Record):
     fingerprint: str
     fingerprint_without_times: str
     adapters: tuple[AdapterRecord, ...] = ()
+    arrived: tuple[ArrivedRecord, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_floats(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in plain(self).items() if key != "arrived" or value}
 
 
 class ModelKwargs(Open):
@@ -387,14 +398,3 @@ class Manifest(Record):
     def whole_scheme(self) -> Scheme:
         """How weights and cache are kept."""
         return Scheme(self.scheme, self.int8_cache)
-
-
-def tool_versions() -> dict[str, str]:
-    """Versions of this program and of the libraries an artifact depends on."""
-    found = {}
-    for tool in TOOLS:
-        try:
-            found[tool] = version(tool)
-        except PackageNotFoundError:
-            found[tool] = "not installed"
-    return found

@@ -55,6 +55,7 @@ class BuildSpec:
         keep_w8: kinds of linears that keep 8 bits where the others have 4; None for the default.
         table_in_groups: the default table has groups of columns, as the back end's kernels want them.
         adapter_rank: the largest rank of a LoRA adapter that is loaded beside the artifact; None: it takes none.
+        own_storage: what matrices are stored as, where it follows a checkpoint's own codes.
     """
 
     backend: str
@@ -74,11 +75,14 @@ class BuildSpec:
     keep_w8: tuple[str, ...] | None = None
     table_in_groups: bool = False
     adapter_rank: int | None = None
+    own_storage: Storage | None = None
 
     def storage(self, hidden_size: int) -> Storage:
         """What matrices are stored as in a model of this width; of codes only."""
         if not self.scheme.codes:
             return Storage()
+        if self.own_storage is not None:
+            return self.own_storage
         table = self.table
         if table is None and self.table_in_groups:
             table = dividing_table(hidden_size)

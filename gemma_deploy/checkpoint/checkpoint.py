@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from gemma_deploy import paths, reading
 from gemma_deploy.checkpoint.adapters.merging import AdapterRef, WeightedAdapter, merge_places, open_adapters
+from gemma_deploy.checkpoint.assembling import Assembled, Place, assemble, merged_info
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.checkpoint.expected import expected_tensors
 from gemma_deploy.checkpoint.index import (
@@ -27,20 +28,20 @@ from gemma_deploy.checkpoint.index import (
     read_shards,
     refuse_other_formats,
 )
-from gemma_deploy.checkpoint.naming import is_inside, name_tensors
-from gemma_deploy.checkpoint.safetensors_reader import SafetensorsFile, readable
+from gemma_deploy.checkpoint.naming import is_inside
+from gemma_deploy.checkpoint.quantized.gguf_blocks import blocks_of
+from gemma_deploy.checkpoint.quantized.matrix import QuantizedWeight
+from gemma_deploy.checkpoint.quantized.modules import Modules, group
+from gemma_deploy.checkpoint.quantized.settings import claim_of
 from gemma_deploy.checkpoint.sentence import read_sentence_head
-from gemma_deploy.checkpoint.source import Rows, TensorInfo, equal
+from gemma_deploy.checkpoint.source import Rows, TensorInfo
 from gemma_deploy.checkpoint.stored import Stored
-from gemma_deploy.dtypes import BY_NAME
 from gemma_deploy.errors import CheckpointError, NotBuiltError
-from gemma_deploy.names import CONFIG, EMBEDDING_WEIGHT, GENERATION_CONFIG, HEAD_WEIGHT
+from gemma_deploy.names import CONFIG, EMBEDDING_WEIGHT, GENERATION_CONFIG
 from gemma_deploy.provenance import code_of
 
 if TYPE_CHECKING:
     from hashlib import _Hash as _Digest
-
-    from gemma_deploy.checkpoint.gguf_reader import GgufFile
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -53,6 +54,7 @@ TOKENIZER_FILES = (
 )
 MORE_TEMPLATES = "additional_chat_templates"
 GGUF_READER = "gemma_deploy.checkpoint.gguf_reader"
+QUANTIZED_READERS = ("gemma_deploy.checkpoint.quantized.modules",)
 FINGERPRINT_BYTES = 1 << 20
 TOKENIZER_FILE = reading.FileKind(
     CheckpointError, "a file of the model's tokenizer", "copy it again from where the weights came from"
@@ -71,7 +73,7 @@ class Checkpoint:
     config: ModelConfig
     tensors: Mapping[str, TensorInfo]
     notes: tuple[str, ...]
-    _places: Mapping[str, Stored[Any]]
+    _places: Mapping[str, Place]
     _config_bytes: bytes
     adapters: tuple[WeightedAdapter, ...] = ()
     _merged: Mapping[str, Rows] = field(default_factory=dict)
@@ -118,7 +120,9 @@ class Checkpoint:
             raw = {**config.raw, "tie_word_embeddings": merged.tied, "vocab_size": merged.vocab_size}
             config = replace(config, tie_word_embeddings=merged.tied, vocab_size=merged.vocab_size, raw=raw)
         tensors = {
-            name: _merged_info(self, name, merged.places[name]) if name in merged.places else self.tensors[name]
+            name: merged_info(name, merged.places[name], self._file_of(name))
+            if name in merged.places
+            else self.tensors[name]
             for name in expected_tensors(config)
         }
         notes = [note for one in adapters for note in one.adapter.notes]
@@ -141,8 +145,25 @@ class Checkpoint:
 
     @property
     def own_dtype(self) -> str:
-        """What the checkpoint's files store weights as: the dtype of the token table; float32 of a .gguf file."""
-        return "float32" if self.format == "gguf" else self._places[EMBEDDING_WEIGHT].entry.dtype
+        """What the checkpoint's files store weights as: the dtype of the token table; float32 where it dequantizes."""
+        return "float32" if self.is_dequantized else self._places[EMBEDDING_WEIGHT].entry.dtype
+
+    @property
+    def is_dequantized(self) -> bool:
+        """Whether what is read are not the floats in the files: a .gguf file, or codes."""
+        return self.format == "gguf" or any(isinstance(place, QuantizedWeight) for place in self._places.values())
+
+    @cached_property
+    def quantized(self) -> Mapping[str, QuantizedWeight]:
+        """Matrices that arrive as codes, by name, but those that adapters changed."""
+        found = {}
+        for name, place in self._places.items():
+            weight = place if isinstance(place, QuantizedWeight) else None
+            if self.format == "gguf" and isinstance(place, Stored):
+                weight = blocks_of(place)
+            if weight is not None and name not in self._merged and name in self.tensors:
+                found[name] = weight
+        return found
 
     @property
     def is_nested(self) -> bool:
@@ -160,7 +181,11 @@ class Checkpoint:
     @property
     def weight_files(self) -> tuple[Path, ...]:
         """Every file that holds weights, in order of name."""
-        return tuple(sorted({info.file for info in self.tensors.values()}))
+        return tuple(sorted({part.file.path for place in self._places.values() for part in place.parts}))
+
+    def _file_of(self, name: str) -> Path:
+        """Where a tensor lies, or what stands in for one that the checkpoint does not have."""
+        return (self.tensors.get(name) or self.tensors[EMBEDDING_WEIGHT]).file
 
     def local_name(self, file: Path) -> str:
         """A weight file's path inside the checkpoint, with slashes."""
@@ -198,9 +223,10 @@ class Checkpoint:
         digest = hashlib.sha256(self._config_bytes)
         self._add_weight_files(digest, times=True)
         for name, place in sorted(self._places.items()):
-            digest.update(f"\0{name}\0{self.local_name(place.file.path)}\0{place.name}".encode())
-        if self.format == "gguf":
-            reader = code_of((GGUF_READER,))
+            for part in place.parts:
+                digest.update(f"\0{name}\0{self.local_name(part.file.path)}\0{part.name}".encode())
+        if self.is_dequantized:
+            reader = code_of((GGUF_READER,) if self.format == "gguf" else QUANTIZED_READERS)
             digest.update(f"\0{reader.sha256} {reader.versions}".encode())
         self._add_adapters(digest)
         return digest.hexdigest()
@@ -215,7 +241,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _add_weight_files(self, digest: _Digest, *, times: bool) -> None:
-        headers = {place.file.path: place.file.header_bytes for place in self._places.values()}
+        headers = {part.file.path: part.file.header_bytes for place in self._places.values() for part in place.parts}
         for path in self.weight_files:
             stat = path.stat()
             written = stat.st_mtime_ns if times else 0
@@ -275,13 +301,6 @@ def _tokenizer_notes(checkpoint: Checkpoint, adapters: Sequence[WeightedAdapter]
     return notes + [f"the tokenizer beside the adapter {path} is not read" for path in brought[1:]]
 
 
-def _merged_info(checkpoint: Checkpoint, name: str, place: Rows) -> TensorInfo:
-    """Of a tensor that adapters changed; the file is the one its base lies in."""
-    own = checkpoint.tensors.get(name) or checkpoint.tensors[EMBEDDING_WEIGHT]
-    shape, dtype = place.entry.shape, place.entry.dtype
-    return TensorInfo(name, shape, dtype, own.file, math.prod(shape) * BY_NAME[dtype].itemsize)
-
-
 def resolve_checkpoint(spec: str) -> Path:
     """A recipe's frontend.checkpoint as a path: `demo` is the bundled mini checkpoint."""
     return paths.demo_checkpoint_dir() if spec == "demo" else reading.expand(spec)
@@ -295,7 +314,8 @@ def _open_gguf(cls: type[Checkpoint], path: Path) -> Checkpoint:
     file = GgufFile(path)
     raw = file.config_dict()
     config = ModelConfig.from_dict(raw, str(path))
-    return _assemble(cls, path, "gguf", config, {name: file for name in file.entries}, json.dumps(raw).encode())
+    found = assemble(path, config, Modules({name: file for name in file.entries}, {}), gguf=True)
+    return _checkpoint(cls, path, "gguf", found, json.dumps(raw).encode())
 
 
 def _open_directory(cls: type[Checkpoint], path: Path) -> Checkpoint:
@@ -303,7 +323,7 @@ def _open_directory(cls: type[Checkpoint], path: Path) -> Checkpoint:
     raw, config_bytes = read_json(path / CONFIG, missing="copy config.json from where the weights came from")
     config = ModelConfig.from_dict(raw, str(path / CONFIG))
     config = _with_generation_stops(config, path)
-    behind: Mapping[str, Stored[SafetensorsFile]] = {}
+    behind: Mapping[str, Stored[Any]] = {}
     if config.architecture.encoder:
         found = read_sentence_head(path, config.hidden_size, config.max_position_embeddings)
         config, behind, config_bytes = (
@@ -312,11 +332,16 @@ def _open_directory(cls: type[Checkpoint], path: Path) -> Checkpoint:
             config_bytes + found.described,
         )
     files = read_shards(path, weights)
-    checkpoint = _assemble(cls, path, "safetensors", config, files, config_bytes, behind=behind)
+    assembled = assemble(path, config, group(files, claim_of(raw)), gguf=False, behind=behind)
+    checkpoint = _checkpoint(cls, path, "safetensors", assembled, config_bytes)
     if reading.exists(path / INDEX_NAME) and weights.index is None:
         note = f"{INDEX_NAME} is ignored because model.safetensors is there, as transformers does"
         checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
     return checkpoint
+
+
+def _checkpoint(cls: type[Checkpoint], path: Path, kind: str, found: Assembled, config_bytes: bytes) -> Checkpoint:
+    return cls(path, kind, found.config, found.tensors, found.notes, found.places, config_bytes)
 
 
 def _with_generation_stops(config: ModelConfig, path: Path) -> ModelConfig:
@@ -328,66 +353,3 @@ def _with_generation_stops(config: ModelConfig, path: Path) -> ModelConfig:
     tokens = value if isinstance(value, list) else [value]
     stops = [token for token in tokens if type(token) is int and 0 <= token < config.vocab_size]
     return replace(config, eos_token_ids=tuple(dict.fromkeys([*config.eos_token_ids, *stops])))
-
-
-def _assemble(
-    cls: type[Checkpoint],
-    path: Path,
-    kind: str,
-    config: ModelConfig,
-    files: Mapping[str, SafetensorsFile] | Mapping[str, GgufFile],
-    config_bytes: bytes,
-    *,
-    behind: Mapping[str, Stored[SafetensorsFile]] | None = None,
-) -> Checkpoint:
-    """Compare what is there with what the config calls for.
-
-    Args:
-        behind: what lies in files of its own, behind an encoder.
-    """
-    expected, behind = expected_tensors(config), behind or {}
-    named = name_tensors(files, [name for name in expected if name not in behind], tied=config.tie_word_embeddings)
-    places: dict[str, Stored[Any]] = {name: Stored(files[source], source) for name, source in named.sources.items()}
-    places |= behind
-    shapes = expected | ({HEAD_WEIGHT: expected[EMBEDDING_WEIGHT]} if HEAD_WEIGHT in places else {})
-    problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in places]
-    problems += [f"unexpected: {name} {list(files[name].entries[name].shape)}" for name in named.extras]
-    problems += [f"twice: {names} are one tensor of the model" for names in named.twice]
-    for name, place in places.items():
-        entry = place.entry
-        if entry.shape != shapes[name]:
-            problems.append(
-                f"wrong shape: {place.name} is {list(entry.shape)}, config.json calls for {list(shapes[name])}"
-            )
-        elif kind == "safetensors" and not readable(entry.dtype):
-            problems.append(f"wrong dtype: {place.name} is {entry.dtype}, expected bfloat16, float16 or float32")
-    if problems:
-        raise CheckpointError(
-            f"{len(problems)} tensor(s) do not fit the config",
-            where=str(path),
-            problems=problems,
-            next_step="make sure config.json and the weights belong together and every shard is there",
-        )
-    notes = list(named.notes)
-    if config.tie_word_embeddings and HEAD_WEIGHT in places:
-        config = _tied_or_not(config, places, notes)
-    tensors = {name: _info(name, places[name]) for name in expected_tensors(config)}
-    notes.extend(config.warnings)
-    return cls(path, kind, config, tensors, tuple(notes), {name: places[name] for name in tensors}, config_bytes)
-
-
-def _info(name: str, place: Stored[Any]) -> TensorInfo:
-    entry = place.entry
-    return TensorInfo(name, entry.shape, entry.dtype, place.file.path, int(entry.stop - entry.start))
-
-
-def _tied_or_not(config: ModelConfig, places: Mapping[str, Stored[Any]], notes: list[str]) -> ModelConfig:
-    """Keep a head beside the table apart when it is another matrix, whatever the config says, as transformers does."""
-    if equal(places[HEAD_WEIGHT], places[EMBEDDING_WEIGHT]):
-        notes.append(f"{HEAD_WEIGHT} is ignored: it equals the token table, to which the config ties it")
-        return config
-    notes.append(
-        f"{HEAD_WEIGHT} differs from the token table although tie_word_embeddings is true: the two are kept apart, as "
-        "transformers does; set tie_word_embeddings to false in config.json to say so"
-    )
-    return replace(config, tie_word_embeddings=False, raw={**config.raw, "tie_word_embeddings": False})

@@ -25,6 +25,7 @@ from gemma_deploy.architectures import (
 )
 from gemma_deploy.architectures.keys import ConfigKeys
 from gemma_deploy.checkpoint.nested import language_model
+from gemma_deploy.checkpoint.quantized import settings
 from gemma_deploy.checkpoint.sentence import SentenceHead
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.names import EMBEDDING_WEIGHT, HEAD_WEIGHT, LAYERS
@@ -164,7 +165,7 @@ def _parse(keys: ConfigKeys) -> ModelConfig:
         bos_token_id=_token(keys, "bos_token_id", 2, vocab),
         pad_token_id=_token(keys, "pad_token_id", 0, vocab),
         eos_token_ids=_stop_tokens(keys, vocab),
-        raw=dict(keys.raw),
+        raw={key: value for key, value in keys.raw.items() if key != settings.KEY},  # what is read are floats
         warnings=tuple(keys.warnings),
         sentence=None,  # of files beside it
     )
@@ -194,10 +195,8 @@ def _architecture(keys: ConfigKeys) -> Architecture:
 
 def _refuse_unbuilt(keys: ConfigKeys, row: Architecture) -> None:
     raw = keys.raw
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"]
-        method = method.get("quant_method", "?") if isinstance(method, dict) else method
-        keys.problem("quantization_config", f"already quantized ({method})", "bf16, fp16 or fp32 weights")
+    if raw.get(settings.KEY) and (problem := settings.problem_of(raw[settings.KEY])) is not None:
+        keys.problem(settings.KEY, *problem)
     if raw.get("attention_bias"):
         keys.problem("attention_bias", raw["attention_bias"], "false: no Gemma has attention biases")
     both_ways = raw.get("use_bidirectional_attention")

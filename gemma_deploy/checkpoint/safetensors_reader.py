@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_deploy.checkpoint.mapped import MappedFile
+from gemma_deploy.checkpoint.mapped import PIECE_BYTES, MappedFile
 from gemma_deploy.dtypes import BY_NAME, BY_SAFETENSORS
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.reading import parse_json
@@ -69,6 +69,30 @@ class SafetensorsFile:
             first = entry.start + row * width * size
             out[row] = self._floats(entry, first + start * size, first + stop * size)
         return out
+
+    def raw_columns(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Columns [start, stop) of a matrix as stored, [rows, stop - start]; a few MiB of rows are mapped at a time."""
+        entry = self.entries[name]
+        count, width = entry.shape
+        if not 0 <= start <= stop <= width:
+            raise IndexError(f"{name}: columns {start}..{stop} of {width}")
+        kind = np.dtype(BY_NAME[entry.dtype].numpy)
+        out, row_bytes = np.empty((count, stop - start), kind), width * kind.itemsize
+        step = max(1, PIECE_BYTES // max(row_bytes, 1))
+        for top in range(0, count, step):
+            bottom = min(top + step, count)
+            first, last = entry.start + top * row_bytes, entry.start + bottom * row_bytes
+            out[top:bottom] = self.file.view(first, last, kind).reshape(bottom - top, width)[:, start:stop]
+            self.file.release(first, last)
+        return out
+
+    def float_columns(self, name: str, start: int, stop: int) -> np.ndarray:
+        """The same columns of floats, as float32."""
+        found = self.raw_columns(name, start, stop)
+        if self.entries[name].dtype == "bfloat16":
+            return np.left_shift(found, 16, dtype=np.uint32).view(np.float32)
+        with np.errstate(over="ignore"):
+            return found.astype(np.float32)
 
     def _floats(self, entry: Entry, first: int, last: int) -> np.ndarray:
         """The elements in bytes [first, last) of the file as float32."""

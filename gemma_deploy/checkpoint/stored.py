@@ -31,6 +31,16 @@ class Stored(Generic[File]):
         """Shape, dtype and byte offsets."""
         return self.file.entries[self.name]
 
+    @property
+    def parts(self) -> tuple[Stored[File], ...]:
+        """The tensors it is read from: itself."""
+        return (self,)
+
+    @property
+    def nbytes(self) -> int:
+        """In the file."""
+        return self.entry.stop - self.entry.start
+
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) as float32."""
         return self.file.rows(self.name, start, stop)

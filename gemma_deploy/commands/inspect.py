@@ -16,7 +16,7 @@ from gemma_deploy.options import NAME, adapter_option
 if TYPE_CHECKING:
     from gemma_deploy.artifact.manifest import GraphRecord, Manifest
     from gemma_deploy.artifact.opened import Artifact
-    from gemma_deploy.checkpoint import AdapterRef
+    from gemma_deploy.checkpoint import AdapterRef, Checkpoint, TensorInfo
     from gemma_deploy.checkpoint.sentence import SentenceHead
 
 EPILOG = """\b
@@ -54,7 +54,7 @@ def command(path: str, adapter: tuple[AdapterRef, ...], params: bool, as_json: b
         checkpoint = Checkpoint.open(resolve_checkpoint(path), adapter, encoder=True)
         facts = checkpoint_facts(checkpoint) | encoder_facts(checkpoint.config.sentence)
         tensors = [
-            {"name": one.name, "dtype": one.dtype, "shape": list(one.shape), "nbytes": one.nbytes}
+            {"name": one.name, "dtype": stored_as(checkpoint, one), "shape": list(one.shape), "nbytes": one.nbytes}
             for one in checkpoint.tensors.values()
         ]
     if as_json:
@@ -93,6 +93,11 @@ def artifact_facts(manifest: Manifest) -> dict[str, Any]:
         "parts": part_rows(manifest),
         "graphs": [port for graph, found in contract.graphs.items() for port in _ports(graph, found)],
         "parameters": sizes((row.dtype, row.nbytes) for row in manifest.params),
+        "arrived quantized": [
+            {"form": row.form, "matrices": row.matrices, "here": "taken over" if row.taken_over else "dequantized"}
+            | ({"why": row.why} if row.why else {})
+            for row in manifest.checkpoint.arrived
+        ],
         "operators": [
             {"operator": op, **{graph: census.get(op, 0) for graph, census in manifest.op_census.items()}}
             for op in sorted({op for census in manifest.op_census.values() for op in census})
@@ -190,7 +195,7 @@ def checkpoint_facts(checkpoint: Any) -> dict[str, Any]:
             or ("inside" if checkpoint.format == "gguf" else "none"),
             "fingerprint": checkpoint.fingerprint(),
         },
-        "parameters": sizes((one.dtype, one.nbytes) for one in checkpoint.tensors.values()),
+        "parameters": sizes((stored_as(checkpoint, one), one.nbytes) for one in checkpoint.tensors.values()),
         "notes": [{"note": note} for note in dict.fromkeys((*checkpoint.notes, *config.warnings, *text.notes))],
     }
 
@@ -204,6 +209,12 @@ def head_lines(config: Any) -> list[str]:
         if layer.kind not in kinds:
             kinds.append(layer.kind)
     return list(found) if len(found) == 1 else [f"{said} ({', '.join(kinds)})" for said, kinds in found.items()]
+
+
+def stored_as(checkpoint: Checkpoint, tensor: TensorInfo) -> str:
+    """The form that a tensor has in its file: a dtype, or how its codes are packed."""
+    weight = checkpoint.quantized.get(tensor.name)
+    return weight.described if weight is not None else tensor.dtype
 
 
 def sizes(tensors: Any) -> list[dict[str, Any]]:

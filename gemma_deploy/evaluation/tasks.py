@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma_deploy.artifact.manifest import tool_versions
 from gemma_deploy.artifact.plots import ranges_of
+from gemma_deploy.artifact.tools import tool_versions
 from gemma_deploy.checkpoint import AdapterRef
 from gemma_deploy.errors import UsageError
 from gemma_deploy.evaluation import ceval, perplexity

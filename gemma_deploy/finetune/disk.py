@@ -84,7 +84,7 @@ def room(settings: FinetuneSettings, checkpoint: Checkpoint, saving: Saving) -> 
     most = KEPT + 1 + saving.best  # a new one is written before an old one is deleted
     count = min(most, math.ceil(saving.steps / saving.every))
     staged = 0
-    if saving.method == "qlora" and checkpoint.format == "gguf":
+    if saving.method == "qlora" and checkpoint.is_dequantized:
         staged = 4 * trained_weights(settings, checkpoint, "full")
     elif saving.method == "qlora" and checkpoint.is_nested:
         staged = sum(info.nbytes for info in checkpoint.tensors.values())

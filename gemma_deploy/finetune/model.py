@@ -139,7 +139,7 @@ def _quantized(settings: FinetuneSettings, checkpoint: Checkpoint, folder: Path)
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     place = checkpoint.path
-    if checkpoint.format == "gguf" or checkpoint.is_nested:
+    if checkpoint.is_dequantized or checkpoint.is_nested:
         place = folder / STAGED
         if not place.is_dir():
             stage_checkpoint(checkpoint.path, place)

@@ -7,7 +7,7 @@ constant inside the graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,7 +22,7 @@ from gemma_deploy.partition.ranks import Blocks, row_blocks, sharding
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import CodeForm, Form, Storage
 
-Kind = Literal["cast", "int8_per_channel", "scale", "constant", "stored"]
+Kind = Literal["cast", "int8_per_channel", "int4_per_group", "scale", "constant", "stored", "taken_over"]
 
 # By bits, and by whether codes are unsigned: those have the zero point 2**(bits - 1).
 CODE_DTYPES: dict[tuple[int, bool], StoredDtype] = {
@@ -39,7 +39,7 @@ ROTARY_DTYPE: StoredDtype = "float32"
 class ParamSpec:
     """One tensor to write. `source` is the checkpoint's tensor; constants have a `rope` or a `value` instead.
 
-    The kind `stored` is copied as it is.
+    The kind `stored` is copied as it is, and so is `taken_over`, which is what arrived.
 
     Args:
         rows: blocks [start, stop) of the source's rows that are taken, in order; () for all of them.
@@ -78,6 +78,7 @@ def build_plan(
     int8_cache: bool = False,
     form: CodeForm | None = None,
     factors: bool = False,
+    taken: Collection[str] = (),
 ) -> tuple[ParamSpec, ...]:
     """Every parameter of the model in model order, then the rotary tables.
 
@@ -96,6 +97,7 @@ def build_plan(
         int8_cache: factors of the channels of keys and values, which the source holds as well.
         form: how codes lie in the file; signed by default.
         factors: of w8a16_folded, by what the columns of linears were multiplied, for what is added to them later.
+        taken: matrices whose codes and scales the source has in the artifact's form (taken_over.py).
     """
     storage, form = storage or Storage(), form or CodeForm()
     rescaling, part = rescaling or Rescaling(), part or ArtifactPart(whole(config.num_hidden_layers))
@@ -113,7 +115,10 @@ def build_plan(
                 specs.append(ParamSpec(f"{module}.eps", (1,), "float32", "constant", value=eps))
         elif MATRIX_DTYPE[scheme] == "int8" and name not in behind and (codes := storage.of(module)):
             made = quantized.get(name) if quantized else None
-            kinds: tuple[Kind, Kind] = ("stored", "stored") if made else ("int8_per_channel", "scale")
+            nearest: Kind = "int8_per_channel" if codes.bits == 8 else "int4_per_group"
+            kinds: tuple[Kind, Kind] = ("stored", "stored") if made else (nearest, "scale")
+            if name in taken:
+                kinds = "taken_over", "taken_over"
             scales = f"{module}.scale"
             transposed = form.transposed and ".layers." in name
             dtype, lies = (
@@ -121,7 +126,7 @@ def build_plan(
                 shape[::-1] if transposed else shape,
             )
             specs.append(ParamSpec(name, lies, dtype, kinds[0], name, transposed=transposed, output_error=made))
-            source = scales if made else name
+            source = scales if made or name in taken else name
             specs.append(ParamSpec(scales, codes.scale_shape(shape), "float32", kinds[1], source))
             folded = scheme == "w8a16_folded" and codes.groupsize is None and config.head_reads_table
             if folded and name == EMBEDDING_WEIGHT and span.start == 0:

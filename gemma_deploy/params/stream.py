@@ -120,11 +120,11 @@ def run_job(
     spec = job.specs[0]
     if spec.kind == "constant":
         return [_write_constant(sinks[0], buffers, block_bytes)]
-    if spec.kind == "stored":
+    if spec.kind in ("stored", "taken_over"):
         return [_write_stored(sinks[0], source, buffers, block_bytes)]
     checked = _checked_blocks(source, spec, buffers, block_bytes)
-    if spec.kind == "int8_per_channel":
-        return _write_int8(sinks, checked, buffers)
+    if spec.kind in ("int8_per_channel", "int4_per_group"):
+        return _write_codes(sinks, checked, buffers)
     return [_write_cast(sinks[0], checked, buffers)]
 
 
@@ -143,6 +143,8 @@ def _write_stored(sink: Sink, source: WeightSource, buffers: Buffers, block_byte
     row_bytes = info.nbytes // info.shape[0]
     for start, stop in _row_spans(spec.rows or ((0, info.shape[0]),), row_bytes, block_bytes):
         block = torch.from_numpy(source.raw_rows(info.name, start, stop))
+        if spec.kind == "taken_over" and block.is_floating_point() and not bool(block.isfinite().all()):
+            raise BadTensorError(f"{info.name}: a scale in rows {start} to {stop - 1} is NaN or infinite")
         block = _columns(block, spec, buffers)
         sink.write_rows(as_stored(block, spec), buffers)
     error = spec.output_error
@@ -183,12 +185,15 @@ def _columns(block: torch.Tensor, spec: ParamSpec, buffers: Buffers) -> torch.Te
     return buffers.take("columns", tuple(part.shape), block.dtype).copy_(part)
 
 
-def _write_int8(
+def _write_codes(
     sinks: list[Sink], blocks: Iterator[tuple[torch.Tensor, torch.Tensor]], buffers: Buffers
 ) -> list[ParamRow]:
     import torch
 
+    from gemma_deploy.quantization.scales import SEARCHED_QMAX, choose_scales  # imports torch
+
     weight, scales = sinks
+    qmax = (1 << (BY_NAME[weight.spec.dtype].bits - 1)) - 1
     groups = math.prod(scales.spec.shape[1:])  # of a row; each is quantized like a row of its own
     count = math.prod(scales.spec.shape)
     all_scales, signal, error = torch.empty(count), torch.empty(count).double(), torch.empty(count).double()
@@ -200,9 +205,12 @@ def _write_int8(
         in_float32.copy_(block)
         q = buffers.take("out", tuple(block.shape), torch.int8)
         scratch = buffers.take("scratch", grouped, torch.float32)
-        all_scales[part] = row_scales(absmax.float() if groups == 1 else in_float32.view(grouped).abs().amax(1))
+        if qmax > SEARCHED_QMAX:
+            all_scales[part] = row_scales(absmax.float() if groups == 1 else in_float32.view(grouped).abs().amax(1))
+        else:
+            all_scales[part] = choose_scales(in_float32.view(grouped), qmax)[:, 0]
         signal[part], error[part] = quantize_rows_(
-            in_float32.view(grouped), all_scales[part], q.view(grouped), scratch=scratch
+            in_float32.view(grouped), all_scales[part], q.view(grouped), scratch=scratch, qmax=qmax
         )
         weight.write_rows(as_stored(_columns(q, weight.spec, buffers), weight.spec), buffers)
     scales.write(all_scales)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from gemma_deploy.artifact.ledger import takes_over
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.checkpoint import Checkpoint
@@ -24,7 +25,7 @@ def torch_sources(
     hf = TorchSource(opened, "hf", "bf16" if scheme == "bf16" else "fp32", embed_scale=scale)
     patched = TorchSource(opened, "patched", "bf16" if scheme == "bf16" else "fp32", embed_scale=scale)
     same_weights = patched
-    if scheme == "w8a16" and manifest.storage == Storage():
+    if scheme == "w8a16" and manifest.storage == Storage() and not takes_over(manifest):
         same_weights = TorchSource(opened, "patched", "w8a16", embed_scale=scale)
     elif Scheme(scheme).codes:
         weights = ArtifactWeights(opened.config, artifact, manifest)

@@ -70,6 +70,24 @@ def weights_line(
     return Line(STORED_WEIGHTS, name, worst.error, worst.limit, worst.error <= worst.limit)
 
 
+def taken_over_line(checkpoint: WeightSource, stored: ArtifactWeights, names: Iterable[str]) -> Line:
+    """How many numbers of the matrices that were taken over differ: every one is a code times a scale.
+
+    Args:
+        names: of the matrices.
+    """
+    wrong = 0
+    for name in names:
+        count, width = checkpoint.tensors[name].shape
+        step = max(1, BLOCK_BYTES // (4 * width))
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            same = checkpoint.rows(name, start, stop) == stored.rows(name, start, stop)
+            wrong += same.size - int(np.count_nonzero(same))
+        give_memory_back()
+    return Line(STORED_WEIGHTS, "taken-over numbers that differ", wrong, 0, wrong == 0)
+
+
 def _told(found: Iterable[Difference], count: int, progress: Tick | None) -> Iterator[Difference]:
     """The same, telling how many there were."""
     for number, one in enumerate(found, 1):

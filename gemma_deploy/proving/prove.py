@@ -14,7 +14,7 @@ from gemma_deploy.backends.base import BesideAdapter, Proof
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.parity.compare import ParityResult, Report, cases_for
 from gemma_deploy.parity.gates import sqnr_line
-from gemma_deploy.parity.weights import weights_line
+from gemma_deploy.parity.weights import taken_over_line, weights_line
 from gemma_deploy.progress import counted
 from gemma_deploy.schemes import QUANTIZERS
 
@@ -81,7 +81,10 @@ def _compare_weights(
     folded = manifest.scheme in QUANTIZERS
     tick = counted(report, "tensors")
     result.lines.append(weights_line(opened, stored, folded=folded, embed_scale=manifest.embed_scale, progress=tick))
-    if manifest.storage and manifest.storage.linears.bits == 8:
+    if taken := [row.name for row in manifest.params if row.scheme == "taken_over" and row.name.endswith(".weight")]:
+        result.lines.append(taken_over_line(opened, stored, dict.fromkeys(taken)))
+    measured = any(row.signal_energy is not None and ".layers." in row.name for row in manifest.params)
+    if manifest.storage and manifest.storage.linears.bits == 8 and (measured or not taken):
         result.lines.append(sqnr_line(manifest.params))
 
 

@@ -42,7 +42,7 @@ def quantize_rows(
 
 
 def quantize_rows_(
-    w: torch.Tensor, scale: torch.Tensor, q: torch.Tensor, *, scratch: torch.Tensor
+    w: torch.Tensor, scale: torch.Tensor, q: torch.Tensor, *, scratch: torch.Tensor, qmax: int = QMAX
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same without allocating: w [rows, in] float32 is destroyed, q [rows, in] int8 is filled.
 
@@ -56,7 +56,7 @@ def quantize_rows_(
 
     torch.div(w, scale[:, None], out=scratch)
     torch.round(scratch, out=w)  # half to even
-    w.clamp_(-QMAX, QMAX)
+    w.clamp_(-qmax, qmax)
     q.copy_(w)
     w.sub_(scratch)
     unit = scale.double().square_()

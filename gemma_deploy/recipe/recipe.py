@@ -134,7 +134,8 @@ class Recipe(RecipeSections):
         known = backend(self.backend.type).options.model_fields
         carried |= {f"backend.compile.{key}": value for key, value in self.backend.compile.items() if key not in known}
         quantize = self.frontend.quantize
-        looks_at_data = self.scheme.calibrates  # rounding to nearest does not
+        quantizer = self.scheme.quantizer  # rounding to nearest looks at no data, and its int8 has no settings
+        looks_at_data = self.scheme.calibrates or (quantizer is not None and quantizer.bits == 4)
         if quantize is not None:
             for key in ("device", "calib_args"):
                 used = looks_at_data and (key == "calib_args" or quantize.device == "cpu")  # calibration runs there

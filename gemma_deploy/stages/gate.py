@@ -48,6 +48,10 @@ def advice(scheme: Scheme, result: ParityResult) -> str:
             "the graphs are right, but rounding loses too much: calibrate on text like the one it will see (dataset), "
             "or ask for less (w8a16_gptq, a table in smaller groups, backend.dtype fp32)"
         )
-    if scheme.weights == "w8a16" and all(line.passed for line in result.lines if line.comparison != "weights"):
-        return "a matrix loses too much in int8: use backend.dtype bf16, fp16 or fp32"
+    if (
+        scheme.codes
+        and not scheme.calibrated
+        and all(line.passed for line in result.lines if line.comparison != "weights")
+    ):
+        return "a matrix loses too much in its codes: use backend.dtype bf16, fp16 or fp32"
     return "the graphs do not compute what the checkpoint says: a bug in gemma-deploy, please report it with that page"

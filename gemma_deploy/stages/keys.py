@@ -28,7 +28,7 @@ QUANTIZE = (
     TEXT,
 )
 CACHE = ("gemma_deploy.quantization.cache", TEXT)
-PARAMETERS = ("gemma_deploy.params.writer",)
+PARAMETERS = ("gemma_deploy.params.writer", "gemma_deploy.params.taken_over")
 FILES = ("gemma_deploy.stages.files",)
 SENSITIVITY = ("gemma_deploy.parity.sensitivity", TEXT)
 GATE = ("gemma_deploy.proving.prove",)

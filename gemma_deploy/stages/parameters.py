@@ -11,6 +11,7 @@ from gemma_deploy.params import ParamRow, ParamSpec, ParamTable, build_plan, wri
 from gemma_deploy.params.layout import Place, places
 from gemma_deploy.params.quantized import QuantizedCheckpoint
 from gemma_deploy.params.rescaled import RescaledCheckpoint
+from gemma_deploy.params.taken_over import TakenOver
 from gemma_deploy.progress import Tick
 from gemma_deploy.quantization.rescaling import Rescaling
 
@@ -35,6 +36,7 @@ def plans_of(job: Job, source: WeightSource, rescaling: Rescaling | None = None)
             int8_cache=job.scheme.int8_cache,
             form=job.code_form,
             factors=job.spec.adapter_rank is not None,
+            taken=job.taken_over,
         )
         for part in job.parts
     ]
@@ -69,6 +71,8 @@ def write_parameters(
     plans = plans_of(job, source, rescaling)
     total = sum(spec.nbytes for plan in plans for spec in plan)
     source = source if rescaling is None else RescaledCheckpoint(source, rescaling)
+    if job.taken_over:
+        source = TakenOver(source, job.checkpoint.quantized, job.taken_over)
     rows: list[ParamRow] = []
     for part, plan in zip(job.parts, plans, strict=True):
         before = sum(row.nbytes for row in rows)

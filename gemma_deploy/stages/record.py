@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from gemma_deploy.artifact.census import op_census
-from gemma_deploy.artifact.manifest import FORMAT_VERSION, Manifest, tool_versions
+from gemma_deploy.artifact.manifest import FORMAT_VERSION, Manifest
+from gemma_deploy.artifact.tools import tool_versions
 from gemma_deploy.graph.contract import GraphContract
 from gemma_deploy.job import Job
 from gemma_deploy.params import ParamTable
+from gemma_deploy.params.taken_over import arrived
 from gemma_deploy.partition import ArtifactPart
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.stages.calibration import Quantized
@@ -44,6 +46,7 @@ def describe(
                 "fingerprint": job.checkpoint.fingerprint(),
                 "fingerprint_without_times": job.checkpoint.fingerprint(times=False),
                 "adapters": [one.to_json() for one in job.checkpoint.adapters],
+                "arrived": arrived(job.checkpoint, job.scheme, job.storage),
             },
             "model": config.to_dict(),
             "scheme": job.scheme.weights,

@@ -147,7 +147,17 @@ def test_every_problem_is_listed_at_once():
         ({"hidden_act": "silu"}, "hidden_act: got 'silu', expected gelu_pytorch_tanh"),
         ({"hidden_act": None}, "hidden_act: got None"),
         ({"hidden_act": []}, "hidden_act: got []"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "already quantized (gptq)"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "already quantized (hqq)"),
+        ({"quantization_config": True}, "quantization_config: got True, expected an object"),
+        ({"quantization_config": {"quant_method": "awq", "version": "gemv"}}, "awq codes packed as 'gemv'"),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}},
+            "compressed-tensors codes packed as 'nvfp4-pack-quantized'",
+        ),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "format": "float-quantized"}},
+            "float-quantized (fp8 weights)",
+        ),
         ({"use_bidirectional_attention": True}, "only causal models"),
     ],
 )

@@ -186,7 +186,7 @@ def test_it_compiles_proven_to_a_text_artifact(published, tmp_path):
             {"model_type": "gemma3", "text_config": {"model_type": "gemma2"}},
             "whose model_type is gemma3_text",
         ),
-        ({"model_type": "gemma3", "quantization_config": {"quant_method": "awq"}}, r"already quantized \(awq\)"),
+        ({"model_type": "gemma3", "quantization_config": {"quant_method": "hqq"}}, r"already quantized \(hqq\)"),
         ({"model_type": "gemma3", "text_config": {"hidden_size": "x"}}, "hidden_size: got 'x'"),
     ],
 )

@@ -152,7 +152,7 @@ def test_linears_kept_in_8_bits_are_those_named():
     changed = {name for name in four if four[name] != mixed[name]}
     assert changed == {name for name in four if name.endswith(("k_proj.weight", "down_proj.weight"))}
     for name in changed:
-        assert mixed[name] == replace(four[name], dtype="int8")
+        assert mixed[name] == replace(four[name], dtype="int8", kind="int8_per_channel")
         assert mixed[name].nbytes == 2 * four[name].nbytes
 
 
