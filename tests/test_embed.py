@@ -13,7 +13,11 @@ from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.cli import main
 from gemma_deploy.compile import compile_recipe
 from gemma_deploy.errors import ArtifactError, GateError, RecipeError, UsageError
+from gemma_deploy.parity.compare import ParityResult
+from gemma_deploy.parity.gates import Line
 from gemma_deploy.recipe import Recipe
+from gemma_deploy.schemes import Scheme
+from gemma_deploy.stages.gate import advice
 from gemma_deploy.testing import TINY_PROMPTS
 from gemma_deploy.text import Tokenizer
 from tests.encoders import stock_states, stock_vector, texts, write_encoder
@@ -371,11 +375,25 @@ def test_the_gate_sees_a_wrong_graph(checkpoint, tmp_path, monkeypatch, what):
     assert any(said in problem for problem in caught.value.problems)
 
 
+def test_a_graph_that_is_right_and_loses_too_much_is_no_bug():
+    right = Line("patched w8a16 = strict", "relative error", 1e-6, 5e-5, True)
+    far = Line("hf = strict", "largest cosine distance", 0.02, 0.01, False)
+    assert "rounding loses too much" in advice(Scheme("w8a16"), ParityResult([right, far]))
+    wrong = Line("patched w8a16 = strict", "relative error", 1e-2, 5e-5, False)
+    assert "a bug in gemma-deploy" in advice(Scheme("w8a16"), ParityResult([wrong, far]))
+
+
 def test_parity_inspect_and_verify_take_it(dynamic, tmp_path, capsys):
     copy = shutil.copytree(dynamic, tmp_path / "a")
     code, out, err = run(capsys, "parity", copy, "--prompt-tokens", 40)
     assert code == 0, err
     assert "passed" in out
+    assert "cosine distance" in out
+    assert "mean KL" not in out
+    page = (copy / "report.html").read_text()
+    assert "gemma-deploy embed" in page
+    assert "gemma-deploy run" not in page
+    assert "128 of a text at most, any batch" in page
     code, out, _ = run(capsys, "inspect", copy, "--json")
     assert code == 0
     assert json.loads(out)["encoder"]["prompts"].startswith("document: 'title: none | text: '")

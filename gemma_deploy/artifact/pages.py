@@ -22,6 +22,14 @@ MEASURES = {
     "ppl_delta": "perplexity change",
 }
 
+# Of an encoder, which has no logits.
+ENCODER_MEASURES = {"positions": "positions", "relative": "relative error", "cosine_distance": "cosine distance"}
+
+
+def measures_of(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, str]:
+    """Keys of measured rows that are shown, and what they are called."""
+    return ENCODER_MEASURES if any("cosine_distance" in row for row in rows) else MEASURES
+
 
 def rendered(template: str, **values: Any) -> str:
     """A page.
@@ -47,8 +55,8 @@ def gate_values(result: Result, measures: Sequence[Mapping[str, Any]]) -> dict[s
         "headings": HEADINGS,
         "gate": gate_rows(result.lines),
         "legend": _legend(result.lines),
-        "measure_headings": ("compared", "tokens", *MEASURES.values()),
-        "measures": [_measured(row) for row in measures],
+        "measure_headings": ("compared", "tokens", *measures_of(measures).values()),
+        "measures": [_measured(row, measures_of(measures)) for row in measures],
     }
 
 
@@ -58,7 +66,7 @@ def _legend(lines: Sequence[Line]) -> list[tuple[str, str]]:
     return [(name, meaning) for name, meaning in LEGEND.items() if name in said]
 
 
-def _measured(row: Mapping[str, Any]) -> tuple[str, ...]:
+def _measured(row: Mapping[str, Any], shown: Mapping[str, str]) -> tuple[str, ...]:
     cells = (f"{value:.2%}" if key in ("top1", "ppl_delta") and value is not None else figure(value)
-             for key in MEASURES for value in [row.get(key)])  # fmt: skip
+             for key in shown for value in [row.get(key)])  # fmt: skip
     return (f"{row.get('reference')} = {row.get('test')}", f"{row.get('case')} {row.get('phase')}", *cells)

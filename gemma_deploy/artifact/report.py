@@ -68,7 +68,7 @@ def report_page(manifest: Manifest, results: Sequence[Mapping[str, Any]] = ()) -
         "report.html.j2",
         m=manifest,
         **gate,
-        positions=parity.effect.get("positions") if parity else None,
+        positions=parity.effect.get("positions") if parity and manifest.model.sentence is None else None,
         positions_of=parity.effect.get("tokens") if parity else None,
         facts=_facts(manifest),
         use=_use(manifest),
@@ -125,12 +125,17 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     contract, model, recipe = manifest.contract, manifest.model, manifest.recipe
     size = sum(facts.bytes for facts in manifest.files.values()) or sum(row.nbytes for row in manifest.params)
     lengths = f"{contract.prefill} of a prompt, {contract.context} in all, batch {contract.batch}"
+    if contract.dynamic:
+        lengths += " (any batch; these are the largest lengths)"
+    if model.sentence is not None:
+        rows = "any batch" if contract.dynamic else f"padded to that, batch {contract.batch}"
+        lengths = f"{contract.context} of a text at most, {rows}"
     facts = [
         ("model", f"{model.model_type}, {model.num_hidden_layers} layers"),
         ("weights", manifest.scheme + (", int8 KV cache" if manifest.int8_cache else "")),
         ("back end", recipe.backend.type),
         ("size", f"{figure(size / MIB)} MiB"),
-        ("tokens", lengths + (" (any batch; these are the largest lengths)" if contract.dynamic else "")),
+        ("tokens", lengths),
         ("checkpoint", f"{manifest.checkpoint.path} ({manifest.checkpoint.format})"),
         ("fingerprint", manifest.checkpoint.fingerprint[:16]),
     ]

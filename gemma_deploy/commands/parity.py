@@ -148,6 +148,8 @@ def _show(title: str, result: ParityResult) -> None:
 
     columns = {"relative": "rel. error", "kl_mean": "mean KL", "top1": "top-1", "greedy_prefix": "greedy",
                "ppl_delta": "perplexity"}  # fmt: skip
+    if any("cosine_distance" in row for row in result.measures):  # an encoder's
+        columns = {"relative": "rel. error", "cosine_distance": "cosine distance"}
     rows = []
     for row in result.measures:
         names = f"{row['reference']} = {row['test']}", f"{row['case']} {row['phase']}", str(row["positions"])

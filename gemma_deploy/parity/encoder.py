@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,14 +54,6 @@ class Run:
 
     states: list[list[np.ndarray]]
     vectors: Vectors
-
-
-@dataclass
-class Measured:
-    """Lines of a gate, and every figure behind them."""
-
-    lines: list[Line] = field(default_factory=list)
-    measures: list[dict[str, Any]] = field(default_factory=list)
 
 
 def text_cases(checkpoint: Checkpoint, longest: int, text: str | None, *, asked: int, notes: list[str]) -> list[Case]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.job import Job
+from gemma_deploy.parity.encoder import DISTANCE
 from gemma_deploy.parity.gates import MERGE, STORED_WEIGHTS
 from gemma_deploy.schemes import Scheme
 
@@ -48,6 +49,9 @@ def advice(scheme: Scheme, result: ParityResult) -> str:
             "the graphs are right, but rounding loses too much: calibrate on text like the one it will see (dataset), "
             "or ask for less (w8a16_gptq, a table in smaller groups, backend.dtype fp32)"
         )
+    distant = any(line.name == DISTANCE and not line.passed for line in result.lines)
+    if distant and exact and all(line.passed for line in exact):
+        return "the graph is right, but rounding loses too much: ask for less (w8a16_gptq, backend.dtype fp16 or fp32)"
     if (
         scheme.codes
         and not scheme.calibrated
