@@ -102,6 +102,7 @@ class Job:
     Args:
         name: of the artifact; out: its directory.
         record: the recipe with all defaults, as the manifest holds it; carried: keys for the vendor alone.
+        chat_format: see `TextCheck`.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Job:
     proof: ProofRequest
     record: Mapping[str, Any]
     carried: Mapping[str, Any]
+    chat_format: str | None = None
 
     @classmethod
     def open(cls, recipe: Recipe, out: Path | None = None) -> Job:
@@ -143,7 +145,7 @@ class Job:
             log.warning("%s", misnamed)
         if repeated := repeated_heads(checkpoint.config, spec.ranks):
             log.info("%s", repeated)
-        return cls.of(recipe, with_stops(checkpoint, text), out)
+        return replace(cls.of(recipe, with_stops(checkpoint, text), out), chat_format=text.chat_format)
 
     @classmethod
     def of(cls, recipe: Recipe, checkpoint: Checkpoint, out: Path | None = None) -> Job:

@@ -162,9 +162,9 @@ def test_ctrl_c_stops_a_reply_and_keeps_what_was_said(artifact, capfd, monkeypat
     asked = []
     reply = GenaiSession.reply
 
-    def interrupted(session, ids, *, max_new_tokens, stats):
+    def interrupted(session, ids, *, max_new_tokens, shown, stats):
         asked.append(ids)
-        pieces = reply(session, ids, max_new_tokens=max_new_tokens, stats=stats)
+        pieces = reply(session, ids, max_new_tokens=max_new_tokens, shown=shown, stats=stats)
         yield from (next(pieces) for _ in range(1))
         if len(asked) == 1:
             raise KeyboardInterrupt
@@ -212,6 +212,7 @@ def test_help_lists_the_commands_and_goes_to_no_model(artifact, capfd, monkeypat
     assert [line.split()[0] for line in err.splitlines()] == [
         "/help",
         "/adapter",
+        "/result",
         "/reset",
         "/exit",
         "Ctrl-C",
@@ -229,8 +230,8 @@ def test_what_looks_like_a_command_and_is_none_is_refused(artifact, capfd, monke
 @pytest.mark.parametrize(("line", "sent"), [("//help", "/help"), ("/usr/bin is a folder", "/usr/bin is a folder")])
 def test_messages_may_start_with_a_slash(artifact, capfd, monkeypatch, line, sent):
     asked = []
-    ask = Conversation.ask
-    monkeypatch.setattr(Conversation, "ask", lambda self, text: asked.append(text) or ask(self, text))
+    turn = Conversation.turn
+    monkeypatch.setattr(Conversation, "turn", lambda self, text: asked.append(text) or turn(self, text))
     assert talk(monkeypatch, capfd, artifact, f"{line}\n", "-n", 1)[0] == 0
     assert asked == [sent]
 

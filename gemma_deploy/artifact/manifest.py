@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -24,6 +25,7 @@ from pydantic_core import to_jsonable_python
 from typing_extensions import TypedDict
 
 from gemma_deploy.bounds import Bytes, Count, Index, Inside, Layers, Plain, Size
+from gemma_deploy.chat import known_format
 from gemma_deploy.checkpoint.sentence import SentenceHead
 from gemma_deploy.estimates import StageTiming
 from gemma_deploy.graph.contract import AdapterSlots, Port
@@ -313,6 +315,7 @@ class Manifest(Record):
         key: of everything it holds but what is measured about it; keys: of each stage (stages/keys.py), of those that
             measure only where they ran.
         carried_for_the_vendor: recipe keys that are not interpreted.
+        chat_format: a name in `chat.FORMATS`; None: the model has no chat template, or an earlier version made it.
         storage: what matrices are stored as, None where they are not codes.
         parts: of a divided artifact; () otherwise.
         op_census: graph -> operator -> number of nodes.
@@ -330,6 +333,7 @@ class Manifest(Record):
     carried_for_the_vendor: tuple[str, ...] = ()
     checkpoint: CheckpointRecord
     model: ModelRecord
+    chat_format: Annotated[str, AfterValidator(known_format)] | None = None
     scheme: str
     int8_cache: bool = False
     storage: Storage | None

@@ -3,7 +3,7 @@
 A format is a file with its markers (`gemma4.py`) and a row in `FORMATS`; one parser reads all of them.
 """
 
-from gemma_deploy.chat.choosing import FORMATS, PLAIN, choose_format, format_named
+from gemma_deploy.chat.choosing import FORMATS, PLAIN, choose_format, format_named, known_format
 from gemma_deploy.chat.events import ChatEvent, Text, Thinking, ToolCall, joined
 from gemma_deploy.chat.format import CallMarks, Channel, ChatFormat
 from gemma_deploy.chat.functiongemma import FUNCTION_GEMMA
@@ -28,5 +28,6 @@ __all__ = [
     "choose_format",
     "format_named",
     "joined",
+    "known_format",
     "parse",
 ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from json.decoder import scanstring
 from typing import Any
 
 from gemma_deploy.chat.events import ToolCall
@@ -22,6 +21,7 @@ _HEAD = re.compile(r"[ \t\r\n]*call:[ \t]*([\w.:/-]+)[ \t\r\n]*(?=\{)")
 _KEY = re.compile(r'[^\s:,{}\[\]"][^:,{}\[\]"]*')
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?(?![\w.])")
 _WORD = re.compile(r"[A-Za-z_]+")
+_JSON = json.JSONDecoder(strict=False)  # takes line feeds inside a text
 _WORDS = {"true": True, "false": False, "null": None, "None": None}
 
 
@@ -132,10 +132,10 @@ class _Reader:
             return self.body[begin:end]
         if self.body.startswith('"', self.place):
             try:
-                text, self.place = scanstring(self.body, self.place + 1, False)
+                text, self.place = _JSON.raw_decode(self.body, self.place)
             except json.JSONDecodeError as error:
                 raise CallError(f"the text {_shown(self.body, self.place)} is no JSON") from error
-            return text
+            return str(text)
         return None
 
     def _took(self, character: str) -> bool:

@@ -35,6 +35,22 @@ def choose_format(templates: Iterable[str], is_token: Callable[[str], bool]) -> 
     return PLAIN
 
 
-def format_named(name: str) -> ChatFormat | None:
-    """The format that an artifact records; None where this version does not know it."""
-    return next((known for known in (*FORMATS, PLAIN) if known.name == name), None)
+def format_named(name: str) -> ChatFormat:
+    """The format that an artifact records.
+
+    Raises:
+        ValueError: this version knows none of that name.
+    """
+    known = {one.name: one for one in (*FORMATS, PLAIN)}
+    if name not in known:
+        raise ValueError(f"{name[:40]!r} is no chat format that this version knows: {', '.join(known)}")
+    return known[name]
+
+
+def known_format(name: str) -> str:
+    """A name that `format_named` takes.
+
+    Raises:
+        ValueError: see there.
+    """
+    return format_named(name).name

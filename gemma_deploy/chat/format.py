@@ -39,7 +39,7 @@ class ChatFormat:
         name: as artifacts record it.
         sign: what a chat template of this format spells, and none of the formats after it in `FORMATS` has.
         turn: how a turn begins.
-        stops: tokens that end a reply whether or not the files of the model say so.
+        stops: tokens that end a reply besides the end of a turn, whether or not the files of the model say so.
         channel: of thinking; call: of tool calls. None: the model has none.
     """
 

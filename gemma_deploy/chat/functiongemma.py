@@ -14,6 +14,6 @@ FUNCTION_GEMMA = ChatFormat(
     name="functiongemma",
     sign="<start_function_call>",
     turn="<start_of_turn>",
-    stops=("<end_of_turn>", "<start_function_response>"),
+    stops=("<start_function_response>",),
     call=CallMarks("<start_function_call>", "<end_function_call>", quote="<escape>"),
 )

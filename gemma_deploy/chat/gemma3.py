@@ -7,4 +7,4 @@ from __future__ import annotations
 
 from gemma_deploy.chat.format import ChatFormat
 
-GEMMA3 = ChatFormat(name="gemma3", sign="<start_of_turn>", turn="<start_of_turn>", stops=("<end_of_turn>",))
+GEMMA3 = ChatFormat(name="gemma3", sign="<start_of_turn>", turn="<start_of_turn>")

@@ -16,7 +16,7 @@ GEMMA4 = ChatFormat(
     name="gemma4",
     sign="<|turn>",
     turn="<|turn>",
-    stops=("<turn|>", "<|tool_response>"),
+    stops=("<|tool_response>",),
     channel=Channel("<|channel>", "<channel|>", name="thought"),
     call=CallMarks("<|tool_call>", "<tool_call|>", quote='<|"|>'),
 )

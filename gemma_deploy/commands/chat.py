@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 import re
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,16 +24,18 @@ from gemma_deploy.generation import (
 from gemma_deploy.options import NAME, PATH
 
 if TYPE_CHECKING:
-    from gemma_deploy.runtime.chat import Conversation
+    from gemma_deploy.chat import ChatEvent
+    from gemma_deploy.runtime.chat import Conversation, Turn
     from gemma_deploy.runtime.engine import Engine, Session
 
 log = logging.getLogger(__name__)
 ASK = "> "
-HELP, RESET, ADAPTER, EXIT = "/help", "/reset", "/adapter", "/exit"
+HELP, RESET, ADAPTER, RESULT, EXIT = "/help", "/reset", "/adapter", "/result", "/exit"
 NONE = "none"  # /adapter none
 COMMANDS = {
     HELP: "this list",
     ADAPTER: f"the adapters there are; {ADAPTER} NAME goes on with another, {ADAPTER} {NONE} with the model alone",
+    RESULT: f"{RESULT} TEXT is what the function gave that the model has called; of several calls, in their order",
     RESET: "forget the conversation",
     EXIT: "leave; so does Ctrl-D",
 }
@@ -45,10 +50,13 @@ Examples:
   gemma-deploy chat workspace/NAME --temperature 0.8 --top-p 0.95 --seed 1 --stats
   gemma-deploy chat workspace/NAME --system "Answer in one sentence."
   gemma-deploy chat workspace/NAME --adapter pirate --adapter runs/poet/adapter
+  gemma-deploy chat workspace/NAME --think -n 1000
+  gemma-deploy chat workspace/NAME --tools tools.json
   printf "Hello\\nWho are you?\\n" | gemma-deploy chat workspace/NAME
 
 A line is a message; /help lists the commands, /reset forgets the conversation, /exit or Ctrl-D leaves. Ctrl-C stops a
-reply, and leaves when pressed twice while you type. Replies go to standard output, everything else to standard error.
+reply, and leaves when pressed twice while you type. Replies go to standard output, a tool call as a line of JSON;
+thinking, dimmed, and everything else go to standard error.
 """
 
 
@@ -64,6 +72,21 @@ reply, and leaves when pressed twice while you type. Replies go to standard outp
     metavar="NAME|DIR",
     help="A LoRA adapter: kept in the artifact, or a directory of peft's. The first one speaks; /adapter changes it.",
 )
+@click.option("--tools", type=PATH, metavar="FILE", help="JSON list of functions that the model may call.")
+@click.option(
+    "--think/--no-think",
+    default=None,
+    help="Have the model think first, or not  [default: as its chat template has it]",
+)
+@click.option("--hide-thinking", is_flag=True, help="Do not show what the model thinks.")
+@click.option(
+    "--template-arg",
+    "template_args",
+    type=NAME,
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A name of the chat template: JSON, or else text. Repeatable.",
+)
 @click.option("--stats", is_flag=True, help="Say how many tokens and how fast, after every reply.")
 def command(
     artifact: Path,
@@ -75,6 +98,10 @@ def command(
     seed: int | None,
     threads: int,
     adapters: tuple[str, ...],
+    tools: Path | None,
+    think: bool | None,
+    hide_thinking: bool,
+    template_args: tuple[str, ...],
     stats: bool,
 ) -> None:
     """Talk with ARTIFACT through its chat template; the conversation is kept from turn to turn."""
@@ -85,35 +112,195 @@ def command(
     from gemma_deploy.text import unended
 
     sampling = Sampling(temperature, top_k, top_p, seed)
+    described, names = _tools(tools) if tools else None, _names(template_args, think)
     engine = open_engine(artifact, threads=threads)
-    conversation = Conversation(engine.tokenizer, system)
+    conversation = Conversation(engine.tokenizer, system, tools=described, names=names)
     if note := unended(engine.tokenizer, engine.stop_ids):
         log.warning("%s", note)
     loaded = [engine.load_adapter(adapter) for adapter in adapters]
     session = engine.session(sampling)
     session.use(loaded[0] if loaded else None)
+    talk = _Talk(engine, session, conversation, loaded, max_new_tokens, hide_thinking, stats)
     keep_bytes_of_stdin()
     if sys.stdin.isatty():
         click.echo(_greeting(engine), err=True)
     while (text := _read()) is not None:
+        try:
+            talk.line(text)
+        except DeployError as error:
+            changing = text.startswith(ADAPTER)
+            if not sys.stdin.isatty() or not (changing or isinstance(error, UsageError)):
+                raise  # nobody is there to read it and go on
+            more = "" if changing else f"\n  or: {RESET} forgets the conversation"
+            click.echo(f"error: {error}{more}", err=True)
+
+
+@dataclass
+class _Talk:
+    """What goes on between somebody and a model."""
+
+    engine: Engine
+    session: Session
+    conversation: Conversation
+    loaded: list[str]  # adapters
+    max_new_tokens: int
+    hide_thinking: bool
+    stats: bool
+    given: list[str] = field(default_factory=list)  # results of tool calls, until there is one of each
+
+    def line(self, text: str) -> None:
+        """Do what a line says.
+
+        Raises:
+            DeployError: it cannot be done.
+        """
+        word, _, rest = text.partition(" ")
         if text == RESET:
-            session.reset()
-            conversation.reset()
+            self.session.reset()
+            self.conversation.reset()
+            self.given.clear()
             click.echo("forgotten", err=True)
         elif text == HELP:
             click.echo(_help(), err=True)
+        elif word == ADAPTER:
+            click.echo(_change(self.engine, self.session, self.loaded, wanted=rest.strip()), err=True)
+        elif word == RESULT:
+            self.result(rest.strip())
         elif text:
-            try:
-                if text.split()[0] == ADAPTER:
-                    click.echo(_change(engine, session, loaded, wanted=text.removeprefix(ADAPTER).strip()), err=True)
-                    continue
-                _turn(session, conversation, _message(text), max_new_tokens, stats)
-            except DeployError as error:
-                changing = text.startswith(ADAPTER)
-                if not sys.stdin.isatty() or not (changing or isinstance(error, UsageError)):
-                    raise  # nobody is there to read it and go on
-                more = "" if changing else f"\n  or: {RESET} forgets the conversation"
-                click.echo(f"error: {error}{more}", err=True)
+            self.turn(self.conversation.turn(_message(text)))
+
+    def result(self, content: str) -> None:
+        """Take what a function gave; the model goes on when there is a result of every call."""
+        waiting = self.conversation.waiting
+        self.given.append(content)
+        if len(self.given) < len(waiting):
+            click.echo(f"waiting for the result of {waiting[len(self.given)]}", err=True)
+            return
+        given, self.given = self.given, []
+        self.turn(self.conversation.results(given))
+
+    def turn(self, turn: Turn) -> None:
+        """One message and its reply; what was said before Ctrl-C is kept."""
+        from gemma_deploy.chat import ChatParser
+        from gemma_deploy.runtime.generate import GenerationStats
+
+        if turn.again:
+            self.session.reset()
+        done, said, events = GenerationStats(), "", []
+        parser = ChatParser(self.engine.chat_format, turn.text)
+        pieces = self.session.reply(turn.ids, max_new_tokens=self.max_new_tokens, shown=self.engine.markers, stats=done)
+        screen = _Screen(self.hide_thinking)
+        try:
+            for piece in pieces:
+                said += piece
+                events += screen.show(parser.feed(piece))
+        except KeyboardInterrupt:
+            pass
+        events += screen.show(parser.end())
+        screen.close()
+        self.conversation.replied(turn, said, events)
+        if self.conversation.waiting:
+            click.echo(f"waiting for the result of {self.conversation.waiting[0]}: {RESULT} TEXT", err=True)
+        if self.stats:
+            click.echo(summary(done), err=True)
+
+
+class _Screen:
+    """Shows a reply as it comes: text and tool calls on standard output, the rest on standard error."""
+
+    def __init__(self, hide_thinking: bool) -> None:
+        self._hide, self._thinks, self._in_line, self._said = hide_thinking, False, False, False
+
+    def show(self, events: Sequence[ChatEvent]) -> list[ChatEvent]:
+        """Show events; the same, as a list."""
+        from gemma_deploy.chat import Thinking, ToolCall
+
+        for event in events:
+            if isinstance(event, ToolCall):
+                call = json.dumps({"name": event.name, "arguments": event.arguments}, ensure_ascii=False)
+                self._out(("\n" if self._in_line else "") + call + "\n")
+            elif isinstance(event, Thinking):
+                if event.text and not self._hide:
+                    click.echo(click.style(event.text, dim=True), nl=False, err=True)
+                    self._thinks = True
+            elif event.text:
+                self._out(event.text)
+            if not isinstance(event, ToolCall) and event.reason is not None:
+                self._end_thinking()
+                click.echo(f"note: {event.reason}", err=True)
+        return list(events)
+
+    def close(self) -> None:
+        """End the last line."""
+        self._end_thinking()
+        if self._in_line or not self._said:
+            click.echo()
+
+    def _out(self, text: str) -> None:
+        self._end_thinking()
+        click.echo(text, nl=False)
+        self._said, self._in_line = True, not text.endswith("\n")
+
+    def _end_thinking(self) -> None:
+        if self._thinks:
+            click.echo(err=True)
+        self._thinks = False
+
+
+def _tools(file: Path) -> list[dict[str, Any]]:
+    """The functions that a file describes.
+
+    Raises:
+        UsageError: it cannot be read, or describes none; all that is wrong with them at once.
+    """
+    from gemma_deploy import reading
+    from gemma_deploy.errors import UsageError
+
+    expected = '[{"type": "function", "function": {"name": ..., "description": ..., "parameters": JSON schema}}, ...]'
+    kind = reading.FileKind(
+        UsageError, expected, "write the functions as the OpenAI API has them", unique_keys=True, finite=True
+    )
+    value = reading.read_json(file, kind)
+    tools = value if isinstance(value, list) else [value]
+    found, problems = [], [] if tools else ["the list is empty"]
+    for number, tool in enumerate(tools):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            problems.append(f"[{number}]: no function with a name")
+            continue
+        if not isinstance(function.get("parameters", {}), dict):
+            problems.append(f"[{number}] {function['name'][:80]}: parameters are no JSON schema")
+        if not isinstance(function.get("description", ""), str):
+            problems.append(f"[{number}] {function['name'][:80]}: the description is no text")
+        found.append({"type": "function", "function": {"description": "", **function}})
+    if problems:
+        raise UsageError(
+            "describes no functions", where=str(file), problems=problems, expected=expected, next_step=kind.next_step
+        )
+    return found
+
+
+def _names(given: tuple[str, ...], think: bool | None) -> dict[str, Any]:
+    """Names for the chat template.
+
+    Raises:
+        UsageError: one is no NAME=VALUE.
+    """
+    from gemma_deploy.errors import UsageError
+    from gemma_deploy.reading import NotJsonError, parse_json
+
+    names: dict[str, Any] = {}
+    for one in given:
+        name, found, value = one.partition("=")
+        if not found or not name.isidentifier():
+            raise UsageError(
+                f"--template-arg {one[:80]!r} is none", expected="NAME=VALUE, such as enable_thinking=true"
+            )
+        try:
+            names[name] = parse_json(value)
+        except NotJsonError:
+            names[name] = value
+    return names if think is None else names | {"enable_thinking": think}
 
 
 def _greeting(engine: Engine) -> str:
@@ -190,21 +377,3 @@ def _read() -> str | None:
     if not text and not typed:
         return None
     return None if text.strip() == EXIT else text.strip()
-
-
-def _turn(session: Session, conversation: Conversation, text: str, max_new_tokens: int, stats: bool) -> None:
-    """One message and its reply; what was said before Ctrl-C is kept."""
-    from gemma_deploy.runtime.generate import GenerationStats
-
-    done, said = GenerationStats(), ""
-    pieces = session.reply(conversation.ask(text), max_new_tokens=max_new_tokens, stats=done)
-    try:
-        for piece in pieces:
-            click.echo(piece, nl=False)
-            said += piece
-    except KeyboardInterrupt:
-        pass
-    click.echo()
-    conversation.answered(text, said)
-    if stats:
-        click.echo(summary(done), err=True)

@@ -9,16 +9,18 @@ from __future__ import annotations
 import functools
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gemma_deploy.artifact.adapters import slots_of
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.artifact.opened import Artifact
+from gemma_deploy.chat import PLAIN, ChatEvent, ChatFormat, format_named, parse
+from gemma_deploy.chat.messages import for_template
 from gemma_deploy.errors import UsageError
 from gemma_deploy.runtime.generate import GenerationStats, Prompt, check_length, encoded, stream_tokens
 from gemma_deploy.runtime.sampling import Sampling
@@ -112,6 +114,7 @@ class Session(ABC):
         *,
         max_new_tokens: int = 128,
         stop: Sequence[str] = (),
+        shown: Mapping[int, str] | None = None,
         stats: GenerationStats | None = None,
     ) -> Iterator[str]:
         """Add tokens to the sequence, and yield what the model says to them.
@@ -122,6 +125,7 @@ class Session(ABC):
             ids: token ids; the first of a sequence is BOS (`Tokenizer.encode` and `Conversation` see to it).
             max_new_tokens: at most so many.
             stop: texts that end the reply and are not of it. Their tokens stay in the sequence.
+            shown: special tokens that are part of the text, with their text; the others are left out.
             stats: filled in while it runs.
 
         Raises:
@@ -137,7 +141,7 @@ class Session(ABC):
         ending = self._ending = threading.Event()
         return stream_tokens(
             self._steps(list(ids), stats),
-            TextStream(self.tokenizer),
+            TextStream(self.tokenizer, shown),
             stats,
             max_new_tokens=max_new_tokens,
             stops=self.stop_ids,
@@ -223,6 +227,21 @@ class Engine(ABC):
             ArtifactError: its file is damaged.
         """
         return self.tokenizer.chat
+
+    @functools.cached_property
+    def chat_format(self) -> ChatFormat:
+        """How the model marks its thinking and its tool calls: as recorded, or as its chat template tells.
+
+        Raises:
+            ArtifactError: a file of the tokenizer is missing or damaged.
+        """
+        name = self.manifest.chat_format
+        return format_named(name) if name is not None else self.tokenizer.chat_format() or PLAIN
+
+    @functools.cached_property
+    def markers(self) -> Mapping[int, str]:
+        """Special tokens that a parser of replies needs to see, with their text: `shown` of `Session.reply`."""
+        return self.tokenizer.tokens_of(self.chat_format.markers)
 
     @property
     def vocab_size(self) -> int:
@@ -317,6 +336,7 @@ class Engine(ABC):
         lookup: bool = False,
         draft: Engine | None = None,
         adapter: str | None = None,
+        shown: Mapping[int, str] | None = None,
         stats: GenerationStats | None = None,
     ) -> Iterator[str]:
         """What the model says to one prompt, in a session for that alone; see `Session.reply`.
@@ -335,7 +355,47 @@ class Engine(ABC):
         session.use(adapter)
         stats = stats if stats is not None else GenerationStats()
         stats.load_seconds = self._loaded_for_stream()
-        return session.reply(ids, max_new_tokens=max_new_tokens, stop=stop, stats=stats)
+        return session.reply(ids, max_new_tokens=max_new_tokens, stop=stop, shown=shown, stats=stats)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        names: Mapping[str, Any] | None = None,
+        sampling: Sampling | None = None,
+        max_new_tokens: int = 128,
+        stop: Sequence[str] = (),
+        lookup: bool = False,
+        adapter: str | None = None,
+        stats: GenerationStats | None = None,
+    ) -> Iterator[ChatEvent]:
+        """What the model answers to messages, as text, thinking and tool calls; the rest as `stream`.
+
+        Args:
+            messages: as the OpenAI API has them, oldest first: of the system, the user, the assistant (its `tool_calls`
+                and `reasoning_content` too), and results of tools.
+            tools: JSON schemas of functions that the model may call; names: more for the chat template, such as
+                `enable_thinking`.
+            stop: looked for in thinking and tool calls too.
+
+        Raises:
+            UsageError: the chat template refuses the messages, or one holds arguments that are no JSON object.
+                Others as `stream`; all at once, before the first event.
+        """
+        taken = for_template(messages, self.template.source(tools=tools is not None))
+        prompt = self.tokenizer.render_chat(taken, tools=tools, names=names)
+        pieces = self.stream(
+            self.tokenizer.encode(prompt),
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            lookup=lookup,
+            adapter=adapter,
+            shown=self.markers,
+            stats=stats,
+        )
+        return parse(self.chat_format, pieces, prompt)
 
     def _loaded_for_stream(self) -> float:
         """Of `stats.load_seconds`, what is spent before the first step."""

@@ -49,6 +49,7 @@ def describe(
                 "arrived": arrived(job.checkpoint, job.scheme, job.storage),
             },
             "model": config.to_dict(),
+            "chat_format": job.chat_format,
             "scheme": job.scheme.weights,
             "int8_cache": job.scheme.int8_cache,
             "storage": job.storage.to_json() if job.scheme.codes else None,

@@ -17,10 +17,13 @@ class TextCheck:
     Args:
         stop_ids: tokens that end a text, see stops.py.
         notes: what the user should know: a template that cannot be used, a turn that nothing ends.
+        chat_format: name of the form that the model's replies have (`gemma_deploy/chat`); None of one that has no chat
+            template.
     """
 
     stop_ids: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    chat_format: str | None = None
 
 
 def check_text(checkpoint: Checkpoint) -> TextCheck:
@@ -43,8 +46,8 @@ def check_text(checkpoint: Checkpoint) -> TextCheck:
         return TextCheck(declared, (f"the tokenizer inside cannot be used: {error.what}",))
     if any(one.adapter.path == tokenizer.path for one in checkpoint.adapters):
         _refuse_more_tokens(checkpoint, tokenizer)
-    found = stop_tokens(tokenizer, declared)
-    return TextCheck(found.ids, found.notes)
+    found, form = stop_tokens(tokenizer, declared), tokenizer.chat_format()
+    return TextCheck(found.ids, found.notes, form.name if form else None)
 
 
 def _refuse_more_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:

@@ -14,6 +14,7 @@ from gemma_deploy.errors import UsageError
 from gemma_deploy.text.template import ChatTemplateError
 from gemma_deploy.text.tokenizer import Tokenizer
 
+BEHIND_CALLS = "behind tool calls: taken as a stop token, though no file says so"
 ASKED, REPLY, NEXT = "Kx1Asked", "Kx2Reply", "Kx3Next"  # words that no template has
 
 
@@ -66,6 +67,11 @@ def stop_tokens(tokenizer: Tokenizer, declared: tuple[int, ...]) -> Stops:
         else:
             ids.append(end.token)
             notes += _notes(tokenizer, end, tuple(ids[:-1]))
+        form = tokenizer.chat_format()
+        for number, text in tokenizer.tokens_of(form.stops if form else ()).items():
+            if number not in ids:
+                notes.append(f"{text} (token {number}) ends a reply {BEHIND_CALLS}")
+                ids.append(number)
     limit = tokenizer.table_size if tokenizer.table_size is not None else tokenizer.vocab_size
     kept = dict.fromkeys(one for one in ids if one is not None and 0 <= one < limit)
     return Stops(tuple(kept), tuple(notes))

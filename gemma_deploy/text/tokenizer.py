@@ -7,11 +7,12 @@ transformers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_deploy import reading
+from gemma_deploy.chat import ChatFormat, choose_format
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import ArtifactError, CheckpointError, DeployError, UsageError
 from gemma_deploy.names import CONFIG
@@ -88,6 +89,20 @@ class Tokenizer:
             DeployError: its file is damaged.
         """
         return ChatTemplate(self._files.templates(), str(self.path), self._names)
+
+    def chat_format(self) -> ChatFormat | None:
+        """How the model marks its thinking and its tool calls; None where it has no chat template.
+
+        Raises:
+            DeployError: the template's file is damaged.
+        """
+        sources = self.chat.sources.values()
+        return choose_format(sources, lambda token: self.id_of(token) is not None) if sources else None
+
+    def tokens_of(self, texts: Iterable[str]) -> dict[int, str]:
+        """The texts that are one token, by its id."""
+        found = ((self.id_of(text), text) for text in texts)
+        return {number: text for number, text in found if number is not None}
 
     @functools.cached_property
     def added_ids(self) -> frozenset[int]:

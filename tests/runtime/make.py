@@ -16,10 +16,10 @@ TEMPLATE = (
 )
 
 
-def write_tokenizer(directory: Path, *, template: str | None = TEMPLATE) -> Path:
-    """Write tokenizer.json, tokenizer_config.json and (if any) the chat template."""
+def write_tokenizer(directory: Path, *, template: str | None = TEMPLATE, more: tuple[str, ...] = ()) -> Path:
+    """Write tokenizer.json, tokenizer_config.json and (if any) the chat template; `more`: special tokens besides."""
     letters = ["▁", *(chr(code) for code in range(ord("!"), ord("~") + 1))]
-    pieces = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    pieces = [*SPECIAL, *more, *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
     merges = []
     for word in WORDS:
         for end in range(2, len(word) + 1):
@@ -29,7 +29,7 @@ def write_tokenizer(directory: Path, *, template: str | None = TEMPLATE) -> Path
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*SPECIAL, *more)])
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {"bos_token": {"content": "<bos>"}, "eos_token": "<eos>", "tokenizer_class": "GemmaTokenizer"}
@@ -45,20 +45,21 @@ def compile_tiny(
     backend: dict,
     *,
     template: str | None = TEMPLATE,
+    more: tuple[str, ...] = (),
     recipe: dict | None = None,
     **changes,
 ) -> Path:
     """A tiny checkpoint with a tokenizer, compiled without its gate: ROOT/checkpoint, ROOT/workspace/tiny.
 
     Args:
-        recipe: more sections of the recipe, and keys of `frontend`; changes: of the config.
+        more: special tokens; recipe: more sections of the recipe, and keys of `frontend`; changes: of the config.
     """
     from gemma_deploy.compile import compile_recipe  # needs torch
     from gemma_deploy.recipe import Recipe
     from gemma_deploy.testing import write_tiny_checkpoint
 
     checkpoint = write_tiny_checkpoint(root / "checkpoint", model_type, **changes)
-    write_tokenizer(checkpoint, template=template)
+    write_tokenizer(checkpoint, template=template, more=more)
     more = dict(recipe or {})
     sections = {
         "name": "tiny",

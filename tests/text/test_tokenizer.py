@@ -139,6 +139,16 @@ def test_words_start_with_their_space_and_special_tokens_are_silent(tokenizer):
     assert "".join(pieces) == "the list the"
 
 
+def test_special_tokens_that_are_asked_for_are_text(tokenizer):
+    """In their place, with whole characters around them, and with the spaces of the words beside them."""
+    stream = TextStream(tokenizer, {5: "<end_of_turn>"})
+    half, words = tokenizer.encode("€")[1:3], tokenizer.encode(" the list")[1:]
+    pieces = [stream.push(token) for token in [5, *words, 5, 4, 5, *half, 5, *words]]
+    assert "".join(pieces) + stream.flush() == (
+        "<end_of_turn> the list<end_of_turn><end_of_turn><end_of_turn> the list"
+    )
+
+
 def test_words_keep_their_space_when_decoding_strips_the_first_one(tmp_path):
     from tokenizers import decoders
 
@@ -150,6 +160,9 @@ def test_words_keep_their_space_when_decoding_strips_the_first_one(tmp_path):
     pieces = [stream.push(token) for token in tokenizer.encode(" the list the")[1:]]
     assert pieces[-1].endswith("e")
     assert "".join([*pieces, stream.flush()]) == "the list the"
+    marked = TextStream(tokenizer, {5: "|"})
+    words = tokenizer.encode(" the list")[1:]
+    assert "".join(map(marked.push, [*words, 5, *words])) == "the list| the list"
 
 
 @pytest.mark.parametrize(
