@@ -1,6 +1,7 @@
 """`inspect` on an artifact and on checkpoints: its figures are the manifest's and the config's own."""
 
 import json
+import re
 
 import pytest
 
@@ -44,6 +45,7 @@ def test_a_checkpoint_shows_its_config_and_its_bytes(tmp_path, capsys):
     assert facts["checkpoint"]["sliding window"] == "8 in 6 layers"
     assert facts["checkpoint"]["heads"] == "4, 2 for keys and values, of 32"
     assert facts["checkpoint"]["tokenizer"] == "none"
+    assert facts["checkpoint"]["chat format"] == "no chat template"
     assert [row["dtype"] for row in facts["parameters"]] == ["bfloat16"]
     assert sum(tensor["nbytes"] for tensor in facts["params"]) < (folder / "model.safetensors").stat().st_size
 
@@ -52,6 +54,11 @@ def test_the_demo_is_a_checkpoint(capsys):
     code, output = shown(capsys, "demo")
     assert code == 0
     assert "gemma, 4 layers" in output.out
+    assert re.search(r"chat format +gemma3\n", output.out)
+
+
+def test_an_artifact_says_how_its_model_replies(demo_artifact, capsys):
+    assert re.search(r"chat format +gemma3\n", shown(capsys, demo_artifact)[1].out)
 
 
 def test_what_is_neither_is_refused_in_a_sentence(tmp_path, capsys):

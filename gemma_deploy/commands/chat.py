@@ -182,10 +182,12 @@ class _Talk:
     def turn(self, turn: Turn) -> None:
         """One message and its reply; what was said before Ctrl-C is kept."""
         from gemma_deploy.chat import ChatParser
+        from gemma_deploy.errors import DeployError
         from gemma_deploy.runtime.generate import GenerationStats
 
         if turn.again:
             self.session.reset()
+            self.conversation.unread()  # until there is a reply: this one may be refused
         done, said, events = GenerationStats(), "", []
         parser = ChatParser(self.engine.chat_format, turn.text)
         pieces = self.session.reply(turn.ids, max_new_tokens=self.max_new_tokens, shown=self.engine.markers, stats=done)
@@ -196,6 +198,9 @@ class _Talk:
                 events += screen.show(parser.feed(piece))
         except KeyboardInterrupt:
             pass
+        except DeployError:  # a model that overflows: what the session has now is no conversation
+            self.conversation.unread()
+            raise
         events += screen.show(parser.end())
         screen.close()
         self.conversation.replied(turn, said, events)

@@ -81,6 +81,7 @@ def artifact_facts(manifest: Manifest) -> dict[str, Any]:
             **adapter_facts([one.model_dump() for one in manifest.checkpoint.adapters]),
             "batch, prefill, context": f"{contract.batch}, {contract.prefill}, {contract.context}"
             + (" (dynamic: any batch, largest lengths)" if contract.dynamic else ""),
+            **({"chat format": manifest.chat_format} if manifest.chat_format else {}),
             "parity": headline(parity) if parity else "not run: nothing is proven",
             "layers that cost most alone": ", ".join(
                 f"{row['layer']} (KL {row['kl']:.2g})" for row in sensitive_rows(manifest, 3)
@@ -191,6 +192,7 @@ def checkpoint_facts(checkpoint: Any) -> dict[str, Any]:
             if window
             else "none",
             "stop tokens": ", ".join(map(str, text.stop_ids)),
+            "chat format": text.chat_format or "no chat template",
             "tokenizer": ", ".join(file.name for file in checkpoint.tokenizer_files())
             or ("inside" if checkpoint.format == "gguf" else "none"),
             "fingerprint": checkpoint.fingerprint(),

@@ -173,6 +173,10 @@ class Conversation:
         self._before, self._heard = turn.text, turn.text + said
         self._said_text = all(isinstance(event, Text) for event in events)
 
+    def unread(self) -> None:
+        """A session has lost what it had of the conversation: the next turn is all of it."""
+        self._before = self._heard = ""
+
     def reset(self) -> None:
         """Forget the turns; what the model is told beforehand stays."""
         self._turns: list[Mapping[str, Any]] = []

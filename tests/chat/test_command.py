@@ -7,6 +7,7 @@ import pytest
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime.genai import GenaiSession
 from gemma_deploy.chat import GEMMA4
+from gemma_deploy.errors import UsageError
 from gemma_deploy.text import Tokenizer
 from tests.chat import reference
 from tests.chat.test_conversation import CALL, MORE, TOOLS
@@ -42,6 +43,8 @@ def model(artifact, monkeypatch):
             read.append(tokenizer.decode_all(ids))
             assert shown == tokenizer.tokens_of(GEMMA4.markers)
             said = next(told)
+            if said is None:
+                raise UsageError("no room")
             for piece in (said[: len(said) // 2], said[len(said) // 2 :]):
                 if piece.startswith("^C"):
                     raise KeyboardInterrupt
@@ -103,6 +106,16 @@ def test_a_person_is_told_what_the_model_waits_for(artifact, model, tools, capfd
     assert "error: the model waits for 1 result(s) of its tool calls: look" in err
     assert err.count("error: there are 1 result(s) for 0 tool call(s) of the last reply") == 2
     assert "done" in out
+
+
+def test_what_is_refused_loses_nothing_of_the_conversation(artifact, model, capfd, monkeypatch):
+    """The session was emptied for it: what comes next is the whole conversation again."""
+    read = model("<|channel>thought\nhm<channel|>a", None, "c")
+    code, _, err = talk(monkeypatch, capfd, artifact, Terminal("a\nb\nc\n"), "--think")
+    assert (code, "error: no room" in err) == (0, True)
+    user = "<|turn>user\n{}<turn|>\n<|turn>model\n"
+    system = "<bos><|turn>system\n<|think|>\n<turn|>\n"
+    assert read[1:] == [f"{system}{user.format('a')}a<turn|>\n{user.format(one)}" for one in ("b", "c")]
 
 
 def test_what_is_malformed_is_shown_with_the_reason(artifact, model, capfd, monkeypatch):
