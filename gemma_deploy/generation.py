@@ -1,10 +1,11 @@
-"""What `run` and `chat` share: options of sampling, standard input, and the line of statistics."""
+"""What `run` and `chat` share: options of sampling, standard input, a reply on the screen, the line of statistics."""
 
 from __future__ import annotations
 
 import io
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +13,7 @@ import click
 from gemma_deploy.errors import UsageError
 
 if TYPE_CHECKING:
+    from gemma_deploy.chat import ChatEvent
     from gemma_deploy.runtime.generate import GenerationStats
 
 INTERRUPTED = 130
@@ -64,6 +66,54 @@ def keep_bytes_of_stdin() -> None:
     """Have bytes of standard input that are no UTF-8 come through as half characters, which `Tokenizer` refuses."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
+
+
+class Screen:
+    """Shows a reply as it comes: text and tool calls on standard output, thinking and reasons on standard error.
+
+    Args:
+        hide_thinking: thinking is not shown; else it is dimmed where standard error is a terminal.
+    """
+
+    def __init__(self, *, hide_thinking: bool = False) -> None:
+        self._hide, self._thinks = hide_thinking, False
+        self._text = ""  # the last piece on standard output where that was text
+        self._called = False  # the last thing on standard output was a call
+
+    def show(self, events: Sequence[ChatEvent]) -> Sequence[ChatEvent]:
+        """Show events; the same are returned."""
+        from gemma_deploy.chat import Thinking, ToolCall
+
+        for event in events:
+            if isinstance(event, ToolCall):
+                self._end_thinking()
+                call = json.dumps({"name": event.name, "arguments": event.arguments}, ensure_ascii=False)
+                click.echo(("\n" if self._text and not self._text.endswith("\n") else "") + call)
+                self._text, self._called = "", True
+                continue
+            if isinstance(event, Thinking):
+                if event.text and not self._hide:
+                    click.echo(click.style(event.text, dim=True), nl=False, err=True)
+                    self._thinks = True
+            elif event.text:
+                self._end_thinking()
+                click.echo(event.text, nl=False)
+                self._text, self._called = event.text, False
+            if event.reason is not None:
+                self._end_thinking()
+                click.echo(f"note: {event.reason}", err=True)
+        return events
+
+    def close(self) -> None:
+        """End the last line."""
+        self._end_thinking()
+        if not self._called:
+            click.echo()
+
+    def _end_thinking(self) -> None:
+        if self._thinks:
+            click.echo(err=True)
+        self._thinks = False
 
 
 def summary(done: GenerationStats) -> str:

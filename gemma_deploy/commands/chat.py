@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +14,7 @@ import click
 
 from gemma_deploy.generation import (
     INTERRUPTED,
+    Screen,
     generation_options,
     keep_bytes_of_stdin,
     read_stdin,
@@ -188,10 +187,11 @@ class _Talk:
         if turn.again:
             self.session.reset()
             self.conversation.unread()  # until there is a reply: this one may be refused
-        done, said, events = GenerationStats(), "", []
+        done, said = GenerationStats(), ""
+        events: list[ChatEvent] = []
         parser = ChatParser(self.engine.chat_format, turn.text)
         pieces = self.session.reply(turn.ids, max_new_tokens=self.max_new_tokens, shown=self.engine.markers, stats=done)
-        screen = _Screen(self.hide_thinking)
+        screen = Screen(hide_thinking=self.hide_thinking)
         try:
             for piece in pieces:
                 said += piece
@@ -208,48 +208,6 @@ class _Talk:
             click.echo(f"waiting for the result of {self.conversation.waiting[0]}: {RESULT} TEXT", err=True)
         if self.stats:
             click.echo(summary(done), err=True)
-
-
-class _Screen:
-    """Shows a reply as it comes: text and tool calls on standard output, the rest on standard error."""
-
-    def __init__(self, hide_thinking: bool) -> None:
-        self._hide, self._thinks, self._in_line, self._said = hide_thinking, False, False, False
-
-    def show(self, events: Sequence[ChatEvent]) -> list[ChatEvent]:
-        """Show events; the same, as a list."""
-        from gemma_deploy.chat import Thinking, ToolCall
-
-        for event in events:
-            if isinstance(event, ToolCall):
-                call = json.dumps({"name": event.name, "arguments": event.arguments}, ensure_ascii=False)
-                self._out(("\n" if self._in_line else "") + call + "\n")
-            elif isinstance(event, Thinking):
-                if event.text and not self._hide:
-                    click.echo(click.style(event.text, dim=True), nl=False, err=True)
-                    self._thinks = True
-            elif event.text:
-                self._out(event.text)
-            if not isinstance(event, ToolCall) and event.reason is not None:
-                self._end_thinking()
-                click.echo(f"note: {event.reason}", err=True)
-        return list(events)
-
-    def close(self) -> None:
-        """End the last line."""
-        self._end_thinking()
-        if self._in_line or not self._said:
-            click.echo()
-
-    def _out(self, text: str) -> None:
-        self._end_thinking()
-        click.echo(text, nl=False)
-        self._said, self._in_line = True, not text.endswith("\n")
-
-    def _end_thinking(self) -> None:
-        if self._thinks:
-            click.echo(err=True)
-        self._thinks = False
 
 
 def _tools(file: Path) -> list[dict[str, Any]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gemma_deploy.generation import (
     INTERRUPTED,
+    Screen,
     generation_options,
     keep_bytes_of_stdin,
     read_stdin,
@@ -19,8 +21,9 @@ from gemma_deploy.options import NAME, PATH
 
 if TYPE_CHECKING:
     from gemma_deploy.artifact.opened import Artifact
+    from gemma_deploy.chat import ChatEvent
     from gemma_deploy.runtime import Sampling
-    from gemma_deploy.runtime.generate import Prompt
+    from gemma_deploy.runtime.engine import Engine
 
 log = logging.getLogger(__name__)
 EPILOG = """\b
@@ -83,7 +86,6 @@ def command(
         keep_bytes_of_stdin()
         prompt = read_stdin().rstrip("\n")
     done = GenerationStats()
-    text: Prompt = [{"role": "user", "content": prompt}] if chat else prompt
     if lookup or draft is not None:
         _refuse_ahead(opened, sampling, strict=strict, lookup=lookup, draft=draft)
     engine = open_engine(opened, threads=threads, strict=strict, one_reply=True)
@@ -91,27 +93,32 @@ def command(
         log.warning("%s", note)
     name = None if adapter is None else engine.load_adapter(adapter)
     smaller = None if draft is None else open_engine(open_whole(draft, hashes=True), threads=threads)
-    pieces = engine.stream(
-        text,
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        lookup=lookup,
-        draft=smaller,
-        adapter=name,
-        stats=done,
-    )
-    waiting, interrupted = "" if chat else prompt, False  # a prompt is shown when its continuation begins
-    try:
-        for piece in pieces:
-            click.echo(waiting + piece, nl=False)
-            waiting = ""
-    except KeyboardInterrupt:
-        interrupted = True
-    click.echo(waiting)
+    options = {"sampling": sampling, "max_new_tokens": max_new_tokens, "lookup": lookup, "draft": smaller}
+    interrupted = _show(engine, prompt, chat, **options, adapter=name, stats=done)
     if stats:
         click.echo(summary(done), err=True)
     if interrupted:
         raise click.exceptions.Exit(INTERRUPTED)
+
+
+def _show(engine: Engine, prompt: str, chat: bool, **options: Any) -> bool:
+    """Continue or answer a text, and print that as it comes; whether somebody interrupted it."""
+    from gemma_deploy.chat import Text
+
+    screen, waiting, interrupted = Screen(), "" if chat else prompt, False
+    if chat:
+        events: Iterator[ChatEvent] = engine.chat([{"role": "user", "content": prompt}], **options)
+    else:  # the prompt is shown when its continuation begins
+        events = (Text(piece) for piece in engine.stream(prompt, **options))
+    try:
+        for event in events:
+            screen.show([Text(waiting), event])
+            waiting = ""
+    except KeyboardInterrupt:
+        interrupted = True
+    screen.show([Text(waiting)])
+    screen.close()
+    return interrupted
 
 
 def _refuse_ahead(artifact: Artifact, sampling: Sampling, *, strict: bool, lookup: bool, draft: Path | None) -> None:

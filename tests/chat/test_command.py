@@ -7,6 +7,7 @@ import pytest
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime.genai import GenaiSession
 from gemma_deploy.chat import GEMMA4
+from gemma_deploy.cli import main
 from gemma_deploy.errors import UsageError
 from gemma_deploy.text import Tokenizer
 from tests.chat import reference
@@ -39,7 +40,7 @@ def model(artifact, monkeypatch):
     def says(*replies):
         told = iter(replies)
 
-        def reply(session, ids, *, max_new_tokens, shown, stats):
+        def reply(session, ids, *, max_new_tokens, shown, stats, stop=()):
             read.append(tokenizer.decode_all(ids))
             assert shown == tokenizer.tokens_of(GEMMA4.markers)
             said = next(told)
@@ -116,6 +117,14 @@ def test_what_is_refused_loses_nothing_of_the_conversation(artifact, model, capf
     user = "<|turn>user\n{}<turn|>\n<|turn>model\n"
     system = "<bos><|turn>system\n<|think|>\n<turn|>\n"
     assert read[1:] == [f"{system}{user.format('a')}a<turn|>\n{user.format(one)}" for one in ("b", "c")]
+
+
+def test_an_answer_of_run_is_taken_apart_too(artifact, model, capfd):
+    """With --chat; without it a text is continued, and markers are no part of it."""
+    read = model(f"<|channel>thought\nhm\n<channel|>ok{CALL}")
+    assert main(["run", str(artifact), "--chat", "-p", "a"]) == 0
+    assert capfd.readouterr() == ('ok\n{"name": "look", "arguments": {"at": "it"}}\n', "hm\n")
+    assert read == ["<bos><|turn>user\na<turn|>\n<|turn>model\n"]
 
 
 def test_what_is_malformed_is_shown_with_the_reason(artifact, model, capfd, monkeypatch):
