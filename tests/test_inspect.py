@@ -54,11 +54,11 @@ def test_the_demo_is_a_checkpoint(capsys):
     code, output = shown(capsys, "demo")
     assert code == 0
     assert "gemma, 4 layers" in output.out
-    assert re.search(r"chat format +gemma3\n", output.out)
+    assert re.search(r"chat format +│ gemma3 ", output.out)
 
 
 def test_an_artifact_says_how_its_model_replies(demo_artifact, capsys):
-    assert re.search(r"chat format +gemma3\n", shown(capsys, demo_artifact)[1].out)
+    assert re.search(r"chat format +│ gemma3 ", shown(capsys, demo_artifact)[1].out)
 
 
 def test_what_is_neither_is_refused_in_a_sentence(tmp_path, capsys):

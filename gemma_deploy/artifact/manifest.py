@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, Literal, NotRequired
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -22,8 +22,8 @@ from pydantic import (
     model_serializer,
 )
 from pydantic_core import to_jsonable_python
-from typing_extensions import TypedDict
 
+from gemma_deploy.artifact.calibrated import CalibrationRecord
 from gemma_deploy.bounds import Bytes, Count, Index, Inside, Layers, Plain, Size
 from gemma_deploy.chat import known_format
 from gemma_deploy.checkpoint.sentence import SentenceHead
@@ -220,37 +220,6 @@ class QuantizationRecord(Record):
     layers: tuple[dict[str, Any], ...] = ()
     table: dict[str, Any] = {}
     activations: Activations | None = None
-
-
-OPEN = ConfigDict(extra="allow", strict=True)  # as `Open`, of a record that stays a dict
-
-
-class CalibrationSource(TypedDict):
-    """One data set, and where its text came from: a bundled sample, a file, or the hub."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
-    name: str
-    windows: Count
-    bundled: NotRequired[bool]
-    file: NotRequired[str]
-    hub: NotRequired[str]
-    revision: NotRequired[str]
-
-
-class CalibrationWindows(TypedDict):
-    """How much text was looked at."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
-    nsamples: Count
-    seqlen: Count
-
-
-class CalibrationRecord(TypedDict):
-    """`calibration.pipeline.dataset_record`: the keys that are read here are typed, and others are kept."""
-
-    __pydantic_config__ = OPEN  # type: ignore[misc]
-    sources: list[CalibrationSource]
-    windows: CalibrationWindows
 
 
 class KernelsRecord(Open):
