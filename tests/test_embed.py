@@ -14,9 +14,10 @@ from gemma_deploy.cli import main
 from gemma_deploy.compile import compile_recipe
 from gemma_deploy.errors import ArtifactError, GateError, RecipeError, UsageError
 from gemma_deploy.parity.compare import ParityResult
+from gemma_deploy.parity.encoder import DISTANCES
 from gemma_deploy.parity.gates import Line
 from gemma_deploy.recipe import Recipe
-from gemma_deploy.schemes import Scheme
+from gemma_deploy.schemes import FLOATS, QUANTIZERS, Scheme
 from gemma_deploy.stages.gate import advice
 from gemma_deploy.testing import TINY_PROMPTS
 from gemma_deploy.text import Tokenizer
@@ -314,6 +315,7 @@ SCHEMES = [
     ("tvm_vacc", "int8", "{type: w8a16_gptq}"), ("tvm_vacc", "int8", "{type: w4a16_gptq}"),
     ("onnxruntime", "bf16", "null"), ("onnxruntime", "int8", "{type: w8a16}"),
     ("onnxruntime", "int8", "{type: w8a16_gptq}"), ("onnxruntime", "int8", "{type: w4a16_gptq}"),
+    ("onnxruntime", "int8", "{type: w4a16_rtn}"),
 ]  # fmt: skip
 NAMES = [" ".join((*one[:2], re.sub("[{}]|type: |null", "", one[2]))).strip() for one in SCHEMES]
 DEFAULT = {"onnxruntime int8 w8a16_gptq"}
@@ -373,6 +375,10 @@ def test_the_gate_sees_a_wrong_graph(checkpoint, tmp_path, monkeypatch, what):
     with pytest.raises(GateError, match="does not compute the model") as caught:
         compile_recipe(recipe_of(checkpoint, "onnxruntime"), out=tmp_path / "a")
     assert any(said in problem for problem in caught.value.problems)
+
+
+def test_every_scheme_that_is_built_has_a_limit():
+    assert set(DISTANCES) == {*FLOATS, *QUANTIZERS} - {"w8a8"}
 
 
 def test_a_graph_that_is_right_and_loses_too_much_is_no_bug():

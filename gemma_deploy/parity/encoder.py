@@ -30,7 +30,8 @@ EXACT = 5e-5
 # weights with random dense layers, 700 tokens, both targets: fp32 2.8e-12, fp16 3.7e-6, w8a16 0.0026 and 0.0044,
 # w8a16_gptq 0.0009, w4a16_gptq 0.041; two to four times that. bfloat16 rounds less coarsely than int8.
 DISTANCES = {
-    "fp32": 1e-9, "bf16": 2e-3, "fp16": 2e-5, "w8a16": 0.01, "w8a16_gptq": 0.004, "w4a16": 0.15, "w4a16_gptq": 0.1,
+    "fp32": 1e-9, "bf16": 2e-3, "fp16": 2e-5, "w8a16": 0.01, "w8a16_gptq": 0.004, "w4a16_rtn": 0.2,
+    "w4a16": 0.15, "w4a16_gptq": 0.1,
 }  # fmt: skip
 UNIT = 1e-5
 SHARES = (1.0, 0.6, 0.1, 0.0)  # lengths of the texts of a case, as shares of the longest; the last has one token
