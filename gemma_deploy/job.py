@@ -209,7 +209,7 @@ class Job:
     @cached_property
     def storage(self) -> Storage:
         """What matrices are stored as, where they are codes."""
-        return self.spec.storage(self.config.hidden_size)
+        return storage_of_model(self.spec, self.config)
 
     @cached_property
     def taken_over(self) -> Mapping[str, Codes]:
@@ -317,5 +317,10 @@ def _model_problems(spec: BuildSpec, config: ModelConfig) -> list[str]:
     problems += backend(spec.backend).model_problems(spec, config)
     if spec.scheme.codes:
         channels = input_channels(config, spec.ranks)
-        problems += group_problems(spec.storage(config.hidden_size), channels, config.hidden_size)
+        problems += group_problems(storage_of_model(spec, config), channels, config.hidden_size)
     return problems
+
+
+def storage_of_model(spec: BuildSpec, config: ModelConfig) -> Storage:
+    """What the matrices of a model are stored as."""
+    return spec.storage(config.hidden_size, None if config.per_layer is None else config.per_layer.size)

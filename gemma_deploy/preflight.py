@@ -213,6 +213,11 @@ def _files_stage(job: Job) -> StageEstimate:
     return StageEstimate("files", "config, tokenizer", _idle_bytes(job), sum(sizes) + RECORD_BYTES, 0.1)
 
 
+def _widest(config: ModelConfig) -> int:
+    """Width of the widest MLP."""
+    return max(layer.intermediate_size for layer in config.templates)
+
+
 def _idle_bytes(job: Job) -> int:
     """What the process holds whatever it does: more where torch is imported, and was at work."""
     looked = job.scheme.calibrates or job.scheme.weights == "fp16"
@@ -225,7 +230,7 @@ def _ranges_stage(job: Job, tensors: Mapping[str, TensorInfo], elements: int, re
     texts = request.nsamples if request else TEXT_WINDOWS
     windows = texts + 1  # and one of random tokens
     layers = sum(prod(tensor.shape) for name, tensor in tensors.items() if ".layers." in name)
-    activations = 4 * windows * seqlen * (3 * config.intermediate_size + 2 * config.num_attention_heads * seqlen)
+    activations = 4 * windows * seqlen * (3 * _widest(config) + 2 * config.num_attention_heads * seqlen)
     flops = 2.0 * layers * windows * seqlen
     seconds = IMPORT_SECONDS + flops / FLOPS_PER_S + 4 * elements / STREAM_BYTES_PER_S
     ram = BASE_BYTES + TOKENIZER_BYTES + BLOCK_BYTES + activations
@@ -240,7 +245,7 @@ def _quantize_stage(job: Job, tensors: Mapping[str, TensorInfo], machine: Machin
     shapes = [t.shape for name, t in tensors.items() if ".layers.0." in name and len(t.shape) == 2]
     elements, widest = sum(prod(shape) for shape in shapes), max(shape[1] for shape in shapes)
     piece = min(PIECE_ELEMENTS, max(prod(shape) for shape in shapes))
-    activations = 4 * seqlen * (3 * config.intermediate_size + 2 * config.num_attention_heads * seqlen)
+    activations = 4 * seqlen * (3 * _widest(config) + 2 * config.num_attention_heads * seqlen)
     # Twice the moments: the factorization's products. The codes of the layer are kept beside its weights.
     held = 5 * elements + 2 * 4 * widest**2 + PIECE_ARRAYS * 4 * piece + activations
     if (
@@ -291,7 +296,7 @@ def _parity_stage(job: Job, tensors: Mapping[str, TensorInfo], elements: int) ->
     # Graph: batch x P positions, a case at a time; torch: the text and the random case together, without padding.
     positions = max(batch * width, 2 * batch * (tokens + steps))
     # MLP or attention, one after the other; then the logits of all sources, when activations are gone.
-    activations = 4 * positions * max(3 * config.intermediate_size, 2 * config.num_attention_heads * width)
+    activations = 4 * positions * max(3 * _widest(config), 2 * config.num_attention_heads * width)
     compared = 2 * batch * (min(tokens, max(PROMPT_POSITIONS.values())) + steps)
     logits = LOGIT_SOURCES * min(LOGIT_BYTES, 4 * config.vocab_size * compared)
     left = LEFT_BYTES * min(config.vocab_size, LARGE_VOCABULARY) // LARGE_VOCABULARY

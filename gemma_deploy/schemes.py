@@ -6,12 +6,14 @@ in a file of its own and a row in `QUANTIZERS`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
 from gemma_deploy.architectures import cached_kinds
 from gemma_deploy.bounds import Size
+from gemma_deploy.names import PER_LAYER_PROJECTION, PER_LAYER_TABLE
 
 Bits = Literal[4, 8]
 SMALLEST_BLOCK = 16  # of MatMulNBits
@@ -19,6 +21,7 @@ SMALLEST_BLOCK = 16  # of MatMulNBits
 # groups of 32 to nearest, 8 windows of WikiText-2: perplexity +57.5 %; without v_proj +33.8 %, without k_proj +53.5 %,
 # each 2.9 % of the linears; without down_proj, 23.5 % of them, +37.5 %.
 KEPT_W8: tuple[str, ...] = cached_kinds()
+KEPT_PER_LAYER = ("per_layer_input_gate", "per_layer_projection")  # narrow, and what they give goes into the stream
 
 
 def is_kept(module: str, kinds: Collection[str]) -> bool:
@@ -54,18 +57,24 @@ class Storage:
         linears: those of the decoder layers.
         table: the token table and the LM head; None for float16.
         kept_w8: kinds of linears that have 8 bits whatever the others have, with the same groups.
+        per_layer: the table of per-layer vectors; None where there is none.
     """
 
     linears: Codes = Codes()
     table: Codes | None = Codes()
     kept_w8: tuple[str, ...] = ()
+    per_layer: Codes | None = None
 
     def linear(self, module: str) -> Codes:
         """Codes of one linear, by its path or kind."""
         return replace(self.linears, bits=8) if is_kept(module, self.kept_w8) else self.linears
 
     def of(self, module: str) -> Codes | None:
-        """Codes of a linear, the table or the LM head, by its path; None for float16."""
+        """Codes of a linear, a table or the LM head, by its path; None for float16."""
+        if module == PER_LAYER_TABLE:
+            return self.per_layer
+        if module == PER_LAYER_PROJECTION:
+            return Codes()
         return self.linear(module) if ".layers." in module else self.table
 
     @property
@@ -77,13 +86,15 @@ class Storage:
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
-        return asdict(self) | {"kept_w8": list(self.kept_w8)}
+        values = asdict(self) | {"kept_w8": list(self.kept_w8)}
+        return values if self.per_layer else {key: value for key, value in values.items() if key != "per_layer"}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Storage:
         """The inverse of `to_json`."""
         table = None if values["table"] is None else Codes(**values["table"])
-        return cls(Codes(**values["linears"]), table, tuple(values.get("kept_w8", ())))
+        vectors = Codes(**values["per_layer"]) if values.get("per_layer") else None
+        return cls(Codes(**values["linears"]), table, tuple(values.get("kept_w8", ())), vectors)
 
 
 @dataclass(frozen=True)
@@ -244,6 +255,11 @@ def storage_of(
     kept = () if quantizer.bits == 8 else KEPT_W8 if kept_w8 is None else tuple(kept_w8)
     codes = Codes(quantizer.bits, None if size == -1 else size)
     return Storage(codes, TABLES[table or (dividing_table(hidden_size) if quantizer.calibrated else "int8")], kept)
+
+
+def dividing_group(size: int) -> int:
+    """The largest power of two up to 128 that divides a vector: columns that share a scale."""
+    return math.gcd(size, 128)
 
 
 def dividing_table(hidden_size: int) -> str:

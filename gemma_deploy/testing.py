@@ -53,6 +53,13 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 0,
     },
 }  # fmt: skip
+# Vectors for each layer, layers at the end that share keys and values, of both kinds, MLPs of two widths.
+TINY_PER_LAYER = {
+    "num_hidden_layers": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention",
+    "full_attention", "sliding_attention", "sliding_attention", "full_attention"], "num_kv_shared_layers": 3,
+    "use_double_wide_mlp": True, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 512,
+    "attention_k_eq_v": False,
+}  # fmt: skip
 TINY_CONFIGS["gemma4_unified_text"] = TINY_CONFIGS["gemma4_text"] | {
     "model_type": "gemma4_unified_text", "architectures": ["Gemma4UnifiedForCausalLM"],
     "use_bidirectional_attention": "vision",

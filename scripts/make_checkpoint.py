@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_deploy.architectures import architecture_of
+from gemma_deploy.architectures import FULL, SLIDING, architecture_of
 from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.names import CONFIG, GENERATION_CONFIG
 
@@ -30,7 +30,21 @@ _ALL: dict[str, Any] = {
     "max_position_embeddings": 262144, "sliding_window": 1024, "torch_dtype": "bfloat16",
     "use_bidirectional_attention": "vision",
 }  # fmt: skip
+_SHARED = {
+    **_ALL, "model_type": "gemma4_text", "attention_k_eq_v": False, "max_position_embeddings": 131072,
+    "sliding_window": 512, "num_attention_heads": 8, "hidden_size_per_layer_input": 256,
+    "vocab_size_per_layer_input": 262144,
+}  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
+    "gemma-4-e2b": {
+        **_SHARED, "hidden_size": 1536, "num_hidden_layers": 35, "num_key_value_heads": 1, "intermediate_size": 6144,
+        "num_kv_shared_layers": 20, "use_double_wide_mlp": True,
+        "layer_types": [FULL if layer % 5 == 4 else SLIDING for layer in range(35)],
+    },
+    "gemma-4-e4b": {
+        **_SHARED, "hidden_size": 2560, "num_hidden_layers": 42, "num_key_value_heads": 2, "intermediate_size": 10240,
+        "num_kv_shared_layers": 18,
+    },
     "gemma-4-12b": {
         **_ALL, "model_type": "gemma4_unified_text", "hidden_size": 3840, "num_hidden_layers": 48,
         "num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 1,

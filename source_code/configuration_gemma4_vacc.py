@@ -37,12 +37,14 @@ class Gemma4TextConfig(Switches, StockGemma4TextConfig):
         insert_slice (`bool`): with `iter_num` 0, keep only the last position before the LM head.
         embed_scale (`str`): `exact` rounds sqrt(hidden_size) to the run dtype, `bf16` to bfloat16 first.
         is_part (`bool`): the layers are some of a model's.
+        per_layer_vectors (`int`, *optional*): layers of the whole model, for which a per-layer table has vectors.
     """
 
     iter_num: int | None = None
     insert_slice: bool = False
     embed_scale: str = "exact"
     is_part: bool = False
+    per_layer_vectors: int | None = None
 
 
 @strict

@@ -36,6 +36,27 @@ def past_length(past_key_values) -> int:
     return past_key_values[0][0].shape[2]
 
 
+class Beside:
+    """What the layers of one pass read beside the residual stream: nothing, see gain_vacc.py for more.
+
+    Attributes:
+        first_sharing: the first of the layers at the end that read the keys and values of earlier ones; None: none do.
+    """
+
+    first_sharing: int | None = None
+
+    def source(self, layer_idx: int) -> int:
+        """The layer in whose cache this one's keys and values are."""
+        return layer_idx
+
+    def of_layer(self, layer_idx: int) -> dict:
+        """More arguments of a layer."""
+        return {}
+
+    def made(self, layer_idx: int, present) -> None:
+        """Take note of a layer's keys and values."""
+
+
 class TextModelMixin:
     """Forward of the decoder stack; expects embed_tokens, layers, norm, rotary (a ModuleDict by layer kind)."""
 
@@ -49,6 +70,10 @@ class TextModelMixin:
     def window(self, kind: str) -> int | None:
         """Keys a query of this kind sees, itself included; None for all."""
         return self.config.sliding_window if kind == SLIDING else None
+
+    def beside(self, input_ids, embeds, **kwargs):
+        """What layers read beside the residual stream; most generations: nothing."""
+        return Beside()
 
     def build_masks(
         self, attention_mask, position_ids, batch, q_len, past_key_values, dtype, device, sequences=None
@@ -83,6 +108,7 @@ class TextModelMixin:
         use_cache=None,
         output_attentions=None,
         output_hidden_states=None,
+        logits_to_keep=0,
         **kwargs,
     ):
         """Run the stack.
@@ -90,7 +116,8 @@ class TextModelMixin:
         Args:
             input_ids: [batch, seq]; attention_mask: [batch, past + seq] of 0 / 1; position_ids: [batch, seq]; without
             a mask and a cache (`use_cache` False) a row may hold several samples, whose positions begin anew;
-            past_key_values: a `Cache`, or a legacy tuple of (key, value) per layer, or None.
+            past_key_values: a `Cache`, or a legacy tuple of (key, value) per layer, or None; logits_to_keep: of so many
+            last positions alone, where a number: layers that share keys and values compute no others.
 
         Returns:
             BaseModelOutputWithPast; past_key_values is a `Cache` when a `Cache` or nothing was given, and a tuple of
@@ -129,15 +156,25 @@ class TextModelMixin:
 
         cache = past_key_values if isinstance(past_key_values, Cache) else None
         presents, attentions, states = [], [], []
+        beside = self.beside(input_ids, hidden, **kwargs)
+        whole = output_hidden_states or output_attentions
+        last = 1 if self.config.iter_num == 0 and self.config.insert_slice else 0 if whole else logits_to_keep
         for i, layer in enumerate(self.layers):
+            if i == beside.first_sharing and isinstance(last, int) and 0 < last < q_len:
+                hidden, rotary, masks = beside.last_positions(hidden, rotary, masks, last)
             if output_hidden_states:
                 states.append(hidden)
             kind = self.layer_kind(i)
-            past = cache if cache is not None or past_key_values is None else past_key_values[i]
+            past = cache if cache is not None or past_key_values is None else past_key_values[beside.source(i)]
             hidden, probs, present = layer(
-                hidden, position_embeddings=rotary[kind], attention_mask=masks[kind], past_key_values=past
+                hidden,
+                position_embeddings=rotary[kind],
+                attention_mask=masks[kind],
+                past_key_values=past,
+                **beside.of_layer(i),
             )
-            if use_cache and cache is None:
+            beside.made(i, present)
+            if use_cache and cache is None and beside.source(i) == i:
                 presents.append(present)
             if output_attentions:
                 attentions.append(probs)
@@ -178,6 +215,8 @@ class CausalLMMixin:
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            logits_to_keep=logits_to_keep,
+            **({"per_layer_inputs": kwargs.pop("per_layer_inputs")} if "per_layer_inputs" in kwargs else {}),
         )
         hidden = outputs.last_hidden_state
         if self.config.iter_num == 0 and self.config.insert_slice:

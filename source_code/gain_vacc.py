@@ -1,12 +1,22 @@
 """Blocks of Gemma 3n and 4: norms that multiply by their weight, values with a norm of their own, unscaled scores.
 
-Stand-alone: needs torch and transformers alone. As in layers_vacc.py, operations and their order are the stock ones.
+And per-layer embeddings, and layers that share the keys and values of earlier ones. Stand-alone: needs torch and
+transformers alone. As in layers_vacc.py, operations and their order are the stock ones.
 """
 
 import torch
 from torch import nn
 
-from .layers_vacc import Attention, RMSNorm, apply_rotary
+from .decoder_vacc import Beside
+from .layers_vacc import (
+    Attention,
+    RMSNorm,
+    ScaledEmbedding,
+    apply_rotary,
+    decode_attention,
+    eager_attention,
+    rounded_sqrt,
+)
 
 
 class GainNorm(RMSNorm):
@@ -54,3 +64,116 @@ class GainAttention(Attention):
         k, v = self.k_norm(k), self.v_norm(v)
         q, k = (apply_rotary(heads, *position_embeddings, heads=2) for heads in (q, k))
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+class SharingAttention(Attention):
+    """Attention of queries of its own to keys and values of an earlier layer of its kind."""
+
+    def __init__(self, config, layer_idx: int, sizes):
+        super().__init__(config, layer_idx, scaling=1.0, sizes=sizes)
+        del self.k_proj, self.v_proj
+        self.q_norm = GainNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None, shared=None):
+        """As `Attention.forward`; there is no present.
+
+        Args:
+            shared: (key, value) of the earlier layer, normed and turned: the new ones alone with `config.iter_num` 1,
+                where past_key_values is that layer's, else all.
+        """
+        batch, seq = hidden_states.shape[:2]
+        q = self.q_norm(self.q_proj(hidden_states).view(batch, seq, -1, self.head_dim))
+        q = apply_rotary(q, *position_embeddings, heads=2).transpose(1, 2)
+        if self.config.iter_num == 1:
+            out, probs = decode_attention(
+                q, *shared, *past_key_values, attention_mask, self.scaling, None, self.wide_scores
+            )
+        else:
+            dropout = self.config.attention_dropout if self.training else 0.0
+            out, probs = eager_attention(q, *shared, attention_mask, self.scaling, None, dropout, self.wide_scores)
+        return self.o_proj(out.reshape(batch, seq, -1)), probs, None
+
+
+class PerLayerEmbedding(ScaledEmbedding):
+    """A table whose rows hold a vector for each layer; the scale is that of one vector.
+
+    Args:
+        width: of a vector.
+    """
+
+    def __init__(self, vocab_size: int, layers: int, width: int, padding_idx: int | None, rounding: str):
+        super().__init__(vocab_size, layers * width, padding_idx, rounding)
+        self.width = width
+
+    def scale_value(self, dtype: torch.dtype) -> float:
+        """sqrt(width) as the number the run dtype holds."""
+        return rounded_sqrt(self.width, dtype, self.rounding)
+
+
+class PerLayerInputs:
+    """The part of a stack that makes a vector for each token and layer out of ids and embeddings.
+
+    Expects embed_tokens_per_layer, per_layer_model_projection and per_layer_projection_norm.
+    """
+
+    def make_per_layer(self, config, layers: int) -> None:
+        """Make the modules, in the stock class's order."""
+        width = config.hidden_size_per_layer_input
+        self.embed_tokens_per_layer = PerLayerEmbedding(
+            config.vocab_size_per_layer_input, layers, width, config.pad_token_id, config.embed_scale
+        )
+        self.per_layer_model_projection = nn.Linear(config.hidden_size, layers * width, bias=False)
+        self.per_layer_projection_norm = GainNorm(width, config.rms_norm_eps)
+
+    def per_layer_inputs(self, input_ids: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        """input_ids: [batch, seq]; embeds: [batch, seq, hidden] -> [batch, seq, layers, width]."""
+        return self.project_per_layer(self.embed_tokens_per_layer(input_ids), embeds)
+
+    def project_per_layer(self, rows: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        """rows: [batch, seq, layers * width], of the table -> the same as `per_layer_inputs`."""
+        shape = (*embeds.shape[:2], -1, self.config.hidden_size_per_layer_input)
+        context = self.per_layer_model_projection(embeds) * embeds.shape[-1] ** -0.5
+        context = self.per_layer_projection_norm(context.reshape(shape))
+        return (context + rows.reshape(shape)) * 2.0**-0.5
+
+
+class SharedAndPerLayer(Beside):
+    """Per-layer inputs, and keys and values that later layers read.
+
+    Args:
+        kinds: of attention, of each layer; shared: how many layers at the end share; per_layer: [batch, seq, layers,
+            width], or None.
+    """
+
+    def __init__(self, kinds, shared: int, per_layer: torch.Tensor | None):
+        own = len(kinds) - shared
+        self.kinds, self.per_layer = kinds, per_layer
+        self.first_sharing = own if shared else None
+        last = {kind: i for i, kind in enumerate(kinds[:own])}
+        self.sources = [i if i < own else last[kind] for i, kind in enumerate(kinds)]
+        self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def source(self, layer_idx: int) -> int:
+        """The layer in whose cache this one's keys and values are."""
+        return self.sources[layer_idx]
+
+    def of_layer(self, layer_idx: int) -> dict:
+        """Its vectors, and the keys and values it shares."""
+        more = {}
+        if self.per_layer is not None:
+            more["per_layer_input"] = self.per_layer[:, :, layer_idx]
+        if self.source(layer_idx) != layer_idx:
+            more["shared"] = self.kept[self.source(layer_idx)]
+        return more
+
+    def made(self, layer_idx: int, present) -> None:
+        """Keep what later layers read."""
+        if layer_idx in self.sources[self.first_sharing or len(self.kinds) :]:
+            self.kept[layer_idx] = present
+
+    def last_positions(self, hidden, rotary, masks, count: int):
+        """Of the layers from here on the last positions alone are wanted."""
+        if self.per_layer is not None:
+            self.per_layer = self.per_layer[:, -count:]
+        rotary = {kind: tuple(table[:, -count:] for table in tables) for kind, tables in rotary.items()}
+        return hidden[:, -count:], rotary, {kind: mask[:, :, -count:] for kind, mask in masks.items()}

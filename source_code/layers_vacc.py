@@ -347,7 +347,7 @@ class Attention(nn.Module):
 
         Returns:
             output [batch, seq, hidden], probabilities, and the present (key, value): the new entries alone with
-            `config.iter_num` 1, past and new together otherwise; None with a `Cache`, which is updated in place.
+            `config.iter_num` 1, what was attended to otherwise; a `Cache` is updated in place.
         """
         batch, seq = hidden_states.shape[:2]
         q, k, v = self.heads_of(hidden_states, position_embeddings)
@@ -359,7 +359,7 @@ class Attention(nn.Module):
         else:
             if isinstance(past_key_values, Cache):
                 k, v = past_key_values.update(k, v, self.layer_idx)
-                present = None
+                present = (k, v)
             elif past_key_values is not None:
                 k = torch.cat((past_key_values[0], k), dim=2)
                 v = torch.cat((past_key_values[1], v), dim=2)
@@ -387,10 +387,10 @@ class FourNormLayer(GradientCheckpointingLayer):
         self.pre_feedforward_layernorm = norm(hidden, config.rms_norm_eps)
         self.post_feedforward_layernorm = norm(hidden, config.rms_norm_eps)
 
-    def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None):
+    def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **more):
         """hidden_states: [batch, seq, hidden] -> the same, probabilities, present (see `Attention`)."""
         attn, probs, present = self.self_attn(
-            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values
+            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values, **more
         )
         hidden_states = hidden_states + self.post_attention_layernorm(attn)
         mlp = self.mlp(self.pre_feedforward_layernorm(hidden_states))

@@ -7,11 +7,12 @@ alone.
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.generation import GenerationMixin
 
 from .configuration_gemma4_vacc import Gemma4TextConfig, Gemma4UnifiedTextConfig
 from .decoder_vacc import CausalLMMixin, TextModelMixin
-from .gain_vacc import GainAttention, GainNorm
+from .gain_vacc import GainAttention, GainNorm, PerLayerInputs, SharedAndPerLayer, SharingAttention
 from .layers_vacc import FULL, FourNormLayer, LegacyRotary, ScaledEmbedding
 
 __all__ = [
@@ -24,22 +25,45 @@ __all__ = [
 
 
 class Gemma4DecoderLayer(FourNormLayer):
-    """Five sliding layers, then a global one with wider heads; the stream is multiplied by a number at the end."""
+    """Five sliding layers, then a global one with wider heads; the stream is multiplied by a number at the end.
+
+    Of E2B and E4B a vector for each token is added as well, and the last layers have no keys and values of their own.
+    """
 
     norm_class = GainNorm
 
     def __init__(self, config: Gemma4TextConfig, layer_idx: int):
-        own = config.per_layer_config[layer_idx]
+        own, width = config.per_layer_config[layer_idx], config.intermediate_size
         sizes = own.num_key_value_heads, own.head_dim
-        value_is_key = config.attention_k_eq_v and config.layer_types[layer_idx] == FULL
-        super().__init__(config, GainAttention(config, layer_idx, sizes, value_is_key))
+        if layer_idx >= config.num_hidden_layers - config.num_kv_shared_layers:
+            attention = SharingAttention(config, layer_idx, sizes)
+            width *= 2 if config.use_double_wide_mlp else 1
+        else:
+            value_is_key = config.attention_k_eq_v and config.layer_types[layer_idx] == FULL
+            attention = GainAttention(config, layer_idx, sizes, value_is_key)
+        super().__init__(config, attention, width)
         self.layer_scalar = nn.Buffer(torch.ones(1))
+        size = getattr(config, "hidden_size_per_layer_input", 0)
+        if size:
+            self.act_fn = ACT2FN[config.hidden_activation]
+            self.per_layer_input_gate = nn.Linear(config.hidden_size, size, bias=False)
+            self.per_layer_projection = nn.Linear(size, config.hidden_size, bias=False)
+            self.post_per_layer_input_norm = GainNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None):
-        """hidden_states: [batch, seq, hidden] -> the same, probabilities, present (see `Attention`)."""
+    def forward(
+        self, hidden_states, position_embeddings, attention_mask, past_key_values=None, per_layer_input=None, **shared
+    ):
+        """hidden_states: [batch, seq, hidden] -> the same, probabilities, present (see `Attention`).
+
+        Args:
+            per_layer_input: [batch, seq, hidden_size_per_layer_input]; shared: see `SharingAttention`.
+        """
         hidden_states, probs, present = super().forward(
-            hidden_states, position_embeddings, attention_mask, past_key_values
+            hidden_states, position_embeddings, attention_mask, past_key_values, **shared
         )
+        if per_layer_input is not None:
+            added = self.act_fn(self.per_layer_input_gate(hidden_states)) * per_layer_input
+            hidden_states = hidden_states + self.post_per_layer_input_norm(self.per_layer_projection(added))
         return hidden_states * self.layer_scalar.to(hidden_states.dtype), probs, present
 
 
@@ -61,7 +85,7 @@ class Gemma4PreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.layer_scalar)
 
 
-class Gemma4TextModel(TextModelMixin, Gemma4PreTrainedModel):
+class Gemma4TextModel(PerLayerInputs, TextModelMixin, Gemma4PreTrainedModel):
     """Embedding, decoder layers, final norm; a rotary table for each kind of layer present."""
 
     def __init__(self, config: Gemma4TextConfig):
@@ -82,7 +106,26 @@ class Gemma4TextModel(TextModelMixin, Gemma4PreTrainedModel):
             }
         )
         self.gradient_checkpointing = False
+        if getattr(config, "hidden_size_per_layer_input", 0):
+            self.make_per_layer(config, config.per_layer_vectors or config.num_hidden_layers)
         self.post_init()
+
+    def beside(self, input_ids, embeds, per_layer_inputs=None, **kwargs):
+        """Per-layer inputs of the ids, or of rows of the table [batch, seq, layers, width] that were looked up before.
+
+        Raises:
+            ValueError: embeddings without the rows that belong to them.
+        """
+        config = self.config
+        vectors = None
+        if getattr(config, "hidden_size_per_layer_input", 0):
+            if per_layer_inputs is not None:
+                vectors = self.project_per_layer(per_layer_inputs.flatten(2), embeds)
+            elif input_ids is None:
+                raise ValueError("inputs_embeds need per_layer_inputs beside them: rows of embed_tokens_per_layer")
+            else:
+                vectors = self.per_layer_inputs(input_ids, embeds)
+        return SharedAndPerLayer(config.layer_types, config.num_kv_shared_layers, vectors)
 
 
 class Gemma4ForCausalLM(CausalLMMixin, Gemma4PreTrainedModel, GenerationMixin):

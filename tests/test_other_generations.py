@@ -4,22 +4,43 @@ import json
 
 import pytest
 
+from gemma_deploy.calibration.shards import LayerSetting, StackTemplate
+from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.compile import compile_recipe
+from gemma_deploy.errors import NotBuiltError, RecipeError
+from gemma_deploy.partition.mapper import ParameterMapper
+from gemma_deploy.partition.spans import spans_of
 from gemma_deploy.recipe import Recipe
-from gemma_deploy.testing import write_tiny_checkpoint
+from gemma_deploy.testing import TINY_CONFIGS, TINY_PER_LAYER, write_tiny_checkpoint
 from tests.calibration.make import write_tokenizer
 from tests.rotation import OTHERS
 
+SHALLOW = {"num_hidden_layers": 3}
+INT4 = {"type": "onnxruntime", "dtype": "int8", "quantize": "w4a16_rtn"}
 
-@pytest.mark.parametrize("backend", [{"type": "onnxruntime", "dtype": "int8"}, {"type": "tvm_vacc", "dtype": "fp32"}])
-@pytest.mark.parametrize("kind", OTHERS)
-def test_it_compiles_proven(kind, backend, tmp_path):
-    checkpoint = write_tiny_checkpoint(tmp_path / "ck", kind, num_hidden_layers=3)
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "backend"),
+    [
+        *((kind, SHALLOW, {"type": "onnxruntime", "dtype": "int8"}) for kind in OTHERS),
+        *((kind, SHALLOW, {"type": "tvm_vacc", "dtype": "fp32"}) for kind in OTHERS),
+        ("gemma4_text", TINY_PER_LAYER, {"type": "onnxruntime", "dtype": "int8"}),
+        pytest.param("gemma4_text", TINY_PER_LAYER, {"type": "onnxruntime", "dtype": "bf16"}, marks=pytest.mark.slow),
+        pytest.param("gemma4_text", TINY_PER_LAYER, {"type": "onnxruntime", "dtype": "fp32"}, marks=pytest.mark.slow),
+        pytest.param("gemma4_text", TINY_PER_LAYER, INT4, marks=pytest.mark.slow),
+    ],
+)
+def test_it_compiles_proven(kind, changes, backend, tmp_path):
+    checkpoint = write_tiny_checkpoint(tmp_path / "ck", kind, **changes)
     write_tokenizer(checkpoint)
     recipe = {
         "name": "x",
-        "frontend": {"checkpoint": str(checkpoint), "shape": {"input_ids": [[48], [64]]}},
-        "backend": backend,
+        "frontend": {
+            "checkpoint": str(checkpoint),
+            "shape": {"input_ids": [[48], [64]]},
+            **({"quantize": {"type": backend["quantize"]}} if "quantize" in backend else {}),
+        },
+        "backend": {key: value for key, value in backend.items() if key != "quantize"},
         "parity": {"prompt_tokens": 40, "decode_tokens": 8},  # five windows of 8
         "workspace": {"path": str(tmp_path)},
     }
@@ -29,4 +50,45 @@ def test_it_compiles_proven(kind, backend, tmp_path):
     compared = {
         line["comparison"] for line in json.loads((result.path / "manifest.json").read_text())["parity"]["lines"]
     }
-    assert {"hf = patched", "hf = strict"} <= compared
+    if backend["dtype"] != "bf16":  # whose lines say that they are computed in float32
+        assert {"hf = patched", "hf = strict"} <= compared
+
+
+@pytest.mark.parametrize(
+    ("backend", "quantize", "words"),
+    [
+        ({"type": "tvm_vacc", "dtype": "fp32"}, None, "backend.type: tvm_vacc is not built for a model with per-layer"),
+        ({"type": "onnxruntime", "dtype": "int8"}, "w8a16_gptq", "w8a16_gptq is not built for a model with per-layer"),
+        (
+            {"type": "onnxruntime", "dtype": "int8", "compile": {"cache": "window"}},
+            None,
+            "backend.compile.cache: window is not built for a model with per-layer",
+        ),
+    ],
+)
+def test_what_is_not_built_of_e2b_is_said_before_any_work(backend, quantize, words, tmp_path):
+    checkpoint = write_tiny_checkpoint(tmp_path / "ck", "gemma4_text", **TINY_PER_LAYER)
+    write_tokenizer(checkpoint)
+    recipe = {
+        "name": "x",
+        "frontend": {
+            "checkpoint": str(checkpoint),
+            "shape": {"input_ids": [[48], [64]]},
+            **({"quantize": {"type": quantize}} if quantize else {}),
+        },
+        "backend": backend,
+        "workspace": {"path": str(tmp_path / "w")},
+    }
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(RecipeError) as refused:
+        compile_recipe(Recipe.load(tmp_path / "recipe.json"))
+    assert words in str(refused.value)
+    assert not (tmp_path / "w").exists()
+
+
+def test_layers_that_read_other_layers_are_neither_cut_apart_nor_calibrated(tmp_path):
+    config = ModelConfig.from_dict(TINY_CONFIGS["gemma4_text"] | TINY_PER_LAYER, "config.json")
+    with pytest.raises(NotBuiltError, match="are not cut apart"):
+        ParameterMapper(config, spans_of(7, [2])[0])
+    with pytest.raises(NotBuiltError, match="calibration takes layers one after the other"):
+        StackTemplate(LayerSetting(config, "exact", 8, tmp_path))

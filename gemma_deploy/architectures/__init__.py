@@ -23,6 +23,8 @@ from gemma_deploy.architectures.base import (
     LayerSpec,
     LayerType,
     Linear,
+    PerLayer,
+    PerLayerTable,
     Rope,
 )
 from gemma_deploy.architectures.embedding_gemma import EMBEDDING_GEMMA
@@ -159,6 +161,8 @@ __all__ = [
     "LayerSpec",
     "LayerType",
     "Linear",
+    "PerLayer",
+    "PerLayerTable",
     "Rope",
     "architecture_of",
     "branches",

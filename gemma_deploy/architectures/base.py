@@ -120,6 +120,34 @@ class Branch:
 
 
 @dataclass(frozen=True)
+class PerLayer:
+    """What a layer adds of a vector that each token has for it: x + norm(projection(act(gate(x)) * vector)).
+
+    Args:
+        size: of the vector; gate, projection: linears; norm: before the sum.
+    """
+
+    size: int
+    gate: str = "per_layer_input_gate"
+    projection: str = "per_layer_projection"
+    norm: str = "post_per_layer_input_norm"
+
+
+@dataclass(frozen=True)
+class PerLayerTable:
+    """The table of such vectors: [rows, layers * size], beside it a projection of the embeddings of the same width."""
+
+    rows: int
+    layers: int
+    size: int
+
+    @property
+    def width(self) -> int:
+        """Columns: the vectors of all layers."""
+        return self.layers * self.size
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """One decoder layer. Layers of a model may differ in all of it.
 
@@ -138,6 +166,7 @@ class LayerSpec:
         cache_from: the layer whose keys and values it reads; None where it has its own.
         norms: of the hidden size, in file order.
         value_norm: the norm without weights of each head of values; None where they have none.
+        per_layer: what it adds of a vector for each token; None: nothing.
         scalar: the number in the file by which the residual stream is multiplied behind the layer; None for no such.
     """
 
@@ -159,6 +188,7 @@ class LayerSpec:
     norms: tuple[str, ...]
     cache_from: int | None = None
     value_norm: str | None = None
+    per_layer: PerLayer | None = None
     scalar: str | None = None
 
     @property
@@ -329,6 +359,7 @@ class Architecture:
         gguf: what llama.cpp calls all that; None where it has no such model.
         read: the generation's own keys of a config.json; layers: their number, or 1 where that is wrong.
         layer: the layer of a number; branches: all that some layer has.
+        per_layer: the table of vectors that layers add; None where there is none.
         part_keys: of config.json, by which the patched classes have some layers and no others.
         positions_first: whether heads are normed as [batch, positions, heads, head_dim].
         causal_text: what `use_bidirectional_attention` may say, because text stays causal with it.
@@ -350,6 +381,7 @@ class Architecture:
     norm_offset: float = 1.0
     encoder: bool = False
     written_as: str = ""
+    per_layer: Callable[[Sizes], PerLayerTable | None] = lambda config: None
     part_keys: Callable[[Sequence[LayerSpec]], dict[str, Any]] = part_keys
     positions_first: bool = False
     causal_text: tuple[str, ...] = ()

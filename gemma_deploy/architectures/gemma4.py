@@ -1,6 +1,7 @@
 """Gemma 4, text: norms that multiply by their weight, unscaled scores, wider heads in global layers, a number a layer.
 
-Dense models: 12B (`gemma4_unified_text`) and 31B. The stock names of what else there is are refused in a sentence.
+12B (`gemma4_unified_text`) and 31B; E2B and E4B, whose layers add a vector for each token, and whose last layers share
+the keys and values of earlier ones. The mixture of experts is refused in a sentence.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from gemma_deploy.architectures.base import (
     Facts,
     LayerSpec,
     LayerType,
+    Linear,
     Patched,
+    PerLayer,
+    PerLayerTable,
     Rope,
     Sizes,
     part_keys,
@@ -38,6 +42,7 @@ from gemma_deploy.architectures.shared import (
 
 ACTIVATION_KEY = "hidden_activation"
 PATTERN, GLOBAL_HEAD_DIM, WINDOW = 6, 512, 512
+PER_LAYER_SIZE = 256  # of transformers' Gemma4TextConfig
 PER_LAYER = "per_layer_config"
 SIZES = ("head_dim", "num_key_value_heads")  # what of a layer that key may change
 DEFAULT_ROPE: Mapping[str, Mapping[str, Any]] = {
@@ -69,8 +74,10 @@ UNIFIED_DEFAULTS = {**TEXT_DEFAULTS, "sliding_window": 1024, "max_position_embed
 
 def read(keys: ConfigKeys, size: Mapping[str, int], layers: int) -> Facts:
     """What config.json says about a Gemma 4, defaults filled in."""
-    _refuse_variants(keys)
+    if keys.raw.get("enable_moe_block"):
+        keys.problem("enable_moe_block", True, "false: Gemma 4 26B-A4B, a mixture of experts, is not built")
     layer_types = _layer_types(keys, layers)
+    _check_sharing(keys, layer_types)
     keys.boolean("attention_k_eq_v", False)
     if keys.raw.get(PER_LAYER) is None:
         keys.integer("global_head_dim", default=GLOBAL_HEAD_DIM)
@@ -93,13 +100,20 @@ def read(keys: ConfigKeys, size: Mapping[str, int], layers: int) -> Facts:
 
 def read_text(keys: ConfigKeys, size: Mapping[str, int], layers: int) -> Facts:
     """`read` of `gemma4_text`, whose config class has per-layer embeddings by default."""
-    if keys.raw.get("hidden_size_per_layer_input", 256):
-        keys.problem(
-            "hidden_size_per_layer_input",
-            keys.raw.get("hidden_size_per_layer_input", "missing, which means 256"),
-            "0: Gemma 4 E2B and E4B, which have per-layer embeddings, are not built",
-        )
+    if keys.raw.get("hidden_size_per_layer_input", PER_LAYER_SIZE):
+        keys.integer("hidden_size_per_layer_input", default=PER_LAYER_SIZE, most=1 << 16)
+        rows = keys.integer("vocab_size_per_layer_input", default=262144)
+        if rows != size["vocab_size"]:
+            keys.problem("vocab_size_per_layer_input", rows, f"{size['vocab_size']}, as many as vocab_size")
     return read(keys, size, layers)
+
+
+def per_layer(config: Sizes) -> PerLayerTable | None:
+    """The table of vectors that layers add; None where the model has none."""
+    size = config.raw.get("hidden_size_per_layer_input", PER_LAYER_SIZE)
+    if not size:
+        return None
+    return PerLayerTable(config.raw.get("vocab_size_per_layer_input", 262144), len(config.layer_types), size)
 
 
 def layer(config: Sizes, index: int) -> LayerSpec:
@@ -115,10 +129,66 @@ def layer(config: Sizes, index: int) -> LayerSpec:
         sizes=_sizes(config.raw, config.layer_types[index], index, (config.num_key_value_heads, config.head_dim)),
     )
     spec = replace(spec, value_norm=VALUE_NORM, scalar="layer_scalar")
-    if not shared:
+    if shared:
+        linears = tuple(one for one in spec.linears if one.name != "self_attn.v_proj")
+        spec = replace(spec, linears=linears, caches=K_AND_V)
+    return _sharing(config, spec)
+
+
+def layer_of_text(config: Sizes, index: int) -> LayerSpec:
+    """`layer` of `gemma4_text`, which may have per-layer embeddings."""
+    spec, table = layer(config, index), per_layer(config)
+    if table is None:
         return spec
-    linears = tuple(one for one in spec.linears if one.name != "self_attn.v_proj")
-    return replace(spec, linears=linears, caches=K_AND_V)
+    added = PerLayer(table.size)
+    linears = (
+        Linear(added.gate, added.size, spec.hidden_size),
+        Linear(added.projection, spec.hidden_size, added.size),
+    )
+    return replace(spec, linears=(*spec.linears, *linears), norms=(*spec.norms, added.norm), per_layer=added)
+
+
+def _sharing(config: Sizes, spec: LayerSpec) -> LayerSpec:
+    """The layer as one that reads the keys and values of an earlier one, where it is such."""
+    own = len(config.layer_types) - config.raw.get("num_kv_shared_layers", 0)
+    if spec.index < own:
+        return spec
+    source = max(index for index, kind in enumerate(config.layer_types[:own]) if kind == spec.kind)
+    attention, mlp = spec.branches
+    queries = (attention.entry.observed,)
+    inner = (*queries, "self_attn.q_norm")
+    entry = replace(attention.entry, readers=queries, fused="")
+    width = spec.intermediate_size * (2 if config.raw.get("use_double_wide_mlp") else 1)
+    heights = {"mlp.gate_proj": (width, spec.hidden_size), "mlp.up_proj": (width, spec.hidden_size),
+               "mlp.down_proj": (spec.hidden_size, width)}  # fmt: skip
+    linears = tuple(
+        Linear(one.name, *heights.get(one.name, (one.out_features, one.in_features)))
+        for one in spec.linears
+        if one.name not in ("self_attn.k_proj", "self_attn.v_proj")
+    )
+    return replace(
+        spec,
+        template=f"{spec.kind}.sharing",
+        intermediate_size=width,
+        linears=linears,
+        branches=(replace(attention, entry=entry, inner=inner), mlp),
+        head_norms=HEAD_NORMS[:1],
+        caches=(),
+        cache_from=source,
+        value_norm=None,
+    )
+
+
+def _check_sharing(keys: ConfigKeys, layer_types: Sequence[LayerType]) -> None:
+    """That every layer which shares keys and values has one of its kind before it that makes some."""
+    shared, layers = keys.raw.get("num_kv_shared_layers", 0), len(layer_types)
+    keys.boolean("use_double_wide_mlp", False)
+    if type(shared) is not int or not 0 <= shared < layers:
+        keys.problem("num_kv_shared_layers", shared, f"a whole number from 0 to {layers - 1}")
+        return
+    own, sharing = set(layer_types[: layers - shared]), set(layer_types[layers - shared :])
+    for kind in sorted(sharing - own):
+        keys.problem("num_kv_shared_layers", shared, f"fewer: no layer before those has keys and values of {kind}")
 
 
 def keys_of_part(layers: Sequence[LayerSpec]) -> dict[str, Any]:
@@ -127,8 +197,9 @@ def keys_of_part(layers: Sequence[LayerSpec]) -> dict[str, Any]:
         number: {"head_dim": layer.head_dim, "num_key_value_heads": layer.kv_heads}
         for number, layer in enumerate(layers)
     }
-    found = {**part_keys(layers), PER_LAYER: sizes, "is_part": True}
-    if all(len({maker for _, maker in layer.caches}) == 2 for layer in layers):
+    shared = sum(layer.cache_from is not None for layer in layers)
+    found = {**part_keys(layers), PER_LAYER: sizes, "is_part": True, "num_kv_shared_layers": shared}
+    if all(len({maker for _, maker in layer.caches}) != 1 for layer in layers):
         found["attention_k_eq_v"] = False  # the stock class makes the last layer a global one
     return found
 
@@ -138,19 +209,6 @@ def _layer_types(keys: ConfigKeys, layers: int) -> tuple[LayerType, ...]:
     if layer_types[-1] != FULL:
         keys.warn(f"the last layer is one of {FULL}, whatever layer_types says, as in transformers")
     return (*layer_types[:-1], FULL)
-
-
-def _refuse_variants(keys: ConfigKeys) -> None:
-    """Keys of variants that are not built, by the models' names."""
-    raw = keys.raw
-    if raw.get("enable_moe_block"):
-        keys.problem("enable_moe_block", True, "false: Gemma 4 26B-A4B, a mixture of experts, is not built")
-    if raw.get("num_kv_shared_layers"):
-        keys.problem(
-            "num_kv_shared_layers",
-            raw["num_kv_shared_layers"],
-            "0: Gemma 4 E2B and E4B, whose last layers share keys and values, are not built",
-        )
 
 
 def _sizes(raw: Mapping[str, Any], kind: LayerType, index: int, of_most: tuple[int, int]) -> tuple[int, int]:
@@ -233,11 +291,12 @@ GEMMA4 = Architecture(
     ),
     gguf=None,
     read=read_text,
-    layer=layer,
+    layer=layer_of_text,
     branches=BRANCHES,
     multimodal=("gemma4",),
     text_defaults=TEXT_DEFAULTS,
     norm_offset=0.0,
+    per_layer=per_layer,
     part_keys=keys_of_part,
     positions_first=True,
     causal_text=("vision",),
@@ -255,6 +314,8 @@ GEMMA4_UNIFIED = replace(
         causal="Gemma4UnifiedForCausalLM",
     ),
     read=read,
+    layer=layer,
+    per_layer=lambda config: None,
     multimodal=("gemma4_unified",),
     text_defaults=UNIFIED_DEFAULTS,
 )

@@ -164,7 +164,7 @@ def _quantized(manifest: Manifest, words: Words, effect: dict[str, Any]) -> Ledg
 
 
 def _cache(contract: ContractRecord, effect: dict[str, Any]) -> LedgerEntry:
-    alike = dict.fromkeys(contract.geometry or ((contract.kv_heads, contract.head_dim),))
+    alike = dict.fromkeys(one for one in contract.geometry or ((contract.kv_heads, contract.head_dim),) if one[0])
     each = [f"{2 * heads * (dim + 2)} bytes a token and layer, float16 takes {4 * heads * dim}" for heads, dim in alike]
     return LedgerEntry(
         "keys and values are kept as int8, with a float16 scale for each head and token",

@@ -174,7 +174,7 @@ class ContractRecord(Open):
         logits: of ONNX Runtime's graph: of the `last` token or of `all`.
         not_for: what a caller may try that is refused or goes wrong, as sentences; None of graphs that say nothing.
         adapters: what it takes of a LoRA adapter at run time; None: nothing.
-        geometry: KV heads and head_dim of each layer of the model; None where all are alike.
+        geometry: KV heads and head_dim of each layer of the model, 0 where it has no cache; None where all are alike.
     """
 
     batch: Size
@@ -187,7 +187,7 @@ class ContractRecord(Open):
     logits: str | None = None
     not_for: tuple[str, ...] | None = None
     adapters: AdapterSlots | None = None
-    geometry: tuple[tuple[Size, Size], ...] | None = None
+    geometry: tuple[tuple[Count, Count], ...] | None = None
     graphs: dict[Graph, GraphRecord]
 
     @model_serializer(mode="wrap")

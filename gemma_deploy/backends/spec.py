@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from gemma_deploy.schemes import Scheme, Storage, dividing_table, storage_of
+from gemma_deploy.schemes import KEPT_PER_LAYER, Codes, Scheme, Storage, dividing_group, dividing_table, storage_of
 
 
 class Options(BaseModel):
@@ -77,16 +77,24 @@ class BuildSpec:
     adapter_rank: int | None = None
     own_storage: Storage | None = None
 
-    def storage(self, hidden_size: int) -> Storage:
-        """What matrices are stored as in a model of this width; of codes only."""
+    def storage(self, hidden_size: int, per_layer: int | None = None) -> Storage:
+        """What matrices are stored as in a model of this width; of codes only.
+
+        Args:
+            per_layer: size of the vectors of a per-layer table; groups of its columns do not reach into the next one.
+        """
         if not self.scheme.codes:
             return Storage()
-        if self.own_storage is not None:
-            return self.own_storage
         table = self.table
         if table is None and self.table_in_groups:
             table = dividing_table(hidden_size)
-        return storage_of(self.scheme.weights, hidden_size, self.groupsize, table=table, kept_w8=self.keep_w8)
+        made = self.own_storage or storage_of(
+            self.scheme.weights, hidden_size, self.groupsize, table=table, kept_w8=self.keep_w8
+        )
+        if per_layer is None:
+            return made
+        kept = () if made.linears.bits == 8 else KEPT_PER_LAYER
+        return replace(made, kept_w8=(*made.kept_w8, *kept), per_layer=Codes(8, dividing_group(per_layer)))
 
     @property
     def whole_rows(self) -> bool:

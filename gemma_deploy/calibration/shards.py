@@ -25,6 +25,7 @@ from gemma_deploy.calibration.points import LAYER_OUTPUT, SHARD_TOKENS
 from gemma_deploy.calibration.segments import ENTERED, Route, state_columns, walk
 from gemma_deploy.calibration.states import joined
 from gemma_deploy.checkpoint import ModelConfig
+from gemma_deploy.errors import NotBuiltError
 
 
 def shards_of(nsamples: int, seqlen: int) -> list[range]:
@@ -99,6 +100,14 @@ class StackTemplate:
     """The patched stack without weights, its masks and its rotary tables: made once per process."""
 
     def __init__(self, model: LayerSetting) -> None:
+        if model.config.reads_beside:
+            raise NotBuiltError(
+                "calibration takes layers one after the other, and these read vectors of each token, or keys and "
+                "values of earlier layers",
+                where=str(model.path),
+                expected="a model whose layers read nothing but hidden states (Gemma 4 E2B and E4B do)",
+                next_step="write w8a16, which reads no text",
+            )
         self.model = model
         self.stack, self.templates = template_stack(model.config, model.embed_scale)
         position_ids = torch.arange(model.seqlen)[None]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from gemma_deploy.checkpoint.config import ModelConfig
-from gemma_deploy.checkpoint.expected import expected_tensors
+from gemma_deploy.checkpoint.expected import expected_tensors, unread_tensors
 from gemma_deploy.checkpoint.naming import name_tensors
 from gemma_deploy.checkpoint.quantized.matrix import MisfitError, QuantizedWeight
 from gemma_deploy.checkpoint.quantized.modules import Modules
@@ -63,7 +63,8 @@ def assemble(
     """
     expected, behind = expected_tensors(config), behind or {}
     inside = [name for name in expected if name not in behind]
-    named = name_tensors(modules.names, inside, tied=config.tie_word_embeddings)
+    unread = unread_tensors(config)
+    named = name_tensors(modules.names, inside, tied=config.tie_word_embeddings, unread=unread)
     problems = [f"missing: {name} {list(expected[name])}" for name in inside if name not in named.sources]
     problems += [f"unexpected: {name} {modules.shape_of(name)}" for name in named.extras]
     problems += [f"twice: {names} are one tensor of the model" for names in named.twice]

@@ -15,6 +15,7 @@ from gemma_deploy.architectures import (
     Architecture,
     LayerSpec,
     LayerType,
+    PerLayerTable,
     Rope,
     architecture_of,
     model_types,
@@ -98,6 +99,21 @@ class ModelConfig:
     def layers(self) -> tuple[LayerSpec, ...]:
         """What each decoder layer computes, in model order."""
         return tuple(self.architecture.layer(self, index) for index in range(self.num_hidden_layers))
+
+    @cached_property
+    def per_layer(self) -> PerLayerTable | None:
+        """The table of vectors that layers add; None where there is none."""
+        return self.architecture.per_layer(self)
+
+    @property
+    def reads_beside(self) -> bool:
+        """Whether layers read more than hidden states: vectors of each token, or keys and values of earlier layers."""
+        return self.per_layer is not None or self.first_sharing is not None
+
+    @property
+    def first_sharing(self) -> int | None:
+        """The first of the layers at the end that read keys and values of earlier ones; None where none do."""
+        return next((layer.index for layer in self.layers if layer.cache_from is not None), None)
 
     def layer_of(self, name: str) -> LayerSpec | None:
         """The layer of a module or tensor, by its path; None where it is no layer's."""

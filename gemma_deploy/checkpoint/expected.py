@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from gemma_deploy.checkpoint.config import ModelConfig
-from gemma_deploy.names import EMBEDDING_WEIGHT, HEAD_WEIGHT, NORM_WEIGHT
+from gemma_deploy.names import (
+    EMBEDDING_WEIGHT,
+    HEAD_WEIGHT,
+    NORM_WEIGHT,
+    PER_LAYER_NORM,
+    PER_LAYER_PROJECTION,
+    PER_LAYER_TABLE,
+)
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -13,6 +20,10 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """
     table = (config.vocab_size, config.hidden_size)
     tensors: dict[str, tuple[int, ...]] = {EMBEDDING_WEIGHT: table}
+    if (vectors := config.per_layer) is not None:
+        tensors[f"{PER_LAYER_TABLE}.weight"] = (vectors.rows, vectors.width)
+        tensors[f"{PER_LAYER_PROJECTION}.weight"] = (vectors.width, config.hidden_size)
+        tensors[f"{PER_LAYER_NORM}.weight"] = (vectors.size,)
     for layer in config.layers:
         tensors |= {f"{layer.prefix}{name}": shape for name, shape in layer.tensors().items()}
     tensors[NORM_WEIGHT] = (config.hidden_size,)
@@ -21,3 +32,10 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         tensors[HEAD_WEIGHT] = table
     return tensors
+
+
+def unread_tensors(config: ModelConfig) -> frozenset[str]:
+    """Tensors that files may hold and the model does not read: keys and values of layers that share those of others."""
+    kinds = ("k_proj", "v_proj", "k_norm", "v_norm")
+    sharing = [layer for layer in config.layers if layer.cache_from is not None]
+    return frozenset(f"{layer.prefix}self_attn.{kind}.weight" for layer in sharing for kind in kinds)

@@ -46,17 +46,21 @@ class FileNames:
     notes: tuple[str, ...]
 
 
-def name_tensors(stored: Collection[str], expected: Collection[str], *, tied: bool) -> FileNames:
+def name_tensors(
+    stored: Collection[str], expected: Collection[str], *, tied: bool, unread: Collection[str] = ()
+) -> FileNames:
     """Find each tensor of a model in a file.
 
     Args:
         stored: names in the file; expected: names of the model.
+        unread: names that a file of the model may hold as well.
         tied: whether the LM head is the token table. A head beside the table is left in `sources` for the caller.
     """
     known = {*expected, HEAD_WEIGHT} if tied else set(expected)
     sources = {name: name for name in stored if name in expected}
     notes, extras, twice = [], [], []
     towers: Counter[str] = Counter()
+    shared: list[str] = []
     bare = within = 0
     for name in stored:
         if name in sources:
@@ -73,6 +77,8 @@ def name_tensors(stored: Collection[str], expected: Collection[str], *, tied: bo
             notes.append(f"{name} is ignored: the frequencies follow from the config")
         elif name == CLASSIFIER_HEAD:
             notes.append(f"{name} is ignored: the classification head is no part of the language model")
+        elif {name, PREFIX + name, *inside(name)} & set(unread):
+            shared.append(name)
         elif (tower := name.removeprefix(PREFIX).partition(".")[0]) in TOWERS:
             towers[tower] += 1
         else:
@@ -84,6 +90,11 @@ def name_tensors(stored: Collection[str], expected: Collection[str], *, tied: bo
     if tied and EMBEDDING_WEIGHT not in sources and HEAD_WEIGHT in sources:
         sources[EMBEDDING_WEIGHT] = sources.pop(HEAD_WEIGHT)
         notes.append(f"{HEAD_WEIGHT} is the token table as well: the two are tied, and the file has it alone")
+    if shared:
+        notes.append(
+            f"{len(shared)} tensor(s) of layers that share keys and values of earlier ones are ignored: "
+            + ", ".join(shared)
+        )
     for tower, count in towers.items():
         notes.append(f"{count} tensor(s) of {tower} are ignored: the text model does not read them")
     return FileNames(sources, tuple(extras), tuple(twice), tuple(notes))

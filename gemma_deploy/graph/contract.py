@@ -81,7 +81,7 @@ class GraphContract:
         hidden_size: H; hidden_dtype: of what passes between stages, float16 in fp16 artifacts.
         first_layer: `layers` are counted from it; embeds, heads: whether token ids enter and logits leave.
         geometry: KV heads and head_dim of each layer of the whole model, where they are not `kv_heads` and `head_dim`
-            in all of them; else ().
+            in all of them; else (). (0, 0) of a layer without a cache of its own.
     """
 
     batch: int
@@ -205,6 +205,8 @@ class GraphContract:
         batch, ports = BATCH if self.dynamic else self.batch, []
         for i in range(self.first_layer, self.first_layer + self.layers):
             heads, size = self.kv_shape(i)
+            if not heads:
+                continue
             shape = (batch, heads, self._positions(i, length), size)
             for part in ("key", "value"):
                 ports.append(Port(f"{prefix}.{i}.{part}", self.cache_dtype, shape))
@@ -282,6 +284,9 @@ class EncoderContract(GraphContract):
 
 def kv_shapes(config: ModelConfig, ranks: int = 1) -> tuple[int, int, tuple[tuple[int, int], ...]]:
     """KV heads and head_dim of most layers, and of each layer where they differ; of `ranks` ranks joined."""
-    each = tuple((kv_heads_of(layer.kv_heads, ranks) * ranks, layer.head_dim) for layer in config.layers)
+    each = tuple(
+        (kv_heads_of(layer.kv_heads, ranks) * ranks, layer.head_dim) if layer.cache_from is None else (0, 0)
+        for layer in config.layers
+    )
     heads, size = kv_heads_of(config.num_key_value_heads, ranks) * ranks, config.head_dim
     return heads, size, each if {*each} != {(heads, size)} else ()

@@ -20,7 +20,7 @@ from torch import nn
 from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.errors import NotBuiltError
 from gemma_deploy.machine import give_memory_back
-from gemma_deploy.names import EMBEDDING_WEIGHT
+from gemma_deploy.names import EMBEDDING_WEIGHT, PER_LAYER_TABLE
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.sources import Features
 from gemma_deploy.patched import patched_causal, patched_module, stock_config
@@ -28,7 +28,7 @@ from gemma_deploy.progress import Tick
 
 Weighting = Literal["fp32", "bf16", "w8a16"]
 BLOCK_BYTES = 8 << 20  # of a matrix as float32; malloc maps and unmaps anything of 32 MiB, at the price of page faults
-LINEARS = ("_proj",)
+LINEARS = ("_proj", "per_layer_input_gate", "per_layer_projection", "per_layer_model_projection")
 
 
 class TorchSource:
@@ -183,7 +183,7 @@ class TorchSource:
         """The decoder stack on the meta device, with a table of `vocab_size` rows."""
         config = self.checkpoint.config
         if self.kind == "patched":
-            changes = {"vocab_size": vocab_size, "pad_token_id": None, "embed_scale": self.embed_scale}
+            changes = {**self._tables(vocab_size), "embed_scale": self.embed_scale}
             causal = patched_causal(config, **changes).to(self.dtype).eval()
             if self.weighting == "w8a16":
                 causal = causal.quantize(8, embeddings=True)
@@ -192,9 +192,14 @@ class TorchSource:
 
         with init_empty_weights(include_buffers=False):
             # no padding token, whose row a cut-down table need not have
-            stock = stock_config(config, vocab_size=vocab_size, pad_token_id=None)
+            stock = stock_config(config, **self._tables(vocab_size))
             model = AutoModel.from_config(stock, attn_implementation="eager", dtype=self.dtype)
         return model.eval()
+
+    def _tables(self, rows: int) -> dict[str, Any]:
+        """Keys of a config whose tables have so many rows."""
+        tables = {"vocab_size": rows, "pad_token_id": None}
+        return tables if self.checkpoint.config.per_layer is None else tables | {"vocab_size_per_layer_input": rows}
 
     def _matrix(self, values: np.ndarray) -> torch.Tensor:
         weight = torch.from_numpy(values).to(self.dtype)
@@ -242,6 +247,8 @@ class Weights(Mapping[str, torch.Tensor]):
         self.source, self.used = source, used
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        if name == f"{PER_LAYER_TABLE}.weight".removeprefix("model."):
+            return self._per_layer_table()
         if not name.startswith("embed_tokens."):
             stored = f"model.{name}"
             rows = self.source.checkpoint.rows(stored, 0, self.source.checkpoint.tensors[stored].shape[0])
@@ -255,6 +262,17 @@ class Weights(Mapping[str, torch.Tensor]):
         checkpoint = self.source.checkpoint
         rows = np.concatenate([checkpoint.rows(EMBEDDING_WEIGHT, token, token + 1) for token in self.used])
         return self.source._matrix(self.source.embedded(rows))
+
+    def _per_layer_table(self) -> torch.Tensor:
+        """Rows in use of the table of per-layer vectors, as the class has to have them."""
+        source, config = self.source, self.source.checkpoint.config
+        name = f"{PER_LAYER_TABLE}.weight"
+        rows = np.concatenate([source.checkpoint.rows(name, token, token + 1) for token in self.used])
+        if source.kind == "hf" and source.embed_scale != "exact" and config.per_layer is not None:
+            size = config.per_layer.size
+            rounded = patched_module("layers_vacc").rounded_sqrt(size, torch.float32, source.embed_scale)
+            rows = (rows * (rounded / float(np.float32(size**0.5)))).astype(np.float32)
+        return source._matrix(rows)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.source.checkpoint.tensors)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gemma_deploy.checkpoint import ModelConfig, expected_tensors
-from gemma_deploy.errors import CheckpointError
+from gemma_deploy.errors import CheckpointError, NotBuiltError
 from gemma_deploy.names import EMBEDDING_WEIGHT, HEAD_WEIGHT, LAYERS
-from gemma_deploy.partition.spans import Span
+from gemma_deploy.partition.spans import WHOLE, Span
 
 
 class ParameterMapper:
@@ -23,6 +23,13 @@ class ParameterMapper:
     """
 
     def __init__(self, config: ModelConfig, span: Span) -> None:
+        if span.name != WHOLE and config.reads_beside:
+            raise NotBuiltError(
+                "layers that read vectors of each token, or keys and values of earlier layers, are not cut apart in "
+                "this version",
+                expected="a model whose layers read nothing but hidden states (Gemma 4 E2B and E4B do)",
+                next_step="use the model whole",
+            )
         self.span, self.tied = span, config.tie_word_embeddings
         self.shapes = expected_tensors(config)
         self.sources = {local: name for name in self.shapes if (local := self.local(name)) is not None}

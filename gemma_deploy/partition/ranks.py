@@ -81,7 +81,7 @@ def input_channels(config: ModelConfig, ranks: int) -> dict[str, int]:
     found: dict[tuple[str, int], list[str]] = {}
     for layer in config.templates:
         for linear in layer.linears:
-            whole = _axes()[linear.kind] == "rows"
+            whole = _axes().get(linear.kind, "rows") == "rows"
             columns = linear.in_features if whole else linear.in_features // ranks
             kinds = found.setdefault(("" if whole else linear.kind, columns), [])
             if linear.kind not in kinds:

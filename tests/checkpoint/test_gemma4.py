@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from gemma_deploy.architectures.gemma4 import TEXT_DEFAULTS, UNIFIED_DEFAULTS
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig, expected_tensors
 from gemma_deploy.errors import CheckpointError
-from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
+from gemma_deploy.testing import TINY_CONFIGS, TINY_PER_LAYER, write_tiny_checkpoint
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 TINY = TINY_CONFIGS["gemma4_text"]
@@ -132,8 +132,10 @@ def test_a_layer_without_its_number_is_refused(tmp_path):
     ("changes", "words"),
     [
         ({"enable_moe_block": True}, "Gemma 4 26B-A4B, a mixture of experts, is not built"),
-        ({"num_kv_shared_layers": 2}, "Gemma 4 E2B and E4B, whose last layers share keys and values, are not built"),
-        ({"hidden_size_per_layer_input": 16}, "Gemma 4 E2B and E4B, which have per-layer embeddings, are not built"),
+        ({"num_kv_shared_layers": 7}, "num_kv_shared_layers: got 7, expected a whole number from 0 to 6"),
+        ({"num_kv_shared_layers": 2}, "no layer before those has keys and values of full_attention"),
+        ({"hidden_size_per_layer_input": 16}, "vocab_size_per_layer_input: got 262144, expected 512, as many as"),
+        ({"hidden_size_per_layer_input": -1}, "hidden_size_per_layer_input: got -1, expected a whole number"),
         ({"use_bidirectional_attention": "all"}, "only causal models are compiled"),
         ({"num_global_key_value_heads": 3}, "layer 5 (full_attention) has 3 key/value heads of 64: expected a divisor"),
         ({"global_head_dim": 63}, "layer 5 (full_attention) has 1 key/value heads of 63"),
@@ -156,8 +158,71 @@ def test_what_is_not_built_or_wrong_is_said(changes, words):
 
 def test_a_config_without_the_key_of_per_layer_embeddings_has_them():
     raw = {key: value for key, value in TINY.items() if key != "hidden_size_per_layer_input"}
-    with pytest.raises(CheckpointError, match="missing, which means 256"):
-        parse(raw)
+    table = parse(raw | {"vocab_size_per_layer_input": 512}).per_layer
+    assert (table.rows, table.layers, table.size, table.width) == (512, 7, 256, 7 * 256)
+    assert parse(TINY).per_layer is None
+
+
+SHARING = TINY | TINY_PER_LAYER
+
+
+def test_tensors_of_a_model_that_shares_keys_and_values_are_those_of_the_stock_class():
+    raw = {key: value for key, value in SHARING.items() if key != "model_type"}
+    with torch.device("meta"):
+        stock = transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**raw))
+    shapes = {name: tuple(value.shape) for name, value in stock.state_dict().items() if name != "lm_head.weight"}
+    config = parse(SHARING)
+    assert expected_tensors(config) == shapes
+    assert [layer.cache_from for layer in config.layers] == [None, None, None, None, 2, 2, 3]
+    assert [layer.intermediate_size for layer in config.layers] == [160] * 4 + [320] * 3
+
+
+@pytest.mark.parametrize(
+    ("layers", "shared", "first", "sources"),
+    [(35, 20, 15, {13, 14}), (42, 18, 24, {22, 23})],
+    ids=["E2B", "E4B"],
+)
+def test_published_models_share_the_last_layers_of_each_kind(layers, shared, first, sources):
+    pattern = 5 if layers == 35 else 6
+    types = [SLIDING if (i + 1) % pattern else FULL for i in range(layers)]
+    config = parse(SHARING | {"num_hidden_layers": layers, "num_kv_shared_layers": shared, "layer_types": types})
+    assert config.first_sharing == first
+    assert {layer.cache_from for layer in config.layers[first:]} == sources
+    assert {config.layers[source].kind for source in sources} == {SLIDING, FULL}
+    assert all(config.layers[layer.cache_from].kind == layer.kind for layer in config.layers[first:])
+
+
+def changed(path, change):
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    return path
+
+
+def test_keys_and_values_of_layers_that_share_others_are_listed_and_not_read(tmp_path):
+    extra = {f"model.layers.5.self_attn.{name}.weight": torch.zeros(64, 64) for name in ("k_proj", "v_proj")}
+    path = write_tiny_checkpoint(tmp_path / "ck", "gemma4_text", **TINY_PER_LAYER)
+    checkpoint = Checkpoint.open(changed(path, lambda tensors: tensors.update(extra)))
+    assert not set(extra) & set(checkpoint.tensors)
+    note = next(note for note in checkpoint.notes if "share keys and values" in note)
+    assert note.startswith("2 tensor(s) of layers that share")
+    assert all(name in note for name in extra)
+
+
+def test_a_file_without_the_keys_that_are_shared_is_refused(tmp_path):
+    name = "model.layers.3.self_attn.k_proj.weight"
+    path = write_tiny_checkpoint(tmp_path / "ck", "gemma4_text", **TINY_PER_LAYER)
+    with pytest.raises(CheckpointError, match=rf"missing: {name}"):
+        Checkpoint.open(changed(path, lambda tensors: tensors.pop(name)))
+
+
+def test_a_per_layer_table_of_another_width_is_refused(tmp_path):
+    name = "model.embed_tokens_per_layer.weight"
+    path = write_tiny_checkpoint(tmp_path / "ck", "gemma4_text", **TINY_PER_LAYER)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(changed(path, lambda tensors: tensors.update({name: tensors[name][:, :96].contiguous()})))
+    assert f"{name} is [512, 96], config.json calls for [512, 224]" in str(caught.value)
 
 
 def test_images_do_not_change_what_text_sees():

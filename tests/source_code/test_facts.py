@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.patched import patched_causal, patched_module
-from gemma_deploy.testing import write_tiny_checkpoint
+from gemma_deploy.testing import TINY_PER_LAYER, write_tiny_checkpoint
 
 LAYERS = patched_module("layers_vacc")
 GAINS = patched_module("gain_vacc")
 GEMMA, GEMMA2, GEMMA3, VAULT, GEMMA4 = "gemma", "gemma2", "gemma3_text", "vaultgemma", "gemma4_text"
 ONE_PLUS = (GEMMA, GEMMA2, GEMMA3, VAULT)  # what norms multiply by
 ALL = (*ONE_PLUS, GEMMA4)
+PER_LAYER = "gemma4 with per-layer embeddings and shared keys and values"
 
 
 def norm_casts_before_the_gain(model, patch):
@@ -206,7 +207,64 @@ def final_cap_in_front_of_the_head(model, patch):
     head.register_forward_pre_hook(lambda module, args: (torch.tanh(args[0] / cap) * cap,))
 
 
+def shares_the_layer_before(model, patch):
+    """Another layer of the same kind than the last one: the first."""
+    right = GAINS.SharedAndPerLayer.__init__
+
+    def init(self, kinds, shared, per_layer):
+        right(self, kinds, shared, per_layer)
+        own = len(kinds) - shared
+        self.sources[own:] = [kinds.index(kind) for kind in kinds[own:]]
+
+    patch.setattr(GAINS.SharedAndPerLayer, "__init__", init)
+
+
+def vectors_of_the_layer_before(model, patch):
+    right = GAINS.SharedAndPerLayer.__init__
+
+    def init(self, kinds, shared, per_layer):
+        right(self, kinds, shared, per_layer.roll(1, 2))
+
+    patch.setattr(GAINS.SharedAndPerLayer, "__init__", init)
+
+
+def vectors_have_no_context(model, patch):
+    model.model.per_layer_model_projection.weight.data.zero_()
+
+
+def vectors_are_not_halved(model, patch):
+    project = GAINS.PerLayerInputs.project_per_layer
+    patch.setattr(GAINS.PerLayerInputs, "project_per_layer", lambda *args: project(*args) * 2**0.5)
+
+
+def table_has_the_scale_of_its_width(model, patch):
+    table = model.model.embed_tokens_per_layer
+    table.width = table.embedding_dim
+
+
+def vectors_behind_the_number(model, patch):
+    for layer in model.model.layers:
+        layer.post_per_layer_input_norm.weight.data /= layer.layer_scalar
+
+
+def mlp_of_sharing_layers_is_half_used(model, patch):
+    for layer in model.model.layers[-3:]:
+        layer.mlp.down_proj.weight.data[:, 160:] = 0
+
+
 BREAKAGES = [
+    *(
+        (broken, PER_LAYER, torch.float32)
+        for broken in (
+            shares_the_layer_before,
+            vectors_of_the_layer_before,
+            vectors_have_no_context,
+            vectors_are_not_halved,
+            table_has_the_scale_of_its_width,
+            vectors_behind_the_number,
+            mlp_of_sharing_layers_is_half_used,
+        )
+    ),
     *((norm_casts_before_the_gain, model, torch.bfloat16) for model in ONE_PLUS),
     *((norm_gain_is_the_weight, model, torch.float32) for model in ONE_PLUS),
     *(
@@ -256,9 +314,10 @@ def checkpoints(tmp_path_factory):
     """model type -> tiny checkpoint; hidden size 80, whose root no dtype holds; a linear factor where there is one."""
     changes = {GEMMA3: {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}}
     folder = tmp_path_factory.mktemp("facts")
-    return {
+    found = {
         model: write_tiny_checkpoint(folder / model, model, hidden_size=80, **changes.get(model, {})) for model in ALL
     }
+    return found | {PER_LAYER: write_tiny_checkpoint(folder / "per_layer", GEMMA4, hidden_size=80, **TINY_PER_LAYER)}
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.base import Export, Exported, ExportJob, Proof
-from gemma_deploy.backends.onnxruntime.decoder import build_decoder, embedding_scale, linears_of
+from gemma_deploy.backends.onnxruntime.decoder import build_decoder, linears_of
 from gemma_deploy.backends.onnxruntime.encoder import build_encoder
 from gemma_deploy.backends.onnxruntime.genai_config import CONFIG_FILE, genai_config
 from gemma_deploy.backends.onnxruntime.lora import adapter_slots
@@ -27,6 +27,7 @@ from gemma_deploy.backends.onnxruntime.options import (
     not_built,
     options_of,
 )
+from gemma_deploy.backends.onnxruntime.parts import embedding_scale
 from gemma_deploy.backends.onnxruntime.window import WINDOW, WINDOW_CACHE, window_problems, windowed_layers
 from gemma_deploy.backends.spec import BuildSpec, Options
 from gemma_deploy.checkpoint import ModelConfig
@@ -148,10 +149,24 @@ class OnnxRuntime:
     def model_problems(self, spec: BuildSpec, config: ModelConfig) -> list[str]:
         """Widths that the block kernel would pad, and caches of a window that this model has no use for."""
         problems = block_problems(input_channels(config, 1)) if spec.scheme.codes else []
+        if config.reads_beside:
+            problems += self._not_for_shared(spec)
         if options_of(spec).cache == WINDOW:
             problems += window_problems(config, spec.context)
         if config.architecture.encoder:
             problems += encoder_problems(spec)
+        return problems
+
+    def _not_for_shared(self, spec: BuildSpec) -> list[str]:
+        """What is not built of models with per-layer embeddings, or with layers that share keys and values."""
+        which = "a model with per-layer embeddings or shared keys and values (Gemma 4 E2B, E4B)"
+        problems = []
+        if spec.scheme.calibrates:
+            problems.append(f"frontend.quantize.type: {spec.scheme} is not built for {which}: write w8a16 or w4a16_rtn")
+        if options_of(spec).cache == WINDOW:
+            problems.append(f"backend.compile.cache: window is not built for {which}: write full")
+        if spec.adapter_rank:
+            problems.append(f"adapters.rank: adapters beside the artifact are not built for {which}: leave it out")
         return problems
 
     def codes(self, spec: BuildSpec) -> CodeForm:
@@ -195,7 +210,15 @@ class OnnxRuntime:
             model = build_encoder(config, kernels, rows, location=PARAMS, embed_scale=scale)
         else:
             adapters = self._decoder_contract(spec, config).adapters
-            model = build_decoder(config, kernels, rows, location=PARAMS, embed_scale=scale, adapters=adapters)
+            model = build_decoder(
+                config,
+                kernels,
+                rows,
+                location=PARAMS,
+                embed_scale=scale,
+                adapters=adapters,
+                rounding=spec.embed_scale,
+            )
         log.debug("%s built: %d nodes", GRAPH, len(model.graph))
         return Exported({GRAPH: serialized(model)})
 

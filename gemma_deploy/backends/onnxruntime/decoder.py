@@ -14,28 +14,33 @@ alike: what a token gives does not depend on its company. The head and all other
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
-import numpy as np
 import onnx_ir as ir
 
-from gemma_deploy.architectures import EXACT_GELU, Branch, LayerSpec
+from gemma_deploy.architectures import Branch, LayerSpec, PerLayer
 from gemma_deploy.backends.onnxruntime.head import screened_head, whole_head
-from gemma_deploy.backends.onnxruntime.linears import Matrix, product_of, rounded_tokens
 from gemma_deploy.backends.onnxruntime.lora import Updates
-from gemma_deploy.backends.onnxruntime.nodes import Nodes
 from gemma_deploy.backends.onnxruntime.options import ALL, Kernels
 from gemma_deploy.backends.onnxruntime.padding import Tokens, real_tokens_first
-from gemma_deploy.backends.onnxruntime.weights import Weights
-from gemma_deploy.backends.onnxruntime.window import WINDOW_CACHE, windowed_layers
+from gemma_deploy.backends.onnxruntime.parts import DecoderParts, embedding_scale
+from gemma_deploy.backends.onnxruntime.per_layer import by_layer, rows_of, table_part, with_context
+from gemma_deploy.backends.onnxruntime.window import WINDOW_CACHE
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.errors import ExportError
 from gemma_deploy.graph.contract import AdapterSlots
 from gemma_deploy.graph.external import Row
-from gemma_deploy.names import COLUMN_FACTOR, EMBEDDING, HEAD, MICROSOFT, NORM
+from gemma_deploy.names import (
+    COLUMN_FACTOR,
+    EMBEDDING,
+    HEAD,
+    MICROSOFT,
+    NORM,
+    PER_LAYER_NORM,
+    PER_LAYER_PROJECTION,
+    PER_LAYER_TABLE,
+)
 
 OPSET, IR_VERSION = 23, 11
 EMBEDDED, NORMED, LOGITS = "model.embed_tokens.out", "model.norm.out", "logits"
@@ -49,18 +54,20 @@ def build_decoder(
     location: str,
     embed_scale: float,
     adapters: AdapterSlots | None = None,
+    rounding: str = "exact",
 ) -> ir.Model:
     """The graph of an artifact; its weights are views of the parameter file.
 
     Args:
         rows: of the parameter file, which is `location` beside the graph.
-        embed_scale: by which rows of the table are multiplied, where the file has no factor for each column.
+        embed_scale: by which rows of the table are multiplied, where the file has no factor for each column; rounding:
+            of such numbers, as in a recipe.
         adapters: what it takes of an adapter, as inputs that are nothing by default (lora.py); None: nothing.
 
     Raises:
         ExportError: graph and file disagree.
     """
-    made = Decoder(config, kernels, rows, location=location, embed_scale=embed_scale)
+    made = Decoder(config, kernels, rows, location=location, embed_scale=embed_scale, rounding=rounding)
     if adapters is not None:
         made.updates = Updates(made.nodes, adapters)
         made.weights.used.update(name for name in made.weights.rows if name.endswith(f".{COLUMN_FACTOR}"))
@@ -78,22 +85,11 @@ class _Shared:
 
     tokens: Tokens
     caches: dict[str, ir.Value]  # past_key_values.{i}.{key|value}
+    vectors: ir.Value | None = None  # [B,S,layers * size], where layers add some
 
 
-class Decoder:
+class Decoder(DecoderParts):
     """The graph of a decoder in the making; an encoder's shares its layers. Arguments as of `build_decoder`."""
-
-    def __init__(
-        self, config: ModelConfig, kernels: Kernels, rows: Iterable[Row], *, location: str, embed_scale: float
-    ) -> None:
-        self.config, self.kernels, self.embed_scale = config, kernels, embed_scale
-        self.nodes = Nodes()
-        self.weights = Weights(self.nodes, rows, location)
-        self.weights.norm_offset = config.architecture.norm_offset
-        self.windowed = windowed_layers(config) if kernels.windowed else ()
-        self.updates: Updates | None = None
-        half = self.weights.dtype(f"{EMBEDDING}.weight") == "bfloat16"
-        self.dtype = self.weights.computed = ir.DataType.BFLOAT16 if half else ir.DataType.FLOAT
 
     def model(self) -> ir.Model:
         """Embedding, layers, the last layer's second half on one position, head."""
@@ -103,13 +99,15 @@ class Decoder:
         caches = self._caches("past_key_values", "past_sequence").items()
         past = {name: ir.Value(name=name, shape=shape, type=ir.TensorType(self.dtype)) for name, shape in caches}
         every = self.kernels.logits == ALL
-        tokens = real_tokens_first(nodes, ids, mask, windowed=bool(self.windowed), every=every)
+        sharing = config.first_sharing is not None
+        tokens = real_tokens_first(nodes, ids, mask, windowed=bool(self.windowed), every=every, sharing=sharing)
         hidden = self._embed(tokens.ids)
-        shared = _Shared(tokens, past)
+        shared = _Shared(tokens, past, self._vectors_of_layers(tokens.ids, hidden))
         attended, residual, *present = self._layers(hidden, shared)
-        if not every:
+        if not every and not sharing:
             attended, residual = self._chosen(tokens, attention=attended, residual=residual)
-        normed = self._norm(self._after_attention(config.layers[-1], attended, residual), NORM)
+        last = config.layers[-1]
+        normed = self._norm(self._after_attention(last, attended, residual, self.vectors.get(last.index)), NORM)
         if every:
             (normed,) = self._chosen(tokens, normed=normed)
         logits = self._head(normed)
@@ -134,35 +132,97 @@ class Decoder:
         )
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="gemma-deploy")
 
-    def _chosen(self, tokens: Tokens, **values: ir.Value) -> list[ir.Value]:
-        """[B,S,*] -> [B,N,*] of the tokens whose logits are wanted, by name."""
-        return [
-            self.nodes.one("GatherND", [value, tokens.wanted], f"{name}.chosen", batch_dims=1)
-            for name, value in values.items()
-        ]
-
     def _layers(self, hidden: ir.Value, shared: _Shared) -> list[ir.Value]:
-        """[B,S,H] -> what the last layer's attention gives and the residual beside it, then all caches."""
-        caches: list[ir.Value] = []
-        attended = hidden
-        for layer in self.config.layers:
-            attended, *present = self._attention(layer, hidden, shared)
-            caches += present
-            if layer is not self.config.layers[-1]:
-                hidden = self._after_attention(layer, attended, hidden)
-        return [attended, hidden, *caches]
+        """[B,S,H] -> what the last layer's attention gives and the residual beside it, then all caches.
+
+        Layers at the end that share keys and values write none: they compute the tokens whose logits are wanted alone.
+        """
+        config, caches = self.config, dict[int, list[ir.Value]]()
+        first, attended = config.first_sharing, hidden
+        whole = range(config.num_hidden_layers if first is None else first)
+        vectors = shared.vectors
+        if vectors is not None:
+            self._share_out(vectors, whole)
+        for layer in config.layers:
+            if layer.index == first:
+                if self.kernels.logits != ALL:
+                    (hidden,) = self._chosen(shared.tokens, sharing=hidden)
+                if vectors is not None:
+                    self._share_out(vectors, range(first, config.num_hidden_layers), tokens=shared.tokens)
+            if layer.cache_from is None:
+                attended, *caches[layer.index] = self._attention(layer, hidden, shared)
+            else:
+                attended = self._sharing_attention(layer, hidden, shared, caches[layer.cache_from])
+            if layer is not config.layers[-1]:
+                hidden = self._after_attention(layer, attended, hidden, self.vectors.get(layer.index))
+        return [attended, hidden, *(cache for pair in caches.values() for cache in pair)]
+
+    def _vectors_of_layers(self, ids: ir.Value, hidden: ir.Value) -> ir.Value | None:
+        """What layers add of each token, [B,S,layers * size]; None where they add nothing."""
+        config, table = self.config, self.config.per_layer
+        if table is None:
+            return None
+        scale = embedding_scale(table.size, self.rounding)
+        rows = table_part(self.nodes, self._matrix(PER_LAYER_TABLE), ids, table=table, scale=scale)
+        if self.dtype != ir.DataType.FLOAT:
+            rows = self.nodes.one("Cast", [rows], f"{PER_LAYER_TABLE}.half", to=self.dtype.value)
+        projected = self._product(hidden, PER_LAYER_PROJECTION)
+        return with_context(
+            self.nodes,
+            rows,
+            projected,
+            table=table,
+            hidden_size=config.hidden_size,
+            gain=self.weights.gain(PER_LAYER_NORM),
+            eps=config.rms_norm_eps,
+        )
+
+    def _share_out(self, vectors: ir.Value, layers: range, tokens: Tokens | None = None) -> None:
+        """Give each of some layers its vectors; of the tokens whose logits are wanted, where `tokens` says which."""
+        table = self.config.per_layer
+        assert table is not None
+        first, last = layers.start * table.size, layers.stop * table.size
+        name = f"model.per_layer_inputs.{layers.start}"
+        part = self.nodes.one("Slice", [vectors, *(self.nodes.numbers(one) for one in (first, last, 2))], name)
+        if tokens is not None and self.kernels.logits != ALL:
+            (part,) = self._chosen(tokens, **{name: part})
+        self.vectors |= by_layer(self.nodes, part, list(layers), size=table.size)
+
+    def _sharing_attention(
+        self, layer: LayerSpec, hidden: ir.Value, shared: _Shared, source: Sequence[ir.Value]
+    ) -> ir.Value:
+        """Attention's output [B,N,heads*D] of queries alone, to the keys and values of an earlier layer.
+
+        Keys and values of length 0, and that layer's caches after the step as those before it: GroupQueryAttention then
+        adds nothing to them, and the queries are those of the last positions.
+        """
+        path, nodes, norms = layer.prefix, self.nodes, dict(layer.head_norms)
+        attention, tokens = layer.branches[0], shared.tokens
+        (query,) = attention.entry.readers
+        made = self._product(self._norm(hidden, f"{path}{attention.norm}"), f"{path}{query}")
+        made = self._head_norm(made, f"{path}{norms[query]}", layer.heads, layer.head_dim)
+        width = layer.kv_heads * layer.head_dim
+        nothing = nodes.one("Slice", [made, nodes.numbers(0), nodes.numbers(0), nodes.numbers(1)], f"{path}no_tokens")
+        nothing = nodes.one(
+            "Slice", [nothing, nodes.numbers(0), nodes.numbers(width), nodes.numbers(2)], f"{path}no_keys"
+        )
+        rotary = [self.weights.rotary(layer.kind, table) for table in ("cos", "sin")]
+        return nodes.one(
+            "GroupQueryAttention",
+            [made, nothing, nothing, *source, tokens.last, tokens.total, *rotary],
+            f"{path}{attention.module}.out",
+            domain=MICROSOFT,
+            num_heads=layer.heads,
+            kv_num_heads=layer.kv_heads,
+            scale=float(layer.attention_scale),
+            softcap=self.config.attn_logit_softcapping,
+            local_window_size=layer.window,
+            do_rotary=1,
+        )
 
     def _embed(self, ids: ir.Value) -> ir.Value:
         table, nodes = EMBEDDING, self.nodes
-        matrix = self._matrix(table)
-        if matrix.dense:
-            rows = nodes.one(
-                "Gather", [self.weights.view([f"{table}.weight"], f"{table}.weight"), ids], f"{table}.rows"
-            )
-            if self.weights.dtype(f"{table}.weight") != "float32":
-                rows = nodes.one("Cast", [rows], f"{table}.wide", to=ir.DataType.FLOAT.value)
-        else:
-            rows = matrix.chosen_rows(nodes, ids, f"{table}.rows")
+        rows = rows_of(nodes, self._matrix(table), ids, table=table)
         columns = f"{table}.column_scale"
         factor = self.weights.view([columns], columns) if self.weights.has(columns) else nodes.scalar(self.embed_scale)
         if self.dtype == ir.DataType.FLOAT:
@@ -207,8 +267,14 @@ class Decoder:
             do_rotary=1,
         )
 
-    def _after_attention(self, layer: LayerSpec, attended: ir.Value, residual: ir.Value) -> ir.Value:
-        """o_proj, MLP, and the norms and sums around them: [B,S,heads*D], [B,S,H] -> [B,S,H]."""
+    def _after_attention(
+        self, layer: LayerSpec, attended: ir.Value, residual: ir.Value, vectors: ir.Value | None = None
+    ) -> ir.Value:
+        """o_proj, MLP, and the norms and sums around them: [B,S,heads*D], [B,S,H] -> [B,S,H].
+
+        Args:
+            vectors: [B,S,size] that the layer adds; None: it adds none.
+        """
         path, nodes = layer.prefix, self.nodes
         attention, mlp = layer.branches
         made = self._product(attended, f"{path}{attention.output}")
@@ -226,67 +292,26 @@ class Decoder:
             made = self._norm(made, f"{path}{mlp.post_norm}")
         if layer.scalar is None:
             return nodes.one("Add", [hidden, made], f"{path}out")
-        added = nodes.one("Add", [hidden, made], f"{path}unscaled")
+        added = nodes.one("Add", [hidden, made], f"{path}unscaled" if layer.per_layer is None else f"{path}mlp.added")
+        if layer.per_layer is not None and vectors is not None:
+            added = self._add_vector(path, layer.per_layer, added, vectors)
         return nodes.one("Mul", [added, self.weights.number(f"{path}{layer.scalar}")], f"{path}out")
+
+    def _add_vector(self, path: str, add: PerLayer, hidden: ir.Value, vectors: ir.Value) -> ir.Value:
+        """The stream and norm(projection(gelu(gate(x)) * vector))."""
+        nodes, gate = self.nodes, f"{path}{add.gate}"
+        active = nodes.one("Gelu", [self._product(hidden, gate)], f"{gate}.active", approximate=self._approximate)
+        product = nodes.one("Mul", [active, vectors], f"{path}per_layer_product")
+        made = self._norm(self._product(product, f"{path}{add.projection}"), f"{path}{add.norm}")
+        return nodes.one("Add", [hidden, made], f"{path}unscaled")
 
     def _mlp(self, path: str, mlp: Branch, normed: ir.Value) -> ir.Value:
         """down_proj(gelu(gate_proj x) * up_proj x)."""
         nodes = self.nodes
         gate, up = self._products(normed, [f"{path}{reader}" for reader in mlp.entry.readers])
-        approximate = "none" if self.config.hidden_activation == EXACT_GELU else "tanh"
-        active = nodes.one("Gelu", [gate], f"{path}{mlp.module}.act_fn.out", approximate=approximate)
+        active = nodes.one("Gelu", [gate], f"{path}{mlp.module}.act_fn.out", approximate=self._approximate)
         product = nodes.one("Mul", [active, up], f"{path}{mlp.module}.product")
         return self._product(product, f"{path}{mlp.output}")
-
-    def _product(self, x: ir.Value, module: str) -> ir.Value:
-        return self._products(x, [module])[0]
-
-    def _products(self, x: ir.Value, modules: Sequence[str], apart: bool = True) -> list[ir.Value]:
-        """What linears make of one input: integer products apart, all others that are stored alike in one.
-
-        Args:
-            apart: split what one product makes, unless that is what all of them make.
-        """
-        if self.updates is None:
-            return self._plain_products(x, modules, apart)
-        made = self._plain_products(x, modules, apart=True)
-        return [self.updates.added(x, module, value) for module, value in zip(modules, made, strict=True)]
-
-    def _plain_products(self, x: ir.Value, modules: Sequence[str], apart: bool) -> list[ir.Value]:
-        """`_products` of the weights alone."""
-        nodes, joined = self.nodes, product_of(modules[0])
-        if self._matrix(modules[0]).integer:
-            tokens = rounded_tokens(nodes, x, joined, in_14_bits=modules[0] in self.kernels.in_14_bits)
-            return [self._matrix(module).integer_product(nodes, tokens, f"{module}.out") for module in modules]
-        alike = [list(run) for _, run in groupby(modules, lambda module: self.weights.dtype(f"{module}.weight"))]
-        made: list[ir.Value] = []
-        for run in alike:
-            name = joined if len(alike) == 1 else "_".join([run[0], *(one.rpartition(".")[2] for one in run[1:])])
-            product = self._matrix(*run, name=name).product(nodes, x, f"{name}.out")
-            if len(run) == 1 or (len(alike) == 1 and not apart):
-                made.append(product)
-            else:
-                heights = nodes.numbers(*(self._matrix(module).rows for module in run))
-                made += nodes.many("Split", [product, heights], [f"{module}.out" for module in run], axis=-1)
-        return made
-
-    def _matrix(self, *modules: str, name: str = "") -> Matrix:
-        return Matrix(self.weights, modules, name or modules[0], block=self.kernels.block)
-
-    def _norm(self, x: ir.Value, norm: str, size: int | None = None) -> ir.Value:
-        """RMSNorm; of `size` channels, where it has no weight."""
-        gain = self.weights.gain(norm) if size is None else self.weights.ones(size)
-        return self.nodes.one(
-            "RMSNormalization", [x, gain], f"{norm}.out",
-            axis=-1, epsilon=self.config.rms_norm_eps, stash_type=1,
-        )  # fmt: skip
-
-    def _head_norm(self, x: ir.Value, norm: str, heads: int, dim: int) -> ir.Value:
-        """The norm of every head on its own."""
-        nodes = self.nodes
-        apart = nodes.one("Reshape", [x, nodes.numbers(0, -1, dim)], f"{norm}.heads")
-        normed = self._norm(apart, norm, None if self.weights.has(f"{norm}.weight") else dim)
-        return nodes.one("Reshape", [normed, nodes.numbers(0, -1, heads * dim)], f"{norm}.joined")
 
     def _head(self, normed: ir.Value) -> ir.Value:
         """Logits in float32, soft-capped where the model does."""
@@ -310,7 +335,7 @@ class Decoder:
     def _caches(self, prefix: str, length: str) -> dict[str, ir.Shape]:
         """[B,Hk,*,D] of every layer's keys and values, by name."""
         shapes = {}
-        for layer in self.config.layers:
+        for layer in (layer for layer in self.config.layers if layer.cache_from is None):
             positions = WINDOW_CACHE if layer.index in self.windowed else length
             for part in ("key", "value"):
                 sizes = ("batch", layer.kv_heads, positions, layer.head_dim)
@@ -320,13 +345,3 @@ class Decoder:
 
 def _input(name: str, dtype: ir.DataType, shape: Sequence[str]) -> ir.Value:
     return ir.Value(name=name, shape=ir.Shape(tuple(shape)), type=ir.TensorType(dtype))
-
-
-def embedding_scale(hidden_size: int, rounding: str) -> float:
-    """sqrt(hidden_size) in float32, by way of bfloat16 where `rounding` is "bf16"."""
-    root = np.float32(math.sqrt(hidden_size))
-    if rounding == "bf16":
-        import ml_dtypes
-
-        root = np.float32(root.astype(ml_dtypes.bfloat16))
-    return float(root)

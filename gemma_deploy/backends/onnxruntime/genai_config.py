@@ -68,7 +68,8 @@ def genai_config(
                     "present_value_names": "present.%d.value",
                 },
                 "num_attention_heads": config.num_attention_heads,
-                "num_hidden_layers": config.num_hidden_layers,
+                # It asks for a cache of each of these: layers that share others' have none, and come last.
+                "num_hidden_layers": config.num_hidden_layers if config.first_sharing is None else config.first_sharing,
                 "num_key_value_heads": config.num_key_value_heads,
             }
             | sliding,

@@ -29,6 +29,7 @@ class Tokens:
         read: [B] int32, its query_seqlens: real tokens among the new ones; None where all caches are whole.
         wanted: [B, N, 1] int64, places in `ids` of the tokens whose logits the graph gives: each row's last real one,
             or all of them in the order in which they were given. Where a row has no real token, one of its padding.
+        last: [B] int32, seqlens_k of a step that has each row's last real token alone and writes nothing.
     """
 
     ids: ir.Value
@@ -36,9 +37,12 @@ class Tokens:
     total: ir.Value
     read: ir.Value | None
     wanted: ir.Value
+    last: ir.Value
 
 
-def real_tokens_first(nodes: Nodes, ids: ir.Value, mask: ir.Value, *, windowed: bool, every: bool) -> Tokens:
+def real_tokens_first(
+    nodes: Nodes, ids: ir.Value, mask: ir.Value, *, windowed: bool, every: bool, sharing: bool = False
+) -> Tokens:
     """Add the nodes that order new tokens and count them.
 
     A full-length cache holds a row's padding behind its real tokens until the next step overwrites it. A cache of a
@@ -50,6 +54,7 @@ def real_tokens_first(nodes: Nodes, ids: ir.Value, mask: ir.Value, *, windowed: 
         mask: [B, T] int64, 0 or 1; its last S columns are those of the new tokens.
         windowed: some caches hold a window alone.
         every: logits of all new tokens are wanted, not of the last ones alone.
+        sharing: some layers read the caches of others, and have the last tokens alone where `every` is not set.
     """
     one = nodes.numbers(1)
     new, columns = (nodes.one("Shape", [value], name, start=1, end=2)
@@ -66,9 +71,14 @@ def real_tokens_first(nodes: Nodes, ids: ir.Value, mask: ir.Value, *, windowed: 
     else:
         filled = nodes.one("Add", [lengths, nodes.one("Sub", [new, found], "padding")], "filled")
     seqlens = nodes.one("Sub", [filled, one], "last_filled")
+    filled_places = last = nodes.one("Cast", [seqlens], "seqlens_k", to=INT32)
+    if sharing and not every:
+        real = nodes.one("Sub", [nodes.one("Max", [lengths, one], "real_or_one"), one], "last_real")
+        last = nodes.one("Cast", [real], "last_seqlens_k", to=INT32)
     return Tokens(
         ids=ordered,
-        seqlens=nodes.one("Cast", [seqlens], "seqlens_k", to=INT32),
+        seqlens=filled_places,
+        last=last,
         total=nodes.one("Cast", [columns], "total_sequence_length", to=INT32),
         read=nodes.one("Cast", [read], "query_seqlens", to=INT32) if windowed else None,
         wanted=_every_place(nodes, seen) if every else _last_place(nodes, read if windowed else found),

@@ -77,8 +77,13 @@ class StaticPair:
         return 0
 
     def model_problems(self, spec: BuildSpec, config: ModelConfig) -> list[str]:
-        """Nothing: every generation is built."""
-        return []
+        """What layers read of other layers, or beside the stream, is not built."""
+        if not config.reads_beside:
+            return []
+        return [
+            "backend.type: tvm_vacc is not built for a model with per-layer embeddings or shared keys and values "
+            "(Gemma 4 E2B, E4B): write onnxruntime"
+        ]
 
     def codes(self, spec: BuildSpec) -> CodeForm:
         """Signed codes, [out, in]."""

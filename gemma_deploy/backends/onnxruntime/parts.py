@@ -1,0 +1,118 @@
+"""What the whole decoder is made of: linears, norms, the choice of tokens; see decoder.py for their order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+import numpy as np
+import onnx_ir as ir
+
+from gemma_deploy.architectures import EXACT_GELU
+from gemma_deploy.backends.onnxruntime.linears import Matrix, product_of, rounded_tokens
+from gemma_deploy.backends.onnxruntime.lora import Updates
+from gemma_deploy.backends.onnxruntime.nodes import Nodes
+from gemma_deploy.backends.onnxruntime.options import Kernels
+from gemma_deploy.backends.onnxruntime.padding import Tokens
+from gemma_deploy.backends.onnxruntime.weights import Weights
+from gemma_deploy.backends.onnxruntime.window import windowed_layers
+from gemma_deploy.checkpoint.config import ModelConfig
+from gemma_deploy.graph.external import Row
+from gemma_deploy.names import EMBEDDING
+
+
+class DecoderParts:
+    """The graph under construction, and the nodes that every part of it has; arguments as in `build_decoder`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        kernels: Kernels,
+        rows: Iterable[Row],
+        *,
+        location: str,
+        embed_scale: float,
+        rounding: str = "exact",
+    ) -> None:
+        self.config, self.kernels, self.embed_scale = config, kernels, embed_scale
+        self.rounding = rounding
+        self.vectors: dict[int, ir.Value] = {}  # of each layer that adds some
+        self.nodes = Nodes()
+        self.weights = Weights(self.nodes, rows, location)
+        self.weights.norm_offset = config.architecture.norm_offset
+        self.windowed = windowed_layers(config) if kernels.windowed else ()
+        self.updates: Updates | None = None
+        half = self.weights.dtype(f"{EMBEDDING}.weight") == "bfloat16"
+        self.dtype = self.weights.computed = ir.DataType.BFLOAT16 if half else ir.DataType.FLOAT
+
+    def _chosen(self, tokens: Tokens, **values: ir.Value) -> list[ir.Value]:
+        """[B,S,*] -> [B,N,*] of the tokens whose logits are wanted, by name."""
+        return [
+            self.nodes.one("GatherND", [value, tokens.wanted], f"{name}.chosen", batch_dims=1)
+            for name, value in values.items()
+        ]
+
+    def _product(self, x: ir.Value, module: str) -> ir.Value:
+        return self._products(x, [module])[0]
+
+    def _products(self, x: ir.Value, modules: Sequence[str], apart: bool = True) -> list[ir.Value]:
+        """What linears make of one input: integer products apart, all others that are stored alike in one.
+
+        Args:
+            apart: split what one product makes, unless that is what all of them make.
+        """
+        if self.updates is None:
+            return self._plain_products(x, modules, apart)
+        made = self._plain_products(x, modules, apart=True)
+        return [self.updates.added(x, module, value) for module, value in zip(modules, made, strict=True)]
+
+    def _plain_products(self, x: ir.Value, modules: Sequence[str], apart: bool) -> list[ir.Value]:
+        """`_products` of the weights alone."""
+        nodes, joined = self.nodes, product_of(modules[0])
+        if self._matrix(modules[0]).integer:
+            tokens = rounded_tokens(nodes, x, joined, in_14_bits=modules[0] in self.kernels.in_14_bits)
+            return [self._matrix(module).integer_product(nodes, tokens, f"{module}.out") for module in modules]
+        alike = [list(run) for _, run in groupby(modules, lambda module: self.weights.dtype(f"{module}.weight"))]
+        made: list[ir.Value] = []
+        for run in alike:
+            name = joined if len(alike) == 1 else "_".join([run[0], *(one.rpartition(".")[2] for one in run[1:])])
+            product = self._matrix(*run, name=name).product(nodes, x, f"{name}.out")
+            if len(run) == 1 or (len(alike) == 1 and not apart):
+                made.append(product)
+            else:
+                heights = nodes.numbers(*(self._matrix(module).rows for module in run))
+                made += nodes.many("Split", [product, heights], [f"{module}.out" for module in run], axis=-1)
+        return made
+
+    def _matrix(self, *modules: str, name: str = "") -> Matrix:
+        return Matrix(self.weights, modules, name or modules[0], block=self.kernels.block)
+
+    def _norm(self, x: ir.Value, norm: str, size: int | None = None) -> ir.Value:
+        """RMSNorm; of `size` channels, where it has no weight."""
+        gain = self.weights.gain(norm) if size is None else self.weights.ones(size)
+        return self.nodes.one(
+            "RMSNormalization", [x, gain], f"{norm}.out",
+            axis=-1, epsilon=self.config.rms_norm_eps, stash_type=1,
+        )  # fmt: skip
+
+    def _head_norm(self, x: ir.Value, norm: str, heads: int, dim: int) -> ir.Value:
+        """The norm of every head on its own."""
+        nodes = self.nodes
+        apart = nodes.one("Reshape", [x, nodes.numbers(0, -1, dim)], f"{norm}.heads")
+        normed = self._norm(apart, norm, None if self.weights.has(f"{norm}.weight") else dim)
+        return nodes.one("Reshape", [normed, nodes.numbers(0, -1, heads * dim)], f"{norm}.joined")
+
+    @property
+    def _approximate(self) -> str:
+        return "none" if self.config.hidden_activation == EXACT_GELU else "tanh"
+
+
+def embedding_scale(hidden_size: int, rounding: str) -> float:
+    """sqrt(hidden_size) in float32, by way of bfloat16 where `rounding` is "bf16"."""
+    root = np.float32(math.sqrt(hidden_size))
+    if rounding == "bf16":
+        import ml_dtypes
+
+        root = np.float32(root.astype(ml_dtypes.bfloat16))
+    return float(root)

@@ -1,0 +1,70 @@
+"""Per-layer embeddings: a vector for every token and layer, from a table's row and a projection of the embedding.
+
+The table is most of such a model (Gemma 4 E2B: 2.35 of 5.1 billion weights) and never multiplied: rows are looked up
+where they lie in the file, which a session maps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from gemma_deploy.architectures import PerLayerTable
+from gemma_deploy.backends.onnxruntime.linears import Matrix
+from gemma_deploy.backends.onnxruntime.nodes import Nodes
+from gemma_deploy.names import PER_LAYER_NORM, PER_LAYER_PROJECTION, PER_LAYER_TABLE
+
+VECTORS = "model.per_layer_inputs"
+
+
+def rows_of(nodes: Nodes, matrix: Matrix, ids: ir.Value, *, table: str) -> ir.Value:
+    """ids: [B,S] -> rows of a table [B,S,columns], in float32."""
+    if not matrix.dense:
+        return matrix.chosen_rows(nodes, ids, f"{table}.rows")
+    weight = f"{table}.weight"
+    rows = nodes.one("Gather", [matrix.weights.view([weight], weight), ids], f"{table}.rows")
+    if matrix.weights.dtype(weight) != "float32":
+        rows = nodes.one("Cast", [rows], f"{table}.wide", to=ir.DataType.FLOAT.value)
+    return rows
+
+
+def table_part(nodes: Nodes, matrix: Matrix, ids: ir.Value, *, table: PerLayerTable, scale: float) -> ir.Value:
+    """[B,S,layers,size] float32: rows of the table times the root of a vector's size."""
+    rows = rows_of(nodes, matrix, ids, table=PER_LAYER_TABLE)
+    scaled = nodes.one("Mul", [rows, nodes.scalar(scale)], f"{PER_LAYER_TABLE}.out")
+    return nodes.one("Reshape", [scaled, nodes.numbers(0, 0, table.layers, table.size)], f"{PER_LAYER_TABLE}.vectors")
+
+
+def with_context(
+    nodes: Nodes,
+    rows: ir.Value,
+    projected: ir.Value,
+    *,
+    table: PerLayerTable,
+    hidden_size: int,
+    gain: ir.Value,
+    eps: float,
+) -> ir.Value:
+    """[B,S,layers * size]: half of both, their sizes kept: (norm(projection / sqrt(hidden)) + rows) / sqrt(2).
+
+    Args:
+        rows: [B,S,layers,size] of the table; projected: [B,S,layers * size] of the embedding.
+    """
+    shape = nodes.numbers(0, 0, table.layers, table.size)
+    small = nodes.one("Mul", [projected, nodes.scalar(hidden_size**-0.5)], f"{PER_LAYER_PROJECTION}.scaled")
+    apart = nodes.one("Reshape", [small, shape], f"{PER_LAYER_PROJECTION}.vectors")
+    normed = nodes.one("RMSNormalization", [apart, gain], f"{PER_LAYER_NORM}.out", axis=-1, epsilon=eps, stash_type=1)
+    both = nodes.one("Add", [normed, rows], f"{VECTORS}.sum")
+    halved = nodes.one("Mul", [both, nodes.scalar(math.sqrt(0.5))], VECTORS)
+    return nodes.one("Reshape", [halved, nodes.numbers(0, 0, table.width)], f"{VECTORS}.joined")
+
+
+def by_layer(nodes: Nodes, vectors: ir.Value, layers: Sequence[int], *, size: int) -> dict[int, ir.Value]:
+    """[B,N,count * size] -> the vectors [B,N,size] of each of these layers, which they are in this order."""
+    names = [f"model.layers.{layer}.per_layer_input" for layer in layers]
+    if len(names) == 1:
+        return {layers[0]: vectors}
+    parts = nodes.many("Split", [vectors, nodes.numbers(*[size] * len(names))], names, axis=-1)
+    return dict(zip(layers, parts, strict=True))
