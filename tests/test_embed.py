@@ -318,7 +318,7 @@ SCHEMES = [
     ("onnxruntime", "int8", "{type: w4a16_rtn}"),
 ]  # fmt: skip
 NAMES = [" ".join((*one[:2], re.sub("[{}]|type: |null", "", one[2]))).strip() for one in SCHEMES]
-DEFAULT = {"onnxruntime int8 w8a16_gptq"}
+DEFAULT = {"onnxruntime int8 w8a16"}
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,9 @@ def test_dynamic_graphs_of_the_static_target_take_any_lengths(checkpoint, dynami
     np.testing.assert_allclose(found.embed(TEXTS), open_embedder(dynamic).embed(TEXTS), atol=2e-6)
 
 
-@pytest.mark.parametrize("what", ["causal", "dense", "padding"])
+@pytest.mark.parametrize(
+    "what", ["causal", *(pytest.param(one, marks=pytest.mark.slow) for one in ("dense", "padding"))]
+)
 def test_the_gate_sees_a_wrong_graph(checkpoint, tmp_path, monkeypatch, what):
     from gemma_deploy.backends.onnxruntime import encoder
     from tests.backends import test_encoder as breaks
