@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gemma_deploy.backends.tvm_vacc.generate import StaticSession
-from gemma_deploy.chat import FUNCTION_GEMMA, GEMMA4, Text, Thinking, ToolCall, parse
+from gemma_deploy.chat import FUNCTION_GEMMA, GEMMA4, Text, Thinking, ToolCall, joined, parse
 from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import UsageError
 from gemma_deploy.runtime.chat import Conversation
@@ -202,5 +202,11 @@ def test_an_engine_answers_messages_with_events(genai_artifact, tokenizer, monke
     assert "<|think|>" in prompt
     assert "declaration:look" in prompt
     assert (stats.finish, stats.prompt_tokens) == ("stop", len(runner.prompts[0]))
+    calls = [{"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"at": "it"}'}}]
+    messages += [{"role": "assistant", "tool_calls": calls}, {"role": "tool", "tool_call_id": "1", "content": "one"}]
+    runner.tokens = [*tokenizer.encode_more("so<channel|>done"), end]
+    events = engine.chat(messages, names={"enable_thinking": True}, max_new_tokens=200)
+    assert joined(events) == [Thinking("so"), Text("done")]  # the template began the thinking
+    assert tokenizer.decode_all(runner.prompts[-1]).endswith("<tool_response|><|channel>thought\n")
     with pytest.raises(UsageError, match="no JSON object"):  # at once
         engine.chat([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "["}}]}])
