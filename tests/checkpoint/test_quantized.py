@@ -81,14 +81,27 @@ def test_rows_are_the_products_of_codes_and_scales(quantized, form):
             lambda patch: patch.setattr(compressed_tensors, "unpacked", lambda words, bits: swapped(words)),
         ),
         ("gptq-act-order", lambda patch: patch.setattr(gptq.GptqMatrix, "order", lambda self: None)),
+        ("compressed-int4", lambda patch: patch.setattr(compressed_tensors.CompressedMatrix, "scales", other_axis)),
     ],
-    ids=["zero point off by one", "awq not interleaved", "awq interleaved the other way", "nibbles", "act order"],
+    ids=[
+        "zero point off by one",
+        "awq not interleaved",
+        "awq interleaved the other way",
+        "nibbles",
+        "act order",
+        "axis",
+    ],
 )
 def test_a_layout_read_wrongly_is_seen(quantized, monkeypatch, form, broken):
     path, packed = quantized(form)
     broken(monkeypatch)
     checkpoint = Checkpoint.open(path)
     assert not np.array_equal(checkpoint.rows(DOWN, 0, 64), packed[DOWN].exact.astype(np.float32))
+
+
+def other_axis(matrix, start, stop):
+    """Scales as if groups were runs of rows: the same numbers in the order of columns."""
+    return matrix._scale.whole().reshape(matrix.groups, -1).T[start:stop].copy()
 
 
 def swapped(words):
@@ -387,6 +400,17 @@ def test_groups_out_of_range_are_told_when_they_are_read(tmp_path):
 
     path = changed(tmp_path, "gptq", change)
     assert "g_idx names groups 0 to 9 of 2" in refusal(path)
+
+
+def test_scales_that_are_no_numbers_give_none_and_no_warning(tmp_path):
+    def change(parts):
+        parts["scales"][0, 0], parts["scales"][1, 1] = np.inf, np.nan
+
+    checkpoint = Checkpoint.open(changed(tmp_path, "gptq", change))
+    rows = checkpoint.rows(f"{Q_PROJ}.weight", 0, 3)  # pytest makes an error of a warning
+    assert not np.isfinite(rows[0, :32]).all()
+    assert np.isnan(rows[1, 32:]).all()
+    assert np.isfinite(rows[2]).all()
 
 
 def test_words_are_read_from_their_lowest_bits():

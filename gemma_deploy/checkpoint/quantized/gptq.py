@@ -2,7 +2,8 @@
 
 A word of `qweight` holds codes of neighbouring input channels, one of `qzeros` [groups, out * bits / 32] those of
 neighbouring outputs. The first version of the format stores each zero point less one (AutoGPTQ's `zeros -= 1` in
-`pack`, and `zeros + 1` modulo the codes' range where it is read); `gptq_v2` stores it as it is.
+`pack`); here one is added modulo the codes' range, as its `qlinear_cuda_old` does: `qlinear_cuda` makes 16 of the 15
+that a zero point of 0 became. `gptq_v2` stores it as it is.
 """
 
 from __future__ import annotations

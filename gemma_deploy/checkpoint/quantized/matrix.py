@@ -163,11 +163,11 @@ class CodedMatrix(QuantizedWeight):
     def rows(self, start: int, stop: int) -> np.ndarray:
         """See `QuantizedWeight`."""
         codes, scales, order = self.differences(start, stop).astype(np.float32), self.scales(start, stop), self.order()
-        if order is not None:
-            codes *= scales[:, order]
-            return codes
-        grouped = codes.reshape(len(codes), self.groups, self._run)
-        grouped *= scales[..., None]
+        with np.errstate(over="ignore", invalid="ignore"):  # what is no number is found where it is stored
+            if order is not None:
+                codes *= scales[:, order]
+            else:
+                codes.reshape(len(codes), self.groups, self._run)[...] *= scales[..., None]
         return codes
 
     def why_not(self, form: Codes) -> str | None:
