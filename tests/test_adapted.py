@@ -149,7 +149,8 @@ def test_it_compiles_proven(world, backend, capsys):
         f"{TABLE}.lora_embedding_A": 0.05 * rng.standard_normal((4, 512)).astype(np.float32),
         f"{TABLE}.lora_embedding_B": rng.standard_normal((64, 4)).astype(np.float32),
     }
-    write_adapter(world / "a", factors() | table, base_model_name_or_path="base")
+    modules = ["layers.1.self_attn.q_proj", "layers.0.mlp.up_proj", "embed_tokens"]  # those PEFT is to read
+    write_adapter(world / "a", factors() | table, base_model_name_or_path="base", target_modules=modules)
     assert main(["compile", "recipe.yaml"]) == 0
     artifact = Artifact.open("workspace/x")
     (record,) = artifact.manifest.checkpoint.adapters
