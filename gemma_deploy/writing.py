@@ -19,7 +19,7 @@ from typing import Any
 
 PARTIAL = ".partial"
 _TEMPORARY = ".gemma-deploy-"  # begins temporary names
-_HALF_PAIR = re.compile("[\ud800-\udfff]")  # of surrogates: JSON holds it as an escape only
+HALF_PAIR = re.compile("[\ud800-\udfff]")  # of surrogates: JSON holds it as an escape only
 MOST_LINKS = 40  # the system follows no more
 
 
@@ -124,7 +124,7 @@ def json_text(value: Any, *, indent: int | None = 1, sort_keys: bool = True, ens
         text = json.dumps(value, indent=indent, sort_keys=sort_keys, ensure_ascii=ensure_ascii, allow_nan=False)
     except ValueError as error:
         raise ValueError(", ".join(_not_finite(value)) or str(error)) from error
-    return _HALF_PAIR.sub(lambda half: f"\\u{ord(half[0]):04x}", text) + "\n"
+    return HALF_PAIR.sub(lambda half: f"\\u{ord(half[0]):04x}", text) + "\n"
 
 
 def finite(value: Any) -> Any:

@@ -230,10 +230,11 @@ def _sizes(raw: Mapping[str, Any], kind: LayerType, index: int, of_most: tuple[i
 
 def _check_per_layer(keys: ConfigKeys, layers: int) -> None:
     """What may be wrong with `per_layer_config` by itself."""
+    numbers = {str(index) for index in range(layers)}
     for number, own in keys.mapping(PER_LAYER).items():
         where = f"{PER_LAYER}.{number}"
-        if not str(number).isdecimal() or int(number) >= layers:
-            keys.problem(where, number, f"the number of a layer, 0 to {layers - 1}")
+        if str(number) not in numbers:
+            keys.problem(where[:80], number, f"the number of a layer, 0 to {layers - 1}")
         elif not isinstance(own, dict):
             keys.problem(where, own, "an object")
         else:

@@ -23,6 +23,7 @@ from gemma_deploy.checkpoint.safetensors_reader import SafetensorsFile, readable
 from gemma_deploy.checkpoint.stored import Stored
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.names import CONFIG
+from gemma_deploy.writing import HALF_PAIR
 
 MODULES, PROMPTS, LENGTH = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
 FILES = (MODULES, PROMPTS, LENGTH)
@@ -268,8 +269,11 @@ def _with_prompts(directory: Path, head: SentenceHead, problems: list[str]) -> t
     if not right or any(not isinstance(text, str) or len(text) > MOST_CHARACTERS for text in prompts.values()):
         problems.append(f"{PROMPTS}: prompts is no object of at most {MOST_PROMPTS} texts")
         return head, data
+    halves = [repr(name)[:80] for name, text in prompts.items() if HALF_PAIR.search(name + text)]
+    if halves:
+        problems.append(f"{PROMPTS}: prompts {', '.join(halves)[:200]}: half a character, which no UTF-8 text has")
     default = config.get("default_prompt_name")
-    if default is not None and default not in prompts:
+    if default is not None and default not in list(prompts):
         problems.append(f"{PROMPTS}: default_prompt_name {str(default)[:80]!r} is none of {', '.join(prompts)[:200]}")
         default = None
     return replace(head, prompts=dict(prompts), default_prompt=default), data

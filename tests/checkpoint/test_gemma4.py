@@ -145,6 +145,8 @@ def test_a_layer_without_its_number_is_refused(tmp_path):
         ({"per_layer_config": {"5": 64}}, "per_layer_config.5: got 64, expected an object"),
         ({"per_layer_config": [64]}, "per_layer_config: got [64], expected an object"),
         ({"per_layer_config": {"5": {"head_dim": 64}}}, "layer 6 (full_attention) has 2 key/value heads of 32"),
+        ({"per_layer_config": {"9" * 5000: {}}}, "expected the number of a layer, 0 to 6"),
+        ({"per_layer_config": {"03": {}}}, "per_layer_config.03: got '03', expected the number of a layer, 0 to 6"),
         ({"rope_parameters": {SLIDING: {"rope_theta": 1e4}}}, "rope_parameters.full_attention: got None, expected"),
         (
             {"rope_parameters": {SLIDING: {}, FULL: {"rope_type": "proportional", "partial_rotary_factor": 2}}},

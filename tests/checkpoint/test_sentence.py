@@ -124,6 +124,14 @@ BAD = {
         keys("config_sentence_transformers.json", default_prompt_name="title"),
         "default_prompt_name 'title' is none of query, document",
     ),
+    "a default prompt that is no text": (
+        keys("config_sentence_transformers.json", default_prompt_name=[]),
+        r"default_prompt_name '\[\]' is none of query, document",
+    ),
+    "a prompt with half a character": (
+        keys("config_sentence_transformers.json", prompts={"query": "a", "do\ud800c": "b", "text": "\udfff"}),
+        r"prompts 'do\\ud800c', 'text': half a character",
+    ),
     "prompts that are no texts": (keys("config_sentence_transformers.json", prompts={"a": 1}), "prompts is no object"),
     "lower case": (keys("sentence_bert_config.json", do_lower_case=True), "do_lower_case is true"),
     "no length": (keys("sentence_bert_config.json", max_seq_length=-1), "max_seq_length is -1"),
