@@ -355,7 +355,7 @@ def test_the_table_of_commands_is_what_is_there():
     assert files == set(COMMANDS)
 
 
-FREE_TEXT = {"prompt", "system", "overrides", "pairs", "subjects", "contexts", "points", "field", "targets"}
+FREE_TEXT = {"prompt", "texts", "system", "overrides", "pairs", "subjects", "contexts", "points", "field", "targets"}
 
 
 def named_arguments():

@@ -257,7 +257,9 @@ def _names(given: tuple[str, ...], think: bool | None) -> dict[str, Any]:
         name, found, value = one.partition("=")
         if not found or not name.isidentifier():
             raise UsageError(
-                f"--template-arg {one[:80]!r} is none", expected="NAME=VALUE, such as enable_thinking=true"
+                f"--template-arg {one[:80]!r} is none",
+                expected="NAME=VALUE, such as enable_thinking=true",
+                next_step="name what the chat template reads, an equals sign, and JSON or a text",
             )
         try:
             names[name] = parse_json(value)

@@ -166,7 +166,7 @@ SAME = {"fp32": "patched", "bf16": "patched bf16", "fp16": "patched"}
 # Scheme -> (largest mean KL, largest change of the perplexity), as docs/proof-and-ledger.md promises them.
 LOSS = {
     "w8a16": (0.01, 0.005), "w8a16_gptq": (0.005, 0.005), "w8a8": (0.016, 0.016), "w4a16": (0.5, 0.5),
-    "w4a16_gptq": (0.3, 0.3),
+    "w4a16_gptq": (0.3, 0.3), "w4a16_rtn": (0.7, 0.5),
 }  # fmt: skip
 
 

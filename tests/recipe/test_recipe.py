@@ -367,7 +367,7 @@ def test_scheme_follows_dtype_and_quantize():
     assert str(load(MINIMAL, "backend.dtype=int8").scheme) == "w8a16"
     assert str(load(MINIMAL, "backend.dtype=bf16").scheme) == "bf16"
     assert str(load(MINIMAL, "frontend.quantize.type=w16kv8").scheme) == "w16kv8"
-    assert len(QUANTIZE_TYPES) == 11
+    assert len(QUANTIZE_TYPES) == 13
     for scheme in QUANTIZE_TYPES:
         assert str(load(MINIMAL, "backend.dtype=int8", f"frontend.quantize.type={scheme}").scheme) == scheme
 
@@ -434,8 +434,9 @@ workspace: {workers: 0, zzz: 1}
         "hold the prompt, so write [[prefill], [context]] with context >= prefill\n"
         "  - line 6: frontend.model_kwargs.tp: got 'four' (text), expected a whole number\n"
         "  - line 6: frontend.model_kwargs.align_qvk: unknown key; did you mean `frontend.model_kwargs.align_qkv`?\n"
-        "  - line 7: frontend.quantize.type: got 'w8a16_gtpq' (text), expected one of w8a16, w8a16_gptq, w8a8, w4a16, "
-        "w4a16_gptq, w16kv8, w8a16+kv8, w8a16_gptq+kv8, w8a8+kv8, w4a16+kv8, w4a16_gptq+kv8; "
+        "  - line 7: frontend.quantize.type: got 'w8a16_gtpq' (text), expected one of w8a16, w8a16_gptq, w8a8, "
+        "w4a16_rtn, w4a16, w4a16_gptq, w16kv8, w8a16+kv8, w8a16_gptq+kv8, w8a8+kv8, w4a16_rtn+kv8, w4a16+kv8, "
+        "w4a16_gptq+kv8; "
         "did you mean `w8a16_gptq`?\n"
         "  - line 7: frontend.quantize.checkpoint: unknown key here; it belongs at `frontend.checkpoint`\n"
         "  - line 9: backend.dtype: got 'fp17' (text), expected one of fp32, fp16, bf16, int8; did you mean `fp16`?\n"
