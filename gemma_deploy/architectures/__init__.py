@@ -104,9 +104,13 @@ def nearest(name: object, known: Collection[str]) -> str:
     return f"; the nearest known one is {near[0]!r}" if near else ""
 
 
-def names() -> str:
-    """The generations that generate text, for people: `Gemma 1, Gemma 2 or Gemma 3`."""
-    *first, last = (row.name for row in ROWS if not row.encoder)
+def names(*, gguf: bool = False) -> str:
+    """The generations that generate text, for people: `Gemma 1, Gemma 2 or Gemma 3`.
+
+    Args:
+        gguf: those alone whose GGUF files are read.
+    """
+    *first, last = (row.name for row in ROWS if not row.encoder and (row.gguf or not gguf))
     return f"{', '.join(first)} or {last}" if first else last
 
 

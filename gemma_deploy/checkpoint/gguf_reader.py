@@ -138,7 +138,7 @@ class GgufFile:
                 f"holds a model of architecture {name!r}" + architectures.nearest(name, known),
                 where=str(self.path),
                 expected="one of " + ", ".join(known),
-                next_step=f"pass the GGUF file of a text model of {architectures.names()}",
+                next_step=f"pass the GGUF file of {architectures.names(gguf=True)}, or the directory of safetensors",
             )
         parts = self.metadata.get("split.count", 1)
         if isinstance(parts, int) and parts > 1:

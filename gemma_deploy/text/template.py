@@ -21,6 +21,7 @@ DEFAULT, TOOL_USE = "default", "tool_use"
 REFUSES = "the chat template refuses the messages: "  # how its errors begin
 MAX_SOURCE = 256 << 10  # characters of a template; those of Gemma 4 have 20,000
 Message = Mapping[str, Any]
+OWN = ("messages", "tools", "documents", "add_generation_prompt")  # names that say what a conversation is
 # Names under which a message's reasoning is passed; templates read the first, and gpt-oss's the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _NO_TEMPLATE = "use `gemma-deploy run ARTIFACT -p TEXT`, or compile an instruction-tuned checkpoint (-it)"
@@ -100,6 +101,13 @@ class ChatTemplate:
         from gemma_deploy.text import budget
 
         source = self.source(tools=tools is not None)
+        if taken := [name for name in OWN if name in (names or {})]:
+            raise ChatTemplateError(
+                f"the chat template is given {', '.join(taken)} by what a conversation has",
+                where=self.where,
+                expected="names of the template's own, such as enable_thinking",
+                next_step="leave it out: messages, tools and documents are given as such",
+            )
         try:
             with budget.limited() as limits:
                 given = plain(
