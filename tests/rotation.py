@@ -20,6 +20,14 @@ COSTLY = tuple(
 )
 # Tests of seconds, or of many cases: so many cases, evenly spaced, are in the default run.
 A_FEW = {
+    "tests/runtime/test_draft.py::test_what_is_drawn_keeps_the_distribution": 2,
+    "tests/backends/test_target.py::test_an_artifact_is_proven_whole_and_says_what_it_is": 1,
+    "tests/backends/test_window.py::test_an_artifact_is_proven_and_says_which_layers": 1,
+    "tests/test_quantized_artifact.py::test_compiles_proven_and_repeats_its_twin": 0,
+    "tests/runtime/test_session.py::test_strict_int8_session_keeps_the_dequantized_matmuls": 1,
+    "tests/runtime/test_session.py::test_scales_of_another_type_are_refused_by_a_sentence": 1,
+    "tests/calibration/test_command.py::test_it_prints_a_table_and_progress_and_says_where_the_result_is": 0,
+    "tests/test_taken_over.py::test_gguf_blocks": 1,
     "tests/test_quantized_artifact.py::test_tables_groups_and_divisions_pass_the_gate": 0,
     "tests/test_quantized_artifact.py::test_the_fast_session_takes_groups": 0,
     "tests/runtime/test_session.py::test_fast_session_gives_the_numbers_of_orts_own_rewriting": 0,
@@ -37,7 +45,6 @@ A_FEW = {
     "tests/graph/test_export.py::test_shifted_positions_are_seen": 0,
     "tests/test_compile.py::test_a_recipe_can_switch_the_gate_off_but_not_the_verdict": 0,
     "tests/finetune/test_training.py::test_losses_and_adapter_are_those_of_trl": 1,
-    "tests/test_quantized_artifact.py::test_compiles_proven_and_repeats_its_twin": 1,
     "tests/quantization/test_kv_cache.py::test_compiles_proven_with_half_the_bytes": 0,
     "tests/evaluation/test_exam.py::test_choices_and_accuracy_are_transformers": 1,
     "tests/test_new_generation.py::test_it_compiles_proven": 0,
