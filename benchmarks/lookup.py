@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def own_prompts() -> dict[str, str]:
     """Name -> text."""
     prose = (paths.demo_checkpoint_dir() / "heldout.txt").read_text(encoding="utf-8")
-    code = (ROOT / "gemma_deploy" / "runtime" / "runner.py").read_text(encoding="utf-8")
+    code = (ROOT / "gemma_deploy" / "backends" / "tvm_vacc" / "runner.py").read_text(encoding="utf-8")
     return {
         "prose": prose[5000:6200],
         "code": code[3000:4500],

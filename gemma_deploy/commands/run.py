@@ -81,6 +81,7 @@ def command(
 
     sampling = Sampling(temperature, top_k, top_p, seed)
     opened = open_whole(artifact, hashes=True)
+    guessing = None if draft is None else open_whole(draft, hashes=True)
     refuse_encoder(opened)
     if prompt == "-":
         keep_bytes_of_stdin()
@@ -92,7 +93,7 @@ def command(
     if chat and (note := unended(engine.tokenizer, engine.stop_ids)):
         log.warning("%s", note)
     name = None if adapter is None else engine.load_adapter(adapter)
-    smaller = None if draft is None else open_engine(open_whole(draft, hashes=True), threads=threads)
+    smaller = None if guessing is None else open_engine(guessing, threads=threads)
     options = {"sampling": sampling, "max_new_tokens": max_new_tokens, "lookup": lookup, "draft": smaller}
     interrupted = _show(engine, prompt, chat, **options, adapter=name, stats=done)
     if stats:
@@ -140,5 +141,5 @@ def _refuse_ahead(artifact: Artifact, sampling: Sampling, *, strict: bool, looku
             where=str(artifact.path),
             problems=problems,
             expected=f"{'greedy decoding of ' if lookup else ''}an artifact of backend.type onnxruntime",
-            next_step=f"leave {asked} out",
+            next_step="leave one of them out" if lookup and draft is not None else f"leave {asked} out",
         )
