@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import math
+import os
 import zipfile
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from tests.calibration.make import HEADER, table, write_ceval
 from tests.evaluation.conftest import BOS, logits_of, rounded, run, stock_model, tokens_of
 from tests.evaluation.make import questions, write_exam, write_tokenizer
 
-REAL = Path("/work/shared/data/ceval-exam.zip")
 ZERO_SHOT = """以下是中国关于逻辑学考试的单项选择题，请选出其中的正确答案。
 
 0+0
@@ -58,9 +58,9 @@ def test_the_prompt_to_the_letter():
     assert len(SUBJECTS) == 52
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="needs the real ceval-exam.zip")
+@pytest.mark.skipif("CEVAL_ZIP" not in os.environ, reason="needs CEVAL_ZIP: the real ceval-exam.zip")
 def test_the_names_are_those_of_the_real_archive():
-    found = {split: archive.questions(REAL, split) for split in ("dev", "val", "test")}
+    found = {split: archive.questions(Path(os.environ["CEVAL_ZIP"]), split) for split in ("dev", "val", "test")}
     assert {split: set(subjects) for split, subjects in found.items()} == {split: set(SUBJECTS) for split in found}
     counts = {split: sum(map(len, subjects.values())) for split, subjects in found.items()}
     assert counts == {"dev": 260, "val": 1346, "test": 12342}  # table 1 of arXiv:2305.08322
