@@ -19,6 +19,21 @@ SHALLOW = {"num_hidden_layers": 3}
 INT4 = {"type": "onnxruntime", "dtype": "int8", "quantize": "w4a16_rtn"}
 
 
+def recipe_of(checkpoint, backend, quantize, workspace):
+    """The recipe of an artifact x in a workspace."""
+    frontend = {"checkpoint": str(checkpoint), "shape": {"input_ids": [[48], [64]]}}
+    recipe = {
+        "name": "x",
+        "frontend": frontend | ({"quantize": {"type": quantize}} if quantize else {}),
+        "backend": backend,
+        "parity": {"prompt_tokens": 40, "decode_tokens": 8},  # five windows of 8
+        "workspace": {"path": str(workspace)},
+    }
+    file = checkpoint.parent / "recipe.json"
+    file.write_text(json.dumps(recipe))  # JSON is YAML
+    return Recipe.load(file)
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "backend"),
     [
@@ -33,19 +48,8 @@ INT4 = {"type": "onnxruntime", "dtype": "int8", "quantize": "w4a16_rtn"}
 def test_it_compiles_proven(kind, changes, backend, tmp_path):
     checkpoint = write_tiny_checkpoint(tmp_path / "ck", kind, **changes)
     write_tokenizer(checkpoint)
-    recipe = {
-        "name": "x",
-        "frontend": {
-            "checkpoint": str(checkpoint),
-            "shape": {"input_ids": [[48], [64]]},
-            **({"quantize": {"type": backend["quantize"]}} if "quantize" in backend else {}),
-        },
-        "backend": {key: value for key, value in backend.items() if key != "quantize"},
-        "parity": {"prompt_tokens": 40, "decode_tokens": 8},  # five windows of 8
-        "workspace": {"path": str(tmp_path)},
-    }
-    (tmp_path / "recipe.json").write_text(json.dumps(recipe))  # JSON is YAML
-    result = compile_recipe(Recipe.load(tmp_path / "recipe.json"))
+    own = {key: value for key, value in backend.items() if key != "quantize"}
+    result = compile_recipe(recipe_of(checkpoint, own, backend.get("quantize"), tmp_path))
     assert result.parity.passed
     compared = {
         line["comparison"] for line in json.loads((result.path / "manifest.json").read_text())["parity"]["lines"]
@@ -69,19 +73,8 @@ def test_it_compiles_proven(kind, changes, backend, tmp_path):
 def test_what_is_not_built_of_e2b_is_said_before_any_work(backend, quantize, words, tmp_path):
     checkpoint = write_tiny_checkpoint(tmp_path / "ck", "gemma4_text", **TINY_PER_LAYER)
     write_tokenizer(checkpoint)
-    recipe = {
-        "name": "x",
-        "frontend": {
-            "checkpoint": str(checkpoint),
-            "shape": {"input_ids": [[48], [64]]},
-            **({"quantize": {"type": quantize}} if quantize else {}),
-        },
-        "backend": backend,
-        "workspace": {"path": str(tmp_path / "w")},
-    }
-    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     with pytest.raises(RecipeError) as refused:
-        compile_recipe(Recipe.load(tmp_path / "recipe.json"))
+        compile_recipe(recipe_of(checkpoint, backend, quantize, tmp_path / "w"))
     assert words in str(refused.value)
     assert not (tmp_path / "w").exists()
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from gemma_deploy.architectures import gemma3
-from gemma_deploy.architectures.base import Architecture, Facts, LayerSpec, Patched, Sizes
+from gemma_deploy.architectures.base import Facts, LayerSpec, Sizes
 from gemma_deploy.architectures.keys import ConfigKeys
 
 
@@ -29,25 +29,17 @@ def layer(config: Sizes, index: int) -> LayerSpec:
     return made if made.window is None else replace(made, window=2 * (made.window // 2) + 1)
 
 
-EMBEDDING_GEMMA = Architecture(
+EMBEDDING_GEMMA = replace(
+    gemma3.GEMMA3,
     name="EmbeddingGemma",
     model_type="embedding_gemma",
     written_as=gemma3.GEMMA3.model_type,
-    transformers_type=gemma3.GEMMA3.transformers_type,
-    causal_class=gemma3.GEMMA3.causal_class,
     genai_type="",
-    activation_key=gemma3.ACTIVATION_KEY,
-    patched=Patched(
-        configuration="configuration_gemma3_vacc",
-        config_class="Gemma3TextConfig",
-        modeling="modeling_gemma3_vacc",
-        stack="Gemma3TextModel",
-        causal="Gemma3ForCausalLM",
-        classifier=None,
-    ),
+    patched=replace(gemma3.GEMMA3.patched, classifier=None),
     gguf=None,
     read=read,
     layer=layer,
-    branches=gemma3.BRANCHES,
+    multimodal=(),
+    text_defaults={},
     encoder=True,
 )

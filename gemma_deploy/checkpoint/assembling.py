@@ -76,7 +76,6 @@ def assemble(
             places[name] = modules.place(source)
         except MisfitError as error:
             problems.append(f"wrong codes: {error}")
-            continue
     places |= behind
     for name, place in places.items():
         problems += _problems(place, shapes[name], gguf=gguf)

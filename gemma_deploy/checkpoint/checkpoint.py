@@ -265,16 +265,20 @@ class Checkpoint:
 
 
 def _refuse_encoder(checkpoint: Checkpoint, adapted: bool) -> None:
-    name = checkpoint.config.architecture.name
+    what, where = f"is an encoder ({checkpoint.config.architecture.name})", str(checkpoint.path)
+    if adapted:
+        raise NotBuiltError(
+            f"{what}, and adapters are not added to one",
+            where=where,
+            expected="no adapter",
+            next_step="merge it with peft, save, and pass the result",
+        )
     raise NotBuiltError(
-        f"is an encoder ({name}), and adapters are not added to one"
-        if adapted
-        else f"is an encoder ({name}): it makes vectors of texts, and no text of tokens",
-        where=str(checkpoint.path),
-        expected="no adapter" if adapted else "a model that generates text",
-        next_step="merge it with peft, save, and pass the result"
-        if adapted
-        else "`gemma-deploy compile RECIPE --checkpoint PATH` compiles it, `gemma-deploy embed ARTIFACT` makes vectors",
+        f"{what}: it makes vectors of texts, and no text of tokens",
+        where=where,
+        expected="a model that generates text",
+        next_step="`gemma-deploy compile RECIPE --checkpoint PATH` compiles it, "
+        "`gemma-deploy embed ARTIFACT` makes vectors",
     )
 
 

@@ -36,6 +36,7 @@ MEAN_TOKENS, WAY = "pooling_mode_mean_tokens", "pooling_mode_"
 LINEAR = "linear"  # the module inside a dense layer's folder
 WHOLE = "copy the whole folder again from where the weights came from, with everything that modules.json names"
 MOST_PROMPTS, MOST_CHARACTERS = 256, 10_000
+LEAST_TOKENS, LEAST_LENGTH = 1e-9, 1e-12  # what sentence-transformers divides by, at least
 # Sizes to which Matryoshka training lets a vector be cut; EmbeddingGemma's model card names these.
 MATRYOSHKA = (512, 256, 128)
 
@@ -149,7 +150,7 @@ def pooled(
         [B, dimensions], each of length 1; 0 for a text without a token.
     """
     real = mask[..., None].astype(np.float64)
-    vectors = (hidden.astype(np.float64) * real).sum(1) / np.maximum(real.sum(1), 1e-9)
+    vectors = (hidden.astype(np.float64) * real).sum(1) / np.maximum(real.sum(1), LEAST_TOKENS)
     for layer in head.dense:
         vectors = vectors @ weights[f"{layer.name}.weight"].astype(np.float64).T
     return normalised(vectors)
@@ -158,7 +159,7 @@ def pooled(
 def normalised(vectors: np.ndarray) -> np.ndarray:
     """Vectors [..., n] of length 1 (0 stays 0), in the dtype that they have."""
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    found: np.ndarray = vectors / np.maximum(lengths, 1e-12).astype(vectors.dtype)
+    found: np.ndarray = vectors / np.maximum(lengths, LEAST_LENGTH).astype(vectors.dtype)
     return found
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from gemma_deploy.checkpoint.config import ModelConfig
+from gemma_deploy.checkpoint.sentence import LEAST_LENGTH, LEAST_TOKENS
 from gemma_deploy.graph import stamp
 from gemma_deploy.graph.contract import ENCODER, TEXT_VECTORS, TOKEN_STATES, GraphContract
 from gemma_deploy.graph.disconnected import DYNAMIC_SIZES, TraceBorder
@@ -33,7 +34,6 @@ from gemma_deploy.schemes import Form, Storage
 
 BEHIND = "behind."  # the dense layers in the trace, numbered
 DENSE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # float16 of all others
-LEAST_TOKENS, LEAST_LENGTH = 1e-9, 1e-12  # what sentence-transformers divides by, at least
 
 
 class EncoderParts(nn.Module):

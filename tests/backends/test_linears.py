@@ -4,10 +4,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from gemma_deploy.backends.onnxruntime.decoder import IR_VERSION, OPSET
 from gemma_deploy.backends.onnxruntime.exact import exact
 from gemma_deploy.backends.onnxruntime.linears import Matrix, product_of, rounded_tokens
 from gemma_deploy.backends.onnxruntime.nodes import Nodes
+from gemma_deploy.backends.onnxruntime.parts import IR_VERSION, OPSET
 from gemma_deploy.backends.onnxruntime.weights import Weights
 from gemma_deploy.names import MICROSOFT
 from tests.backends.make import FILE, ParamFile, off, open_session

@@ -4,8 +4,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from gemma_deploy.backends.onnxruntime.decoder import IR_VERSION, OPSET
 from gemma_deploy.backends.onnxruntime.nodes import Nodes
+from gemma_deploy.backends.onnxruntime.parts import IR_VERSION, OPSET
 from gemma_deploy.backends.onnxruntime.weights import Weights, largest_block
 from gemma_deploy.errors import ExportError
 from gemma_deploy.names import MICROSOFT

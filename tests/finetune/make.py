@@ -106,3 +106,16 @@ def adapter_of(folder: Path):
     from safetensors.numpy import load_file
 
     return load_file(folder / "adapter_model.safetensors")
+
+
+def loss_of(model, tokenizer, texts) -> float:
+    """transformers' own loss of texts that end, a token: of all of them together."""
+    import torch
+
+    nll, count = 0.0, 0
+    for text in texts:
+        ids = tokenizer(text + "<eos>", return_tensors="pt").input_ids
+        with torch.no_grad():
+            nll += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    return nll / count

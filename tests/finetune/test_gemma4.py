@@ -4,7 +4,7 @@ import pytest
 
 from gemma_deploy.finetune.run import finetune
 from gemma_deploy.testing import TINY_PER_LAYER
-from tests.finetune.make import TEXTS, settings, texts_file, tiny, write_lines
+from tests.finetune.make import TEXTS, loss_of, settings, texts_file, tiny, write_lines
 from tests.finetune.test_training import SMALL
 
 pytestmark = pytest.mark.slow
@@ -25,17 +25,7 @@ def test_held_out_loss_is_that_of_peft(changes, tmp_path):
     result = finetune(settings(texts_file(tmp_path), tmp_path / "out", lora=SMALL, eval_data=str(held)), checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
     tokenizer = AutoTokenizer.from_pretrained(result.adapter)
-
-    def loss():
-        nll, count = 0.0, 0
-        for text in TEXTS[:3]:
-            ids = tokenizer(text + "<eos>", return_tensors="pt").input_ids
-            with torch.no_grad():
-                nll += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
-            count += ids.shape[1] - 1
-        return nll / count
-
-    assert result.outcome.loss_before == pytest.approx(loss(), rel=1e-6)  # measured: 3e-8
+    assert result.outcome.loss_before == pytest.approx(loss_of(model, tokenizer, TEXTS[:3]), rel=1e-6)  # measured: 3e-8
     model = PeftModel.from_pretrained(model, result.adapter).eval()
-    assert result.outcome.loss_after == pytest.approx(loss(), rel=1e-6)  # measured: 5e-8
+    assert result.outcome.loss_after == pytest.approx(loss_of(model, tokenizer, TEXTS[:3]), rel=1e-6)  # measured: 5e-8
     assert result.outcome.loss_after < result.outcome.loss_before

@@ -10,7 +10,18 @@ pytest.importorskip("peft")
 
 from gemma_deploy.errors import DeployError, UsageError
 from gemma_deploy.finetune.run import finetune
-from tests.finetune.make import CHATS, TEXTS, adapter_of, losses, settings, texts_file, tiny, trl_run, write_lines
+from tests.finetune.make import (
+    CHATS,
+    TEXTS,
+    adapter_of,
+    loss_of,
+    losses,
+    settings,
+    texts_file,
+    tiny,
+    trl_run,
+    write_lines,
+)
 
 CLOSE = 1e-5  # of losses of 9 nats in float32; measured: up to 2e-6 with the stock class
 SMALL = {"r": 4, "alpha": 8}
@@ -102,19 +113,9 @@ def test_held_out_loss_is_that_of_peft(gemma3, tmp_path):
     result = finetune(settings(texts_file(tmp_path), tmp_path / "out", lora=SMALL, eval_data=str(held)), gemma3)
     model = AutoModelForCausalLM.from_pretrained(gemma3, dtype=torch.float32, attn_implementation="eager")
     tokenizer = AutoTokenizer.from_pretrained(result.adapter)
-
-    def loss():
-        nll, count = 0.0, 0
-        for text in TEXTS[:3]:
-            ids = tokenizer(text + "<eos>", return_tensors="pt").input_ids
-            with torch.no_grad():
-                nll += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
-            count += ids.shape[1] - 1
-        return nll / count
-
-    assert result.outcome.loss_before == pytest.approx(loss(), rel=1e-5)
+    assert result.outcome.loss_before == pytest.approx(loss_of(model, tokenizer, TEXTS[:3]), rel=1e-5)
     model = PeftModel.from_pretrained(model, result.adapter).eval()
-    assert result.outcome.loss_after == pytest.approx(loss(), rel=1e-5)
+    assert result.outcome.loss_after == pytest.approx(loss_of(model, tokenizer, TEXTS[:3]), rel=1e-5)
 
 
 @pytest.mark.slow

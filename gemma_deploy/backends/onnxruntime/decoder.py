@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 
@@ -28,7 +29,6 @@ from gemma_deploy.backends.onnxruntime.parts import DecoderParts, embedding_scal
 from gemma_deploy.backends.onnxruntime.per_layer import by_layer, rows_of, table_part, with_context
 from gemma_deploy.backends.onnxruntime.window import WINDOW_CACHE
 from gemma_deploy.checkpoint.config import ModelConfig
-from gemma_deploy.errors import ExportError
 from gemma_deploy.graph.contract import AdapterSlots
 from gemma_deploy.graph.external import Row
 from gemma_deploy.names import (
@@ -42,7 +42,6 @@ from gemma_deploy.names import (
     PER_LAYER_TABLE,
 )
 
-OPSET, IR_VERSION = 23, 11
 EMBEDDED, NORMED, LOGITS = "model.embed_tokens.out", "model.norm.out", "logits"
 
 
@@ -116,21 +115,8 @@ class Decoder(DecoderParts):
         caches = self._caches("present", "total_sequence").items()
         for value, (name, shape) in zip(present, caches, strict=True):
             value.name, value.shape, value.type = name, shape, ir.TensorType(self.dtype)
-        if left := self.weights.unused():
-            raise ExportError(
-                "graph and parameter file disagree",
-                problems=[f"{name} is in the file but the graph does not read it" for name in left],
-                next_step="this is a bug: report it",
-            )
-        graph = ir.Graph(
-            [ids, mask, *past.values(), *(self.updates.inputs if self.updates else ())],
-            [logits, *present],
-            nodes=nodes.nodes,
-            initializers=list(nodes.initializers.values()),
-            opset_imports={"": OPSET, MICROSOFT: 1},
-            name="decoder",
-        )
-        return ir.Model(graph, ir_version=IR_VERSION, producer_name="gemma-deploy")
+        inputs = [ids, mask, *past.values(), *(self.updates.inputs if self.updates else ())]
+        return self._finished(inputs, [logits, *present], "decoder")
 
     def _layers(self, hidden: ir.Value, shared: _Shared) -> list[ir.Value]:
         """[B,S,H] -> what the last layer's attention gives and the residual beside it, then all caches.
@@ -211,13 +197,7 @@ class Decoder(DecoderParts):
             "GroupQueryAttention",
             [made, nothing, nothing, *source, tokens.last, tokens.total, *rotary],
             f"{path}{attention.module}.out",
-            domain=MICROSOFT,
-            num_heads=layer.heads,
-            kv_num_heads=layer.kv_heads,
-            scale=float(layer.attention_scale),
-            softcap=self.config.attn_logit_softcapping,
-            local_window_size=layer.window,
-            do_rotary=1,
+            **self._grouped(layer),
         )
 
     def _embed(self, ids: ir.Value) -> ir.Value:
@@ -257,15 +237,21 @@ class Decoder(DecoderParts):
             "GroupQueryAttention",
             [*made, *[None] * (3 - len(made)), *past, tokens.seqlens, tokens.total, *rotary, *counts],
             [f"{path}{attention.module}.out", f"{path}present.key", f"{path}present.value"],
-            domain=MICROSOFT,
-            num_heads=layer.heads,
-            kv_num_heads=layer.kv_heads,
-            scale=float(layer.attention_scale),
-            softcap=self.config.attn_logit_softcapping,
-            local_window_size=layer.window,
-            sliding_window_cache=1 if layer.index in self.windowed else None,
-            do_rotary=1,
+            **self._grouped(layer),
         )
+
+    def _grouped(self, layer: LayerSpec) -> dict[str, Any]:
+        """Domain and attributes of a layer's GroupQueryAttention."""
+        return {
+            "domain": MICROSOFT,
+            "num_heads": layer.heads,
+            "kv_num_heads": layer.kv_heads,
+            "scale": float(layer.attention_scale),
+            "softcap": self.config.attn_logit_softcapping,
+            "local_window_size": layer.window,
+            "sliding_window_cache": 1 if layer.index in self.windowed else None,
+            "do_rotary": 1,
+        }
 
     def _after_attention(
         self, layer: LayerSpec, attended: ir.Value, residual: ir.Value, vectors: ir.Value | None = None

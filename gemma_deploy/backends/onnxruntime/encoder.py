@@ -16,15 +16,13 @@ import numpy as np
 import onnx_ir as ir
 
 from gemma_deploy.architectures import LayerSpec
-from gemma_deploy.backends.onnxruntime.decoder import IR_VERSION, OPSET, Decoder
+from gemma_deploy.backends.onnxruntime.decoder import Decoder
 from gemma_deploy.backends.onnxruntime.options import Kernels
 from gemma_deploy.checkpoint.config import ModelConfig
-from gemma_deploy.errors import ExportError
+from gemma_deploy.checkpoint.sentence import LEAST_LENGTH, LEAST_TOKENS
 from gemma_deploy.graph.contract import BATCH, ENCODER, SEQUENCE, TEXT_VECTORS, TOKEN_STATES
 from gemma_deploy.graph.external import Row
 from gemma_deploy.names import MICROSOFT, NORM
-
-LEAST_TOKENS, LEAST_LENGTH = 1e-9, 1e-12  # what sentence-transformers divides by, at least
 
 
 def build_encoder(
@@ -57,26 +55,12 @@ class _Encoder(Decoder):
             hidden = self._after_attention(layer, attended, hidden)
         states = self._wide(self._norm(hidden, NORM), f"{NORM}.wide")
         vectors = self._vectors(states, mask)
-        if left := self.weights.unused():
-            raise ExportError(
-                "graph and parameter file disagree",
-                problems=[f"{name} is in the file but the graph does not read it" for name in left],
-                next_step="this is a bug: report it",
-            )
         assert config.sentence is not None
         outputs = [
             self._output(states, TOKEN_STATES, (BATCH, SEQUENCE, config.hidden_size)),
             self._output(vectors, TEXT_VECTORS, (BATCH, config.sentence.dimensions)),
         ]
-        graph = ir.Graph(
-            [ids, mask],
-            outputs,
-            nodes=nodes.nodes,
-            initializers=list(nodes.initializers.values()),
-            opset_imports={"": OPSET, MICROSOFT: 1},
-            name=ENCODER,
-        )
-        return ir.Model(graph, ir_version=IR_VERSION, producer_name="gemma-deploy")
+        return self._finished([ids, mask], outputs, ENCODER)
 
     def _output(self, value: ir.Value, name: str, shape: tuple[int | str, ...]) -> ir.Value:
         """A value under an output's name; its own stays, because comparisons look for it."""

@@ -18,8 +18,11 @@ from gemma_deploy.backends.onnxruntime.padding import Tokens
 from gemma_deploy.backends.onnxruntime.weights import Weights
 from gemma_deploy.backends.onnxruntime.window import windowed_layers
 from gemma_deploy.checkpoint.config import ModelConfig
+from gemma_deploy.errors import ExportError
 from gemma_deploy.graph.external import Row
-from gemma_deploy.names import EMBEDDING
+from gemma_deploy.names import EMBEDDING, MICROSOFT
+
+OPSET, IR_VERSION = 23, 11
 
 
 class DecoderParts:
@@ -45,6 +48,28 @@ class DecoderParts:
         self.updates: Updates | None = None
         half = self.weights.dtype(f"{EMBEDDING}.weight") == "bfloat16"
         self.dtype = self.weights.computed = ir.DataType.BFLOAT16 if half else ir.DataType.FLOAT
+
+    def _finished(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], name: str) -> ir.Model:
+        """The model of everything made so far.
+
+        Raises:
+            ExportError: a tensor of the parameter file is read by nothing.
+        """
+        if left := self.weights.unused():
+            raise ExportError(
+                "graph and parameter file disagree",
+                problems=[f"{tensor} is in the file but the graph does not read it" for tensor in left],
+                next_step="this is a bug: report it",
+            )
+        graph = ir.Graph(
+            inputs,
+            outputs,
+            nodes=self.nodes.nodes,
+            initializers=list(self.nodes.initializers.values()),
+            opset_imports={"": OPSET, MICROSOFT: 1},
+            name=name,
+        )
+        return ir.Model(graph, ir_version=IR_VERSION, producer_name="gemma-deploy")
 
     def _chosen(self, tokens: Tokens, **values: ir.Value) -> list[ir.Value]:
         """[B,S,*] -> [B,N,*] of the tokens whose logits are wanted, by name."""

@@ -105,25 +105,16 @@ class Weights:
     def ones(self, size: int) -> ir.Value:
         """What a norm without a weight multiplies by."""
         name = f"ones.{size}"
-        plain = self.top.constant(np.ones(size, np.float32), f"float32.{name}")
-        if self.computed == ir.DataType.FLOAT:
-            return plain
-        return self._once(f"{name}.half", lambda made: self.top.one("Cast", [plain], made, to=self.computed.value))
+        return self._as_computed(self.top.constant(np.ones(size, np.float32), f"float32.{name}"), name)
 
     def number(self, name: str) -> ir.Value:
         """A tensor of one number, in the type that is computed in."""
-        stored = self.view([name], name)
-        if self.computed == ir.DataType.FLOAT:
-            return stored
-        return self._once(f"{name}.half", lambda made: self.top.one("Cast", [stored], made, to=self.computed.value))
+        return self._as_computed(self.view([name], name), name)
 
     def rotary(self, kind: str, table: str) -> ir.Value:
         """[positions, head_dim / 2] "cos" or "sin" of a kind of layer."""
         name = f"rotary.{kind}.{table}"
-        stored = self.view([f"model.rotary_emb.{kind}.{table}"], name)
-        if self.computed == ir.DataType.FLOAT:
-            return stored
-        return self._once(f"{name}.half", lambda made: self.top.one("Cast", [stored], made, to=self.computed.value))
+        return self._as_computed(self.view([f"model.rotary_emb.{kind}.{table}"], name), name)
 
     def block_scales(self, names: Sequence[str], name: str, blocks: int, *, part: Part = None) -> ir.Value:
         """Scales [rows, blocks] of matrices whose scales are [rows] or [rows, groups]."""
@@ -138,6 +129,12 @@ class Weights:
             return self.top.one("Expand", [column, self.top.numbers(shape[0], blocks)], made)
 
         return self._once(f"{name}.block_scale", repeated)
+
+    def _as_computed(self, value: ir.Value, name: str) -> ir.Value:
+        """A float32 value in the type that is computed in; `name` is that of the tensor."""
+        if self.computed == ir.DataType.FLOAT:
+            return value
+        return self._once(f"{name}.half", lambda made: self.top.one("Cast", [value], made, to=self.computed.value))
 
     def unused(self) -> list[str]:
         """Tensors of the file that no initializer shows."""

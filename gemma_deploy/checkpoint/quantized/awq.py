@@ -6,13 +6,12 @@ A word holds codes of eight neighbouring outputs in the order 0, 2, 4, 6, 1, 3, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gemma_deploy.checkpoint.quantized.gptq import NEEDED
-from gemma_deploy.checkpoint.quantized.matrix import CodedMatrix, MisfitError
+from gemma_deploy.checkpoint.quantized.matrix import MisfitError, TransposedMatrix
 from gemma_deploy.checkpoint.quantized.packing import WORD_BITS, unpacked
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ EACH = WORD_BITS // BITS
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # output of a word -> its place there: the inverse of the order above
 
 
-class AwqMatrix(CodedMatrix):
+class AwqMatrix(TransposedMatrix):
     """See the module.
 
     Args:
@@ -43,27 +42,17 @@ class AwqMatrix(CodedMatrix):
 
     def differences(self, start: int, stop: int) -> np.ndarray:
         """See `CodedMatrix`."""
-        codes = _outputs(self._codes, start, stop).astype(np.int16)
-        return self.less(codes, _outputs(self._zeros, start, stop).astype(np.int16))
+        return self.less(_outputs(self._codes, start, stop), self._zeros_of(start, stop))
 
-    def scales(self, start: int, stop: int) -> np.ndarray:
-        """See `CodedMatrix`."""
-        return self._scales.file.float_columns(self._scales.name, start, stop).T.copy()
-
-    def zero_points(self) -> tuple[int, int]:
-        """See `CodedMatrix`."""
-        return self._bounds
-
-    @cached_property
-    def _bounds(self) -> tuple[int, int]:
-        zeros = _outputs(self._zeros, 0, self.shape[0])
-        return int(zeros.min()), int(zeros.max())
+    def _zeros_of(self, start: int, stop: int) -> np.ndarray:
+        """See `TransposedMatrix`."""
+        return _outputs(self._zeros, start, stop)
 
 
 def _outputs(part: Stored[Any], start: int, stop: int) -> np.ndarray:
-    """Codes of outputs [start, stop) of a tensor [n, out / 8], uint8 [stop - start, n]."""
+    """Codes of outputs [start, stop) of a tensor [n, out / 8], int16 [stop - start, n]."""
     first, last = start // EACH, -(-stop // EACH)
     words = part.file.raw_columns(part.name, first, last)
     codes = unpacked(words, BITS).reshape(len(words), last - first, EACH)[..., PLACES]
     codes = codes.reshape(len(words), EACH * (last - first))
-    return np.ascontiguousarray(codes[:, start - first * EACH : stop - first * EACH].T)
+    return np.ascontiguousarray(codes[:, start - first * EACH : stop - first * EACH].T, np.int16)

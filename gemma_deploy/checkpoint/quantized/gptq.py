@@ -9,12 +9,11 @@ that a zero point of 0 became. `gptq_v2` stores it as it is.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemma_deploy.checkpoint.quantized.matrix import CodedMatrix, MisfitError
+from gemma_deploy.checkpoint.quantized.matrix import MisfitError, TransposedMatrix
 from gemma_deploy.checkpoint.quantized.packing import BUILT_BITS, WORD_BITS, unpacked
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ NEEDED = ("qweight", "qzeros", "scales")
 STORED_LESS_ONE = {"gptq": 1, "gptq_v2": 0}
 
 
-class GptqMatrix(CodedMatrix):
+class GptqMatrix(TransposedMatrix):
     """See the module.
 
     Args:
@@ -52,21 +51,8 @@ class GptqMatrix(CodedMatrix):
         codes = unpacked(words.T, self.bits).astype(np.int16)
         return self.less(codes, self._zeros_of(start, stop))
 
-    def scales(self, start: int, stop: int) -> np.ndarray:
-        """See `CodedMatrix`."""
-        return self._scales.file.float_columns(self._scales.name, start, stop).T.copy()
-
-    def zero_points(self) -> tuple[int, int]:
-        """See `CodedMatrix`."""
-        return self._bounds
-
-    @cached_property
-    def _bounds(self) -> tuple[int, int]:
-        zeros = self._zeros_of(0, self.shape[0])
-        return int(zeros.min()), int(zeros.max())
-
     def _zeros_of(self, start: int, stop: int) -> np.ndarray:
-        """Zero points of rows, int16 [rows, groups]."""
+        """See `TransposedMatrix`."""
         each = WORD_BITS // self.bits
         first, last = start // each, -(-stop // each)
         words = self._zeros.file.raw_columns(self._zeros.name, first, last)

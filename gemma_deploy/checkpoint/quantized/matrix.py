@@ -196,3 +196,29 @@ class CodedMatrix(QuantizedWeight):
         if form.groupsize is None:
             return scales[:, 0].copy()
         return np.repeat(scales, self._run // form.groupsize, axis=1)
+
+
+class TransposedMatrix(CodedMatrix):
+    """Codes, zero points and scales with the outputs in columns, as GPTQ and AWQ files have them; zero points vary.
+
+    `_scales` is the tensor [groups, out].
+    """
+
+    _scales: Stored[Any]
+
+    @abstractmethod
+    def _zeros_of(self, start: int, stop: int) -> np.ndarray:
+        """Zero points of rows [start, stop), int16 [stop - start, groups]."""
+
+    def scales(self, start: int, stop: int) -> np.ndarray:
+        """See `CodedMatrix`."""
+        return self._scales.file.float_columns(self._scales.name, start, stop).T.copy()
+
+    def zero_points(self) -> tuple[int, int]:
+        """See `CodedMatrix`."""
+        return self._bounds
+
+    @cached_property
+    def _bounds(self) -> tuple[int, int]:
+        zeros = self._zeros_of(0, self.shape[0])
+        return int(zeros.min()), int(zeros.max())

@@ -89,7 +89,7 @@ class Modules:
         return [
             f"twice: {name} is there as floats and as codes"
             for name in used
-            if {name} <= self.plain.keys() & self.parts.keys()
+            if name in self.plain and name in self.parts
         ]
 
     def problems(self, used: Iterable[str]) -> list[str]:
