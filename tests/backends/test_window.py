@@ -372,3 +372,28 @@ def test_a_draft_takes_back_what_it_guessed_wrong(compiled, prompt, slack, monke
     assert tokens[:40] == greedy_of_transformers(artifact, prompt, 40)
     assert ahead.right == sum(coming) > 10
     assert guesser.sequence.length > 2 * 8 + slack
+
+
+def test_a_draft_that_follows_another_text_begins_anew(compiled, prompt, monkeypatch):
+    """What its buffers of a window have given up is not there to go back to: guesses are those of a new draft."""
+    monkeypatch.setattr(window, "SLACK", 4)
+    monkeypatch.setattr(draft, "LEAST_SURE", 0)
+    artifact = compiled("gemma2", "fp32")
+    model = OrtModel(artifact, Artifact.open(artifact).manifest, 1)
+
+    def guesser():
+        return Draft(model, 100, vocab_size=model.vocab_size, sampler=Sampling().sampler())
+
+    used, told = guesser(), []
+    used.follow(prompt)
+    used.guess(4)
+    for count in (4, 9, 17):  # more and more of the first text is in the second
+        other = [*prompt[:count], *prompt[-3:]]
+        fresh = guesser()
+        for one in (used, fresh):
+            one.follow(other)
+        told.append((used.guess(4).tokens, fresh.guess(4).tokens))
+        used.follow(prompt)
+        used.guess(4)
+    assert len(prompt) > 8 + 2 * 4
+    assert [one for one, _ in told] == [other for _, other in told]

@@ -34,10 +34,14 @@ class Draft:
     def __init__(self, model: OrtModel, room: int, *, vocab_size: int, sampler: Sampler) -> None:
         self.model, self.vocab_size, self.sampler = model, vocab_size, sampler
         self.room = min(room, model.context_length)
-        self.sequence = OrtSequence(model, self.room)
         self._ids: list[int] = []
-        self._read: list[int] = []  # what lies in the cache, guesses among it
+        self._begin_cache()
         self._ahead = MOST_TOKENS // 2  # tokens to guess next time
+
+    def _begin_cache(self) -> None:
+        self.sequence = OrtSequence(self.model, self.room)
+        self._read: list[int] = []  # what lies in the cache, guesses among it
+        self._settled = 0  # how many of those were no guesses: buffers of a window cannot go back behind them
 
     def follow(self, ids: Sequence[int]) -> None:
         """Guess what comes behind these tokens, the next time."""
@@ -47,8 +51,7 @@ class Draft:
         """Read the prompt; the last token comes with the first guess."""
         waiting = self._waiting()[:-1]
         if waiting and len(self._ids) <= self.room:
-            self.sequence.read(waiting)
-            self._read += waiting
+            self._settle(waiting)
 
     def append(self, token: int) -> None:
         """A token more."""
@@ -64,8 +67,7 @@ class Draft:
         most = max(1, self.sequence.ahead(len(waiting) + most - 1) - len(waiting) + 1)
         tokens: list[int] = []
         drawn_from: list[np.ndarray] = []
-        row = self.sequence.read(waiting)[-1]
-        self._read += waiting
+        row = self._settle(waiting)
         while True:
             token, sure = self._chosen(row, drawn_from)
             tokens.append(token)
@@ -85,9 +87,19 @@ class Draft:
         if self._read != self._ids[:count] or count == len(self._ids):
             pairs = zip(self._read, self._ids[:-1], strict=False)
             count = next((at for at, (one, other) in enumerate(pairs) if one != other), min(count, len(self._ids) - 1))
+            if count < self._settled:  # another text
+                self._begin_cache()
+                return [*self._ids]
             del self._read[count:]
             self.sequence.length = count
         return self._ids[count:]
+
+    def _settle(self, waiting: list[int]) -> np.ndarray:
+        """Read tokens that are no guesses; logits [V] behind the last."""
+        row: np.ndarray = self.sequence.read(waiting)[-1]
+        self._read += waiting
+        self._settled = len(self._read)
+        return row
 
     def _chosen(self, row: np.ndarray, drawn_from: list[np.ndarray]) -> tuple[int, float]:
         """A token, and how probable it is to this model."""
