@@ -40,7 +40,8 @@ def test_a_name_of_another_size_is_told(name, told, caplog):
 
 
 @pytest.mark.parametrize("options", [[], ["-v"]])
-def test_what_is_carried_for_the_vendor_is_said_to_those_who_ask(options, capsys, caplog):
+def test_what_is_carried_for_the_vendor_is_said_to_those_who_ask(options, capsys, caplog, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # whose workspace holds no artifact of an earlier version
     assert main([*options, "compile", "accelerator-int8", "--checkpoint", "demo", "--dry-run"]) == 0
     said = capsys.readouterr().out + caplog.text
     assert ("carried for the vendor" in said) == bool(options)

@@ -6,7 +6,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from gemma_deploy.backends.onnxruntime import decoder
+from gemma_deploy.backends.onnxruntime import parts
 from gemma_deploy.graph import functions
 from gemma_deploy.graph.contract import GRAPHS
 from gemma_deploy.graph.trace import OPSET
@@ -43,7 +43,7 @@ def test_every_function_of_a_graph_is_among_them(built):
         assert {node.op_type for node in model.graph if node.domain == functions.DOMAIN} <= ours
 
 
-@pytest.mark.parametrize("opset", [OPSET, decoder.OPSET])
+@pytest.mark.parametrize("opset", [OPSET, parts.OPSET])
 def test_opsets_stay_below_the_attention_that_has_no_cpu_kernel(opset):
     """Attention of opset 25, which has windows, is 74 to 88 nodes in ONNX Runtime 1.32."""
     assert opset <= 24
