@@ -5,8 +5,9 @@ Published files leave out what is the default of transformers' config class; ima
 
 from __future__ import annotations
 
-from gemma_deploy.architectures import by_multimodal, multimodal_types
+from gemma_deploy.architectures import by_multimodal, model_types, multimodal_types, names
 from gemma_deploy.architectures.keys import ConfigKeys
+from gemma_deploy.architectures.relatives import not_built
 from gemma_deploy.errors import CheckpointError
 
 INNER = "text_config"
@@ -25,11 +26,18 @@ def language_model(keys: ConfigKeys) -> ConfigKeys:
     """The keys of a text model: its own, or those of the language model in a multimodal one, defaults filled in.
 
     Raises:
-        CheckpointError: the language model is none of Gemma's that are built.
+        CheckpointError: the model, or its language model, is none of Gemma's that are built.
     """
     outer, kind = keys.raw, keys.raw.get("model_type")
     row = by_multimodal(kind)
     if row is None:
+        if (relative := not_built(kind)) is not None:
+            raise CheckpointError(
+                relative,
+                where=keys.where,
+                expected="one of " + ", ".join((*model_types(), *multimodal_types())),
+                next_step=f"pass a checkpoint of {names()}",
+            )
         if INNER in outer:
             raise CheckpointError(
                 f"model_type {kind!r} has a {INNER}: a model of text and images that is not built",

@@ -1,9 +1,13 @@
 """ModelConfig: what a config may leave out, both rope spellings, and every refusal with its words."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
+from gemma_deploy.architectures import model_types, multimodal_types
+from gemma_deploy.architectures.relatives import RELATIVES
 from gemma_deploy.checkpoint import ModelConfig, Rope, expected_tensors
 from gemma_deploy.errors import CheckpointError
 from tests.checkpoint.make import config
@@ -171,6 +175,35 @@ def test_gemma3_needs_its_window_and_rope_per_layer_type():
     text = refusal(raw)
     assert "sliding_window is missing" in text
     assert "rope_parameters: got ['rope_theta'], expected one entry per layer type" in text
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [
+        ("diffusion_gemma", "DiffusionGemma, which fills blocks of tokens in any order, is not built"),
+        ("t5gemma2", "T5Gemma 2, an encoder and a decoder, is not built"),
+        ("recurrent_gemma", "RecurrentGemma, whose recurrent layers keep a state in place of keys and values, is not"),
+        ("gemma4_vision", "the vision part of Gemma 4, an encoder of images, is not built"),
+        ("gemma4_audio", "the audio part of Gemma 4, an encoder of sound, is not built"),
+    ],
+)
+def test_relatives_that_are_not_built_are_refused_by_name(model_type, said):
+    for raw in ({"model_type": model_type}, {"model_type": model_type, "text_config": {"model_type": model_type}}):
+        assert said in refusal(raw)
+
+
+def test_every_gemma_of_transformers_is_built_or_told():
+    transformers = pytest.importorskip("transformers")
+    installed = Path(transformers.__file__).parent / "models"
+    kinds = {
+        found
+        for path in installed.glob("*gemma*/configuration_*.py")
+        for found in re.findall(r'^    model_type = "(.+)"$', path.read_text("utf-8"), re.MULTILINE)
+    }
+    assert len(kinds) > 15
+    built = {*model_types(), *multimodal_types()}
+    assert kinds <= built | set(RELATIVES)
+    assert not built & set(RELATIVES)
 
 
 def test_unknown_model_type_suggests_the_nearest():

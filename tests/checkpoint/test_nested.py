@@ -177,7 +177,7 @@ def test_it_compiles_proven_to_a_text_artifact(published, tmp_path):
     ("raw", "words"),
     [
         (
-            {"model_type": "paligemma", "text_config": {"model_type": "gemma"}},
+            {"model_type": "idefics3", "text_config": {"model_type": "gemma"}},
             "of text and images that is not built",
         ),
         ({"model_type": "gemma3_text", "text_config": {}}, "among gemma3"),
