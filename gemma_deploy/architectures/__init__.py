@@ -23,10 +23,9 @@ from gemma_deploy.architectures.base import (
     LayerSpec,
     LayerType,
     Linear,
-    PerLayer,
-    PerLayerTable,
     Rope,
 )
+from gemma_deploy.architectures.blocks import PerLayer, PerLayerTable
 from gemma_deploy.architectures.embedding_gemma import EMBEDDING_GEMMA
 from gemma_deploy.architectures.gemma import GEMMA
 from gemma_deploy.architectures.gemma2 import GEMMA2

@@ -17,14 +17,12 @@ from gemma_deploy.architectures.base import (
     Facts,
     LayerSpec,
     LayerType,
-    Linear,
     Patched,
-    PerLayer,
-    PerLayerTable,
     Rope,
     Sizes,
     part_keys,
 )
+from gemma_deploy.architectures.blocks import PerLayerTable
 from gemma_deploy.architectures.keys import ConfigKeys
 from gemma_deploy.architectures.shared import (
     FOUR_NORMS,
@@ -39,6 +37,7 @@ from gemma_deploy.architectures.shared import (
     rope,
     without_values,
 )
+from gemma_deploy.architectures.sharing import SHARED_LAYERS, check_sharing, sharing, with_vectors, with_width
 
 ACTIVATION_KEY = "hidden_activation"
 PATTERN, GLOBAL_HEAD_DIM, WINDOW = 6, 512, 512
@@ -77,7 +76,8 @@ def read(keys: ConfigKeys, size: Mapping[str, int], layers: int) -> Facts:
     if keys.raw.get("enable_moe_block"):
         keys.problem("enable_moe_block", True, "false: Gemma 4 26B-A4B, a mixture of experts, is not built")
     layer_types = _layer_types(keys, layers)
-    _check_sharing(keys, layer_types)
+    keys.boolean("use_double_wide_mlp", False)
+    check_sharing(keys, layer_types, default=0)
     keys.boolean("attention_k_eq_v", False)
     if keys.raw.get(PER_LAYER) is None:
         keys.integer("global_head_dim", default=GLOBAL_HEAD_DIM)
@@ -132,63 +132,14 @@ def layer(config: Sizes, index: int) -> LayerSpec:
     if shared:
         linears = tuple(one for one in spec.linears if one.name != "self_attn.v_proj")
         spec = replace(spec, linears=linears, caches=K_AND_V)
-    return _sharing(config, spec)
+    spec = sharing(spec, config.layer_types, config.raw.get(SHARED_LAYERS, 0))
+    wide = spec.cache_from is not None and config.raw.get("use_double_wide_mlp")
+    return with_width(spec, 2 * spec.intermediate_size) if wide else spec
 
 
 def layer_of_text(config: Sizes, index: int) -> LayerSpec:
     """`layer` of `gemma4_text`, which may have per-layer embeddings."""
-    spec, table = layer(config, index), per_layer(config)
-    if table is None:
-        return spec
-    added = PerLayer(table.size)
-    linears = (
-        Linear(added.gate, added.size, spec.hidden_size),
-        Linear(added.projection, spec.hidden_size, added.size),
-    )
-    return replace(spec, linears=(*spec.linears, *linears), norms=(*spec.norms, added.norm), per_layer=added)
-
-
-def _sharing(config: Sizes, spec: LayerSpec) -> LayerSpec:
-    """The layer as one that reads the keys and values of an earlier one, where it is such."""
-    own = len(config.layer_types) - config.raw.get("num_kv_shared_layers", 0)
-    if spec.index < own:
-        return spec
-    source = max(index for index, kind in enumerate(config.layer_types[:own]) if kind == spec.kind)
-    attention, mlp = spec.branches
-    queries = (attention.entry.observed,)
-    inner = (*queries, "self_attn.q_norm")
-    entry = replace(attention.entry, readers=queries, fused="")
-    width = spec.intermediate_size * (2 if config.raw.get("use_double_wide_mlp") else 1)
-    heights = {"mlp.gate_proj": (width, spec.hidden_size), "mlp.up_proj": (width, spec.hidden_size),
-               "mlp.down_proj": (spec.hidden_size, width)}  # fmt: skip
-    linears = tuple(
-        Linear(one.name, *heights.get(one.name, (one.out_features, one.in_features)))
-        for one in spec.linears
-        if one.name not in ("self_attn.k_proj", "self_attn.v_proj")
-    )
-    return replace(
-        spec,
-        template=f"{spec.kind}.sharing",
-        intermediate_size=width,
-        linears=linears,
-        branches=(replace(attention, entry=entry, inner=inner), mlp),
-        head_norms=HEAD_NORMS[:1],
-        caches=(),
-        cache_from=source,
-        value_norm=None,
-    )
-
-
-def _check_sharing(keys: ConfigKeys, layer_types: Sequence[LayerType]) -> None:
-    """That every layer which shares keys and values has one of its kind before it that makes some."""
-    shared, layers = keys.raw.get("num_kv_shared_layers", 0), len(layer_types)
-    keys.boolean("use_double_wide_mlp", False)
-    if type(shared) is not int or not 0 <= shared < layers:
-        keys.problem("num_kv_shared_layers", shared, f"a whole number from 0 to {layers - 1}")
-        return
-    own, sharing = set(layer_types[: layers - shared]), set(layer_types[layers - shared :])
-    for kind in sorted(sharing - own):
-        keys.problem("num_kv_shared_layers", shared, f"fewer: no layer before those has keys and values of {kind}")
+    return with_vectors(layer(config, index), per_layer(config))
 
 
 def keys_of_part(layers: Sequence[LayerSpec]) -> dict[str, Any]:
@@ -198,7 +149,7 @@ def keys_of_part(layers: Sequence[LayerSpec]) -> dict[str, Any]:
         for number, layer in enumerate(layers)
     }
     shared = sum(layer.cache_from is not None for layer in layers)
-    found = {**part_keys(layers), PER_LAYER: sizes, "is_part": True, "num_kv_shared_layers": shared}
+    found = {**part_keys(layers), PER_LAYER: sizes, "is_part": True, SHARED_LAYERS: shared}
     if all(len({maker for _, maker in layer.caches}) != 1 for layer in layers):
         found["attention_k_eq_v"] = False  # the stock class makes the last layer a global one
     return found
