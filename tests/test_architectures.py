@@ -9,7 +9,7 @@ import transformers
 
 from gemma_deploy import architectures, paths
 from gemma_deploy.architectures import ROWS
-from gemma_deploy.checkpoint import ModelConfig
+from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.errors import NotBuiltError
 from gemma_deploy.patched import patched_causal, patched_config, patched_stack
 from gemma_deploy.testing import TINY_CONFIGS, TINY_ENCODER
@@ -73,13 +73,18 @@ def test_points_are_what_hooks_see_in_that_order(row):
 
 @pytest.mark.parametrize(("row", "layout"), architectures.by_gguf_name().values(), ids=architectures.by_gguf_name())
 def test_llama_cpp_has_these_tensors(row, layout):
-    known = {
-        gguf.TENSOR_NAMES[kind].removeprefix("blk.{bid}.")
-        for kind in gguf.MODEL_TENSORS[getattr(gguf.MODEL_ARCH, layout.name.upper())]
-    }
-    assert set(layout.blocks) <= known
-    layer = config_of(row.model_type).layers[0]
-    assert sorted(f"{name}.weight" for name in layout.blocks.values()) == sorted(layer.tensors())
+    """Names are those of gguf-py's own table, both ways; the file of every tensor of the model is read."""
+    kind = getattr(gguf.MODEL_ARCH, layout.name.upper())
+    known = {gguf.TENSOR_NAMES[one] for one in gguf.MODEL_TENSORS[kind]}
+    names = {f"blk.{{bid}}.{part}" for part in layout.blocks}
+    names |= {f"blk.{{bid}}.{name.rpartition('.')[0]}" for name in layout.whole}
+    names |= {name.removesuffix(".weight") for name in (*layout.outside, *layout.said)}
+    assert names <= known
+    table = gguf.get_tensor_name_map(kind, 64)
+    for name in expected_tensors(config_of(row.model_type)):
+        said = table.get_name(name if name.endswith(".weight") else f"{name}.weight", try_suffixes=(".weight",))
+        assert said is not None, name
+        assert layout.hf_name(said) == name
 
 
 def test_the_table_in_source_code_is_what_staging_adds():

@@ -13,8 +13,10 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
 from gemma_deploy.params import taken_over as taking
+from gemma_deploy.testing import TINY_PER_LAYER, write_tiny_checkpoint
 from gemma_deploy.verifying import verify
 from tests.calibration.make import write_tokenizer
+from tests.checkpoint.gguf_make import write_gemma4
 from tests.checkpoint.quantized_make import FORMS, read_floats, write_quantized
 from tests.checkpoint.test_gguf import write_gguf
 from tests.exporting import export_once
@@ -163,6 +165,38 @@ def test_gguf_blocks(recipe, tmp_path, capsys, kind, scheme, dtype):
         assert taken[name].removeprefix("u") == ("int8" if "embed" in name else dtype)
     (entry,) = (one for one in manifest["ledger"] if f"GGUF {kind}" in one["where"])
     assert entry["what"].startswith("taken over")
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme", "bits"),
+    [("Q4_0", "w4a16_rtn", 4), pytest.param("Q8_0", "w8a16", 8, marks=pytest.mark.slow)],
+)
+def test_gguf_blocks_of_gemma_4(recipe, tmp_path, capsys, kind, scheme, bits):
+    """With per-layer embeddings: both tables and what layers make of them, at 8 bits or more.
+
+    The projection that makes all vectors at once has a scale for each row in every artifact.
+    """
+    changes = {**TINY_PER_LAYER, "num_global_key_value_heads": None}
+    floats = Checkpoint.open(write_tiny_checkpoint(tmp_path / "f", "gemma4_text", **changes))
+    write_gemma4(tmp_path / "m.gguf", tmp_path / "f", kind=gguf.GGMLQuantizationType[kind])
+    write_tokenizer(tmp_path)
+    manifest = compiled(tmp_path, capsys, recipe(tmp_path / "m.gguf", {"type": scheme}))
+    weights = stored(tmp_path, tmp_path / "m.gguf")
+    taken = {row["name"]: row["dtype"] for row in manifest["params"] if row["scheme"] == "taken_over"}
+    names = [name for name, info in floats.tensors.items() if len(info.shape) == 2]
+    names.remove("model.per_layer_model_projection.weight")
+    (left,) = (row for row in manifest["checkpoint"]["arrived"] if not row["taken_over"])
+    assert left["matrices"] == 1
+    assert "a scale for each group of 32 columns, the artifact one for each row" in left["why"]
+    assert set(taken) == {one for name in names for one in (name, name.replace(".weight", ".scale"))}
+    for name in names:
+        codes, scales = weights.codes(name)
+        rows = floats.rows(name, 0, floats.tensors[name].shape[0])
+        blocks = gguf.quants.quantize(rows, gguf.GGMLQuantizationType[kind])
+        right = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
+        assert np.array_equal(codes * np.repeat(scales, 32, axis=1), right), name
+        in_layers = "layers" in name and "per_layer" not in name
+        assert taken[name].removeprefix("u") == f"int{bits if in_layers else 8}"
 
 
 @pytest.mark.slow

@@ -18,7 +18,6 @@ from gemma_deploy.architectures.base import (
     Architecture,
     Axis,
     Branch,
-    Gguf,
     InputGroup,
     LayerSpec,
     LayerType,
@@ -31,6 +30,7 @@ from gemma_deploy.architectures.gemma import GEMMA
 from gemma_deploy.architectures.gemma2 import GEMMA2
 from gemma_deploy.architectures.gemma3 import GEMMA3
 from gemma_deploy.architectures.gemma4 import GEMMA4, GEMMA4_UNIFIED
+from gemma_deploy.architectures.gguf import Gguf, Metadata
 from gemma_deploy.architectures.vaultgemma import VAULTGEMMA
 from gemma_deploy.errors import NotBuiltError
 
@@ -164,6 +164,7 @@ __all__ = [
     "LayerSpec",
     "LayerType",
     "Linear",
+    "Metadata",
     "PerLayer",
     "PerLayerTable",
     "Rope",

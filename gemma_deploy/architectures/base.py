@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 from gemma_deploy.architectures.blocks import PerLayer, PerLayerTable
+from gemma_deploy.architectures.gguf import Gguf
 from gemma_deploy.architectures.keys import ConfigKeys
 
 LayerType = Literal["full_attention", "sliding_attention"]
@@ -293,22 +294,6 @@ class Patched:
         if self.classifier is not None:
             auto_map["AutoModelForSequenceClassification"] = f"{self.modeling}.{self.classifier}"
         return {"auto_map": auto_map, **SWITCHES}
-
-
-@dataclass(frozen=True)
-class Gguf:
-    """How llama.cpp writes a generation down.
-
-    Args:
-        name: `general.architecture`.
-        blocks: part of a tensor's name after `blk.N.` -> name within the layer.
-        config: keys of config.json beside the sizes, from a function that gives a metadata value by its name after the
-            architecture's, or None.
-    """
-
-    name: str
-    blocks: Mapping[str, str]
-    config: Callable[[Callable[[str], Any]], dict[str, Any]]
 
 
 def part_keys(layers: Sequence[LayerSpec]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from gemma_deploy.architectures.base import (
@@ -12,11 +12,11 @@ from gemma_deploy.architectures.base import (
     TANH_GELU,
     Architecture,
     Facts,
-    Gguf,
     LayerSpec,
     Patched,
     Sizes,
 )
+from gemma_deploy.architectures.gguf import Gguf, Metadata
 from gemma_deploy.architectures.keys import ConfigKeys
 from gemma_deploy.architectures.shared import (
     GGUF_BLOCKS,
@@ -59,7 +59,7 @@ def layer(config: Sizes, index: int) -> LayerSpec:
     return decoder_layer(config, index, branches=BRANCHES, norms=NORMS, attention_scale=scale)
 
 
-def gguf_config(meta: Callable[[str], Any]) -> dict[str, Any]:
+def gguf_config(meta: Metadata) -> dict[str, Any]:
     """Keys of config.json from a GGUF file's metadata."""
     return {"rope_theta": meta("rope.freq_base") or 10000.0}
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from gemma_deploy.architectures.base import SLIDING, Architecture, Facts, Gguf, LayerSpec, Patched, Sizes
+from gemma_deploy.architectures.base import SLIDING, Architecture, Facts, LayerSpec, Patched, Sizes
+from gemma_deploy.architectures.gguf import Gguf, Metadata
 from gemma_deploy.architectures.keys import ConfigKeys
 from gemma_deploy.architectures.shared import (
     FOUR_NORMS,
@@ -58,7 +59,7 @@ def layer(config: Sizes, index: int) -> LayerSpec:
     return decoder_layer(config, index, branches=BRANCHES, norms=FOUR_NORMS, attention_scale=scale)
 
 
-def gguf_config(meta: Callable[[str], Any]) -> dict[str, Any]:
+def gguf_config(meta: Metadata) -> dict[str, Any]:
     """Keys of config.json from a GGUF file's metadata."""
     return {
         "sliding_window": meta("attention.sliding_window") or WINDOW,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from gemma_deploy.architectures.base import (
@@ -10,18 +10,19 @@ from gemma_deploy.architectures.base import (
     SLIDING,
     Architecture,
     Facts,
-    Gguf,
     LayerSpec,
     LayerType,
     Patched,
     Rope,
     Sizes,
 )
+from gemma_deploy.architectures.gguf import Gguf, Metadata
 from gemma_deploy.architectures.keys import ConfigKeys
 from gemma_deploy.architectures.shared import (
     FOUR_NORMS,
     GGUF_BLOCKS,
     GGUF_FOUR_NORMS,
+    GGUF_HEAD_NORMS,
     HEAD_NORMS,
     activation,
     attention,
@@ -104,7 +105,7 @@ def layer(config: Sizes, index: int) -> LayerSpec:
     )
 
 
-def gguf_config(meta: Callable[[str], Any]) -> dict[str, Any]:
+def gguf_config(meta: Metadata) -> dict[str, Any]:
     """Keys of config.json from a GGUF file's metadata."""
     pattern = meta("attention.sliding_window_pattern")
     found = {
@@ -136,7 +137,7 @@ GEMMA3 = Architecture(
     ),
     gguf=Gguf(
         "gemma3",
-        {**GGUF_BLOCKS, **GGUF_FOUR_NORMS, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
+        {**GGUF_BLOCKS, **GGUF_FOUR_NORMS, **GGUF_HEAD_NORMS},
         gguf_config,
     ),
     read=read,

@@ -23,6 +23,7 @@ from gemma_deploy.architectures.base import (
     part_keys,
 )
 from gemma_deploy.architectures.blocks import PerLayerTable
+from gemma_deploy.architectures.gemma4_gguf import GEMMA4_GGUF
 from gemma_deploy.architectures.keys import ConfigKeys
 from gemma_deploy.architectures.shared import (
     FOUR_NORMS,
@@ -241,7 +242,7 @@ GEMMA4 = Architecture(
         causal="Gemma4ForCausalLM",
         classifier=None,
     ),
-    gguf=None,
+    gguf=GEMMA4_GGUF,
     read=read_text,
     layer=layer_of_text,
     branches=BRANCHES,
@@ -265,6 +266,7 @@ GEMMA4_UNIFIED = replace(
         stack="Gemma4UnifiedTextModel",
         causal="Gemma4UnifiedForCausalLM",
     ),
+    gguf=None,  # llama.cpp has one name for all sizes
     read=read,
     layer=layer,
     per_layer=lambda config: None,

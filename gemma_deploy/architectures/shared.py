@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from gemma_deploy.architectures.base import (
     Rope,
     Sizes,
 )
+from gemma_deploy.architectures.gguf import Metadata
 from gemma_deploy.architectures.keys import ConfigKeys
 
 GELU_NAMES = (EXACT_GELU, TANH_GELU, "gelu_new")
@@ -47,6 +48,7 @@ GGUF_FOUR_NORMS: Mapping[str, str] = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+GGUF_HEAD_NORMS: Mapping[str, str] = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 FOUR_NORMS = (
     *("input_layernorm", "post_attention_layernorm"),
     *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
@@ -218,7 +220,7 @@ def one_rope(keys: ConfigKeys, layer_types: tuple[LayerType, ...]) -> dict[Layer
     }
 
 
-def attention_scalar_of_gguf(meta: Callable[[str], Any], exception: tuple[int, int]) -> int:
+def attention_scalar_of_gguf(meta: Metadata, exception: tuple[int, int]) -> int:
     """Not in the metadata. Only the 27B models differ from head_dim: hidden / heads (144 and 168).
 
     A whole number: transformers' config classes refuse 256.0 for it.

@@ -85,7 +85,9 @@ def assemble(
             f"{len(problems)} tensor(s) do not fit the config",
             where=str(path),
             problems=problems,
-            next_step="make sure config.json and the weights belong together and every shard is there",
+            next_step="convert it again with a current llama.cpp"
+            if gguf
+            else "make sure config.json and the weights belong together and every shard is there",
         )
     notes = list(named.notes)
     linears = sum(len(shape) == 2 and ".layers." in name for name, shape in expected.items())
@@ -99,7 +101,8 @@ def assemble(
 def _problems(place: Place, shape: tuple[int, ...], *, gguf: bool) -> list[str]:
     entry = place.entry
     if entry.shape != shape:
-        return [f"wrong shape: {place.name} is {list(entry.shape)}, config.json calls for {list(shape)}"]
+        said = "the metadata call for" if gguf else "config.json calls for"
+        return [f"wrong shape: {place.name} is {list(entry.shape)}, {said} {list(shape)}"]
     if not gguf and not readable(entry.dtype):
         return [f"wrong dtype: {place.name} is {entry.dtype}, expected bfloat16, float16 or float32"]
     return []

@@ -1,13 +1,14 @@
 """A llama.cpp .gguf file seen as a Hugging Face checkpoint: names, config, float32 rows.
 
 Two things differ from the safetensors of the same model: llama.cpp stores norm weights as what they multiply by
-(1 + w), and its metadata does not say everything config.json does (the generation's row says what is filled in).
+(1 + w up to Gemma 3), and its metadata does not say everything config.json does (the generation's row says what is
+filled in, and from which tensors).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,13 @@ import numpy as np
 
 from gemma_deploy import architectures, extras
 from gemma_deploy.architectures import TANH_GELU, Architecture, Gguf
+from gemma_deploy.architectures.keys import ConfigKeys
 from gemma_deploy.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from gemma_deploy.checkpoint.mapped import MappedFile
 from gemma_deploy.dtypes import BY_SAFETENSORS
 from gemma_deploy.errors import CheckpointError
-from gemma_deploy.names import EMBEDDING_WEIGHT, HEAD_WEIGHT, NORM_WEIGHT
+from gemma_deploy.names import EMBEDDING_WEIGHT, HEAD_WEIGHT
 
-GLOBAL_NAMES = {
-    "token_embd.weight": EMBEDDING_WEIGHT,
-    "output_norm.weight": NORM_WEIGHT,
-    "output.weight": HEAD_WEIGHT,
-}
 # config.json key -> metadata key after "ARCH."
 SIZES = {
     "hidden_size": "embedding_length",
@@ -55,7 +52,11 @@ class GgufEntry:
 
 
 class GgufFile:
-    """Checked header and lazy rows of one GGUF file."""
+    """Checked header and lazy rows of one GGUF file.
+
+    Attributes:
+        entries: weights by their Hugging Face names; said: tensors that say what config.json says, by llama.cpp's.
+    """
 
     def __init__(self, path: Path) -> None:
         """Read and check the header."""
@@ -66,7 +67,10 @@ class GgufFile:
         self.header_bytes = header.data_start
         self.metadata = header.metadata
         self.architecture, self.layout = self._architecture()
-        self.entries = self._entries(header)
+        stored = self._stored(header)
+        self.said = {name: stored.pop(name) for name in self.layout.said if name in stored}
+        self.entries = {entry.name: entry for entry in stored.values()}
+        self.tensors = {**stored, **self.said}
 
     def raw_rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows as stored, uint8 [stop - start, bytes per row]."""
@@ -85,7 +89,8 @@ class GgufFile:
             raise IndexError(f"{entry.name}: rows {start}..{stop} of {entry.shape[0]}")
         kind = GGMLQuantizationType(entry.ggml_type)
         if len(entry.shape) == 1:
-            return self._vector(entry, kind)[start:stop]
+            values = self.vector(entry)[start:stop]
+            return values - np.float32(self.architecture.norm_offset) if entry.name.endswith("norm.weight") else values
         out = np.empty((stop - start, *entry.shape[1:]), np.float32)
         step = max(1, DEQUANTIZE_BYTES // (4 * math.prod(entry.shape[1:])))
         for first in range(start, stop, step):
@@ -94,16 +99,22 @@ class GgufFile:
             out[first - start : last - start] = block.reshape(last - first, -1)
         return out
 
-    def _vector(self, entry: GgufEntry, kind: Any) -> np.ndarray:
+    def vector(self, entry: GgufEntry) -> np.ndarray:
+        """A vector as it is stored, float32."""
+        from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
+        kind = GGMLQuantizationType(entry.ggml_type)
         raw = _typed(self.file.copy(entry.start, entry.stop), kind.name)
-        value = np.asarray(dequantize(raw, kind), np.float32).reshape(entry.shape)
-        return value - np.float32(self.architecture.norm_offset) if entry.name.endswith("norm.weight") else value
+        return np.asarray(dequantize(raw, kind), np.float32).reshape(entry.shape)
 
     def config_dict(self) -> dict[str, Any]:
-        """The config.json that says what the metadata say; missing keys stay missing, for ModelConfig to report."""
-        meta, row = self._meta, self.architecture
+        """The config.json that says what the metadata say; missing keys stay missing, for ModelConfig to report.
+
+        Raises:
+            CheckpointError: listing what the generation's own metadata lack or contradict.
+        """
+        meta, row = _Metadata(self), self.architecture
         config: dict[str, Any] = {"architectures": [row.causal_class], "model_type": row.model_type}
         config |= {key: meta(name) for key, name in SIZES.items() if meta(name) is not None}
         table = self.entries.get(EMBEDDING_WEIGHT)
@@ -123,11 +134,15 @@ class GgufFile:
             ]
             if ids:
                 config[key] = ids[0] if len(ids) == 1 and type(ids[0]) is int else ids
-        return config | self.layout.config(meta)
-
-    def _meta(self, key: str) -> Any:
-        value = self.metadata.get(f"{self.metadata['general.architecture']}.{key}")
-        return _shortest(value) if isinstance(value, float) else value
+        config |= self.layout.config(meta)
+        if meta.problems:
+            raise CheckpointError(
+                f"{len(meta.problems)} key(s) or tensor(s) that say how the model computes are missing or wrong",
+                where=str(self.path),
+                problems=meta.problems,
+                next_step="convert it again with a current llama.cpp, or pass the directory of safetensors",
+            )
+        return config
 
     def _architecture(self) -> tuple[Architecture, Gguf]:
         name = self.metadata.get("general.architecture")
@@ -149,13 +164,14 @@ class GgufFile:
             )
         return rows[name]
 
-    def _entries(self, header: GgufHeader) -> dict[str, GgufEntry]:
+    def _stored(self, header: GgufHeader) -> dict[str, GgufEntry]:
+        """Every tensor by llama.cpp's name, checked against the file."""
         problems: list[str] = []
         entries = {}
         for tensor in header.tensors:
             entry = self._entry(tensor, header.data_start, problems)
             if entry is not None:
-                entries[entry.name] = entry
+                entries[tensor.name] = entry
         end, before = header.data_start, "the header"
         for entry in sorted(entries.values(), key=lambda e: (e.start, e.stop)):
             if entry.start < end:
@@ -173,7 +189,7 @@ class GgufFile:
     def _entry(self, tensor: GgufTensor, data_start: int, problems: list[str]) -> GgufEntry | None:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        name = _hf_name(tensor.name, self.layout.blocks)
+        name = self.layout.hf_name(tensor.name)
         try:
             kind = GGMLQuantizationType(tensor.ggml_type)
             per_block, block_bytes = GGML_QUANT_SIZES[kind]
@@ -197,14 +213,42 @@ class GgufFile:
         return GgufEntry(name, shape, kind.name, start, stop, tensor.ggml_type)
 
 
-def _hf_name(name: str, blocks: Mapping[str, str]) -> str:
-    """The Hugging Face name; a name llama.cpp does not use for Gemma stays as it is and is reported as unexpected."""
-    if name in GLOBAL_NAMES:
-        return GLOBAL_NAMES[name]
-    parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in blocks and parts[3] == "weight":
-        return f"model.layers.{parts[1]}.{blocks[parts[2]]}.weight"
-    return name
+class _Metadata:
+    """See `architectures.Metadata`.
+
+    Args:
+        file: the open file.
+    """
+
+    def __init__(self, file: GgufFile) -> None:
+        self._file, self._prefix = file, f"{file.layout.name}."
+        self._keys = ConfigKeys({}, str(file.path))
+
+    def __call__(self, key: str) -> Any:
+        value = self._file.metadata.get(self._prefix + key)
+        return _shortest(value) if isinstance(value, float) else value
+
+    def problem(self, key: str, got: object, expected: str) -> None:
+        name = key if key.endswith(".weight") else self._prefix + key
+        if got is None:
+            self._keys.problems.append(f"{name} is missing: expected {expected}")
+        else:
+            self._keys.problem(name, got, expected)
+
+    @property
+    def problems(self) -> list[str]:
+        return self._keys.problems
+
+    def has(self, tensor: str) -> bool:
+        return tensor in self._file.tensors
+
+    def rows(self, tensor: str) -> int | None:
+        entry = self._file.tensors.get(tensor)
+        return None if entry is None else entry.shape[0]
+
+    def numbers(self, tensor: str) -> Sequence[float] | None:
+        entry = self._file.said.get(tensor)
+        return None if entry is None or len(entry.shape) != 1 else [float(one) for one in self._file.vector(entry)]
 
 
 def _typed(raw: np.ndarray, type_name: str) -> np.ndarray:

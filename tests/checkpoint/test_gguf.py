@@ -189,7 +189,7 @@ def test_other_architecture_names_the_nearest(file):
     text = refusal(file)
     assert "holds a model of architecture 'gemma3n'; the nearest known one is 'gemma3'" in text
     assert "one of gemma, gemma2, gemma3" in text
-    assert "pass the GGUF file of Gemma 1, Gemma 2 or Gemma 3, or the directory of safetensors" in text
+    assert "pass the GGUF file of Gemma 1, Gemma 2, Gemma 3 or Gemma 4, or the directory of safetensors" in text
 
 
 def test_one_part_of_several(file):

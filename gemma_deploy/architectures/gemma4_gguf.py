@@ -1,0 +1,131 @@
+"""How llama.cpp writes Gemma 4 down: metadata by kind of layer, and what only tensors say.
+
+Of heads, `key_length` is the size in global layers and `key_length_swa` in local ones; whether keys are values follows
+from `attn_v`, the share of channels that turn from `rope_freqs`. One name stands for all sizes, 12B included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gemma_deploy.architectures import gguf_keys
+from gemma_deploy.architectures.base import FULL, SLIDING, LayerType
+from gemma_deploy.architectures.gguf import Gguf, Metadata
+from gemma_deploy.architectures.shared import GGUF_BLOCKS, GGUF_FOUR_NORMS, GGUF_HEAD_NORMS
+from gemma_deploy.names import PER_LAYER_NORM, PER_LAYER_PROJECTION, PER_LAYER_TABLE
+
+TOKENS, TABLE, FREQUENCIES = "token_embd.weight", "per_layer_token_embd.weight", "rope_freqs.weight"
+KV_HEADS, WIDTH = "attention.head_count_kv", "feed_forward_length"
+# llama.cpp's names of what layers add of a vector for each token.
+PER_LAYER_BLOCKS: Mapping[str, str] = {
+    "inp_gate": "per_layer_input_gate",
+    "proj": "per_layer_projection",
+    "post_norm": "post_per_layer_input_norm",
+}
+PER_LAYER_OUTSIDE: Mapping[str, str] = {
+    TABLE: f"{PER_LAYER_TABLE}.weight",
+    "per_layer_model_proj.weight": f"{PER_LAYER_PROJECTION}.weight",
+    "per_layer_proj_norm.weight": f"{PER_LAYER_NORM}.weight",
+}
+
+
+def config(meta: Metadata) -> dict[str, Any]:
+    """Keys of config.json from a GGUF file's metadata and tensors."""
+    layers = gguf_keys.layer_count(meta)
+    if layers is None:
+        return {}
+    kinds = gguf_keys.layer_types(meta, layers)
+    own = layers - gguf_keys.whole_number(meta, "attention.shared_kv_layers", least=0, most=layers - 1, default=0)
+    size = gguf_keys.whole_number(meta, "embedding_length_per_layer_input", least=0, most=1 << 16, default=0)
+    found: dict[str, Any] = {
+        "layer_types": list(kinds),
+        "num_kv_shared_layers": layers - own,
+        "hidden_size_per_layer_input": size,
+        "final_logit_softcapping": meta("final_logit_softcapping"),
+        "enable_moe_block": bool(meta("expert_count")),
+        "attention_k_eq_v": _keys_are_values(meta, kinds[:own]),
+        "vocab_size_per_layer_input": meta.rows(TABLE if meta.has(TABLE) else TOKENS),
+    }
+    if SLIDING in kinds:
+        found["sliding_window"] = gguf_keys.whole_number(meta, "attention.sliding_window")
+    found |= _heads(meta, kinds, found["attention_k_eq_v"])
+    return found | _widths(meta, own, layers) | {"rope_parameters": _ropes(meta, kinds, found["global_head_dim"])}
+
+
+def _keys_are_values(meta: Metadata, kinds: tuple[LayerType, ...]) -> bool:
+    """Whether global layers have no v_proj; `kinds` are those of layers with keys of their own."""
+    full = [f"blk.{index}.attn_v.weight" for index, kind in enumerate(kinds) if kind == FULL]
+    missing = [name for name in full if not meta.has(name)]
+    if missing and missing != full:
+        meta.problem(missing[0], None, "one in every layer that sees everything, or in none of them")
+    return bool(missing)
+
+
+def _heads(meta: Metadata, kinds: tuple[LayerType, ...], keys_are_values: bool) -> dict[str, int]:
+    """Sizes and numbers of heads in both kinds of layers."""
+    sizes = {FULL: _head_dim(meta, "")} | ({SLIDING: _head_dim(meta, "_swa")} if SLIDING in kinds else {})
+    found = {"global_head_dim": sizes[FULL], "head_dim": sizes.get(SLIDING, sizes[FULL])}
+    counts = gguf_keys.by_layer(meta, KV_HEADS, len(kinds))
+    if counts is None:
+        return found
+    by_kind = {
+        kind: gguf_keys.the_same(meta, KV_HEADS, [n for n, own in zip(counts, kinds, strict=True) if own == kind], kind)
+        for kind in (FULL, SLIDING)
+    }
+    full, local = by_kind[FULL], by_kind[SLIDING]
+    if full != local and None not in (full, local) and not keys_are_values:
+        expected = "one number for all layers, because those that see everything have attn_v"
+        meta.problem(KV_HEADS, [local, full], expected)
+    most = full if local is None else local
+    return found | {
+        key: value
+        for key, value in (("num_key_value_heads", most), ("num_global_key_value_heads", full))
+        if value is not None
+    }
+
+
+def _head_dim(meta: Metadata, ending: str) -> int:
+    """Of keys and values alike; local layers turn all channels, and so many of the global ones as `rope_freqs` says."""
+    size = gguf_keys.whole_number(meta, f"attention.key_length{ending}")
+    for key in (f"attention.value_length{ending}", f"rope.dimension_count{ending}"):
+        if meta(key) not in (None, size):
+            meta.problem(key, meta(key), f"{size}, as attention.key_length{ending} says")
+    return size
+
+
+def _widths(meta: Metadata, own: int, layers: int) -> dict[str, Any]:
+    """The MLP's width; layers that share keys and values may have twice that."""
+    widths = gguf_keys.by_layer(meta, WIDTH, layers)
+    if widths is None:
+        return {}
+    width = gguf_keys.the_same(meta, WIDTH, widths[:own], "with keys and values of their own")
+    last = gguf_keys.the_same(meta, WIDTH, widths[own:], "that share keys and values")
+    if width is not None and last not in (None, width, 2 * width):
+        meta.problem(WIDTH, last, f"{width} or {2 * width} in layers that share keys and values")
+    found = {} if width is None else {"intermediate_size": width}
+    return {**found, "use_double_wide_mlp": last is not None and last != width}
+
+
+def _ropes(meta: Metadata, kinds: tuple[LayerType, ...], head_dim: int) -> dict[LayerType, Any]:
+    scaled = meta("rope.scaling.type")
+    if scaled not in (None, "none"):
+        meta.problem("rope.scaling.type", scaled, "none: no Gemma 4 scales positions")
+    full: dict[str, Any] = {"rope_type": "proportional", "rope_theta": gguf_keys.positive(meta, "rope.freq_base")}
+    full["partial_rotary_factor"] = gguf_keys.turned_share(meta, FREQUENCIES, head_dim)
+    if SLIDING not in kinds:
+        return {FULL: full}
+    return {
+        FULL: full,
+        SLIDING: {"rope_type": "default", "rope_theta": gguf_keys.positive(meta, "rope.freq_base_swa")},
+    }
+
+
+GEMMA4_GGUF = Gguf(
+    "gemma4",
+    {**GGUF_BLOCKS, **GGUF_FOUR_NORMS, **GGUF_HEAD_NORMS, **PER_LAYER_BLOCKS},
+    config,
+    whole={"layer_output_scale.weight": "layer_scalar"},
+    outside=PER_LAYER_OUTSIDE,
+    said=(FREQUENCIES,),
+)
