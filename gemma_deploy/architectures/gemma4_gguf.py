@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemma_deploy.architectures import gguf_keys
-from gemma_deploy.architectures.base import FULL, SLIDING, LayerType
+from gemma_deploy.architectures.base import FULL, LAYER_TYPES, SLIDING, LayerType
 from gemma_deploy.architectures.gguf import Gguf, Metadata
 from gemma_deploy.architectures.shared import GGUF_BLOCKS, GGUF_FOUR_NORMS, GGUF_HEAD_NORMS
 from gemma_deploy.names import PER_LAYER_NORM, PER_LAYER_PROJECTION, PER_LAYER_TABLE
@@ -69,11 +69,9 @@ def _heads(meta: Metadata, kinds: tuple[LayerType, ...], keys_are_values: bool) 
     counts = gguf_keys.by_layer(meta, KV_HEADS, len(kinds))
     if counts is None:
         return found
-    by_kind = {
-        kind: gguf_keys.the_same(meta, KV_HEADS, [n for n, own in zip(counts, kinds, strict=True) if own == kind], kind)
-        for kind in (FULL, SLIDING)
-    }
-    full, local = by_kind[FULL], by_kind[SLIDING]
+    of_kind = {kind: [count for count, own in zip(counts, kinds, strict=True) if own == kind] for kind in LAYER_TYPES}
+    full = gguf_keys.the_same(meta, KV_HEADS, of_kind[FULL], where=FULL)
+    local = gguf_keys.the_same(meta, KV_HEADS, of_kind[SLIDING], where=SLIDING)
     if full != local and None not in (full, local) and not keys_are_values:
         expected = "one number for all layers, because those that see everything have attn_v"
         meta.problem(KV_HEADS, [local, full], expected)
@@ -99,8 +97,8 @@ def _widths(meta: Metadata, own: int, layers: int) -> dict[str, Any]:
     widths = gguf_keys.by_layer(meta, WIDTH, layers)
     if widths is None:
         return {}
-    width = gguf_keys.the_same(meta, WIDTH, widths[:own], "with keys and values of their own")
-    last = gguf_keys.the_same(meta, WIDTH, widths[own:], "that share keys and values")
+    width = gguf_keys.the_same(meta, WIDTH, widths[:own], where="with keys and values of their own")
+    last = gguf_keys.the_same(meta, WIDTH, widths[own:], where="that share keys and values")
     if width is not None and last not in (None, width, 2 * width):
         meta.problem(WIDTH, last, f"{width} or {2 * width} in layers that share keys and values")
     found = {} if width is None else {"intermediate_size": width}

@@ -59,11 +59,11 @@ def by_layer(meta: Metadata, key: str, layers: int) -> tuple[int, ...] | None:
     return None
 
 
-def the_same(meta: Metadata, key: str, sizes: Sequence[int], what: str) -> int | None:
+def the_same(meta: Metadata, key: str, sizes: Sequence[int], *, where: str) -> int | None:
     """The size that all of them are; None where there are none, or where they differ, which is told."""
     found = sorted(set(sizes))
     if len(found) > 1:
-        meta.problem(key, found, f"one size in all layers {what}")
+        meta.problem(key, found, f"one size in all layers {where}")
     return found[0] if len(found) == 1 else None
 
 
