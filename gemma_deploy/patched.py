@@ -113,7 +113,9 @@ def patched_causal(config: ModelConfig, **changes: Any) -> nn.Module:
 
 def one_layer_of_each_template(config: ModelConfig) -> dict[str, Any]:
     """Changes for the two above: `config.templates` in their order are all the layers there are."""
-    return config.architecture.part_keys(config.templates)
+    table = config.per_layer
+    vectors = {} if table is None else {"per_layer_vectors": table.layers}  # those of all layers of the model
+    return {**config.architecture.part_keys(config.templates), **vectors}
 
 
 def _on_meta(config: ModelConfig, name: str, changes: dict[str, Any]) -> nn.Module:

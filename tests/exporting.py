@@ -15,6 +15,7 @@ from gemma_deploy.graph.export import export_graphs
 from gemma_deploy.graph.external import attach_external, serialized, write_graph
 from gemma_deploy.params import build_plan, write_params
 from gemma_deploy.provenance import code_of
+from gemma_deploy.schemes import Codes, Storage, dividing_group
 from gemma_deploy.stages.graph_cache import GraphCache
 
 SIZES = 32, 80  # four windows of 8
@@ -63,11 +64,14 @@ def write_artifact(checkpoint_dir, out: Path, scheme, *, batch=2, dynamic=False)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = Checkpoint.open(checkpoint_dir)
     contract = contract_of(checkpoint.config, scheme, batch, dynamic)
-    plan = build_plan(checkpoint.config, scheme, contract.context)
+    vectors = checkpoint.config.per_layer
+    groups = None if vectors is None else Codes(8, dividing_group(vectors.size))
+    storage = Storage(per_layer=groups)
+    plan = build_plan(checkpoint.config, scheme, contract.context, storage=storage)
     table = write_params(checkpoint, plan, out / "params.safetensors", journal=out / "params.journal")
 
     def make():
-        graphs = export_graphs(checkpoint.config, scheme, contract)
+        graphs = export_graphs(checkpoint.config, scheme, contract, storage=storage)
         attach_external(graphs, table.rows, "params.safetensors")
         return {f"{name}.onnx": serialized(graph) for name, graph in graphs.items()}
 

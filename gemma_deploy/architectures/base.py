@@ -223,6 +223,8 @@ class LayerSpec:
             found += [f"{branch.norm}.out", *(f"{name}.out" for name in branch.inner)]
             found += [f"{branch.output}.in", f"{branch.output}.out"]
             found += [f"{branch.post_norm}.out"] if branch.post_norm else []
+        if (add := self.per_layer) is not None:
+            found += [f"{add.gate}.out", f"{add.projection}.in", f"{add.projection}.out", f"{add.norm}.out"]
         return tuple(found)
 
 

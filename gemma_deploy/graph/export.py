@@ -42,20 +42,20 @@ def export_graphs(
     *,
     embed_scale: str = "exact",
     rescaling: Rescaling | None = None,
+    storage: Storage | None = None,
 ) -> dict[str, ir.Model]:
     """Both graphs of an undivided model.
 
     Args:
         embed_scale: `exact` or `bf16`, see docs/gemma-facts.md.
-        rescaling: of float16 graphs.
+        rescaling: of float16 graphs; storage: see `build_skeleton`.
 
     Raises:
         ExportError: the patched model could not be traced or simplified.
         NotBuiltError: no patched model exists for this generation.
     """
-    return Traced(config, scheme, contract, embed_scale=embed_scale, rescaling=rescaling).graphs(
-        ArtifactPart(whole(config.num_hidden_layers))
-    )
+    traced = Traced(config, scheme, contract, embed_scale=embed_scale, rescaling=rescaling, storage=storage)
+    return traced.graphs(ArtifactPart(whole(config.num_hidden_layers)))
 
 
 class Traced:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gemma_deploy.architectures import LayerSpec
+from gemma_deploy.architectures import LayerSpec, PerLayerTable
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.graph.collectives import RankEmbedding, ReducedLinear
-from gemma_deploy.names import LAYERS
+from gemma_deploy.names import LAYERS, PER_LAYER_TABLE
 from gemma_deploy.partition.ranks import row_blocks, sharding
 from gemma_deploy.patched import one_layer_of_each_template, patched_causal, patched_module
 from gemma_deploy.quantization.rescaling import Rescaling
@@ -48,6 +48,11 @@ class Skeleton:
     def kinds(self) -> tuple[str, ...]:
         """Of attention, each once."""
         return tuple(dict.fromkeys(layer.kind for layer in self.templates))
+
+    @property
+    def adds_vectors(self) -> bool:
+        """Whether layers add a vector for each token."""
+        return any(layer.per_layer is not None for layer in self.templates)
 
     @property
     def score_dtype(self) -> torch.dtype:
@@ -110,7 +115,7 @@ def _store(
             if not isinstance(child, nn.Linear) or (child is model.lm_head and config.tie_word_embeddings):
                 continue
             shape = _share(f"{path}.{name}", (child.out_features, child.in_features), config, ranks)
-            codes = storage.table if child is model.lm_head else storage.linear(name)
+            codes = storage.of(f"{path}.{name}")
             if scheme in INT8 and codes:
                 new = quantization.quantized_linear(*_codes(shape, codes))
             elif scheme in INT8:
@@ -127,6 +132,8 @@ def _store(
         if layer.scalar is not None:
             module.register_buffer(layer.scalar, _zeros((1,), torch.float32))
     _store_table(model, config, scheme, dtype, ranks, storage)
+    if config.per_layer is not None:
+        _store_vectors(model, config.per_layer, scheme, dtype, storage)
 
 
 def _share(module: str, shape: tuple[int, int], config: ModelConfig, ranks: int) -> tuple[int, int]:
@@ -200,6 +207,19 @@ def _store_table(
             head.weight = embed.weight
     if config.tie_word_embeddings:
         model.lm_head = head
+
+
+def _store_vectors(model: nn.Module, table: PerLayerTable, scheme: Form, dtype: torch.dtype, storage: Storage) -> None:
+    """The table of vectors of all layers: codes are looked up by row, and only those rows become numbers."""
+    quantization, embed = patched_module("quantization_vacc"), model.model.embed_tokens_per_layer
+    shape, scale = (table.rows, table.width), embed.scale_value(dtype)
+    codes = storage.of(PER_LAYER_TABLE) if scheme in INT8 else None
+    if codes is not None:
+        made: nn.Module = quantization.QuantizedEmbedding(*_codes(shape, codes), scale, dtype)
+    else:
+        stored = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(scheme, torch.float16)
+        made = quantization.StoredEmbedding(_zeros(shape, stored), scale, dtype)
+    model.model.embed_tokens_per_layer = made
 
 
 def _codes(shape: tuple[int, int], codes: Codes) -> tuple[torch.Tensor, torch.Tensor]:

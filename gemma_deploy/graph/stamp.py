@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.errors import ExportError
 from gemma_deploy.graph.contract import DECODE, ENTERING, LEAVING, GraphContract, Port
-from gemma_deploy.graph.disconnected import TraceBorder, own_name
+from gemma_deploy.graph.disconnected import VECTOR, TraceBorder, computes_last, own_name
 from gemma_deploy.graph.external import onnx_type
+from gemma_deploy.names import LAST_POSITION, PER_LAYER_VECTORS
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,27 @@ class Builder:
             self.nodes.append(copy)
         return {border: mapping.get(value, value) for border, value in outputs.items()}
 
+    def node(
+        self, op_type: str, inputs: Sequence[ir.Value | np.ndarray | np.int64], name: str, **attributes: int
+    ) -> ir.Value:
+        """Add a node that no template has; its output has its name, and its constants theirs."""
+        values = [value if isinstance(value, ir.Value) else self._constant(np.asarray(value)) for value in inputs]
+        node = ir.node(op_type, values, attributes, name=name)
+        made, like = node.outputs[0], values[0]
+        made.name, made.type = name, ir.TensorType(like.dtype or ir.DataType.FLOAT)
+        self.nodes.append(node)
+        return made
+
+    def _constant(self, array: np.ndarray) -> ir.Value:
+        """A small constant, once for all who read it."""
+        name = "const." + "_".join(map(str, [*array.shape, *array.reshape(-1)]))
+        if name not in self.initializers:
+            tensor = ir.tensor(array, name=name)
+            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+            value.const_value = tensor
+            self.initializers[name] = value
+        return self.initializers[name]
+
     def _initializer(self, source: ir.Value, name: str) -> ir.Value:
         """A weight (no data yet) or a small constant shared by all layers."""
         constant = source.name in self.constants
@@ -202,24 +225,74 @@ def stamp(
     """
     build = Builder(source, contract, graph)
     layers = layers[contract.first_layer : contract.first_layer + contract.layers]
-    kinds = dict.fromkeys(layer.kind for layer in layers)
-    wanted = [f"{what}.{kind}" for kind in kinds for what in ("mask", "cos", "sin")]
-    names = ("input_ids", "attention_mask", "position_ids") if contract.embeds else ("attention_mask", "position_ids")
-    given = {name: build.inputs[name] for name in names}
-    shared = build.place(templates["prologue"], given, "prologue.", wanted=[*(("hidden",) * contract.embeds), *wanted])
-    hidden = shared["hidden"] if contract.embeds else build.inputs[ENTERING]
+    stream = _Stream(build, _prologue(build, templates["prologue"], layers))
     outputs = dict[str, ir.Value]()
     for layer in layers:
-        i = layer.index
-        inputs = {"hidden": hidden, **{what: shared[f"{what}.{layer.kind}"] for what in ("cos", "sin", "mask")}}
-        if graph == DECODE:
-            for part in ("key", "value"):
-                inputs[f"past.{part}"] = build.inputs[f"past_key_values.{i}.{part}"]
-        result = build.place(templates[f"layer.{layer.template}"], inputs, f"model.layers.{i}.")
-        hidden = result["hidden"]
-        outputs |= {f"present.{i}.{part}": result[f"present.{part}"] for part in ("key", "value")}
+        if computes_last(layer, graph):
+            stream.keep_last()
+        result = build.place(templates[f"layer.{layer.template}"], stream.of(layer), layer.prefix)
+        stream.leave(layer, result)
+        outputs |= {f"present.{layer.index}.{part}": result[f"present.{part}"] for part, _ in layer.caches}
     if contract.heads:
-        outputs["logits"] = build.place(templates["epilogue"], {"hidden": hidden}, "epilogue.")["logits"]
+        outputs["logits"] = build.place(templates["epilogue"], {"hidden": stream.values["hidden"]}, "epilogue.")[
+            "logits"
+        ]
     else:
-        outputs[LEAVING] = hidden
+        outputs[LEAVING] = stream.values["hidden"]
     return build.finish(outputs, dict(source.opset_imports))
+
+
+def _prologue(build: Builder, template: Template, layers: Sequence[LayerSpec]) -> dict[str, ir.Value]:
+    """What these layers read of it, by border name; a stage that does not embed has the others' hidden states."""
+    kinds, embeds = dict.fromkeys(layer.kind for layer in layers), build.contract.embeds
+    wanted = [f"{what}.{kind}" for kind in kinds for what in ("mask", "cos", "sin")]
+    names = ("input_ids", "attention_mask", "position_ids") if embeds else ("attention_mask", "position_ids")
+    given = {name: build.inputs[name] for name in names}
+    vectors = ["vectors"] if "vectors" in template.outputs else []
+    made = build.place(template, given, "prologue.", wanted=[*(["hidden", *vectors] if embeds else []), *wanted])
+    if vectors and embeds:
+        made["vectors"].name = PER_LAYER_VECTORS
+    return made if embeds else {**made, "hidden": build.inputs[ENTERING]}
+
+
+class _Stream:
+    """What layers read on their way through the model.
+
+    Attributes:
+        values: hidden and vectors of all layers, where there are some; mask, cos and sin of each kind of attention.
+    """
+
+    def __init__(self, build: Builder, values: dict[str, ir.Value]) -> None:
+        self.build, self.values = build, values
+        self.made: dict[str, ir.Value] = {}  # keys and values of layers before, of the tokens of this run
+        self.at_last = False
+
+    def of(self, layer: LayerSpec) -> dict[str, ir.Value]:
+        """Inputs of a layer, by border name."""
+        inputs = {"hidden": self.values["hidden"]}
+        inputs |= {what: self.values[f"{what}.{layer.kind}"] for what in ("cos", "sin", "mask")}
+        source = layer.index if layer.cache_from is None else layer.cache_from
+        for part in ("key", "value"):
+            if layer.cache_from is not None:
+                inputs[f"shared.{part}"] = self.made[f"{source}.{part}"]
+            if self.build.graph_name == DECODE:
+                inputs[f"past.{part}"] = self.build.inputs[f"past_key_values.{source}.{part}"]
+        if layer.per_layer is not None:
+            inputs[VECTOR] = self.build.node(
+                "Gather", [self.values["vectors"], np.int64(layer.index)], f"{layer.prefix}{VECTOR}", axis=2
+            )
+        return inputs
+
+    def leave(self, layer: LayerSpec, result: dict[str, ir.Value]) -> None:
+        """Take what a layer gives."""
+        self.values["hidden"] = result["hidden"]
+        self.made |= {f"{layer.index}.{part}": result[f"present.{part}"] for part, _ in layer.caches}
+
+    def keep_last(self) -> None:
+        """Go on with the last position alone; a mask's rows are those of queries."""
+        if self.at_last:
+            return
+        self.at_last = True
+        for name, value in self.values.items():
+            at, to, axis = np.array([-1]), np.array([np.iinfo(np.int64).max]), [2 if name.startswith("mask.") else 1]
+            self.values[name] = self.build.node("Slice", [value, at, to, np.array(axis)], f"{LAST_POSITION}.{name}")

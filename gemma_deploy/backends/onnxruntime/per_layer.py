@@ -15,8 +15,7 @@ from gemma_deploy.architectures import PerLayerTable
 from gemma_deploy.backends.onnxruntime.linears import Matrix
 from gemma_deploy.backends.onnxruntime.nodes import Nodes
 from gemma_deploy.names import PER_LAYER_NORM, PER_LAYER_PROJECTION, PER_LAYER_TABLE
-
-VECTORS = "model.per_layer_inputs"
+from gemma_deploy.names import PER_LAYER_VECTORS as VECTORS
 
 
 def rows_of(nodes: Nodes, matrix: Matrix, ids: ir.Value, *, table: str) -> ir.Value:

@@ -77,13 +77,20 @@ class StaticPair:
         return 0
 
     def model_problems(self, spec: BuildSpec, config: ModelConfig) -> list[str]:
-        """What layers read of other layers, or beside the stream, is not built."""
+        """What is not built of models whose layers read other layers, or vectors of tokens."""
         if not config.reads_beside:
             return []
-        return [
-            "backend.type: tvm_vacc is not built for a model with per-layer embeddings or shared keys and values "
-            "(Gemma 4 E2B, E4B): write onnxruntime"
-        ]
+        which = "a model with per-layer embeddings or shared keys and values (Gemma 4 E2B, E4B)"
+        problems = []
+        if spec.scheme.calibrates:
+            problems.append(f"frontend.quantize.type: {spec.scheme} is not built for {which}: write w8a16 or w4a16_rtn")
+        if spec.scheme.weights == "fp16":
+            problems.append(f"backend.dtype: fp16 is not built for {which} on tvm_vacc: write fp32, bf16 or int8")
+        if spec.split_points:
+            problems.append(f"split.points: {which} is not cut into stages in this version: leave them out")
+        if spec.ranks > 1:
+            problems.append(f"frontend.model_kwargs.tp: {which} is not divided among ranks in this version: write 1")
+        return problems
 
     def codes(self, spec: BuildSpec) -> CodeForm:
         """Signed codes, [out, in]."""
@@ -119,7 +126,7 @@ class StaticPair:
             rows,
             PARAMS,
             job.rescaling,
-            spec.storage(config.hidden_size),
+            spec.storage(config.hidden_size, None if config.per_layer is None else config.per_layer.size),
             None if job.unrounded is None else tuple(job.unrounded),
         )
         return worker.export_apart(task)

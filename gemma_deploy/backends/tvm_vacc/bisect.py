@@ -6,13 +6,13 @@ from the layers before. Inside the first wrong layer its modules are compared in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
 
 from gemma_deploy.backends.tvm_vacc.segments import CHOSEN, EMBEDDED, NORMED, CaseState, StrictSource, layer_input
-from gemma_deploy.names import LAYERS
+from gemma_deploy.names import LAYERS, PER_LAYER_NORM, PER_LAYER_PROJECTION, PER_LAYER_TABLE
 from gemma_deploy.parity.bisect import (
     TOLERANCE,
     Divergence,
@@ -28,6 +28,9 @@ from gemma_deploy.schemes import Scheme
 # Largest local error of a sound layer, relative to its largest output. Measured on the real 270M: fp32 and int8 2e-6,
 # float16 (rounded after every operator) 2e-3.
 TOLERANCES = {"fp32": 1e-5, "bf16": 1e-5, "w8a16": 1e-5, "w8a16_folded": 1e-5, "fp16": 1e-2}
+# Modules of what layers read of tokens beside the stream, and what a layer does with it.
+VECTOR_PARTS = (f"{PER_LAYER_TABLE}.out", f"{PER_LAYER_PROJECTION}.out", f"{PER_LAYER_NORM}.out")
+OF_VECTORS = "activation, or the vectors of tokens"
 BEFORE_HEAD = "lm_head (choice of the last position before it)"
 
 
@@ -65,24 +68,30 @@ def artifact_divergence(
 ) -> Divergence | None:
     """Give each layer of the artifact the reference's input and compare its output, in one row of the batch."""
     layers = range(strict.layers)
-    wanted = {EMBEDDED, NORMED} | {f"model.layers.{i}.out" for i in layers}
+    beside = [name for name in VECTOR_PARTS if name in strict.graphs["iter0"].values]
+    wanted = {EMBEDDED, NORMED, *beside} | {f"model.layers.{i}.out" for i in layers}
     expected: dict[str, np.ndarray] = {}
     same_weights.modules(case, row, wanted.__contains__, keep=expected.__setitem__)
     prompt = len(case.prompts[row])
 
+    def compared(state: CaseState, name: str, reference: str = "") -> tuple[str, float]:
+        true = expected[reference or name]
+        return errors_by_phase(true, state.rows(name)[row], prompt, tolerance=tolerance)
+
     def errors() -> Iterator[tuple[str, str, float]]:
         state = strict.start(case)
-        strict.embed(state)
-        yield EMBEDDED, *errors_by_phase(expected[EMBEDDED], state.rows(EMBEDDED)[row], prompt, tolerance=tolerance)
+        strict.embed(state, beside)
+        for name in (EMBEDDED, *beside):
+            yield name, *compared(state, name)
         for i in layers:
             out = f"model.layers.{i}.out"
-            state = _start_at(strict, case, row, layer_input(i), expected[layer_input(i)])
+            state = _start_at(strict, case, row, i, expected)
             strict.layer(i, [state])
-            yield out, *errors_by_phase(expected[out], state.rows(out)[row], prompt, tolerance=tolerance)
-        state = _start_at(strict, case, row, layer_input(strict.layers), expected[layer_input(strict.layers)])
+            yield out, *compared(state, out)
+        state = _start_at(strict, case, row, strict.layers, expected)
         strict.finish([state])
-        yield NORMED, *errors_by_phase(expected[NORMED], state.rows(NORMED)[row], prompt, tolerance=tolerance)
-        yield BEFORE_HEAD, *errors_by_phase(expected[NORMED], state.rows(CHOSEN)[row], prompt, tolerance=tolerance)
+        yield NORMED, *compared(state, NORMED)
+        yield BEFORE_HEAD, *compared(state, CHOSEN, NORMED)
         for phase, rows in (("prefill", slice(prompt - 1, prompt)), ("decode", slice(prompt, prompt + 8))):
             if len(entering := expected[NORMED][rows]):
                 yield (
@@ -95,7 +104,7 @@ def artifact_divergence(
     if found is None or not found.module.startswith(LAYERS):
         return found
     layer = int(found.module.split(".")[2])
-    return _inside(same_weights, strict, case, row, layer, expected[layer_input(layer)], tolerance) or found
+    return _inside(same_weights, strict, case, row, layer, expected, tolerance) or found
 
 
 def _inside(
@@ -104,10 +113,10 @@ def _inside(
     case: Case,
     row: int,
     layer: int,
-    entering: np.ndarray,
+    outputs: Mapping[str, np.ndarray],
     tolerance: float,
 ) -> Divergence | None:
-    """The first module inside a layer that leaves tolerance."""
+    """The first module inside a layer that leaves tolerance; `outputs` are those of layers in the reference."""
     spec = same_weights.checkpoint.config.layers[layer]
     prefix, graph = spec.prefix, strict.graphs["iter1"]
     whole = (
@@ -117,7 +126,7 @@ def _inside(
     inside = [name for name in points if (whole and name.endswith(".in")) or name in graph.values]
     expected: dict[str, np.ndarray] = {}
     same_weights.modules(case, row, inside.__contains__, keep=expected.__setitem__)
-    state = _start_at(strict, case, row, layer_input(layer), entering)
+    state = _start_at(strict, case, row, layer, outputs)
     strict.layer(layer, [state], extra=[name for name in inside if name in expected])
     prompt = len(case.prompts[row])
     ordered = (name for name in inside if name in expected)
@@ -128,20 +137,41 @@ def _inside(
     if found is None or found.error <= found.tolerance:
         return None
     between = {f"{prefix}{one.output}.in": f"{prefix}{one.module} ({one.between})" for one in spec.branches}
+    if spec.per_layer is not None:
+        between[f"{prefix}{spec.per_layer.projection}.in"] = f"{prefix}per_layer_input ({OF_VECTORS})"
     module = between.get(found.module, found.module.removesuffix(".out"))
     return Divergence(**{**asdict(found), "module": module})
 
 
-def _start_at(strict: StrictSource, case: Case, row: int, name: str, hidden: np.ndarray) -> CaseState:
-    """A case that has come as far as `name`, one row with the given values [prompt + steps, H], others with zeros."""
+def _start_at(strict: StrictSource, case: Case, row: int, layer: int, outputs: Mapping[str, np.ndarray]) -> CaseState:
+    """A case that has come as far as a layer, one row with the reference's values, others with zeros.
+
+    Args:
+        layer: its number, or that of layers for what stands behind all; outputs: [prompt + steps, H] of layers and of
+            the embedding, by name.
+    """
     state = strict.start(case)
-    batch, width, prompt = len(case.prompts), state.contract.prefill, len(case.prompts[row])
-    hidden = hidden * np.float32(2.0 ** -strict.rescaling.of(name))
+    strict.embed(state)
+    for source in sorted(strict.sources.get(layer, ())):  # whose keys and values it reads
+        _place(strict, state, row, source, outputs)
+        strict.layer(source, [state])
+    _place(strict, state, row, layer, outputs)
+    return state
+
+
+def _place(strict: StrictSource, state: CaseState, row: int, layer: int, outputs: Mapping[str, np.ndarray]) -> None:
+    """Let a layer read what the reference's own reads. In place."""
+    name, cutter = layer_input(layer), strict.graphs["iter0"]
+    hidden = outputs[name] * np.float32(2.0 ** -strict.rescaling.of(name))
+    prompt, width = len(state.case.prompts[row]), state.contract.prefill
     dtype = strict.graphs["iter1"].values[name].dtype
     numpy_dtype = dtype.numpy() if dtype is not None else np.dtype(np.float32)
-    state.prefill[name] = np.zeros((batch, width, hidden.shape[1]), numpy_dtype)
+    shape = (len(state.case.prompts), width, hidden.shape[1])
+    state.prefill[name] = np.zeros(shape, numpy_dtype)
     state.prefill[name][row, width - prompt :] = hidden[:prompt]
     for step, feeds in enumerate(state.steps):
-        feeds[name] = np.zeros((batch, 1, hidden.shape[1]), numpy_dtype)
+        feeds[name] = np.zeros((shape[0], 1, shape[2]), numpy_dtype)
         feeds[name][row, 0] = hidden[prompt + step]
-    return state
+    if cutter.first_at_last is not None and layer > cutter.first_at_last:
+        state.cut_to_last(cutter, layer, every=False)
+        state.last[0][name] = state.prefill.pop(name)[:, -1:]

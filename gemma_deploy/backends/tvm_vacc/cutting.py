@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,43 @@ from gemma_deploy.backends.tvm_vacc.sessions import load_graph
 from gemma_deploy.backends.tvm_vacc.strict import lower
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.graph.passes.unrounded import leave_unrounded
+from gemma_deploy.names import LAST_POSITION, PER_LAYER_VECTORS
 from gemma_deploy.runtime.session import VERIFY
 
 POSITIONS = 128
 MATRIX_BYTES = 24 << 20  # malloc maps and unmaps anything of 32 MiB: page faults
 EMBEDDED, NORMED, LOGITS = "model.embed_tokens.out", "model.norm.out", "logits"
 DECODE_INPUTS = ("attention_mask", "position_ids")
+LAST_HIDDEN, LAST_VECTORS = f"{LAST_POSITION}.hidden", f"{LAST_POSITION}.vectors"
+LAYER_OUT = re.compile(r"model\.layers\.(\d+)\.out")
+
+
+def layer_input(layer: int) -> str:
+    """Name of the value that a layer reads, of all positions."""
+    return EMBEDDED if layer == 0 else f"model.layers.{layer - 1}.out"
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A value that a layer reads of another one's cache.
+
+    Args:
+        cache: name of the graph's port, `present.{i}.key` or `past_key_values.{i}.key`; of a rank's share, `part` of
+            `parts` along the heads.
+    """
+
+    cache: str
+    part: int = 0
+    parts: int = 1
+
+    @property
+    def layer(self) -> int:
+        """Whose cache it is."""
+        return int(self.cache.split(".")[1])
+
+    def of(self, whole: np.ndarray) -> np.ndarray:
+        """The value, of the cache [B, Hk, positions, D]."""
+        return np.split(whole, self.parts, axis=1)[self.part]
 
 
 class Cutter:
@@ -37,6 +71,76 @@ class Cutter:
         self.where = str(folder / f"{graph}.onnx")
         self.values = {value.name: value for node in self.model.graph for value in node.outputs}
         self.values |= {value.name: value for value in self.model.graph.inputs}
+
+    @property
+    def layers(self) -> int:
+        """How many there are."""
+        found = (LAYER_OUT.fullmatch(str(name)) for name in self.values)
+        return 1 + max((int(one[1]) for one in found if one), default=-1)
+
+    @functools.cached_property
+    def at_last(self) -> dict[str, tuple[str, int]]:
+        """Values cut down to the last position for the layers behind: name -> (of which value, axis of positions)."""
+        found = {}
+        for name in self.values:
+            node = self.values[name].producer()
+            if str(name).startswith(LAST_POSITION) and node is not None and node.inputs[0] is not None:
+                found[str(name)] = str(node.inputs[0].name), 2 if ".mask." in str(name) else 1
+        return found
+
+    @functools.cached_property
+    def first_at_last(self) -> int | None:
+        """The first layer that computes the last position alone; None where all compute every one."""
+        whole = LAYER_OUT.fullmatch(self.at_last[LAST_HIDDEN][0]) if LAST_HIDDEN in self.at_last else None
+        return None if whole is None else int(whole[1]) + 1
+
+    @functools.cached_property
+    def for_all_layers(self) -> set[str]:
+        """Values that more than one layer reads."""
+        return {"input_ids", *DECODE_INPUTS, PER_LAYER_VECTORS, *self.at_last} - {LAST_HIDDEN}
+
+    def entering(self, layer: int) -> str:
+        """Name of the value that a layer reads."""
+        return LAST_HIDDEN if layer == self.first_at_last else layer_input(layer)
+
+    def beside(self, layer: int) -> list[str]:
+        """What layers read beside the stream and the caches: the vectors of tokens, where there are some."""
+        first = self.first_at_last
+        name = PER_LAYER_VECTORS if first is None or layer < first else LAST_VECTORS
+        return [name] if name in self.values else []
+
+    def shared(self, layer: int) -> dict[str, Shared]:
+        """What a layer reads of the caches of others, by the names of values: as the graph has it, right or wrong."""
+        stops = {self.entering(layer), *self.beside(layer), *DECODE_INPUTS}
+        found: dict[str, Shared] = {}
+        seen, stack = set[ir.Value](), [self.values[f"model.layers.{layer}.out"]]
+        while stack:
+            value = stack.pop()
+            if value in seen or value.name in stops:
+                continue
+            seen.add(value)
+            one = self._caches.get(str(value.name))
+            if one is not None and one.layer != layer:
+                found[str(value.name)] = one
+            elif (node := value.producer()) is not None:
+                stack += [each for each in node.inputs if each is not None]
+        return found
+
+    @functools.cached_property
+    def _caches(self) -> dict[str, Shared]:
+        """Which values are caches, or a rank's share of one."""
+        past = (str(value.name) for value in self.model.graph.inputs)
+        found = {name: Shared(name) for name in past if name.startswith("past_key_values.")}
+        for value in (one for one in self.model.graph.outputs if str(one.name).startswith("present.")):
+            node, shares = value.producer(), [value]
+            if node is not None and node.op_type == "Concat":
+                shares = [one for one in node.inputs if one is not None]
+            for part, share in enumerate(shares):
+                maker, own = share.producer(), Shared(str(value.name), part, len(shares))
+                found[str(share.name)] = own
+                if maker is not None and maker.op_type == "Identity" and maker.inputs[0] is not None:
+                    found[str(maker.inputs[0].name)] = own
+        return found
 
     def piece(self, inputs: Sequence[str], outputs: Sequence[str], rows: tuple[int, int, int] | None = None) -> Piece:
         """The nodes between some values.

@@ -76,7 +76,7 @@ class StaticEngine(Engine):
         return StaticSession(runner, self.tokenizer, sampler, stop_ids=() if endless else None)
 
     def source(self, kernels: str | None = None, adapter: str | None = None) -> LogitSource:
-        """See `Engine`: the graphs to the letter."""
+        """See `Engine`: the graphs to the letter, every position of prompts."""
         from gemma_deploy.backends.tvm_vacc.segments import StrictSource
 
         if kernels is not None and kernels not in self.kernel_names:
@@ -86,7 +86,7 @@ class StaticEngine(Engine):
                 expected="an artifact of backend.type onnxruntime",
                 next_step="leave --kernels out, or say strict",
             )
-        return StrictSource(self.path, self.manifest)
+        return StrictSource(self.path, self.manifest, every=True)
 
     def _loaded_for_stream(self) -> float:
         return 0.0  # graphs are opened in the steps, which count it

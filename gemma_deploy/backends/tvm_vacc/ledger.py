@@ -30,6 +30,7 @@ def ledger_of(manifest: Manifest) -> list[LedgerEntry]:
             "iter0: strided slice before the LM head",
             "config.insert_slice; decode needs no other position",
         ),
+        *_sharing(manifest),
         LedgerEntry(
             "the new token's score and value are added after the cached ones",
             "iter1: attention of every layer",
@@ -37,6 +38,20 @@ def ledger_of(manifest: Manifest) -> list[LedgerEntry]:
             effect,
         ),
         *_division(manifest, effect),
+    ]
+
+
+def _sharing(manifest: Manifest) -> list[LedgerEntry]:
+    """What layers without caches of their own compute of a prompt."""
+    layers = [layer for layer, (heads, _) in enumerate(manifest.contract.geometry or ()) if not heads]
+    if not layers:
+        return []
+    return [
+        LedgerEntry(
+            "layers that share keys and values compute the last position of a prompt alone",
+            f"iter0: layers {layers[0]} to {layers[-1]}, behind a strided slice",
+            "nobody reads what they give of other positions: they have no caches, and the logits are the last one's",
+        )
     ]
 
 

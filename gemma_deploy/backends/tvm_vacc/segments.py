@@ -9,7 +9,8 @@ nothing is rebuilt. Differs from running the whole graph in the number of rows o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,8 +19,20 @@ import numpy as np
 from gemma_deploy.architectures import branches, find
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.tvm_vacc.contract import Port, StaticContract, read_contract, read_manifest, stages_of
-from gemma_deploy.backends.tvm_vacc.cutting import DECODE_INPUTS, EMBEDDED, LOGITS, NORMED, Cutter, by_position
+from gemma_deploy.backends.tvm_vacc.cutting import (
+    DECODE_INPUTS,
+    EMBEDDED,
+    LAST_HIDDEN,
+    LAST_VECTORS,
+    LOGITS,
+    NORMED,
+    Cutter,
+    by_position,
+    layer_input,
+)
+from gemma_deploy.backends.tvm_vacc.passing import CaseState
 from gemma_deploy.machine import give_memory_back
+from gemma_deploy.names import PER_LAYER_VECTORS
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.sources import Features
 from gemma_deploy.progress import Tick
@@ -38,46 +51,6 @@ class Run:
     slot: int = 0
 
 
-class CaseState:
-    """One case on its way through the layers.
-
-    Attributes:
-        prefill: inputs of iter0 and the current hidden states [B, P, H] under the name of the value cut at.
-        steps: the same for every decode step, [B, 1, H].
-    """
-
-    def __init__(
-        self, case: Case, contract: StaticContract, rescaling: Rescaling, *, positions_first: bool = False
-    ) -> None:
-        self.case, self.contract, self.rescaling, self.turned = case, contract, rescaling, not positions_first
-        batch, width, context = len(case.prompts), contract.prefill, contract.context
-        ids, mask, positions = (np.zeros((batch, width), np.int64) for _ in range(3))
-        for row, prompt in enumerate(case.prompts):
-            start = width - len(prompt)
-            ids[row, start:], mask[row, start:], positions[row, start:] = prompt, 1, np.arange(len(prompt))
-        self.prefill = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        self.steps = []
-        for step in range(case.steps):
-            seen = np.zeros((batch, context + 1), np.int64)
-            seen[:, :width], seen[:, width : width + step], seen[:, -1] = mask, 1, 1
-            self.steps.append(
-                {
-                    "input_ids": np.array([[row[step]] for row in case.forced], np.int64),
-                    "attention_mask": seen,
-                    "position_ids": np.array([[len(prompt) + step] for prompt in case.prompts], np.int64),
-                }
-            )
-
-    def rows(self, name: str) -> list[np.ndarray]:
-        """A value of every row, [prompt + steps, features] float32, padding removed and rescaling undone."""
-        found, scale = [], np.float32(2.0 ** self.rescaling.of(name))
-        for row, prompt in enumerate(self.case.prompts):
-            parts = [_flat(self.prefill[name], row, self.turned)[-len(prompt) :]]
-            parts += [_flat(step[name], row, self.turned) for step in self.steps if name in step]
-            found.append(np.concatenate(parts).astype(np.float32) * scale)
-        return found
-
-
 class StrictSource:
     """The artifact, computed to the letter.
 
@@ -86,9 +59,13 @@ class StrictSource:
         manifest: of an artifact that is not finished.
         rounding: round activations where the graphs say so. Rounding makes a jump of any difference, however small,
             so what is around it can be proven without it alone.
+        every: compute every position of prompts, where layers of the prefill graph compute the last one alone: each
+            position then goes through these layers as the last one does.
     """
 
-    def __init__(self, path: Path, manifest: Manifest | None = None, rounding: bool = True) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest | None = None, rounding: bool = True, *, every: bool = False
+    ) -> None:
         self.name = "strict" if rounding else UNROUNDED
         self.path = Path(path).resolve()
         manifest = manifest if manifest is not None else read_manifest(self.path)
@@ -100,8 +77,8 @@ class StrictSource:
         self.graphs = {graph: Cutter(self.path, graph, stages, rounding=rounding) for graph in ("iter0", "iter1")}
         if not rounding:  # codes have become what they stand for
             self.contract = replace(self.contract, caches=tuple(map(self._as_read, self.contract.caches)))
-        self.caches = caches_by_layer(self.contract)
-        self.layers = len(self.caches)
+        self.caches, self.every = caches_by_layer(self.contract), every
+        self.layers = self.graphs["iter0"].layers
         self.progress: Tick | None = None
         self.unit = "layers"
 
@@ -129,41 +106,80 @@ class StrictSource:
             contract = contract.sized(len(case.prompts), width, width + case.steps)
         return CaseState(case, contract, self.rescaling, positions_first=self.positions_first)
 
-    def embed(self, state: CaseState) -> None:
-        """Input ids -> the first layer's input."""
-        state.prefill[EMBEDDED] = self.graphs["iter0"].piece(["input_ids"], [EMBEDDED])(state.prefill)[0]
-        piece = self.graphs["iter1"].piece(["input_ids"], [EMBEDDED])
+    @functools.cached_property
+    def sources(self) -> dict[int, set[int]]:
+        """Of the layers without caches of their own: whose caches they read, as the graphs have it."""
+        return {
+            layer: {one.layer for cutter in self.graphs.values() for one in cutter.shared(layer).values()}
+            for layer in range(self.layers)
+            if layer not in self.caches
+        }
+
+    def embed(self, state: CaseState, extra: Sequence[str] = ()) -> None:
+        """Input ids -> the first layer's input, and what layers read beside it.
+
+        Args:
+            extra: inner values to keep in the states as well.
+        """
+        cutter = self.graphs["iter0"]
+        names = [EMBEDDED, *(name for name in (PER_LAYER_VECTORS,) if name in cutter.values), *extra]
+        state.prefill.update(zip(names, cutter.piece(["input_ids"], names)(state.prefill), strict=True))
+        piece = self.graphs["iter1"].piece(["input_ids"], names)
         for step in state.steps:
-            step[EMBEDDED] = piece(step)[0]
+            step.update(zip(names, piece(step), strict=True))
 
     def layer(self, layer: int, states: Sequence[CaseState], extra: Sequence[str] = ()) -> None:
-        """One layer, prefill and every step, with a cache of its own.
+        """One layer, prefill and every step, with a cache of its own, or those of layers before it.
 
         Args:
             extra: inner values to keep in the states as well, `MODULE.out` or `MODULE.in`.
         """
         kept = (f"model.layers.{layer}.out", *extra)
-        names = self.caches[layer]
+        names = self.caches.get(layer, [])
         present = [name.replace("past_key_values", "present") for name in names]
+        first = self.graphs["iter0"].first_at_last
         for state in states:  # one at a time: the values of P positions are wide
-            self._through("iter0", layer, [Run(state.prefill)], (*kept, *present))
+            if first is not None and layer >= first:
+                state.cut_to_last(self.graphs["iter0"], layer, every=self.every)
+            runs = [Run(feeds) for feeds in state.last or [state.prefill]]
+            self._give("iter0", layer, runs, [state.made] * len(runs))
+            self._through("iter0", layer, runs, (*kept, *present))
         steps = []
+        read = any(layer in sources for sources in self.sources.values())
         for state in states:
             cache = {}
             width = state.contract.prefill
             ports = [port for port in state.contract.caches if port.name in names]
             for name, port in zip(present, ports, strict=True):
                 cache[port.name] = np.zeros([int(dim) for dim in port.shape], port.dtype)
-                cache[port.name][:, :, :width] = state.prefill.pop(name)
-            steps += [Run(feeds, cache, width + i) for i, feeds in enumerate(state.steps)]
+                cache[port.name][:, :, :width] = made = state.prefill.pop(name)
+                state.made |= {name: made} if read else {}
+            runs = [Run(feeds, cache or None, width + i) for i, feeds in enumerate(state.steps)]
+            self._give("iter1", layer, runs, [state.new_at(run.slot) for run in runs])
+            state.caches |= cache if read else {}
+            steps += runs
         self._through("iter1", layer, steps, kept)
+
+    def _give(self, graph: str, layer: int, runs: Sequence[Run], caches: Sequence[Mapping[str, np.ndarray]]) -> None:
+        """Give a layer without caches of its own those that it reads.
+
+        Args:
+            caches: of each run, by the names of the graph's ports.
+        """
+        if layer in self.caches:
+            return
+        for name, one in self.graphs[graph].shared(layer).items():
+            for run, values in zip(runs, caches, strict=True):
+                run.feeds[name] = one.of(values[one.cache])
 
     def _through(self, graph: str, layer: int, runs: Sequence[Run], kept: Sequence[str]) -> None:
         """Take runs through a layer, cut around its linears; of the values made, only `kept` remain."""
         if not runs:
             return
         cutter = self.graphs[graph]
-        known = [layer_input(layer), *DECODE_INPUTS]
+        at_last = [name for name in cutter.at_last if name in runs[0].feeds and name not in (LAST_HIDDEN, LAST_VECTORS)]
+        known = [cutter.entering(layer), *(at_last or DECODE_INPUTS)]
+        beside = [*cutter.beside(layer), *(cutter.shared(layer) if layer not in self.caches else ())]
         values = {name: cutter.value(name) for name in kept}
         for branch, group in ((one, group) for one in branches() for group in (one.entry, one.exit)):
             names = [f"model.layers.{layer}.{name}.out" for name in group.readers]
@@ -173,18 +189,18 @@ class StrictSource:
             if group is branch.exit and not attends:  # what it is made from are the widest values there are
                 only_for_it = tuple(f"{reader}.out" for reader in branch.entry.readers)
                 spent = [name for name in known if name.endswith(only_for_it) and name not in values.values()]
-            _between(cutter, layer, known, inputs, runs, attends=attends, spent=spent)
+            _between(cutter, layer, [*known, *beside] if attends else known, inputs, runs, attends=attends, spent=spent)
             known = [name for name in known if name not in spent]
             _drop(spent, runs)
             for name, linear in zip(inputs, linears, strict=True):
-                _apply(cutter, name, linear, runs, together=graph == "iter1")
+                _apply(cutter, name, linear, runs, together=graph == "iter1" or len(runs) > 1)
             _drop(set(inputs) - set(known) - set(values.values()), runs)
             known += linears
             give_memory_back()
-        _between(cutter, layer, known, list(values.values()), runs, attends=True)
+        _between(cutter, layer, [*known, *beside], list(values.values()), runs, attends=True)
         for run in runs:
             results = {name: run.feeds[value] for name, value in values.items()}
-            for name in set(run.feeds) - {"input_ids", *DECODE_INPUTS}:
+            for name in set(run.feeds) - cutter.for_all_layers:
                 del run.feeds[name]
             run.feeds.update(results)
         give_memory_back()
@@ -197,9 +213,10 @@ class StrictSource:
         outputs = list(dict.fromkeys([NORMED, chosen]))
         piece, step_piece = cutter.piece([last], outputs), self.graphs["iter1"].piece([last], [NORMED])
         for state in states:
-            made = piece(state.prefill)
-            state.prefill[NORMED], state.prefill[CHOSEN] = made[0], made[0].copy()
-            state.prefill[CHOSEN][:, -1:] = made[-1][:, -1:]
+            for feeds in state.last or [state.prefill]:
+                made = piece(feeds)
+                feeds[NORMED], feeds[CHOSEN] = made[0], made[0].copy()
+                feeds[CHOSEN][:, -1:] = made[-1][:, -1:]
             for step in state.steps:
                 step[NORMED] = step[CHOSEN] = step_piece(step)[0]
 
@@ -262,21 +279,9 @@ def _between(
             run.cache[name][:, :, run.slot] = made[new][:, :, 0]
 
 
-def caches_by_layer(contract: StaticContract) -> list[list[str]]:
-    """Names of the caches of each layer."""
-    layers: dict[str, list[str]] = {}
+def caches_by_layer(contract: StaticContract) -> dict[int, list[str]]:
+    """Names of the caches of each layer that has some."""
+    layers: dict[int, list[str]] = {}
     for port in contract.caches:
-        layers.setdefault(port.name.split(".")[1], []).append(port.name)
-    return list(layers.values())
-
-
-def layer_input(layer: int) -> str:
-    """Name of the value that a layer reads."""
-    return EMBEDDED if layer == 0 else f"model.layers.{layer - 1}.out"
-
-
-def _flat(value: np.ndarray, row: int, turned: bool) -> np.ndarray:
-    """[B, positions, ...], or of four dimensions [B, heads, positions, D] where `turned`, -> [positions, features]."""
-    if value.ndim == 4 and turned:
-        value = np.swapaxes(value, 1, 2)
-    return value[row].reshape(value.shape[1], -1)
+        layers.setdefault(int(port.name.split(".")[1]), []).append(port.name)
+    return layers

@@ -1,0 +1,191 @@
+"""Gemma 4 E2B on the static pair: transformers' logits and tokens past five windows; what is wrong is named."""
+
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from gemma_deploy.artifact.opened import Artifact
+from gemma_deploy.backends.tvm_vacc.cutting import LAST_HIDDEN
+from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
+from gemma_deploy.backends.tvm_vacc.segments import StrictSource
+from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.evaluation.models import open_model
+from gemma_deploy.names import LAST_POSITION
+from gemma_deploy.parity.cases import Case
+from gemma_deploy.testing import TINY_PER_LAYER, write_tiny_checkpoint
+from tests.exporting import write_artifact
+from tests.parity.breaking import Graph
+from tests.parity.conftest import finish, gate
+from tests.parity.test_gate_fails import ATTENTION, assert_found
+from tests.parity.test_reference import stock
+
+WINDOW, PROMPTS, STEPS = 6, (32, 13), 20  # the longer prompt has five windows, the shorter is padded
+VECTORS = "per_layer_input (activation, or the vectors of tokens)"
+
+
+@pytest.fixture(scope="module")
+def artifact_of(once):
+    """Scheme -> a finished artifact, read only, its checkpoint beside it."""
+
+    def artifact(scheme):
+        def make(root):
+            path = root / "checkpoint"
+            checkpoint = write_tiny_checkpoint(path, "gemma4_text", **TINY_PER_LAYER, sliding_window=WINDOW)
+            write_artifact(checkpoint, root / "graphs", scheme)
+            finish(root / "graphs", checkpoint, scheme, root / "artifact")
+
+        return once(f"e2b-{scheme}", make) / "artifact"
+
+    return artifact
+
+
+@pytest.fixture(scope="module")
+def e2b(artifact_of):
+    return artifact_of("fp32")
+
+
+@pytest.fixture(scope="module")
+def transformers_own(e2b):
+    return stock(Checkpoint.open(e2b.parent / "checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = np.random.default_rng(5)
+    return [rng.integers(3, 512, n).tolist() for n in PROMPTS]
+
+
+@pytest.fixture
+def copy(e2b, tmp_path):
+    return shutil.copytree(e2b, tmp_path / "copy")
+
+
+def broken_gate(artifact):
+    return gate(artifact, prompt_tokens=32, decode_tokens=6)
+
+
+def test_logits_are_transformers_and_greedy_tokens_too(e2b, transformers_own, prompts):
+    runner = StaticRunner(e2b, "strict", 1)
+    logits, sequences = runner.prefill(prompts), [list(prompt) for prompt in prompts]
+    for step in range(STEPS):
+        for row, sequence in enumerate(sequences):
+            with torch.no_grad():
+                expected = transformers_own(torch.tensor([sequence])).logits[0, -1].numpy()
+            # 2.1e-6 measured
+            assert np.abs(logits[row] - expected).max() <= 1e-5 * np.abs(expected).max(), (step, row)
+            assert logits[row].argmax() == expected.argmax()
+            sequence.append(int(expected.argmax()))
+        logits = runner.step([sequence[-1] for sequence in sequences])
+
+
+def test_layers_that_share_have_no_ports_and_one_row_of_a_prompt(e2b):
+    contract = Artifact.open(e2b).manifest.contract
+    caches = {name.split(".")[1] for one in contract.graphs["iter1"].inputs if "." in (name := one.name)}
+    assert caches == set("0123")
+    graph = onnx.shape_inference.infer_shapes(onnx.load(e2b / "iter0.onnx", load_external_data=False)).graph
+    rows = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in graph.value_info}
+    assert [rows[f"model.layers.{layer}.mlp.up_proj.out"] for layer in range(7)] == [
+        *[[2, 32, 160]] * 4, *[[2, 1, 320]] * 3,
+    ]  # fmt: skip
+
+
+def test_the_last_position_alone_is_what_all_positions_give(e2b, transformers_own, prompts):
+    case = Case("random", tuple(map(tuple, prompts)), ((), ()))
+    (last,), (every,) = (StrictSource(e2b, every=every).run([case]) for every in (False, True))
+    for row, prompt in enumerate(prompts):
+        assert (last[row].shape, every[row].shape) == ((1, 64), (len(prompt), 64))
+        with torch.no_grad():
+            expected = transformers_own.model(torch.tensor([prompt])).last_hidden_state[0].numpy()
+        assert np.abs(every[row] - expected).max() <= 1e-5 * np.abs(expected).max()  # 8.5e-7 measured
+        # one row of a GEMM, and one among others: 0 measured
+        assert np.abs(last[row] - every[row][-1:]).max() <= 2e-6 * np.abs(every[row]).max()
+
+
+def test_evaluation_scores_every_position(e2b, transformers_own, prompts):
+    model = open_model(str(e2b))
+    found = model.features(prompts)
+    assert [len(rows) for rows in found] == list(PROMPTS)
+    with torch.no_grad():
+        expected = transformers_own(torch.tensor([prompts[0]])).logits[0].numpy()
+    assert np.abs(model.source.head(found[0]) - expected).max() <= 1e-5 * np.abs(expected).max()  # 1.5e-6 measured
+
+
+@pytest.mark.parametrize("scheme", ["fp32", "w8a16", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_an_intact_copy_passes(artifact_of, scheme):
+    result = broken_gate(artifact_of(scheme))
+    assert result.passed, result.summary
+
+
+def test_rows_of_the_int8_table_are_looked_up_before_they_become_numbers(artifact_of):
+    graph = onnx.load(artifact_of("w8a16") / "iter1.onnx", load_external_data=False).graph
+    table = "model.embed_tokens_per_layer"
+    for name in (f"{table}.weight", f"{table}.scale"):
+        assert [node.op_type for node in graph.node if name in node.input] == ["Gather"], name
+    shapes = {one.name: list(one.dims) for one in graph.initializer}
+    assert [shapes[f"{table}.weight"], shapes[f"{table}.scale"]] == [[512, 7 * 32], [512, 7]]
+
+
+def test_the_cache_of_another_layer(copy):
+    for name in ("iter0", "iter1"):
+        with Graph(copy, name) as graph:
+            wrong = {f"past_key_values.2.{part}": f"past_key_values.0.{part}" for part in ("key", "value")}
+            made = [[graph.maker(f"present.{i}.{part}").input[0] for part in ("key", "value")] for i in (2, 0)]
+            wrong |= dict(zip(*made, strict=True))
+            for node in (node for node in graph.graph.node if node.output[0].startswith("model.layers.4.")):
+                node.input[:] = [wrong.get(one, one) for one in node.input]
+    assert_found(broken_gate(copy), f"model.layers.4.{ATTENTION}", "prefill", ("patched", "strict"))
+
+
+@pytest.mark.slow  # the cache of another layer is seen by default
+def test_the_new_entry_of_another_layer(copy):
+    with Graph(copy, "iter1") as graph:
+        right, wrong = (graph.maker(f"present.{i}.key").input[0] for i in (3, 1))
+        for node in (node for node in graph.graph.node if node.output[0].startswith("model.layers.6.")):
+            node.input[:] = [wrong if one == right else one for one in node.input]
+    assert_found(broken_gate(copy), f"model.layers.6.{ATTENTION}", "decode", ("patched", "strict"))
+
+
+@pytest.mark.slow  # the cache of another layer is seen by default
+@pytest.mark.parametrize("layer", [3, 5])  # before and behind the cut
+def test_the_vectors_of_the_layer_before(copy, layer):
+    with Graph(copy, "iter0") as graph:
+        graph.replace_constant(graph.maker(f"model.layers.{layer}.per_layer_input"), 1, lambda index: index - 1)
+    assert_found(broken_gate(copy), f"model.layers.{layer}.{VECTORS}", "prefill", ("patched", "strict"))
+
+
+@pytest.mark.slow  # the cache of another layer is seen by default
+def test_without_the_number_of_a_layer(copy):
+    with Graph(copy, "iter1") as graph:
+        node = graph.maker("model.layers.5.out")
+        node.input[1] = graph.constant(np.ones(1, np.float32))
+    assert_found(broken_gate(copy), "model.layers.5", "decode", ("patched", "strict"))
+
+
+def one_position_earlier(graph, value):
+    node = graph.maker(value)
+    node.input[1], node.input[2] = graph.constant(np.array([-2])), graph.constant(np.array([-1]))
+
+
+@pytest.mark.slow  # a window of the row before is seen by default
+def test_the_position_before_the_last(copy):
+    with Graph(copy, "iter0") as graph:
+        one_position_earlier(graph, LAST_HIDDEN)
+    assert_found(broken_gate(copy), "model.layers.4.input_layernorm", "prefill", ("patched", "strict"))
+
+
+@pytest.mark.slow  # the cache of another layer is seen by default
+def test_a_window_one_position_off_where_layers_share(copy):
+    with Graph(copy, "iter0") as graph:
+        one_position_earlier(graph, f"{LAST_POSITION}.mask.sliding_attention")
+    assert_found(broken_gate(copy), f"model.layers.4.{ATTENTION}", "prefill", ("patched", "strict"))
+
+
+@pytest.mark.slow  # the vectors of a neighbour are seen by default
+def test_a_table_that_is_not_scaled(copy):
+    with Graph(copy, "iter1") as graph:
+        node = graph.maker("model.embed_tokens_per_layer.out")
+        node.input[1] = graph.constant(np.float32(1))
+    assert_found(broken_gate(copy), "model.embed_tokens_per_layer", "decode", ("patched", "strict"))
