@@ -48,7 +48,7 @@ def patched_config(config: ModelConfig, **changes: Any) -> Any:
 
 
 def stock_config(config: ModelConfig, **changes: Any) -> Any:
-    """The config object of transformers' own class, with eager attention.
+    """The config object of transformers' own class, with eager attention and experts.
 
     Args:
         changes: keys to set.
@@ -57,7 +57,7 @@ def stock_config(config: ModelConfig, **changes: Any) -> Any:
 
     raw = {key: value for key, value in config.raw.items() if key not in ("auto_map", "model_type")}
     made = configured(AutoConfig.for_model, {"model_type": config.architecture.transformers_type, **raw, **changes})
-    made._attn_implementation = "eager"
+    made._attn_implementation = made._experts_implementation = "eager"
     return made
 
 

@@ -42,8 +42,8 @@ class Codes:
     groupsize: Size | None = None
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Scales of a matrix [rows, columns]: [rows], or [rows, groups]."""
-        return shape[:1] if self.groupsize is None else (shape[0], shape[1] // self.groupsize)
+        """Scales of a matrix [rows, columns], or of several: [..., rows], or [..., rows, groups]."""
+        return shape[:-1] if self.groupsize is None else (*shape[:-1], shape[-1] // self.groupsize)
 
     def __str__(self) -> str:
         return f"int{self.bits} per row" + (f" and group of {self.groupsize}" if self.groupsize else "")

@@ -379,8 +379,7 @@ class FourNormLayer(GradientCheckpointingLayer):
 
     def __init__(self, config, attention: Attention, intermediate_size: int | None = None):
         super().__init__()
-        hidden, norm = config.hidden_size, self.norm_class
-        self.self_attn = attention
+        hidden, norm, self.self_attn = config.hidden_size, self.norm_class, attention
         self.mlp = MLP(hidden, intermediate_size or config.intermediate_size, config.hidden_activation)
         self.input_layernorm = norm(hidden, config.rms_norm_eps)
         self.post_attention_layernorm = norm(hidden, config.rms_norm_eps)
@@ -393,6 +392,9 @@ class FourNormLayer(GradientCheckpointingLayer):
             self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values, **more
         )
         hidden_states = hidden_states + self.post_attention_layernorm(attn)
-        mlp = self.mlp(self.pre_feedforward_layernorm(hidden_states))
-        hidden_states = hidden_states + self.post_feedforward_layernorm(mlp)
+        hidden_states = hidden_states + self.post_feedforward_layernorm(self.feed_forward(hidden_states))
         return hidden_states, probs, present
+
+    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What is added to x [batch, seq, hidden], before its norm."""
+        return self.mlp(self.pre_feedforward_layernorm(x))

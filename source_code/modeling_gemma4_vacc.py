@@ -12,6 +12,7 @@ from transformers.generation import GenerationMixin
 
 from .configuration_gemma4_vacc import Gemma4TextConfig, Gemma4UnifiedTextConfig
 from .decoder_vacc import CausalLMMixin, TextModelMixin
+from .experts_vacc import Experts, Router
 from .gain_vacc import GainAttention, GainNorm, PerLayerInputs, SharedAndPerLayer, SharingAttention
 from .layers_vacc import FULL, FourNormLayer, LegacyRotary, ScaledEmbedding
 
@@ -28,6 +29,7 @@ class Gemma4DecoderLayer(FourNormLayer):
     """Five sliding layers, then a global one with wider heads; the stream is multiplied by a number at the end.
 
     Of E2B and E4B a vector for each token is added as well, and the last layers have no keys and values of their own.
+    Of 26B-A4B there are experts beside the MLP.
     """
 
     norm_class = GainNorm
@@ -49,6 +51,13 @@ class Gemma4DecoderLayer(FourNormLayer):
             self.per_layer_input_gate = nn.Linear(config.hidden_size, size, bias=False)
             self.per_layer_projection = nn.Linear(size, config.hidden_size, bias=False)
             self.post_per_layer_input_norm = GainNorm(config.hidden_size, config.rms_norm_eps)
+        self.has_experts = bool(getattr(config, "enable_moe_block", False))
+        if self.has_experts:
+            self.router = Router(config)
+            self.experts = Experts(config)
+            self.post_feedforward_layernorm_1 = GainNorm(config.hidden_size, config.rms_norm_eps)
+            self.post_feedforward_layernorm_2 = GainNorm(config.hidden_size, config.rms_norm_eps)
+            self.pre_feedforward_layernorm_2 = GainNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
         self, hidden_states, position_embeddings, attention_mask, past_key_values=None, per_layer_input=None, **shared
@@ -65,6 +74,16 @@ class Gemma4DecoderLayer(FourNormLayer):
             added = self.act_fn(self.per_layer_input_gate(hidden_states)) * per_layer_input
             hidden_states = hidden_states + self.post_per_layer_input_norm(self.per_layer_projection(added))
         return hidden_states * self.layer_scalar.to(hidden_states.dtype), probs, present
+
+    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The MLP, and experts beside it, which are chosen by x itself; x: [batch, seq, hidden] -> the same."""
+        dense = super().feed_forward(x)
+        if not self.has_experts:
+            return dense
+        dense = self.post_feedforward_layernorm_1(dense)
+        chosen = self.router(x)
+        added = self.experts(self.pre_feedforward_layernorm_2(x), *chosen)
+        return dense + self.post_feedforward_layernorm_2(added)
 
 
 class Gemma4PreTrainedModel(PreTrainedModel):
@@ -83,6 +102,12 @@ class Gemma4PreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
         if isinstance(module, Gemma4DecoderLayer):
             nn.init.ones_(module.layer_scalar)
+        if isinstance(module, Router):
+            nn.init.ones_(module.scale)
+            nn.init.ones_(module.per_expert_scale)
+        if isinstance(module, Experts):
+            for stack in (module.gate_up_proj, module.down_proj):
+                nn.init.normal_(stack, std=self.config.initializer_range)
 
 
 class Gemma4TextModel(PerLayerInputs, TextModelMixin, Gemma4PreTrainedModel):

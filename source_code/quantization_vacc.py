@@ -152,7 +152,7 @@ class StoredEmbedding(nn.Module):
 
 
 def quantize_model(model: nn.Module, bits: int, embeddings: bool = False) -> nn.Module:
-    """Swap the seven linears of every decoder layer, and on request the tied table with the LM head, for int8 ones.
+    """Swap the seven linears of every decoder layer and all experts, and on request the tied table with the LM head.
 
     Raises:
         ValueError: bits is not 8, or the model has no such linears left (quantized twice).
@@ -167,6 +167,8 @@ def quantize_model(model: nn.Module, bits: int, embeddings: bool = False) -> nn.
     ]
     if not targets:
         raise ValueError("quantize(8): no linear layer left to quantize; was it called twice?")
+    for experts in (module for module in model.modules() if hasattr(module, "quantize_experts")):
+        experts.quantize_experts()
     for parent, name in targets:
         setattr(parent, name, QuantizedLinearPerChannel.from_linear(getattr(parent, name)))
     if embeddings:

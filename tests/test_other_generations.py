@@ -11,7 +11,7 @@ from gemma_deploy.errors import NotBuiltError, RecipeError
 from gemma_deploy.partition.mapper import ParameterMapper
 from gemma_deploy.partition.spans import spans_of
 from gemma_deploy.recipe import Recipe
-from gemma_deploy.testing import TINY_CONFIGS, TINY_PER_LAYER, write_tiny_checkpoint
+from gemma_deploy.testing import TINY_CONFIGS, TINY_EXPERTS, TINY_PER_LAYER, write_tiny_checkpoint
 from tests.calibration.make import write_tokenizer
 from tests.rotation import OTHERS
 
@@ -47,6 +47,11 @@ def recipe_of(checkpoint, backend, quantize, workspace):
         pytest.param("gemma4_text", TINY_PER_LAYER, {"type": "onnxruntime", "dtype": "bf16"}, marks=pytest.mark.slow),
         pytest.param("gemma4_text", TINY_PER_LAYER, {"type": "onnxruntime", "dtype": "fp32"}, marks=pytest.mark.slow),
         pytest.param("gemma4_text", TINY_PER_LAYER, INT4, marks=pytest.mark.slow),
+        ("gemma4_text", {**SHALLOW, **TINY_EXPERTS}, {"type": "tvm_vacc", "dtype": "int8"}),
+        *(
+            pytest.param("gemma4_text", TINY_EXPERTS, {"type": "tvm_vacc", **one}, marks=pytest.mark.slow)
+            for one in ({"dtype": "fp32"}, {"dtype": "bf16"}, {"dtype": "int8", "quantize": "w4a16_rtn"})
+        ),
     ],
 )
 def test_it_compiles_proven(kind, changes, backend, tmp_path):
@@ -77,6 +82,24 @@ def test_it_compiles_proven(kind, changes, backend, tmp_path):
 )
 def test_what_is_not_built_of_e2b_is_said_before_any_work(backend, quantize, words, tmp_path):
     checkpoint = write_tiny_checkpoint(tmp_path / "ck", "gemma4_text", **TINY_PER_LAYER)
+    write_tokenizer(checkpoint)
+    with pytest.raises(RecipeError) as refused:
+        compile_recipe(recipe_of(checkpoint, backend, quantize, tmp_path / "w"))
+    assert words in str(refused.value)
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("backend", "quantize", "words"),
+    [
+        ({"type": "onnxruntime", "dtype": "fp32"}, None, "backend.type: onnxruntime is not built for experts"),
+        ({"type": "tvm_vacc", "dtype": "int8"}, "w8a16_gptq", "frontend.quantize.type: w8a16_gptq is not built for ex"),
+        ({"type": "tvm_vacc", "dtype": "int8"}, "w8a16+kv8", "frontend.quantize.type: w8a16+kv8 is not built for exp"),
+        ({"type": "tvm_vacc", "dtype": "fp16"}, None, "backend.dtype: fp16 is not built for experts"),
+    ],
+)
+def test_what_is_not_built_of_experts_is_said_before_any_work(backend, quantize, words, tmp_path):
+    checkpoint = write_tiny_checkpoint(tmp_path / "ck", "gemma4_text", **TINY_EXPERTS)
     write_tokenizer(checkpoint)
     with pytest.raises(RecipeError) as refused:
         compile_recipe(recipe_of(checkpoint, backend, quantize, tmp_path / "w"))

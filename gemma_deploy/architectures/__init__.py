@@ -24,7 +24,7 @@ from gemma_deploy.architectures.base import (
     Linear,
     Rope,
 )
-from gemma_deploy.architectures.blocks import PerLayer, PerLayerTable
+from gemma_deploy.architectures.blocks import Experts, PerLayer, PerLayerTable
 from gemma_deploy.architectures.embedding_gemma import EMBEDDING_GEMMA
 from gemma_deploy.architectures.gemma import GEMMA
 from gemma_deploy.architectures.gemma2 import GEMMA2
@@ -159,6 +159,7 @@ __all__ = [
     "Architecture",
     "Axis",
     "Branch",
+    "Experts",
     "Gguf",
     "InputGroup",
     "LayerSpec",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
-from gemma_deploy.architectures.blocks import PerLayer, PerLayerTable
+from gemma_deploy.architectures.blocks import Experts, PerLayer, PerLayerTable
 from gemma_deploy.architectures.gguf import Gguf
 from gemma_deploy.architectures.keys import ConfigKeys
 
@@ -141,6 +141,7 @@ class LayerSpec:
         norms: of the hidden size, in file order.
         value_norm: the norm without weights of each head of values; None where they have none.
         per_layer: what it adds of a vector for each token; None: nothing.
+        experts: beside the MLP; None where it has none. `linears` has neither their matrices nor their router.
         scalar: the number in the file by which the residual stream is multiplied behind the layer; None for no such.
     """
 
@@ -163,6 +164,7 @@ class LayerSpec:
     cache_from: int | None = None
     value_norm: str | None = None
     per_layer: PerLayer | None = None
+    experts: Experts | None = None
     scalar: str | None = None
 
     @property
@@ -214,6 +216,8 @@ class LayerSpec:
         shapes |= {norm: (self.head_dim,) for _, norm in self.head_norms}
         shapes |= {norm: (self.hidden_size,) for norm in self.norms}
         named = {f"{name}.weight": shape for name, shape in shapes.items()}
+        if self.experts is not None:
+            named |= self.experts.tensors(self.hidden_size)
         return named if self.scalar is None else {**named, self.scalar: (1,)}
 
     def points(self) -> tuple[str, ...]:
@@ -222,6 +226,8 @@ class LayerSpec:
         for branch in self.branches:
             found += [f"{branch.norm}.out", *(f"{name}.out" for name in branch.inner)]
             found += [f"{branch.output}.in", f"{branch.output}.out"]
+            if self.experts is not None and branch is self.branches[-1]:
+                found += [f"{name}.out" for name in self.experts.running]
             found += [f"{branch.post_norm}.out"] if branch.post_norm else []
         if (add := self.per_layer) is not None:
             found += [f"{add.gate}.out", f"{add.projection}.in", f"{add.projection}.out", f"{add.norm}.out"]

@@ -1,7 +1,7 @@
 """Gemma 4, text: norms that multiply by their weight, unscaled scores, wider heads in global layers, a number a layer.
 
 12B (`gemma4_unified_text`) and 31B; E2B and E4B, whose layers add a vector for each token, and whose last layers share
-the keys and values of earlier ones. The mixture of experts is refused in a sentence.
+the keys and values of earlier ones; 26B-A4B, whose layers have experts beside the MLP.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gemma_deploy.architectures.base import (
     Sizes,
     part_keys,
 )
-from gemma_deploy.architectures.blocks import PerLayerTable
+from gemma_deploy.architectures.blocks import Experts, PerLayerTable
 from gemma_deploy.architectures.gemma4_gguf import GEMMA4_GGUF
 from gemma_deploy.architectures.keys import ConfigKeys
 from gemma_deploy.architectures.shared import (
@@ -44,6 +44,7 @@ ACTIVATION_KEY = "hidden_activation"
 PATTERN, GLOBAL_HEAD_DIM, WINDOW = 6, 512, 512
 PER_LAYER_SIZE = 256  # of transformers' Gemma4TextConfig
 PER_LAYER = "per_layer_config"
+EXPERT_KEYS = ("num_experts", "top_k_experts", "moe_intermediate_size")  # none has a default
 SIZES = ("head_dim", "num_key_value_heads")  # what of a layer that key may change
 DEFAULT_ROPE: Mapping[str, Mapping[str, Any]] = {
     SLIDING: {"rope_type": "default", "rope_theta": 1e4},
@@ -74,8 +75,6 @@ UNIFIED_DEFAULTS = {**TEXT_DEFAULTS, "sliding_window": 1024, "max_position_embed
 
 def read(keys: ConfigKeys, size: Mapping[str, int], layers: int) -> Facts:
     """What config.json says about a Gemma 4, defaults filled in."""
-    if keys.raw.get("enable_moe_block"):
-        keys.problem("enable_moe_block", True, "false: Gemma 4 26B-A4B, a mixture of experts, is not built")
     layer_types = _layer_types(keys, layers)
     keys.boolean("use_double_wide_mlp", False)
     check_sharing(keys, layer_types, default=0)
@@ -100,7 +99,8 @@ def read(keys: ConfigKeys, size: Mapping[str, int], layers: int) -> Facts:
 
 
 def read_text(keys: ConfigKeys, size: Mapping[str, int], layers: int) -> Facts:
-    """`read` of `gemma4_text`, whose config class has per-layer embeddings by default."""
+    """`read` of `gemma4_text`, whose config class has per-layer embeddings by default, and may have experts."""
+    _check_experts(keys)
     if keys.raw.get("hidden_size_per_layer_input", PER_LAYER_SIZE):
         keys.integer("hidden_size_per_layer_input", default=PER_LAYER_SIZE, most=1 << 16)
         rows = keys.integer("vocab_size_per_layer_input", default=262144)
@@ -139,8 +139,24 @@ def layer(config: Sizes, index: int) -> LayerSpec:
 
 
 def layer_of_text(config: Sizes, index: int) -> LayerSpec:
-    """`layer` of `gemma4_text`, which may have per-layer embeddings."""
-    return with_vectors(layer(config, index), per_layer(config))
+    """`layer` of `gemma4_text`, which may have experts or per-layer embeddings."""
+    spec = layer(config, index)
+    if not config.raw.get("enable_moe_block"):
+        return with_vectors(spec, per_layer(config))
+    experts = Experts(*(config.raw[key] for key in EXPERT_KEYS))
+    return replace(spec, norms=(*spec.norms, *experts.norms), experts=experts)
+
+
+def _check_experts(keys: ConfigKeys) -> None:
+    """How many experts there are, how many of them a token runs through, and that nothing else is beside them."""
+    if not keys.boolean("enable_moe_block", False):
+        return
+    count, chosen, _ = (keys.integer(key, most=1 << 16) for key in EXPERT_KEYS)
+    if chosen > count:
+        keys.problem("top_k_experts", chosen, f"{count} at most, as many as num_experts")
+    for key, default in (("hidden_size_per_layer_input", PER_LAYER_SIZE), ("num_kv_shared_layers", 0)):
+        if keys.raw.get(key, default):
+            keys.problem(key, keys.raw.get(key, default), "0: no Gemma has it together with enable_moe_block")
 
 
 def keys_of_part(layers: Sequence[LayerSpec]) -> dict[str, Any]:

@@ -36,6 +36,8 @@ def config(meta: Metadata) -> dict[str, Any]:
     if layers is None:
         return {}
     kinds = gguf_keys.layer_types(meta, layers)
+    if meta("expert_count"):
+        meta.problem("expert_count", meta("expert_count"), "none: experts in GGUF files are not read in this version")
     own = layers - gguf_keys.whole_number(meta, "attention.shared_kv_layers", least=0, most=layers - 1, default=0)
     size = gguf_keys.whole_number(meta, "embedding_length_per_layer_input", least=0, most=1 << 16, default=0)
     found: dict[str, Any] = {
@@ -43,7 +45,6 @@ def config(meta: Metadata) -> dict[str, Any]:
         "num_kv_shared_layers": layers - own,
         "hidden_size_per_layer_input": size,
         "final_logit_softcapping": meta("final_logit_softcapping"),
-        "enable_moe_block": bool(meta("expert_count")),
         "attention_k_eq_v": _keys_are_values(meta, kinds[:own]),
         "vocab_size_per_layer_input": meta.rows(TABLE if meta.has(TABLE) else TOKENS),
     }

@@ -7,12 +7,13 @@ are those of every artifact; a back end puts its own behind them (`Backend.ledge
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gemma_deploy.artifact.manifest import ContractRecord, LedgerEntry, Manifest
 from gemma_deploy.names import EMBEDDING
-from gemma_deploy.params.table import lowest_sqnr
+from gemma_deploy.params.table import ParamRow, lowest_sqnr
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import QUANTIZERS, Scheme, Storage
 
@@ -79,6 +80,11 @@ def context_entries(manifest: Manifest, where: str) -> list[LedgerEntry]:
     return [LedgerEntry(f"context limited to {context} of {most} positions", where, why)]
 
 
+def _and_experts(rows: Sequence[ParamRow]) -> str:
+    """What else layers have that is codes; routers are what it is not."""
+    return " and its experts (routers float32)" if any(".experts." in row.name for row in rows) else ""
+
+
 def _storage(manifest: Manifest, words: Words, effect: dict[str, Any]) -> LedgerEntry:
     scheme = manifest.scheme
     matrices = "weight matrices and token table"
@@ -94,7 +100,7 @@ def _storage(manifest: Manifest, words: Words, effect: dict[str, Any]) -> Ledger
             f"{storage.linears_text}, {_table(storage)}, symmetric, to nearest; activations and norms float32",
             f"{len(rows)} matrices that did not arrive in this form"
             if takes_over(manifest)
-            else f"the seven linears of every layer, the token table ({len(rows)} tensors)",
+            else f"the seven linears of every layer{_and_experts(rows)}, the token table ({len(rows)} tensors)",
             f"{'backend.dtype int8' if scheme == 'w8a16' else 'frontend.quantize.type'} ({scheme}); {words.to_nearest}",
             effect,
         )

@@ -9,6 +9,7 @@ manifest's table that says where they lie.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.checkpoint import ModelConfig, TensorInfo
 from gemma_deploy.checkpoint.expected import expected_tensors
+from gemma_deploy.checkpoint.source import as_matrix
 from gemma_deploy.names import COLUMN_FACTOR, PARAMS
 from gemma_deploy.params.plan import COLUMN_SCALE, ParamSpec, build_plan
 from gemma_deploy.params.rescaled import exponent_of, rescaled
@@ -36,7 +38,7 @@ class ArtifactWeights:
     def __init__(self, config: ModelConfig, artifact: Path, manifest: Manifest) -> None:
         self.config, self.path, self._table = config, artifact, manifest.table
         self.tensors = {
-            name: TensorInfo(name, shape, "float32", artifact, 4 * math.prod(shape))
+            name: TensorInfo(name, as_matrix(shape), "float32", artifact, 4 * math.prod(shape))
             for name, shape in expected_tensors(config).items()
         }
         recipe, context = manifest.recipe, manifest.contract.context
@@ -47,6 +49,7 @@ class ArtifactWeights:
         self._rescaling, self._storage = manifest.rescaling or Rescaling(), storage
         form = CodeForm(transposed=manifest.kernels is not None and manifest.kernels.integer)
         self._scales: dict[str, tuple[int, ...]] = {}
+        self._coded: dict[str, str] = {}  # scale -> matrix
         self._pieces: dict[str, list[tuple[Path, ParamRow, ParamSpec]]] = {}
         for part in parts:
             file = part.file(PARAMS)
@@ -63,11 +66,12 @@ class ArtifactWeights:
                 if spec.source is not None:
                     row = rows[file, spec.name]
                     self._pieces.setdefault(spec.name, []).append((artifact / file, row, spec))
-                    if spec.name.endswith(".scale"):
+                    if spec.name.endswith(".scale") and spec.name not in self.tensors:
                         module = spec.name.removesuffix(".scale")
                         codes = storage.of(module)
                         assert codes is not None  # float16 has no scales
-                        self._scales[spec.name] = codes.scale_shape(self.tensors[f"{module}.weight"].shape)
+                        self._coded[spec.name] = module if module in self.tensors else f"{module}.weight"
+                        self._scales[spec.name] = codes.scale_shape(self.tensors[self._coded[spec.name]].shape)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) as float32, codes times their scale, powers of two of a float16 artifact undone."""
@@ -87,7 +91,7 @@ class ArtifactWeights:
 
     def code_names(self) -> tuple[str, ...]:
         """Names of the matrices that are codes, in file order."""
-        return tuple(f"{scale.removesuffix('.scale')}.weight" for scale in self._scales)
+        return tuple(self._coded.values())
 
     def codes(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """A matrix of `code_names` as it is stored: int8 [rows, columns], float32 [rows, groups]."""
@@ -134,11 +138,18 @@ class ArtifactWeights:
             for first, last in spec.rows or ((0, shape[0]),):
                 low, high = max(first, start), min(last, stop)
                 if low < high:
-                    part = _read(file, row, at + low - first, at + high - first, spec.transposed)
+                    flat = _as_shaped(row, len(shape))
+                    part = _read(file, flat, at + low - first, at + high - first, spec.transposed)
                     columns = slice(*spec.columns) if spec.columns else slice(None)
                     found[(slice(low - start, high - start), *((columns,) if len(shape) > 1 else ()))] = part
                 at += last - first
         return found
+
+
+def _as_shaped(row: ParamRow, dimensions: int) -> ParamRow:
+    """The row of a tensor with its first dimensions as one, so that it has `dimensions`."""
+    extra = len(row.shape) - dimensions
+    return replace(row, shape=(math.prod(row.shape[: extra + 1]), *row.shape[extra + 1 :]))
 
 
 def _read(file: Path, row: ParamRow, start: int, stop: int, transposed: bool) -> np.ndarray:

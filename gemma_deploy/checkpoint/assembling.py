@@ -14,7 +14,7 @@ from gemma_deploy.checkpoint.naming import name_tensors
 from gemma_deploy.checkpoint.quantized.matrix import MisfitError, QuantizedWeight
 from gemma_deploy.checkpoint.quantized.modules import Modules
 from gemma_deploy.checkpoint.safetensors_reader import readable
-from gemma_deploy.checkpoint.source import TensorInfo, equal
+from gemma_deploy.checkpoint.source import TensorInfo, as_matrix, equal
 from gemma_deploy.checkpoint.stored import Stored
 from gemma_deploy.dtypes import BY_NAME
 from gemma_deploy.errors import CheckpointError
@@ -46,7 +46,7 @@ class Assembled:
 def info_of(name: str, place: Place) -> TensorInfo:
     """A tensor under its name here; bytes are those in the files."""
     entry = place.entry
-    return TensorInfo(name, entry.shape, entry.dtype, place.file.path, int(place.nbytes))
+    return TensorInfo(name, as_matrix(entry.shape), entry.dtype, place.file.path, int(place.nbytes))
 
 
 def assemble(

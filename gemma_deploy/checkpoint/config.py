@@ -111,6 +111,11 @@ class ModelConfig:
         return self.per_layer is not None or self.first_sharing is not None
 
     @property
+    def has_experts(self) -> bool:
+        """Whether layers have experts beside their MLP."""
+        return any(layer.experts is not None for layer in self.templates)
+
+    @property
     def first_sharing(self) -> int | None:
         """The first of the layers at the end that read keys and values of earlier ones; None where none do."""
         return next((layer.index for layer in self.layers if layer.cache_from is not None), None)

@@ -109,11 +109,13 @@ class SafetensorsFile:
 
 
 def _span(entry: Entry, start: int, stop: int) -> tuple[int, int, tuple[int, ...]]:
-    rows = entry.shape[0]
+    """Bytes and shape of rows; of more than two dimensions those of all matrices below each other."""
+    rows = math.prod(entry.shape[:-1]) if len(entry.shape) > 2 else entry.shape[0]
     if not 0 <= start <= stop <= rows:
         raise IndexError(f"{entry.name}: rows {start}..{stop} of {rows}")
     row_bytes = (entry.stop - entry.start) // max(rows, 1)
-    return entry.start + start * row_bytes, entry.start + stop * row_bytes, (stop - start, *entry.shape[1:])
+    shape = (stop - start, *entry.shape[1:]) if len(entry.shape) < 3 else (stop - start, entry.shape[-1])
+    return entry.start + start * row_bytes, entry.start + stop * row_bytes, shape
 
 
 def _header_length(file: MappedFile) -> int:

@@ -6,6 +6,7 @@ holds, put together again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,14 @@ from gemma_deploy.checkpoint.config import ModelConfig
 COMPARED_BYTES = 8 << 20  # of each of two matrices at a time
 
 
+def as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape under which a tensor is read: matrices of all experts [experts, out, in] are one, below each other."""
+    return shape if len(shape) < 3 else (math.prod(shape[:-1]), shape[-1])
+
+
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor: its Hugging Face name, shape, dtype as stored, file, and bytes stored."""
+    """One tensor: its Hugging Face name, shape (`as_matrix`), dtype as stored, file, and bytes stored."""
 
     name: str
     shape: tuple[int, ...]

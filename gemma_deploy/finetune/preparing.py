@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.errors import UsageError
+from gemma_deploy.errors import NotBuiltError, UsageError
 from gemma_deploy.finetune.data import read_examples
 from gemma_deploy.finetune.encoding import Examples, encode_examples, split
 from gemma_deploy.finetune.model import targets_of
@@ -39,6 +39,13 @@ class Prepared:
 
 def prepare(settings: FinetuneSettings, checkpoint: Checkpoint, data: str) -> Prepared:
     """Read and tokenize the examples; everything about them that can be wrong is told here."""
+    if checkpoint.config.has_experts:
+        raise NotBuiltError(
+            "training a model with experts (Gemma 4 26B-A4B) is not built in this version",
+            where=str(checkpoint.path),
+            expected="a model without experts",
+            next_step="train another model, or this one with TRL",
+        )
     context = checkpoint.config.max_position_embeddings
     length = settings.max_length or min(LENGTH, context)
     if length > context:

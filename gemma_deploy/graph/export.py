@@ -155,10 +155,14 @@ def parameter_names(pair: nn.Module, config: ModelConfig) -> dict[str, str]:
     names = [name for name, _ in pair.named_parameters(remove_duplicate=False)]
     names += [name for name, _ in pair.named_buffers(remove_duplicate=False)]
     mapping = {}
+    experts = [layer.experts for layer in config.templates if layer.experts is not None]
+    stacks = tuple(f".{name}" for one in experts for name in (one.gate_up, one.down))
     for name in names:
         target = own_name(name).replace("model.rotary.", "model.rotary_emb.")
         for level in LEVELS:
             target = target.replace(level, ".")
+        if target.removesuffix(".weight").endswith(stacks):
+            target = target.removesuffix(".weight")
         if config.tie_word_embeddings and target.startswith("lm_head."):
             target = target.replace("lm_head.", "model.embed_tokens.")
         mapping[name] = target

@@ -5,7 +5,8 @@ y = MatMul(x, Transpose(DequantizeLinear(weight, scale, axis=0))). `Vastai::Quan
 scales along the inputs, one for every `block_size` of them. `Vastai::QuantizeDequantizePerToken` rounds what linears
 read to 8 bits, y = Round(x / scale) * scale with scale = absmax of the token / 127: in front of a linear of int8
 weights it says that an integer product is meant. `Vastai::QuantizeCache` and `Vastai::DequantizeCache` stand where keys
-and values enter and leave an int8 cache.
+and values enter and leave an int8 cache. `Vastai::MixtureOfExperts` and `Vastai::QuantizedMixtureOfExperts` run each
+token through the experts that it was given; their bodies run it through all, and multiply by zero.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ DOMAIN = "Vastai"
 DOMAIN_VERSION = 1
 PER_TOKEN = "QuantizeDequantizePerToken"
 QUANTIZE_CACHE, DEQUANTIZE_CACHE = "QuantizeCache", "DequantizeCache"
+EXPERTS, QUANTIZED_EXPERTS = "MixtureOfExperts", "QuantizedMixtureOfExperts"
 
 
 def quantized_linear_per_channel(opset: int) -> ir.Function:
@@ -79,6 +81,19 @@ class Body:
         """Add a float32 number."""
         return self.node("Constant", [], name, value=ir.tensor(np.float32(value), name=name))
 
+    def integers(self, values: Sequence[int], name: str) -> ir.Value:
+        """Add a vector of whole numbers."""
+        return self.node("Constant", [], name, value=ir.tensor(np.array(values, np.int64), name=name))
+
+    def with_attributes(
+        self, op_type: str, inputs: Sequence[ir.Value], name: str, *, attributes: Sequence[ir.Attr]
+    ) -> ir.Value:
+        """Add a node some of whose attributes are the function's own."""
+        node = ir.Node("", op_type, inputs, attributes, name=name)
+        node.outputs[0].name = name
+        self.nodes.append(node)
+        return node.outputs[0]
+
     def function(
         self, name: str, outputs: Sequence[ir.Value], opset: int, *, attributes: Sequence[ir.Attr] = ()
     ) -> ir.Function:
@@ -129,11 +144,69 @@ def dequantize_cache(opset: int) -> ir.Function:
         body.node("Cast", [value], f"wide_{value.name}", to=ir.DataType.FLOAT.value) for value in body.inputs[:2]
     )
     product = body.node("Mul", [body.node("Mul", [codes, scale], "even"), body.inputs[2]], "product")
-    node = ir.Node("", "Cast", [product], [ir.RefAttr("to", "to", ir.AttributeType.INT)], name="y")
-    node.outputs[0].name = "y"
-    body.nodes.append(node)
+    to = ir.RefAttr("to", "to", ir.AttributeType.INT)
+    y = body.with_attributes("Cast", [product], "y", attributes=[to])
     declared = ir.Attr("to", ir.AttributeType.INT, None)
-    return body.function(DEQUANTIZE_CACHE, [node.outputs[0]], opset, attributes=[declared])
+    return body.function(DEQUANTIZE_CACHE, [y], opset, attributes=[declared])
+
+
+def mixture_of_experts(opset: int) -> ir.Function:
+    """Gated MLPs of experts, added up with weights.
+
+    x: [B, S, H]; weights: [B, S, k] float32 and experts: [B, S, k] int64, of each token; gate_up: [E, 2I, H], gates
+    first; down: [E, H, I] -> [B, S, H]; attribute approximate: as of Gelu.
+    """
+    body = Body("x", "weights", "experts", "gate_up", "down")
+    return body.function(EXPERTS, [_experts(body, *body.inputs)], opset, attributes=[APPROXIMATE])
+
+
+def quantized_mixture_of_experts(opset: int) -> ir.Function:
+    """The same with int8 or int4 codes of the matrices, and float32 scales of groups of their columns.
+
+    gate_up_scale: [E, 2I, groups], of gate_up_block_size columns each; down_scale: [E, H, groups], of down_block_size.
+    """
+    body = Body("x", "weights", "experts", "gate_up", "gate_up_scale", "down", "down_scale")
+    matrices = []
+    for codes, scale in (body.inputs[3:5], body.inputs[5:7]):
+        size = ir.RefAttr("block_size", f"{codes.name}_block_size", ir.AttributeType.INT)
+        attributes = [ir.AttrInt64("axis", 2), size]
+        matrices.append(
+            body.with_attributes("DequantizeLinear", [codes, scale], f"{codes.name}_matrix", attributes=attributes)
+        )
+    sizes = [ir.Attr(f"{name}_block_size", ir.AttributeType.INT, None) for name in ("gate_up", "down")]
+    result = _experts(body, *body.inputs[:3], *matrices)
+    return body.function(QUANTIZED_EXPERTS, [result], opset, attributes=[APPROXIMATE, *sizes])
+
+
+APPROXIMATE = ir.Attr("approximate", ir.AttributeType.STRING, None)
+
+
+def _experts(
+    body: Body, x: ir.Value, weights: ir.Value, experts: ir.Value, gate_up: ir.Value, down: ir.Value
+) -> ir.Value:
+    """All experts on all tokens: what a token was not given counts nothing."""
+    second, last = body.integers([1], "second_axis"), body.integers([-1], "last_axis")
+    bits = body.node("Constant", [], "bits", value=ir.tensor(np.array([0, 1], np.float32), name="bits"))
+    count = body.node("Shape", [down], "count", start=0, end=1)
+    given = body.node("OneHot", [experts, count, bits], "given", axis=-1)
+    weighted = body.node("Mul", [given, body.node("Unsqueeze", [weights, last], "column")], "weighted")
+    shares = body.node("ReduceSum", [weighted, body.integers([-2], "choices")], "shares", keepdims=0)
+    by_expert = body.node("Transpose", [shares], "by_expert", perm=[2, 0, 1])
+    of_experts = body.node("Unsqueeze", [by_expert, last], "of_experts")
+    matrices = []
+    for one, name in ((gate_up, "gate_up"), (down, "down")):
+        turned = body.node("Transpose", [one], f"{name}_turned", perm=[0, 2, 1])
+        matrices.append(body.node("Unsqueeze", [turned, second], f"{name}_right"))
+    both = body.node("MatMul", [x, matrices[0]], "both")
+    split = ir.node("Split", [both], {"axis": -1, "num_outputs": 2}, num_outputs=2, name="halves")
+    gate, up = split.outputs
+    gate.name, up.name = "gate", "up"
+    body.nodes.append(split)
+    how = [ir.RefAttr("approximate", "approximate", ir.AttributeType.STRING)]
+    inner = body.node("Mul", [body.with_attributes("Gelu", [gate], "activated", attributes=how), up], "inner")
+    made = body.node("MatMul", [inner, matrices[1]], "made")
+    counted = body.node("Mul", [made, body.node("CastLike", [of_experts, made], "factors")], "counted")
+    return body.node("ReduceSum", [counted, body.integers([0], "all_experts")], "y", keepdims=0)
 
 
 def used_functions(model: ir.Model, opset: int) -> list[ir.Function]:
@@ -144,6 +217,8 @@ def used_functions(model: ir.Model, opset: int) -> list[ir.Function]:
         PER_TOKEN: quantize_dequantize_per_token,
         QUANTIZE_CACHE: quantize_cache,
         DEQUANTIZE_CACHE: dequantize_cache,
+        EXPERTS: mixture_of_experts,
+        QUANTIZED_EXPERTS: quantized_mixture_of_experts,
     }
     ops = {node.op_type for node in model.graph if node.domain == DOMAIN}
     return [known[op](opset) for op in sorted(ops & set(known))]

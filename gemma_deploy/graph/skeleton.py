@@ -17,7 +17,7 @@ from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.graph.collectives import RankEmbedding, ReducedLinear
 from gemma_deploy.names import LAYERS, PER_LAYER_TABLE
 from gemma_deploy.partition.ranks import row_blocks, sharding
-from gemma_deploy.patched import one_layer_of_each_template, patched_causal, patched_module
+from gemma_deploy.patched import one_layer_of_each_template, patched_causal, patched_module, set_parameter
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import Codes, Form, Storage
 
@@ -110,9 +110,13 @@ def _store(
     """Give every module its zero-storage weights in the form the artifact stores them."""
     weight_dtype = torch.bfloat16 if scheme == "bf16" else dtype
     quantization, norm = patched_module("quantization_vacc"), patched_module("layers_vacc").RMSNorm
+    routers = {f"model.layers.{k}.{layer.experts.router}" for k, layer in enumerate(config.templates) if layer.experts}
     for path, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
             if not isinstance(child, nn.Linear) or (child is model.lm_head and config.tie_word_embeddings):
+                continue
+            if f"{path}.{name}" in routers:
+                child.weight = _kept(child.weight.shape, torch.float32)
                 continue
             shape = _share(f"{path}.{name}", (child.out_features, child.in_features), config, ranks)
             codes = storage.of(f"{path}.{name}")
@@ -123,17 +127,45 @@ def _store(
             elif scheme == "bf16":
                 new = quantization.StoredLinear(_zeros(shape, weight_dtype))
             else:
-                child.weight = nn.Parameter(_zeros(shape, weight_dtype), requires_grad=False)
+                child.weight = _kept(shape, weight_dtype)
                 continue
             setattr(parent, name, new)
         if isinstance(parent, norm) and parent.weight is not None:  # computes in float32: stored so in every scheme
-            parent.weight = nn.Parameter(_zeros(parent.weight.shape, torch.float32), requires_grad=False)
+            parent.weight = _kept(parent.weight.shape, torch.float32)
     for layer, module in zip(config.templates, model.model.layers, strict=True):
         if layer.scalar is not None:
             module.register_buffer(layer.scalar, _zeros((1,), torch.float32))
+        if layer.experts is not None:
+            _store_experts(module, layer, scheme, weight_dtype, storage)
     _store_table(model, config, scheme, dtype, ranks, storage)
     if config.per_layer is not None:
         _store_vectors(model, config.per_layer, scheme, dtype, storage)
+
+
+def _store_experts(
+    module: nn.Module, layer: LayerSpec, scheme: Form, weight_dtype: torch.dtype, storage: Storage
+) -> None:
+    """The same for the experts of a layer and the vectors of their router; its matrix is a linear."""
+    assert layer.experts is not None
+    stack = patched_module("experts_vacc").Stack
+    for name in (layer.experts.router_scale, layer.experts.expert_scale):
+        set_parameter(module, name, _kept(module.get_parameter(name).shape, torch.float32))
+    for name, shape in layer.experts.stacks(layer.hidden_size).items():
+        owner, _, last = name.rpartition(".")
+        if scheme in INT8:
+            codes = storage.linear(name)
+            made = stack(_zeros(shape, torch.int8), _zeros(codes.scale_shape(shape), torch.float32))
+        elif scheme == "bf16":
+            made = stack(_zeros(shape, weight_dtype))
+        else:
+            set_parameter(module, name, _kept(shape, weight_dtype))
+            continue
+        delattr(module.get_submodule(owner), last)
+        module.set_submodule(name, made)
+
+
+def _kept(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(_zeros(shape, dtype), requires_grad=False)
 
 
 def _share(module: str, shape: tuple[int, int], config: ModelConfig, ranks: int) -> tuple[int, int]:

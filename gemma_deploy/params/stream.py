@@ -194,7 +194,7 @@ def _write_codes(
 
     weight, scales = sinks
     qmax = (1 << (BY_NAME[weight.spec.dtype].bits - 1)) - 1
-    groups = math.prod(scales.spec.shape[1:])  # of a row; each is quantized like a row of its own
+    groups = math.prod(scales.spec.shape[len(weight.spec.shape) - 1 :])  # of a row; each is quantized like a row
     count = math.prod(scales.spec.shape)
     all_scales, signal, error = torch.empty(count), torch.empty(count).double(), torch.empty(count).double()
     start = 0

@@ -17,6 +17,7 @@ import torch
 from accelerate import cpu_offload, init_empty_weights
 from torch import nn
 
+from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.errors import NotBuiltError
 from gemma_deploy.machine import give_memory_back
@@ -28,7 +29,7 @@ from gemma_deploy.progress import Tick
 
 Weighting = Literal["fp32", "bf16", "w8a16"]
 BLOCK_BYTES = 8 << 20  # of a matrix as float32; malloc maps and unmaps anything of 32 MiB, at the price of page faults
-LINEARS = ("_proj", "per_layer_input_gate", "per_layer_projection", "per_layer_model_projection")
+LINEARS = ("_proj", "router.proj", "per_layer_input_gate", "per_layer_projection", "per_layer_model_projection")
 
 
 class TorchSource:
@@ -100,7 +101,7 @@ class TorchSource:
         for start in range(0, count, step):
             stop = min(start + step, count)
             weight = self._matrix(self.checkpoint.rows(name, start, stop))
-            if self.weighting == "w8a16":
+            if self.weighting == "w8a16" and not name.endswith("router.proj.weight"):
                 quantization = patched_module("quantization_vacc")
                 out[..., start:stop] = quantization.QuantizedLinearPerChannel(*quantization.quantize_rows(weight))(x)
             else:
@@ -173,6 +174,8 @@ class TorchSource:
     def _streamed(self, used: Sequence[int]) -> nn.Module:
         """The decoder stack, which reads its weights when it needs them; its table holds the rows `used`."""
         model = self._build(len(used))
+        for layer in self.checkpoint.config.layers:
+            _stream_experts(self, model, layer)
         for name, module in list(model.named_modules()):
             if name.endswith(LINEARS):
                 model.set_submodule(name, StreamedLinear(self, f"model.{name}.weight", module))
@@ -236,6 +239,37 @@ class StreamedLinear(nn.Module):
         return self.source.linear(self.name, x)
 
 
+class StreamedStack:
+    """Stands in for the matrices of all experts [experts, out, in]: each is read when its tokens come.
+
+    Args:
+        name: of the tensor; rows: of a matrix.
+    """
+
+    def __init__(self, source: TorchSource, name: str, rows: int) -> None:
+        self.source, self.name, self.rows = source, name, rows
+
+    def __getitem__(self, expert: Any) -> torch.Tensor:
+        """The matrix [out, in] of an expert."""
+        start = int(expert) * self.rows
+        weight = self.source._matrix(self.source.checkpoint.rows(self.name, start, start + self.rows))
+        if self.source.weighting != "w8a16":
+            return weight
+        codes, scale = patched_module("quantization_vacc").quantize_rows(weight)
+        return codes * scale[:, None]
+
+
+def _stream_experts(source: TorchSource, model: nn.Module, layer: LayerSpec) -> None:
+    """Take the matrices of experts out of a layer of either class; its code indexes what stands in for them."""
+    if layer.experts is None:
+        return
+    for name, (_, rows, _) in layer.experts.stacks(layer.hidden_size).items():
+        owner, _, last = f"{layer.prefix}{name}".removeprefix("model.").rpartition(".")
+        module = model.get_submodule(owner)
+        delattr(module, last)
+        setattr(module, last, StreamedStack(source, f"{layer.prefix}{name}", rows))
+
+
 class Weights(Mapping[str, torch.Tensor]):
     """Norms and the cut-down table, as the model asks for them; nothing is kept.
 
@@ -286,7 +320,12 @@ def _first_tensor(value: Any) -> torch.Tensor:
 
 
 def _flat(value: torch.Tensor, turned: bool) -> np.ndarray:
-    """[1, positions, ...] -> [positions, features]; of four dimensions [1, heads, positions, D] where `turned`."""
+    """[1, positions, ...] -> [positions, features]; of four dimensions [1, heads, positions, D] where `turned`.
+
+    What has two has them already: routers and experts of transformers' class take all tokens in a row.
+    """
+    if value.ndim == 2:
+        return value.float().numpy()
     if value.ndim == 4 and turned:
         value = value.transpose(1, 2)
     return value[0].reshape(value.shape[1], -1).float().numpy()

@@ -106,7 +106,7 @@ def repeated_heads(config: ModelConfig, ranks: int) -> str | None:
 def obstacles(config: ModelConfig, ranks: int, align_qkv: bool) -> list[str]:
     """Why a model cannot be divided among `ranks`; empty when it can."""
     heads = config.num_attention_heads
-    problems = []
+    problems = ["experts are not divided among ranks in this version"] if config.has_experts and ranks > 1 else []
     if heads % ranks:
         problems.append(f"{ranks} ranks do not divide the {heads} attention heads")
     for kv in dict.fromkeys(layer.kv_heads for layer in config.layers):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from gemma_deploy.architectures import text_type
-from gemma_deploy.checkpoint import Checkpoint, ModelConfig, WeightSource
+from gemma_deploy.checkpoint import Checkpoint, ModelConfig, WeightSource, expected_tensors
 from gemma_deploy.checkpoint.safetensors_reader import SafetensorsFile
 from gemma_deploy.errors import CheckpointError, UsageError
 from gemma_deploy.machine import give_memory_back
@@ -162,7 +162,7 @@ def read_tensor(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> torch.Tensor:
-    """A tensor in its own memory, copied a block of rows at a time."""
+    """A tensor in its own memory and the shape that the model has it in, copied a block of rows at a time."""
     shape = weights.tensors[name].shape
     tensor = torch.empty(shape, dtype=dtype, device=device)
     if tensor.is_meta:
@@ -171,7 +171,7 @@ def read_tensor(
     for start in range(0, shape[0], step):
         stop = min(start + step, shape[0])
         tensor[start:stop].copy_(torch.from_numpy(weights.rows(name, start, stop)))
-    return tensor
+    return tensor.reshape(expected_tensors(weights.config).get(name, shape))
 
 
 def _dtype_of(config: ModelConfig, checkpoint: WeightSource) -> torch.dtype:

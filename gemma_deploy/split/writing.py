@@ -126,9 +126,10 @@ def _from(progress: Tick, before: int, total: int) -> Tick:
 def _plan(checkpoint: Checkpoint, span: Span) -> list[ParamSpec]:
     """Every tensor as it is stored; what only GGUF stores becomes float32, what adapters changed as its neighbours."""
     plan = []
-    for local, source in ParameterMapper(checkpoint.config, span).sources.items():
+    mapper = ParameterMapper(checkpoint.config, span)
+    for local, source in mapper.sources.items():
         info = checkpoint.tensors[source]
         stored = checkpoint.own_dtype if checkpoint.is_changed(source) else info.dtype
         dtype: Any = stored if stored in get_args(StoredDtype) else "float32"
-        plan.append(ParamSpec(local, info.shape, dtype, "cast", source))
+        plan.append(ParamSpec(local, mapper.shapes[source], dtype, "cast", source))
     return plan

@@ -131,7 +131,7 @@ def test_a_layer_without_its_number_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"enable_moe_block": True}, "Gemma 4 26B-A4B, a mixture of experts, is not built"),
+        ({"enable_moe_block": True}, "num_experts is missing"),
         ({"num_kv_shared_layers": 7}, "num_kv_shared_layers: got 7, expected a whole number from 0 to 6"),
         ({"num_kv_shared_layers": 2}, "no layer before those has keys and values of full_attention"),
         ({"hidden_size_per_layer_input": 16}, "vocab_size_per_layer_input: got 262144, expected 512, as many as"),

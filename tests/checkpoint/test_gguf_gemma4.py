@@ -141,7 +141,7 @@ def test_blocks_of_every_matrix(directory, tmp_path, kind):
         ({"feed_forward_length": [160] * 6 + [320]}, "gemma4.feed_forward_length: got [160, 320], expected one size"),
         ({"embedding_length_per_layer_input": -1}, "gemma4.embedding_length_per_layer_input: got -1, expected a whole"),
         ({"embedding_length_per_layer_input": 32}, "missing: model.embed_tokens_per_layer.weight"),
-        ({"expert_count": 8}, "enable_moe_block: got True"),
+        ({"expert_count": 8}, "gemma4.expert_count: got 8, expected none: experts in GGUF"),
         ({"block_count": 6}, "gemma4.attention.sliding_window_pattern: got"),
         ({"block_count": 0}, "num_hidden_layers: got 0, expected a whole number from 1"),
         ({"attention__key_length": 128, "attention__value_length": 128, "rope__dimension_count": 128},

@@ -13,13 +13,15 @@ from transformers import AutoModelForCausalLM
 
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.patched import patched_causal, patched_module
-from gemma_deploy.testing import TINY_PER_LAYER, write_tiny_checkpoint
+from gemma_deploy.testing import TINY_EXPERTS, TINY_PER_LAYER, write_tiny_checkpoint
 
 LAYERS = patched_module("layers_vacc")
 GAINS = patched_module("gain_vacc")
 GEMMA, GEMMA2, GEMMA3, VAULT, GEMMA4 = "gemma", "gemma2", "gemma3_text", "vaultgemma", "gemma4_text"
 ONE_PLUS = (GEMMA, GEMMA2, GEMMA3, VAULT)  # what norms multiply by
 ALL = (*ONE_PLUS, GEMMA4)
+EXPERTS = patched_module("experts_vacc")
+MIXTURE = "gemma4 with experts"
 PER_LAYER = "gemma4 with per-layer embeddings and shared keys and values"
 
 
@@ -252,7 +254,79 @@ def mlp_of_sharing_layers_is_half_used(model, patch):
         layer.mlp.down_proj.weight.data[:, 160:] = 0
 
 
+def weights_of_experts_are_not_normalized(model, patch):
+    """Their sum over all experts is 1 already, that of the chosen ones is not."""
+    patch.setattr(torch.Tensor, "sum", lambda self, *args, keepdim=False, **kwargs: torch.ones_like(self[..., :1]))
+
+
+def experts_have_no_scale(model, patch):
+    for layer in model.model.layers:
+        layer.router.per_expert_scale.data.fill_(1)
+
+
+def experts_have_the_scale_of_their_place(model, patch):
+    """Of the first, second and third chosen one, whichever they are."""
+    for layer in model.model.layers:
+        scale = layer.router.per_expert_scale.data.clone()
+        layer.router.per_expert_scale.data.fill_(1)
+        layer.router.register_forward_hook(
+            lambda module, args, out, scale=scale: (out[0] * scale[: out[0].shape[-1]], out[1])
+        )
+
+
+def up_in_front_of_gate(model, patch):
+    for layer in model.model.layers:
+        stack = layer.experts.gate_up_proj
+        stack.data = torch.cat(stack.data.chunk(2, dim=1)[::-1], dim=1)
+
+
+def dense_mlp_is_dropped(model, patch):
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data.zero_()
+
+
+def dense_mlp_has_one_norm(model, patch):
+    for layer in model.model.layers:
+        layer.post_feedforward_layernorm_1 = nn.Identity()
+
+
+def router_reads_what_experts_read(model, patch):
+    for layer in model.model.layers:
+        norm = layer.pre_feedforward_layernorm_2
+        layer.router.register_forward_pre_hook(lambda module, args, norm=norm: (norm(args[0]),))
+
+
+def router_has_no_root(model, patch):
+    for layer in model.model.layers:
+        layer.router.root = 1.0
+
+
+def one_expert_less(model, patch):
+    for layer in model.model.layers:
+        layer.router.chosen -= 1
+
+
+def experts_read_what_the_mlp_reads(model, patch):
+    for layer in model.model.layers:
+        layer.pre_feedforward_layernorm_2 = layer.pre_feedforward_layernorm
+
+
 BREAKAGES = [
+    *(
+        (broken, MIXTURE, torch.float32)
+        for broken in (
+            weights_of_experts_are_not_normalized,
+            experts_have_no_scale,
+            experts_have_the_scale_of_their_place,
+            up_in_front_of_gate,
+            dense_mlp_is_dropped,
+            dense_mlp_has_one_norm,
+            router_reads_what_experts_read,
+            router_has_no_root,
+            one_expert_less,
+            experts_read_what_the_mlp_reads,
+        )
+    ),
     *(
         (broken, PER_LAYER, torch.float32)
         for broken in (
@@ -317,7 +391,9 @@ def checkpoints(tmp_path_factory):
     found = {
         model: write_tiny_checkpoint(folder / model, model, hidden_size=80, **changes.get(model, {})) for model in ALL
     }
-    return found | {PER_LAYER: write_tiny_checkpoint(folder / "per_layer", GEMMA4, hidden_size=80, **TINY_PER_LAYER)}
+    for name, traits in ((PER_LAYER, TINY_PER_LAYER), (MIXTURE, TINY_EXPERTS)):
+        found[name] = write_tiny_checkpoint(folder / name, GEMMA4, hidden_size=80, **traits)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -328,7 +404,8 @@ def expected(checkpoints):
     @functools.cache
     def get(model_type, dtype):
         path = checkpoints[model_type]
-        stock = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=dtype).eval()
+        eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+        stock = AutoModelForCausalLM.from_pretrained(path, **eager, dtype=dtype).eval()
         return stock.state_dict(), logits(stock, ids), ids
 
     return get

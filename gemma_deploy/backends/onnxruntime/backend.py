@@ -149,6 +149,8 @@ class OnnxRuntime:
     def model_problems(self, spec: BuildSpec, config: ModelConfig) -> list[str]:
         """Widths that the block kernel would pad, and caches of a window that this model has no use for."""
         problems = block_problems(input_channels(config, 1)) if spec.scheme.codes else []
+        if config.has_experts:
+            problems.append("backend.type: onnxruntime is not built for experts (Gemma 4 26B-A4B): write tvm_vacc")
         if config.reads_beside:
             problems += self._not_for_shared(spec)
         if options_of(spec).cache == WINDOW:

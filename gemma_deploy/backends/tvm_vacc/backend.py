@@ -10,7 +10,7 @@ from pydantic import ConfigDict
 
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.base import Export, ExportJob, Proof
-from gemma_deploy.backends.spec import BuildSpec, Options
+from gemma_deploy.backends.spec import BuildSpec, Options, unbuilt_of_experts
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.estimates import (
     EXPORT_BYTES,
@@ -77,9 +77,9 @@ class StaticPair:
         return 0
 
     def model_problems(self, spec: BuildSpec, config: ModelConfig) -> list[str]:
-        """What is not built of models whose layers read other layers, or vectors of tokens."""
+        """What is not built of models whose layers read other layers, or vectors of tokens; or have experts."""
         if not config.reads_beside:
-            return []
+            return unbuilt_of_experts(spec) if config.has_experts else []
         which = "a model with per-layer embeddings or shared keys and values (Gemma 4 E2B, E4B)"
         problems = []
         if spec.scheme.calibrates:

@@ -201,6 +201,30 @@ class Cutter:
                 whole[..., start:stop] = piece({entering: array})[0]
         return made
 
+    def experts_inputs(self, out: str) -> list[str]:
+        """What experts read, by the name of what they make: hidden states, weights, numbers of experts."""
+        node = self.values[out].producer()
+        assert node is not None  # a graph has no input of that name
+        return [str(value.name) for value in node.inputs[:3] if value is not None]
+
+    def experts(self, out: str, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        """What experts make of hidden states, some of them after others: [B, S, H]."""
+        names, node = self.experts_inputs(out), self.values[out].producer()
+        matrices = node.inputs[3] if node is not None else None
+        if matrices is None or matrices.shape is None:
+            raise ArtifactError(f"{out} is not made by experts", where=self.where, next_step=VERIFY)
+        count, rows, columns = matrices.shape.numpy()
+        step = max(1, MATRIX_BYTES // (4 * rows * columns))
+        x, weights, given = (feeds[name] for name in names)
+        made = np.zeros(x.shape, x.dtype)
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            own = np.where((given >= start) & (given < stop), given - start, stop - start)  # the last is none of them
+            if (own < stop - start).any():
+                piece = self.piece(names, [out], rows=(start, stop, count))
+                made += piece(dict(zip(names, (x, weights, own), strict=True)))[0]
+        return made
+
     def value(self, name: str) -> str:
         """Value name of `MODULE.out` (itself) or of `MODULE.in`, what a linear reads."""
         return self.linear_input(name.removesuffix(".in") + ".out") if name.endswith(".in") else name

@@ -38,6 +38,7 @@ from gemma_deploy.parity.sources import Features
 from gemma_deploy.progress import Tick
 from gemma_deploy.quantization.rescaling import Rescaling
 
+EXPERTS_MODULE = "experts"
 UNROUNDED = "strict, activations unrounded"
 CHOSEN = "lm_head.in"  # what the LM head reads: in prefill a slice of the final norm
 
@@ -197,6 +198,7 @@ class StrictSource:
             _drop(set(inputs) - set(known) - set(values.values()), runs)
             known += linears
             give_memory_back()
+        known += _experts(cutter, layer, known, runs)
         _between(cutter, layer, [*known, *beside], list(values.values()), runs, attends=True)
         for run in runs:
             results = {name: run.feeds[value] for name, value in values.items()}
@@ -239,6 +241,19 @@ def _apply(cutter: Cutter, name: str, linear: str, runs: Sequence[Run], together
         made = np.split(cutter.in_blocks(name, linear, [np.concatenate(entering)])[0], len(runs))
     for run, value in zip(runs, made, strict=True):
         run.feeds[linear] = value
+
+
+def _experts(cutter: Cutter, layer: int, known: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    """Run the experts of a layer on one run after the other, and name what they make; nothing where it has none."""
+    out = f"model.layers.{layer}.{EXPERTS_MODULE}.out"
+    if out not in cutter.values:
+        return []
+    inputs = [name for name in cutter.experts_inputs(out) if name not in known]
+    _between(cutter, layer, known, inputs, runs, attends=False)
+    for run in runs:
+        run.feeds[out] = cutter.experts(out, run.feeds)
+    _drop(inputs, runs)
+    return [out]
 
 
 def _drop(names: Iterable[str], runs: Sequence[Run]) -> None:

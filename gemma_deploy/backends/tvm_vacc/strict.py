@@ -27,6 +27,9 @@ MOVES_FLOAT16 = frozenset(
     }
 )  # fmt: skip
 
+# Which input an operator's result has the type of; the first where it is not named here.
+LIKE = {"DequantizeLinear": 1, "Where": 1, "CastLike": 1, "OneHot": 2}
+
 
 def lower(model: ir.Model) -> ir.Model:
     """Replace what ONNX Runtime has no exact kernel for: all passes, in order, in place."""
@@ -50,8 +53,10 @@ def complete_dtypes(model: ir.Model) -> None:
                 value.dtype = node.attributes["value"].as_tensor().dtype
             elif node.op_type == "Equal":
                 value.dtype = ir.DataType.BOOL
+            elif node.op_type == "Shape":
+                value.dtype = ir.DataType.INT64
             else:
-                value.type = _type_of(node.inputs[1 if node.op_type in ("DequantizeLinear", "Where") else 0])
+                value.type = _type_of(node.inputs[LIKE.get(node.op_type, 0)])
 
 
 def share_transposes(model: ir.Model) -> int:
