@@ -15,7 +15,7 @@ from typing import Any
 
 from gemma_deploy.calibration.pipeline import Request
 from gemma_deploy.calibration.points import TOKENS
-from gemma_deploy.calibration.requirements import memory_bytes, workers_bytes
+from gemma_deploy.calibration.requirements import beside_bytes, memory_bytes, workers_bytes
 from gemma_deploy.checkpoint import ModelConfig, TensorInfo
 from gemma_deploy.errors import PreflightError
 from gemma_deploy.estimates import (
@@ -169,7 +169,7 @@ def _building_stages(
 ) -> list[StageEstimate]:
     stages = [_ranges_stage(job, tensors, elements, request)] if job.scheme.weights == "fp16" else []
     if job.scheme.calibrated:
-        stages.append(_quantize_stage(job, tensors, machine))
+        stages.append(_quantize_stage(job, machine))
     elif job.scheme.int8_cache:
         stages.append(_cache_stage(job, tensors, machine))
     graphs = job.backend.graphs_estimate()
@@ -238,11 +238,12 @@ def _ranges_stage(job: Job, tensors: Mapping[str, TensorInfo], elements: int, re
     return StageEstimate("ranges", what, ram, 0, seconds)
 
 
-def _quantize_stage(job: Job, tensors: Mapping[str, TensorInfo], machine: Machine) -> StageEstimate:
+def _quantize_stage(job: Job, machine: Machine) -> StageEstimate:
     """One layer's weights, the moments of one group of inputs, one window's activations; hidden states on disk."""
     config, nsamples, seqlen = job.config, job.dataset.nsamples, job.dataset.seqlen
     layers = config.num_hidden_layers
-    shapes = [t.shape for name, t in tensors.items() if ".layers.0." in name and len(t.shape) == 2]
+    templates = ([(linear.out_features, linear.in_features) for linear in one.linears] for one in config.templates)
+    shapes = max(templates, key=lambda shapes: sum(map(prod, shapes)))
     elements, widest = sum(prod(shape) for shape in shapes), max(shape[1] for shape in shapes)
     piece = min(PIECE_ELEMENTS, max(prod(shape) for shape in shapes))
     activations = 4 * seqlen * (3 * _widest(config) + 2 * config.num_attention_heads * seqlen)
@@ -262,6 +263,7 @@ def _quantize_stage(job: Job, tensors: Mapping[str, TensorInfo], machine: Machin
     workers = job.workers.processes if job.workers.cluster is None else 1
     memory, handed_over = workers_bytes(config, seqlen, processes=workers, threads=machine.cpus)
     ram, disk = BASE_BYTES + LEFT_BYTES + held + memory, hidden + layers * elements + handed_over
+    disk += beside_bytes(config, nsamples, seqlen)
     return StageEstimate("quantize", what, ram, disk, seconds)
 
 
@@ -272,7 +274,7 @@ def _cache_stage(job: Job, tensors: Mapping[str, TensorInfo], machine: Machine) 
     elements = sum(prod(t.shape) for name, t in tensors.items() if ".layers.0." in name)
     processes = job.workers.processes if job.workers.cluster is None else 1
     ram = memory_bytes(config, nsamples, seqlen, processes=processes, threads=machine.cpus)
-    hidden = 4 * nsamples * seqlen * config.hidden_size
+    hidden = 4 * nsamples * seqlen * config.hidden_size + beside_bytes(config, nsamples, seqlen)
     seconds = IMPORT_SECONDS + 2.0 * layers * elements * nsamples * seqlen / FLOPS_PER_S
     return StageEstimate("cache", f"keys and values of {nsamples} windows of {seqlen} tokens", ram, hidden, seconds)
 

@@ -71,7 +71,7 @@ class Gemma4DecoderLayer(FourNormLayer):
             hidden_states, position_embeddings, attention_mask, past_key_values, **shared
         )
         if per_layer_input is not None:
-            added = self.act_fn(self.per_layer_input_gate(hidden_states)) * per_layer_input
+            added = self.gated(hidden_states, per_layer_input)
             hidden_states = hidden_states + self.post_per_layer_input_norm(self.per_layer_projection(added))
         return hidden_states * self.layer_scalar.to(hidden_states.dtype), probs, present
 
@@ -84,6 +84,10 @@ class Gemma4DecoderLayer(FourNormLayer):
         chosen = self.router(x)
         added = self.experts(self.pre_feedforward_layernorm_2(x), *chosen)
         return dense + self.post_feedforward_layernorm_2(added)
+
+    def gated(self, hidden_states, per_layer_input):
+        """What per_layer_projection reads [batch, seq, hidden_size_per_layer_input]; arguments as of `forward`."""
+        return self.act_fn(self.per_layer_input_gate(hidden_states)) * per_layer_input
 
 
 class Gemma4PreTrainedModel(PreTrainedModel):

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from gemma_deploy.calibration.shards import LayerSetting, StackTemplate
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.compile import compile_recipe
 from gemma_deploy.errors import NotBuiltError, RecipeError
@@ -52,6 +51,10 @@ def recipe_of(checkpoint, backend, quantize, workspace):
             pytest.param("gemma4_text", TINY_EXPERTS, {"type": "tvm_vacc", **one}, marks=pytest.mark.slow)
             for one in ({"dtype": "fp32"}, {"dtype": "bf16"}, {"dtype": "int8", "quantize": "w4a16_rtn"})
         ),
+        *(
+            pytest.param("gemma4_text", TINY_PER_LAYER, INT4 | {"quantize": scheme}, marks=pytest.mark.slow)
+            for scheme in ("w8a16_gptq", "w4a16", "w4a16_gptq", "w8a8")
+        ),
     ],
 )
 def test_it_compiles_proven(kind, changes, backend, tmp_path):
@@ -72,7 +75,6 @@ def test_it_compiles_proven(kind, changes, backend, tmp_path):
     [
         ({"type": "tvm_vacc", "dtype": "fp16"}, None, "backend.dtype: fp16 is not built for a model with per-layer"),
         ({"type": "tvm_vacc", "dtype": "int8"}, "w8a16_gptq", "w8a16_gptq is not built for a model with per-layer"),
-        ({"type": "onnxruntime", "dtype": "int8"}, "w8a16_gptq", "w8a16_gptq is not built for a model with per-layer"),
         (
             {"type": "onnxruntime", "dtype": "int8", "compile": {"cache": "window"}},
             None,
@@ -107,9 +109,7 @@ def test_what_is_not_built_of_experts_is_said_before_any_work(backend, quantize,
     assert not (tmp_path / "w").exists()
 
 
-def test_layers_that_read_other_layers_are_neither_cut_apart_nor_calibrated(tmp_path):
+def test_layers_that_read_other_layers_are_not_cut_apart():
     config = ModelConfig.from_dict(TINY_CONFIGS["gemma4_text"] | TINY_PER_LAYER, "config.json")
     with pytest.raises(NotBuiltError, match="are not cut apart"):
         ParameterMapper(config, spans_of(7, [2])[0])
-    with pytest.raises(NotBuiltError, match="calibration takes layers one after the other"):
-        StackTemplate(LayerSetting(config, "exact", 8, tmp_path))

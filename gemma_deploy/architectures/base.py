@@ -175,7 +175,8 @@ class LayerSpec:
     @property
     def groups(self) -> tuple[InputGroup, ...]:
         """Input groups in running order."""
-        return tuple(group for branch in self.branches for group in (branch.entry, branch.exit))
+        behind = () if self.per_layer is None else (InputGroup((name,)) for name in self.per_layer.linears)
+        return (*(group for branch in self.branches for group in (branch.entry, branch.exit)), *behind)
 
     @property
     def scoring(self) -> tuple[str, ...]:
@@ -205,7 +206,7 @@ class LayerSpec:
 
         A value head feeds those of all query heads that read it.
         """
-        if group.maker != dict(self.caches).get("value"):
+        if group.maker is None or group.maker != dict(self.caches).get("value"):
             return None
         shared, size = self.heads // self.kv_heads, self.head_dim
         return tuple(head // shared * size + channel for head in range(self.heads) for channel in range(size))

@@ -18,6 +18,11 @@ class PerLayer:
     projection: str = "per_layer_projection"
     norm: str = "post_per_layer_input_norm"
 
+    @property
+    def linears(self) -> tuple[str, str]:
+        """In running order. No factor of columns is folded: into the stream, or past the activation behind the gate."""
+        return self.gate, self.projection
+
 
 @dataclass(frozen=True)
 class PerLayerTable:

@@ -23,7 +23,10 @@ from gemma_deploy.patched import one_layer_of_each_template, patched_stack
 
 def template_stack(config: ModelConfig, embed_scale: str) -> tuple[Any, tuple[str, ...]]:
     """The patched stack on the meta device with one layer of each template, and their names in that order."""
-    stack = patched_stack(config, **one_layer_of_each_template(config), embed_scale=embed_scale, iter_num=None)
+    changes = one_layer_of_each_template(config)
+    if config.per_layer is not None:
+        changes["per_layer_vectors"] = config.num_hidden_layers
+    stack = patched_stack(config, **changes, embed_scale=embed_scale, iter_num=None)
     return stack, tuple(layer.template for layer in config.templates)
 
 
@@ -31,10 +34,14 @@ def embed(checkpoint: WeightSource, ids: np.ndarray, scale: float, *, states: Hi
     """Fill `states` with scaled embedding rows, reading only the rows that occur."""
     for window, tokens in enumerate(ids):
         unique, inverse = np.unique(tokens, return_inverse=True)
-        rows = np.concatenate([checkpoint.rows(EMBEDDING_WEIGHT, int(token), int(token) + 1) for token in unique])
-        hidden = torch.from_numpy(rows)[torch.from_numpy(inverse)] * scale
+        hidden = torch.from_numpy(rows_of(checkpoint, EMBEDDING_WEIGHT, unique))[torch.from_numpy(inverse)] * scale
         refuse_nonfinite(hidden, checkpoint.path, EMBEDDING_WEIGHT.removesuffix(".weight"), window=window)
         states.write(window, hidden.numpy())
+
+
+def rows_of(checkpoint: WeightSource, table: str, tokens: np.ndarray) -> np.ndarray:
+    """Rows of a table for some tokens, [tokens, columns] float32."""
+    return np.concatenate([checkpoint.rows(table, int(token), int(token) + 1) for token in tokens])
 
 
 @contextmanager

@@ -5,15 +5,17 @@ A point is named `MODULE.in` or `MODULE.out`, MODULE as in the checkpoint: `mode
 
 from __future__ import annotations
 
-from gemma_deploy.architectures import LayerSpec, input_groups
+from gemma_deploy.architectures import InputGroup, LayerSpec, PerLayer, input_groups
 from gemma_deploy.names import CACHE_FACTOR
 
 SHARD_TOKENS = 2048  # windows of about so many tokens pass through a layer together, see shards.py
 TOKENS = 1024  # inputs kept as they are, of each group of linears, where activations are rounded
 LAYER_OUTPUT = "out"
+CACHED = "cache"  # where a layer's keys and values are, normed and turned; nothing is observed there
 HEAD_INPUT = "lm_head.in"
 # Kind of point -> how tables and pictures call it.
-LABELS = {f"{group.observed}.in": group.label for group in input_groups()} | {
+_GROUPS = (*input_groups(), *(InputGroup((name,)) for name in PerLayer(0).linears))
+LABELS = {f"{group.observed}.in": group.label for group in _GROUPS} | {
     LAYER_OUTPUT: "layer output",
     HEAD_INPUT: "LM head input",
 }
@@ -28,10 +30,18 @@ def input_point(linear: str) -> str:
     return f"{linear}.in"
 
 
+def cache_columns(layer: LayerSpec) -> int:
+    """Values of a token in a store of the layer's keys and values."""
+    return 2 * layer.kv_heads * layer.head_dim
+
+
 def cache_factor_names(layer: LayerSpec) -> dict[str, str]:
-    """The parameters [Hk * D] by which channels of a layer's "key" and "value" are divided before they become codes."""
+    """The parameters [Hk * D] by which channels of a layer's "key" and "value" are divided before they become codes.
+
+    None where the layer has no cache of its own.
+    """
     makers = dict(layer.caches)
-    if makers.get("key") == makers.get("value"):  # both come from one linear
+    if makers and makers["key"] == makers["value"]:  # both come from one linear
         makers["value"] = layer.value_norm or f"{makers['value']}.value"
     return {part: f"{layer.prefix}{maker}.{CACHE_FACTOR}" for part, maker in makers.items()}
 

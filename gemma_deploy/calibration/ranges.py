@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gemma_deploy.calibration.beside import ReadBeside
 from gemma_deploy.calibration.executors import Executor, Here
 from gemma_deploy.calibration.layer_weights import embed, loaded, refuse_nonfinite
 from gemma_deploy.calibration.observers import RangeObserver
+from gemma_deploy.calibration.points import CACHED
 from gemma_deploy.calibration.shards import (
     LayerPass,
     LayerSetting,
@@ -19,6 +21,8 @@ from gemma_deploy.calibration.shards import (
     StackTemplate,
     StatesByValue,
     StateStore,
+    cache_rows,
+    empty_states,
     shards_of,
 )
 from gemma_deploy.calibration.states import HiddenStates
@@ -64,23 +68,31 @@ def run_layers(
     stack_template = StackTemplate(LayerSetting(config, embed_scale, seqlen, checkpoint.path))
     shape, file = (nsamples, seqlen, config.hidden_size), scratch / "hidden_states.f32"
     states = HiddenStates(shape, file, 0) if executor.shares == "disk" else HiddenStates(shape, file)
-    with closing(states):
+    beside = ReadBeside(config, scratch, ids.shape)
+    with closing(states), closing(beside):
+        beside.make_vectors(checkpoint, stack_template.stack, ids)
         embed(checkpoint, ids, float(stack_template.stack.embed_tokens.scale_value(torch.float32)), states=states)
         for index in range(config.num_hidden_layers):
             layer = LayerPass(stack_template, index)
             shards, carry = shards_of(nsamples, seqlen), executor.shares == "nothing"
+            kept = beside.kept(layer.spec)
             tasks = (
-                _Task(Shard(shard, StatesByValue.of(states, shard)), None)
-                if carry
-                else _Task(Shard(shard, states), states)
+                _Task(
+                    beside.shard(executor, layer.spec, states=states, windows=shard),
+                    None if carry else states,
+                    kept is not None,
+                    None if carry else kept,
+                )
                 for shard in shards
             )
             with loaded(layer.module, checkpoint, layer.name), closing(executor.map(_pass, layer, tasks)) as results:
-                for shard, (found, following) in zip(shards, results, strict=True):
+                for shard, (found, following, present) in zip(shards, results, strict=True):
                     for point, seen in found.items():
                         ranges.setdefault(point, RangeObserver()).merge(seen)
                     if following is not None:
                         following.into(states)
+                    if present is not None and kept is not None:
+                        present.into(kept)
                     for _ in shard:
                         done += 1
                         if progress:
@@ -96,26 +108,40 @@ def run_layers(
 
 @dataclass(frozen=True)
 class _Task:
-    """A shard, and where what the layer gives goes, None to return it."""
+    """A shard, and where what the layer gives goes, None to return it.
+
+    Args:
+        keep: whether keys and values are wanted; kept: where they go, None to return them.
+    """
 
     shard: Shard
     target: StateStore | None
+    keep: bool
+    kept: StateStore | None
 
 
 @torch.inference_mode()
-def _pass(layer: LayerPass, task: _Task) -> tuple[Ranges, StatesByValue | None]:
-    """A shard through a layer: ranges of its inputs and its output, and the output unless it was written."""
-    ranges, rows = Ranges(), []
+def _pass(layer: LayerPass, task: _Task) -> tuple[Ranges, StatesByValue | None, StatesByValue | None]:
+    """A shard through a layer: ranges of its inputs and its output; and the output, keys and values unless written."""
+    ranges, present = Ranges(), dict[str, torch.Tensor]()
+    by_value = empty_states(layer, task.shard.windows) if task.target is None else None
+    made = empty_states(layer, task.shard.windows, CACHED) if task.keep and task.kept is None else None
+    target, kept = task.target or by_value, task.kept or made
+    assert target is not None
 
     def seen(name: str, x: torch.Tensor) -> None:
         ranges.setdefault(name, RangeObserver()).update(x)
 
     for window in task.shard.windows:
-        hidden = layer.run(task.shard.states.read(window), lambda linear, x: seen(f"{layer.name}.{linear}.in", x))
+        hidden = layer.run(
+            task.shard.states.read(window),
+            lambda linear, x: seen(f"{layer.name}.{linear}.in", x),
+            present.__setitem__,
+            beside=task.shard.beside(window, layer.spec),
+        )
         refuse_nonfinite(hidden, layer.path, layer.name, window=window)
         seen(f"{layer.name}.out", hidden)
-        if task.target is None:
-            rows.append(hidden[0].numpy())
-        else:
-            task.target.write(window, hidden[0].numpy())
-    return ranges, StatesByValue(task.shard.windows, np.stack(rows)) if task.target is None else None
+        target.write(window, hidden[0].numpy())
+        if kept is not None:
+            kept.write(window, *cache_rows(present))
+    return ranges, by_value, made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gemma_deploy.calibration.points import SHARD_TOKENS
+from gemma_deploy.calibration.points import SHARD_TOKENS, cache_columns
 from gemma_deploy.calibration.states import IN_MEMORY_BYTES
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.errors import PreflightError
@@ -64,6 +64,16 @@ def states_bytes(config: ModelConfig, nsamples: int, seqlen: int) -> int:
     return 4 * nsamples * seqlen * config.hidden_size
 
 
+def beside_bytes(config: ModelConfig, nsamples: int, seqlen: int) -> int:
+    """What layers read beside hidden states, on disk: vectors of the tokens that occur, keys and values of some layers.
+
+    See beside.py; of most models nothing.
+    """
+    tokens, table = nsamples * seqlen, config.per_layer
+    vectors = 0 if table is None else min(tokens, table.rows) * table.width
+    return 4 * (vectors + sum(tokens * cache_columns(layer) for layer in config.cache_sources))
+
+
 def check_room(
     config: ModelConfig,
     nsamples: int,
@@ -86,8 +96,9 @@ def check_room(
     problems = []
     if memory > machine.ram_bytes:
         problems.append(f"memory: {gib(memory)} needed, {gib(machine.ram_bytes)} left ({machine.ram_source})")
-    if states > IN_MEMORY_BYTES and states > machine.disk_free_bytes:
-        problems.append(f"disk: {size(states)} needed for hidden states, {size(machine.disk_free_bytes)} free")
+    disk = (states if states > IN_MEMORY_BYTES else 0) + beside_bytes(config, nsamples, seqlen)
+    if disk > machine.disk_free_bytes:
+        problems.append(f"disk: {size(disk)} needed for hidden states, {size(machine.disk_free_bytes)} free")
     if problems:
         raise PreflightError(
             f"{nsamples} windows of {seqlen} tokens do not fit on this machine",

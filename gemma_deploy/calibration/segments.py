@@ -1,7 +1,8 @@
 """A decoder layer in segments, each from the inputs of one group of linears to those of the next.
 
 What windows are between two segments is all that the rest of the layer needs: the residual stream, and beside it what
-o_proj or down_proj will read. So a layer whose groups are quantized one after the other is walked through once.
+o_proj, down_proj or per_layer_projection will read. So a layer whose groups are quantized one after the other is walked
+through once.
 """
 
 from __future__ import annotations
@@ -36,6 +37,28 @@ class Route:
 ENTERED = Route()
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What a layer reads of a window beside hidden states; most layers: nothing.
+
+    Args:
+        vectors: [1, seqlen, size], of each token for this layer.
+        shared: the keys and values of an earlier layer, normed and turned, [1, Hk, seqlen, D] each.
+    """
+
+    vectors: torch.Tensor | None = None
+    shared: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """As the layer takes them."""
+        named = {"per_layer_input": self.vectors, "shared": self.shared}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+NOTHING = Beside()
+
+
 class Walkable(Protocol):
     """A layer with its weights, as `walk` needs it."""
 
@@ -52,16 +75,21 @@ class Walkable(Protocol):
 def state_columns(layer: LayerSpec, point: str) -> int:
     """Values of a token when a point was reached."""
     waiting = {branch.output for branch in layer.branches}
+    if layer.per_layer is not None:
+        waiting.add(layer.per_layer.projection)
     return layer.hidden_size + (layer.linear(point).in_features if point in waiting else 0)
 
 
-def walk(layer: Walkable, state: np.ndarray, route: Route, *, stop: str | None, seen: Seen) -> tuple[torch.Tensor, ...]:
+def walk(
+    layer: Walkable, state: np.ndarray, route: Route, *, stop: str | None, seen: Seen, beside: Beside = NOTHING
+) -> tuple[torch.Tensor, ...]:
     """Take a window from one point to another.
 
     Args:
         state: [seqlen, `state_columns`] at `route.start`, as `joined` lays it out.
         stop: a point not before that, None for the layer's output.
         seen: called with (point, what is read there [1, seqlen, channels]) on the way.
+        beside: what the layer reads of the window besides.
 
     Returns:
         The state at `stop` in parts [1, seqlen, columns].
@@ -80,6 +108,8 @@ def walk(layer: Walkable, state: np.ndarray, route: Route, *, stop: str | None, 
             if stop == entry:
                 return (hidden,)
             inputs = layer.attention_inputs() if branch.attends else ()
+            if branch.attends and beside.shared is not None:
+                inputs = (*inputs, None, beside.shared)
             made = layer.read_at(leaving, module.get_submodule(branch.module), x, *inputs)
             seen(leaving, made)
             if stop == leaving:
@@ -87,4 +117,16 @@ def walk(layer: Walkable, state: np.ndarray, route: Route, *, stop: str | None, 
         if begin <= 2 * number + 1:
             added = module.get_submodule(leaving)(made)
             hidden = hidden + (module.get_submodule(branch.post_norm)(added) if branch.post_norm else added)
+    if spec.per_layer is not None:
+        gate, projection = spec.per_layer.gate, spec.per_layer.projection
+        if begin < points.index(projection):
+            seen(gate, hidden)
+            if stop == gate:
+                return (hidden,)
+            made = module.gated(hidden, beside.vectors)
+            seen(projection, made)
+            if stop == projection:
+                return hidden, made
+        added = module.get_submodule(projection)(made)
+        hidden = hidden + module.get_submodule(spec.per_layer.norm)(added)
     return (hidden if spec.scalar is None else hidden * module.get_buffer(spec.scalar),)

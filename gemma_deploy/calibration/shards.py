@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.calibration.layer_weights import refuse_nonfinite, template_stack
-from gemma_deploy.calibration.points import LAYER_OUTPUT, SHARD_TOKENS
-from gemma_deploy.calibration.segments import ENTERED, Route, state_columns, walk
-from gemma_deploy.calibration.states import joined
+from gemma_deploy.calibration.points import CACHED, LAYER_OUTPUT, SHARD_TOKENS, cache_columns
+from gemma_deploy.calibration.segments import ENTERED, NOTHING, Beside, Route, state_columns, walk
+from gemma_deploy.calibration.states import joined, parts_of
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.errors import NotBuiltError
 
@@ -34,11 +35,15 @@ def shards_of(nsamples: int, seqlen: int) -> list[range]:
     return [range(start, min(start + size, nsamples)) for start in range(0, nsamples, size)]
 
 
-class StateStore(Protocol):
-    """Hidden states [nsamples, seqlen, hidden], or some of them: a `HiddenStates`, or a `StatesByValue` shard."""
+class Readable(Protocol):
+    """An array for each window."""
 
     def read(self, window: int) -> np.ndarray:
-        """The state of one window, float32 [seqlen, hidden]."""
+        """That of one window, float32 [seqlen, columns]."""
+
+
+class StateStore(Readable, Protocol):
+    """Hidden states [nsamples, seqlen, hidden], or some of them: a `HiddenStates`, or a `StatesByValue` shard."""
 
     def write(self, window: int, *parts: np.ndarray) -> None:
         """parts: [seqlen, columns] each, one behind the other."""
@@ -55,7 +60,7 @@ class StatesByValue:
         self.windows, self.values = windows, values
 
     @classmethod
-    def of(cls, source: StateStore, windows: range) -> StatesByValue:
+    def of(cls, source: Readable, windows: range) -> StatesByValue:
         """Copy the states of some windows out of a store."""
         return cls(windows, np.stack([source.read(window) for window in windows]))
 
@@ -75,10 +80,24 @@ class StatesByValue:
 
 @dataclass(frozen=True)
 class Shard:
-    """Windows, and where they are read."""
+    """Windows, and where they are read; what the layer reads of them besides (beside.py)."""
 
     windows: range
-    states: StateStore
+    states: Readable
+    vectors: Readable | None = None
+    shared: Readable | None = None
+
+    def beside(self, window: int, layer: LayerSpec) -> Beside:
+        """What a layer reads of a window beside hidden states."""
+        vectors = None if self.vectors is None else torch.from_numpy(self.vectors.read(window))[None]
+        if self.shared is None:
+            return Beside(vectors)
+        heads, size = layer.kv_heads, layer.head_dim
+        key, value = (
+            torch.from_numpy(part).view(1, -1, heads, size).transpose(1, 2)
+            for part in parts_of(self.shared.read(window), heads * size)
+        )
+        return Beside(vectors, (key, value))
 
 
 @dataclass(frozen=True)
@@ -100,14 +119,6 @@ class StackTemplate:
     """The patched stack without weights, its masks and its rotary tables: made once per process."""
 
     def __init__(self, model: LayerSetting) -> None:
-        if model.config.reads_beside:
-            raise NotBuiltError(
-                "calibration takes layers one after the other, and these read vectors of each token, or keys and "
-                "values of earlier layers",
-                where=str(model.path),
-                expected="a model whose layers read nothing but hidden states (Gemma 4 E2B and E4B do)",
-                next_step="write w8a16, which reads no text",
-            )
         if model.config.has_experts:
             raise NotBuiltError(
                 "calibration does not look at experts in this version",
@@ -170,12 +181,15 @@ class LayerPass:
         hidden: np.ndarray,
         seen: Callable[[str, torch.Tensor], None] | None = None,
         cached: Callable[[str, torch.Tensor], None] | None = None,
+        *,
+        beside: Beside = NOTHING,
     ) -> torch.Tensor:
         """A window through the layer.
 
         Args:
             hidden: [seqlen, hidden]; seen: called with (linear, its input [1, seqlen, channels]).
             cached: called with ("key" or "value", what the cache would hold [1, Hk, seqlen, D]).
+            beside: what the layer reads of the window besides.
 
         Returns:
             [1, seqlen, hidden].
@@ -183,10 +197,12 @@ class LayerPass:
         self._watching.seen = seen
         try:
             output: torch.Tensor
-            output, _, present = self.module(torch.from_numpy(hidden)[None], *self.attention_inputs())
+            output, _, present = self.module(
+                torch.from_numpy(hidden)[None], *self.attention_inputs(), **beside.arguments
+            )
         finally:
             self._watching.seen = None
-        if cached is not None:
+        if cached is not None and self.spec.cache_from is None:
             for (part, _), value in zip(self.spec.caches, present, strict=True):
                 cached(part, value)
         return output
@@ -243,7 +259,8 @@ def inputs(
                     found[point] = torch.empty(len(shard.windows) * seqlen, x.shape[-1])
                 found[point][at * seqlen : (at + 1) * seqlen] = x[0]
 
-        parts = walk(layer, shard.states.read(window), route, stop=points[-1], seen=seen)
+        beside = shard.beside(window, layer.spec)
+        parts = walk(layer, shard.states.read(window), route, stop=points[-1], seen=seen, beside=beside)
         if target is not None:
             target.write(window, *(part[0].numpy() for part in parts))
     return found
@@ -251,38 +268,52 @@ def inputs(
 
 @torch.inference_mode()
 def advance(
-    layer: LayerPass, shard: Shard, target: StateStore, *, route: Route, maxima: dict[str, torch.Tensor] | None = None
+    layer: LayerPass,
+    shard: Shard,
+    target: StateStore,
+    *,
+    route: Route,
+    maxima: dict[str, torch.Tensor] | None = None,
+    kept: StateStore | None = None,
 ) -> None:
     """Write what the layer gives for a shard into `target`.
 
     Args:
         route: where the windows are.
         maxima: gets the largest magnitudes [Hk, D] of what the cache would hold, by part; from the layer's input only.
+        kept: gets keys and values themselves; from the layer's input only.
 
     Raises:
         CalibrationError: NaN or infinity.
     """
-
-    def cached(part: str, value: torch.Tensor) -> None:
-        assert maxima is not None
-        largest = value[0].abs().amax(1)
-        maxima[part] = torch.maximum(maxima[part], largest) if part in maxima else largest
-
+    present: dict[str, torch.Tensor] = {}
     for window in shard.windows:
-        state = shard.states.read(window)
-        if maxima is not None:
+        state, beside = shard.states.read(window), shard.beside(window, layer.spec)
+        if maxima is not None or kept is not None:
             assert route == ENTERED
-            hidden = layer.run(state, cached=cached)
+            hidden = layer.run(state, cached=present.__setitem__, beside=beside)
         else:
-            (hidden,) = walk(layer, state, route, stop=None, seen=lambda point, x: None)
+            (hidden,) = walk(layer, state, route, stop=None, seen=lambda point, x: None, beside=beside)
         refuse_nonfinite(hidden, layer.path, layer.name, window=window)
+        if kept is not None:
+            kept.write(window, *cache_rows(present))
+        if maxima is not None:
+            for part, value in present.items():
+                largest = value[0].abs().amax(1)
+                maxima[part] = torch.maximum(maxima[part], largest) if part in maxima else largest
         target.write(window, hidden[0].numpy())
 
 
+def cache_rows(present: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values [1, Hk, seqlen, D] as a store of them has them, [seqlen, Hk * D] each."""
+    key, value = (present[part][0].transpose(0, 1).flatten(1).numpy() for part in ("key", "value"))
+    return key, value
+
+
 def empty_states(layer: LayerPass, windows: range, point: str = LAYER_OUTPUT) -> StatesByValue:
-    """Room for the windows of a shard at a point, or as the layer gives them."""
+    """Room for the windows of a shard at a point, or as the layer gives them; for keys and values at `CACHED`."""
     model = layer.stack_template.model
-    columns = state_columns(layer.spec, point)
+    columns = cache_columns(layer.spec) if point == CACHED else state_columns(layer.spec, point)
     return StatesByValue(windows, np.empty((len(windows), model.seqlen, columns), np.float32))
 
 

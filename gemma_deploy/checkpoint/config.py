@@ -120,6 +120,12 @@ class ModelConfig:
         """The first of the layers at the end that read keys and values of earlier ones; None where none do."""
         return next((layer.index for layer in self.layers if layer.cache_from is not None), None)
 
+    @cached_property
+    def cache_sources(self) -> tuple[LayerSpec, ...]:
+        """The layers whose keys and values later ones read, in model order."""
+        sources = {layer.cache_from for layer in self.layers}
+        return tuple(layer for layer in self.layers if layer.index in sources)
+
     def layer_of(self, name: str) -> LayerSpec | None:
         """The layer of a module or tensor, by its path; None where it is no layer's."""
         if not name.startswith(LAYERS):

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from gemma_deploy.artifact.weights import ArtifactWeights
+from gemma_deploy.calibration.beside import ReadBeside
 from gemma_deploy.calibration.layer_weights import embed, loaded
-from gemma_deploy.calibration.shards import LayerPass, LayerSetting, StackTemplate
+from gemma_deploy.calibration.shards import LayerPass, LayerSetting, Shard, StackTemplate, cache_rows
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.machine import give_memory_back
@@ -39,7 +40,7 @@ def measure_sensitivity(
     embed_scale: str = "exact",
     progress: Tick | None = None,
 ) -> dict[str, Any]:
-    """Mean KL in nats a token when only one layer, or only the token table with the LM head, is the artifact's.
+    """Mean KL in nats a token when only one layer, or only the token tables with the LM head, are the artifact's.
 
     Args:
         stored: the artifact's weights; its activations and cache are not rounded here.
@@ -57,15 +58,20 @@ def measure_sensitivity(
     count, seqlen = config.num_hidden_layers, len(tokens)
     stack_template = StackTemplate(LayerSetting(config, embed_scale, seqlen, checkpoint.path))
     unchanged, table = count, count + 1  # rows after those of the layers
-    with closing(HiddenStates((count + 2, seqlen, config.hidden_size), scratch / "variants.f32", 0)) as states:
+    with (
+        closing(HiddenStates((count + 2, seqlen, config.hidden_size), scratch / "variants.f32", 0)) as states,
+        closing(_Variants((checkpoint, stored), stack_template, states)) as variants,
+    ):
         _embed_both(checkpoint, stored, tokens, stack_template, embed_scale, states, (unchanged, table), scratch)
+        variants.make_vectors(tokens)
         for index in range(count):
             layer = LayerPass(stack_template, index)
             with loaded(layer.module, stored, layer.name):
-                changed = layer.run(states.read(unchanged))[0].numpy()
+                changed = variants.passed(layer, unchanged, [index])
             with loaded(layer.module, checkpoint, layer.name):
                 for variant in (*range(index), unchanged, table):
-                    states.write(variant, layer.run(states.read(variant))[0].numpy())
+                    later = range(index + 1, count) if variant == unchanged else ()  # so far they are unchanged
+                    states.write(variant, variants.passed(layer, variant, [variant, *later]))
             states.write(index, changed)
             give_memory_back()
             if progress is not None:
@@ -82,6 +88,54 @@ def measure_sensitivity(
 
     losses = _losses(TorchSource(checkpoint, "hf"), TorchSource(stored, "patched"), normed, second_half)
     return {"tokens": seqlen, "layers": losses[:count], "table": losses[count]}
+
+
+class _Variants:
+    """What layers read of the variants besides, and hidden states on their way through a layer.
+
+    The vectors of the last variant, whose tables are the artifact's, are made from these; all others' are the
+    checkpoint's.
+
+    Args:
+        states: of all variants, rows as in `measure_sensitivity`.
+    """
+
+    def __init__(
+        self, sources: tuple[WeightSource, WeightSource], stack_template: StackTemplate, states: HiddenStates
+    ) -> None:
+        self.sources, self.stack, self.states = sources, stack_template.stack, states
+        folders = [states.file.with_suffix(name) for name in (".checkpoint", ".artifact")]
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+        self.beside = [ReadBeside(sources[0].config, folder, states.shape[:2]) for folder in folders]
+
+    def make_vectors(self, tokens: Sequence[int]) -> None:
+        """Of the one window that all variants read."""
+        ids = np.array([tokens] * self.states.shape[0])
+        for source, beside in zip(self.sources, self.beside, strict=True):
+            beside.make_vectors(source, self.stack, ids)
+
+    def passed(self, layer: LayerPass, variant: int, becomes: Sequence[int]) -> np.ndarray:
+        """[seqlen, hidden]: what a layer gives for a variant.
+
+        Args:
+            becomes: variants that have the keys and values of this pass.
+        """
+        count, spec, shared = self.states.shape[0], layer.spec, self.beside[0]
+        vectors = self.beside[variant == count - 1].vectors(spec, range(count))
+        shard = Shard(range(count), self.states, vectors, shared.source(spec))
+        present: dict[str, torch.Tensor] = {}
+        hidden = layer.run(self.states.read(variant), cached=present.__setitem__, beside=shard.beside(variant, spec))
+        if (kept := shared.kept(spec)) is not None:
+            for other in becomes:
+                kept.write(other, *cache_rows(present))
+        return hidden[0].numpy()
+
+    def close(self) -> None:
+        """Give the disk back."""
+        for beside in self.beside:
+            beside.close()
+            beside.folder.rmdir()
 
 
 def _embed_both(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from gemma_deploy.architectures import LayerSpec
+from gemma_deploy.calibration.beside import ReadBeside
 from gemma_deploy.calibration.executors import Executor
 from gemma_deploy.calibration.layer_weights import embed, loaded
 from gemma_deploy.calibration.points import cache_factor_names
@@ -65,6 +66,7 @@ def observe_cache(
     shape = (nsamples, seqlen, config.hidden_size)
     stack_template = StackTemplate(LayerSetting(config, embed_scale, seqlen, checkpoint.path))
     states = HiddenStates(shape, file.with_name("hidden.f32"), 0)
+    beside = ReadBeside(config, file.parent, ids.shape)
     tensors: dict[str, torch.Tensor] = {}
     done = 0
 
@@ -76,12 +78,14 @@ def observe_cache(
 
     try:
         embed(checkpoint, ids, float(stack_template.stack.embed_tokens.scale_value(torch.float32)), states=states)
+        beside.make_vectors(checkpoint, stack_template.stack, ids)
         for index in range(config.num_hidden_layers):
             layer = LayerPass(stack_template, index)
             with loaded(layer.module, checkpoint, layer.name):
                 # A window's states are read before the layer's are written in their place.
-                maxima = step(executor, layer, states, following=states, ticked=ticked, cache=True)
+                maxima = step(executor, layer, states, following=states, ticked=ticked, cache=True, beside=beside)
             tensors |= cache_factors(layer.spec, maxima)
     finally:
         states.close()
+        beside.close()
     write_result(file, tensors, {})

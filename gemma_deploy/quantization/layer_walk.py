@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from gemma_deploy.calibration.beside import ReadBeside
 from gemma_deploy.calibration.executors import Executor
 from gemma_deploy.calibration.segments import ENTERED, Route, state_columns
 from gemma_deploy.calibration.shards import LayerPass
@@ -17,7 +18,7 @@ class LayerWalk:
     """Windows begin at the layer's input and wait at every group that is observed, on disk.
 
     Args:
-        states: in front of the layer; they stay as they are.
+        states: in front of the layer; they stay as they are. beside: what layers read besides.
         ticked: called once per window and pass.
         tokens: that are kept of each input, at most.
         stops: whether they wait; else each pass begins at the layer's input.
@@ -29,12 +30,13 @@ class LayerWalk:
         layer: LayerPass,
         states: HiddenStates,
         *,
+        beside: ReadBeside,
         ticked: Callable[[], None],
         tokens: int,
         stops: bool,
     ) -> None:
         self.executor, self.layer, self.first, self.ticked = executor, layer, states, ticked
-        self.tokens, self.stops = tokens, stops
+        self.tokens, self.stops, self.beside = tokens, stops, beside
         self.states, self.route = states, ENTERED
 
     def observe(self, points: Sequence[str]) -> dict[str, Observers]:
@@ -54,6 +56,7 @@ class LayerWalk:
             tokens=self.tokens,
             route=self.route,
             following=following,
+            beside=self.beside,
         )
         if following is not None:
             self._close()
@@ -69,11 +72,20 @@ class LayerWalk:
         """Write what the layer gives, and return what `step` does.
 
         Args:
-            int8_cache: look at what the cache would hold, which takes a whole pass from the layer's input.
+            int8_cache: look at what the cache would hold, which takes a whole pass from the layer's input; so do keys
+                and values that later layers read.
         """
-        states, route = (self.first, ENTERED) if int8_cache else (self.states, self.route)
+        whole = int8_cache or self.beside.kept(self.layer.spec) is not None
+        states, route = (self.first, ENTERED) if whole else (self.states, self.route)
         maxima = step(
-            self.executor, self.layer, states, following=following, ticked=self.ticked, cache=int8_cache, route=route
+            self.executor,
+            self.layer,
+            states,
+            following=following,
+            ticked=self.ticked,
+            cache=int8_cache,
+            route=route,
+            beside=self.beside,
         )
         self._close()
         return maxima

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from gemma_deploy.architectures import InputGroup, LayerSpec
+from gemma_deploy.calibration.beside import ReadBeside, shared_file
 from gemma_deploy.calibration.executors import Executor, Here
 from gemma_deploy.calibration.layer_weights import embed, loaded
-from gemma_deploy.calibration.points import TOKENS
+from gemma_deploy.calibration.points import TOKENS, cache_columns
 from gemma_deploy.calibration.shards import LayerPass, LayerSetting, StackTemplate
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import WeightSource
@@ -78,7 +79,11 @@ def quantize_layers(
     shape = (nsamples, seqlen, config.hidden_size)
     claim(folder, key)
     shutil.rmtree(scratch_of(folder), ignore_errors=True)  # of a killed run
-    done = resume_at(folder, count, HiddenStates.bytes_of(shape))
+    shared = {
+        layer.index: (shared_file(folder, layer.index), HiddenStates.bytes_of((nsamples, seqlen, cache_columns(layer))))
+        for layer in config.cache_sources
+    }
+    done = resume_at(folder, count, HiddenStates.bytes_of(shape), shared=shared)
     if done < count:
         executor = executor or Here()
         stack_template = StackTemplate(LayerSetting(config, embed_scale, seqlen, checkpoint.path))
@@ -87,13 +92,17 @@ def quantize_layers(
             embed(checkpoint, ids, float(stack_template.stack.embed_tokens.scale_value(torch.float32)), states=states)
         else:
             states = HiddenStates(shape, states_file(folder, done), 0, there=True)
+        beside = ReadBeside(config, folder, ids.shape, there=done)
+        beside.make_vectors(checkpoint, stack_template.stack, ids)
         passes = (len(config.layers[0].groups) if true_sequential else 1) + 1
         for index in range(done, count):
             layer = LayerPass(stack_template, index)
             with loaded(layer.module, checkpoint, layer.name):
                 ticked = _Ticks(progress, index * passes * nsamples, count * passes * nsamples)
                 keep = TOKENS if settings.activations else 0
-                inside = LayerWalk(executor, layer, states, ticked=ticked, tokens=keep, stops=true_sequential)
+                inside = LayerWalk(
+                    executor, layer, states, beside=beside, ticked=ticked, tokens=keep, stops=true_sequential
+                )
                 try:
                     tensors, record = _quantize_layer(
                         layer.module, layer.spec, config.architecture.norm_offset, inside, settings, true_sequential
@@ -108,6 +117,8 @@ def quantize_layers(
                 following = HiddenStates(shape, states_file(folder, index + 1), 0)
                 factors = cache_factors(layer.spec, inside.leave(following, int8_cache))
             following.sync()
+            if (kept := beside.kept(layer.spec)) is not None:
+                kept.sync()
             named = {f"{layer.name}.{suffix}": tensor for suffix, tensor in tensors.items()} | factors
             write_result(layer_file(folder, index), named, {"layer": layer.name, **record})
             states.close()
@@ -115,6 +126,7 @@ def quantize_layers(
             del tensors, named, factors
             give_memory_back()
         shutil.rmtree(scratch_of(folder), ignore_errors=True)
+    ReadBeside(config, folder, ids.shape, there=count).close()  # of this run, or of one that was killed
     records = [read_record(layer_file(folder, layer)) for layer in range(count)]
     return [record for record in records if record is not None]
 

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gemma_deploy.calibration.beside import ReadBeside
 from gemma_deploy.calibration.executors import Executor
 from gemma_deploy.calibration.observers import MOMENT_BLOCK, MomentObserver, TokenObserver, moment_block, quick_products
+from gemma_deploy.calibration.points import CACHED
 from gemma_deploy.calibration.segments import ENTERED, Route
 from gemma_deploy.calibration.shards import (
     LayerPass,
@@ -67,12 +69,20 @@ class _Observation:
 
 @dataclass(frozen=True)
 class _Step:
-    """A shard's task: where it is, where the next states go, None to return them; whether a cache is looked at."""
+    """A shard's task.
+
+    Args:
+        route: where it is; target: where the next states go, None to return them.
+        cache: whether a cache is looked at; keep: whether keys and values are wanted themselves.
+        kept: where these go, None to return them.
+    """
 
     shard: Shard
     route: Route
     target: StateStore | None
     cache: bool
+    keep: bool = False
+    kept: StateStore | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,7 @@ def observe(
     tokens: int = 0,
     route: Route = ENTERED,
     following: HiddenStates | None = None,
+    beside: ReadBeside | None = None,
 ) -> dict[str, Observers]:
     """What some linears read, over all windows.
 
@@ -104,6 +115,7 @@ def observe(
         ticked: called once per window.
         tokens: that are kept of each input, at most.
         following: gets the states at the last point.
+        beside: what layers read besides, where they do.
 
     Raises:
         CalibrationError: a worker ended, or the disk is full.
@@ -121,7 +133,7 @@ def observe(
         folder.mkdir(exist_ok=True)
     tasks = (
         _Observation(
-            Shard(shard, _source(executor, states, shard)),
+            _shard(executor, layer, states, shard, beside=beside),
             tuple(points),
             TokenObserver(seen, tokens) if tokens else None,
             route,
@@ -162,12 +174,14 @@ def step(
     ticked: Callable[[], None],
     cache: bool = False,
     route: Route = ENTERED,
+    beside: ReadBeside | None = None,
 ) -> dict[str, torch.Tensor]:
     """Write what the layer gives for `states` into `following`.
 
     Args:
-        states: at `route.start`.
+        states: at `route.start`; that is the layer's input where later layers read its keys and values.
         cache: look at what a cache would hold, on the way from the layer's input, in float32 throughout.
+        beside: what layers read besides, where they do; gets the keys and values that later ones read.
 
     Returns:
         The largest magnitude of each channel [Hk, D] of "key" and "value"; nothing unless asked for.
@@ -176,13 +190,26 @@ def step(
         CalibrationError: NaN or infinity, or a worker ended.
     """
     shards = shards_of(*states.shape[:2])
-    target = None if executor.shares == "nothing" else following
-    tasks = (_Step(Shard(shard, _source(executor, states, shard)), route, target, cache) for shard in shards)
+    carried = executor.shares == "nothing"
+    kept = None if beside is None else beside.kept(layer.spec)
+    tasks = (
+        _Step(
+            _shard(executor, layer, states, shard, beside=beside),
+            route,
+            None if carried else following,
+            cache,
+            kept is not None,
+            None if carried else kept,
+        )
+        for shard in shards
+    )
     maxima: dict[str, torch.Tensor] = {}
     with _products(cache), closing(executor.map(_advance, layer, tasks)) as results:
-        for shard, (by_value, found) in zip(shards, results, strict=True):
+        for shard, (by_value, found, present) in zip(shards, results, strict=True):
             if by_value is not None:
                 by_value.into(following)
+            if present is not None and kept is not None:
+                present.into(kept)
             for part, largest in found.items():
                 seen = torch.from_numpy(np.array(largest))
                 maxima[part] = torch.maximum(maxima[part], seen) if part in maxima else seen
@@ -195,8 +222,12 @@ def scratch_of(folder: Path) -> Path:
     return folder / FOLDER
 
 
-def _source(executor: Executor, states: HiddenStates, shard: range) -> StateStore:
-    return StatesByValue.of(states, shard) if executor.shares == "nothing" else states
+def _shard(
+    executor: Executor, layer: LayerPass, states: HiddenStates, windows: range, *, beside: ReadBeside | None
+) -> Shard:
+    if beside is not None:
+        return beside.shard(executor, layer.spec, states=states, windows=windows)
+    return Shard(windows, StatesByValue.of(states, windows) if executor.shares == "nothing" else states)
 
 
 def _tick(shard: range, ticked: Callable[[], None]) -> None:
@@ -246,12 +277,21 @@ def _products(exact: bool) -> AbstractContextManager[None]:
     return nullcontext() if exact else quick_products()
 
 
-def _advance(layer: LayerPass, task: _Step) -> tuple[StatesByValue | None, dict[str, np.ndarray]]:
+def _advance(layer: LayerPass, task: _Step) -> tuple[StatesByValue | None, dict[str, np.ndarray], StatesByValue | None]:
+    """The next states, the cache's largest magnitudes, keys and values: of what is wanted, what is returned."""
     maxima: dict[str, torch.Tensor] = {}
     by_value = empty_states(layer, task.shard.windows) if task.target is None else None
+    present = empty_states(layer, task.shard.windows, CACHED) if task.keep and task.kept is None else None
     with _products(task.cache):
-        advance(layer, task.shard, task.target or by_value, route=task.route, maxima=maxima if task.cache else None)
-    return by_value, {part: largest.numpy() for part, largest in maxima.items()}
+        advance(
+            layer,
+            task.shard,
+            task.target or by_value,
+            route=task.route,
+            maxima=maxima if task.cache else None,
+            kept=task.kept or present,
+        )
+    return by_value, {part: largest.numpy() for part, largest in maxima.items()}, present
 
 
 @torch.inference_mode()

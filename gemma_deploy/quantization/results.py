@@ -2,7 +2,7 @@
 
 key.json is what they all depend on, layer-NNN.safetensors has codes, scales and folded norms of a layer and a record
 about them, table.safetensors the factors of the token table, and hidden-NNN.f32 the hidden states in front of a layer,
-while they are needed.
+while they are needed; so are shared-NNN.f32, keys and values of a layer, and vectors.f32 (calibration/beside.py).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,9 @@ def claim(folder: Path, key: str) -> None:
         write_json(folder / KEY_FILE, key)
 
 
-def resume_at(folder: Path, count: int, states_bytes: int) -> int:
+def resume_at(
+    folder: Path, count: int, states_bytes: int, *, shared: Mapping[int, tuple[Path, int]] | None = None
+) -> int:
     """The layer at which to go on, `count` when all is done; layers from there on have no results any more.
 
     A layer goes on from hidden states, which are deleted when the next layer's are there. After a power cut they may
@@ -81,13 +84,21 @@ def resume_at(folder: Path, count: int, states_bytes: int) -> int:
     Args:
         count: layers of the model.
         states_bytes: of the hidden states of all windows.
+        shared: layers whose keys and values later ones read; the file with those of all windows, and its bytes.
     """
     done = next((layer for layer in range(count) if read_record(layer_file(folder, layer)) is None), count)
     if done == count and read_record(table_file(folder)) is not None:
         return count
-    found = next((layer for layer in range(done, 0, -1) if _size(states_file(folder, layer)) == states_bytes), 0)
+
+    def can_go_on(layer: int) -> bool:
+        needed = [(states_file(folder, layer), states_bytes)]
+        if layer < count:
+            needed += [file for source, file in (shared or {}).items() if source < layer]
+        return all(_size(file) == size for file, size in needed)
+
+    found = next((layer for layer in range(done, 0, -1) if can_go_on(layer)), 0)
     if found < done:
-        log.warning("hidden states in front of layer %d are gone: layers %d and later are done again", done, found)
+        log.warning("what layer %d goes on from is gone: layers %d and later are done again", done, found)
     # States of their size need not be whole: only those behind a finished layer are. So none may seem to be finished.
     for file in (*(layer_file(folder, layer) for layer in range(found, count)), table_file(folder)):
         file.unlink(missing_ok=True)

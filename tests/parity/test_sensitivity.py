@@ -16,11 +16,12 @@ from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
 from gemma_deploy.parity import sensitivity
 from gemma_deploy.tables import figure
-from gemma_deploy.testing import write_tiny_checkpoint
+from gemma_deploy.testing import TINY_PER_LAYER, write_tiny_checkpoint
 from tests.calibration.make import write_tokenizer
 from tests.exporting import export_once
 
-LAYERS = {"gemma": 2, "gemma2": 2, "gemma3_text": 3}
+LAYERS = {"gemma": 2, "gemma2": 2, "gemma3_text": 3, "gemma4_text": 7}
+CHANGES = {"gemma3_text": {"sliding_window_pattern": 3}, "gemma4_text": TINY_PER_LAYER}
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +34,15 @@ def compiled(tmp_path_factory):
         if key not in made:
             path = root / model_type
             if not path.exists():
-                changes = {"sliding_window_pattern": 3} if model_type == "gemma3_text" else {}
-                write_tiny_checkpoint(path, model_type, num_hidden_layers=LAYERS[model_type], **changes)
+                changes = {"num_hidden_layers": LAYERS[model_type]} | CHANGES.get(model_type, {})
+                write_tiny_checkpoint(path, model_type, **changes)
                 write_tokenizer(path)
             frontend = {"checkpoint": str(path), "shape": {"input_ids": [[32], [48]]}, "quantize": quantize}
             content = {
                 "name": f"x{len(made)}",
                 "frontend": frontend,
                 "dataset": {"name": "c4:4", "seqlen": 64},
-                "backend": {"dtype": "int8"},
+                "backend": {"dtype": "int8", "type": "onnxruntime" if model_type == "gemma4_text" else "tvm_vacc"},
                 "workspace": {"path": str(root / "w")},
             }
             (root / "r.yaml").write_text(yaml.safe_dump(content))
@@ -61,6 +62,7 @@ def compiled(tmp_path_factory):
         ("gemma2", {"type": "w4a16_gptq", "table": "int8"}),
         ("gemma3_text", {"type": "w8a16_gptq"}),
         pytest.param("gemma3_text", {"type": "w4a16"}, marks=pytest.mark.slow),
+        pytest.param("gemma4_text", {"type": "w4a16_gptq"}, marks=pytest.mark.slow),  # E2B's layers
     ],
 )
 def test_it_is_what_transformers_loses(compiled, model_type, quantize):
@@ -75,7 +77,7 @@ def test_it_is_what_transformers_loses(compiled, model_type, quantize):
         for name in stored.tensors:
             if changed(name):
                 rows = torch.from_numpy(stored.rows(name, 0, stored.tensors[name].shape[0]))
-                model.get_parameter(name).data = rows
+                model.state_dict()[name].copy_(rows)  # numbers of layers are buffers
         if prefix == "table" and (scale := stored.embedding_scale()) is not None:
             rows = model.model.embed_tokens.weight.data * torch.from_numpy(scale) / checkpoint.config.hidden_size**0.5
             model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.data.clone())

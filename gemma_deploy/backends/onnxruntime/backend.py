@@ -163,8 +163,6 @@ class OnnxRuntime:
         """What is not built of models with per-layer embeddings, or with layers that share keys and values."""
         which = "a model with per-layer embeddings or shared keys and values (Gemma 4 E2B, E4B)"
         problems = []
-        if spec.scheme.calibrates:
-            problems.append(f"frontend.quantize.type: {spec.scheme} is not built for {which}: write w8a16 or w4a16_rtn")
         if options_of(spec).cache == WINDOW:
             problems.append(f"backend.compile.cache: window is not built for {which}: write full")
         if spec.adapter_rank:
