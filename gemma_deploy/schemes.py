@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 
 from gemma_deploy.architectures import cached_kinds
 from gemma_deploy.bounds import Size
-from gemma_deploy.names import PER_LAYER_PROJECTION, PER_LAYER_TABLE
+from gemma_deploy.names import PER_LAYER_PROJECTION, PER_LAYER_TABLE, STREAM_PROJECTION, STREAM_UNEMBED
 
 Bits = Literal[4, 8]
 SMALLEST_BLOCK = 16  # of MatMulNBits
@@ -24,6 +24,9 @@ KEPT_W8: tuple[str, ...] = cached_kinds()
 # Narrow, and what they give goes into the stream. A tiny random E2B, KL: w4a16_gptq 0.0158, w4a16_rtn 0.0270; with
 # these in 4 bits too 0.0216 and 0.0332. No weights of a trained one were at hand.
 KEPT_PER_LAYER = ("per_layer_input_gate", "per_layer_projection")
+# These have 8 bits and a scale for each row, whatever the others have: matrices of no layer, and kinds of low rank.
+WHOLE_ROWS = (PER_LAYER_PROJECTION, STREAM_PROJECTION, STREAM_UNEMBED)
+LOW_RANK = ("linear_left", "linear_right")
 
 
 def is_kept(module: str, kinds: Collection[str]) -> bool:
@@ -69,13 +72,15 @@ class Storage:
 
     def linear(self, module: str) -> Codes:
         """Codes of one linear, by its path or kind."""
+        if is_kept(module, LOW_RANK):
+            return Codes()
         return replace(self.linears, bits=8) if is_kept(module, self.kept_w8) else self.linears
 
     def of(self, module: str) -> Codes | None:
         """Codes of a linear, a table or the LM head, by its path; None for float16."""
         if module == PER_LAYER_TABLE:
             return self.per_layer
-        if module == PER_LAYER_PROJECTION:
+        if module.startswith(WHOLE_ROWS):
             return Codes()
         return self.linear(module) if ".layers." in module else self.table
 
@@ -293,7 +298,8 @@ def group_problems(storage: Storage, linears: Mapping[str, int], hidden_size: in
     """
     problems = []
     size = storage.linears.groupsize
-    wrong = [f"{name} ({columns})" for name, columns in linears.items() if size and columns % size]
+    in_groups = {name: columns for name, columns in linears.items() if not set(name.split(", ")) <= {*LOW_RANK}}
+    wrong = [f"{name} ({columns})" for name, columns in in_groups.items() if size and columns % size]
     if wrong:
         problems.append(
             f"frontend.quantize.calib_args.groupsize: {size} does not divide the input channels of " + ", ".join(wrong)

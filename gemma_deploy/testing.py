@@ -52,6 +52,16 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "global_head_dim": 64, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
         "hidden_size_per_layer_input": 0,
     },
+    "gemma3n_text": {
+        **_COMMON, "model_type": "gemma3n_text", "architectures": ["Gemma3nForCausalLM"],
+        "hidden_activation": "gelu_pytorch_tanh", "num_hidden_layers": 7, "num_key_value_heads": 2,
+        "max_position_embeddings": 512, "sliding_window": 8, "final_logit_softcapping": 3.0,
+        "intermediate_size": [160, 160, 96, 160, 160, 96, 160], "laurel_rank": 16, "altup_num_inputs": 4,
+        "activation_sparsity_pattern": [0.95, 0.5, 0.0, 0.0, 0.9, 0.0, 0.0], "num_kv_shared_layers": 3,
+        "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 480, "layer_types": [
+        "sliding_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention",
+        "sliding_attention", "full_attention"],
+    },
 }  # fmt: skip
 # Vectors for each layer, layers at the end that share keys and values, of both kinds, MLPs of two widths.
 TINY_PER_LAYER = {
@@ -91,6 +101,8 @@ def write_tiny_checkpoint(path: Path, model_type: str, *, seed: int = 0, dtype: 
         mean, std = (unit, 0.3) if "norm" in name or len(shape) == 1 else (0, 0.12)
         # Scores have the scale of other generations where the norm of queries carries it.
         size = 0.2 if unit and "q_norm" in name else 1.0
+        # What mixes streams divides by the hidden size.
+        size *= raw["hidden_size"] / 2 if "modality_router" in name else 1.0
         values = (rng.standard_normal(shape, np.float32) * std + mean) * size
         tensors[name] = (dtype, shape, _encode(values, dtype))
     _write_safetensors(path / WEIGHTS, tensors)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from gemma_deploy.calibration.shards import LayerSetting, StackTemplate
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.compile import compile_recipe
 from gemma_deploy.errors import NotBuiltError, RecipeError
@@ -15,6 +16,7 @@ from tests.calibration.make import write_tokenizer
 from tests.rotation import OTHERS
 
 SHALLOW = {"num_hidden_layers": 3}
+ONE_OF_THREE = {"num_kv_shared_layers": 0, "altup_num_inputs": 3, "altup_active_idx": 2}
 INT4 = {"type": "onnxruntime", "dtype": "int8", "quantize": "w4a16_rtn"}
 
 
@@ -55,6 +57,11 @@ def recipe_of(checkpoint, backend, quantize, workspace):
             pytest.param("gemma4_text", TINY_PER_LAYER, INT4 | {"quantize": scheme}, marks=pytest.mark.slow)
             for scheme in ("w8a16_gptq", "w4a16", "w4a16_gptq", "w8a8")
         ),
+        ("gemma3n_text", {}, {"type": "onnxruntime", "dtype": "int8"}),
+        pytest.param("gemma3n_text", {}, {"type": "onnxruntime", "dtype": "bf16"}, marks=pytest.mark.slow),
+        pytest.param("gemma3n_text", {}, {"type": "onnxruntime", "dtype": "fp32"}, marks=pytest.mark.slow),
+        pytest.param("gemma3n_text", ONE_OF_THREE, {"type": "onnxruntime", "dtype": "fp32"}, marks=pytest.mark.slow),
+        pytest.param("gemma3n_text", {}, INT4, marks=pytest.mark.slow),
     ],
 )
 def test_it_compiles_proven(kind, changes, backend, tmp_path):
@@ -107,6 +114,31 @@ def test_what_is_not_built_of_experts_is_said_before_any_work(backend, quantize,
         compile_recipe(recipe_of(checkpoint, backend, quantize, tmp_path / "w"))
     assert words in str(refused.value)
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("backend", "quantize", "words"),
+    [
+        ({"type": "tvm_vacc", "dtype": "fp32"}, None, "backend.type: tvm_vacc"),
+        ({"type": "onnxruntime", "dtype": "int8"}, "w8a16_gptq", "frontend.quantize.type: w8a16_gptq"),
+        ({"type": "onnxruntime", "dtype": "int8", "compile": {"cache": "window"}}, None, "compile.cache: window"),
+    ],
+)
+def test_what_is_not_built_of_gemma_3n_is_said_before_any_work(backend, quantize, words, tmp_path):
+    checkpoint = write_tiny_checkpoint(tmp_path / "ck", "gemma3n_text")
+    write_tokenizer(checkpoint)
+    with pytest.raises(RecipeError) as refused:
+        compile_recipe(recipe_of(checkpoint, backend, quantize, tmp_path / "w"))
+    assert f"{words} is not built for a model of several streams" in str(refused.value)
+    assert not (tmp_path / "w").exists()
+
+
+def test_layers_of_several_streams_are_neither_cut_apart_nor_calibrated(tmp_path):
+    config = ModelConfig.from_dict(TINY_CONFIGS["gemma3n_text"], "config.json")
+    with pytest.raises(NotBuiltError, match="are not cut apart"):
+        ParameterMapper(config, spans_of(7, [2])[0])
+    with pytest.raises(NotBuiltError, match="calibration takes layers of one stream"):
+        StackTemplate(LayerSetting(config, "exact", 8, tmp_path))
 
 
 def test_layers_that_read_other_layers_are_not_cut_apart():

@@ -24,17 +24,18 @@ from gemma_deploy.architectures.base import (
     Linear,
     Rope,
 )
-from gemma_deploy.architectures.blocks import Experts, PerLayer, PerLayerTable
+from gemma_deploy.architectures.blocks import AltUp, Experts, Laurel, PerLayer, PerLayerTable
 from gemma_deploy.architectures.embedding_gemma import EMBEDDING_GEMMA
 from gemma_deploy.architectures.gemma import GEMMA
 from gemma_deploy.architectures.gemma2 import GEMMA2
 from gemma_deploy.architectures.gemma3 import GEMMA3
+from gemma_deploy.architectures.gemma3n import GEMMA3N
 from gemma_deploy.architectures.gemma4 import GEMMA4, GEMMA4_UNIFIED
 from gemma_deploy.architectures.gguf import Gguf, Metadata
 from gemma_deploy.architectures.vaultgemma import VAULTGEMMA
 from gemma_deploy.errors import NotBuiltError
 
-ROWS: tuple[Architecture, ...] = (GEMMA, GEMMA2, GEMMA3, VAULTGEMMA, GEMMA4, GEMMA4_UNIFIED, EMBEDDING_GEMMA)
+ROWS: tuple[Architecture, ...] = (GEMMA, GEMMA2, GEMMA3, GEMMA3N, VAULTGEMMA, GEMMA4, GEMMA4_UNIFIED, EMBEDDING_GEMMA)
 
 
 def model_types() -> tuple[str, ...]:
@@ -156,12 +157,14 @@ __all__ = [
     "SWITCHES",
     "TANH_GELU",
     "Activation",
+    "AltUp",
     "Architecture",
     "Axis",
     "Branch",
     "Experts",
     "Gguf",
     "InputGroup",
+    "Laurel",
     "LayerSpec",
     "LayerType",
     "Linear",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
-from gemma_deploy.architectures.blocks import Experts, PerLayer, PerLayerTable
+from gemma_deploy.architectures.blocks import AltUp, Experts, Laurel, PerLayer, PerLayerTable
 from gemma_deploy.architectures.gguf import Gguf
 from gemma_deploy.architectures.keys import ConfigKeys
 
@@ -143,6 +143,10 @@ class LayerSpec:
         per_layer: what it adds of a vector for each token; None: nothing.
         experts: beside the MLP; None where it has none. `linears` has neither their matrices nor their router.
         scalar: the number in the file by which the residual stream is multiplied behind the layer; None for no such.
+        laurel: a residual of low rank beside attention; None: there is none.
+        altup: how it carries several streams along; None where there is one stream.
+        sparsity: share of the MLP's gates that would be zero, were they normal: gelu(relu(gate - mean - q std)), q
+            being that quantile of the normal distribution; 0 for gelu(gate).
     """
 
     index: int
@@ -166,6 +170,9 @@ class LayerSpec:
     per_layer: PerLayer | None = None
     experts: Experts | None = None
     scalar: str | None = None
+    laurel: Laurel | None = None
+    altup: AltUp | None = None
+    sparsity: float = 0.0
 
     @property
     def prefix(self) -> str:
@@ -216,16 +223,23 @@ class LayerSpec:
         shapes: dict[str, tuple[int, ...]] = {one.name: (one.out_features, one.in_features) for one in self.linears}
         shapes |= {norm: (self.head_dim,) for _, norm in self.head_norms}
         shapes |= {norm: (self.hidden_size,) for norm in self.norms}
+        if self.altup is not None:
+            shapes |= self.altup.coefficients(self.hidden_size)
         named = {f"{name}.weight": shape for name, shape in shapes.items()}
         if self.experts is not None:
             named |= self.experts.tensors(self.hidden_size)
+        if self.altup is not None:
+            named[self.altup.scale] = (self.hidden_size,)
         return named if self.scalar is None else {**named, self.scalar: (1,)}
 
     def points(self) -> tuple[str, ...]:
         """What its modules make, `MODULE.out`, and what last linears read, `MODULE.in`, in running order."""
         found: list[str] = []
         for branch in self.branches:
-            found += [f"{branch.norm}.out", *(f"{name}.out" for name in branch.inner)]
+            found.append(f"{branch.norm}.out")
+            if branch.attends and self.laurel is not None:
+                found += [f"{name}.out" for name in (self.laurel.left, self.laurel.right, self.laurel.norm)]
+            found += [f"{name}.out" for name in branch.inner]
             found += [f"{branch.output}.in", f"{branch.output}.out"]
             if self.experts is not None and branch is self.branches[-1]:
                 found += [f"{name}.out" for name in self.experts.running]
@@ -327,6 +341,7 @@ class Architecture:
         read: the generation's own keys of a config.json; layers: their number, or 1 where that is wrong.
         layer: the layer of a number; branches: all that some layer has.
         per_layer: the table of vectors that layers add; None where there is none.
+        listed: sizes that config.json may say as a list, one for each layer.
         part_keys: of config.json, by which the patched classes have some layers and no others.
         positions_first: whether heads are normed as [batch, positions, heads, head_dim].
         causal_text: what `use_bidirectional_attention` may say, because text stays causal with it.
@@ -349,6 +364,7 @@ class Architecture:
     encoder: bool = False
     written_as: str = ""
     per_layer: Callable[[Sizes], PerLayerTable | None] = lambda config: None
+    listed: tuple[str, ...] = ()
     part_keys: Callable[[Sequence[LayerSpec]], dict[str, Any]] = part_keys
     positions_first: bool = False
     causal_text: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""What layers of some generations have beside attention and MLP: vectors of each token, experts."""
+"""What layers of some generations have beside attention and MLP: vectors of tokens, experts, LAuReL, streams."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ class PerLayer:
 
 @dataclass(frozen=True)
 class PerLayerTable:
-    """The table of such vectors: [rows, layers * size], beside it a projection of the embeddings of the same width."""
+    """The table of such vectors: [rows, layers * size], beside it a projection of the embeddings of the same width.
+
+    Tokens that it has no row for have the first one's.
+    """
 
     rows: int
     layers: int
@@ -89,3 +92,51 @@ class Experts:
         """Names within the layer and shapes, in file order, without norms."""
         router = {f"{self.router}.weight": (self.count, hidden_size), self.expert_scale: (self.count,)}
         return {self.router_scale: (hidden_size,), **router, **self.stacks(hidden_size)}
+
+
+@dataclass(frozen=True)
+class Laurel:
+    """A learned residual beside attention: z + norm(right(left(z))), z being what attention reads.
+
+    The stream is (x + post_norm(attention(z)) + laurel) / sqrt(2) then.
+
+    Args:
+        rank: of the two linears.
+    """
+
+    rank: int
+    left: str = "laurel.linear_left"
+    right: str = "laurel.linear_right"
+    norm: str = "laurel.post_laurel_norm"
+
+
+@dataclass(frozen=True)
+class AltUp:
+    """Alternating updates: a layer computes one of several streams, and small maps carry the others along.
+
+    With r(x) = tanh(router(norm(x) / hidden size)), streams s and what the layer makes of p_active, y:
+    p_j = s_j + sum_i C_ji s_i, C = prediction(r(s_active)) as [streams, streams];
+    s_j = p_j + (y - p_active) * (correction(r(y))_j + 1). What is added of a token's vector is made of
+    s_active * scale, and added to all streams but the first.
+
+    Args:
+        streams: how many; active: the one that is computed.
+        router, prediction, correction: matrices, of float32 in every artifact; norm: of the hidden size; scale: a
+            tensor of that size.
+    """
+
+    streams: int
+    active: int
+    router: str = "altup.modality_router"
+    prediction: str = "altup.prediction_coefs"
+    correction: str = "altup.correction_coefs"
+    norm: str = "altup.router_norm"
+    scale: str = "altup.correct_output_scale"
+
+    def coefficients(self, hidden_size: int) -> dict[str, tuple[int, int]]:
+        """Names within a layer and shapes of the small matrices."""
+        return {
+            self.correction: (self.streams, self.streams),
+            self.prediction: (self.streams**2, self.streams),
+            self.router: (self.streams, hidden_size),
+        }

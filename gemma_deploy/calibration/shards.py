@@ -119,6 +119,13 @@ class StackTemplate:
     """The patched stack without weights, its masks and its rotary tables: made once per process."""
 
     def __init__(self, model: LayerSetting) -> None:
+        if model.config.altup is not None:
+            raise NotBuiltError(
+                "calibration takes layers of one stream, and these carry several along",
+                where=str(model.path),
+                expected="a model of another generation than Gemma 3n",
+                next_step="write w8a16, which reads no text",
+            )
         if model.config.has_experts:
             raise NotBuiltError(
                 "calibration does not look at experts in this version",

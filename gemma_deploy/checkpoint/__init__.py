@@ -4,7 +4,7 @@ from gemma_deploy.checkpoint.adapters.adapter import Adapter
 from gemma_deploy.checkpoint.adapters.merging import AdapterRef
 from gemma_deploy.checkpoint.checkpoint import Checkpoint, resolve_checkpoint
 from gemma_deploy.checkpoint.config import ModelConfig, Rope
-from gemma_deploy.checkpoint.expected import expected_tensors
+from gemma_deploy.checkpoint.expected import coefficients, expected_tensors
 from gemma_deploy.checkpoint.source import TensorInfo, WeightSource
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Rope",
     "TensorInfo",
     "WeightSource",
+    "coefficients",
     "expected_tensors",
     "resolve_checkpoint",
 ]

@@ -5,6 +5,7 @@ First step of the data path: raw dictionary -> ModelConfig. Reads no file and no
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import Any
 
 from gemma_deploy.architectures import (
     Activation,
+    AltUp,
     Architecture,
     LayerSpec,
     LayerType,
@@ -106,6 +108,11 @@ class ModelConfig:
         return self.architecture.per_layer(self)
 
     @property
+    def altup(self) -> AltUp | None:
+        """How layers carry several streams along; None where there is one stream."""
+        return self.layers[0].altup
+
+    @property
     def reads_beside(self) -> bool:
         """Whether layers read more than hidden states: vectors of each token, or keys and values of earlier layers."""
         return self.per_layer is not None or self.first_sharing is not None
@@ -172,7 +179,7 @@ def _parse(keys: ConfigKeys) -> ModelConfig:
     """Read all keys, and raise once."""
     row = _architecture(keys)
     _refuse_unbuilt(keys, row)
-    size = {key: keys.integer(key, most=LARGEST.get(key, 2**31)) for key in REQUIRED_SIZES}
+    size = {key: _size(keys, key, row) for key in REQUIRED_SIZES}
     _check_heads(keys, size)
     layers, vocab = size["num_hidden_layers"], size["vocab_size"]
     facts = row.read(keys, size, layers if layers <= LARGEST["num_hidden_layers"] else 1)
@@ -204,6 +211,18 @@ def _parse(keys: ConfigKeys) -> ModelConfig:
             next_step="take config.json from the place the weights came from",
         )
     return config
+
+
+def _size(keys: ConfigKeys, key: str, row: Architecture) -> int:
+    """A size; that of most layers where there is one for each."""
+    given = keys.raw.get(key)
+    if key not in row.listed or not isinstance(given, list):
+        return keys.integer(key, most=LARGEST.get(key, 2**31))
+    layers = keys.raw.get("num_hidden_layers")
+    if len(given) != layers or any(type(one) is not int or not 0 < one <= 2**31 for one in given):
+        keys.problem(key, given, f"a whole number from 1 on, or a list of one for each of the {layers} layers")
+        return 1
+    return int(Counter(given).most_common(1)[0][0])
 
 
 def _architecture(keys: ConfigKeys) -> Architecture:

@@ -10,6 +10,8 @@ from gemma_deploy.names import (
     PER_LAYER_NORM,
     PER_LAYER_PROJECTION,
     PER_LAYER_TABLE,
+    STREAM_PROJECTION,
+    STREAM_UNEMBED,
 )
 
 
@@ -24,6 +26,9 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         tensors[f"{PER_LAYER_TABLE}.weight"] = (vectors.rows, vectors.width)
         tensors[f"{PER_LAYER_PROJECTION}.weight"] = (vectors.width, config.hidden_size)
         tensors[f"{PER_LAYER_NORM}.weight"] = (vectors.size,)
+    if config.altup is not None:
+        square, others = (config.hidden_size, config.hidden_size), range(config.altup.streams - 1)
+        tensors |= {f"{name}.{i}.weight": square for name in (STREAM_PROJECTION, STREAM_UNEMBED) for i in others}
     for layer in config.layers:
         tensors |= {f"{layer.prefix}{name}": shape for name, shape in layer.tensors().items()}
     tensors[NORM_WEIGHT] = (config.hidden_size,)
@@ -32,6 +37,14 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         tensors[HEAD_WEIGHT] = table
     return tensors
+
+
+def coefficients(config: ModelConfig) -> frozenset[str]:
+    """Matrices of a few numbers, which are no weights of products: every artifact has them in float32."""
+    found = ((layer, layer.altup) for layer in config.layers if layer.altup is not None)
+    return frozenset(
+        f"{layer.prefix}{name}.weight" for layer, altup in found for name in altup.coefficients(layer.hidden_size)
+    )
 
 
 def unread_tensors(config: ModelConfig) -> frozenset[str]:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.calibration.points import cache_factor_names
-from gemma_deploy.checkpoint import ModelConfig, Rope, expected_tensors
+from gemma_deploy.checkpoint import ModelConfig, Rope, coefficients, expected_tensors
 from gemma_deploy.dtypes import BY_NAME, StoredDtype
 from gemma_deploy.names import COLUMN_FACTOR, COLUMN_SCALE, EMBEDDING_WEIGHT
 from gemma_deploy.params.quantized import OutputError
@@ -106,13 +106,14 @@ def build_plan(
     layers = config.layers[span.start : span.stop]
     routers = {f"{layer.prefix}{layer.experts.router}.weight" for layer in layers if layer.experts is not None}
     specs: list[ParamSpec] = []
+    small = coefficients(config)
     for name, shape in expected_tensors(config).items():
         if not span.holds(name, config.tie_word_embeddings):
             continue
         module = name.removesuffix(".weight")
-        if len(shape) == 1:
+        if len(shape) == 1 or name in small:
             specs.append(ParamSpec(name, shape, "float32", "cast", name))
-            if scheme == "fp16" and name != module:
+            if scheme == "fp16" and len(shape) == 1 and name != module:
                 eps = config.rms_norm_eps * 4.0 ** -rescaling.of(f"{module}.in")
                 specs.append(ParamSpec(f"{module}.eps", (1,), "float32", "constant", value=eps))
         elif name in routers:

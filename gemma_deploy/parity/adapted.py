@@ -26,7 +26,7 @@ from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.errors import CheckpointError, NotBuiltError
 from gemma_deploy.names import EMBEDDING, EMBEDDING_WEIGHT
 from gemma_deploy.parity.gates import MERGE
-from gemma_deploy.parity.reference import LINEARS, TorchSource
+from gemma_deploy.parity.reference import TorchSource, is_linear
 from gemma_deploy.patched import fill_numbers, set_parameter, stock_config
 
 HEAD_BLOCK_BYTES = 64 << 20  # of its rows as float32; each block is a model of its own
@@ -138,7 +138,7 @@ class PeftSource(TorchSource):
                 stock_config(config, **changes), attn_implementation="eager", dtype=torch.float32
             )
         for name, module in list(causal.named_modules()):
-            if name.endswith(LINEARS):
+            if is_linear(name):
                 causal.set_submodule(name, BaseLinear(self, f"{name}.weight", module))
         for name, parameter in list(causal.named_parameters()):
             if parameter.is_meta and name in checkpoint.tensors and parameter.ndim == 1:

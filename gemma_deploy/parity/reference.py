@@ -21,7 +21,7 @@ from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.errors import NotBuiltError
 from gemma_deploy.machine import give_memory_back
-from gemma_deploy.names import EMBEDDING_WEIGHT, PER_LAYER_TABLE
+from gemma_deploy.names import EMBEDDING_WEIGHT, PER_LAYER_TABLE, STREAM_PROJECTION, STREAM_UNEMBED
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.sources import Features
 from gemma_deploy.patched import patched_causal, patched_module, stock_config
@@ -29,7 +29,11 @@ from gemma_deploy.progress import Tick
 
 Weighting = Literal["fp32", "bf16", "w8a16"]
 BLOCK_BYTES = 8 << 20  # of a matrix as float32; malloc maps and unmaps anything of 32 MiB, at the price of page faults
-LINEARS = ("_proj", "router.proj", "per_layer_input_gate", "per_layer_projection", "per_layer_model_projection")
+LINEARS = (
+    *("_proj", "router.proj", "per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"),
+    *("linear_left", "linear_right"),
+)
+NUMBERED = tuple(name.removeprefix("model.") for name in (STREAM_PROJECTION, STREAM_UNEMBED))
 
 
 class TorchSource:
@@ -129,9 +133,12 @@ class TorchSource:
             wanted: is asked for each name, `MODULE.out` or `MODULE.in`.
             keep: called with the name and a float32 array [positions, features].
         """
-        turned = not self.checkpoint.config.architecture.positions_first
+        config = self.checkpoint.config
+        turned = not config.architecture.positions_first
 
         def kept(name: str, value: torch.Tensor) -> None:
+            if config.altup is not None and value.ndim == 4 and value.shape[0] == config.altup.streams:
+                value = value.permute(1, 2, 0, 3)  # streams come first in both classes
             keep(name, _flat(value, turned))
 
         def watch(model: nn.Module) -> None:
@@ -177,7 +184,7 @@ class TorchSource:
         for layer in self.checkpoint.config.layers:
             _stream_experts(self, model, layer)
         for name, module in list(model.named_modules()):
-            if name.endswith(LINEARS):
+            if is_linear(name):
                 model.set_submodule(name, StreamedLinear(self, f"model.{name}.weight", module))
         cpu_offload(model, torch.device("cpu"), offload_buffers=True, state_dict=Weights(self, used))
         return model
@@ -212,7 +219,7 @@ class TorchSource:
         """Record the largest magnitude of what linears and norms read and modules make, as `MODULE.in` and `.out`."""
         for name, module in model.named_modules():
             name = f"model.{name}"
-            if name.endswith((*LINEARS, "norm")):
+            if is_linear(name) or name.endswith("norm"):
                 module.register_forward_pre_hook(_remember_input(f"{name}.in", self.absmax), with_kwargs=True)
             if name.endswith((*LINEARS, "norm", "act_fn", "embed_tokens")) or name.rpartition(".")[2].isdigit():
                 module.register_forward_hook(_remember_output(f"{name}.out", self.absmax))
@@ -221,6 +228,11 @@ class TorchSource:
             if number:  # the stream in front of the layer's number
                 hook = _remember_output(f"{layer.prefix}unscaled", self.absmax, 1 / number)
                 model.layers[layer.index].register_forward_hook(hook)
+
+
+def is_linear(name: str) -> bool:
+    """Whether a module, by its path in a stack or a causal LM, is a linear with a matrix worth streaming."""
+    return name.endswith(LINEARS) or name.rpartition(".")[0].endswith(NUMBERED)
 
 
 class StreamedLinear(nn.Module):
@@ -301,7 +313,9 @@ class Weights(Mapping[str, torch.Tensor]):
         """Rows in use of the table of per-layer vectors, as the class has to have them."""
         source, config = self.source, self.source.checkpoint.config
         name = f"{PER_LAYER_TABLE}.weight"
-        rows = np.concatenate([source.checkpoint.rows(name, token, token + 1) for token in self.used])
+        known = source.checkpoint.tensors[name].shape[0]
+        own = [token if token < known else 0 for token in self.used]
+        rows = np.concatenate([source.checkpoint.rows(name, token, token + 1) for token in own])
         if source.kind == "hf" and source.embed_scale != "exact" and config.per_layer is not None:
             size = config.per_layer.size
             rounded = patched_module("layers_vacc").rounded_sqrt(size, torch.float32, source.embed_scale)

@@ -23,6 +23,12 @@ class ParameterMapper:
     """
 
     def __init__(self, config: ModelConfig, span: Span) -> None:
+        if span.name != WHOLE and config.altup is not None:
+            raise NotBuiltError(
+                "layers that carry several streams along are not cut apart in this version",
+                expected="a model of another generation than Gemma 3n",
+                next_step="use the model whole",
+            )
         if span.name != WHOLE and config.reads_beside:
             raise NotBuiltError(
                 "layers that read vectors of each token, or keys and values of earlier layers, are not cut apart in "

@@ -1,4 +1,4 @@
-"""Fine-tuning of Gemma 4: what is said of held-out text is PEFT's own figure, numbers behind layers and vectors too."""
+"""Fine-tuning of Gemma 3n and 4: what is said of held-out text is PEFT's own figure, vectors of tokens too."""
 
 import pytest
 
@@ -11,16 +11,20 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"num_hidden_layers": 3}, {**TINY_PER_LAYER, "vocab_size_per_layer_input": 4096}],
-    ids=["dense", "per-layer-embeddings"],
+    ("kind", "changes"),
+    [
+        ("gemma4_text", {"num_hidden_layers": 3}),
+        ("gemma4_text", {**TINY_PER_LAYER, "vocab_size_per_layer_input": 4096}),
+        ("gemma3n_text", {}),
+    ],
+    ids=["dense", "per-layer-embeddings", "streams"],
 )
-def test_held_out_loss_is_that_of_peft(changes, tmp_path):
+def test_held_out_loss_is_that_of_peft(kind, changes, tmp_path):
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    checkpoint = tiny(tmp_path / "ck", "gemma4_text", **changes)
+    checkpoint = tiny(tmp_path / "ck", kind, **changes)
     held = write_lines(tmp_path / "held.jsonl", [{"text": text} for text in TEXTS[:3]])
     result = finetune(settings(texts_file(tmp_path), tmp_path / "out", lora=SMALL, eval_data=str(held)), checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")

@@ -14,17 +14,18 @@ from tests.runtime.test_genai import eager
 
 PROMPTS = [[2, *np.random.default_rng(seed).integers(3, 500, 40 + seed).tolist()] for seed in range(3)]
 COUNT = 12
-STATIC = pytest.param("static", False, marks=pytest.mark.slow)
+STATIC = pytest.param("static", None, marks=pytest.mark.slow)
+SHARED = {"gemma4_text": TINY_PER_LAYER, "gemma3n_text": {}}
 
 
 @pytest.fixture(scope="module")
 def artifact(once, genai_artifact):
     """Runtime -> artifact of the same checkpoint in float32; read only."""
 
-    def get(runtime, shared=False):
+    def get(runtime, shared=None):
         if shared:
-            backend = {"type": "onnxruntime", "dtype": "fp32"}
-            made = once("genai-shared", lambda root: compile_tiny(root, "gemma4_text", backend, **TINY_PER_LAYER))
+            backend, changes = {"type": "onnxruntime", "dtype": "fp32"}, SHARED[shared]
+            made = once(f"genai-shared-{shared}", lambda root: compile_tiny(root, shared, backend, **changes))
             return made / "workspace" / "tiny"
         if runtime != "static":
             return genai_artifact("gemma4_text")
@@ -36,7 +37,10 @@ def artifact(once, genai_artifact):
 
 @pytest.mark.parametrize(
     ("runtime", "shared"),
-    [("onnxruntime-genai", False), ("onnxruntime", False), STATIC, ("onnxruntime-genai", True), ("onnxruntime", True)],
+    [
+        *(("onnxruntime-genai", None), ("onnxruntime", None), STATIC),
+        *((runtime, kind) for runtime in ("onnxruntime-genai", "onnxruntime") for kind in SHARED),
+    ],
 )
 def test_text_is_transformers_greedy_text(artifact, runtime, shared):
     directory = artifact(runtime, shared)
@@ -49,13 +53,14 @@ def test_text_is_transformers_greedy_text(artifact, runtime, shared):
         assert (stats.tokens, text) == (expected, Syllables().decode(expected))
 
 
+@pytest.mark.parametrize("kind", SHARED)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_layers_that_share_see_no_padding(artifact, side):
+def test_layers_that_share_see_no_padding(artifact, side, kind):
     """Rows of unequal length together, then a step each: the logits of transformers, each row alone."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    directory = artifact("onnxruntime", shared=True)
+    directory = artifact("onnxruntime", kind)
     session = open_graph(load_file(directory / "model.onnx"), directory)
     checkpoint = directory.parent.parent / "checkpoint"
     stock = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager", dtype=torch.float32).eval()

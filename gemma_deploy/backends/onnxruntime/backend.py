@@ -151,8 +151,10 @@ class OnnxRuntime:
         problems = block_problems(input_channels(config, 1)) if spec.scheme.codes else []
         if config.has_experts:
             problems.append("backend.type: onnxruntime is not built for experts (Gemma 4 26B-A4B): write tvm_vacc")
-        if config.reads_beside:
+        if config.reads_beside and config.altup is None:
             problems += self._not_for_shared(spec)
+        if config.altup is not None:
+            problems += self._not_for_streams(spec)
         if options_of(spec).cache == WINDOW:
             problems += window_problems(config, spec.context)
         if config.architecture.encoder:
@@ -163,6 +165,18 @@ class OnnxRuntime:
         """What is not built of models with per-layer embeddings, or with layers that share keys and values."""
         which = "a model with per-layer embeddings or shared keys and values (Gemma 4 E2B, E4B)"
         problems = []
+        if options_of(spec).cache == WINDOW:
+            problems.append(f"backend.compile.cache: window is not built for {which}: write full")
+        if spec.adapter_rank:
+            problems.append(f"adapters.rank: adapters beside the artifact are not built for {which}: leave it out")
+        return problems
+
+    def _not_for_streams(self, spec: BuildSpec) -> list[str]:
+        """What is not built of models whose layers carry several streams along."""
+        which = "a model of several streams (Gemma 3n)"
+        problems = []
+        if spec.scheme.calibrates:
+            problems.append(f"frontend.quantize.type: {spec.scheme} is not built for {which}: write w8a16 or w4a16_rtn")
         if options_of(spec).cache == WINDOW:
             problems.append(f"backend.compile.cache: window is not built for {which}: write full")
         if spec.adapter_rank:

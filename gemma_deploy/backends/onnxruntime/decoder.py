@@ -16,17 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import onnx_ir as ir
 
-from gemma_deploy.architectures import Branch, LayerSpec, PerLayer
+from gemma_deploy.architectures import LayerSpec, PerLayer
 from gemma_deploy.backends.onnxruntime.head import screened_head, whole_head
 from gemma_deploy.backends.onnxruntime.lora import Updates
 from gemma_deploy.backends.onnxruntime.options import ALL, Kernels
 from gemma_deploy.backends.onnxruntime.padding import Tokens, real_tokens_first
 from gemma_deploy.backends.onnxruntime.parts import DecoderParts, embedding_scale
-from gemma_deploy.backends.onnxruntime.per_layer import by_layer, rows_of, table_part, with_context
+from gemma_deploy.backends.onnxruntime.per_layer import by_layer, known_ids, rows_of, table_part, with_context
+from gemma_deploy.backends.onnxruntime.streams import Streams, sparse
 from gemma_deploy.backends.onnxruntime.window import WINDOW_CACHE
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.graph.contract import AdapterSlots
@@ -90,6 +92,11 @@ class _Shared:
 class Decoder(DecoderParts):
     """The graph of a decoder in the making; an encoder's shares its layers. Arguments as of `build_decoder`."""
 
+    @cached_property
+    def streams(self) -> Streams | None:
+        """Where layers carry several of them along."""
+        return None if self.config.altup is None else Streams(self, self.config.altup)
+
     def model(self) -> ir.Model:
         """Embedding, layers, the last layer's second half on one position, head."""
         config, nodes = self.config, self.nodes
@@ -102,11 +109,14 @@ class Decoder(DecoderParts):
         tokens = real_tokens_first(nodes, ids, mask, windowed=bool(self.windowed), every=every, sharing=sharing)
         hidden = self._embed(tokens.ids)
         shared = _Shared(tokens, past, self._vectors_of_layers(tokens.ids, hidden))
+        if self.streams is not None:
+            hidden = self.streams.entered(hidden)
         attended, residual, *present = self._layers(hidden, shared)
         if not every and not sharing:
-            attended, residual = self._chosen(tokens, attention=attended, residual=residual)
+            attended, residual = self._chosen_in_last(tokens, attended, residual)
         last = config.layers[-1]
-        normed = self._norm(self._after_attention(last, attended, residual, self.vectors.get(last.index)), NORM)
+        hidden = self._after_attention(last, attended, residual, self.vectors.get(last.index))
+        normed = self._norm(hidden if self.streams is None else self.streams.left(hidden), NORM)
         if every:
             (normed,) = self._chosen(tokens, normed=normed)
         logits = self._head(normed)
@@ -118,13 +128,22 @@ class Decoder(DecoderParts):
         inputs = [ids, mask, *past.values(), *(self.updates.inputs if self.updates else ())]
         return self._finished(inputs, [logits, *present], "decoder")
 
+    def _chosen_in_last(self, tokens: Tokens, attended: ir.Value, residual: ir.Value) -> list[ir.Value]:
+        """Of the tokens whose logits are wanted: what the second half of the last layer reads."""
+        last = self.config.layers[-1].index
+        if last in self.vectors:
+            (self.vectors[last],) = self._chosen(tokens, vectors=self.vectors[last])
+        if self.streams is not None:
+            (self.streams.laurels[last],) = self._chosen(tokens, laurel=self.streams.laurels[last])
+        return self._chosen(tokens, attention=attended, residual=residual)
+
     def _layers(self, hidden: ir.Value, shared: _Shared) -> list[ir.Value]:
         """[B,S,H] -> what the last layer's attention gives and the residual beside it, then all caches.
 
         Layers at the end that share keys and values write none: they compute the tokens whose logits are wanted alone.
         """
         config, caches = self.config, dict[int, list[ir.Value]]()
-        first, attended = config.first_sharing, hidden
+        first, attended, residual = config.first_sharing, hidden, hidden
         whole = range(config.num_hidden_layers if first is None else first)
         vectors = shared.vectors
         if vectors is not None:
@@ -135,13 +154,25 @@ class Decoder(DecoderParts):
                     (hidden,) = self._chosen(shared.tokens, sharing=hidden)
                 if vectors is not None:
                     self._share_out(vectors, range(first, config.num_hidden_layers), tokens=shared.tokens)
+            normed, residual = self._before_attention(layer, hidden)
             if layer.cache_from is None:
-                attended, *caches[layer.index] = self._attention(layer, hidden, shared)
+                attended, *caches[layer.index] = self._attention(layer, normed, shared)
             else:
-                attended = self._sharing_attention(layer, hidden, shared, caches[layer.cache_from])
+                attended = self._sharing_attention(layer, normed, shared, caches[layer.cache_from])
             if layer is not config.layers[-1]:
-                hidden = self._after_attention(layer, attended, hidden, self.vectors.get(layer.index))
-        return [attended, hidden, *(cache for pair in caches.values() for cache in pair)]
+                hidden = self._after_attention(layer, attended, residual, self.vectors.get(layer.index))
+        return [attended, residual, *(cache for pair in caches.values() for cache in pair)]
+
+    def _before_attention(self, layer: LayerSpec, hidden: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """What attention reads [B,S,H], and what its result is added to; of streams, what is expected of them."""
+        norm = f"{layer.prefix}{layer.branches[0].norm}"
+        if self.streams is None:
+            return self._norm(hidden, norm), hidden
+        residual, active = self.streams.predicted(layer, hidden)
+        normed = self._norm(active, norm)
+        if layer.laurel is not None:
+            self.streams.remember(layer, layer.laurel, normed)
+        return normed, residual
 
     def _vectors_of_layers(self, ids: ir.Value, hidden: ir.Value) -> ir.Value | None:
         """What layers add of each token, [B,S,layers * size]; None where they add nothing."""
@@ -149,12 +180,14 @@ class Decoder(DecoderParts):
         if table is None:
             return None
         scale = embedding_scale(table.size, self.rounding)
+        if table.rows < config.vocab_size:
+            ids = known_ids(self.nodes, ids, table.rows)
         rows = table_part(self.nodes, self._matrix(PER_LAYER_TABLE), ids, table=table, scale=scale)
         if self.dtype != ir.DataType.FLOAT:
             rows = self.nodes.one("Cast", [rows], f"{PER_LAYER_TABLE}.half", to=self.dtype.value)
         projected = self._product(hidden, PER_LAYER_PROJECTION)
         return with_context(
-            self.nodes,
+            self.weights,
             rows,
             projected,
             table=table,
@@ -175,7 +208,7 @@ class Decoder(DecoderParts):
         self.vectors |= by_layer(self.nodes, part, list(layers), size=table.size)
 
     def _sharing_attention(
-        self, layer: LayerSpec, hidden: ir.Value, shared: _Shared, source: Sequence[ir.Value]
+        self, layer: LayerSpec, normed: ir.Value, shared: _Shared, source: Sequence[ir.Value]
     ) -> ir.Value:
         """Attention's output [B,N,heads*D] of queries alone, to the keys and values of an earlier layer.
 
@@ -185,7 +218,7 @@ class Decoder(DecoderParts):
         path, nodes, norms = layer.prefix, self.nodes, dict(layer.head_norms)
         attention, tokens = layer.branches[0], shared.tokens
         (query,) = attention.entry.readers
-        made = self._product(self._norm(hidden, f"{path}{attention.norm}"), f"{path}{query}")
+        made = self._product(normed, f"{path}{query}")
         made = self._head_norm(made, f"{path}{norms[query]}", layer.heads, layer.head_dim)
         width = layer.kv_heads * layer.head_dim
         nothing = nodes.one("Slice", [made, nodes.numbers(0), nodes.numbers(0), nodes.numbers(1)], f"{path}no_tokens")
@@ -209,15 +242,13 @@ class Decoder(DecoderParts):
             return nodes.one("Mul", [rows, factor], EMBEDDED)
         return nodes.one("Cast", [nodes.one("Mul", [rows, factor], f"{table}.scaled")], EMBEDDED, to=self.dtype.value)
 
-    def _attention(self, layer: LayerSpec, hidden: ir.Value, shared: _Shared) -> list[ir.Value]:
+    def _attention(self, layer: LayerSpec, normed: ir.Value, shared: _Shared) -> list[ir.Value]:
         """Attention's output [B,S,heads*D] before o_proj, and the layer's two caches."""
         path, nodes, norms = layer.prefix, self.nodes, dict(layer.head_norms)
         attention = layer.branches[0]
         readers, makers = attention.entry.readers, dict(layer.caches)
         # Attention reads all three from one value as well, unless something stands between.
-        made = self._products(
-            self._norm(hidden, f"{path}{attention.norm}"), [f"{path}{name}" for name in readers], apart=bool(norms)
-        )
+        made = self._products(normed, [f"{path}{name}" for name in readers], apart=bool(norms))
         if norms:
             by_name, size = dict(zip(readers, made, strict=True)), layer.head_dim
             query, key = attention.entry.observed, makers["key"]
@@ -266,6 +297,8 @@ class Decoder(DecoderParts):
         made = self._product(attended, f"{path}{attention.output}")
         if attention.post_norm:
             made = self._norm(made, f"{path}{attention.post_norm}")
+        if self.streams is not None:
+            return self._after_sum(layer, self.streams, residual, self.streams.joined(layer, residual, made))
         normed, _, _, hidden = nodes.many(
             "SkipSimplifiedLayerNormalization",
             [made, residual, self.weights.gain(f"{path}{mlp.norm}")],
@@ -273,28 +306,45 @@ class Decoder(DecoderParts):
             domain=MICROSOFT,
             epsilon=self.config.rms_norm_eps,
         )
-        made = self._mlp(path, mlp, normed)
+        made = self._mlp(layer, normed)
         if mlp.post_norm:
             made = self._norm(made, f"{path}{mlp.post_norm}")
         if layer.scalar is None:
             return nodes.one("Add", [hidden, made], f"{path}out")
         added = nodes.one("Add", [hidden, made], f"{path}unscaled" if layer.per_layer is None else f"{path}mlp.added")
         if layer.per_layer is not None and vectors is not None:
-            added = self._add_vector(path, layer.per_layer, added, vectors)
-        return nodes.one("Mul", [added, self.weights.number(f"{path}{layer.scalar}")], f"{path}out")
+            own = self._of_vector(path, layer.per_layer, added, vectors)
+            added = nodes.one("Add", [added, own], f"{path}unscaled")
+        return nodes.one("Mul", [added, self.weights.computed_view(f"{path}{layer.scalar}")], f"{path}out")
 
-    def _add_vector(self, path: str, add: PerLayer, hidden: ir.Value, vectors: ir.Value) -> ir.Value:
-        """The stream and norm(projection(gelu(gate(x)) * vector))."""
+    def _after_sum(self, layer: LayerSpec, streams: Streams, predicted: ir.Value, hidden: ir.Value) -> ir.Value:
+        """MLP, correction of all streams [B,S,streams,H], and what the token's vector adds to them.
+
+        Args:
+            predicted: what was expected of them; hidden: the computed one [B,S,H] behind attention.
+        """
+        path, mlp, vectors = layer.prefix, layer.branches[1], self.vectors.get(layer.index)
+        made = self._mlp(layer, self._norm(hidden, f"{path}{mlp.norm}"))
+        if mlp.post_norm:
+            made = self._norm(made, f"{path}{mlp.post_norm}")
+        every, first = streams.corrected(layer, predicted, self.nodes.one("Add", [hidden, made], f"{path}mlp.added"))
+        assert layer.per_layer is not None
+        assert vectors is not None
+        return streams.added(layer, every, self._of_vector(path, layer.per_layer, first, vectors))
+
+    def _of_vector(self, path: str, add: PerLayer, hidden: ir.Value, vectors: ir.Value) -> ir.Value:
+        """What a layer adds of a vector of each token: norm(projection(gelu(gate(x)) * vector))."""
         nodes, gate = self.nodes, f"{path}{add.gate}"
         active = nodes.one("Gelu", [self._product(hidden, gate)], f"{gate}.active", approximate=self._approximate)
         product = nodes.one("Mul", [active, vectors], f"{path}per_layer_product")
-        made = self._norm(self._product(product, f"{path}{add.projection}"), f"{path}{add.norm}")
-        return nodes.one("Add", [hidden, made], f"{path}unscaled")
+        return self._norm(self._product(product, f"{path}{add.projection}"), f"{path}{add.norm}")
 
-    def _mlp(self, path: str, mlp: Branch, normed: ir.Value) -> ir.Value:
-        """down_proj(gelu(gate_proj x) * up_proj x)."""
-        nodes = self.nodes
+    def _mlp(self, layer: LayerSpec, normed: ir.Value) -> ir.Value:
+        """down_proj(gelu(gate_proj x) * up_proj x), of a sparse layer with few gates left."""
+        nodes, path, mlp = self.nodes, layer.prefix, layer.branches[1]
         gate, up = self._products(normed, [f"{path}{reader}" for reader in mlp.entry.readers])
+        if layer.sparsity:
+            gate = sparse(self, gate, f"{path}{mlp.module}.gates", share=layer.sparsity)
         active = nodes.one("Gelu", [gate], f"{path}{mlp.module}.act_fn.out", approximate=self._approximate)
         product = nodes.one("Mul", [active, up], f"{path}{mlp.module}.product")
         return self._product(product, f"{path}{mlp.output}")

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from gemma_deploy.architectures import PerLayerTable
 from gemma_deploy.backends.onnxruntime.linears import Matrix
 from gemma_deploy.backends.onnxruntime.nodes import Nodes
+from gemma_deploy.backends.onnxruntime.weights import Weights
 from gemma_deploy.names import PER_LAYER_NORM, PER_LAYER_PROJECTION, PER_LAYER_TABLE
 from gemma_deploy.names import PER_LAYER_VECTORS as VECTORS
 
@@ -36,8 +38,15 @@ def table_part(nodes: Nodes, matrix: Matrix, ids: ir.Value, *, table: PerLayerTa
     return nodes.one("Reshape", [scaled, nodes.numbers(0, 0, table.layers, table.size)], f"{PER_LAYER_TABLE}.vectors")
 
 
+def known_ids(nodes: Nodes, ids: ir.Value, rows: int) -> ir.Value:
+    """Token ids [B,S], that of the first row in the place of those that the table has none for."""
+    most, first = (nodes.constant(np.int64(number), f"int64.scalar.{number}") for number in (rows, 0))
+    inside = nodes.one("Less", [ids, most], f"{PER_LAYER_TABLE}.inside")
+    return nodes.one("Where", [inside, ids, first], f"{PER_LAYER_TABLE}.ids")
+
+
 def with_context(
-    nodes: Nodes,
+    weights: Weights,
     rows: ir.Value,
     projected: ir.Value,
     *,
@@ -51,12 +60,13 @@ def with_context(
     Args:
         rows: [B,S,layers,size] of the table; projected: [B,S,layers * size] of the embedding.
     """
+    nodes = weights.top
     shape = nodes.numbers(0, 0, table.layers, table.size)
-    small = nodes.one("Mul", [projected, nodes.scalar(hidden_size**-0.5)], f"{PER_LAYER_PROJECTION}.scaled")
+    small = nodes.one("Mul", [projected, weights.scalar(hidden_size**-0.5)], f"{PER_LAYER_PROJECTION}.scaled")
     apart = nodes.one("Reshape", [small, shape], f"{PER_LAYER_PROJECTION}.vectors")
     normed = nodes.one("RMSNormalization", [apart, gain], f"{PER_LAYER_NORM}.out", axis=-1, epsilon=eps, stash_type=1)
     both = nodes.one("Add", [normed, rows], f"{VECTORS}.sum")
-    halved = nodes.one("Mul", [both, nodes.scalar(math.sqrt(0.5))], VECTORS)
+    halved = nodes.one("Mul", [both, weights.scalar(math.sqrt(0.5))], VECTORS)
     return nodes.one("Reshape", [halved, nodes.numbers(0, 0, table.width)], f"{VECTORS}.joined")
 
 

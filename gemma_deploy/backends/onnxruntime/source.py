@@ -31,7 +31,8 @@ from gemma_deploy.runtime.session import load_file, open_graph
 # Operators whose first output has the type of their first input.
 SAME_TYPE = (
     "FusedMatMul", "RMSNormalization", "SkipSimplifiedLayerNormalization", "Reshape", "Gelu", "Mul", "Add", "GatherND",
-    "Gather", "Concat", "Tanh", "Slice",
+    "Gather", "Concat", "Tanh", "Slice", "Unsqueeze", "Squeeze", "MatMul", "Sub", "Div", "Max", "Sqrt",
+    "ReduceMean", "Relu",
 )  # fmt: skip
 Kernels = Literal["strict", "shipped"]
 STRICT: Kernels = "strict"

@@ -105,16 +105,21 @@ class Weights:
     def ones(self, size: int) -> ir.Value:
         """What a norm without a weight multiplies by."""
         name = f"ones.{size}"
-        return self._as_computed(self.top.constant(np.ones(size, np.float32), f"float32.{name}"), name)
+        return self.as_computed(self.top.constant(np.ones(size, np.float32), f"float32.{name}"), name)
 
-    def number(self, name: str) -> ir.Value:
-        """A tensor of one number, in the type that is computed in."""
-        return self._as_computed(self.view([name], name), name)
+    def computed_view(self, name: str) -> ir.Value:
+        """A float32 tensor of the file, in the type that is computed in."""
+        return self.as_computed(self.view([name], name), name)
+
+    def scalar(self, value: float) -> ir.Value:
+        """A number in the type that is computed in."""
+        made = self.top.scalar(value)
+        return self.as_computed(made, str(made.name))
 
     def rotary(self, kind: str, table: str) -> ir.Value:
         """[positions, head_dim / 2] "cos" or "sin" of a kind of layer."""
         name = f"rotary.{kind}.{table}"
-        return self._as_computed(self.view([f"model.rotary_emb.{kind}.{table}"], name), name)
+        return self.as_computed(self.view([f"model.rotary_emb.{kind}.{table}"], name), name)
 
     def block_scales(self, names: Sequence[str], name: str, blocks: int, *, part: Part = None) -> ir.Value:
         """Scales [rows, blocks] of matrices whose scales are [rows] or [rows, groups]."""
@@ -130,7 +135,7 @@ class Weights:
 
         return self._once(f"{name}.block_scale", repeated)
 
-    def _as_computed(self, value: ir.Value, name: str) -> ir.Value:
+    def as_computed(self, value: ir.Value, name: str) -> ir.Value:
         """A float32 value in the type that is computed in; `name` is that of the tensor."""
         if self.computed == ir.DataType.FLOAT:
             return value
