@@ -83,9 +83,9 @@ def test_it_compiles_proven(kind, changes, backend, tmp_path):
         ({"type": "tvm_vacc", "dtype": "fp16"}, None, "backend.dtype: fp16 is not built for a model with per-layer"),
         ({"type": "tvm_vacc", "dtype": "int8"}, "w8a16_gptq", "w8a16_gptq is not built for a model with per-layer"),
         (
-            {"type": "onnxruntime", "dtype": "int8", "compile": {"cache": "window"}},
+            {"type": "onnxruntime", "dtype": "int8", "compile": {"cache": "window", "logits": "all"}},
             None,
-            "backend.compile.cache: window is not built for a model with per-layer",
+            "backend.compile.cache: window and backend.compile.logits: all contradict each other where layers read",
         ),
     ],
 )

@@ -152,7 +152,7 @@ class OnnxRuntime:
         if config.has_experts:
             problems.append("backend.type: onnxruntime is not built for experts (Gemma 4 26B-A4B): write tvm_vacc")
         if config.reads_beside and config.altup is None:
-            problems += self._not_for_shared(spec)
+            problems += self._not_for_shared(spec, config)
         if config.altup is not None:
             problems += self._not_for_streams(spec)
         if options_of(spec).cache == WINDOW:
@@ -161,12 +161,16 @@ class OnnxRuntime:
             problems += encoder_problems(spec)
         return problems
 
-    def _not_for_shared(self, spec: BuildSpec) -> list[str]:
+    def _not_for_shared(self, spec: BuildSpec, config: ModelConfig) -> list[str]:
         """What is not built of models with per-layer embeddings, or with layers that share keys and values."""
         which = "a model with per-layer embeddings or shared keys and values (Gemma 4 E2B, E4B)"
         problems = []
-        if options_of(spec).cache == WINDOW:
-            problems.append(f"backend.compile.cache: window is not built for {which}: write full")
+        if options_of(spec).cache == WINDOW and options_of(spec).logits == ALL and config.first_sharing is not None:
+            problems.append(
+                "backend.compile.cache: window and backend.compile.logits: all contradict each other where layers read "
+                "keys and values of earlier ones (Gemma 4 E2B, E4B), which are gone from such a cache: write full, or "
+                "last"
+            )
         if spec.adapter_rank:
             problems.append(f"adapters.rank: adapters beside the artifact are not built for {which}: leave it out")
         return problems

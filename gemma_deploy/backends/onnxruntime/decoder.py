@@ -28,6 +28,7 @@ from gemma_deploy.backends.onnxruntime.options import ALL, Kernels
 from gemma_deploy.backends.onnxruntime.padding import Tokens, real_tokens_first
 from gemma_deploy.backends.onnxruntime.parts import DecoderParts, embedding_scale
 from gemma_deploy.backends.onnxruntime.per_layer import by_layer, known_ids, rows_of, table_part, with_context
+from gemma_deploy.backends.onnxruntime.shared_window import Held, held_positions, query_positions
 from gemma_deploy.backends.onnxruntime.streams import Streams, sparse
 from gemma_deploy.backends.onnxruntime.window import WINDOW_CACHE
 from gemma_deploy.checkpoint.config import ModelConfig
@@ -225,10 +226,16 @@ class Decoder(DecoderParts):
         nothing = nodes.one(
             "Slice", [nothing, nodes.numbers(0), nodes.numbers(width), nodes.numbers(2)], f"{path}no_keys"
         )
+        counts, positions = Held(tokens.last, tokens.total), list[ir.Value]()
+        if layer.cache_from in self.windowed:
+            if layer.cache_from not in self.held:
+                name, window = f"model.layers.{layer.cache_from}.shared.", layer.window or 0
+                self.held[layer.cache_from] = held_positions(nodes, tokens.last, source[0], window=window, name=name)
+            counts, positions = self.held[layer.cache_from], [query_positions(nodes, tokens.last, made, path=path)]
         rotary = [self.weights.rotary(layer.kind, table) for table in ("cos", "sin")]
         return nodes.one(
             "GroupQueryAttention",
-            [made, nothing, nothing, *source, tokens.last, tokens.total, *rotary],
+            [made, nothing, nothing, *source, counts.seqlens, counts.total, *rotary, *positions],
             f"{path}{attention.module}.out",
             **self._grouped(layer),
         )

@@ -15,6 +15,7 @@ from gemma_deploy.backends.onnxruntime.lora import Updates
 from gemma_deploy.backends.onnxruntime.nodes import Nodes
 from gemma_deploy.backends.onnxruntime.options import Kernels
 from gemma_deploy.backends.onnxruntime.padding import Tokens
+from gemma_deploy.backends.onnxruntime.shared_window import Held
 from gemma_deploy.backends.onnxruntime.weights import Weights
 from gemma_deploy.backends.onnxruntime.window import windowed_layers
 from gemma_deploy.checkpoint.config import ModelConfig
@@ -44,6 +45,7 @@ class DecoderParts:
         self.nodes = Nodes()
         self.weights = Weights(self.nodes, rows, location)
         self.weights.norm_offset = config.architecture.norm_offset
+        self.held: dict[int, Held] = {}  # of layers whose caches of a window others read
         self.windowed = windowed_layers(config) if kernels.windowed else ()
         self.updates: Updates | None = None
         half = self.weights.dtype(f"{EMBEDDING}.weight") == "bfloat16"

@@ -28,8 +28,8 @@ SLACK = 64  # positions behind the window in buffers of our own; a step may look
 
 
 def windowed_layers(config: ModelConfig) -> tuple[int, ...]:
-    """Layers that have such a cache."""
-    return tuple(layer.index for layer in config.layers if layer.window is not None)
+    """Layers that have such a cache; those that share keys and values have none at all."""
+    return tuple(layer.index for layer in config.layers if layer.window is not None and layer.cache_from is None)
 
 
 def window_problems(config: ModelConfig, context_length: int) -> list[str]:
