@@ -48,6 +48,7 @@ class Gemma4DecoderLayer(FourNormLayer):
         size = getattr(config, "hidden_size_per_layer_input", 0)
         if size:
             self.act_fn = ACT2FN[config.hidden_activation]
+            self.per_layer_in_float32 = False  # gate and product, where GELU's input does not fit float16
             self.per_layer_input_gate = nn.Linear(config.hidden_size, size, bias=False)
             self.per_layer_projection = nn.Linear(size, config.hidden_size, bias=False)
             self.post_per_layer_input_norm = GainNorm(config.hidden_size, config.rms_norm_eps)
@@ -87,7 +88,8 @@ class Gemma4DecoderLayer(FourNormLayer):
 
     def gated(self, hidden_states, per_layer_input):
         """What per_layer_projection reads [batch, seq, hidden_size_per_layer_input]; arguments as of `forward`."""
-        return self.act_fn(self.per_layer_input_gate(hidden_states)) * per_layer_input
+        inner = hidden_states.float() if self.per_layer_in_float32 else hidden_states
+        return (self.act_fn(self.per_layer_input_gate(inner)) * per_layer_input).to(hidden_states.dtype)
 
 
 class Gemma4PreTrainedModel(PreTrainedModel):

@@ -44,6 +44,7 @@ def recipe_of(checkpoint, backend, quantize, workspace):
         pytest.param("gemma4_text", TINY_PER_LAYER, {"type": "tvm_vacc", "dtype": "int8"}, marks=pytest.mark.slow),
         pytest.param("gemma4_text", TINY_PER_LAYER, {"type": "tvm_vacc", "dtype": "fp32"}, marks=pytest.mark.slow),
         pytest.param("gemma4_text", TINY_PER_LAYER, {"type": "tvm_vacc", "dtype": "bf16"}, marks=pytest.mark.slow),
+        pytest.param("gemma4_text", TINY_PER_LAYER, {"type": "tvm_vacc", "dtype": "fp16"}, marks=pytest.mark.slow),
         pytest.param("gemma4_text", TINY_PER_LAYER, INT4 | {"type": "tvm_vacc"}, marks=pytest.mark.slow),
         pytest.param("gemma4_text", TINY_PER_LAYER, {"type": "onnxruntime", "dtype": "bf16"}, marks=pytest.mark.slow),
         pytest.param("gemma4_text", TINY_PER_LAYER, {"type": "onnxruntime", "dtype": "fp32"}, marks=pytest.mark.slow),
@@ -80,7 +81,6 @@ def test_it_compiles_proven(kind, changes, backend, tmp_path):
 @pytest.mark.parametrize(
     ("backend", "quantize", "words"),
     [
-        ({"type": "tvm_vacc", "dtype": "fp16"}, None, "backend.dtype: fp16 is not built for a model with per-layer"),
         ({"type": "tvm_vacc", "dtype": "int8"}, "w8a16_gptq", "w8a16_gptq is not built for a model with per-layer"),
         (
             {"type": "onnxruntime", "dtype": "int8", "compile": {"cache": "window", "logits": "all"}},

@@ -187,9 +187,9 @@ class LayerSpec:
 
     @property
     def scoring(self) -> tuple[str, ...]:
-        """The linears of queries and keys, whose products are the scores."""
+        """The linears of queries and, where they are the layer's own, of keys, whose products are the scores."""
         attention = next(branch for branch in self.branches if branch.attends)
-        return (attention.entry.observed, dict(self.caches)["key"])
+        return (attention.entry.observed, *(maker for part, maker in self.caches if part == "key"))
 
     @property
     def scored(self) -> tuple[str, ...]:

@@ -201,7 +201,12 @@ def _rescaling(rescaling: Rescaling) -> list[LedgerEntry]:
         )
     if rescaling.wide:
         why = "what GELU reads does not fit float16, and no power of two could be undone after it; weights stay float16"
-        entries.append(LedgerEntry("computed in float32", "gate, up and their product, every layer", why))
+        inside = {
+            "mlp": "gate, up and their product",
+            "per_layer_input": "gate of the vectors, and its product with them",
+        }
+        where = "; ".join(inside.get(branch, branch) for branch in rescaling.wide)
+        entries.append(LedgerEntry("computed in float32", f"{where}, every layer", why))
     return entries
 
 

@@ -18,7 +18,7 @@ from gemma_deploy.graph.collectives import RankEmbedding, ReducedLinear
 from gemma_deploy.names import LAYERS, PER_LAYER_TABLE
 from gemma_deploy.partition.ranks import row_blocks, sharding
 from gemma_deploy.patched import one_layer_of_each_template, patched_causal, patched_module, set_parameter
-from gemma_deploy.quantization.rescaling import Rescaling
+from gemma_deploy.quantization.rescaling import OF_VECTORS, Rescaling
 from gemma_deploy.schemes import Codes, Form, Storage
 
 INT8 = ("w8a16", "w8a16_folded")
@@ -93,6 +93,8 @@ def build_skeleton(
     )
     dtype, rescaling = TORCH_DTYPES[scheme], rescaling or Rescaling()
     model.model.embed_tokens.divisor = 2.0**rescaling.residual
+    if config.per_layer is not None:
+        model.model.embed_tokens_per_layer.divisor = 2.0 ** rescaling.of(f"{PER_LAYER_TABLE}.out")
     _store(model, config, scheme, dtype, ranks, storage or Storage())
     if scheme == "fp16":
         _rescale(model, templates, rescaling)
@@ -211,6 +213,9 @@ def _rescale(model: nn.Module, templates: Sequence[LayerSpec], rescaling: Rescal
             module.get_submodule(branch.module).in_float32 = True
             for reader in branch.entry.readers:
                 module.set_submodule(reader, stored(module.get_submodule(reader).weight))
+        if layer.per_layer is not None and OF_VECTORS in rescaling.wide:
+            module.per_layer_in_float32 = True
+            module.set_submodule(layer.per_layer.gate, stored(module.get_submodule(layer.per_layer.gate).weight))
     model.lm_head = stored(model.lm_head.weight)
 
 
@@ -244,7 +249,7 @@ def _store_table(
 def _store_vectors(model: nn.Module, table: PerLayerTable, scheme: Form, dtype: torch.dtype, storage: Storage) -> None:
     """The table of vectors of all layers: codes are looked up by row, and only those rows become numbers."""
     quantization, embed = patched_module("quantization_vacc"), model.model.embed_tokens_per_layer
-    shape, scale = (table.rows, table.width), embed.scale_value(dtype)
+    shape, scale = (table.rows, table.width), embed.scale_value(dtype) / embed.divisor
     codes = storage.of(PER_LAYER_TABLE) if scheme in INT8 else None
     if codes is not None:
         made: nn.Module = quantization.QuantizedEmbedding(*_codes(shape, codes), scale, dtype)

@@ -7,7 +7,7 @@ constant inside the graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -141,7 +141,7 @@ def build_plan(
         else:
             specs.append(ParamSpec(name, shape, MATRIX_DTYPE[scheme], "cast", name))
     if scheme == "fp16":
-        specs += [_attention_scale(layer, rescaling) for layer in layers]
+        specs += [_attention_scale(layer, config.layers, rescaling) for layer in layers]
         specs += [_value_eps(layer, rescaling, config.rms_norm_eps) for layer in layers if layer.value_norm]
     if int8_cache:
         for layer in layers:
@@ -186,7 +186,9 @@ def _value_eps(layer: LayerSpec, rescaling: Rescaling, eps: float) -> ParamSpec:
     return ParamSpec(f"{name}.eps", (1,), "float32", "constant", value=eps * 4.0 ** -rescaling.of(f"{name}.in"))
 
 
-def _attention_scale(layer: LayerSpec, rescaling: Rescaling) -> ParamSpec:
-    shift = sum(rescaling.of(f"{layer.prefix}{name}.out") for name in layer.scored)
+def _attention_scale(layer: LayerSpec, layers: Sequence[LayerSpec], rescaling: Rescaling) -> ParamSpec:
+    keys = layer if layer.cache_from is None else layers[layer.cache_from]
+    scored = f"{layer.prefix}{layer.scored[0]}", f"{keys.prefix}{keys.scored[1]}"
+    shift = sum(rescaling.of(f"{name}.out") for name in scored)
     scale = layer.attention_scale * 2.0**shift
     return ParamSpec(f"{layer.prefix}{layer.branches[0].module}.scaling", (1,), "float32", "constant", value=scale)

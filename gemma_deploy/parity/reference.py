@@ -221,7 +221,10 @@ class TorchSource:
             name = f"model.{name}"
             if is_linear(name) or name.endswith("norm"):
                 module.register_forward_pre_hook(_remember_input(f"{name}.in", self.absmax), with_kwargs=True)
-            if name.endswith((*LINEARS, "norm", "act_fn", "embed_tokens")) or name.rpartition(".")[2].isdigit():
+            if (
+                name.endswith((*LINEARS, "norm", "act_fn", "embed_tokens", "embed_tokens_per_layer"))
+                or name.rpartition(".")[2].isdigit()
+            ):
                 module.register_forward_hook(_remember_output(f"{name}.out", self.absmax))
         for layer in (layer for layer in self.checkpoint.config.layers if layer.scalar):
             number = float(self.checkpoint.rows(f"{layer.prefix}{layer.scalar}", 0, 1)[0])

@@ -3,8 +3,9 @@
 Every tensor between two operators may be stored divided by 2**e without losing a bit, where the next operator undoes
 it: a norm absorbs any scale (its eps is divided by 4**e), a linear takes the difference of its input's and output's e
 into its weight, the residual stream carries one e from the embedding to the last norm, and the attention's scale
-factor takes those of queries and keys. Nothing undoes a scale of what GELU reads: where that does not fit, the MLP's
-inside is computed in float32.
+factor takes those of queries and keys. Vectors that layers add carry one exponent for all layers, which the projection
+behind them undoes. Nothing undoes a scale of what GELU reads: where that does not fit, the inside of the MLP, or what
+is between a layer's two linears of vectors, is computed in float32.
 
 Arrays and numbers only: knows no torch, no graph, no file.
 """
@@ -12,6 +13,7 @@ Arrays and numbers only: knows no torch, no graph, no file.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,8 +21,10 @@ from typing import Any
 from gemma_deploy.architectures import Branch, LayerSpec, inner_modules
 from gemma_deploy.bounds import Exponent, Point
 from gemma_deploy.checkpoint import ModelConfig
-from gemma_deploy.names import FP16_MAX
+from gemma_deploy.names import FP16_MAX, PER_LAYER_NORM, PER_LAYER_PROJECTION, PER_LAYER_TABLE
 
+OF_VECTORS = "per_layer_input"  # in `Rescaling.wide`
+_GATED = re.compile(r"model\.layers\.\d+\.(per_layer_input_gate|act_fn)\.out")
 HEADROOM = 4.0  # demanded by the gate, of other text than the calibration's
 MARGIN = 2.0  # on top of it when the exponents are chosen
 
@@ -32,7 +36,7 @@ class Rescaling:
     Args:
         exponents: `MODULE.in` or `MODULE.out` -> e; the tensor is stored divided by 2**e. Absent: 0.
         wide: branches whose inside is computed in float32 (the name is that of manifests): "mlp" (gate, up and their
-        product), or none.
+            product), "per_layer_input" (gate of the vectors, and its product with them), or none.
         absmax: largest magnitudes measured, of the true tensors.
     """
 
@@ -56,6 +60,8 @@ class Rescaling:
     def is_in_float32(self, point: str) -> bool:
         """Whether a tensor is float32 in the graph."""
         inner = tuple(f".{name}.out" for branch in self.wide for name in inner_modules(branch))
+        if OF_VECTORS in self.wide and _GATED.fullmatch(point):
+            return True
         return point.endswith(inner) or point == "model.norm.out"
 
     def to_json(self) -> dict[str, Any]:
@@ -97,14 +103,32 @@ class _Chooser:
             stream += [f"{layer.prefix}unscaled"] if layer.scalar else []
             stream += [f"{layer.prefix}{branch.norm}.in" for branch in layer.branches[1:]]
             stream += [f"{layer.prefix}{branch.post_norm or branch.output}.out" for branch in layer.branches]
+            if (add := layer.per_layer) is not None:
+                stream += [f"{layer.prefix}{add.gate}.in", f"{layer.prefix}{add.norm}.out"]
+        if self.config.per_layer is not None:  # a norm behind it undoes the stream's scale
+            stream += [f"{PER_LAYER_PROJECTION}.in", f"{PER_LAYER_PROJECTION}.out", f"{PER_LAYER_NORM}.in"]
         residual = max(self._need(point) for point in stream)
         self.exponents |= dict.fromkeys(stream, residual)
         for layer in self.config.layers:
             self.exponents[f"{layer.prefix}{layer.branches[0].norm}.in"] = residual
             for branch in layer.branches:
                 self._branch(layer, branch)
+        if self.config.per_layer is not None:
+            self._vectors()
         self.exponents["model.norm.in"] = residual
         return Rescaling(dict(self.exponents), tuple(sorted(self.in_float32)), dict(self.absmax))
+
+    def _vectors(self) -> None:
+        """The vectors of all layers, and what each layer makes of its own."""
+        adding = [(layer.prefix, layer.per_layer) for layer in self.config.layers if layer.per_layer is not None]
+        points = [f"{PER_LAYER_TABLE}.out", f"{PER_LAYER_NORM}.out"]
+        points += [f"{at}{add.projection}.in" for at, add in adding]
+        self.exponents |= dict.fromkeys(points, max(map(self._need, points)))
+        for at, add in adding:
+            made = self._need(f"{at}{add.projection}.out")
+            self.exponents |= dict.fromkeys((f"{at}{add.projection}.out", f"{at}{add.norm}.in"), made)
+            if self._need(f"{at}{add.gate}.out"):
+                self.in_float32.add(OF_VECTORS)
 
     def _need(self, point: str) -> int:
         return needed(self.absmax[point])

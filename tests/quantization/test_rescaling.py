@@ -18,14 +18,18 @@ from gemma_deploy.params import build_plan
 from gemma_deploy.params.rescaled import exponent_of
 from gemma_deploy.parity import maxima
 from gemma_deploy.quantization.rescaling import Rescaling, choose, needed
-from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
+from gemma_deploy.testing import TINY_CONFIGS, TINY_PER_LAYER, write_tiny_checkpoint
 from tests.exporting import export_once
 
 ALL_MAXIMA_FIT = FP16_MAX / 8
 # gemma4_unified_text has the layers of gemma4_text; no float16 is built of gemma3n_text.
 GENERATIONS = [kind for kind in TINY_CONFIGS if kind not in ("gemma4_unified_text", "gemma3n_text")]
 TWO_NORMS = ("gemma", "vaultgemma")  # nothing is between a branch and its residual add
+VECTORS, CONTEXT = "model.embed_tokens_per_layer", "model.per_layer_model_projection"
 NORMED_HEADS = ("gemma3_text", "gemma4_text")
+
+
+POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm", "post_per_layer_input_norm")
 
 
 def config_of(model_type, **changes):
@@ -36,6 +40,9 @@ def points_of(config):
     """Every tensor the reference records, by its name."""
     names = {name.removesuffix(".weight") for name in expected_tensors(config) if "norm" in name}
     points = ["model.embed_tokens.out"]
+    if config.per_layer is not None:
+        points += [f"{VECTORS}.out", f"{CONTEXT}.in", f"{CONTEXT}.out"]
+        points += [f"model.layers.{i}.act_fn.out" for i in range(config.num_hidden_layers)]
     for i in range(config.num_hidden_layers):
         linears = config.layers[i].linears
         points += [f"model.layers.{i}.{linear.name}.{side}" for linear in linears for side in ("in", "out")]
@@ -131,26 +138,56 @@ def test_what_is_folded_into_parameters(model_type):
     assert build_plan(config, "fp32", 64) == build_plan(config, "fp32", 64, rescaling=Rescaling())
 
 
+def test_vectors_of_tokens_and_shared_keys_keep_their_scales():
+    """Both ends agree where layers read beside the stream, and all that was measured fits or is float32."""
+    config = config_of("gemma4_text", **TINY_PER_LAYER)
+    rng = np.random.default_rng(3)
+    measured = {point: float(10 ** rng.uniform(0, 8)) for point in points_of(config)}
+    chosen = choose(config, measured)
+    for point, absmax in measured.items():
+        fits = absmax / 2.0 ** chosen.of(point) <= ALL_MAXIMA_FIT
+        assert fits or chosen.is_in_float32(point) or consistent_elsewhere(point), point
+    e, stream = chosen.of, chosen.residual
+    vector = e(f"{VECTORS}.out")
+    assert (e("model.per_layer_projection_norm.out"), vector > 0, stream > 0) == (vector, True, True)
+    assert e(f"{CONTEXT}.in") == e(f"{CONTEXT}.out") == e("model.per_layer_projection_norm.in") == stream
+    plan = {spec.name: spec for spec in build_plan(config, "fp16", 64, rescaling=chosen)}
+    for layer in config.layers:
+        gate, projection = (f"{layer.prefix}per_layer_{what}" for what in ("input_gate", "projection"))
+        norm = f"{layer.prefix}post_per_layer_input_norm"
+        assert (e(f"{gate}.in"), e(f"{gate}.out"), e(f"{projection}.in")) == (stream, 0, vector)
+        assert e(f"{projection}.out") == e(f"{norm}.in") == needed(measured[f"{projection}.out"])
+        assert e(f"{norm}.out") == stream
+        keys = config.layers[layer.index if layer.cache_from is None else layer.cache_from].prefix
+        shift = e(f"{layer.prefix}self_attn.q_norm.out") + e(f"{keys}self_attn.k_norm.out")
+        assert plan[f"{layer.prefix}self_attn.scaling"].value == 2.0**shift
+        assert plan[f"{norm}.eps"].value == config.rms_norm_eps / 4.0 ** e(f"{norm}.in")
+    assert exponent_of(f"{CONTEXT}.weight", 2, chosen) == 0
+    assert chosen.wide == ("mlp", "per_layer_input")
+
+
 def test_json_and_back():
     chosen = Rescaling({"a.in": 3, "b.out": 0}, ("mlp",), {"a.in": 9.5})
     again = Rescaling.from_json(json.loads(json.dumps(chosen.to_json())))
     assert (again.of("a.in"), again.of("b.out"), again.wide, again.absmax) == (3, 0, ("mlp",), {"a.in": 9.5})
 
 
-def plant(folder, model_type, gate=1.0):
+def plant(folder, model_type, gate=1.0, **changes):
     """A tiny model whose activations reach a million, in ways that leave it a model: every weight fits float16."""
-    checkpoint = write_tiny_checkpoint(folder, model_type)
+    checkpoint = write_tiny_checkpoint(folder, model_type, **changes)
     weights = load_file(checkpoint / "model.safetensors")
     factors = {"up_proj": 3e3, "v_proj": 3e3, "o_proj": 3e3, "down_proj": 3e3, "gate_proj": gate}
     if model_type in TWO_NORMS:
         factors = {"o_proj": 1e5, "down_proj": 1e5 / gate, "gate_proj": gate}
     if model_type in NORMED_HEADS:
         factors |= {"q_proj": 8e4, "k_proj": 8e4}
+    if changes:  # vectors of tokens: theirs reach ten thousand, what layers make of them a million
+        factors |= {"embed_tokens_per_layer": 1e4, "per_layer_projection": 1e3, "per_layer_input_gate": gate / 1e4}
     for name, weight in weights.items():
         module = name.split(".")[-2]
         if module in factors:
             weights[name] = (weight * factors[module]).astype(np.float32)
-        elif module in ("post_attention_layernorm", "post_feedforward_layernorm") and model_type not in TWO_NORMS:
+        elif module in POST_NORMS and model_type not in TWO_NORMS:
             offset = architecture_of(model_type).norm_offset
             weights[name] = ((offset + weight) * 4e5 - offset).astype(np.float32)
         if "_proj" in name:
@@ -199,6 +236,35 @@ def test_a_model_that_reaches_a_million_compiles_and_stays_exact(tmp_path, model
     assert "Headroom of float16" in (artifact / "report.html").read_text()
     assert sorted(entry.name for entry in artifact.parent.iterdir()) == ["planted"]
     assert "rescaling.json" not in {entry.name for entry in artifact.iterdir()}
+
+
+@pytest.mark.slow
+def test_vectors_that_reach_ten_thousand_stay_exact(tmp_path, monkeypatch, capsys):
+    checkpoint = plant(tmp_path / "checkpoint", "gemma4_text", **TINY_PER_LAYER)
+    code, artifact, said = compiled(tmp_path, checkpoint, capsys)
+    assert code == 0, said.err
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    chosen = Manifest.of(manifest).rescaling
+    assert (chosen.residual > 0, chosen.of(f"{VECTORS}.out") > 0, chosen.wide) == (True, True, ())
+    lines = {line["name"].partition(" (")[0]: line for line in manifest["parity"]["lines"]}
+    assert lines["mean KL"]["value"] <= 1e-5
+    assert lines["headroom of float16"]["value"] >= 4
+    monkeypatch.setattr(maxima, "choose", lambda config, measured: Rescaling(absmax=measured))
+    (tmp_path / "plain").mkdir()
+    code, artifact, said = compiled(tmp_path / "plain", checkpoint, capsys)
+    assert code == 1
+    assert "inf or NaN logits" in said.err
+
+
+@pytest.mark.slow
+def test_what_the_gate_of_vectors_gives_is_float32_where_it_does_not_fit(tmp_path, capsys):
+    checkpoint = plant(tmp_path / "checkpoint", "gemma4_text", gate=3e4, **TINY_PER_LAYER)
+    code, artifact, said = compiled(tmp_path, checkpoint, capsys)
+    assert code == 0, said.err
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    assert manifest["rescaling"]["wide"] == ["mlp", "per_layer_input"]
+    (entry,) = (entry for entry in manifest["ledger"] if entry["what"] == "computed in float32")
+    assert "gate of the vectors" in str(entry)
 
 
 @pytest.mark.parametrize(

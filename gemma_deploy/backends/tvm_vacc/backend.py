@@ -86,8 +86,6 @@ class StaticPair:
         problems = []
         if spec.scheme.calibrates:
             problems.append(f"frontend.quantize.type: {spec.scheme} is not built for {which}: write w8a16 or w4a16_rtn")
-        if spec.scheme.weights == "fp16":
-            problems.append(f"backend.dtype: fp16 is not built for {which} on tvm_vacc: write fp32, bf16 or int8")
         if spec.split_points:
             problems.append(f"split.points: {which} is not cut into stages in this version: leave them out")
         if spec.ranks > 1:
