@@ -309,9 +309,25 @@ def _encoder_problems(spec: BuildSpec) -> list[str]:
     return problems
 
 
+def _drafter_problems(spec: BuildSpec) -> list[str]:
+    """What of a spec means nothing to a drafter, or is not built for one."""
+    problems, scheme = [], str(spec.scheme)
+    if scheme not in ("fp32", "w8a16"):
+        problems.append(
+            f"frontend.quantize.type, backend.dtype: {scheme} is not built for drafters: set fp32, or int8 with w8a16"
+        )
+    if spec.ranks > 1 or spec.split_points:
+        problems.append("split.points and model_kwargs.tp: the graph of a drafter is not divided: remove them")
+    if spec.adapter_rank is not None:
+        problems.append("adapters: a drafter takes none: remove the section")
+    return problems
+
+
 def _model_problems(spec: BuildSpec, config: ModelConfig) -> list[str]:
     """What of a spec does not go with a model, a sentence for each key."""
     if config.architecture.encoder and (problems := _encoder_problems(spec)):
+        return problems
+    if config.drafting is not None and (problems := _drafter_problems(spec)):
         return problems
     problems = division_problems(config, spec.split_points, spec.ranks, align_qkv=spec.align_qkv)
     problems += backend(spec.backend).model_problems(spec, config)

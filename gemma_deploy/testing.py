@@ -189,3 +189,45 @@ def write_tiny_encoder(
     _write(path / "config_sentence_transformers.json", prompts)
     _write(path / "sentence_bert_config.json", {"max_seq_length": 256, "do_lower_case": False})
     return path
+
+
+def write_tiny_assistant(
+    path: Path, target: Mapping[str, Any], *, seed: int = 0, dtype: str = "BF16", ordered: bool = False, **changes: Any
+) -> Path:
+    """Write a tiny random drafter of a Gemma 4, and return the directory.
+
+    Args:
+        target: config.json of the model that it guesses for.
+        dtype: "BF16" or "F32", of the weights on disk.
+        ordered: guesses look at a few groups of tokens alone.
+        changes: keys of the text_config to set.
+    """
+    from gemma_deploy.architectures.drafting import TOKEN_ORDERING
+    from gemma_deploy.checkpoint.config import ModelConfig
+    from gemma_deploy.checkpoint.expected import expected_tensors
+
+    kinds = ["sliding_attention", "full_attention"] * 2
+    own: dict[str, Any] = {
+        "num_hidden_layers": len(kinds), "layer_types": kinds, "num_kv_shared_layers": len(kinds), "hidden_size": 96,
+        "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "use_double_wide_mlp": False,
+        "enable_moe_block": False,
+    }  # fmt: skip
+    text = {key: value for key, value in target.items() if key not in ("architectures", "torch_dtype")}
+    unified = "unified" in target["model_type"]
+    raw = {
+        "model_type": "gemma4_unified_assistant" if unified else "gemma4_assistant",
+        "architectures": ["Gemma4UnifiedAssistantForCausalLM" if unified else "Gemma4AssistantForCausalLM"],
+        "backbone_hidden_size": target["hidden_size"], "use_ordered_embeddings": ordered, "num_centroids": 32,
+        "centroid_intermediate_top_k": 5, "text_config": {**text, **own, **changes}, "tie_word_embeddings": True,
+    }  # fmt: skip
+    _write(path / CONFIG, raw)
+    rng, tensors = np.random.default_rng(seed), {}
+    for name, shape in expected_tensors(ModelConfig.from_dict(raw, CONFIG)).items():
+        if name == TOKEN_ORDERING:
+            tensors[name] = ("I64", shape, rng.permutation(shape[0]).astype("<i8").tobytes())
+            continue
+        mean, std = (1.0, 0.3) if "norm" in name or len(shape) == 1 else (0.0, 0.12)
+        values = (rng.standard_normal(shape, np.float32) * std + mean) * (0.2 if "q_norm" in name else 1.0)
+        tensors[name] = (dtype, shape, _encode(values, dtype))
+    _write_safetensors(path / WEIGHTS, tensors)
+    return path

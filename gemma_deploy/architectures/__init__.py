@@ -25,16 +25,20 @@ from gemma_deploy.architectures.base import (
     Rope,
 )
 from gemma_deploy.architectures.blocks import AltUp, Experts, Laurel, PerLayer, PerLayerTable
+from gemma_deploy.architectures.drafting import Drafting
 from gemma_deploy.architectures.embedding_gemma import EMBEDDING_GEMMA
 from gemma_deploy.architectures.gemma import GEMMA
 from gemma_deploy.architectures.gemma2 import GEMMA2
 from gemma_deploy.architectures.gemma3 import GEMMA3
 from gemma_deploy.architectures.gemma3n import GEMMA3N
 from gemma_deploy.architectures.gemma4 import GEMMA4, GEMMA4_UNIFIED
+from gemma_deploy.architectures.gemma4_assistant import GEMMA4_ASSISTANT, GEMMA4_UNIFIED_ASSISTANT
 from gemma_deploy.architectures.gguf import Gguf, Metadata
 from gemma_deploy.architectures.vaultgemma import VAULTGEMMA
 from gemma_deploy.errors import NotBuiltError
 
+# What makes no text of its own, but guesses for a row.
+DRAFTERS: tuple[Architecture, ...] = (GEMMA4_ASSISTANT, GEMMA4_UNIFIED_ASSISTANT)
 ROWS: tuple[Architecture, ...] = (GEMMA, GEMMA2, GEMMA3, GEMMA3N, VAULTGEMMA, GEMMA4, GEMMA4_UNIFIED, EMBEDDING_GEMMA)
 
 
@@ -45,7 +49,7 @@ def model_types() -> tuple[str, ...]:
 
 def find(model_type: object) -> Architecture | None:
     """The row of a model type, None where there is none."""
-    return next((row for row in ROWS if row.model_type == model_type), None)
+    return next((row for row in (*ROWS, *DRAFTERS) if row.model_type == model_type), None)
 
 
 def of_config(raw: Mapping[str, Any]) -> Architecture | None:
@@ -58,7 +62,7 @@ def of_config(raw: Mapping[str, Any]) -> Architecture | None:
         encoder = next((row for row in ROWS if row.encoder and row.written_as == kind), None)
         if encoder is not None:
             return encoder
-    return find(kind) if kind in model_types() else None
+    return find(kind) if kind in (*model_types(), *(row.model_type for row in DRAFTERS)) else None
 
 
 def architecture_of(model_type: str) -> Architecture:
@@ -90,7 +94,7 @@ def text_type(model_type: str) -> str:
 
 def by_multimodal(model_type: object) -> Architecture | None:
     """The row of a multimodal model's language model, None where `model_type` is no such model's."""
-    return next((row for row in ROWS if model_type in row.multimodal), None)
+    return next((row for row in (*ROWS, *DRAFTERS) if model_type in row.multimodal), None)
 
 
 def multimodal_types() -> tuple[str, ...]:
@@ -149,6 +153,7 @@ def linear_kinds() -> tuple[str, ...]:
 
 
 __all__ = [
+    "DRAFTERS",
     "EXACT_GELU",
     "FULL",
     "LAYER_TYPES",
@@ -161,6 +166,7 @@ __all__ = [
     "Architecture",
     "Axis",
     "Branch",
+    "Drafting",
     "Experts",
     "Gguf",
     "InputGroup",

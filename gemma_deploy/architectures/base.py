@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 from gemma_deploy.architectures.blocks import AltUp, Experts, Laurel, PerLayer, PerLayerTable
+from gemma_deploy.architectures.drafting import Drafting
 from gemma_deploy.architectures.gguf import Gguf
 from gemma_deploy.architectures.keys import ConfigKeys
 
@@ -286,6 +287,7 @@ class Facts:
     hidden_activation: Activation = TANH_GELU
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    drafting: Drafting | None = None
 
 
 @dataclass(frozen=True)
@@ -330,7 +332,8 @@ class Architecture:
 
     Args:
         name: for people; model_type: in config.json.
-        multimodal: model types whose language model it is; text_defaults: what their `text_config` may leave out.
+        multimodal: model types whose language model it is; text_defaults: what their `text_config` may leave out;
+            text_type: its model type, where that is another; around: keys beside it that are read as well.
         transformers_type: the model type under which transformers has its class; causal_class: that class.
         genai_type: `model.type` of genai_config.json.
         activation_key: of config.json.
@@ -368,3 +371,5 @@ class Architecture:
     part_keys: Callable[[Sequence[LayerSpec]], dict[str, Any]] = part_keys
     positions_first: bool = False
     causal_text: tuple[str, ...] = ()
+    text_type: str = ""
+    around: tuple[str, ...] = ()

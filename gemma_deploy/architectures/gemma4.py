@@ -117,8 +117,8 @@ def per_layer(config: Sizes) -> PerLayerTable | None:
     return PerLayerTable(config.raw.get("vocab_size_per_layer_input", 262144), len(config.layer_types), size)
 
 
-def layer(config: Sizes, index: int) -> LayerSpec:
-    """What decoder layer `index` of a Gemma 4 computes."""
+def with_keys(config: Sizes, index: int) -> LayerSpec:
+    """Layer `index`, were it one with keys and values of its own."""
     shared = bool(config.raw.get("attention_k_eq_v")) and config.layer_types[index] == FULL
     spec = decoder_layer(
         config,
@@ -133,7 +133,12 @@ def layer(config: Sizes, index: int) -> LayerSpec:
     if shared:
         linears = tuple(one for one in spec.linears if one.name != "self_attn.v_proj")
         spec = replace(spec, linears=linears, caches=K_AND_V)
-    spec = sharing(spec, config.layer_types, config.raw.get(SHARED_LAYERS, 0))
+    return spec
+
+
+def layer(config: Sizes, index: int) -> LayerSpec:
+    """What decoder layer `index` of a Gemma 4 computes."""
+    spec = sharing(with_keys(config, index), config.layer_types, config.raw.get(SHARED_LAYERS, 0))
     wide = spec.cache_from is not None and config.raw.get("use_double_wide_mlp")
     return with_width(spec, 2 * spec.intermediate_size) if wide else spec
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 ENCODER_DECODER = "an encoder and a decoder"
 IMAGES_ALONE = "an encoder of images"
 SOUND_ALONE = "an encoder of sound"
-DRAFTER = "a drafter, which reads the keys and values of the model it drafts for"
 # model_type in transformers: the model's name, and what about it is not built
 RELATIVES: dict[str, tuple[str, str]] = {
     "colpali": ("ColPali", "a model of images and text that gives one vector for each token"),
@@ -15,9 +14,7 @@ RELATIVES: dict[str, tuple[str, str]] = {
     "embedding_gemma2_text": ("EmbeddingGemma 2", "an encoder of Gemma 4 layers"),
     "gemma3n_audio": ("the audio part of Gemma 3n", SOUND_ALONE),
     "gemma3n_vision": ("the vision part of Gemma 3n", IMAGES_ALONE),
-    "gemma4_assistant": ("a Gemma 4 assistant", DRAFTER),
     "gemma4_audio": ("the audio part of Gemma 4", SOUND_ALONE),
-    "gemma4_unified_assistant": ("a Gemma 4 12B assistant", DRAFTER),
     "gemma4_unified_audio": ("the audio part of Gemma 4 12B", SOUND_ALONE),
     "gemma4_unified_vision": ("the vision part of Gemma 4 12B", IMAGES_ALONE),
     "gemma4_vision": ("the vision part of Gemma 4", IMAGES_ALONE),

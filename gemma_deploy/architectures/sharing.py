@@ -22,6 +22,11 @@ def sharing(spec: LayerSpec, layer_types: Sequence[LayerType], shared: int) -> L
     if spec.index < own:
         return spec
     source = max(index for index, kind in enumerate(layer_types[:own]) if kind == spec.kind)
+    return replace(queries_alone(spec), cache_from=source)
+
+
+def queries_alone(spec: LayerSpec) -> LayerSpec:
+    """The layer as one that makes queries alone, and has its keys and values from elsewhere."""
     attention, mlp = spec.branches
     queries = (attention.entry.observed,)
     inner = (*queries, *(norm for linear, norm in spec.head_norms if linear in queries))
@@ -34,7 +39,6 @@ def sharing(spec: LayerSpec, layer_types: Sequence[LayerType], shared: int) -> L
         branches=(replace(attention, entry=entry, inner=inner), mlp),
         head_norms=tuple(pair for pair in spec.head_norms if pair[0] in queries),
         caches=(),
-        cache_from=source,
         value_norm=None,
     )
 

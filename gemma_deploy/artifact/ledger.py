@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gemma_deploy.architectures.drafting import CENTROIDS, POST_PROJECTION, PRE_PROJECTION
 from gemma_deploy.artifact.manifest import ContractRecord, LedgerEntry, Manifest
 from gemma_deploy.names import EMBEDDING
 from gemma_deploy.params.table import ParamRow, lowest_sqnr
@@ -69,6 +70,21 @@ def encoder_entries(manifest: Manifest) -> list[LedgerEntry]:
             "length of the recipe; a longer text is cut at its end as sentence-transformers does, and that is told",
         ),
     ]
+
+
+def drafter_entries(manifest: Manifest, words: Words) -> list[LedgerEntry]:
+    """Of a drafter: it embeds no token, and is joined to its model by matrices that are no codes."""
+    entries = [one for one in shared_entries(manifest, words) if one.where != EMBEDDING]
+    rows = {row.name: row.dtype for row in manifest.params}
+    if (stored := rows[PRE_PROJECTION]) != "float32":
+        entries.append(
+            LedgerEntry(
+                f"what joins it to its model is {stored}, computed in float32",
+                f"{PRE_PROJECTION}, {POST_PROJECTION}" + (f", {CENTROIDS}" if CENTROIDS in rows else ""),
+                "everything passes through it; what a drafter guesses changes no text",
+            )
+        )
+    return entries
 
 
 def context_entries(manifest: Manifest, where: str) -> list[LedgerEntry]:

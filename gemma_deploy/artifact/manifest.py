@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic_core import to_jsonable_python
 
+from gemma_deploy.architectures import Drafting
 from gemma_deploy.artifact.calibrated import CalibrationRecord
 from gemma_deploy.bounds import Bytes, Count, Index, Inside, Layers, Plain, Size
 from gemma_deploy.chat import known_format
@@ -143,7 +144,7 @@ class RecipeRecord(Open):
 
 
 class ModelRecord(Open):
-    """The model's config as it was understood; `sentence` of an encoder."""
+    """The model's config as it was understood; `sentence` of an encoder, `drafting` of a drafter."""
 
     model_type: str
     num_hidden_layers: Layers
@@ -154,10 +155,12 @@ class ModelRecord(Open):
     tie_word_embeddings: bool
     eos_token_ids: tuple[Count, ...]
     sentence: SentenceHead | None = None
+    drafting: Drafting | None = None
 
     @model_serializer(mode="wrap")
     def _without_what_has_no_value(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {key: value for key, value in plain(self).items() if key != "sentence" or value is not None}
+        none = ("sentence", "drafting")
+        return {key: value for key, value in plain(self).items() if key not in none or value is not None}
 
 
 class GraphRecord(Record):

@@ -151,6 +151,8 @@ def _use(manifest: Manifest) -> str:
             "An encoder: texts with their prompt, and the tokens that tokenizer.json puts before and behind them; "
             "padding on either side. What the graph takes and gives is listed by gemma-deploy inspect."
         )
+    if manifest.model.drafting is not None:
+        return "A drafter: gemma-deploy run TARGET --draft gives it to the model that it guesses for."
     bos = (manifest.model.model_extra or {}).get("bos_token_id")
     if "genai_config.json" in manifest.files or manifest.kernels or manifest.contract.logits:
         return f"In onnxruntime-genai, put BOS (id {bos}) in front of every prompt yourself: its tokenizer puts none."

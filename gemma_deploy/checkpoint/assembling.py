@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from gemma_deploy.architectures.drafting import TOKEN_ORDERING
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.checkpoint.expected import expected_tensors, unread_tensors
 from gemma_deploy.checkpoint.naming import name_tensors
@@ -20,6 +21,7 @@ from gemma_deploy.dtypes import BY_NAME
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.names import EMBEDDING_WEIGHT, HEAD_WEIGHT
 
+ORDERS = ("int64", "int32")  # dtypes of ids of tokens
 Place: TypeAlias = Stored[Any] | QuantizedWeight
 
 
@@ -103,6 +105,8 @@ def _problems(place: Place, shape: tuple[int, ...], *, gguf: bool) -> list[str]:
     if entry.shape != shape:
         said = "the metadata call for" if gguf else "config.json calls for"
         return [f"wrong shape: {place.name} is {list(entry.shape)}, {said} {list(shape)}"]
+    if place.name.endswith(TOKEN_ORDERING) and entry.dtype in ORDERS:
+        return []
     if not gguf and not readable(entry.dtype):
         return [f"wrong dtype: {place.name} is {entry.dtype}, expected bfloat16, float16 or float32"]
     return []

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma_deploy import paths, reading
+from gemma_deploy.architectures.drafting import TOKEN_ORDERING
 from gemma_deploy.checkpoint.adapters.merging import AdapterRef, WeightedAdapter, merge_places, open_adapters
 from gemma_deploy.checkpoint.assembling import Assembled, Place, assemble, merged_info
 from gemma_deploy.checkpoint.config import ModelConfig
@@ -92,11 +93,13 @@ class Checkpoint:
             path: of the directory or file, or `demo`.
             adapter: what is added to the weights while they are read: a directory that peft wrote, or several, each
                 with a weight, one after the other.
-            encoder: whether a model that makes vectors of texts will do; what makes text of tokens needs another.
+            encoder: whether a model that makes vectors of texts will do, or one that guesses for another; what makes
+                text of tokens needs another.
 
         Raises:
             CheckpointError: everything missing, unexpected or misshaped, in one message; an adapter that cannot be
-                carried out, or belongs to another model. NotBuiltError: an encoder where none will do.
+                carried out, or belongs to another model. NotBuiltError: an encoder or a drafter where
+                none will do.
         """
         path = resolve_checkpoint(str(path))
         if absent := reading.why_absent(path):
@@ -110,6 +113,8 @@ class Checkpoint:
         refs = _refs(adapter)
         if opened.config.architecture.encoder and (refs or not encoder):
             _refuse_encoder(opened, bool(refs))
+        if opened.config.drafting is not None and (refs or not encoder):
+            _refuse_drafter(opened, bool(refs))
         return opened._with_adapters(open_adapters(refs, opened.config, (str(path),))) if refs else opened
 
     def _with_adapters(self, adapters: Sequence[WeightedAdapter]) -> Checkpoint:
@@ -282,6 +287,34 @@ def _refuse_encoder(checkpoint: Checkpoint, adapted: bool) -> None:
     )
 
 
+def _refuse_drafter(checkpoint: Checkpoint, adapted: bool) -> None:
+    what = f"is a drafter ({checkpoint.config.architecture.name})"
+    raise NotBuiltError(
+        f"{what}, and adapters are not added to one"
+        if adapted
+        else f"{what}: it guesses for another model, and makes no text of its own",
+        where=str(checkpoint.path),
+        expected="no adapter" if adapted else "a model that generates text",
+        next_step="`gemma-deploy compile RECIPE --checkpoint PATH` compiles it, "
+        "`gemma-deploy run TARGET --draft ARTIFACT` uses it",
+    )
+
+
+def _check_ordering(checkpoint: Checkpoint) -> None:
+    """See that a drafter's order of tokens has each of them once."""
+    if TOKEN_ORDERING not in checkpoint.tensors:
+        return
+    count = checkpoint.config.vocab_size
+    order = checkpoint.rows(TOKEN_ORDERING, 0, count)
+    if not np.array_equal(np.sort(order), np.arange(count, dtype=np.float32)):
+        raise CheckpointError(
+            f"{TOKEN_ORDERING} is no order of {count} tokens",
+            where=str(checkpoint.path),
+            expected=f"every number from 0 to {count - 1} once",
+            next_step="copy or download the file again",
+        )
+
+
 def _refs(adapter: str | Path | AdapterRef | Sequence[AdapterRef] | None) -> tuple[AdapterRef, ...]:
     if adapter is None:
         return ()
@@ -338,6 +371,7 @@ def _open_directory(cls: type[Checkpoint], path: Path) -> Checkpoint:
     files = read_shards(path, weights)
     assembled = assemble(path, config, group(files, claim_of(raw)), gguf=False, behind=behind)
     checkpoint = _checkpoint(cls, path, "safetensors", assembled, config_bytes)
+    _check_ordering(checkpoint)
     if reading.exists(path / INDEX_NAME) and weights.index is None:
         note = f"{INDEX_NAME} is ignored because model.safetensors is there, as transformers does"
         checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))

@@ -15,6 +15,7 @@ from gemma_deploy.architectures import (
     Activation,
     AltUp,
     Architecture,
+    Drafting,
     LayerSpec,
     LayerType,
     PerLayerTable,
@@ -51,7 +52,7 @@ class ModelConfig:
 
     `layer_types` has one entry per layer, `rope` one per kind that occurs in it. Sizes are those of most layers;
     `layers` says what each one has. `sentence` is what stands behind an encoder's last norm, from the files beside
-    config.json; None of a decoder.
+    config.json; None of a decoder. `drafting` is how a drafter is joined to the model it guesses for; None of others.
     """
 
     model_type: str
@@ -78,6 +79,7 @@ class ModelConfig:
     raw: dict[str, Any] = field(repr=False, compare=False)
     warnings: tuple[str, ...] = field(default=(), compare=False)  # they name the file
     sentence: SentenceHead | None = None
+    drafting: Drafting | None = None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str) -> ModelConfig:
@@ -170,8 +172,9 @@ class ModelConfig:
         """Plain JSON values, without the raw config, for the manifest."""
         plain = {key: value for key, value in asdict(self).items() if key != "raw"}
         plain["rope"] = {kind: rope.to_dict() for kind, rope in self.rope.items()}
-        if self.sentence is None:
-            del plain["sentence"]
+        for key in ("sentence", "drafting"):
+            if plain[key] is None:
+                del plain[key]
         return plain | {key: list(plain[key]) for key in ("layer_types", "eos_token_ids", "warnings")}
 
 
@@ -202,6 +205,7 @@ def _parse(keys: ConfigKeys) -> ModelConfig:
         raw={key: value for key, value in keys.raw.items() if key != settings.KEY},  # what is read are floats
         warnings=tuple(keys.warnings),
         sentence=None,  # of files beside it
+        drafting=facts.drafting,
     )
     if keys.problems:
         raise CheckpointError(

@@ -36,6 +36,8 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         return tensors | ({} if config.sentence is None else config.sentence.tensors())
     if not config.tie_word_embeddings:
         tensors[HEAD_WEIGHT] = table
+    if config.drafting is not None:
+        tensors |= config.drafting.tensors(config.hidden_size, config.vocab_size)
     return tensors
 
 

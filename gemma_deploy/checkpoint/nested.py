@@ -30,6 +30,8 @@ def language_model(keys: ConfigKeys) -> ConfigKeys:
     """
     outer, kind = keys.raw, keys.raw.get("model_type")
     row = by_multimodal(kind)
+    if row is not None and row.model_type == kind and INNER not in outer:
+        return keys  # as it was read before
     if row is None:
         if (relative := not_built(kind)) is not None:
             raise CheckpointError(
@@ -48,15 +50,16 @@ def language_model(keys: ConfigKeys) -> ConfigKeys:
         return keys
     inner = outer.get(INNER)
     inner = {} if inner is None else inner
-    said = inner.get("model_type", row.model_type) if isinstance(inner, dict) else None
-    if said != row.model_type:
+    wanted = row.text_type or row.model_type
+    said = inner.get("model_type", wanted) if isinstance(inner, dict) else None
+    if said != wanted:
         raise CheckpointError(
             f"{INNER} is not the config of a {row.name}",
             where=keys.where,
-            expected=f"an object whose model_type is {row.model_type}",
+            expected=f"an object whose model_type is {wanted}",
             next_step="take config.json from the place the weights came from",
         )
-    around = {key: outer[key] for key in SHARED if key in outer}
+    around = {key: outer[key] for key in (*SHARED, *row.around) if key in outer}
     own = {
         "model_type": row.model_type,
         "architectures": [row.causal_class],

@@ -28,7 +28,8 @@ PREFILL, DECODE = GRAPHS
 ENTERING, LEAVING = "inputs_embeds", "hidden_states"  # of a stage that does not embed, or has no head
 # Of an encoder: what leaves the last norm, and the vector of each text; named as sentence-transformers' exports are.
 TOKEN_STATES, TEXT_VECTORS = "last_hidden_state", "sentence_embedding"
-ENCODER = "model"  # its one graph, without `.onnx`
+ENCODER = "model"  # its one graph, without `.onnx`; and that of a drafter
+SHARED_KV = "shared_kv_states"  # keys and values that a drafter reads, as transformers names them
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past_sequence", "past_sequence + sequence"
 
 
@@ -280,6 +281,68 @@ class EncoderContract(GraphContract):
 
     def _lengths(self) -> tuple[int | str, int | str]:
         return (BATCH, SEQUENCE) if self.dynamic else (self.batch, self.prefill)
+
+
+@dataclass(frozen=True)
+class DrafterContract(GraphContract):
+    """One graph of a drafter: a token and a hidden state of the model it guesses for -> logits, and the next state.
+
+    inputs_embeds [1,1,2*backbone] float32: the embedding of the last token, scaled as that model scales it, and the
+    hidden state behind its last norm; attention_mask [1,T] int64: T positions that have keys and values;
+    shared_kv_states.{kind}.key/value [1,Hk,*,D] float32: those of that model's last layer of the kind, T of them at the
+    front -> logits [1,1,V], last_hidden_state [1,1,backbone]. The token stands at position T, however often the graph
+    runs for guesses in a row.
+
+    Args:
+        backbone: hidden size of that model.
+        kinds: kinds of layers, and KV heads and head_dim of each.
+    """
+
+    backbone: int = 0
+    kinds: tuple[tuple[str, int, int], ...] = ()
+
+    @classmethod
+    def of_drafter(cls, config: ModelConfig, *, context: int) -> DrafterContract:
+        """Contract of a drafter.
+
+        Args:
+            context: positions there are.
+        """
+        assert config.drafting is not None
+        return cls(
+            batch=1,
+            prefill=1,
+            context=context,
+            layers=config.num_hidden_layers,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            vocab_size=config.vocab_size,
+            cache_dtype="float32",
+            dynamic=True,
+            hidden_size=config.hidden_size,
+            backbone=config.drafting.backbone,
+            kinds=tuple((layer.kind, layer.kv_heads, layer.head_dim) for layer in config.templates),
+        )
+
+    @property
+    def graph_names(self) -> tuple[str, ...]:
+        """The name of the one graph."""
+        return (ENCODER,)
+
+    def inputs(self, graph: str) -> tuple[Port, ...]:
+        """Token and state, positions, keys and values."""
+        shared = (
+            Port(f"{SHARED_KV}.{kind}.{part}", "float32", (1, heads, f"{kind}.capacity", size))
+            for kind, heads, size in self.kinds
+            for part in ("key", "value")
+        )
+        states = Port(ENTERING, "float32", (1, 1, 2 * self.backbone))
+        return (states, Port("attention_mask", "int64", (1, "total_sequence")), *shared)
+
+    def outputs(self, graph: str) -> tuple[Port, ...]:
+        """Logits and the next state."""
+        logits = Port("logits", "float32", (1, 1, self.vocab_size))
+        return (logits, Port(TOKEN_STATES, "float32", (1, 1, self.backbone)))
 
 
 def kv_shapes(config: ModelConfig, ranks: int = 1) -> tuple[int, int, tuple[tuple[int, int], ...]]:

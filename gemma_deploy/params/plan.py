@@ -88,8 +88,9 @@ def build_plan(
             the scale factor of every attention as parameters, [1] each, because rescaling makes them differ by layer.
             w8a16_folded is w8a16 with one more scale, of each column that the embedding gives, where the table is the
             LM head's matrix as well and has one scale per row. Dense layers behind an encoder are float16 where others
-            are codes: 2 % of EmbeddingGemma, and everything passes through them. Routers of experts are float32 in all
-            schemes: 0.3 % of a 26B-A4B in int8, and a rounded one chooses other experts.
+            are codes: 2 % of EmbeddingGemma, and everything passes through them. So is what joins a drafter to its
+            model. Routers of experts are float32 in all schemes: 0.3 % of a 26B-A4B in int8, and a rounded one chooses
+            other experts.
         context_length: positions the rotary half tables [context_length, head_dim / 2] cover.
         rescaling: of the source, which eps and scale factors take into account.
         part: only what this part of a divided artifact holds. Names are the whole model's.
@@ -103,6 +104,8 @@ def build_plan(
     storage, form = storage or Storage(), form or CodeForm()
     rescaling, part = rescaling or Rescaling(), part or ArtifactPart(whole(config.num_hidden_layers))
     span, behind = part.span, config.sentence.tensors() if config.sentence else {}
+    if config.drafting is not None:
+        behind = config.drafting.tensors(config.hidden_size, config.vocab_size)
     layers = config.layers[span.start : span.stop]
     routers = {f"{layer.prefix}{layer.experts.router}.weight" for layer in layers if layer.experts is not None}
     specs: list[ParamSpec] = []

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.base import Export, Exported, ExportJob, Proof
 from gemma_deploy.backends.onnxruntime.decoder import build_decoder, linears_of
+from gemma_deploy.backends.onnxruntime.drafter import build_drafter
 from gemma_deploy.backends.onnxruntime.encoder import build_encoder
 from gemma_deploy.backends.onnxruntime.genai_config import CONFIG_FILE, genai_config
 from gemma_deploy.backends.onnxruntime.lora import adapter_slots
@@ -23,6 +24,7 @@ from gemma_deploy.backends.onnxruntime.options import (
     Kernels,
     OrtOptions,
     contradictions,
+    drafter_problems,
     encoder_problems,
     not_built,
     options_of,
@@ -36,6 +38,7 @@ from gemma_deploy.graph.contract import (
     BATCH,
     SEQUENCE,
     AdapterSlots,
+    DrafterContract,
     EncoderContract,
     GraphContract,
     Port,
@@ -127,8 +130,10 @@ class OnnxRuntime:
     options: type[Options] = OrtOptions
     unrounded_inputs = INTEGER_PRODUCTS
     table_in_groups = True  # its kernels have scales per group in any case
-    code: Sequence[str] = ("gemma_deploy.backends.onnxruntime.decoder", "gemma_deploy.backends.onnxruntime.options")
-    proof_code: Sequence[str] = ("gemma_deploy.backends.onnxruntime.proof",)
+    code: Sequence[str] = tuple(
+        f"gemma_deploy.backends.onnxruntime.{module}" for module in ("decoder", "drafter", "encoder", "options")
+    )
+    proof_code: Sequence[str] = tuple(f"gemma_deploy.backends.onnxruntime.{one}" for one in ("proof", "drafter_proof"))
 
     def contradictions(self, spec: BuildSpec) -> Iterator[tuple[tuple[str, ...], str]]:
         """See options.py."""
@@ -159,6 +164,8 @@ class OnnxRuntime:
             problems += window_problems(config, spec.context)
         if config.architecture.encoder:
             problems += encoder_problems(spec)
+        if config.drafting is not None:
+            problems += drafter_problems(spec)
         return problems
 
     def _not_for_shared(self, spec: BuildSpec, config: ModelConfig) -> list[str]:
@@ -195,6 +202,8 @@ class OnnxRuntime:
         """Batch and lengths are free; P is the longest prompt that is compared, C the positions there are."""
         if config.architecture.encoder:
             return EncoderContract.of_encoder(config, batch=1, length=spec.context, dynamic=True)
+        if config.drafting is not None:
+            return DrafterContract.of_drafter(config, context=spec.context)
         return self._decoder_contract(spec, config)
 
     def _decoder_contract(self, spec: BuildSpec, config: ModelConfig) -> OrtContract:
@@ -226,6 +235,8 @@ class OnnxRuntime:
         kernels, rows = chosen_kernels(spec, config, job.unrounded), job.tensors[PARAMS]
         if config.architecture.encoder:
             model = build_encoder(config, kernels, rows, location=PARAMS, embed_scale=scale)
+        elif isinstance(job.contract, DrafterContract):
+            model = build_drafter(config, kernels, rows, location=PARAMS, contract=job.contract)
         else:
             adapters = self._decoder_contract(spec, config).adapters
             model = build_decoder(
@@ -241,8 +252,8 @@ class OnnxRuntime:
         return Exported({GRAPH: serialized(model)})
 
     def files(self, spec: BuildSpec, config: ModelConfig) -> dict[str, dict[str, Any]]:
-        """What onnxruntime-genai reads; it runs no encoders."""
-        if config.architecture.encoder:
+        """What onnxruntime-genai reads; it runs no encoders and no drafters."""
+        if config.architecture.encoder or config.drafting is not None:
             return {}
         options, gpu = options_of(spec), spec.scheme.weights == "bf16"
         assert options.prefill is not None
@@ -268,6 +279,11 @@ class OnnxRuntime:
 
     def prove(self, proof: Proof, result: ParityResult) -> None:
         """Twice: exact, and with the kernels it ships."""
+        if proof.checkpoint.config.drafting is not None:
+            from gemma_deploy.backends.onnxruntime.drafter_proof import prove_drafter
+
+            prove_drafter(proof, result)
+            return
         from gemma_deploy.backends.onnxruntime.proof import prove_graph
 
         prove_graph(proof, result)

@@ -82,7 +82,7 @@ def linears_of(config: ModelConfig) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class _Shared:
+class Shared:
     """Values that every layer reads, computed once."""
 
     tokens: Tokens
@@ -109,7 +109,7 @@ class Decoder(DecoderParts):
         sharing = config.first_sharing is not None
         tokens = real_tokens_first(nodes, ids, mask, windowed=bool(self.windowed), every=every, sharing=sharing)
         hidden = self._embed(tokens.ids)
-        shared = _Shared(tokens, past, self._vectors_of_layers(tokens.ids, hidden))
+        shared = Shared(tokens, past, self._vectors_of_layers(tokens.ids, hidden))
         if self.streams is not None:
             hidden = self.streams.entered(hidden)
         attended, residual, *present = self._layers(hidden, shared)
@@ -138,7 +138,7 @@ class Decoder(DecoderParts):
             (self.streams.laurels[last],) = self._chosen(tokens, laurel=self.streams.laurels[last])
         return self._chosen(tokens, attention=attended, residual=residual)
 
-    def _layers(self, hidden: ir.Value, shared: _Shared) -> list[ir.Value]:
+    def _layers(self, hidden: ir.Value, shared: Shared) -> list[ir.Value]:
         """[B,S,H] -> what the last layer's attention gives and the residual beside it, then all caches.
 
         Layers at the end that share keys and values write none: they compute the tokens whose logits are wanted alone.
@@ -209,7 +209,7 @@ class Decoder(DecoderParts):
         self.vectors |= by_layer(self.nodes, part, list(layers), size=table.size)
 
     def _sharing_attention(
-        self, layer: LayerSpec, normed: ir.Value, shared: _Shared, source: Sequence[ir.Value]
+        self, layer: LayerSpec, normed: ir.Value, shared: Shared, source: Sequence[ir.Value]
     ) -> ir.Value:
         """Attention's output [B,N,heads*D] of queries alone, to the keys and values of an earlier layer.
 
@@ -232,10 +232,9 @@ class Decoder(DecoderParts):
                 name, window = f"model.layers.{layer.cache_from}.shared.", layer.window or 0
                 self.held[layer.cache_from] = held_positions(nodes, tokens.last, source[0], window=window, name=name)
             counts, positions = self.held[layer.cache_from], [query_positions(nodes, tokens.last, made, path=path)]
-        rotary = [self.weights.rotary(layer.kind, table) for table in ("cos", "sin")]
         return nodes.one(
             "GroupQueryAttention",
-            [made, nothing, nothing, *source, counts.seqlens, counts.total, *rotary, *positions],
+            [made, nothing, nothing, *source, counts.seqlens, counts.total, *self._rotary(layer), *positions],
             f"{path}{attention.module}.out",
             **self._grouped(layer),
         )
@@ -249,7 +248,7 @@ class Decoder(DecoderParts):
             return nodes.one("Mul", [rows, factor], EMBEDDED)
         return nodes.one("Cast", [nodes.one("Mul", [rows, factor], f"{table}.scaled")], EMBEDDED, to=self.dtype.value)
 
-    def _attention(self, layer: LayerSpec, normed: ir.Value, shared: _Shared) -> list[ir.Value]:
+    def _attention(self, layer: LayerSpec, normed: ir.Value, shared: Shared) -> list[ir.Value]:
         """Attention's output [B,S,heads*D] before o_proj, and the layer's two caches."""
         path, nodes, norms = layer.prefix, self.nodes, dict(layer.head_norms)
         attention = layer.branches[0]
@@ -267,16 +266,19 @@ class Decoder(DecoderParts):
                 self._head_norm(by_name[key], f"{path}{norms[key]}", layer.kv_heads, size),
                 value,
             ]
-        rotary = [self.weights.rotary(layer.kind, table) for table in ("cos", "sin")]
         past = [shared.caches[f"past_key_values.{layer.index}.{part}"] for part in ("key", "value")]
         tokens = shared.tokens
         counts = [] if tokens.read is None else [*[None] * 7, tokens.read]  # query_seqlens is input 16
         return nodes.many(
             "GroupQueryAttention",
-            [*made, *[None] * (3 - len(made)), *past, tokens.seqlens, tokens.total, *rotary, *counts],
+            [*made, *[None] * (3 - len(made)), *past, tokens.seqlens, tokens.total, *self._rotary(layer), *counts],
             [f"{path}{attention.module}.out", f"{path}present.key", f"{path}present.value"],
             **self._grouped(layer),
         )
+
+    def _rotary(self, layer: LayerSpec) -> list[ir.Value]:
+        """Cosines and sines [positions, head_dim / 2] of a layer's kind."""
+        return [self.weights.rotary(layer.kind, table) for table in ("cos", "sin")]
 
     def _grouped(self, layer: LayerSpec) -> dict[str, Any]:
         """Domain and attributes of a layer's GroupQueryAttention."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,38 @@ if TYPE_CHECKING:
 LEAST_SURE = 0.4
 
 
-class Draft:
+class Drawing:
+    """How tokens are guessed one after the other, and how many.
+
+    Args:
+        vocab_size: logits of the model that decides; rows that only one of both has are padding.
+        sampler: how that model's tokens are drawn: guesses are drawn likewise.
+        where: of the artifact that guesses, for messages.
+    """
+
+    def __init__(self, *, vocab_size: int, sampler: Sampler, where: Path) -> None:
+        self.vocab_size, self.sampler, self.where = vocab_size, sampler, where
+        self._ahead = MOST_TOKENS // 2  # tokens to guess next time
+
+    def learn(self, guessed: int, right: int) -> None:
+        """Guess one more next time where all were right, one less where they were not."""
+        if guessed:
+            self._ahead = min(MOST_TOKENS - 1, self._ahead + 1) if right == guessed else max(1, self._ahead - 1)
+
+    def _chosen(self, row: np.ndarray, drawn_from: list[np.ndarray]) -> tuple[int, float]:
+        """A token, and how probable it is to this model."""
+        if len(row) < self.vocab_size:
+            row = np.concatenate([row, np.full(self.vocab_size - len(row), -np.inf, row.dtype)])
+        row = row[: self.vocab_size]
+        if self.sampler.temperature > 0:
+            drawn_from.append(self.sampler.probabilities(row))
+            token = self.sampler.draw(drawn_from[-1])
+            return token, float(drawn_from[-1][token])
+        others = float(np.exp(row - row.max()).sum(dtype=np.float64))
+        return best_of(row, self.where)[0], 1 / others
+
+
+class Draft(Drawing):
     """A model that guesses, and its own cache; a `Guesser`.
 
     It is told of every token, and reads it when it guesses next; what it guessed itself and what turned out to be right
@@ -27,16 +59,14 @@ class Draft:
 
     Args:
         room: tokens there may be, at most; fewer where this model's context is shorter: it guesses no more then.
-        vocab_size: logits of the model that decides; rows that only one of both has are padding.
-        sampler: how that model's tokens are drawn: its guesses are drawn likewise.
+        vocab_size, sampler: of the model that decides, see `Drawing`.
     """
 
     def __init__(self, model: OrtModel, room: int, *, vocab_size: int, sampler: Sampler) -> None:
-        self.model, self.vocab_size, self.sampler = model, vocab_size, sampler
-        self.room = min(room, model.context_length)
+        super().__init__(vocab_size=vocab_size, sampler=sampler, where=model.path)
+        self.model, self.room = model, min(room, model.context_length)
         self._ids: list[int] = []
         self._begin_cache()
-        self._ahead = MOST_TOKENS // 2  # tokens to guess next time
 
     def _begin_cache(self) -> None:
         self.sequence = OrtSequence(self.model, self.room)
@@ -76,11 +106,6 @@ class Draft:
             row = self.sequence.feed([token])[-1]
             self._read.append(token)
 
-    def learn(self, guessed: int, right: int) -> None:
-        """Guess one more next time where all were right, one less where they were not."""
-        if guessed:
-            self._ahead = min(MOST_TOKENS - 1, self._ahead + 1) if right == guessed else max(1, self._ahead - 1)
-
     def _waiting(self) -> list[int]:
         """Tokens to be read, one at least; what was read and is not so is taken back."""
         count = len(self._read)
@@ -100,18 +125,6 @@ class Draft:
         self._read += waiting
         self._settled = len(self._read)
         return row
-
-    def _chosen(self, row: np.ndarray, drawn_from: list[np.ndarray]) -> tuple[int, float]:
-        """A token, and how probable it is to this model."""
-        if len(row) < self.vocab_size:
-            row = np.concatenate([row, np.full(self.vocab_size - len(row), -np.inf, row.dtype)])
-        row = row[: self.vocab_size]
-        if self.sampler.temperature > 0:
-            drawn_from.append(self.sampler.probabilities(row))
-            token = self.sampler.draw(drawn_from[-1])
-            return token, float(drawn_from[-1][token])
-        others = float(np.exp(row - row.max()).sum(dtype=np.float64))
-        return best_of(row, self.model.path)[0], 1 / others
 
 
 def check_draft(draft: Engine, model: Engine) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from gemma_deploy.artifact.adapters import KeptAdapter, open_kept, slots_of
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime.adapters import adapter_named, arrays_of, keep, values_of
+from gemma_deploy.backends.onnxruntime.assistant import Assistant, AssistantModel, refuse_windows, sources_of
 from gemma_deploy.backends.onnxruntime.draft import Draft, check_draft
 from gemma_deploy.backends.onnxruntime.genai import INSTALL, GenaiModel, GenaiSession, genai_installed, require_genai
 from gemma_deploy.backends.onnxruntime.in_place import NEAR_TIE, OrtModel, OrtSequence
@@ -47,7 +48,7 @@ class OrtSession(Session):
         max_length: tokens there may be in all; the cache is made for as many. The model's context by default.
         endless: no stop token ends a reply.
         lookup: guess ahead; greedy only.
-        draft: a smaller model that guesses ahead.
+        draft: a smaller model that guesses ahead, or a drafter of this one.
         adapters: those that may be used, by name.
 
     Raises:
@@ -63,7 +64,7 @@ class OrtSession(Session):
         max_length: int | None = None,
         endless: bool = False,
         lookup: bool = False,
-        draft: OrtModel | None = None,
+        draft: OrtModel | AssistantModel | None = None,
         adapters: Mapping[str, KeptAdapter] = MappingProxyType({}),
     ) -> None:
         super().__init__(tokenizer, model.path, () if endless else model.stop_ids)
@@ -77,10 +78,15 @@ class OrtSession(Session):
             )
         self._sampler = sampling.sampler()
         self.max_length = min(max_length or model.context_length, model.context_length)
-        self._draft = (
-            None if draft is None else Draft(draft, self.max_length, vocab_size=model.vocab_size, sampler=self._sampler)
-        )
+        self._draft = self._guesser(draft)
         self.reset()
+
+    def _guesser(self, draft: OrtModel | AssistantModel | None) -> Draft | Assistant | None:
+        if draft is None:
+            return None
+        if isinstance(draft, AssistantModel):
+            return Assistant(draft, self.model, sampler=self._sampler)
+        return Draft(draft, self.max_length, vocab_size=self.model.vocab_size, sampler=self._sampler)
 
     def reset(self) -> None:
         """See `Session`."""
@@ -140,7 +146,9 @@ class OrtSession(Session):
             rows = sequence.feed([token])
 
     def _guessed(self, guesser: Guesser, stats: GenerationStats) -> Iterator[Sequence[int]]:
-        if self._draft is not None:
+        if isinstance(self._draft, Assistant):
+            self._draft.follow(self._ids, self._sequence)
+        elif self._draft is not None:
             self._draft.follow(self._ids)
         ahead = Speculative(
             self.model, self._ids, self.max_length, guesser=guesser, sampler=self._sampler, sequence=self._sequence
@@ -188,7 +196,7 @@ class OrtEngine(Engine):
     @property
     def load_seconds(self) -> float:
         """See `Engine`."""
-        opened = self.__dict__.get("_graph")
+        opened = self.__dict__.get("_graph") or self.__dict__.get("_graph_with_states")
         return opened.load_seconds if opened is not None else 0.0
 
     def session(
@@ -208,13 +216,19 @@ class OrtEngine(Engine):
     def _session(self, sampling: Sampling | None, *, draft: Engine | None, **options: Any) -> Session:
         """A session in ONNX Runtime."""
         guesses = None if draft is None else self._drafting(draft, lookup=options["lookup"])
-        return OrtSession(self._opened(), self.tokenizer, sampling, draft=guesses, adapters=self._adapters, **options)
+        model = self._opened(states=isinstance(guesses, AssistantModel))
+        return OrtSession(model, self.tokenizer, sampling, draft=guesses, adapters=self._adapters, **options)
 
-    def _opened(self) -> OrtModel:
+    @functools.cached_property
+    def _graph_with_states(self) -> OrtModel:
+        """The graph that gives hidden states as well; opened where a drafter asks for them."""
+        return OrtModel(self.path, self.manifest, self.threads, states=True)
+
+    def _opened(self, *, states: bool = False) -> OrtModel:
         with self._opening:
-            return self._graph
+            return self._graph_with_states if states else self._graph
 
-    def _drafting(self, draft: Engine, *, lookup: bool) -> OrtModel:
+    def _drafting(self, draft: Engine, *, lookup: bool) -> OrtModel | AssistantModel:
         """The graph of a draft, after a look at whether it can be one."""
         if lookup:
             raise UsageError(
@@ -227,6 +241,8 @@ class OrtEngine(Engine):
                 expected="an artifact of backend.type onnxruntime",
                 next_step="compile the draft for onnxruntime, or leave --draft out",
             )
+        if isinstance(draft, AssistantEngine):
+            return draft.model_for(self)
         check_draft(draft, self)
         return draft._opened()
 
@@ -252,6 +268,51 @@ class OrtEngine(Engine):
             name = kept.name
         self._adapters[name] = kept
         return name
+
+
+class AssistantEngine(OrtEngine):
+    """The artifact of a drafter: nothing but a draft."""
+
+    def check_runtime(self) -> None:
+        """See `Engine`.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "this artifact is a drafter: it guesses for another model, and makes no text of its own",
+            where=str(self.path),
+            expected="an artifact of a model that generates text",
+            next_step=f"`gemma-deploy run TARGET --draft {self.path} -p TEXT`",
+        )
+
+    def session(
+        self,
+        sampling: Sampling | None = None,
+        *,
+        max_length: int | None = None,
+        endless: bool = False,
+        lookup: bool = False,
+        draft: Engine | None = None,
+    ) -> Session:
+        """Refused, see `check_runtime`."""
+        self.check_runtime()
+        raise AssertionError(self.path)  # pragma: no cover
+
+    def source(self, kernels: str | None = None, adapter: str | None = None) -> LogitSource:
+        """Refused, see `check_runtime`."""
+        self.check_runtime()
+        raise AssertionError(self.path)  # pragma: no cover
+
+    def model_for(self, target: OrtEngine) -> AssistantModel:
+        """The graph, joined to the caches of the model that it guesses for.
+
+        Raises:
+            UsageError: it is another's. ArtifactError: a file is missing or damaged.
+        """
+        sources = sources_of(self, target)
+        refuse_windows(target._opened(states=True))
+        return AssistantModel(self.path, self.manifest, sources=sources, threads=self.threads)
 
 
 class GenaiEngine(OrtEngine):
@@ -309,4 +370,6 @@ def open_engine(artifact: Artifact, *, threads: int = 0, strict: bool = False) -
             next_step="leave --strict out",
         )
     kind = GenaiEngine if genai_installed() else OrtEngine
+    if artifact.manifest.model.drafting is not None:
+        kind = AssistantEngine
     return kind(artifact, threads=threads)

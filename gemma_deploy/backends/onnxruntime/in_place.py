@@ -6,6 +6,7 @@ that is what looks ahead (speculative.py) decides by.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from gemma_deploy.runtime.generate import stop_token_ids
 from gemma_deploy.runtime.session import VERIFY, as_compiled, load_file, open_graph
 
 if TYPE_CHECKING:
-    from onnxruntime import OrtValue
+    from onnxruntime import InferenceSession, OrtValue
 
 MOST_TOKENS = 8  # in a step, the newest one and those guessed
 TOGETHER = 512  # tokens of a prompt, see CHUNKS in backend.py
@@ -37,17 +38,20 @@ class OrtModel:
     Args:
         artifact_dir: directory with model.onnx and params.safetensors; manifest: of the artifact.
         threads: of one operator; 0 for as many as there are cores.
+        states: whether hidden states are given as well, which a drafter reads.
 
     Attributes:
         context_length: positions there are; load_seconds: what opening took.
         windows: caches that hold a window alone, and how many positions that is.
+        states: name of the output of hidden states, "" where they are not given.
         near_tie: largest logits closer than this are not told apart by several tokens in one step.
 
     Raises:
         UsageError: an artifact for a GPU. ArtifactError: a file is missing or damaged, or refused by ONNX Runtime.
     """
 
-    def __init__(self, artifact_dir: str | Path, manifest: Manifest, threads: int = 0) -> None:
+    def __init__(self, artifact_dir: str | Path, manifest: Manifest, threads: int = 0, *, states: bool = False) -> None:
+        from gemma_deploy.backends.onnxruntime.joined import give_states
         from gemma_deploy.backends.onnxruntime.last_positions import last_positions
         from gemma_deploy.backends.onnxruntime.window import windows_of
 
@@ -67,6 +71,7 @@ class OrtModel:
         model = load_file(self.path / GRAPH)
         with as_compiled(self.path / GRAPH):
             last_positions(model, MOST_TOKENS)
+            self.states = give_states(model) if states else ""
             self.windows = windows_of(model.graph)
         self.session = open_graph(model, self.path, threads=threads)
         self.load_seconds = time.perf_counter() - started
@@ -75,6 +80,24 @@ class OrtModel:
         self.vocab_size = int(next(v for v in self.session.get_outputs() if v.name == "logits").shape[2])
         self.slots = manifest.contract.adapters
         self.adapters: dict[str, Mapping[str, OrtValue]] = {}  # loaded ones, their matrices by input
+
+    def embedded(self, token: int) -> np.ndarray:
+        """The scaled embedding of a token, [hidden] float32."""
+        feeds = {"input_ids": np.array([[token]], np.int64), "attention_mask": np.ones((1, 1), np.int64)}
+        given = {value.name for value in self._embedding.get_inputs()}
+        (row,) = self._embedding.run(None, {name: value for name, value in feeds.items() if name in given})
+        found: np.ndarray = row[0, 0]
+        return found
+
+    @functools.cached_property
+    def _embedding(self) -> InferenceSession:
+        """The same graph without all that stands behind the embedding; the table is mapped, not read."""
+        from gemma_deploy.backends.onnxruntime.joined import cut_to_embedding
+
+        model = load_file(self.path / GRAPH)
+        with as_compiled(self.path / GRAPH):
+            cut_to_embedding(model)
+        return open_graph(model, self.path, threads=1)
 
 
 class OrtSequence:
@@ -86,6 +109,7 @@ class OrtSequence:
 
     Attributes:
         length: tokens that count; it may be set back by as many as `ahead` gave, if these were more than one.
+        caches: keys and values, by input of the graph.
     """
 
     def __init__(self, model: OrtModel, room: int, adapter: Mapping[str, OrtValue] | None = None) -> None:
@@ -93,8 +117,9 @@ class OrtSequence:
 
         self.model, self.length, self._adapter = model, 0, dict(adapter or {})
         empty = empty_caches(model.session, model.windows, room)
-        self._caches = {name: OrtValue.ortvalue_from_numpy(array) for name, array in empty.items()}
+        self.caches = {name: OrtValue.ortvalue_from_numpy(array) for name, array in empty.items()}
         self._windows = set(model.windows.values())
+        self._states: dict[int, np.ndarray] = {}  # position -> hidden state, of the last that were read
 
     def ahead(self, wanted: int) -> int:
         """Of so many tokens to read next, as many as can be taken back; one that cannot where there is none."""
@@ -114,13 +139,24 @@ class OrtSequence:
         binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
         binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
         binding.bind_output("logits", "cpu")
-        for name, cache in self._caches.items():
+        for name, cache in self.caches.items():
             binding.bind_ortvalue_input(name, cache)
             binding.bind_ortvalue_output(name.replace("past_key_values", "present"), cache)
+        if self.model.states:
+            binding.bind_output(self.model.states, "cpu")
         # Bound like any input: ONNX Runtime 1.32 ignores RunOptions.add_active_adapter where inputs are bound.
         for name, matrix in self._adapter.items():
             binding.bind_ortvalue_input(name, matrix)
         self.model.session.run_with_iobinding(binding)
         self.length = total
-        logits: np.ndarray = binding.get_outputs()[0].numpy()[0]  # in the order in which they were bound
+        outputs = binding.get_outputs()  # in the order in which they were bound
+        logits: np.ndarray = outputs[0].numpy()[0]
+        if self.model.states:
+            rows = outputs[-1].numpy()[0][-len(logits) :]
+            self._states = {place: row for place, row in self._states.items() if place >= total - 2 * MOST_TOKENS}
+            self._states |= {total - len(rows) + place: row for place, row in enumerate(rows)}
         return logits
+
+    def state(self, position: int) -> np.ndarray | None:
+        """The hidden state [hidden] of a position that was read lately; None of any other."""
+        return self._states.get(position)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from gemma_deploy.artifact.ledger import LedgerEntry, Words, context_entries, encoder_entries, shared_entries
+from gemma_deploy.artifact.ledger import (
+    LedgerEntry,
+    Words,
+    context_entries,
+    drafter_entries,
+    encoder_entries,
+    shared_entries,
+)
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.onnxruntime.options import ALL
 
@@ -18,6 +25,9 @@ def ledger_of(manifest: Manifest) -> list[LedgerEntry]:
     """All entries of an artifact."""
     if manifest.model.sentence is not None:
         return [*shared_entries(manifest, WORDS), *_encoder_kernels(manifest), *encoder_entries(manifest)]
+    if manifest.model.drafting is not None:
+        return [*drafter_entries(manifest, WORDS), *_encoder_kernels(manifest),
+                *context_entries(manifest, "rotary tables")]  # fmt: skip
     last = LedgerEntry(
         "prefill returns the last position's logits only",
         "GatherND behind the last attention",
@@ -32,7 +42,7 @@ def ledger_of(manifest: Manifest) -> list[LedgerEntry]:
 
 
 def _encoder_kernels(manifest: Manifest) -> list[LedgerEntry]:
-    """What int8 kernels round besides the weights in an encoder."""
+    """What int8 kernels round besides the weights in an encoder, or a drafter."""
     kernels = manifest.kernels
     if not kernels:
         return []

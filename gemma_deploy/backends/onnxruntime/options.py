@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -90,16 +90,30 @@ def not_built(spec: BuildSpec) -> Iterator[str]:
 
 def encoder_problems(spec: BuildSpec) -> Iterator[str]:
     """Options that mean nothing to an encoder, a sentence for each."""
-    given = spec.options
-    assert isinstance(given, OrtOptions)
     whys = {
         ("head", "screened"): "it has no LM head",
         ("cache", "window"): "it has no cache",
         ("logits", "all"): "it gives no logits",
     }
+    return _meaningless(spec, "an encoder", whys)
+
+
+def drafter_problems(spec: BuildSpec) -> Iterator[str]:
+    """Options that mean nothing to a drafter, a sentence for each."""
+    whys = {
+        ("head", "screened"): "whose guesses another model judges",
+        ("cache", "window"): "it has no cache of its own",
+        ("logits", "all"): "it takes one token",
+    }
+    return _meaningless(spec, "a drafter", whys)
+
+
+def _meaningless(spec: BuildSpec, what: str, whys: Mapping[tuple[str, str], str]) -> Iterator[str]:
+    given = spec.options
+    assert isinstance(given, OrtOptions)
     for (key, value), why in whys.items():
         if getattr(given, key) == value:
-            yield f"backend.compile.{key}: {value} means nothing to an encoder, {why}: remove the key"
+            yield f"backend.compile.{key}: {value} means nothing to {what}, {why}: remove the key"
 
 
 @dataclass(frozen=True)

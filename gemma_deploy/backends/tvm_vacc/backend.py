@@ -80,6 +80,9 @@ class StaticPair:
         """What is not built of models whose layers read other layers, or vectors of tokens; or have experts."""
         if config.altup is not None:
             return ["backend.type: tvm_vacc is not built for a model of several streams (Gemma 3n): write onnxruntime"]
+        if config.drafting is not None:
+            return ["backend.type: tvm_vacc is not built for drafters, which read another model's caches: write "
+                    "onnxruntime"]  # fmt: skip
         if not config.reads_beside:
             return unbuilt_of_experts(spec) if config.has_experts else []
         which = "a model with per-layer embeddings or shared keys and values (Gemma 4 E2B, E4B)"
