@@ -71,7 +71,7 @@ TINY_PER_LAYER = {
     "attention_k_eq_v": False,
 }  # fmt: skip
 # Experts beside the MLP of every layer, of which a token runs through three.
-TINY_EXPERTS = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 3, "moe_intermediate_size": 48}
+TINY_EXPERTS = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 3, "moe_intermediate_size": 96}
 TINY_CONFIGS["gemma4_unified_text"] = TINY_CONFIGS["gemma4_text"] | {
     "model_type": "gemma4_unified_text", "architectures": ["Gemma4UnifiedForCausalLM"],
     "use_bidirectional_attention": "vision",

@@ -50,6 +50,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 1,
         "intermediate_size": 15360,
     },
+    "gemma-4-26b-a4b": {
+        **_ALL, "model_type": "gemma4_text", "hidden_size": 2816, "num_hidden_layers": 30, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "num_global_key_value_heads": 2, "intermediate_size": 2112,
+        "hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 128, "top_k_experts": 8,
+        "moe_intermediate_size": 704,
+    },
     # The width of the MLP has not been seen published; it is that of Gemma 3 27B, whose hidden size is the same.
     "gemma-4-31b": {
         **_ALL, "model_type": "gemma4_text", "hidden_size": 5376, "num_hidden_layers": 60, "num_attention_heads": 32,

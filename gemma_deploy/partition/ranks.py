@@ -86,6 +86,10 @@ def input_channels(config: ModelConfig, ranks: int) -> dict[str, int]:
             kinds = found.setdefault(("" if whole else linear.kind, columns), [])
             if linear.kind not in kinds:
                 kinds.append(linear.kind)
+        for name, shape in layer.experts.stacks(layer.hidden_size).items() if layer.experts else ():
+            kinds = found.setdefault((name, shape[-1]), [])
+            if name not in kinds:
+                kinds.append(name)
     return {", ".join(kinds): columns for (_, columns), kinds in found.items()}
 
 
