@@ -30,6 +30,7 @@ LEFT_BYTES = 128 * MIB  # of it and of stages before, which the system does not 
 LOGIT_SOURCES = 4  # models of which a block of logits is compared at a time (parity/compare.py)
 PIECE_ELEMENTS = 1 << 23  # of a matrix that is solved at a time (quantization/solver.py)
 PIECE_ARRAYS = 8  # float32 arrays of that size that are alive together
+MOMENT_BYTES = 256 << 20  # of what experts read that are quantized together
 LAYER_PASSES = 1.2  # of a window through a layer: once, waiting at each of the groups of linears; norms and files
 SENSITIVITY_TOKENS, HEAD_BYTES = 256, 64 * MIB  # parity/sensitivity.py
 SESSION_BYTES = 1.15  # of a packed int8 weight with its scales

@@ -29,6 +29,7 @@ from gemma_deploy.estimates import (
     LAYER_PASSES,
     LEFT_BYTES,
     LOGIT_SOURCES,
+    MOMENT_BYTES,
     PIECE_ARRAYS,
     PIECE_ELEMENTS,
     QUANTIZE_BYTES_PER_S,
@@ -258,6 +259,9 @@ def _quantize_stage(job: Job, machine: Machine) -> StageEstimate:
     passes = 2.0 * LAYER_PASSES * elements * tokens
     moments = 2.0 * tokens * sum(columns**2 for columns in inputs)
     solving = sum(4.0 * shape[0] * shape[1] ** 2 for shape in shapes) + sum(columns**3 for columns in inputs)
+    if (experts := config.templates[0].experts) is not None:
+        held += MOMENT_BYTES
+        solving += experts.count * (config.hidden_size**3 + experts.width**3)
     seconds = IMPORT_SECONDS + layers * (passes + moments + solving) / FLOPS_PER_S
     what = f"{job.scheme.weights}, {nsamples} windows of {seqlen} tokens, a layer at a time"
     workers = job.workers.processes if job.workers.cluster is None else 1

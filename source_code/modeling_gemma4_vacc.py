@@ -79,8 +79,10 @@ class Gemma4DecoderLayer(FourNormLayer):
     def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
         """The MLP, and experts beside it, which are chosen by x itself; x: [batch, seq, hidden] -> the same."""
         dense = super().feed_forward(x)
-        if not self.has_experts:
-            return dense
+        return self.with_experts(dense, x) if self.has_experts else dense
+
+    def with_experts(self, dense: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """What the MLP makes of x, and beside it what the experts do, each behind a norm of its own."""
         dense = self.post_feedforward_layernorm_1(dense)
         chosen = self.router(x)
         added = self.experts(self.pre_feedforward_layernorm_2(x), *chosen)

@@ -52,7 +52,16 @@ def recipe_of(checkpoint, backend, quantize, workspace):
         ("gemma4_text", {**SHALLOW, **TINY_EXPERTS}, {"type": "tvm_vacc", "dtype": "int8"}),
         *(
             pytest.param("gemma4_text", TINY_EXPERTS, {"type": "tvm_vacc", **one}, marks=pytest.mark.slow)
-            for one in ({"dtype": "fp32"}, {"dtype": "bf16"}, {"dtype": "int8", "quantize": "w4a16_rtn"})
+            for one in ({"dtype": "fp32"}, {"dtype": "bf16"})
+        ),
+        *(
+            pytest.param(
+                "gemma4_text",
+                TINY_EXPERTS,
+                {"type": "tvm_vacc", "dtype": "int8", "quantize": scheme},
+                marks=pytest.mark.slow,
+            )
+            for scheme in ("w4a16_rtn", "w4a16", "w4a16_gptq", "w8a16+kv8")
         ),
         *(
             pytest.param("gemma4_text", TINY_PER_LAYER, INT4 | {"quantize": scheme}, marks=pytest.mark.slow)
@@ -102,8 +111,7 @@ def test_what_is_not_built_of_e2b_is_said_before_any_work(backend, quantize, wor
     ("backend", "quantize", "words"),
     [
         ({"type": "onnxruntime", "dtype": "fp32"}, None, "backend.type: onnxruntime is not built for experts"),
-        ({"type": "tvm_vacc", "dtype": "int8"}, "w8a16_gptq", "frontend.quantize.type: w8a16_gptq is not built for ex"),
-        ({"type": "tvm_vacc", "dtype": "int8"}, "w8a16+kv8", "frontend.quantize.type: w8a16+kv8 is not built for exp"),
+        ({"type": "tvm_vacc", "dtype": "int8"}, "w8a8", "frontend.quantize.type: w8a8 is not built for experts"),
         ({"type": "tvm_vacc", "dtype": "fp16"}, None, "backend.dtype: fp16 is not built for experts"),
     ],
 )

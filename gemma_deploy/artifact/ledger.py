@@ -35,7 +35,8 @@ class Words:
 def shared_entries(manifest: Manifest, words: Words) -> list[LedgerEntry]:
     """Weights, rescaling, cache and embedding scale: the entries of every artifact, in order."""
     effect = measured_effect(manifest)
-    entries = [_storage(manifest, words, effect), *_arrived(manifest), *_rescaling(manifest.rescaling or Rescaling())]
+    entries = [_storage(manifest, words, effect), *_unreached(manifest), *_arrived(manifest)]
+    entries += _rescaling(manifest.rescaling or Rescaling())
     if manifest.int8_cache:
         entries.append(_cache(manifest.contract, effect))
     scale, hidden = manifest.embed_scale, manifest.model.hidden_size
@@ -179,10 +180,24 @@ def _quantized(manifest: Manifest, words: Words, effect: dict[str, Any]) -> Ledg
     return LedgerEntry(
         f"{storage.linears_text}, symmetric, {how} calibration text; columns rescaled, their factors folded into "
         f"norm gains, value rows and up rows; {_table(storage)}, rounded to nearest",
-        f"the seven linears and two norms of every layer ({len(tensors)} matrices), the token table",
+        f"the seven linears and two norms of every layer{_and_experts(manifest.params)} ({len(tensors)} matrices), "
+        "the token table",
         f"frontend.quantize.type {scheme}; {words.linears_read}norms are float32",
         effect,
     )
+
+
+def _unreached(manifest: Manifest) -> list[LedgerEntry]:
+    """Experts that no token of the calibration text came to."""
+    found = {}
+    for layer in manifest.quantization.layers if manifest.quantization else ():
+        if numbers := layer.get("experts", {}).get("unreached"):
+            found[layer["layer"]] = numbers
+    if not found:
+        return []
+    where = "; ".join(f"{layer}.experts: {', '.join(map(str, numbers))}" for layer, numbers in found.items())
+    what = f"{sum(map(len, found.values()))} experts are rounded to nearest"
+    return [LedgerEntry(what, where, "no token of the calibration text came to them; calibrate on more of it")]
 
 
 def _cache(contract: ContractRecord, effect: dict[str, Any]) -> LedgerEntry:

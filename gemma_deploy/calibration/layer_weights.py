@@ -48,9 +48,9 @@ def rows_of(checkpoint: WeightSource, table: str, tokens: np.ndarray) -> np.ndar
 def loaded(module: nn.Module, checkpoint: WeightSource, name: str) -> Iterator[None]:
     """Give a meta module the weights of `name` for the time of the block, and none after it."""
     try:
-        for suffix in list(module.state_dict()):
+        for suffix, own in list(module.state_dict().items()):
             tensor = f"{name}.{suffix}"
-            value = torch.from_numpy(checkpoint.rows(tensor, 0, checkpoint.tensors[tensor].shape[0]))
+            value = torch.from_numpy(checkpoint.rows(tensor, 0, checkpoint.tensors[tensor].shape[0])).reshape(own.shape)
             module.load_state_dict({suffix: value}, strict=False, assign=True)
             del value
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 from gemma_deploy.calibration.points import SHARD_TOKENS, cache_columns
@@ -49,7 +50,11 @@ def memory_bytes(config: ModelConfig, nsamples: int, seqlen: int, *, processes: 
 
 def _weights(config: ModelConfig) -> int:
     """Elements of the matrices of the largest layer."""
-    return max(sum(one.out_features * one.in_features for one in layer.linears) for layer in config.templates)
+    return max(
+        sum(one.out_features * one.in_features for one in layer.linears)
+        + (sum(map(prod, layer.experts.stacks(layer.hidden_size).values())) if layer.experts else 0)
+        for layer in config.templates
+    )
 
 
 def _activations(config: ModelConfig, seqlen: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -72,6 +72,24 @@ class Walkable(Protocol):
         """What the linear `point` reads [1, seqlen, channels] when `module` is given `x`."""
 
 
+def _beside(module: nn.Module, added: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """What the MLP makes, and the experts beside it."""
+    both: torch.Tensor = cast(Any, module).with_experts(added, hidden)
+    return both
+
+
+def stream_at(layer: Walkable, state: np.ndarray, route: Route) -> torch.Tensor:
+    """What the MLP and the experts beside it read, before their norms: [1, seqlen, hidden].
+
+    Args:
+        state: at `route.start`, which is not behind the MLP.
+    """
+    mlp = layer.spec.branches[-1]
+    if route.start in (mlp.entry.observed, mlp.output):
+        return torch.from_numpy(parts_of(state, layer.spec.hidden_size)[0])[None]
+    return walk(layer, state, route, stop=mlp.entry.observed, seen=lambda point, x: None)[0]
+
+
 def state_columns(layer: LayerSpec, point: str) -> int:
     """Values of a token when a point was reached."""
     waiting = {branch.output for branch in layer.branches}
@@ -116,6 +134,8 @@ def walk(
                 return hidden, made
         if begin <= 2 * number + 1:
             added = module.get_submodule(leaving)(made)
+            if spec.experts is not None and not branch.attends:
+                added = _beside(module, added, hidden)
             hidden = hidden + (module.get_submodule(branch.post_norm)(added) if branch.post_norm else added)
     if spec.per_layer is not None:
         gate, projection = spec.per_layer.gate, spec.per_layer.projection

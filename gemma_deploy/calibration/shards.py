@@ -126,13 +126,6 @@ class StackTemplate:
                 expected="a model of another generation than Gemma 3n",
                 next_step="write w8a16, which reads no text",
             )
-        if model.config.has_experts:
-            raise NotBuiltError(
-                "calibration does not look at experts in this version",
-                where=str(model.path),
-                expected="a model without experts (Gemma 4 26B-A4B has some)",
-                next_step="write w8a16 or w4a16_rtn, which read no text",
-            )
         self.model = model
         self.stack, self.templates = template_stack(model.config, model.embed_scale)
         position_ids = torch.arange(model.seqlen)[None]

@@ -69,10 +69,16 @@ class QuantizedCheckpoint:
             head = checkpoint.tensors[checkpoint.config.head_weight]
             self.tensors[head.name] = replace(head, dtype="float32", nbytes=4 * math.prod(head.shape))
         self.output_errors = {
-            f"{record['layer']}.{linear}.weight": OutputError(_sqnr_db(found["signal"], found["loss"]), found["signal"])
+            self._name_of(f"{record['layer']}.{linear}"): OutputError(
+                _sqnr_db(found["signal"], found["loss"]), found["signal"]
+            )
             for record in records
             for linear, found in record["tensors"].items()
         }
+
+    def _name_of(self, module: str) -> str:
+        """Of the tensor with a module's matrix; experts have theirs by its own name."""
+        return module if module in self._files else f"{module}.weight"
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) as float32."""

@@ -130,6 +130,10 @@ def _folded(compared: _Compared, embed_scale: str) -> Iterator[Difference]:
             local = name.removeprefix(prefix).removesuffix(".weight")
             if name.startswith(prefix) and len(info.shape) == 1 and local not in norms:
                 yield compared.norm(name)
+        if layer.experts is not None:
+            yield compared.matrix(f"{prefix}{layer.experts.router}.weight")
+            for stack in layer.experts.stacks(layer.hidden_size):
+                yield compared.matrix(f"{prefix}{stack}", typical=True)
     if config.sentence is not None:
         yield compared.norm(f"{NORM}.weight")
         for name in config.sentence.tensors():

@@ -30,6 +30,8 @@ from gemma_deploy.machine import give_memory_back
 from gemma_deploy.names import COLUMN_FACTOR
 from gemma_deploy.progress import Tick
 from gemma_deploy.quantization.cache import cache_factors
+from gemma_deploy.quantization.experts import Walked, quantize_experts
+from gemma_deploy.quantization.experts import passes as expert_passes
 from gemma_deploy.quantization.folding import shared_rows
 from gemma_deploy.quantization.layer_walk import LayerWalk
 from gemma_deploy.quantization.moments import NotPositiveError
@@ -94,7 +96,8 @@ def quantize_layers(
             states = HiddenStates(shape, states_file(folder, done), 0, there=True)
         beside = ReadBeside(config, folder, ids.shape, there=done)
         beside.make_vectors(checkpoint, stack_template.stack, ids)
-        passes = (len(config.layers[0].groups) if true_sequential else 1) + 1
+        first = config.layers[0]
+        passes = (len(first.groups) if true_sequential else 1) + 1 + expert_passes(first.experts, config.hidden_size)
         for index in range(done, count):
             layer = LayerPass(stack_template, index)
             with loaded(layer.module, checkpoint, layer.name):
@@ -201,6 +204,10 @@ def _quantize_layer(
     for reader, weight in solved.items():
         scale = weight.scale if settings.groupsize else weight.scale[:, 0]
         tensors |= {f"{reader}.weight": weight.codes, f"{reader}.scale": scale}
+    if spec.experts is not None:
+        walked = Walked(inside.executor, inside.layer, inside.states, inside.route, inside.ticked)
+        stacks, figures, record["experts"] = quantize_experts(walked, settings)
+        tensors, record["tensors"] = tensors | stacks, record["tensors"] | figures
     return tensors, record
 
 
