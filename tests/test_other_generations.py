@@ -17,6 +17,11 @@ from tests.rotation import OTHERS
 
 SHALLOW = {"num_hidden_layers": 3}
 ONE_OF_THREE = {"num_kv_shared_layers": 0, "altup_num_inputs": 3, "altup_active_idx": 2}
+STATIC = (
+    *({"dtype": dtype} for dtype in ("fp32", "bf16", "fp16", "int8")),
+    *({"dtype": "int8", "quantize": one} for one in ("w4a16_rtn", "w8a16_gptq", "w4a16_gptq", "w8a8", "w8a16+kv8")),
+    {"dtype": "fp16", "quantize": "w16kv8"},
+)
 INT4 = {"type": "onnxruntime", "dtype": "int8", "quantize": "w4a16_rtn"}
 
 
@@ -41,11 +46,10 @@ def recipe_of(checkpoint, backend, quantize, workspace):
         *((kind, SHALLOW, {"type": "onnxruntime", "dtype": "int8"}) for kind in OTHERS),
         *((kind, SHALLOW, {"type": "tvm_vacc", "dtype": "fp32"}) for kind in OTHERS),
         ("gemma4_text", TINY_PER_LAYER, {"type": "onnxruntime", "dtype": "int8"}),
-        pytest.param("gemma4_text", TINY_PER_LAYER, {"type": "tvm_vacc", "dtype": "int8"}, marks=pytest.mark.slow),
-        pytest.param("gemma4_text", TINY_PER_LAYER, {"type": "tvm_vacc", "dtype": "fp32"}, marks=pytest.mark.slow),
-        pytest.param("gemma4_text", TINY_PER_LAYER, {"type": "tvm_vacc", "dtype": "bf16"}, marks=pytest.mark.slow),
-        pytest.param("gemma4_text", TINY_PER_LAYER, {"type": "tvm_vacc", "dtype": "fp16"}, marks=pytest.mark.slow),
-        pytest.param("gemma4_text", TINY_PER_LAYER, INT4 | {"type": "tvm_vacc"}, marks=pytest.mark.slow),
+        *(
+            pytest.param("gemma4_text", TINY_PER_LAYER, {"type": "tvm_vacc", **one}, marks=pytest.mark.slow)
+            for one in STATIC
+        ),
         pytest.param("gemma4_text", TINY_PER_LAYER, {"type": "onnxruntime", "dtype": "bf16"}, marks=pytest.mark.slow),
         pytest.param("gemma4_text", TINY_PER_LAYER, {"type": "onnxruntime", "dtype": "fp32"}, marks=pytest.mark.slow),
         pytest.param("gemma4_text", TINY_PER_LAYER, INT4, marks=pytest.mark.slow),
@@ -90,7 +94,11 @@ def test_it_compiles_proven(kind, changes, backend, tmp_path):
 @pytest.mark.parametrize(
     ("backend", "quantize", "words"),
     [
-        ({"type": "tvm_vacc", "dtype": "int8"}, "w8a16_gptq", "w8a16_gptq is not built for a model with per-layer"),
+        (
+            {"type": "tvm_vacc", "dtype": "int8"},
+            None,
+            "split.points: a model with per-layer embeddings or shared keys and values (Gemma 4 E2B, E4B) is not cut",
+        ),
         (
             {"type": "onnxruntime", "dtype": "int8", "compile": {"cache": "window", "logits": "all"}},
             None,

@@ -87,8 +87,6 @@ class StaticPair:
             return unbuilt_of_experts(spec) if config.has_experts else []
         which = "a model with per-layer embeddings or shared keys and values (Gemma 4 E2B, E4B)"
         problems = []
-        if spec.scheme.calibrates:
-            problems.append(f"frontend.quantize.type: {spec.scheme} is not built for {which}: write w8a16 or w4a16_rtn")
         if spec.split_points:
             problems.append(f"split.points: {which} is not cut into stages in this version: leave them out")
         if spec.ranks > 1:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from gemma_deploy.architectures import input_groups
+from gemma_deploy.architectures import PerLayer, input_groups
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.tvm_vacc.strict import lower
 from gemma_deploy.graph.functions import DEQUANTIZE_CACHE, DOMAIN, PER_TOKEN, QUANTIZE_CACHE
@@ -38,6 +38,7 @@ def rounding_lines(artifact: Path, manifest: Manifest) -> list[Line]:
         return []
     stored = {row.name.removesuffix(".weight") for row in manifest.params}  # not every layer has all linears
     layers = {part.folder: range(*part.layers) for part in manifest.parts}
+    without = {layer for layer, (heads, _) in enumerate(manifest.contract.geometry or ()) if not heads}
     misplaced = different = uncached = other_codes = 0
     for folder in manifest.folders:
         own = layers.get(folder, range(manifest.model.num_hidden_layers))
@@ -45,12 +46,14 @@ def rounding_lines(artifact: Path, manifest: Manifest) -> list[Line]:
             model = load_file(artifact / folder / f"{graph}.onnx")
             if activations is not None:
                 linears = [linear for group in input_groups() for linear in group.readers]
+                linears += PerLayer(0).linears
                 expected = {f"model.layers.{i}.{linear}" for i in own for linear in linears} & stored
                 expected -= set(activations.kept)
                 misplaced += len(expected.symmetric_difference(rounded_linears(model)))
                 different += differing_values(model)
             if cache:
-                uncached += sum(not _is_cached(model, layer, part, graph) for layer in own for part in PARTS)
+                caches = [(layer, part) for layer in own if layer not in without for part in PARTS]
+                uncached += sum(not _is_cached(model, layer, part, graph) for layer, part in caches)
                 other_codes += differing_codes(model)
     lines = []
     if activations is not None:
