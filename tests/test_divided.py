@@ -25,7 +25,7 @@ from gemma_deploy.graph import worker
 from gemma_deploy.params import build_plan, write_params
 from gemma_deploy.partition import parts_of
 from gemma_deploy.recipe import Recipe
-from gemma_deploy.testing import write_tiny_checkpoint
+from gemma_deploy.testing import TINY_PER_LAYER, write_tiny_checkpoint
 from gemma_deploy.verifying import verify
 from tests.calibration.make import write_tokenizer
 from tests.exporting import export_in_this_process, export_once
@@ -64,6 +64,36 @@ def divided(once):
 @pytest.fixture
 def copy(divided, tmp_path):
     return shutil.copytree(divided, tmp_path / "artifact")
+
+
+SHARED = {**TINY_PER_LAYER, "sliding_window": 6}  # five windows in a prompt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tp"), [("fp32", 2), ("int8", 4), ("fp16", 2)])
+def test_ranks_of_a_model_whose_layers_share_keys(tmp_path, dtype, tp, monkeypatch):
+    """Two KV heads, repeated among four ranks; a layer reads its own rank's share of another one's cache."""
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma4_text", **SHARED)
+    write_tokenizer(checkpoint)
+    monkeypatch.setattr(worker, "export_apart", export_once)
+    out = tmp_path / "artifact"
+    assert compile_recipe(recipe(checkpoint, dtype, tp=tp), out=out).parity.passed
+    if dtype == "fp32":
+        compile_recipe(recipe(checkpoint, dtype), out=tmp_path / "whole")
+        found, expected = run_all(out), run_all(tmp_path / "whole")
+        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+        rows = load_file(out / "rank1" / "params.safetensors")["model.embed_tokens_per_layer.weight"]
+        whole = load_file(tmp_path / "whole" / "params.safetensors")["model.embed_tokens_per_layer.weight"]
+        assert np.array_equal(rows, whole[256:])
+
+
+def test_layers_that_share_keys_are_not_cut_into_stages(tmp_path):
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma4_text", **SHARED)
+    with pytest.raises(
+        RecipeError, match=r"split\.points: a model with per-layer embeddings or shared keys and values"
+    ):
+        compile_recipe(recipe(checkpoint, points=[3]), out=tmp_path / "artifact")
+    assert not (tmp_path / "artifact").exists()
 
 
 def run_all(artifact, mode="strict", steps=24):

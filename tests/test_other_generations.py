@@ -95,11 +95,6 @@ def test_it_compiles_proven(kind, changes, backend, tmp_path):
     ("backend", "quantize", "words"),
     [
         (
-            {"type": "tvm_vacc", "dtype": "int8"},
-            None,
-            "split.points: a model with per-layer embeddings or shared keys and values (Gemma 4 E2B, E4B) is not cut",
-        ),
-        (
             {"type": "onnxruntime", "dtype": "int8", "compile": {"cache": "window", "logits": "all"}},
             None,
             "backend.compile.cache: window and backend.compile.logits: all contradict each other where layers read",

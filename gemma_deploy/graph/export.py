@@ -28,10 +28,12 @@ from gemma_deploy.graph.passes.weights import hide_weights
 from gemma_deploy.graph.passes.widen import widen
 from gemma_deploy.graph.skeleton import build_skeleton
 from gemma_deploy.graph.trace import OPSET, trace
+from gemma_deploy.names import EMBEDDING, PER_LAYER_TABLE
 from gemma_deploy.partition import ArtifactPart, whole
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import Form, Storage
 
+FIRST_ROWS = {f"{table}.first_row" for table in (EMBEDDING, PER_LAYER_TABLE)}  # tables have as many rows
 log = logging.getLogger(__name__)
 
 
@@ -135,9 +137,9 @@ class Traced:
         if contract.cache_dtype == "int8":
             caches = quantize_cache(model, contract, graph, layers=self.config.layers)
         if part.ranks > 1 and contract.embeds:
-            first = model.graph.initializers["model.embed_tokens.first_row"]
-            rows = self.config.vocab_size // part.ranks
-            first.const_value = ir.tensor([part.rank * rows], dtype=ir.DataType.INT64, name=first.name)
+            for name in FIRST_ROWS & {*model.graph.initializers}:
+                first, rows = model.graph.initializers[name], self.config.vocab_size // part.ranks
+                first.const_value = ir.tensor([part.rank * rows], dtype=ir.DataType.INT64, name=name)
         if self.unrounded is not None:
             rounded = round_activations(model, self.unrounded)
         log.debug(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gemma_deploy.architectures import LayerSpec, PerLayerTable
+from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.graph.collectives import RankEmbedding, ReducedLinear
 from gemma_deploy.names import LAYERS, PER_LAYER_TABLE
@@ -141,7 +141,7 @@ def _store(
             _store_experts(module, layer, scheme, weight_dtype, storage)
     _store_table(model, config, scheme, dtype, ranks, storage)
     if config.per_layer is not None:
-        _store_vectors(model, config.per_layer, scheme, dtype, storage)
+        _store_vectors(model, config, scheme, dtype, ranks, storage)
 
 
 def _store_experts(
@@ -195,6 +195,8 @@ def _divide(model: nn.Module, in_float32: bool) -> None:
                 setattr(parent, name, ReducedLinear(stored(child.weight) if in_float32 else child, in_float32))
     table = model.model.embed_tokens
     model.model.embed_tokens = RankEmbedding(table, table.weight.shape[0])
+    if (vectors := getattr(model.model, "embed_tokens_per_layer", None)) is not None:
+        model.model.embed_tokens_per_layer = RankEmbedding(vectors, vectors.weight.shape[0])
 
 
 def _rescale(model: nn.Module, templates: Sequence[LayerSpec], rescaling: Rescaling) -> None:
@@ -246,10 +248,15 @@ def _store_table(
         model.lm_head = head
 
 
-def _store_vectors(model: nn.Module, table: PerLayerTable, scheme: Form, dtype: torch.dtype, storage: Storage) -> None:
+def _store_vectors(
+    model: nn.Module, config: ModelConfig, scheme: Form, dtype: torch.dtype, ranks: int, storage: Storage
+) -> None:
     """The table of vectors of all layers: codes are looked up by row, and only those rows become numbers."""
     quantization, embed = patched_module("quantization_vacc"), model.model.embed_tokens_per_layer
-    shape, scale = (table.rows, table.width), embed.scale_value(dtype) / embed.divisor
+    table = config.per_layer
+    assert table is not None  # of a model that has one
+    shape = _share("embed_tokens_per_layer", (table.rows, table.width), config, ranks)
+    scale = embed.scale_value(dtype) / embed.divisor
     codes = storage.of(PER_LAYER_TABLE) if scheme in INT8 else None
     if codes is not None:
         made: nn.Module = quantization.QuantizedEmbedding(*_codes(shape, codes), scale, dtype)

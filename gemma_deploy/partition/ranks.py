@@ -1,7 +1,8 @@
 """Tensor parallelism: which rows or columns of a tensor a rank holds.
 
-q, k, v, gate, up, the table and the LM head are divided by rows (outputs), o and down by columns (inputs); their
-partial results are added up (AllReduce). Norms are repeated. Megatron-LM's scheme, https://arxiv.org/abs/1909.08053.
+q, k, v, gate, up, the tables and the LM head are divided by rows (outputs), o and down by columns (inputs); their
+partial results are added up (AllReduce). Norms are repeated, and the linears around vectors of tokens. Megatron-LM's
+scheme, https://arxiv.org/abs/1909.08053.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from functools import cache
 
 from gemma_deploy.architectures import ROWS, Axis, LayerSpec
 from gemma_deploy.checkpoint import ModelConfig
-from gemma_deploy.names import CACHE_FACTOR, HEAD
+from gemma_deploy.names import CACHE_FACTOR, HEAD, PER_LAYER_TABLE
 
 Blocks = tuple[tuple[int, int], ...]
 
@@ -19,7 +20,7 @@ Blocks = tuple[tuple[int, int], ...]
 @cache
 def _axes() -> dict[str, Axis]:
     """By the last part of a module's name: what reads a normed stream has rows of its own, what adds to it columns."""
-    axes: dict[str, Axis] = {"embed_tokens": "rows", HEAD: "rows"}
+    axes: dict[str, Axis] = {"embed_tokens": "rows", PER_LAYER_TABLE.rpartition(".")[2]: "rows", HEAD: "rows"}
     for branch in (branch for row in ROWS for branch in row.branches):
         axes |= dict.fromkeys((reader.rpartition(".")[2] for reader in branch.entry.readers), "rows")
         axes |= dict.fromkeys((reader.rpartition(".")[2] for reader in branch.exit.readers), "columns")

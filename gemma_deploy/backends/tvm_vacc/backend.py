@@ -89,8 +89,6 @@ class StaticPair:
         problems = []
         if spec.split_points:
             problems.append(f"split.points: {which} is not cut into stages in this version: leave them out")
-        if spec.ranks > 1:
-            problems.append(f"frontend.model_kwargs.tp: {which} is not divided among ranks in this version: write 1")
         return problems
 
     def codes(self, spec: BuildSpec) -> CodeForm:
