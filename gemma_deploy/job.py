@@ -331,6 +331,11 @@ def _model_problems(spec: BuildSpec, config: ModelConfig) -> list[str]:
         return problems
     problems = division_problems(config, spec.split_points, spec.ranks, align_qkv=spec.align_qkv)
     problems += backend(spec.backend).model_problems(spec, config)
+    if spec.per_layer_table is not None and not (spec.scheme.codes and config.per_layer):
+        why = (
+            "this model has no table of per-layer vectors" if config.per_layer is None else f"{spec.scheme} has floats"
+        )
+        problems.append(f"frontend.quantize.per_layer_table: {why}: remove it")
     if spec.scheme.codes:
         channels = input_channels(config, spec.ranks)
         problems += group_problems(storage_of_model(spec, config), channels, config.hidden_size)

@@ -126,6 +126,8 @@ TABLES: Mapping[str, Codes | None] = {
     "int8_g32": Codes(8, 32),
     "fp16": None,
 }
+# Names in recipes (`frontend.quantize.per_layer_table`): bits, and columns that share a scale, at most.
+PER_LAYER_TABLES: Mapping[str, tuple[Bits, int]] = {"int8": (8, 128), "int4": (4, 32)}
 
 
 @dataclass(frozen=True)
@@ -264,9 +266,9 @@ def storage_of(
     return Storage(codes, TABLES[table or (dividing_table(hidden_size) if quantizer.calibrated else "int8")], kept)
 
 
-def dividing_group(size: int) -> int:
-    """The largest power of two up to 128 that divides a vector: columns that share a scale."""
-    return math.gcd(size, 128)
+def dividing_group(size: int, most: int = 128) -> int:
+    """The largest power of two up to `most` that divides a vector: columns that share a scale."""
+    return math.gcd(size, most)
 
 
 def dividing_table(hidden_size: int) -> str:

@@ -56,6 +56,8 @@ MEANING: Mapping[str, str] = {
     "[quantization](quantization.md).",
     "frontend.quantize.table": "Form of the token table and LM head. null: `int8` for the static pair in `w8a16`, else "
     "the largest groups up to 128 that divide the hidden size.",
+    "frontend.quantize.per_layer_table": "Form of the table of per-layer vectors (Gemma 3n, Gemma 4 E2B and E4B): "
+    "`int8` in groups of 128 columns, or `int4` in groups of 32, for `onnxruntime` alone. null: `int8`.",
     "frontend.quantize.device": "The vendor's key. Calibration runs on the CPU whatever it says, and `--dry-run` says "
     "so.",
     "frontend.quantize.calib_args.true_sequential": "Linears of a layer see what its quantized linears before them "

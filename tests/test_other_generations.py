@@ -26,11 +26,12 @@ INT4 = {"type": "onnxruntime", "dtype": "int8", "quantize": "w4a16_rtn"}
 
 
 def recipe_of(checkpoint, backend, quantize, workspace):
-    """The recipe of an artifact x in a workspace."""
+    """The recipe of an artifact x in a workspace; quantize: its type, or the whole section."""
     frontend = {"checkpoint": str(checkpoint), "shape": {"input_ids": [[48], [64]]}}
+    section = {"type": quantize} if isinstance(quantize, str) else quantize
     recipe = {
         "name": "x",
-        "frontend": frontend | ({"quantize": {"type": quantize}} if quantize else {}),
+        "frontend": frontend | ({"quantize": section} if section else {}),
         "backend": backend,
         "parity": {"prompt_tokens": 40, "decode_tokens": 8},  # five windows of 8
         "workspace": {"path": str(workspace)},
@@ -156,3 +157,41 @@ def test_layers_that_read_other_layers_are_not_cut_apart():
     config = ModelConfig.from_dict(TINY_CONFIGS["gemma4_text"] | TINY_PER_LAYER, "config.json")
     with pytest.raises(NotBuiltError, match="are not cut apart"):
         ParameterMapper(config, spans_of(7, [2])[0])
+
+
+def test_a_table_of_vectors_in_int4_is_proven_and_half_as_large(tmp_path):
+    checkpoint = write_tiny_checkpoint(tmp_path / "ck", "gemma4_text", **TINY_PER_LAYER)
+    write_tokenizer(checkpoint)
+    quantize = {"type": "w4a16_rtn", "per_layer_table": "int4"}
+    result = compile_recipe(recipe_of(checkpoint, {"type": "onnxruntime", "dtype": "int8"}, quantize, tmp_path))
+    assert result.parity.passed
+    rows = {row["name"]: row for row in json.loads((result.path / "manifest.json").read_text())["params"]}
+    table = rows["model.embed_tokens_per_layer.weight"]
+    assert (table["dtype"], table["nbytes"]) == ("uint4", 512 * 7 * 32 // 2)
+    assert 20 < table["sqnr_db"] < 22  # 45.4 in int8
+    assert rows["model.embed_tokens_per_layer.scale"]["shape"] == [512, 7]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "backend", "quantize", "words"),
+    [
+        (
+            "gemma4_text",
+            TINY_PER_LAYER,
+            {"type": "tvm_vacc", "dtype": "int8"},
+            "w8a16",
+            "int4 is not built on tvm_vacc",
+        ),
+        ("gemma4_text", SHALLOW, {"type": "onnxruntime", "dtype": "int8"}, "w8a16", "this model has no table of per-"),
+        ("gemma4_text", TINY_PER_LAYER, {"type": "tvm_vacc", "dtype": "fp16"}, "w16kv8", "w16kv8 has floats"),
+    ],
+)
+def test_a_form_of_the_table_of_vectors_that_means_nothing_is_refused(
+    kind, changes, backend, quantize, words, tmp_path
+):
+    checkpoint = write_tiny_checkpoint(tmp_path / "ck", kind, **changes)
+    write_tokenizer(checkpoint)
+    section = {"type": quantize, "per_layer_table": "int4"}
+    with pytest.raises(RecipeError, match=r"frontend\.quantize\.per_layer_table: ") as refused:
+        compile_recipe(recipe_of(checkpoint, backend, section, tmp_path / "w"))
+    assert words in str(refused.value)

@@ -8,7 +8,16 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from gemma_deploy.schemes import KEPT_PER_LAYER, Codes, Scheme, Storage, dividing_group, dividing_table, storage_of
+from gemma_deploy.schemes import (
+    KEPT_PER_LAYER,
+    PER_LAYER_TABLES,
+    Codes,
+    Scheme,
+    Storage,
+    dividing_group,
+    dividing_table,
+    storage_of,
+)
 
 
 class Options(BaseModel):
@@ -52,6 +61,7 @@ class BuildSpec:
         embed_scale: `exact` or `bf16`, rounding of the embedding scale.
         groupsize: input channels that share a scale; -1 for one per row, None for the scheme's own.
         table: form of token table and LM head, one of `schemes.TABLES`; None for the default.
+        per_layer_table: form of the table of per-layer vectors, one of `schemes.PER_LAYER_TABLES`; None for int8.
         keep_w8: kinds of linears that keep 8 bits where the others have 4; None for the default.
         table_in_groups: the default table has groups of columns, as the back end's kernels want them.
         adapter_rank: the largest rank of a LoRA adapter that is loaded beside the artifact; None: it takes none.
@@ -72,6 +82,7 @@ class BuildSpec:
     embed_scale: str = "exact"
     groupsize: int | None = None
     table: str | None = None
+    per_layer_table: str | None = None
     keep_w8: tuple[str, ...] | None = None
     table_in_groups: bool = False
     adapter_rank: int | None = None
@@ -94,7 +105,9 @@ class BuildSpec:
         if per_layer is None:
             return made
         kept = () if made.linears.bits == 8 else KEPT_PER_LAYER
-        return replace(made, kept_w8=(*made.kept_w8, *kept), per_layer=Codes(8, dividing_group(per_layer)))
+        bits, group = PER_LAYER_TABLES[self.per_layer_table or "int8"]
+        vectors = Codes(bits, dividing_group(per_layer, group))
+        return replace(made, kept_w8=(*made.kept_w8, *kept), per_layer=vectors)
 
     @property
     def whole_rows(self) -> bool:

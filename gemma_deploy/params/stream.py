@@ -195,25 +195,24 @@ def _write_codes(
     weight, scales = sinks
     qmax = (1 << (BY_NAME[weight.spec.dtype].bits - 1)) - 1
     groups = math.prod(scales.spec.shape[len(weight.spec.shape) - 1 :])  # of a row; each is quantized like a row
-    count = math.prod(scales.spec.shape)
-    all_scales, signal, error = torch.empty(count), torch.empty(count).double(), torch.empty(count).double()
+    rows = math.prod(scales.spec.shape) // groups
+    signal, error = torch.empty(rows).double(), torch.empty(rows).double()  # of each row, however blocks were cut
     start = 0
     for block, absmax in blocks:
-        part = slice(start, start := start + len(block) * groups)
+        part = slice(start, start := start + len(block))
         grouped = (len(block) * groups, block.shape[1] // groups)
         in_float32 = block if block.dtype == torch.float32 else buffers.take("wide", tuple(block.shape), torch.float32)
         in_float32.copy_(block)
         q = buffers.take("out", tuple(block.shape), torch.int8)
         scratch = buffers.take("scratch", grouped, torch.float32)
         if qmax > SEARCHED_QMAX:
-            all_scales[part] = row_scales(absmax.float() if groups == 1 else in_float32.view(grouped).abs().amax(1))
+            chosen = row_scales(absmax.float() if groups == 1 else in_float32.view(grouped).abs().amax(1))
         else:
-            all_scales[part] = choose_scales(in_float32.view(grouped), qmax)[:, 0]
-        signal[part], error[part] = quantize_rows_(
-            in_float32.view(grouped), all_scales[part], q.view(grouped), scratch=scratch, qmax=qmax
-        )
+            chosen = choose_scales(in_float32.view(grouped), qmax)[:, 0].contiguous()
+        powers = quantize_rows_(in_float32.view(grouped), chosen, q.view(grouped), scratch=scratch, qmax=qmax)
+        signal[part], error[part] = (power.view(-1, groups).sum(1) for power in powers)
+        scales.write(chosen)
         weight.write_rows(as_stored(_columns(q, weight.spec, buffers), weight.spec), buffers)
-    scales.write(all_scales)
     energy = float(signal.numpy().sum())
     sqnr = sqnr_db(energy, float(error.numpy().sum()))
     return [weight.row(None if sqnr is None else round(sqnr, 4), float(f"{energy:.7g}")), scales.row()]

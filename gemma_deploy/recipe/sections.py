@@ -121,10 +121,14 @@ class CalibArgs(Section):
 
 
 class Quantize(Section):
-    """Scheme of the weights and of the KV cache; `table` is that of the token table and the LM head."""
+    """Scheme of the weights and of the KV cache; `table` is that of the token table and the LM head.
+
+    `per_layer_table` is that of the table of per-layer vectors, where the model has one.
+    """
 
     type: QuantizeType
     table: TableType | None = None
+    per_layer_table: Literal["int8", "int4"] | None = None
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     calib_args: CalibArgs = CalibArgs()
 

@@ -38,6 +38,7 @@ def spec_of(recipe: RecipeSections) -> BuildSpec:
         embed_scale=kwargs.embed_scale,
         groupsize=None if args is None else args.groupsize,
         table=None if quantize is None else quantize.table,
+        per_layer_table=None if quantize is None else quantize.per_layer_table,
         keep_w8=keep,
         table_in_groups=chosen.table_in_groups,
         adapter_rank=None if recipe.adapters is None else recipe.adapters.rank,

@@ -219,13 +219,25 @@ def _whole_head(graph: ir.Graph, node: ir.Node) -> None:
     here.replace(here.add("Concat", shares, "exact", axis=-1))
 
 
+def _both_halves(here: Before, codes: ir.Value, width: int) -> ir.Value:
+    """Pairs of 4-bit codes as float32 [B, S, width / 2], the first of a pair in the low half -> [B, S, width]."""
+    sixteen, last = here.constant(np.array(16.0, np.float32), "sixteen"), here.constant(np.array([3]), "last")
+    high = here.add("Floor", [here.add("Div", [codes, sixteen], "shifted")], "high")
+    low = here.add("Sub", [codes, here.add("Mul", [high, sixteen], "upper")], "low")
+    apart = [here.add("Unsqueeze", [half, last], f"{name}_column") for half, name in ((low, "low"), (high, "high"))]
+    pairs = here.add("Concat", apart, "pairs", axis=3)
+    return here.add("Reshape", [pairs, here.constant(np.array([0, 0, width]), "codes_of_row")], "halves")
+
+
 def _rows(graph: ir.Graph, node: ir.Node) -> None:
-    """Rows of the table: codes less 128, times the scales of their groups."""
-    table, ids = _input(node, 0), _input(node, 1)
+    """Rows of a table: codes less the middle of their range, times the scales of their groups."""
+    table, ids, bits = _input(node, 0), _input(node, 1), node.attributes["bits"].as_int()
     here, scales = Before(graph, node), _repeated(_input(node, 2))
     codes = here.add("Cast", [here.add("Gather", [table, ids], "rows", axis=0)], "wide", to=ir.DataType.FLOAT.value)
-    signed = here.add("Sub", [codes, here.constant(np.array(128.0, np.float32), "zero")], "signed")
-    groups, width = (*_sizes(scales), 1)[1], _sizes(table)[1]
+    groups, width = (*_sizes(scales), 1)[1], _sizes(table)[1] * 8 // bits
+    if bits == 4:
+        codes = _both_halves(here, codes, width)
+    signed = here.add("Sub", [codes, here.constant(np.array(2.0 ** (bits - 1), np.float32), "zero")], "signed")
     apart = here.add("Reshape", [signed, here.constant(np.array([0, 0, groups, width // groups]), "split")], "groups")
     own = here.add("Gather", [scales, ids], "scales", axis=0)
     column = here.add("Reshape", [own, here.constant(np.array([0, 0, groups, 1]), "column")], "scale_column")

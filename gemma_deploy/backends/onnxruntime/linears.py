@@ -89,12 +89,13 @@ class Matrix:
         )
 
     def chosen_rows(self, nodes: Nodes, ids: ir.Value, out: str) -> ir.Value:
-        """ids: [...] -> rows [..., in] of a table of 8-bit codes, in float32."""
-        codes = self.weights.view(self.codes, self.codes[0], dtype=ir.DataType.UINT8)
+        """ids: [...] -> rows [..., in] of a table of codes, in float32."""
+        shape = (self.rows, self.columns * self.bits // 8)
+        codes = self.weights.view(self.codes, self.codes[0], shape, dtype=ir.DataType.UINT8)
         scales = self.weights.block_scales(self.scales, self.name, self.columns // self.block)
         return nodes.one(
             "GatherBlockQuantized", [codes, ids, scales], out, domain=MICROSOFT,
-            bits=8, block_size=self.block, gather_axis=0, quantize_axis=1,
+            bits=self.bits, block_size=self.block, gather_axis=0, quantize_axis=1,
         )  # fmt: skip
 
     def integer_product(self, nodes: Nodes, tokens: Tokens, out: str) -> ir.Value:

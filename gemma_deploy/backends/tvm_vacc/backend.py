@@ -87,6 +87,8 @@ class StaticPair:
             return unbuilt_of_experts(spec) if config.has_experts else []
         which = "a model with per-layer embeddings or shared keys and values (Gemma 4 E2B, E4B)"
         problems = []
+        if spec.per_layer_table == "int4":
+            problems.append("frontend.quantize.per_layer_table: int4 is not built on tvm_vacc: write int8")
         if spec.split_points:
             problems.append(f"split.points: {which} is not cut into stages in this version: leave them out")
         return problems
