@@ -53,6 +53,7 @@ class Gemma4DecoderLayer(FourNormLayer):
             self.per_layer_projection = nn.Linear(size, config.hidden_size, bias=False)
             self.post_per_layer_input_norm = GainNorm(config.hidden_size, config.rms_norm_eps)
         self.has_experts = bool(getattr(config, "enable_moe_block", False))
+        self.wide_experts = False  # computed in float32, whatever the stream is
         if self.has_experts:
             self.router = Router(config)
             self.experts = Experts(config)
@@ -85,8 +86,8 @@ class Gemma4DecoderLayer(FourNormLayer):
         """What the MLP makes of x, and beside it what the experts do, each behind a norm of its own."""
         dense = self.post_feedforward_layernorm_1(dense)
         chosen = self.router(x)
-        added = self.experts(self.pre_feedforward_layernorm_2(x), *chosen)
-        return dense + self.post_feedforward_layernorm_2(added)
+        added = self.experts(self.pre_feedforward_layernorm_2(x.float() if self.wide_experts else x), *chosen)
+        return dense + self.post_feedforward_layernorm_2(added).type_as(dense)
 
     def gated(self, hidden_states, per_layer_input):
         """What per_layer_projection reads [batch, seq, hidden_size_per_layer_input]; arguments as of `forward`."""

@@ -57,7 +57,7 @@ def recipe_of(checkpoint, backend, quantize, workspace):
         ("gemma4_text", {**SHALLOW, **TINY_EXPERTS}, {"type": "tvm_vacc", "dtype": "int8"}),
         *(
             pytest.param("gemma4_text", TINY_EXPERTS, {"type": "tvm_vacc", **one}, marks=pytest.mark.slow)
-            for one in ({"dtype": "fp32"}, {"dtype": "bf16"})
+            for one in ({"dtype": "fp32"}, {"dtype": "bf16"}, {"dtype": "fp16"})
         ),
         *(
             pytest.param(
@@ -116,7 +116,6 @@ def test_what_is_not_built_of_e2b_is_said_before_any_work(backend, quantize, wor
     [
         ({"type": "onnxruntime", "dtype": "fp32"}, None, "backend.type: onnxruntime is not built for experts"),
         ({"type": "tvm_vacc", "dtype": "int8"}, "w8a8", "frontend.quantize.type: w8a8 is not built for experts"),
-        ({"type": "tvm_vacc", "dtype": "fp16"}, None, "backend.dtype: fp16 is not built for experts"),
     ],
 )
 def test_what_is_not_built_of_experts_is_said_before_any_work(backend, quantize, words, tmp_path):

@@ -52,7 +52,8 @@ class Experts:
     Args:
         count: of experts; chosen: that a token runs through; width: inner width of each.
         dense_post_norm: of what the MLP makes; norm: in front of the experts; post_norm: of their sum.
-        router: the linear [count, hidden]; router_scale: [hidden]; expert_scale: [count].
+        router: the linear [count, hidden]; router_norm: in front of it, without weights; router_scale: [hidden];
+            expert_scale: [count].
         gate_up: the tensor [count, 2 * width, hidden], gates first; down: [count, hidden, width].
     """
 
@@ -63,6 +64,7 @@ class Experts:
     norm: str = "pre_feedforward_layernorm_2"
     post_norm: str = "post_feedforward_layernorm_2"
     router: str = "router.proj"
+    router_norm: str = "router.norm"
     router_scale: str = "router.scale"
     expert_scale: str = "router.per_expert_scale"
     gate_up: str = "experts.gate_up_proj"

@@ -15,7 +15,7 @@ from gemma_deploy.architectures.drafting import CENTROIDS, POST_PROJECTION, PRE_
 from gemma_deploy.artifact.manifest import ContractRecord, LedgerEntry, Manifest
 from gemma_deploy.names import EMBEDDING
 from gemma_deploy.params.table import ParamRow, lowest_sqnr
-from gemma_deploy.quantization.rescaling import Rescaling
+from gemma_deploy.quantization.rescaling import OF_EXPERTS, Rescaling
 from gemma_deploy.schemes import QUANTIZERS, Scheme, Storage
 
 
@@ -230,13 +230,17 @@ def _rescaling(rescaling: Rescaling) -> list[LedgerEntry]:
                 {"tensors": len(scaled), "largest_exponent": scaled[most], "largest_exponent_tensor": most},
             )
         )
-    if rescaling.wide:
+    wide = [branch for branch in rescaling.wide if branch != OF_EXPERTS]
+    if len(wide) < len(rescaling.wide):
+        why = "a rounded router chooses other experts; weights of experts stay float16"
+        entries.append(LedgerEntry("computed in float32", "routers and experts, every layer", why))
+    if wide:
         why = "what GELU reads does not fit float16, and no power of two could be undone after it; weights stay float16"
         inside = {
             "mlp": "gate, up and their product",
             "per_layer_input": "gate of the vectors, and its product with them",
         }
-        where = "; ".join(inside.get(branch, branch) for branch in rescaling.wide)
+        where = "; ".join(inside.get(branch, branch) for branch in wide)
         entries.append(LedgerEntry("computed in float32", f"{where}, every layer", why))
     return entries
 

@@ -123,6 +123,4 @@ def unbuilt_of_experts(spec: BuildSpec) -> list[str]:
     which = "experts (Gemma 4 26B-A4B)"
     if spec.scheme.rounds_activations:
         return [f"frontend.quantize.type: {spec.scheme} is not built for {which}: write w8a16_gptq"]
-    if spec.scheme.weights == "fp16":
-        return [f"backend.dtype: fp16 is not built for {which}: write bf16 or int8"]
     return []

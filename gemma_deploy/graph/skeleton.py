@@ -157,7 +157,7 @@ def _store_experts(
         if scheme in INT8:
             codes = storage.linear(name)
             made = stack(_zeros(shape, torch.int8), _zeros(codes.scale_shape(shape), torch.float32))
-        elif scheme == "bf16":
+        elif scheme in ("bf16", "fp16"):
             made = stack(_zeros(shape, weight_dtype))
         else:
             set_parameter(module, name, _kept(shape, weight_dtype))
@@ -211,6 +211,8 @@ def _rescale(model: nn.Module, templates: Sequence[LayerSpec], rescaling: Rescal
             module.register_buffer("scaling", _zeros((1,), torch.float32))
             module.wide_scores = True
     for layer, module in zip(templates, model.model.layers, strict=True):
+        if layer.experts is not None:
+            module.wide_experts = True
         for branch in (branch for branch in layer.branches if branch.module in rescaling.wide):
             module.get_submodule(branch.module).in_float32 = True
             for reader in branch.entry.readers:

@@ -145,7 +145,9 @@ def build_plan(
             specs.append(ParamSpec(name, shape, MATRIX_DTYPE[scheme], "cast", name))
     if scheme == "fp16":
         specs += [_attention_scale(layer, config.layers, rescaling) for layer in layers]
-        specs += [_value_eps(layer, rescaling, config.rms_norm_eps) for layer in layers if layer.value_norm]
+        bare = [f"{layer.prefix}{layer.value_norm}" for layer in layers if layer.value_norm]
+        bare += [f"{layer.prefix}{layer.experts.router_norm}" for layer in layers if layer.experts is not None]
+        specs += [_eps(norm, rescaling, config.rms_norm_eps) for norm in bare]
     if int8_cache:
         for layer in layers:
             channels = (layer.kv_heads * layer.head_dim,)
@@ -183,9 +185,8 @@ def _factors(layer: LayerSpec) -> Iterator[ParamSpec]:
         yield ParamSpec(name, (layer.linear(group.observed).in_features,), "float32", "stored", name)
 
 
-def _value_eps(layer: LayerSpec, rescaling: Rescaling, eps: float) -> ParamSpec:
-    """Of the norm of values, which has no weight beside which it would stand."""
-    name = f"{layer.prefix}{layer.value_norm}"
+def _eps(name: str, rescaling: Rescaling, eps: float) -> ParamSpec:
+    """Of a norm, by its path, that has no weight beside which it would stand."""
     return ParamSpec(f"{name}.eps", (1,), "float32", "constant", value=eps * 4.0 ** -rescaling.of(f"{name}.in"))
 
 

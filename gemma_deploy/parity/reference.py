@@ -33,6 +33,7 @@ LINEARS = (
     *("_proj", "router.proj", "per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"),
     *("linear_left", "linear_right"),
 )
+NORMS = ("norm", "norm_1", "norm_2")
 NUMBERED = tuple(name.removeprefix("model.") for name in (STREAM_PROJECTION, STREAM_UNEMBED))
 
 
@@ -219,10 +220,10 @@ class TorchSource:
         """Record the largest magnitude of what linears and norms read and modules make, as `MODULE.in` and `.out`."""
         for name, module in model.named_modules():
             name = f"model.{name}"
-            if is_linear(name) or name.endswith("norm"):
+            if is_linear(name) or name.endswith(NORMS):
                 module.register_forward_pre_hook(_remember_input(f"{name}.in", self.absmax), with_kwargs=True)
             if (
-                name.endswith((*LINEARS, "norm", "act_fn", "embed_tokens", "embed_tokens_per_layer"))
+                name.endswith((*LINEARS, *NORMS, "act_fn", "embed_tokens", "embed_tokens_per_layer"))
                 or name.rpartition(".")[2].isdigit()
             ):
                 module.register_forward_hook(_remember_output(f"{name}.out", self.absmax))

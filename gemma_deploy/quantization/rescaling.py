@@ -18,12 +18,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gemma_deploy.architectures import Branch, LayerSpec, inner_modules
+from gemma_deploy.architectures import Branch, Experts, LayerSpec, inner_modules
 from gemma_deploy.bounds import Exponent, Point
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.names import FP16_MAX, PER_LAYER_NORM, PER_LAYER_PROJECTION, PER_LAYER_TABLE
 
 OF_VECTORS = "per_layer_input"  # in `Rescaling.wide`
+OF_EXPERTS = "experts"  # in `Rescaling.wide` wherever there are some
+_OF_EXPERTS = re.compile(rf"model\.layers\.\d+\.((router|experts)\..*|{Experts.norm}\.out|{Experts.post_norm}\.in)")
 _GATED = re.compile(r"model\.layers\.\d+\.(per_layer_input_gate|act_fn)\.out")
 HEADROOM = 4.0  # demanded by the gate, of other text than the calibration's
 MARGIN = 2.0  # on top of it when the exponents are chosen
@@ -36,7 +38,8 @@ class Rescaling:
     Args:
         exponents: `MODULE.in` or `MODULE.out` -> e; the tensor is stored divided by 2**e. Absent: 0.
         wide: branches whose inside is computed in float32 (the name is that of manifests): "mlp" (gate, up and their
-            product), "per_layer_input" (gate of the vectors, and its product with them), or none.
+            product), "per_layer_input" (gate of the vectors, and its product with them), "experts" (and what chooses
+            them), or none.
         absmax: largest magnitudes measured, of the true tensors.
     """
 
@@ -61,6 +64,8 @@ class Rescaling:
         """Whether a tensor is float32 in the graph."""
         inner = tuple(f".{name}.out" for branch in self.wide for name in inner_modules(branch))
         if OF_VECTORS in self.wide and _GATED.fullmatch(point):
+            return True
+        if OF_EXPERTS in self.wide and _OF_EXPERTS.fullmatch(point) and not point.endswith("router.norm.in"):
             return True
         return point.endswith(inner) or point == "model.norm.out"
 
@@ -113,6 +118,8 @@ class _Chooser:
             self.exponents[f"{layer.prefix}{layer.branches[0].norm}.in"] = residual
             for branch in layer.branches:
                 self._branch(layer, branch)
+            if layer.experts is not None:
+                self._experts(layer, layer.experts, residual)
         if self.config.per_layer is not None:
             self._vectors()
         self.exponents["model.norm.in"] = residual
@@ -153,6 +160,15 @@ class _Chooser:
         if branch.post_norm:
             added = self._need(f"{at}{branch.output}.out")
             e[f"{at}{branch.output}.out"] = e[f"{at}{branch.post_norm}.in"] = added
+
+    def _experts(self, layer: LayerSpec, experts: Experts, residual: int) -> None:
+        """Beside the MLP, in float32: norms read the stream, and what both make is added up in front of another one."""
+        e, at, mlp = self.exponents, layer.prefix, layer.branches[-1]
+        self.in_float32.add(OF_EXPERTS)
+        e[f"{at}{experts.norm}.in"] = e[f"{at}{experts.router_norm}.in"] = residual
+        e[f"{at}{experts.dense_post_norm}.in"] = e[f"{at}{mlp.output}.out"]
+        summed = (f"{experts.dense_post_norm}.out", f"{experts.post_norm}.out", f"{mlp.post_norm}.in")
+        e |= dict.fromkeys((f"{at}{point}" for point in summed), max(self._need(f"{at}{point}") for point in summed))
 
     def _scores(self, layer: LayerSpec) -> None:
         """Queries and keys, and the norms of their heads."""

@@ -18,7 +18,7 @@ from gemma_deploy.params import build_plan
 from gemma_deploy.params.rescaled import exponent_of
 from gemma_deploy.parity import maxima
 from gemma_deploy.quantization.rescaling import Rescaling, choose, needed
-from gemma_deploy.testing import TINY_CONFIGS, TINY_PER_LAYER, write_tiny_checkpoint
+from gemma_deploy.testing import TINY_CONFIGS, TINY_EXPERTS, TINY_PER_LAYER, write_tiny_checkpoint
 from tests.exporting import export_once
 
 ALL_MAXIMA_FIT = FP16_MAX / 8
@@ -182,6 +182,7 @@ def plant(folder, model_type, gate=1.0, **changes):
     if model_type in NORMED_HEADS:
         factors |= {"q_proj": 8e4, "k_proj": 8e4}
     if changes:  # vectors of tokens: theirs reach ten thousand, what layers make of them a million
+        factors |= {"experts": 3e2, "post_feedforward_layernorm_1": 4e5, "post_feedforward_layernorm_2": 4e5}
         factors |= {"embed_tokens_per_layer": 1e4, "per_layer_projection": 1e3, "per_layer_input_gate": gate / 1e4}
     for name, weight in weights.items():
         module = name.split(".")[-2]
@@ -250,6 +251,33 @@ def test_vectors_that_reach_ten_thousand_stay_exact(tmp_path, monkeypatch, capsy
     assert lines["mean KL"]["value"] <= 1e-5
     assert lines["headroom of float16"]["value"] >= 4
     monkeypatch.setattr(maxima, "choose", lambda config, measured: Rescaling(absmax=measured))
+    (tmp_path / "plain").mkdir()
+    code, artifact, said = compiled(tmp_path / "plain", checkpoint, capsys)
+    assert code == 1
+    assert "inf or NaN logits" in said.err
+
+
+@pytest.mark.slow
+def test_experts_that_reach_ten_millions_stay_exact(tmp_path, monkeypatch, capsys):
+    """They are float32; what they and the MLP make is added up in float16, smaller by a power of two.
+
+    With seed 0 a token is given another expert, whose score is as large but for the stream's rounding: KL 1.3e-4.
+    """
+    checkpoint = plant(tmp_path / "checkpoint", "gemma4_text", num_hidden_layers=3, seed=1, **TINY_EXPERTS)
+    code, artifact, said = compiled(tmp_path, checkpoint, capsys)
+    assert code == 0, said.err
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    chosen, norm = Manifest.of(manifest).rescaling, "model.layers.1.post_feedforward_layernorm"
+    assert chosen.absmax[f"{norm}_2.in"] > 1e7  # what experts make
+    assert chosen.wide == ("experts",)
+    assert chosen.residual > 0
+    assert chosen.of(f"{norm}.in") == chosen.of(f"{norm}_1.out") == chosen.of(f"{norm}_2.out") > 0
+    assert chosen.of("model.layers.1.router.norm.in") == chosen.residual
+    lines = {line["name"].partition(" (")[0]: line for line in manifest["parity"]["lines"]}
+    assert lines["mean KL"]["value"] <= 1e-5
+    assert lines["headroom of float16"]["value"] >= 4
+    assert any(entry["where"] == "routers and experts, every layer" for entry in manifest["ledger"])
+    monkeypatch.setattr(maxima, "choose", lambda config, measured: Rescaling(wide=("experts",), absmax=measured))
     (tmp_path / "plain").mkdir()
     code, artifact, said = compiled(tmp_path / "plain", checkpoint, capsys)
     assert code == 1
