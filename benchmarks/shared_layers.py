@@ -3,8 +3,9 @@
 usage: shared_layers.py ARTIFACT [--tokens 512] [--repeats 3]
 
 ARTIFACT is one of `backend.type: onnxruntime` of a Gemma 4 E2B or E4B. Both graphs are its own: in the second the last
-token is chosen behind the last layer, as in graphs of other models. Also told: resident memory of the session after a
-prompt, beside the file's bytes without the table of per-layer vectors.
+token is chosen behind the last layer, as in graphs of other models. Also told: memory of the session after a prompt,
+beside the file's bytes without the table of per-layer vectors: what is its own (`held`), and what is resident with the
+pages of mapped files that were read, which the system may take back (the table's rows are looked up there).
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ def chosen_late(model: ir.Model) -> None:
         user.replace_input_with(index, late.outputs[0])
 
 
-def resident() -> int:
-    """Bytes of this process that are in memory, pages of mapped files among them."""
+def resident() -> np.ndarray:
+    """Bytes of this process that are in memory: pages of mapped files among them, and without."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmRSS"].split()[0]) << 10
+    return np.array([int(fields[name].split()[0]) << 10 for name in ("VmRSS", "RssAnon")])
 
 
 def seconds(session: Any, tokens: int, repeats: int) -> tuple[float, np.ndarray]:
@@ -80,7 +81,7 @@ def main() -> None:
     before = resident()
     session = open_graph(own, args.artifact.resolve(), strict=False)
     early, first = seconds(session, args.tokens, args.repeats)
-    held = resident() - before
+    mapped_too, held = (int(size) for size in resident() - before)
     del session
     late_graph = load_file(args.artifact / GRAPH)
     chosen_late(late_graph)
@@ -88,9 +89,10 @@ def main() -> None:
     error = float(np.abs(first - second).max()) / max(1.0, float(np.abs(second).max()))
     found = {
         "tokens": args.tokens, "last_alone_s": round(early, 3), "all_s": round(late, 3),
-        "times": round(late / early, 2), "relative_error": error, "resident_gib": round(held / GIB, 2),
+        "times": round(late / early, 2), "relative_error": error, "resident_gib": round(mapped_too / GIB, 2),
+        "held_gib": round(held / GIB, 2),
         "file_without_table_gib": round(rest / GIB, 2), "table_gib": round(table / GIB, 2),
-        "resident_to_file": round(held / rest, 2),
+        "resident_to_file": round(mapped_too / rest, 2), "held_to_file": round(held / rest, 2),
     }  # fmt: skip
     print("RESULT " + json.dumps(found))
 

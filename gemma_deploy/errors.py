@@ -6,6 +6,7 @@ DeployError                 1  the run failed
 |-- ParamsError             1  the parameter file could not be written or resumed
 |-- CalibrationError        1  a data set is unreadable, empty or too short
 |-- ArtifactError           1  an artifact is damaged, incomplete or of another version
+|   `-- NoArtifactError     2  there is nothing where an artifact was asked for
 |-- PreflightError          1  this machine lacks memory, disk or a file for the job
 |-- GateError               1  the numbers are wrong: parity left its tolerance
 `-- UsageError              2  what was asked for makes no sense
@@ -110,6 +111,10 @@ class UsageError(DeployError):
     """The request makes no sense."""
 
     exit_code = 2
+
+
+class NoArtifactError(ArtifactError, UsageError):
+    """There is nothing at the path of an artifact."""
 
 
 class RecipeError(UsageError):

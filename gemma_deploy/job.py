@@ -299,7 +299,8 @@ def _encoder_problems(spec: BuildSpec) -> list[str]:
     """What of a spec means nothing to an encoder, or is not built for one."""
     problems = []
     if spec.scheme.int8_cache:
-        problems.append("frontend.quantize.type: the model is an encoder and has no cache: leave +kv8 out")
+        way = "leave +kv8 out" if spec.scheme.codes else "remove frontend.quantize"
+        problems.append(f"frontend.quantize.type: the model is an encoder and has no cache: {way}")
     if spec.scheme.rounds_activations:
         problems.append("frontend.quantize.type: w8a8 is not built for encoders: set w8a16 or w8a16_gptq")
     if spec.ranks > 1 or spec.split_points:

@@ -167,7 +167,7 @@ def read_json(path: str | Path, kind: FileKind) -> Any:
     Raises:
         kind.error: as `read_text`, or it is not JSON of this kind.
     """
-    return _value_in(read_bytes(path, kind), path, kind)
+    return value_in(read_bytes(path, kind), path, kind)
 
 
 def read_object(path: str | Path, kind: FileKind) -> dict[str, Any]:
@@ -190,13 +190,14 @@ def object_in(data: bytes, path: str | Path, kind: FileKind) -> dict[str, Any]:
     Raises:
         kind.error: they are not UTF-8, not JSON of this kind, or hold another value.
     """
-    value = _value_in(data, path, kind)
+    value = value_in(data, path, kind)
     if not isinstance(value, dict):
         raise kind.wrong(f"holds {_A_JSON[type(value)]}, expected an object {{...}}", path)
     return value
 
 
-def _value_in(data: bytes, path: str | Path, kind: FileKind) -> Any:
+def value_in(data: bytes, path: str | Path, kind: FileKind) -> Any:
+    """The value in the bytes of a JSON file; see `object_in`."""
     try:
         return parse_json(
             data, unique_keys=kind.unique_keys, finite=kind.finite, whole_characters=kind.whole_characters

@@ -518,7 +518,8 @@ def test_a_bad_artifact(world, demo_copy, name):
     how, commands = ARTIFACTS[name]
     how(demo_copy)
     for (command, *options), parts in commands.items():
-        is_refused(world, FAILED, (str(demo_copy), *parts), command, demo_copy, *options)
+        code = USAGE if name == "not there" else FAILED
+        is_refused(world, code, (str(demo_copy), *parts), command, demo_copy, *options)
 
 
 def test_a_gate_that_passes_does_not_excuse_a_flipped_bit(world, demo_copy, monkeypatch):

@@ -150,7 +150,7 @@ def test_verbose_shows_where_a_refusal_happened(monkeypatch, caplog, options, sh
 
 
 def test_a_file_name_breaks_no_line_and_tells_the_terminal_nothing(tmp_path, capsys):
-    assert main(["run", str(tmp_path / "a\nb\x1b[2J\x9b1mé"), "-p", "x"]) == 1
+    assert main(["run", str(tmp_path / "a\nb\x1b[2J\x9b1mé"), "-p", "x"]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/a\\nb\\x1b[2J\\x9b1mé: there is no such directory\n")
 
 

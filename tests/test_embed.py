@@ -298,6 +298,7 @@ def test_an_artifact_that_generates_makes_no_vectors(demo_artifact, capsys):
     ("given", "said"),
     [
         ({"backend": "tvm_vacc", "dtype": "int8", "quantize": "{type: w8a16+kv8}"}, "has no cache: leave \\+kv8 out"),
+        ({"backend": "tvm_vacc", "dtype": "fp16", "quantize": "{type: w16kv8}"}, "cache: remove frontend.quantize"),
         ({"backend": "tvm_vacc", "dtype": "int8", "quantize": "{type: w8a8}"}, "w8a8 is not built for encoders"),
         ({"backend": "tvm_vacc", "overrides": ["frontend.model_kwargs.tp=2"]}, "is not divided"),
         ({"backend": "onnxruntime", "overrides": ["adapters.rank=4"]}, "an encoder takes none at run time"),

@@ -189,7 +189,10 @@ def rope(
     found = {**(entry if isinstance(entry, dict) else {}), **scaling}
     theta = found.get("rope_theta")
     theta = keys.number(legacy, default=default) if theta is None else keys.positive(where, theta)
-    kind, factor, rotated = found.get("rope_type") or found.get("type") or "default", 1.0, 1.0
+    named = found.get("rope_type") or found.get("type")
+    if named is None and (scaling or "factor" in found):
+        keys.problem("rope_scaling rope_type" if scaling else f"{where} rope_type", None, "linear, beside its factor")
+    kind, factor, rotated = named or "default", 1.0, 1.0
     if kind == "linear":
         factor = keys.positive(f"{where} factor", found.get("factor"))
     elif kind == "proportional":

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from gemma_deploy import reading
 from gemma_deploy.artifact.manifest import FORMAT_VERSION, Manifest
 from gemma_deploy.bounds import lines_of
-from gemma_deploy.errors import ArtifactError, UsageError
+from gemma_deploy.errors import ArtifactError, NoArtifactError, UsageError
 from gemma_deploy.names import CONFIG, MANIFEST, PARAMS
 from gemma_deploy.workdir import is_temporary
 
@@ -38,15 +38,16 @@ class Artifact:
 
         Raises:
             ArtifactError: there is none, another version wrote it, or it is damaged: naming every key that is missing,
-                of another type, or leads out of the artifact; or links that do.
+                of another type, or leads out of the artifact; or links that do. NoArtifactError: nothing is there.
         """
         path = Path(path)
         if path.suffix.lower() == ".gguf" and reading.is_file(path):
             raise _is_a_checkpoint(path)
         if not reading.is_dir(path):
             absent = reading.why_absent(path) or "it is no directory"
-            raise ArtifactError(
-                "there is no such directory" if absent == reading.NOWHERE else absent,
+            nothing = absent == reading.NOWHERE
+            raise (NoArtifactError if nothing else ArtifactError)(
+                "there is no such directory" if nothing else absent,
                 where=str(path),
                 expected="an artifact made by `gemma-deploy compile`",
                 next_step="list the workspace, or compile a recipe first",

@@ -14,6 +14,7 @@ from typing import Any
 from gemma_deploy import reading
 from gemma_deploy.checkpoint.safetensors_reader import SafetensorsFile
 from gemma_deploy.errors import CheckpointError
+from gemma_deploy.names import MANIFEST
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -129,6 +130,9 @@ def refuse_other_formats(directory: Path, found: Sequence[Path]) -> None:
     if {"adapter_model.safetensors", "adapter_config.json"} & set(names):
         what = "this is a LoRA adapter, not a model"
         step = "name its base model as the checkpoint, and this directory with --adapter (or run: gemma-deploy merge)"
+    elif MANIFEST in names:
+        what = "this is an artifact, not a checkpoint"
+        step = f"pass the checkpoint that it was made from; `gemma-deploy inspect {directory}` says which"
     elif pickles:
         what = f"only pickled weights ({', '.join(pickles[:3])}); they can run code when loaded and are never opened"
         step = "convert them to safetensors: load them in transformers where you trust them, then save_pretrained(DIR)"

@@ -177,7 +177,7 @@ def _modules(directory: Path) -> tuple[list[tuple[str, str]], bytes]:
         missing="an encoder needs what sentence-transformers saved beside it (pooling, dense layers): " + WHOLE,
     )
     data = reading.read_bytes(path, kind)
-    listed = reading.read_json(path, kind)
+    listed = reading.value_in(data, path, kind)
     entries = listed if isinstance(listed, list) else []
     found = [(one.get("type"), one.get("path")) for one in entries if isinstance(one, dict)]
     named = [(str(one).rpartition(".")[2], folder) for one, folder in found if isinstance(one, str)]

@@ -31,6 +31,10 @@ log = logging.getLogger(__name__)
 ASK = "> "
 HELP, RESET, ADAPTER, RESULT, EXIT = "/help", "/reset", "/adapter", "/result", "/exit"
 NONE = "none"  # /adapter none
+# Words of Jinja's expressions: no template gives a value such a name, and most are never read as one.
+WORDS_OF_TEMPLATES = frozenset(
+    ("and", "else", "if", "in", "is", "not", "or", "true", "false", "none", "True", "False", "None", "self")
+)
 COMMANDS = {
     HELP: "this list",
     ADAPTER: f"the adapters there are; {ADAPTER} NAME goes on with another, {ADAPTER} {NONE} with the model alone",
@@ -255,10 +259,10 @@ def _names(given: tuple[str, ...], think: bool | None) -> dict[str, Any]:
     names: dict[str, Any] = {}
     for one in given:
         name, found, value = one.partition("=")
-        if not found or not name.isidentifier():
+        if not found or not name.isidentifier() or name in WORDS_OF_TEMPLATES:
             raise UsageError(
                 f"--template-arg {one[:80]!r} is none",
-                expected="NAME=VALUE, such as enable_thinking=true",
+                expected="NAME=VALUE, such as enable_thinking=true; NAME is no word of the template language",
                 next_step="name what the chat template reads, an equals sign, and JSON or a text",
             )
         try:

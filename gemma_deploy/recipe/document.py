@@ -52,6 +52,9 @@ def _plain(text: str) -> Any:
     return text
 
 
+OVERRIDE = "-s "  # begins the place of what the command line says
+
+
 def dotted(path: Path) -> str:
     """`("a", "b", 0)` as the reader writes it: `a.b[0]`."""
     text = ""
@@ -285,7 +288,7 @@ def set_value(document: Document, path: tuple[str, ...], value: Any, *, place: s
 
 def _override(document: Document, override: str, env: Mapping[str, str]) -> None:
     """Apply one `a.b.c=value`."""
-    place = f"-s {override}"
+    place = f"{OVERRIDE}{override}"
     key, equals, text = override.partition("=")
     path = tuple(key.strip().split("."))
     if not equals or not all(path):

@@ -31,11 +31,13 @@ T = TypeVar("T", bound=RecipeSections)
 
 
 def replace_checkpoint(document: Document, checkpoint: str) -> None:
-    """Let `--checkpoint` say which model it is."""
+    """Let `--checkpoint` say which model it is, and of which type, unless `-s` does."""
     place = f"--checkpoint {checkpoint}"
     kind = "gguf" if checkpoint.lower().endswith(".gguf") else "huggingface"
     documents.set_value(document, ("frontend", "checkpoint"), checkpoint, place=place)
-    documents.set_value(document, ("frontend", "type"), kind, place=place)
+    path = ("frontend", "type")
+    if document.get(path) is None or not document.place(path).startswith(documents.OVERRIDE):
+        documents.set_value(document, path, kind, place=place)
 
 
 def replace_adapters(document: Document, adapters: Sequence[AdapterRef]) -> None:

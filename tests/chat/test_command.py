@@ -157,6 +157,8 @@ def test_names_for_the_template(artifact, model, capfd, monkeypatch, arguments, 
     [
         (["--template-arg", "x"], "--template-arg 'x' is none\n  expected: NAME=VALUE"),
         (["--template-arg", "a b=1"], "--template-arg 'a b=1' is none"),
+        (["--template-arg", "if=1"], "--template-arg 'if=1' is none"),
+        (["--template-arg", "None=1"], "--template-arg 'None=1' is none"),
         (["--template-arg", "messages=[]"], "the chat template is given messages by what a conversation has"),
         (["--template-arg", "add_generation_prompt=false"], "is given add_generation_prompt by what a conversation"),
         (["--template-arg", "wishes=1"], "the chat template does not know wishes"),

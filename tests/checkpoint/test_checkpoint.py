@@ -166,6 +166,7 @@ def test_single_file_wins_over_an_index(tmp_path):
         (["model-00001-of-00002.safetensors", "config.json"], "model.safetensors.index.json is missing"),
         (["x.gguf"], "pass the file itself"),
         (["config.json"], "no weights here"),
+        (["config.json", "manifest.json", "params.safetensors"], "this is an artifact, not a checkpoint"),
         ([], "no weights here"),
     ],
 )

@@ -141,6 +141,8 @@ def test_every_problem_is_listed_at_once():
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type: got 'yarn'"),
         ({"rope_scaling": {"type": "linear"}}, "factor: got None"),
         ({"rope_scaling": 8}, "rope_scaling: got 8, expected an object"),
+        ({"rope_scaling": {"factor": 8.0}}, "rope_scaling rope_type: got None, expected linear, beside its factor"),
+        ({"rope_parameters": {"factor": 8.0}}, "rope_parameters rope_type: got None, expected linear, beside its"),
         ({"rope_parameters": {FULL: 3}}, "rope_parameters.full_attention: got 3"),
         ({"layer_types": ["full"] * 3}, "layer_types: got ['full'"),
         ({"layer_types": [FULL] * 2}, "layer_types: got '2 entries', expected 3, one per layer"),

@@ -372,7 +372,16 @@ def test_floats_are_believed_whatever_the_config_says(tmp_path):
         assert np.array_equal(checkpoint.rows(name, 0, len(weight)), weight)
     first, second = checkpoint.notes[:2]
     assert "compressed-tensors, quantization_status decompressed, but the tensors are floats" in first
-    assert f"14 scales and zero points beside weights that are floats are not read: {Q_PROJ}.weight_scale" in second
+    assert "14 scales and zero points beside weights that are floats are not read, as quantization_status dec" in second
+    assert second.endswith(f"says that they are applied already: {Q_PROJ}.weight_scale and others")
+    config["quantization_status"] = "frozen"
+    write_quantized(tmp_path / "frozen", pack, config, **SMALL)
+    second = Checkpoint.open(tmp_path / "frozen").notes[1]
+    assert f"beside weights that are floats are not read: {Q_PROJ}.weight_scale" in second
+    config["quantization_status"] = "compressed"
+    write_quantized(tmp_path / "packed", pack, config, **SMALL)
+    said = f"{Q_PROJ}.weight_scale lies beside a weight of floats (14 so), and config.json says quantization_status co"
+    assert said in refusal(tmp_path / "packed")
 
 
 def test_part_of_the_linears_and_a_list_that_is_wrong(tmp_path):

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+from gemma_deploy import reading
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.checkpoint.sentence import DenseLayer, cut, pooled
 from gemma_deploy.errors import CheckpointError, NotBuiltError
@@ -43,6 +44,14 @@ def test_what_is_read(whole):
     assert list(checkpoint.tensors)[-3:] == ["model.norm.weight", "2_Dense.linear.weight", "3_Dense.linear.weight"]
     assert checkpoint.config.architecture.encoder
     assert checkpoint.config.to_dict()["sentence"]["dense"][0]["name"] == "2_Dense.linear"
+
+
+def test_every_file_is_read_once(whole, monkeypatch):
+    """What is checked is what the checkpoint's fingerprint is made of."""
+    read, right = [], reading.read_bytes
+    monkeypatch.setattr(reading, "read_bytes", lambda path, *kind, **more: read.append(path.name) or right(path, *kind))
+    opened(whole)
+    assert read.count("modules.json") == 1
 
 
 def test_the_newer_spelling_of_sentence_transformers_6(folder):

@@ -256,7 +256,7 @@ def test_the_checkpoint_must_be_the_artifacts_own(finished, capfd, tmp_path):
 
 def test_no_artifact_at_all(capfd, tmp_path):
     code, _, err = run(capfd, "parity", tmp_path / "nothing")
-    assert (code, f"{tmp_path / 'nothing'}: there is no such directory" in err) == (1, True)
+    assert (code, f"{tmp_path / 'nothing'}: there is no such directory" in err) == (2, True)
 
 
 @pytest.fixture

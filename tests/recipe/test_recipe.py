@@ -391,6 +391,15 @@ def test_checkpoint_argument_replaces_path_and_type_and_forgives_an_unset_variab
     assert (recipe.frontend.checkpoint, recipe.frontend.type) == ("/models/it: ${x}.gguf", "gguf")
 
 
+def test_a_type_that_the_command_line_says_is_not_replaced_in_silence():
+    said = "-s frontend.type=gguf: frontend.type: gguf contradicts frontend.checkpoint '/models/it'"
+    with pytest.raises(RecipeError) as refused:
+        Recipe.from_text(MINIMAL, ["frontend.type=gguf"], {}, checkpoint="/models/it")
+    assert said in str(refused.value)
+    given = Recipe.from_text(MINIMAL, ["frontend.type=gguf"], {}, checkpoint="/models/it.gguf")
+    assert given.frontend.type == "gguf"
+
+
 def test_overrides_are_yaml_and_the_last_one_wins():
     recipe = load(MINIMAL, "workspace.workers=7", "backend.compile.data_type=2", "workspace.workers=3", "parity.text=~")
     assert recipe.workspace.workers == 3

@@ -14,7 +14,7 @@ from gemma_deploy.backends.onnxruntime.engine import OrtEngine
 from gemma_deploy.backends.onnxruntime.lookup import History
 from gemma_deploy.backends.tvm_vacc.generate import StaticSession
 from gemma_deploy.engine import open_engine
-from gemma_deploy.errors import ArtifactError, DeployError, UsageError
+from gemma_deploy.errors import ArtifactError, DeployError, NoArtifactError, UsageError
 from gemma_deploy.runtime import Sampling, Tokenizer
 from gemma_deploy.runtime.generate import GenerationStats
 from gemma_deploy.text import TextStream
@@ -344,8 +344,10 @@ def test_a_damaged_artifact_is_refused_when_it_is_opened(broken):
     graph.write_bytes(graph.read_bytes()[:-1])
     with pytest.raises(ArtifactError, match="damaged"):
         open_engine(copy)
-    with pytest.raises(ArtifactError, match="there is no such directory"):
+    with pytest.raises(NoArtifactError, match="there is no such directory") as refused:
         open_engine(copy / "nothing")
+    assert isinstance(refused.value, ArtifactError)
+    assert refused.value.exit_code == 2
 
 
 def test_lookup_goes_on_from_turn_to_turn(genai_artifact, reference):

@@ -77,9 +77,11 @@ def not_built(spec: BuildSpec) -> Iterator[str]:
             "computes as fast, fp32 or int8 for a CPU, or backend.type: tvm_vacc"
         )
     if spec.scheme.int8_cache:
+        without = "remove frontend.quantize and set backend.dtype: int8, bf16 or fp32"
+        way = "leave out +kv8" if spec.scheme.codes else without
         yield (
-            "frontend.quantize.type: an int8 cache for ONNX Runtime is not built yet; "
-            "leave out +kv8, or set backend.type: tvm_vacc"
+            f"frontend.quantize.type: an int8 cache for ONNX Runtime is not built yet; {way}, or, for a model that "
+            "generates text, set backend.type: tvm_vacc"
         )
     if spec.ranks > 1 or spec.split_points:
         yield (

@@ -13,7 +13,17 @@ from typing import Any
 
 from gemma_deploy.checkpoint.quantized import awq, bitsandbytes, compressed_tensors, gptq
 from gemma_deploy.checkpoint.quantized.matrix import CodedMatrix, MisfitError, QuantizedWeight
-from gemma_deploy.checkpoint.quantized.settings import AWQ, BITSANDBYTES, COMPRESSED, GPTQ, KEY, METHODS, Claim
+from gemma_deploy.checkpoint.quantized.settings import (
+    AWQ,
+    BITSANDBYTES,
+    COMPRESSED,
+    COMPRESSED_STATUS,
+    DECOMPRESSED_STATUS,
+    GPTQ,
+    KEY,
+    METHODS,
+    Claim,
+)
 from gemma_deploy.checkpoint.safetensors_reader import SafetensorsFile, readable
 from gemma_deploy.checkpoint.stored import Stored
 
@@ -95,11 +105,16 @@ class Modules:
     def problems(self, used: Iterable[str]) -> list[str]:
         """What keeps all of it from being read: two ways of packing in one model."""
         ways = Counter(_way(self.parts[name], self.claim) for name in used if name in self.parts)
-        if len(ways) < 2:
-            return []
-        return [
-            "two quantizations in one file: " + ", ".join(f"{count} matrices of {way}" for way, count in ways.items())
-        ]
+        found = []
+        if len(ways) > 1:
+            told = ", ".join(f"{count} matrices of {way}" for way, count in ways.items())
+            found.append(f"two quantizations in one file: {told}")
+        if self.claim is not None and self.claim.status == COMPRESSED_STATUS and self.unread:
+            found.append(
+                f"{self.unread[0]} lies beside a weight of floats ({len(self.unread)} so), and config.json says "
+                f"quantization_status {COMPRESSED_STATUS}: whether those are weights or codes cannot be told"
+            )
+        return found
 
     def notes(self, used: Mapping[str, str], matrices: int) -> list[str]:
         """What a user should know.
@@ -122,8 +137,12 @@ class Modules:
                 f"config.json says {claim.method}{status}, but the tensors are floats: they are read as they are"
             )
         if self.unread:
+            applied = claim is not None and claim.status == DECOMPRESSED_STATUS
+            why = (
+                f", as quantization_status {DECOMPRESSED_STATUS} says that they are applied already" if applied else ""
+            )
             notes.append(
-                f"{len(self.unread)} scales and zero points beside weights that are floats are not read: "
+                f"{len(self.unread)} scales and zero points beside weights that are floats are not read{why}: "
                 f"{self.unread[0]}{' and others' if len(self.unread) > 1 else ''}"
             )
         if claim is not None and claim.rounds_activations:

@@ -9,6 +9,8 @@ from typing import Any
 KEY = "quantization_config"
 COMPRESSED, GPTQ, AWQ, BITSANDBYTES = "compressed-tensors", "gptq", "awq", "bitsandbytes"
 METHODS = (COMPRESSED, GPTQ, AWQ, BITSANDBYTES)
+# What compressed-tensors says of its tensors: packed, or weights again, whose scales may still lie beside them.
+COMPRESSED_STATUS, DECOMPRESSED_STATUS = "compressed", "decompressed"
 GPTQ_FORMATS = ("gptq", "gptq_v2")
 AWQ_FORMATS = ("gemm",)
 COMPRESSED_FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "mixed-precision", "dense", "fakequant")
