@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma_deploy.checkpoint import AdapterRef, Checkpoint
+from gemma_deploy.checkpoint import AdapterRef, Checkpoint, expected_tensors
 from gemma_deploy.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json
 from gemma_deploy.dtypes import BY_NAME, StoredDtype
 from gemma_deploy.errors import ParamsError, PreflightError, UsageError
@@ -144,8 +144,9 @@ def _shards(checkpoint: Checkpoint, dtype: StoredDtype, shard_bytes: int) -> dic
     """File name -> tensors, in the model's order; the names are those of transformers."""
     plans: list[list[ParamSpec]] = [[]]
     held = 0
-    for name, info in checkpoint.tensors.items():
-        spec = ParamSpec(name, info.shape, dtype, "cast", name)
+    shapes = expected_tensors(checkpoint.config)  # of experts three dimensions, which are read as two
+    for name in checkpoint.tensors:
+        spec = ParamSpec(name, shapes[name], dtype, "cast", name)
         if plans[-1] and held + spec.nbytes > shard_bytes:
             plans.append([])
             held = 0

@@ -19,6 +19,7 @@ from typing import Any
 from gemma_deploy import paths
 from gemma_deploy.checkpoint.adapters.merging import AdapterRef
 from gemma_deploy.checkpoint.checkpoint import Checkpoint
+from gemma_deploy.checkpoint.expected import expected_tensors
 from gemma_deploy.checkpoint.index import INDEX_NAME, SINGLE_NAME, read_json
 from gemma_deploy.checkpoint.source import WeightSource
 from gemma_deploy.dtypes import BY_NAME
@@ -166,11 +167,11 @@ def _write_weights(source: WeightSource, path: Path, progress: Tick | None, *, a
         as_stored: in its own dtype; else as float32: a dequantized value fits no 16-bit type without loss.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    at, shapes = 0, expected_tensors(source.config)  # of experts three dimensions, which are read as two
     for name, info in source.tensors.items():
         dtype = BY_NAME[info.dtype if as_stored else "float32"]
         size = dtype.itemsize * math.prod(info.shape)
-        header[name] = {"dtype": dtype.safetensors, "shape": list(info.shape), "data_offsets": [at, at + size]}
+        header[name] = {"dtype": dtype.safetensors, "shape": list(shapes[name]), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

@@ -13,10 +13,10 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
 from gemma_deploy.params import taken_over as taking
-from gemma_deploy.testing import TINY_PER_LAYER, write_tiny_checkpoint
+from gemma_deploy.testing import TINY_EXPERTS, TINY_PER_LAYER, write_tiny_checkpoint
 from gemma_deploy.verifying import verify
 from tests.calibration.make import write_tokenizer
-from tests.checkpoint.gguf_make import write_gemma4
+from tests.checkpoint.gguf_make import write_gemma3n, write_gemma4
 from tests.checkpoint.quantized_make import FORMS, read_floats, write_quantized
 from tests.checkpoint.test_gguf import write_gguf
 from tests.exporting import export_once
@@ -197,6 +197,38 @@ def test_gguf_blocks_of_gemma_4(recipe, tmp_path, capsys, kind, scheme, bits):
         assert np.array_equal(codes * np.repeat(scales, 32, axis=1), right), name
         in_layers = "layers" in name and "per_layer" not in name
         assert taken[name].removeprefix("u") == f"int{bits if in_layers else 8}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "kind", "scheme", "floats"),
+    [
+        ("26b", "Q4_0", "w4a16_rtn", ("router.",)),
+        ("26b", "Q8_0", "w8a16", ("router.",)),
+        ("3n", "Q4_0", "w4a16_rtn", ("altup", "laurel", "per_layer_model_projection")),
+    ],
+)
+def test_gguf_blocks_of_experts_and_streams(recipe, tmp_path, capsys, model, kind, scheme, floats):
+    """Every expert's matrices too; routers, maps between streams and what is small are stored as floats."""
+    experts = {**TINY_EXPERTS, "num_hidden_layers": 3, "moe_intermediate_size": 64}
+    own = {"26b": ("gemma4_text", experts), "3n": ("gemma3n_text", {"vocab_size_per_layer_input": 512})}[model]
+    checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path / "f", own[0], **own[1]))
+    write = write_gemma4 if model == "26b" else write_gemma3n
+    write(tmp_path / "m.gguf", tmp_path / "f", kind=gguf.GGMLQuantizationType[kind])
+    write_tokenizer(tmp_path)
+    backend = "tvm_vacc" if model == "26b" else "onnxruntime"
+    manifest = compiled(tmp_path, capsys, recipe(tmp_path / "m.gguf", {"type": scheme}, backend))
+    taken = {row["name"] for row in manifest["params"] if row["scheme"] == "taken_over"}
+    matrices = [name for name, info in checkpoint.tensors.items() if len(info.shape) == 2]
+    names = [name for name in matrices if not any(part in name for part in floats)]
+    assert {name for name in matrices if name in taken} == set(names)
+    assert sum(one["matrices"] for one in manifest["checkpoint"]["arrived"] if one["taken_over"]) == len(names)
+    weights = stored(tmp_path, tmp_path / "m.gguf")
+    for name in names:
+        rows = checkpoint.rows(name, 0, checkpoint.tensors[name].shape[0])
+        blocks = gguf.quants.quantize(rows, gguf.GGMLQuantizationType[kind])
+        right = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
+        assert np.array_equal(weights.rows(name, 0, len(rows)), right), name
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from gemma_deploy.architectures.base import (
 )
 from gemma_deploy.architectures.blocks import AltUp, Laurel, PerLayerTable
 from gemma_deploy.architectures.gemma3 import ropes
+from gemma_deploy.architectures.gemma3n_gguf import GEMMA3N_GGUF
 from gemma_deploy.architectures.keys import ConfigKeys
 from gemma_deploy.architectures.shared import (
     FOUR_NORMS,
@@ -187,7 +188,7 @@ GEMMA3N = Architecture(
         causal="Gemma3nForCausalLM",
         classifier=None,
     ),
-    gguf=None,
+    gguf=GEMMA3N_GGUF,
     read=read,
     layer=layer,
     branches=BRANCHES,

@@ -23,6 +23,19 @@ PER_LAYER_BLOCKS: Mapping[str, str] = {
     "proj": "per_layer_projection",
     "post_norm": "post_per_layer_input_norm",
 }
+# And of experts, whose numbers stand beside the matrices that they belong to.
+EXPERTS: Mapping[str, str] = {
+    "ffn_gate_inp.weight": "router.proj.weight",
+    "ffn_gate_inp.scale": "router.scale",
+    "ffn_gate_up_exps.weight": "experts.gate_up_proj",
+    "ffn_down_exps.weight": "experts.down_proj",
+    "ffn_down_exps.scale": "router.per_expert_scale",
+}
+EXPERT_NORMS: Mapping[str, str] = {
+    "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+    "post_ffw_norm_1": "post_feedforward_layernorm_1",
+    "post_ffw_norm_2": "post_feedforward_layernorm_2",
+}
 PER_LAYER_OUTSIDE: Mapping[str, str] = {
     TABLE: f"{PER_LAYER_TABLE}.weight",
     "per_layer_model_proj.weight": f"{PER_LAYER_PROJECTION}.weight",
@@ -36,8 +49,6 @@ def config(meta: Metadata) -> dict[str, Any]:
     if layers is None:
         return {}
     kinds = gguf_keys.layer_types(meta, layers)
-    if meta("expert_count"):
-        meta.problem("expert_count", meta("expert_count"), "none: experts in GGUF files are not read in this version")
     own = layers - gguf_keys.whole_number(meta, "attention.shared_kv_layers", least=0, most=layers - 1, default=0)
     size = gguf_keys.whole_number(meta, "embedding_length_per_layer_input", least=0, most=1 << 16, default=0)
     found: dict[str, Any] = {
@@ -50,8 +61,19 @@ def config(meta: Metadata) -> dict[str, Any]:
     }
     if SLIDING in kinds:
         found["sliding_window"] = gguf_keys.whole_number(meta, "attention.sliding_window")
+    found |= _experts(meta)
     found |= _heads(meta, kinds, found["attention_k_eq_v"])
     return found | _widths(meta, own, layers) | {"rope_parameters": _ropes(meta, kinds, found["global_head_dim"])}
+
+
+def _experts(meta: Metadata) -> dict[str, Any]:
+    """Of a mixture of experts; llama.cpp counts none where there are none."""
+    if not meta("expert_count"):
+        return {"enable_moe_block": False}
+    names = {"num_experts": "expert_count", "top_k_experts": "expert_used_count",
+             "moe_intermediate_size": "expert_feed_forward_length"}  # fmt: skip
+    sizes = {key: gguf_keys.whole_number(meta, name, most=1 << 16) for key, name in names.items()}
+    return {"enable_moe_block": True, **sizes}
 
 
 def _keys_are_values(meta: Metadata, kinds: tuple[LayerType, ...]) -> bool:
@@ -122,9 +144,9 @@ def _ropes(meta: Metadata, kinds: tuple[LayerType, ...], head_dim: int) -> dict[
 
 GEMMA4_GGUF = Gguf(
     "gemma4",
-    {**GGUF_BLOCKS, **GGUF_FOUR_NORMS, **GGUF_HEAD_NORMS, **PER_LAYER_BLOCKS},
+    {**GGUF_BLOCKS, **GGUF_FOUR_NORMS, **GGUF_HEAD_NORMS, **PER_LAYER_BLOCKS, **EXPERT_NORMS},
     config,
-    whole={"layer_output_scale.weight": "layer_scalar"},
+    whole={"layer_output_scale.weight": "layer_scalar", **EXPERTS},
     outside=PER_LAYER_OUTSIDE,
     said=(FREQUENCIES,),
 )

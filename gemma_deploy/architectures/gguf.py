@@ -49,6 +49,7 @@ class Gguf:
         blocks: part of a tensor's name between `blk.N.` and `.weight` -> name within the layer, before `.weight`.
         config: keys of config.json beside the sizes, or in their place, from what a file says.
         whole: the same for names that are not made that way, from end to end; outside: for those outside layers.
+        stacked: tensors that hold several matrices -> where those are, before `.N.weight`.
         said: tensors that are no weights, but say what config.json says.
     """
 
@@ -57,6 +58,7 @@ class Gguf:
     config: Callable[[Metadata], dict[str, Any]]
     whole: Mapping[str, str] = field(default_factory=dict)
     outside: Mapping[str, str] = field(default_factory=dict)
+    stacked: Mapping[str, str] = field(default_factory=dict)
     said: tuple[str, ...] = ()
 
     def hf_name(self, name: str) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.checkpoint import ModelConfig, TensorInfo
 from gemma_deploy.checkpoint.expected import expected_tensors
-from gemma_deploy.checkpoint.source import as_matrix
+from gemma_deploy.checkpoint.shapes import as_matrix
 from gemma_deploy.names import COLUMN_FACTOR, PARAMS
 from gemma_deploy.params.plan import COLUMN_SCALE, ParamSpec, build_plan
 from gemma_deploy.params.rescaled import exponent_of, rescaled

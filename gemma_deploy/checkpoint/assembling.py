@@ -15,7 +15,8 @@ from gemma_deploy.checkpoint.naming import name_tensors
 from gemma_deploy.checkpoint.quantized.matrix import MisfitError, QuantizedWeight
 from gemma_deploy.checkpoint.quantized.modules import Modules
 from gemma_deploy.checkpoint.safetensors_reader import readable
-from gemma_deploy.checkpoint.source import TensorInfo, as_matrix, equal
+from gemma_deploy.checkpoint.shapes import as_matrix
+from gemma_deploy.checkpoint.source import TensorInfo, equal
 from gemma_deploy.checkpoint.stored import Stored
 from gemma_deploy.dtypes import BY_NAME
 from gemma_deploy.errors import CheckpointError

@@ -49,6 +49,13 @@ def coefficients(config: ModelConfig) -> frozenset[str]:
     )
 
 
+def never_coded(config: ModelConfig) -> frozenset[str]:
+    """Matrices that no artifact holds as codes: coefficients, routers of experts, what joins a drafter to its model."""
+    routers = {f"{layer.prefix}{layer.experts.router}.weight" for layer in config.layers if layer.experts is not None}
+    joining = config.drafting.tensors(config.hidden_size, config.vocab_size) if config.drafting is not None else ()
+    return coefficients(config) | routers | set(joining)
+
+
 def unread_tensors(config: ModelConfig) -> frozenset[str]:
     """Tensors that files may hold and the model does not read: keys and values of layers that share those of others."""
     kinds = ("k_proj", "v_proj", "k_norm", "v_norm")

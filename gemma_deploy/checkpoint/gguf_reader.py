@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from gemma_deploy.architectures import TANH_GELU, Architecture, Gguf
 from gemma_deploy.architectures.keys import ConfigKeys
 from gemma_deploy.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from gemma_deploy.checkpoint.mapped import MappedFile
+from gemma_deploy.checkpoint.shapes import as_matrix
 from gemma_deploy.dtypes import BY_SAFETENSORS
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.names import EMBEDDING_WEIGHT, HEAD_WEIGHT
@@ -69,30 +70,33 @@ class GgufFile:
         self.architecture, self.layout = self._architecture()
         stored = self._stored(header)
         self.said = {name: stored.pop(name) for name in self.layout.said if name in stored}
-        self.entries = {entry.name: entry for entry in stored.values()}
         self.tensors = {**stored, **self.said}
+        for name in (name for name in self.layout.stacked if name in stored):
+            stored |= {one.name: one for one in _apart(stored.pop(name), self.layout.stacked[name])}
+        self.entries = {entry.name: entry for entry in stored.values()}
 
     def raw_rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows as stored, uint8 [stop - start, bytes per row]."""
+        """Rows as stored, uint8 [stop - start, bytes per row]; of several matrices those of all, below each other."""
         entry = self.entries[name]
-        row_bytes = (entry.stop - entry.start) // entry.shape[0]
+        row_bytes = (entry.stop - entry.start) // as_matrix(entry.shape)[0]
         first, last = entry.start + start * row_bytes, entry.start + stop * row_bytes
         return self.file.copy(first, last).reshape(stop - start, row_bytes)
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows dequantized to float32; norm weights as Hugging Face has them (without the 1)."""
+        """Rows dequantized to float32; norm weights as Hugging Face has them (without the 1). See `raw_rows`."""
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
         entry = self.entries[name]
-        if not 0 <= start <= stop <= entry.shape[0]:
-            raise IndexError(f"{entry.name}: rows {start}..{stop} of {entry.shape[0]}")
+        shape = as_matrix(entry.shape)
+        if not 0 <= start <= stop <= shape[0]:
+            raise IndexError(f"{entry.name}: rows {start}..{stop} of {shape[0]}")
         kind = GGMLQuantizationType(entry.ggml_type)
         if len(entry.shape) == 1:
             values = self.vector(entry)[start:stop]
             return values - np.float32(self.architecture.norm_offset) if entry.name.endswith("norm.weight") else values
-        out = np.empty((stop - start, *entry.shape[1:]), np.float32)
-        step = max(1, DEQUANTIZE_BYTES // (4 * math.prod(entry.shape[1:])))
+        out = np.empty((stop - start, shape[1]), np.float32)
+        step = max(1, DEQUANTIZE_BYTES // (4 * shape[1]))
         for first in range(start, stop, step):
             last = min(first + step, stop)
             block = dequantize(_typed(self.raw_rows(name, first, last), kind.name), kind)
@@ -249,6 +253,17 @@ class _Metadata:
     def numbers(self, tensor: str) -> Sequence[float] | None:
         entry = self._file.said.get(tensor)
         return None if entry is None or len(entry.shape) != 1 else [float(one) for one in self._file.vector(entry)]
+
+
+def _apart(entry: GgufEntry, prefix: str) -> list[GgufEntry]:
+    """The matrices of a tensor of several; as it is where it holds one."""
+    if len(entry.shape) != 3:
+        return [entry]
+    count, size = entry.shape[0], (entry.stop - entry.start) // entry.shape[0]
+    return [
+        replace(entry, name=f"{prefix}.{i}.weight", shape=entry.shape[1:], start=first, stop=first + size)
+        for i, first in ((i, entry.start + i * size) for i in range(count))
+    ]
 
 
 def _typed(raw: np.ndarray, type_name: str) -> np.ndarray:

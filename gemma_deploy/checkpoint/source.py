@@ -6,7 +6,6 @@ holds, put together again.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,6 @@ import numpy as np
 from gemma_deploy.checkpoint.config import ModelConfig
 
 COMPARED_BYTES = 8 << 20  # of each of two matrices at a time
-
-
-def as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape under which a tensor is read: matrices of all experts [experts, out, in] are one, below each other."""
-    return shape if len(shape) < 3 else (math.prod(shape[:-1]), shape[-1])
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from gemma_deploy.checkpoint import Checkpoint, TensorInfo, WeightSource
+from gemma_deploy.checkpoint.expected import never_coded
 from gemma_deploy.checkpoint.quantized.matrix import CodedMatrix, QuantizedWeight
 from gemma_deploy.schemes import KEPT_W8, TABLES, Codes, Scheme, Storage
 
@@ -29,11 +30,12 @@ GROUPS = (128, 64, 32)  # that both back ends have kernels for
 def verdicts(checkpoint: Checkpoint, scheme: Scheme, storage: Storage) -> dict[str, str | None]:
     """Matrix that arrives quantized -> None where it is taken over, else why it is dequantized."""
     found: dict[str, str | None] = {}
+    floats = never_coded(checkpoint.config)
     for name, weight in checkpoint.quantized.items():
         form = storage.of(name.removesuffix(".weight"))
         if checkpoint.config.architecture.encoder:
             found[name] = ENCODER
-        elif not scheme.codes or form is None:
+        elif not scheme.codes or form is None or name in floats:
             found[name] = FLOATS
         elif scheme.calibrated:
             found[name] = CHOSEN

@@ -185,11 +185,11 @@ def test_metadata_of_larger_gemmas(file):
 
 def test_other_architecture_names_the_nearest(file):
     raw = raw_config("gemma3_text")
-    write_gguf(file, raw, weights(raw), arch="gemma3n")
+    write_gguf(file, raw, weights(raw), arch="gemma3m")
     text = refusal(file)
-    assert "holds a model of architecture 'gemma3n'; the nearest known one is 'gemma3'" in text
+    assert "holds a model of architecture 'gemma3m'; the nearest known one is 'gemma3'" in text
     assert "one of gemma, gemma2, gemma3" in text
-    assert "pass the GGUF file of Gemma 1, Gemma 2, Gemma 3 or Gemma 4, or the directory of safetensors" in text
+    assert "pass the GGUF file of Gemma 1, Gemma 2, Gemma 3, Gemma 3n or Gemma 4, or the directory of" in text
 
 
 def test_one_part_of_several(file):

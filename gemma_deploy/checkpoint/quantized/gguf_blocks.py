@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma_deploy.checkpoint.quantized.matrix import CodedMatrix, QuantizedWeight
+from gemma_deploy.checkpoint.shapes import as_matrix
 from gemma_deploy.schemes import Codes
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class BlockMatrix(CodedMatrix):
     """
 
     def __init__(self, stored: Stored[Any]) -> None:
-        kind, (rows, columns) = stored.entry.dtype, stored.entry.shape
+        kind, (rows, columns) = stored.entry.dtype, as_matrix(stored.entry.shape)
         super().__init__(
             stored.name, (rows, columns), (stored,), bits=BITS[kind], groups=columns // BLOCK, packing=f"GGUF {kind}"
         )
@@ -61,7 +62,7 @@ class OtherBlocks(QuantizedWeight):
     """
 
     def __init__(self, stored: Stored[Any]) -> None:
-        rows, columns = stored.entry.shape
+        rows, columns = as_matrix(stored.entry.shape)
         super().__init__(stored.name, (rows, columns), (stored,))
 
     @property
@@ -80,6 +81,6 @@ class OtherBlocks(QuantizedWeight):
 
 def blocks_of(stored: Stored[Any]) -> QuantizedWeight | None:
     """The quantized weight that a tensor of a .gguf file is; None of floats and vectors."""
-    if stored.entry.dtype in FLOATS or len(stored.entry.shape) != 2:
+    if stored.entry.dtype in FLOATS or len(stored.entry.shape) < 2:
         return None
     return (BlockMatrix if stored.entry.dtype in BITS else OtherBlocks)(stored)
