@@ -17,15 +17,17 @@ from gemma_deploy.backends.base import Exported
 from gemma_deploy.backends.tvm_vacc.contract import stages_of
 from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
 from gemma_deploy.backends.tvm_vacc.sessions import load_graph
-from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint import Checkpoint, ModelConfig
 from gemma_deploy.cli import cli
 from gemma_deploy.compile import compile_recipe
 from gemma_deploy.errors import ArtifactError, GateError, RecipeError
 from gemma_deploy.graph import worker
+from gemma_deploy.graph.contract import GraphContract
+from gemma_deploy.names import PARAMS
 from gemma_deploy.params import build_plan, write_params
 from gemma_deploy.partition import parts_of
 from gemma_deploy.recipe import Recipe
-from gemma_deploy.testing import TINY_PER_LAYER, write_tiny_checkpoint
+from gemma_deploy.testing import TINY_CONFIGS, TINY_PER_LAYER, write_tiny_checkpoint
 from gemma_deploy.verifying import verify
 from tests.calibration.make import write_tokenizer
 from tests.exporting import export_in_this_process, export_once
@@ -66,6 +68,7 @@ def copy(divided, tmp_path):
     return shutil.copytree(divided, tmp_path / "artifact")
 
 
+VECTORS = "model.embed_tokens_per_layer.weight"
 SHARED = {**TINY_PER_LAYER, "sliding_window": 6}  # five windows in a prompt
 
 
@@ -82,17 +85,56 @@ def test_ranks_of_a_model_whose_layers_share_keys(tmp_path, dtype, tp, monkeypat
         compile_recipe(recipe(checkpoint, dtype), out=tmp_path / "whole")
         found, expected = run_all(out), run_all(tmp_path / "whole")
         assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
-        rows = load_file(out / "rank1" / "params.safetensors")["model.embed_tokens_per_layer.weight"]
-        whole = load_file(tmp_path / "whole" / "params.safetensors")["model.embed_tokens_per_layer.weight"]
+        rows = load_file(out / "rank1" / "params.safetensors")[VECTORS]
+        whole = load_file(tmp_path / "whole" / "params.safetensors")[VECTORS]
         assert np.array_equal(rows, whole[256:])
 
 
-def test_layers_that_share_keys_are_not_cut_into_stages(tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "points", "tp"), [("fp32", [1, 2], 1), ("int8", [2], 2), ("fp16", [1], 1)])
+def test_stages_of_a_model_whose_layers_share_keys(tmp_path, dtype, points, tp, monkeypatch):
+    """Vectors of the layers that are not done yet pass from stage to stage; caches do not."""
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma4_text", **SHARED)
-    with pytest.raises(
-        RecipeError, match=r"split\.points: a model with per-layer embeddings or shared keys and values"
-    ):
-        compile_recipe(recipe(checkpoint, points=[3]), out=tmp_path / "artifact")
+    write_tokenizer(checkpoint)
+    monkeypatch.setattr(worker, "export_apart", export_once)
+    out = tmp_path / "artifact"
+    assert compile_recipe(recipe(checkpoint, dtype, points, tp), out=out).parity.passed
+    if dtype == "fp32":
+        compile_recipe(recipe(checkpoint, dtype), out=tmp_path / "whole")
+        found, expected = run_all(out), run_all(tmp_path / "whole")
+        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+        tables = [folder for folder in ("bottom", "trunk", "top") if VECTORS in load_file(out / folder / PARAMS)]
+        assert tables == ["bottom"]
+
+
+def test_what_passes_between_stages_where_layers_add_vectors():
+    config = ModelConfig.from_dict(TINY_CONFIGS["gemma4_text"] | SHARED, "config.json")
+    contract = GraphContract.of(config, "fp16", 2, prefill=32, context=80)
+    bottom, trunk, top = (contract.of_part(part) for part in parts_of(7, (1, 2), 1))
+    passed = {
+        name: [(port.name, port.dtype, port.shape) for port in ports if "vectors" in port.name]
+        for name, ports in {
+            "bottom gives": bottom.outputs("iter0"),
+            "trunk takes": trunk.inputs("iter1"),
+            "trunk gives": trunk.outputs("iter1"),
+            "top takes": top.inputs("iter0"),
+            "others": (*bottom.inputs("iter0"), *top.outputs("iter0"), *contract.inputs("iter0")),
+        }.items()
+    }
+    assert passed == {
+        "bottom gives": [("next_per_layer_vectors", "float16", (2, 32, 6, 32))],
+        "trunk takes": [("per_layer_vectors", "float16", (2, 1, 6, 32))],
+        "trunk gives": [("next_per_layer_vectors", "float16", (2, 1, 5, 32))],
+        "top takes": [("per_layer_vectors", "float16", (2, 32, 5, 32))],
+        "others": [],
+    }
+
+
+@pytest.mark.parametrize("points", [[3], [1, 5]])
+def test_caches_do_not_pass_between_stages(tmp_path, points):
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma4_text", **SHARED)
+    with pytest.raises(RecipeError, match=rf"split\.points: {points[-1]} is behind layer 2, .*: cut at 2 or before"):
+        compile_recipe(recipe(checkpoint, points=points), out=tmp_path / "artifact")
     assert not (tmp_path / "artifact").exists()
 
 

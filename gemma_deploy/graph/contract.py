@@ -5,8 +5,9 @@ iter1: input_ids, position_ids [B,1], attention_mask [B,C+1], past_key_values.{i
 logits [B,1,V], present.{i}.key/value [B,Hk,1,D] (the new entries only).
 
 The graphs of a stage (`split.points`) read inputs_embeds [B,S,H] in the place of input_ids, or return hidden_states in
-the place of logits; they have the caches of their own layers, which keep the whole model's numbers. The caches of a
-rank (`tp`) hold its heads.
+the place of logits; they have the caches of their own layers, which keep the whole model's numbers. Where layers add
+vectors of tokens, those of the layers that are not done yet pass as well, per_layer_vectors [B,S,layers,size] and
+next_per_layer_vectors. The caches of a rank (`tp`) hold its heads.
 
 In dynamic graphs B, the number of new tokens and the number of cache slots are free, so iter1 also takes a prompt in
 chunks. P and C are then the largest lengths the artifact is meant for: the rotary tables have C rows.
@@ -26,6 +27,7 @@ from gemma_deploy.schemes import Form
 GRAPHS = ("iter0", "iter1")
 PREFILL, DECODE = GRAPHS
 ENTERING, LEAVING = "inputs_embeds", "hidden_states"  # of a stage that does not embed, or has no head
+ENTERING_VECTORS, LEAVING_VECTORS = "per_layer_vectors", "next_per_layer_vectors"  # likewise, where layers add some
 # Of an encoder: what leaves the last norm, and the vector of each text; named as sentence-transformers' exports are.
 TOKEN_STATES, TEXT_VECTORS = "last_hidden_state", "sentence_embedding"
 ENCODER = "model"  # its one graph, without `.onnx`; and that of a drafter
@@ -83,6 +85,8 @@ class GraphContract:
         first_layer: `layers` are counted from it; embeds, heads: whether token ids enter and logits leave.
         geometry: KV heads and head_dim of each layer of the whole model, where they are not `kv_heads` and `head_dim`
             in all of them; else (). (0, 0) of a layer without a cache of its own.
+        vector_size: of what layers add of each token; vectors: layers from `first_layer` on, that is, how many vectors
+            a stage reads of a token. 0 where layers add none.
     """
 
     batch: int
@@ -100,6 +104,8 @@ class GraphContract:
     embeds: bool = True
     heads: bool = True
     geometry: tuple[tuple[int, int], ...] = ()
+    vector_size: int = 0
+    vectors: int = 0
 
     @property
     def graph_names(self) -> tuple[str, ...]:
@@ -135,6 +141,8 @@ class GraphContract:
             dynamic=dynamic,
             hidden_size=config.hidden_size,
             hidden_dtype=dtype,
+            vector_size=0 if config.per_layer is None else config.per_layer.size,
+            vectors=0 if config.per_layer is None else config.per_layer.layers,
         )
 
     def of_part(self, part: ArtifactPart) -> GraphContract:
@@ -146,6 +154,7 @@ class GraphContract:
             first_layer=span.start,
             embeds=span.embeds,
             heads=span.heads,
+            vectors=self.vectors - span.start if self.vectors else 0,
         )
 
     def of_rank(self, ranks: int) -> GraphContract:
@@ -165,6 +174,8 @@ class GraphContract:
             Port("attention_mask", "int64", (batch, keys)),
             Port("position_ids", "int64", (batch, seq)),
         ]
+        if self.vectors and not self.embeds:
+            ports.insert(1, self._vectors(ENTERING_VECTORS, batch, seq, count=self.vectors))
         if graph == DECODE:
             ports += self._cache("past_key_values", PAST if self.dynamic else self.context)
         return tuple(ports)
@@ -173,10 +184,16 @@ class GraphContract:
         """Outputs of `iter0` or `iter1`, in order."""
         batch, seq, _ = self._sizes(graph)
         logits = Port("logits", "float32", (batch, 1, self.vocab_size))
-        return (logits if self.heads else self._hidden(LEAVING, batch, seq), *self._cache("present", seq))
+        ports = [logits if self.heads else self._hidden(LEAVING, batch, seq)]
+        if self.vectors and not self.heads:
+            ports.append(self._vectors(LEAVING_VECTORS, batch, seq, count=self.vectors - self.layers))
+        return (*ports, *self._cache("present", seq))
 
     def _hidden(self, name: str, batch: int | str, seq: int | str) -> Port:
         return Port(name, self.hidden_dtype, (batch, seq, self.hidden_size))
+
+    def _vectors(self, name: str, batch: int | str, seq: int | str, *, count: int) -> Port:
+        return Port(name, self.hidden_dtype, (batch, seq, count, self.vector_size))
 
     def keeps_last(self, graph: str) -> bool:
         """Whether the graph takes more than one token and slices the last before the LM head."""
@@ -192,8 +209,9 @@ class GraphContract:
             for graph in self.graph_names
         }
         sizes = asdict(self)
-        if not self.geometry:
-            del sizes["geometry"]
+        for name in ("geometry", "vector_size", "vectors"):
+            if not sizes[name]:
+                del sizes[name]
         return {**sizes, "graphs": graphs}
 
     def _sizes(self, graph: str) -> tuple[int | str, int | str, int | str]:

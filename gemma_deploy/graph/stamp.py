@@ -14,7 +14,15 @@ import onnx_ir as ir
 
 from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.errors import ExportError
-from gemma_deploy.graph.contract import DECODE, ENTERING, LEAVING, GraphContract, Port
+from gemma_deploy.graph.contract import (
+    DECODE,
+    ENTERING,
+    ENTERING_VECTORS,
+    LEAVING,
+    LEAVING_VECTORS,
+    GraphContract,
+    Port,
+)
 from gemma_deploy.graph.disconnected import VECTOR, TraceBorder, computes_last, own_name
 from gemma_deploy.graph.external import onnx_type
 from gemma_deploy.names import LAST_POSITION, PER_LAYER_VECTORS
@@ -239,6 +247,7 @@ def stamp(
         ]
     else:
         outputs[LEAVING] = stream.values["hidden"]
+        outputs |= stream.vectors_behind()
     return build.finish(outputs, dict(source.opset_imports))
 
 
@@ -252,7 +261,10 @@ def _prologue(build: Builder, template: Template, layers: Sequence[LayerSpec]) -
     made = build.place(template, given, "prologue.", wanted=[*(["hidden", *vectors] if embeds else []), *wanted])
     if vectors and embeds:
         made["vectors"].name = PER_LAYER_VECTORS
-    return made if embeds else {**made, "hidden": build.inputs[ENTERING]}
+    if embeds:
+        return made
+    entering = {"vectors": build.inputs[ENTERING_VECTORS]} if vectors else {}
+    return {**made, "hidden": build.inputs[ENTERING], **entering}
 
 
 class _Stream:
@@ -266,6 +278,7 @@ class _Stream:
         self.build, self.values = build, values
         self.made: dict[str, ir.Value] = {}  # keys and values of layers before, of the tokens of this run
         self.at_last = False
+        self.first_vector = 0 if build.contract.embeds else build.contract.first_layer
 
     def of(self, layer: LayerSpec) -> dict[str, ir.Value]:
         """Inputs of a layer, by border name."""
@@ -279,7 +292,10 @@ class _Stream:
                 inputs[f"past.{part}"] = self.build.inputs[f"past_key_values.{source}.{part}"]
         if layer.per_layer is not None:
             inputs[VECTOR] = self.build.node(
-                "Gather", [self.values["vectors"], np.int64(layer.index)], f"{layer.prefix}{VECTOR}", axis=2
+                "Gather",
+                [self.values["vectors"], np.int64(layer.index - self.first_vector)],
+                f"{layer.prefix}{VECTOR}",
+                axis=2,
             )
         return inputs
 
@@ -287,6 +303,15 @@ class _Stream:
         """Take what a layer gives."""
         self.values["hidden"] = result["hidden"]
         self.made |= {f"{layer.index}.{part}": result[f"present.{part}"] for part, _ in layer.caches}
+
+    def vectors_behind(self) -> dict[str, ir.Value]:
+        """Vectors of the layers of later stages, as an output; nothing where layers add none."""
+        if "vectors" not in self.values:
+            return {}
+        contract = self.build.contract
+        done, end = contract.first_layer + contract.layers - self.first_vector, np.iinfo(np.int64).max
+        constants = (np.array([number]) for number in (done, end, 2))
+        return {LEAVING_VECTORS: self.build.node("Slice", [self.values["vectors"], *constants], LEAVING_VECTORS)}
 
     def keep_last(self) -> None:
         """Go on with the last position alone; a mask's rows are those of queries."""

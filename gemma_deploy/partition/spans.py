@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.errors import UsageError
-from gemma_deploy.names import LAYERS
+from gemma_deploy.names import LAYERS, PER_LAYER_NORM, PER_LAYER_PROJECTION, PER_LAYER_TABLE
 
 BOTTOM, TRUNK, TOP, WHOLE = "bottom", "trunk", "top", "whole"
 
@@ -44,6 +44,8 @@ class Span:
             return self.start <= int(name.removeprefix(LAYERS).partition(".")[0]) < self.stop
         if name.startswith("model.embed_tokens."):
             return self.embeds or (self.heads and tied)
+        if name.startswith(tuple(f"{module}." for module in (PER_LAYER_TABLE, PER_LAYER_PROJECTION, PER_LAYER_NORM))):
+            return self.embeds  # what they make passes between stages
         return self.heads
 
 

@@ -85,12 +85,17 @@ class StaticPair:
                     "onnxruntime"]  # fmt: skip
         if not config.reads_beside:
             return unbuilt_of_experts(spec) if config.has_experts else []
-        which = "a model with per-layer embeddings or shared keys and values (Gemma 4 E2B, E4B)"
         problems = []
         if spec.per_layer_table == "int4":
             problems.append("frontend.quantize.per_layer_table: int4 is not built on tvm_vacc: write int8")
-        if spec.split_points:
-            problems.append(f"split.points: {which} is not cut into stages in this version: leave them out")
+        sources = [layer.cache_from for layer in config.layers if layer.cache_from is not None]
+        first = min(sources, default=config.num_hidden_layers)
+        problems += [
+            f"split.points: {point} is behind layer {first}, whose keys and values later layers read, and caches do "
+            f"not pass between stages: cut at {first} or before"
+            for point in spec.split_points
+            if point > first
+        ]
         return problems
 
     def codes(self, spec: BuildSpec) -> CodeForm:

@@ -7,18 +7,20 @@ what differs is named `rank0.`, `rank1.`, ... So the joined graph gives on one m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 
 from gemma_deploy.backends.tvm_vacc.contract import PartFolders
 from gemma_deploy.errors import ArtifactError
+from gemma_deploy.graph.contract import ENTERING, ENTERING_VECTORS, LEAVING, LEAVING_VECTORS
 from gemma_deploy.partition.ranks import sharding
 from gemma_deploy.runtime.session import load_file
 
 COLLECTIVES = {"AllReduce", "AllGather"}
 FIRST_ROW = ".first_row"
+PASSED = {LEAVING: ENTERING, LEAVING_VECTORS: ENTERING_VECTORS}  # from a stage to the next one
 REBUILD = "compile the artifact again with --force"
 
 
@@ -34,11 +36,13 @@ class _Joiner:
         self.functions: dict[ir.OperatorIdentifier, ir.Function] = {}
         self.opsets: dict[str, int] = {}
 
-    def add(self, folders: Sequence[str], models: Sequence[ir.Model], entering: ir.Value | None) -> ir.Value | None:
-        """Add a stage's ranks; returns the hidden states that leave it, None of the last stage.
+    def add(
+        self, folders: Sequence[str], models: Sequence[ir.Model], entering: Mapping[str, ir.Value]
+    ) -> dict[str, ir.Value]:
+        """Add a stage's ranks; returns what leaves it for the next one, by the names of that one's inputs.
 
         Args:
-            entering: hidden states of the stage before.
+            entering: what left the stage before.
         """
         self._refuse_different(folders, models)
         maps: list[dict[ir.Value, ir.Value]] = [{} for _ in models]
@@ -48,12 +52,12 @@ class _Joiner:
             self._initializer(folders, values, maps)
         for nodes in zip(*(model.graph for model in models), strict=True):
             self._node(nodes, maps)
-        leaving = None
+        leaving = dict[str, ir.Value]()
         for outs in zip(*(model.graph.outputs for model in models), strict=True):
             made = [each[value] for value, each in zip(outs, maps, strict=True)]
             name = str(outs[0].name)
-            if name == "hidden_states":
-                leaving = made[0]
+            if name in PASSED:
+                leaving[PASSED[name]] = made[0]
             else:
                 self.outputs[name] = self._output(outs[0], made)
         for model in models:
@@ -72,13 +76,15 @@ class _Joiner:
             )
 
     def _input(
-        self, ports: Sequence[ir.Value], maps: list[dict[ir.Value, ir.Value]], entering: ir.Value | None
+        self, ports: Sequence[ir.Value], maps: list[dict[ir.Value, ir.Value]], entering: Mapping[str, ir.Value]
     ) -> None:
         name = str(ports[0].name)
-        if name == "inputs_embeds":
-            if entering is None:
-                raise ArtifactError("the first stage takes hidden states", where=str(self.root), next_step=REBUILD)
-            values = [entering] * len(ports)
+        if name in PASSED.values():
+            if name not in entering:
+                raise ArtifactError(
+                    f"a stage takes {name}, which none before it gives", where=str(self.root), next_step=REBUILD
+                )
+            values = [entering[name]] * len(ports)
         elif name.startswith("past_key_values.") and len(ports) > 1:
             batch, heads, length, size = _dims(ports[0])
             whole = self._whole_input(ports[0], (batch, int(heads) * len(ports), length, size))
@@ -214,11 +220,11 @@ def join(root: Path, name: str, stages: PartFolders) -> ir.Model:
         ArtifactError: a file is missing or damaged, or the parts do not belong together.
     """
     joiner = _Joiner(root, name)
-    hidden: ir.Value | None = None
+    passed: dict[str, ir.Value] = {}
     for folders in stages:
         models = [load_file(root / folder / f"{name}.onnx") for folder in folders]
-        hidden = joiner.add(folders, models, hidden)
-    if hidden is not None or "logits" not in joiner.outputs:
+        passed = joiner.add(folders, models, passed)
+    if passed or "logits" not in joiner.outputs:
         raise ArtifactError("the last stage gives no logits", where=str(root), next_step=REBUILD)
     return joiner.model()
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from gemma_deploy.backends.tvm_vacc.contract import StaticContract
 from gemma_deploy.backends.tvm_vacc.cutting import DECODE_INPUTS, LAST_HIDDEN, Cutter
+from gemma_deploy.names import PER_LAYER_VECTORS
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.quantization.rescaling import Rescaling
 
@@ -59,15 +60,16 @@ class CaseState:
         names = [name for name in names if not self.last or name not in self.last[0]]
         if self.last and not names:
             return
+        known = [*DECODE_INPUTS, *(name for name in (PER_LAYER_VECTORS,) if name in self.prefill)]
         of = {name: cutter.at_last[name] for name in names}
         if not every:
-            given = [*DECODE_INPUTS, *(value for value, _ in of.values() if value in self.prefill)]
+            given = [*known, *(value for value, _ in of.values() if value in self.prefill)]
             made = cutter.piece(list(dict.fromkeys(given)), names)(self.prefill)
             found = [dict(zip(names, made, strict=True))]
         else:
             wholes = [value for value, _ in of.values()]
             missing = list(dict.fromkeys(value for value in wholes if value not in self.prefill))
-            values = dict(zip(missing, cutter.piece(DECODE_INPUTS, missing)(self.prefill), strict=True))
+            values = dict(zip(missing, cutter.piece(known, missing)(self.prefill), strict=True))
             values |= {name: self.prefill[name] for name in wholes if name not in values}
             found = [
                 {name: values[value].take([at], axis) for name, (value, axis) in of.items()}
