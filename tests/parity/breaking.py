@@ -42,6 +42,11 @@ class Graph:
         """The node that makes a value."""
         return next(node for node in self.graph.node if output in node.output)
 
+    def maker_of_op(self, op_type, module):
+        """The one node of an operator inside a module."""
+        (found,) = (node for node in self.graph.node if node.op_type == op_type and node.name.startswith(f"{module}."))
+        return found
+
     def consumers(self, name):
         return [node for node in self.graph.node if name in node.input]
 
