@@ -21,6 +21,13 @@ COSTLY = tuple(
 # Tests of seconds, or of many cases: so many cases, evenly spaced, are in the default run.
 A_FEW = {
     "tests/runtime/test_draft.py::test_what_is_drawn_keeps_the_distribution": 2,
+    "tests/runtime/test_assistant.py::test_guesses_are_transformers_and_greedy_text_is_the_targets": 3,
+    "tests/runtime/test_assistant.py::test_a_drafter_of_another_model_is_refused": 1,
+    "tests/runtime/test_assistant.py::test_another_tokenizer_and_caches_of_a_window_are_refused": 0,
+    "tests/runtime/test_assistant.py::test_a_drafter_of_a_shorter_context_guesses_no_more_at_its_end": 0,
+    "tests/runtime/test_assistant.py::test_replies_of_one_session_follow_each_other": 1,
+    "tests/runtime/test_assistant.py::test_the_gate_sees_what_is_wrong": 1,
+    "tests/runtime/test_assistant.py::test_int8_drafters_are_proven_and_guess": 0,
     "tests/backends/test_target.py::test_an_artifact_is_proven_whole_and_says_what_it_is": 1,
     "tests/backends/test_window.py::test_an_artifact_is_proven_and_says_which_layers": 1,
     "tests/test_quantized_artifact.py::test_compiles_proven_and_repeats_its_twin": 0,

@@ -40,10 +40,14 @@ def positive(meta: Metadata, key: str) -> float:
 
 
 def layer_types(meta: Metadata, layers: int) -> tuple[LayerType, ...]:
-    """The kinds of layers: true in the pattern is a sliding one; all full where it is wrong."""
+    """The kinds of layers: true, or 1, in the pattern is a sliding one; all full where it is wrong."""
     key = "attention.sliding_window_pattern"
     pattern = meta(key)
-    if isinstance(pattern, list) and len(pattern) == layers and all(type(one) is bool for one in pattern):
+    if (
+        isinstance(pattern, list)
+        and len(pattern) == layers
+        and all(type(one) in (bool, int) and one in (0, 1) for one in pattern)
+    ):
         return tuple(SLIDING if one else FULL for one in pattern)
     meta.problem(key, pattern, f"a list of {layers} booleans, true where a layer has a window")
     return (FULL,) * layers

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gemma_deploy.architectures.gguf_keys import turned_share
-from gemma_deploy.checkpoint import Checkpoint
+from gemma_deploy.checkpoint import Checkpoint, gguf_reader
+from gemma_deploy.checkpoint.mapped import MappedFile
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.patched import patched_causal
 from gemma_deploy.staging import stage_checkpoint
@@ -161,6 +162,14 @@ def test_missing_or_contradicting_metadata_are_told_by_name(directory, tmp_path,
     assert said in refusal(gguf_make.write_gemma4(tmp_path / "m.gguf", directory("31b"), **changes))
 
 
+def test_a_pattern_of_numbers_is_one_of_booleans(directory, tmp_path):
+    """llama.cpp reads both."""
+    theirs = Checkpoint.open(directory("31b")).config.layers
+    pattern = [int(layer.kind == SLIDING) for layer in theirs]
+    file = gguf_make.write_gemma4(tmp_path / "m.gguf", directory("31b"), attention__sliding_window_pattern=pattern)
+    assert Checkpoint.open(file).config.layers == theirs
+
+
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
@@ -207,3 +216,30 @@ def test_keys_of_layers_that_share_others_are_listed_and_not_read(directory, tmp
     checkpoint = Checkpoint.open(gguf_make.write_gemma4(tmp_path / "m.gguf", directory("e2b")))
     assert "model.layers.5.self_attn.k_proj.weight" not in checkpoint.tensors
     assert any(note.startswith("2 tensor(s) of layers that share keys and values") for note in checkpoint.notes)
+
+
+@pytest.mark.parametrize("model", ["31b", "e2b", "26b", "3n"])
+def test_metadata_of_any_type_are_refused_in_a_sentence(directory, tmp_path, monkeypatch, model):
+    """Or read, where the value is none that matters."""
+    if model == "3n":
+        checkpoint = write_tiny_checkpoint(tmp_path / "ck", "gemma3n_text")
+        file = gguf_make.write_gemma3n(tmp_path / "m.gguf", checkpoint)
+    else:
+        file = gguf_make.write_gemma4(tmp_path / "m.gguf", directory(model))
+    read, refused = gguf_reader.read_gguf_header, {}
+    keys = [key for key in read(MappedFile(file)).metadata if not key.startswith(("general", "tokenizer", "GGUF"))]
+    for key in keys:
+        for value in ("text", [3, 4], ["a"], ("array", 5000), True, -7, 2.5, float("nan"), float("inf"), [], 1 << 40):
+
+            def changed(mapped, key=key, value=value):
+                header = read(mapped)
+                header.metadata[key] = value
+                return header
+
+            monkeypatch.setattr(gguf_reader, "read_gguf_header", changed)
+            try:
+                Checkpoint.open(file)
+            except CheckpointError as error:
+                refused[key] = str(error)
+    assert all(str(file) in said for said in refused.values())
+    assert len(refused) >= len(keys) - 2, sorted(set(keys) - set(refused))

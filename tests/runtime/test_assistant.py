@@ -239,6 +239,27 @@ def test_what_is_drawn_keeps_the_distribution():
     assert squares < degrees + 4 * np.sqrt(2 * degrees)  # four standard deviations
 
 
+def test_a_drafter_of_a_shorter_context_guesses_no_more_at_its_end(made, tmp_path, monkeypatch):
+    """The caches that it reads have room for more positions than its rotary tables have rows."""
+    _, target, own, _ = made("31b")
+    drafter = compile_recipe(recipe_of(own, tmp_path, shape={"input_ids": [[16], [32]]})).path
+    engine, guess, seen = open_engine(target, threads=1), Assistant.guess, []
+
+    def watched(self, most):
+        made = guess(self, most)
+        seen.append((self._sequence.length, len(made.tokens)))
+        return made
+
+    monkeypatch.setattr(Assistant, "guess", watched)
+    other, ids = open_engine(drafter, threads=1), engine.tokenizer.encode("the list")
+    session, plain = engine.session(draft=other, endless=True), engine.session(lookup=True, endless=True)
+    said = "".join(session.reply(ids, max_new_tokens=48))
+    assert said == "".join(plain.reply(ids, max_new_tokens=48))
+    assert any(count for place, count in seen if place < 32)
+    assert any(place >= 32 for place, _ in seen)
+    assert not any(count for place, count in seen if place >= 32)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_replies_of_one_session_follow_each_other(made, temperature):
     _, target, _, drafter = made("31b")
