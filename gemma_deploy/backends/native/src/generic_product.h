@@ -1,0 +1,255 @@
+// Products of rows and panels, for any vector type V of sixteen lanes (vector_*.h).
+#pragma once
+
+#include "kernels.h"
+
+namespace gemma {
+namespace {
+
+template <class V>
+struct Products {
+  using F = typename V::F;
+  using I = typename V::I;
+
+  static F LoadScale(const uint8_t* scales, size_t index, int32_t form) {
+    if (form == kFloat32) return V::Load(reinterpret_cast<const float*>(scales) + index);
+    return form == kFloat16 ? V::LoadHalf(scales + 2 * index) : V::LoadBfloat(scales + 2 * index);
+  }
+
+  // One block: R rows times P panels, over the inputs of one span.
+  template <int R, int P>
+  struct Block {
+    const Matrix& m;
+    const Span* rows[R];
+    const uint8_t* panels[P];
+    int start;      // the span's first input, of all
+    F inner[R][P];  // sums of the span
+
+    void Clear() {
+      for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) inner[r][p] = V::Set(0.0f);
+    }
+
+    // Adds sums of the inputs begin..end to `inner`, less what the codes are too high, times the scales of the group.
+    template <class Accs>
+    void Flush(const Accs& acc, int begin, int end, int panel, int offset) {
+      for (int r = 0; r < R; r++) {
+        const int32_t low = offset * (rows[r]->sums[(end - start) / kSums] - rows[r]->sums[(begin - start) / kSums]);
+        const I less = V::SetInt(low);
+        for (int p = 0; p < P; p++) {
+          const F sum = V::Float(V::Sub(V::Total(acc[r][p]), less));
+          inner[r][p] = m.group == 0 ? V::Add(inner[r][p], sum)
+                                     : V::Fma(sum, GroupScale(panel + p, begin / m.group), inner[r][p]);
+        }
+      }
+    }
+
+    F GroupScale(int panel, int group) const {
+      const size_t groups = m.columns / m.group;
+      return LoadScale(m.scales, (panel * groups + group) * kLanes, m.scale_form);
+    }
+
+    void Bytes(int begin, int end, int panel) {
+      const int piece = m.group != 0 && m.group < kExact ? m.group : kExact;
+      for (int k0 = begin; k0 < end; k0 += piece) {
+        const int k1 = k0 + piece < end ? k0 + piece : end;
+        typename V::Acc acc[R][P];
+        for (int r = 0; r < R; r++)
+          for (int p = 0; p < P; p++) acc[r][p] = V::Begin();
+        for (int k = k0; k < k1; k += 4) {
+          typename V::B w[P];
+          for (int p = 0; p < P; p++) {
+            const uint8_t* at = panels[p] + static_cast<size_t>(k) * kLanes;
+            w[p] = V::LoadBytes(at);
+            V::Prefetch(at + 2048);
+          }
+          for (int r = 0; r < R; r++) {
+            const auto x = V::Codes(rows[r]->codes, k - start);
+            for (int p = 0; p < P; p++) V::Dot(acc[r][p], w[p], x);
+          }
+        }
+        Flush(acc, k0, k1, panel, 128);
+      }
+    }
+
+    // A block of 128 inputs lies as 64 low nibbles and 64 high ones, which belong to different groups where these are
+    // small: two sums are under way then.
+    void Nibbles(int begin, int end, int panel) {
+      const int piece = m.group == 0 || m.group > kExact ? kExact : m.group;
+      if (piece < 2 * kBlock) {
+        for (int k0 = begin; k0 < end; k0 += 2 * kBlock)
+          for (int sub = 0; sub < kBlock; sub += piece) NibblePiece(k0, k0 + kBlock, sub, sub + piece, panel, true);
+        return;
+      }
+      for (int k0 = begin; k0 < end; k0 += piece) {
+        const int k1 = k0 + piece < end ? k0 + piece : end;
+        NibblePiece(k0, k1, 0, kBlock, panel, false);
+      }
+    }
+
+    void NibblePiece(int k0, int k1, int from, int to, int panel, bool apart) {
+      typename V::Acc low[R][P], high[R][P];
+      for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) low[r][p] = high[r][p] = V::Begin();
+      for (int block = k0; block < k1; block += 2 * kBlock) {
+        for (int k = block + from; k < block + to; k += 4) {
+          typename V::B a[P], b[P];
+          for (int p = 0; p < P; p++) {
+            const size_t at = static_cast<size_t>(block) * (kLanes / 2) + static_cast<size_t>(k - block) * kLanes;
+            V::LoadNibbles(panels[p] + at, a[p], b[p]);
+            V::Prefetch(panels[p] + at + 2048);
+          }
+          for (int r = 0; r < R; r++) {
+            const auto x = V::Codes(rows[r]->codes, k - start), z = V::Codes(rows[r]->codes, k + kBlock - start);
+            for (int p = 0; p < P; p++) {
+              V::Dot(low[r][p], a[p], x);
+              V::Dot(apart ? high[r][p] : low[r][p], b[p], z);
+            }
+          }
+        }
+      }
+      if (apart) {
+        Flush(low, k0 + from, k0 + to, panel, 8);
+        Flush(high, k0 + kBlock + from, k0 + kBlock + to, panel, 8);
+      } else {
+        Flush(low, k0, k1, panel, 8);
+      }
+    }
+
+    // Floats: even and odd inputs are summed apart.
+    template <class Even, class Odd>
+    void Floats(int begin, int end, Even even, Odd odd) {
+      F other[R][P];
+      for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) other[r][p] = V::Set(0.0f);
+      for (int k = begin; k < end; k += 2) {
+        for (int p = 0; p < P; p++) {
+          const F a = even(panels[p], k), b = odd(panels[p], k);
+          for (int r = 0; r < R; r++) {
+            inner[r][p] = V::Fma(V::Set(rows[r]->values[k - start]), a, inner[r][p]);
+            other[r][p] = V::Fma(V::Set(rows[r]->values[k + 1 - start]), b, other[r][p]);
+          }
+        }
+      }
+      for (int r = 0; r < R; r++)
+        for (int p = 0; p < P; p++) inner[r][p] = V::Add(inner[r][p], other[r][p]);
+    }
+
+    void Run(int begin, int end, int panel) {
+      Clear();
+      switch (m.form) {
+        case kInt8:
+          return Bytes(begin, end, panel);
+        case kInt4:
+          return Nibbles(begin, end, panel);
+        case kFloat32:
+          return Floats(
+              begin, end,
+              [](const uint8_t* w, int k) {
+                return V::Load(reinterpret_cast<const float*>(w) + static_cast<size_t>(k) * kLanes);
+              },
+              [](const uint8_t* w, int k) {
+                return V::Load(reinterpret_cast<const float*>(w) + static_cast<size_t>(k + 1) * kLanes);
+              });
+        case kFloat16:
+          return Floats(
+              begin, end,
+              [](const uint8_t* w, int k) { return V::LoadHalf(w + static_cast<size_t>(k) * 2 * kLanes); },
+              [](const uint8_t* w, int k) { return V::LoadHalf(w + static_cast<size_t>(k + 1) * 2 * kLanes); });
+        default:
+          return Floats(
+              begin, end, [](const uint8_t* w, int k) { return V::First(w + static_cast<size_t>(k) * 2 * kLanes); },
+              [](const uint8_t* w, int k) { return V::Second(w + static_cast<size_t>(k) * 2 * kLanes); });
+      }
+    }
+  };
+
+  template <int R, int P>
+  static void Piece(const Product& work, int row, int panel, int span) {
+    const Matrix& m = *work.matrix;
+    const int begin = span * kSpan, end = begin + kSpan < m.columns ? begin + kSpan : m.columns;
+    const bool codes = m.form >= kInt8, last = end == m.columns;
+    const size_t bytes = PanelBytes(m.form, m.columns);
+    Block<R, P> block{m, {}, {}, begin, {}};
+    for (int r = 0; r < R; r++)
+      block.rows[r] = work.rows + static_cast<size_t>(row + r) * (work.last - work.first) + (span - work.first);
+    for (int p = 0; p < P; p++) block.panels[p] = m.panels + (panel + p) * bytes;
+    block.Run(begin, end, panel);
+    for (int r = 0; r < R; r++) {
+      const F scale = V::Set(codes ? *block.rows[r]->scale : 1.0f);
+      for (int p = 0; p < P; p++) {
+        float* y = work.y + (row + r) * work.stride + static_cast<size_t>(panel + p) * kLanes;
+        const F before = span == 0 ? V::Set(0.0f) : V::Load(y);
+        F sum = V::Fma(block.inner[r][p], scale, before);
+        if (last && codes && m.group == 0)
+          sum = V::Mul(sum, LoadScale(m.scales, static_cast<size_t>(panel + p) * kLanes, m.scale_form));
+        V::Store(y, sum);
+      }
+    }
+  }
+
+  template <int P>
+  static void AllRows(const Product& work, int panel, int span) {
+    int row = 0;
+    for (; row + V::kRows <= work.count; row += V::kRows) Piece<V::kRows, P>(work, row, panel, span);
+    for (; row + 2 <= work.count; row += 2) Piece<2, P>(work, row, panel, span);
+    for (; row < work.count; row++) Piece<1, P>(work, row, panel, span);
+  }
+
+  static void Run(const Product& work) {
+    for (int span = work.first; span < work.last; span++) {
+      int panel = work.begin;
+      for (; panel + V::kPanels <= work.end; panel += V::kPanels) AllRows<V::kPanels>(work, panel, span);
+      for (; panel < work.end; panel++) AllRows<1>(work, panel, span);
+    }
+  }
+
+  static float Element(const Matrix& m, const uint8_t* panel, int lane, int k) {
+    switch (m.form) {
+      case kInt8:
+        return static_cast<float>(static_cast<int>(panel[static_cast<size_t>(k / 4) * 64 + lane * 4 + k % 4]) - 128);
+      case kInt4: {
+        const size_t at = static_cast<size_t>(k / 128) * 1024 + static_cast<size_t>(k % 64 / 4) * 64 + lane * 4 + k % 4;
+        return static_cast<float>((k % 128 < 64 ? panel[at] & 15 : panel[at] >> 4) - 8);
+      }
+      default:
+        return 0.0f;
+    }
+  }
+
+  static float LaneOf(F x, int lane) {
+    float all[kLanes];
+    V::Store(all, x);
+    return all[lane];
+  }
+
+  static void ReadRow(const Matrix& m, int row, float factor, float* y) {
+    const int panel = row / kLanes, lane = row % kLanes;
+    const uint8_t* codes = m.panels + panel * PanelBytes(m.form, m.columns);
+    if (m.form >= kInt8) {
+      const int group = m.group == 0 ? m.columns : m.group;
+      const size_t groups = m.group == 0 ? 1 : m.columns / m.group;
+      for (int k0 = 0; k0 < m.columns; k0 += group) {
+        const size_t at = m.group == 0 ? static_cast<size_t>(panel) : panel * groups + k0 / group;
+        const float scale = LaneOf(LoadScale(m.scales, at * kLanes, m.scale_form), lane);
+        for (int k = k0; k < k0 + group; k++) y[k] = Element(m, codes, lane, k) * scale * factor;
+      }
+      return;
+    }
+    for (int k = 0; k < m.columns; k++) {
+      F w;
+      if (m.form == kFloat32) {
+        w = V::Load(reinterpret_cast<const float*>(codes) + static_cast<size_t>(k) * kLanes);
+      } else if (m.form == kFloat16) {
+        w = V::LoadHalf(codes + static_cast<size_t>(k) * 2 * kLanes);
+      } else {
+        const uint8_t* pair = codes + static_cast<size_t>(k / 2) * 4 * kLanes;
+        w = k % 2 ? V::Second(pair) : V::First(pair);
+      }
+      y[k] = LaneOf(w, lane) * factor;
+    }
+  }
+};
+
+}  // namespace
+}  // namespace gemma

@@ -1,0 +1,87 @@
+// What a level has: one function for each kind of work, on plain data. A level is a set of CPU features.
+//
+// What a function gives for one row does not depend on the rows beside it, on the panels that it is asked for together,
+// or on the thread that runs it: sums are taken in an order that follows from the sizes alone.
+#pragma once
+
+#include "layout.h"
+
+namespace gemma {
+
+// y[r][16 * panel + i] = row r times output feature i of the panel, for rows 0..count and panels begin..end.
+//
+// Inputs are taken a span at a time, from first to last of all that the matrix has. Where a product is done in several
+// calls, spans in their order, y holds what the spans before have given.
+struct Product {
+  const Matrix* matrix;
+  const Span* rows;  // [count][last - first]
+  int count;
+  float* y;
+  size_t stride;  // of y, in floats
+  int begin, end;  // panels; y begins at panel 0
+  int first, last;  // spans
+};
+
+// One query of one head: attends to positions first..last of a page, and says what it found there.
+struct Query {
+  const float* q;  // [D], scaled
+  int first, last;  // within the page; first > last: it sees none
+  float* best;      // the largest score, -infinity where it sees none
+  float* sum;       // of exp(score - best)
+  float* values;    // [D]: sum of exp(score - best) * value
+};
+
+struct Attention {
+  Page page;
+  int head_dim;  // a multiple of 32
+  float cap;     // of the scores, 0 for none
+  const Query* queries;
+  int count;
+};
+
+enum Activation : int32_t { kGeluTanh = 0, kGelu = 1 };
+
+struct Kernels {
+  const char* name;
+
+  // Rounds at most kSpan inputs, a multiple of kSums, to codes. Zeros have the scale 0.
+  void (*round)(const Span& span, int inputs);
+
+  void (*product)(const Product& work);
+
+  // One row of a matrix [N, K] as floats, times `factor`.
+  void (*read_row)(const Matrix& matrix, int row, float factor, float* y);
+
+  // y = x * rsqrt(mean(x^2) + eps) * weight over n channels; no weight: 1. x and y may be the same.
+  void (*rms_norm)(const float* x, const float* weight, float* y, int n, float eps);
+
+  // x += rms_norm(y): one pass behind a branch with a norm at its end.
+  void (*add_rms_norm)(float* x, const float* y, const float* weight, int n, float eps);
+
+  // y = activation(gate) * up over n channels.
+  void (*gated)(const float* gate, const float* up, float* y, int n, int32_t activation);
+
+  // Turns the pairs (i, i + n / 2) of a head by angles given as cosines and sines [n / 2], times `factor`.
+  void (*rotate)(float* x, const float* cosines, const float* sines, int n, float factor);
+
+  // Writes the keys or values [D] of one position into a page.
+  void (*store_key)(uint16_t* keys, int position, const float* x, int head_dim);
+  void (*store_value)(uint16_t* values, int position, const float* x, int head_dim);
+
+  void (*attend)(const Attention& work);
+
+  // Adds up what `count` pages gave for one query, in their order: y = sum(values) / sum(sums), weighed by their best.
+  void (*combine)(const float* best, const float* sums, const float* values, int count, int head_dim, float* y);
+
+  // y = cap * tanh(x / cap) over n numbers.
+  void (*soft_cap)(float* x, int n, float cap);
+};
+
+// Each is null where the compiler or the architecture has no such level.
+extern const Kernels* const kPlain;
+extern const Kernels* const kAvx2;
+extern const Kernels* const kAvxVnni;
+extern const Kernels* const kAvx512Vnni;
+extern const Kernels* const kNeonDot;
+
+}  // namespace gemma

@@ -1,0 +1,66 @@
+// How weights, activations and caches lie in memory. Everything here is plain data: no code but sizes.
+//
+// A matrix [N, K] (N output features, K input features) is stored in panels of 16 output features. N is padded to a
+// multiple of 16, K to a multiple of 64, with zeros. Within a panel:
+//   int8      [K/4][16 n][4 k]        unsigned bytes, code + 128
+//   int4      [K/128][16][16 n][4 k]  bytes: low nibble of input k, high nibble of input k + 64, code + 8;
+//                                     K is padded to a multiple of 128
+//   bfloat16  [K/2][16 n][2 k]
+//   float16   [K][16 n]
+//   float32   [K][16 n]
+// A vector kernel reads a panel as one stream, and 64 inputs of an int8 panel are a B tile of AMX.
+//
+// Scales: one for each row, [N], or for each group of inputs, [N/16][groups][16]. A group is 32 to 2048 inputs, a power
+// of two.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace gemma {
+
+constexpr int kLanes = 16;   // output features of a panel
+constexpr int kBlock = 64;   // K is a multiple of it
+constexpr int kSpan = 2048;  // inputs that share a scale of the activations
+constexpr int kSums = 32;    // inputs between two entries of an activation row's running sums
+constexpr int kCodeMax = 127 * 128;  // activations are rounded to -kCodeMax .. kCodeMax
+// Inputs whose products are summed as integers: 255 * kCodeMax * 512 is less than 2^31, so that no sum overflows.
+constexpr int kExact = 512;
+constexpr int kPage = 128;   // positions of a page of a cache: also what attention adds up at once
+
+enum Form : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3, kInt4 = 4 };
+
+// A matrix as it lies in a parameter file.
+struct Matrix {
+  const uint8_t* panels;
+  const uint8_t* scales;  // null for floats
+  int32_t form;           // of the panels
+  int32_t scale_form;     // kFloat32, kFloat16 or kBFloat16
+  int32_t rows;           // N, padded
+  int32_t columns;        // K, padded
+  int32_t group;          // inputs that share a scale; 0: all of them
+};
+
+// Bytes of one panel of 16 output features.
+constexpr size_t PanelBytes(int32_t form, int32_t columns) {
+  const size_t inputs = static_cast<size_t>(columns) * kLanes;
+  return form == kInt4 ? inputs / 2 : form == kInt8 ? inputs : form == kFloat32 ? inputs * 4 : inputs * 2;
+}
+
+// At most kSpan activations of one row: as floats, and rounded to 15 bits, x ~ scale * code.
+struct Span {
+  const float* values;
+  int8_t* codes;  // 2 bytes for each input; their order is the level's own
+  float* scale;
+  int32_t* sums;  // [inputs / kSums + 1]: sum of the codes before input 32 * i
+};
+
+constexpr int Spans(int columns) { return (columns + kSpan - 1) / kSpan; }
+
+// The keys and values of kPage positions of one KV head, bfloat16.
+struct Page {
+  const uint16_t* keys;    // [kPage / 16][D / 2][16 positions][2 channels]
+  const uint16_t* values;  // [D / 16][kPage / 2][16 channels][2 positions]
+};
+
+}  // namespace gemma

@@ -1,0 +1,10 @@
+// Any processor.
+#include "table.h"
+#include "vector_plain.h"
+
+namespace gemma {
+namespace {
+const Kernels kTable = TableOf<Plain>("plain");
+}
+const Kernels* const kPlain = &kTable;
+}  // namespace gemma

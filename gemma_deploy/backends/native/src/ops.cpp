@@ -1,0 +1,135 @@
+// Single functions of a level behind a C ABI, for tests and measurements. Sizes are checked; pointers are not.
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "levels.h"
+
+#define GEMMA_API extern "C" __attribute__((visibility("default")))
+
+namespace gemma {
+namespace {
+
+// Rounded rows of activations that own their memory.
+class Activations {
+ public:
+  Activations(const Kernels& level, const float* x, int count, int columns) {
+    const int spans = Spans(columns);
+    const size_t all = static_cast<size_t>(count) * spans;
+    codes_.resize(all * kSpan * 2);
+    scales_.resize(all);
+    sums_.resize(all * (kSpan / kSums + 1));
+    for (size_t i = 0; i < all; i++) {
+      const int begin = static_cast<int>(i % spans) * kSpan;
+      rows_.push_back(Span{x + i / spans * columns + begin, &codes_[i * kSpan * 2], &scales_[i],
+                           &sums_[i * (kSpan / kSums + 1)]});
+      level.round(rows_.back(), columns - begin < kSpan ? columns - begin : kSpan);
+    }
+  }
+  const Span* rows() const { return rows_.data(); }
+
+ private:
+  std::vector<int8_t> codes_;
+  std::vector<float> scales_;
+  std::vector<int32_t> sums_;
+  std::vector<Span> rows_;
+};
+
+bool Fits(const Matrix& m) {
+  const bool grouped = m.group == 0 || (m.group >= kSums && m.group <= kSpan && (m.group & (m.group - 1)) == 0 &&
+                                        m.columns % m.group == 0);
+  return m.rows > 0 && m.rows % kLanes == 0 && m.columns > 0 && m.columns % (m.form == kInt4 ? 128 : kBlock) == 0 &&
+         m.form >= kFloat32 && m.form <= kInt4 && grouped;
+}
+
+}  // namespace
+}  // namespace gemma
+
+using gemma::Kernels;
+
+GEMMA_API const char* gemma_levels() { return gemma::LevelNames(); }
+
+// y [count, rows] = x [count, columns] times the matrix; 0 for success, 1 for an unknown level, 2 for sizes that no
+// matrix has. `repeat` runs the product that often, for measurements.
+GEMMA_API int gemma_op_product(const char* level, const gemma::Matrix* matrix, const float* x, int count, float* y,
+                               int begin, int end, int repeat) {
+  const Kernels* k = gemma::Level(level);
+  if (k == nullptr) return 1;
+  if (!gemma::Fits(*matrix) || count < 1 || begin < 0 || end > matrix->rows / gemma::kLanes || begin > end) return 2;
+  const gemma::Activations a(*k, x, count, matrix->columns);
+  for (int i = 0; i < repeat; i++)
+    k->product(gemma::Product{matrix, a.rows(), count, y, static_cast<size_t>(matrix->rows), begin, end, 0,
+                              gemma::Spans(matrix->columns)});
+  return 0;
+}
+
+GEMMA_API int gemma_op_read_row(const char* level, const gemma::Matrix* matrix, int row, float factor, float* y) {
+  const Kernels* k = gemma::Level(level);
+  if (k == nullptr) return 1;
+  if (!gemma::Fits(*matrix) || row < 0 || row >= matrix->rows) return 2;
+  k->read_row(*matrix, row, factor, y);
+  return 0;
+}
+
+// kind: 0 rms_norm(x, w), 1 x += rms_norm(y, w), 2 gated tanh (x gate, w up), 3 gated exact, 4 soft cap by eps,
+// 5 rotate by cosines w and sines y; the result is in x.
+GEMMA_API int gemma_op_row(const char* level, int kind, float* x, const float* y, const float* w, int n, float eps) {
+  const Kernels* k = gemma::Level(level);
+  if (k == nullptr) return 1;
+  if (n < 1 || n % (kind == 5 ? 32 : 16)) return 2;
+  switch (kind) {
+    case 0:
+      k->rms_norm(x, w, x, n, eps);
+      return 0;
+    case 1:
+      k->add_rms_norm(x, y, w, n, eps);
+      return 0;
+    case 2:
+    case 3:
+      k->gated(x, w, x, n, kind - 2);
+      return 0;
+    case 4:
+      k->soft_cap(x, n, eps);
+      return 0;
+    case 5:
+      k->rotate(x, w, y, n, eps);
+      return 0;
+    default:
+      return 2;
+  }
+}
+
+// Attention of `count` queries [count, D] to positions first[i]..last[i] of keys and values [length, D], given as
+// floats and kept as bfloat16; y [count, D].
+GEMMA_API int gemma_op_attend(const char* level, const float* queries, const int* first, const int* last, int count,
+                              const float* keys, const float* values, int length, int head_dim, float cap, float* y) {
+  const Kernels* k = gemma::Level(level);
+  if (k == nullptr) return 1;
+  if (count < 1 || length < 1 || head_dim < 32 || head_dim % 32) return 2;
+  const int pages = (length + gemma::kPage - 1) / gemma::kPage;
+  const size_t page = static_cast<size_t>(gemma::kPage) * head_dim, slots = static_cast<size_t>(count) * pages;
+  std::vector<uint16_t> k16(page * pages), v16(page * pages);
+  for (int i = 0; i < length; i++) {
+    const size_t at = i / gemma::kPage * page;
+    k->store_key(k16.data() + at, i % gemma::kPage, keys + static_cast<size_t>(i) * head_dim, head_dim);
+    k->store_value(v16.data() + at, i % gemma::kPage, values + static_cast<size_t>(i) * head_dim, head_dim);
+  }
+  std::vector<float> best(slots), sums(slots), found(slots * head_dim);
+  for (int p = 0; p < pages; p++) {
+    std::vector<gemma::Query> all;
+    for (int i = 0; i < count; i++) {
+      const int begin = first[i] - p * gemma::kPage, end = last[i] - p * gemma::kPage;
+      const size_t slot = static_cast<size_t>(i) * pages + p;
+      all.push_back(gemma::Query{queries + static_cast<size_t>(i) * head_dim, begin < 0 ? 0 : begin,
+                                 end >= gemma::kPage ? gemma::kPage - 1 : end, &best[slot], &sums[slot],
+                                 &found[slot * head_dim]});
+    }
+    k->attend(gemma::Attention{{k16.data() + p * page, v16.data() + p * page}, head_dim, cap, all.data(), count});
+  }
+  for (int i = 0; i < count; i++) {
+    const size_t slot = static_cast<size_t>(i) * pages;
+    k->combine(&best[slot], &sums[slot], &found[slot * head_dim], pages, head_dim,
+               y + static_cast<size_t>(i) * head_dim);
+  }
+  return 0;
+}

@@ -1,0 +1,171 @@
+// Sixteen lanes in two registers: AVX2, FMA and F16C; with VNNI of 256 bits where kVnni.
+#pragma once
+
+#include <immintrin.h>
+
+#include "layout.h"
+
+namespace gemma {
+namespace {
+
+struct Avx2 {
+  struct F {
+    __m256 a, b;
+  };
+  struct I {
+    __m256i a, b;
+  };
+  // Weights of four inputs in every lane, 16 bits each: the first and third, the second and fourth.
+  struct B {
+    __m256i even[2], odd[2];
+  };
+  // Four inputs' codes in every lane, 16 bits each: the first and third, the second and fourth.
+  struct X {
+    __m256i even, odd;
+  };
+  static constexpr int kRows = 4, kPanels = 1;
+
+  static F Set(float x) { return F{_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  static F Load(const float* p) { return F{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static void Store(float* p, F x) {
+    _mm256_storeu_ps(p, x.a);
+    _mm256_storeu_ps(p + 8, x.b);
+  }
+  static F Add(F x, F y) { return F{_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+  static F Sub(F x, F y) { return F{_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+  static F Mul(F x, F y) { return F{_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+  static F Div(F x, F y) { return F{_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+  static F Fma(F x, F y, F z) { return F{_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+  static F Max(F x, F y) { return F{_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+  static F Min(F x, F y) { return F{_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+  static F Abs(F x) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return F{_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+  }
+  static F Nearest(F x) {
+    constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return F{_mm256_round_ps(x.a, kMode), _mm256_round_ps(x.b, kMode)};
+  }
+  static __m256 Power(__m256 n) {  // 2^n, n whole and from -126 to 127
+    const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(e, 23));
+  }
+  static F Scale(F x, F n) { return F{_mm256_mul_ps(x.a, Power(n.a)), _mm256_mul_ps(x.b, Power(n.b))}; }
+  static float Sum(F x) {
+    const __m256 s = _mm256_add_ps(x.a, x.b);
+    __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    t = _mm_add_ps(t, _mm_movehl_ps(t, t));
+    return _mm_cvtss_f32(_mm_add_ss(t, _mm_shuffle_ps(t, t, 1)));
+  }
+  static float Largest(F x) {
+    const __m256 s = _mm256_max_ps(x.a, x.b);
+    __m128 t = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    t = _mm_max_ps(t, _mm_movehl_ps(t, t));
+    return _mm_cvtss_f32(_mm_max_ss(t, _mm_shuffle_ps(t, t, 1)));
+  }
+  static __m256 Mask(__m256i lane, int first, int last) {
+    const __m256i out = _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(first), lane),
+                                        _mm256_cmpgt_epi32(lane, _mm256_set1_epi32(last)));
+    return _mm256_castsi256_ps(out);
+  }
+  static F Within(int first, int last, F x, F y) {
+    const __m256i low = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i high = _mm256_add_epi32(low, _mm256_set1_epi32(8));
+    return F{_mm256_blendv_ps(x.a, y.a, Mask(low, first, last)), _mm256_blendv_ps(x.b, y.b, Mask(high, first, last))};
+  }
+  static F Float(I x) { return F{_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+  static I SetInt(int32_t x) { return I{_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+  static I Sub(I x, I y) { return I{_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+  static int32_t SumInt(F x) {
+    const __m256i s = _mm256_add_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+    __m128i t = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+    t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xb1)));
+  }
+
+  // Codes of four inputs: the first, the third, the second, the fourth, 16 bits each.
+  static void StoreCodes(int8_t* codes, int k, F x) {
+    __m256i q = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+    q = _mm256_permute4x64_epi64(q, 0xd8);
+    const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15,  //
+                                           0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + 2 * static_cast<size_t>(k)), _mm256_shuffle_epi8(q, order));
+  }
+  static X Codes(const int8_t* codes, int k) {
+    int32_t even, odd;
+    __builtin_memcpy(&even, codes + 2 * static_cast<size_t>(k), 4);
+    __builtin_memcpy(&odd, codes + 2 * static_cast<size_t>(k) + 4, 4);
+    return X{_mm256_set1_epi32(even), _mm256_set1_epi32(odd)};
+  }
+
+  static __m256i Half256(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static B LoadBytes(const uint8_t* p) {
+    const __m256i a = Half256(p), b = Half256(p + 32), mask = _mm256_set1_epi16(255);
+    return B{{_mm256_and_si256(a, mask), _mm256_and_si256(b, mask)}, {_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8)}};
+  }
+  static void LoadNibbles(const uint8_t* p, B& low, B& high) {
+    const __m256i mask = _mm256_set1_epi16(15);
+    for (int i = 0; i < 2; i++) {
+      const __m256i w = Half256(p + 32 * i);
+      low.even[i] = _mm256_and_si256(w, mask);
+      low.odd[i] = _mm256_and_si256(_mm256_srli_epi16(w, 8), mask);
+      high.even[i] = _mm256_and_si256(_mm256_srli_epi16(w, 4), mask);
+      high.odd[i] = _mm256_srli_epi16(w, 12);
+    }
+  }
+  struct Acc {
+    __m256i a, b;
+  };
+  static Acc Begin() { return Acc{_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  // Pairs of bytes of 0 to 255 times codes of 15 bits fit 32 bits; vpmaddubsw on bytes would saturate.
+  static __m256i Pairs(__m256i even, __m256i odd, const X& x) {
+    return _mm256_add_epi32(_mm256_madd_epi16(even, x.even), _mm256_madd_epi16(odd, x.odd));
+  }
+  static void Dot(Acc& acc, const B& w, const X& x) {
+    acc.a = _mm256_add_epi32(acc.a, Pairs(w.even[0], w.odd[0], x));
+    acc.b = _mm256_add_epi32(acc.b, Pairs(w.even[1], w.odd[1], x));
+  }
+  static I Total(const Acc& acc) { return I{acc.a, acc.b}; }
+
+  static F LoadHalf(const uint8_t* p) {
+    const __m128i* h = reinterpret_cast<const __m128i*>(p);
+    return F{_mm256_cvtph_ps(_mm_loadu_si128(h)), _mm256_cvtph_ps(_mm_loadu_si128(h + 1))};
+  }
+  static __m256 Widen(__m128i h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16)); }
+  static F LoadBfloat(const uint8_t* p) {
+    const __m128i* h = reinterpret_cast<const __m128i*>(p);
+    return F{Widen(_mm_loadu_si128(h)), Widen(_mm_loadu_si128(h + 1))};
+  }
+  static F First(const uint8_t* p) {
+    return F{_mm256_castsi256_ps(_mm256_slli_epi32(Half256(p), 16)),
+             _mm256_castsi256_ps(_mm256_slli_epi32(Half256(p + 32), 16))};
+  }
+  static F Second(const uint8_t* p) {
+    const __m256i mask = _mm256_set1_epi32(-65536);
+    return F{_mm256_castsi256_ps(_mm256_and_si256(Half256(p), mask)),
+             _mm256_castsi256_ps(_mm256_and_si256(Half256(p + 32), mask))};
+  }
+  static __m256i Round16(__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+  }
+  static void StoreBfloat(uint16_t* p, F x) {
+    const __m256i both = _mm256_packus_epi32(Round16(x.a), Round16(x.b));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(both, 0xd8));
+  }
+  static void Prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+};
+
+#if defined(__AVXVNNI__)
+// The same with products of pairs that are added as they are made.
+struct AvxVnni : Avx2 {
+  static void Dot(Acc& acc, const B& w, const X& x) {
+    acc.a = _mm256_dpwssd_avx_epi32(_mm256_dpwssd_avx_epi32(acc.a, w.even[0], x.even), w.odd[0], x.odd);
+    acc.b = _mm256_dpwssd_avx_epi32(_mm256_dpwssd_avx_epi32(acc.b, w.even[1], x.even), w.odd[1], x.odd);
+  }
+};
+#endif
+
+}  // namespace
+}  // namespace gemma
