@@ -172,7 +172,7 @@ struct Products {
     const size_t bytes = PanelBytes(m.form, m.columns);
     Block<R, P> block{m, {}, {}, begin, {}};
     for (int r = 0; r < R; r++)
-      block.rows[r] = work.rows + static_cast<size_t>(row + r) * (work.last - work.first) + (span - work.first);
+      block.rows[r] = work.rows + static_cast<size_t>(row + r) * work.row_spans + (span - work.first);
     for (int p = 0; p < P; p++) block.panels[p] = m.panels + (panel + p) * bytes;
     block.Run(begin, end, panel);
     for (int r = 0; r < R; r++) {

@@ -14,7 +14,8 @@ namespace gemma {
 // calls, spans in their order, y holds what the spans before have given.
 struct Product {
   const Matrix* matrix;
-  const Span* rows;  // [count][last - first]
+  const Span* rows;  // [count][row_spans], of each row the spans first..last
+  int row_spans;
   int count;
   float* y;
   size_t stride;  // of y, in floats

@@ -57,9 +57,9 @@ GEMMA_API int gemma_op_product(const char* level, const gemma::Matrix* matrix, c
   if (k == nullptr) return 1;
   if (!gemma::Fits(*matrix) || count < 1 || begin < 0 || end > matrix->rows / gemma::kLanes || begin > end) return 2;
   const gemma::Activations a(*k, x, count, matrix->columns);
+  const int spans = gemma::Spans(matrix->columns);
   for (int i = 0; i < repeat; i++)
-    k->product(gemma::Product{matrix, a.rows(), count, y, static_cast<size_t>(matrix->rows), begin, end, 0,
-                              gemma::Spans(matrix->columns)});
+    k->product(gemma::Product{matrix, a.rows(), spans, count, y, static_cast<size_t>(matrix->rows), begin, end, 0, spans});
   return 0;
 }
 

@@ -1,0 +1,89 @@
+#include "buffers.h"
+
+#include <algorithm>
+
+namespace gemma {
+void Inputs::Grow(int rows, int columns) {
+  stride_ = Padded(columns);
+  row_spans_ = Spans(stride_);
+  values_.Grow(static_cast<size_t>(rows) * stride_);
+  scales_.Grow(static_cast<size_t>(rows) * row_spans_);
+  codes_.Grow(static_cast<size_t>(rows) * stride_ * 2);
+  sums_.Grow(static_cast<size_t>(rows) * row_spans_ * (kSpan / kSums + 1));
+  spans_.clear();
+  for (int r = 0; r < rows; r++) {
+    for (int s = 0; s < row_spans_; s++) {
+      const size_t i = static_cast<size_t>(r) * row_spans_ + s, at = static_cast<size_t>(r) * stride_ + s * kSpan;
+      spans_.push_back(Span{values_.data() + at, codes_.data() + 2 * at, scales_.data() + i,
+                            sums_.data() + i * (kSpan / kSums + 1)});
+    }
+  }
+}
+
+void Inputs::Pad(int r, int columns) { std::fill(row(r) + columns, row(r) + Padded(columns), 0.0f); }
+
+void Inputs::Round(const Kernels& level, int row, int span, int columns) const {
+  level.round(spans_[static_cast<size_t>(row) * row_spans_ + span], std::min(Padded(columns) - span * kSpan, kSpan));
+}
+
+void Inputs::RoundRow(const Kernels& level, int row, int columns) const {
+  for (int span = 0; span < Spans(Padded(columns)); span++) Round(level, row, span, columns);
+}
+
+Buffers::Buffers(const Plan& plan, int threads) : sets(threads), own(threads) {
+  int q = 0, width = 0, kv = 0;
+  for (const LayerPlan& layer : plan.layers) {
+    q = std::max(q, layer.heads * layer.head_dim);
+    kv = std::max(kv, layer.kv_heads * layer.head_dim);
+    width = std::max(width, layer.width);
+    half_stride = std::max(half_stride, layer.head_dim / 2);
+    size_t set = 0;
+    while (set < frequencies.size() && (frequencies[set] != layer.frequencies || halves[set] != layer.head_dim / 2)) set++;
+    if (set == frequencies.size()) {
+      frequencies.push_back(layer.frequencies);
+      halves.push_back(layer.head_dim / 2);
+      cosines.emplace_back();
+      sines.emplace_back();
+    }
+    set_of_layer.push_back(static_cast<int>(set));
+  }
+  hidden_stride = Padded(plan.hidden);
+  q_stride = Padded(q);
+  kv_stride = Padded(kv);
+  wide_stride = std::max(q_stride, Padded(width));
+}
+
+void Buffers::Grow(const Plan& plan, int wanted) {
+  if (wanted <= rows) return;
+  rows = wanted;
+  const size_t n = static_cast<size_t>(rows);
+  for (size_t i = 0; i < sets.size(); i++) {
+    const int own_rows = i == 0 ? rows : 1;
+    sets[i].x.Grow(static_cast<size_t>(own_rows) * hidden_stride);
+    sets[i].q.Grow(static_cast<size_t>(own_rows) * q_stride);
+    sets[i].hidden.Grow(own_rows, plan.hidden);
+    sets[i].wide.Grow(own_rows, wide_stride);
+  }
+  q.Grow(n * q_stride);
+  k.Grow(n * kv_stride);
+  v.Grow(n * kv_stride);
+  out.Grow(n * hidden_stride);
+  gate.Grow(n * wide_stride);
+  up.Grow(n * wide_stride);
+  for (auto& table : cosines) table.Grow(n * half_stride);
+  for (auto& table : sines) table.Grow(n * half_stride);
+}
+
+void Buffers::GrowPages(const Plan& plan, int pages) {
+  size_t heads = 0, numbers = 0;
+  for (const LayerPlan& layer : plan.layers) {
+    heads = std::max(heads, static_cast<size_t>(layer.heads));
+    numbers = std::max(numbers, static_cast<size_t>(layer.heads) * layer.head_dim);
+  }
+  const size_t room = (static_cast<size_t>(pages) + 7) / 8 * 8;
+  best.Grow(heads * room);
+  sums.Grow(heads * room);
+  found.Grow(numbers * room);
+}
+
+}  // namespace gemma

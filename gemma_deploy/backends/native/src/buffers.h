@@ -1,0 +1,63 @@
+// The numbers that a pass of some rows through a model works on.
+#pragma once
+
+#include <vector>
+
+#include "array.h"
+#include "kernels.h"
+#include "plan.h"
+
+namespace gemma {
+
+constexpr int Padded(int n) { return (n + 2 * kBlock - 1) / (2 * kBlock) * (2 * kBlock); }
+
+// Rows that matrices read: floats, and rounded span by span.
+class Inputs {
+ public:
+  // Room for so many rows of so many columns.
+  void Grow(int rows, int columns);
+
+  float* row(int r) { return values_.data() + static_cast<size_t>(r) * stride_; }
+  const Span* spans() const { return spans_.data(); }
+  int row_spans() const { return row_spans_; }
+
+  // Zeros behind `columns` numbers of a row, as far as a matrix reads.
+  void Pad(int row, int columns);
+  // One span, or all, of a row of `columns` numbers.
+  void Round(const Kernels& level, int row, int span, int columns) const;
+  void RoundRow(const Kernels& level, int row, int columns) const;
+
+ private:
+  int stride_ = 0, row_spans_ = 0;
+  Array<float> values_, scales_;
+  Array<int8_t> codes_;
+  Array<int32_t> sums_;
+  std::vector<Span> spans_;
+};
+
+// What one thread has of its own where a single row goes through the model, and what all share where there are several.
+struct RowSet {
+  Array<float> x;       // [rows][hidden_stride]: the residual stream
+  Array<float> q;       // [rows][q_stride]
+  Inputs hidden, wide;  // of the hidden size; of heads * head_dim or the MLP's width
+};
+
+struct Buffers {
+  int rows = 0;                                     // that there is room for
+  int hidden_stride = 0, q_stride = 0, wide_stride = 0, kv_stride = 0, half_stride = 0;
+  std::vector<RowSet> sets;
+  Array<float> q, k, v, out, gate, up;              // [rows][...]: what matrices gave
+  Array<float> best, sums, found;                   // of a single row: [heads][pages], and [heads][pages][head_dim]
+  std::vector<Array<float>> own;                    // of each thread, for attention of several rows
+  std::vector<Array<float>> cosines, sines;         // for each set of frequencies: [rows][half_stride]
+  std::vector<const float*> frequencies;            // sets that differ
+  std::vector<int> halves;                          // how many each has
+  std::vector<int> set_of_layer;
+
+  Buffers(const Plan& plan, int threads);
+  void Grow(const Plan& plan, int rows);
+  // Room for what a single row finds in so many pages.
+  void GrowPages(const Plan& plan, int pages);
+};
+
+}  // namespace gemma

@@ -1,0 +1,163 @@
+// The C ABI. Nothing that a caller passes is believed: handles are looked up, sizes and tokens checked.
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "model.h"
+
+#define GEMMA_API extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using gemma::Error;
+using gemma::Sequence;
+
+constexpr int kMostTokens = 1 << 20;
+
+struct Handle {
+  std::unique_ptr<gemma::Model> model;
+  std::map<int, std::unique_ptr<Sequence>> sequences;
+  int next = 1;
+  std::string error;
+  std::mutex mutex;  // one call at a time
+};
+
+int Put(char* text, size_t size, const std::string& what) {
+  if (text != nullptr && size > 0) {
+    const size_t n = what.size() < size - 1 ? what.size() : size - 1;
+    std::memcpy(text, what.data(), n);
+    text[n] = 0;
+  }
+  return 1;
+}
+
+// Runs f on an open model: 0, or 1 with a message that gemma_error gives, or 2 where memory for caches is out.
+template <class F>
+int Call(Handle* handle, const F& f) {
+  if (handle == nullptr) return 1;
+  const std::lock_guard<std::mutex> lock(handle->mutex);
+  try {
+    handle->error.clear();
+    return f();
+  } catch (const std::exception& error) {
+    handle->error = error.what();
+    return 1;
+  }
+}
+
+Sequence* Find(Handle* handle, int id) {
+  const auto found = handle->sequences.find(id);
+  if (found == handle->sequences.end()) throw Error("no sequence " + std::to_string(id));
+  return found->second.get();
+}
+
+}  // namespace
+
+struct GemmaPiece {
+  int32_t sequence;
+  int32_t count;
+  int32_t wanted;
+  int32_t unused;
+  const int32_t* tokens;
+};
+
+// Opens a model: null, with a message in `error`, where it can not be.
+GEMMA_API Handle* gemma_open(const char* plan, size_t plan_size, const char* parameters, const char* level, int threads,
+                             uint64_t cache_bytes, char* error, size_t error_size) {
+  try {
+    if (plan == nullptr || parameters == nullptr) throw Error("no plan or no parameters");
+    const gemma::Kernels* kernels = gemma::Level(level);
+    if (kernels == nullptr)
+      throw Error("this processor has no level '" + std::string(level) + "': it has " + gemma::LevelNames());
+    if (threads < 1 || threads > 1024) throw Error("threads: " + std::to_string(threads) + ", not 1 to 1024");
+    auto handle = std::make_unique<Handle>();
+    handle->model = std::make_unique<gemma::Model>(std::string(plan, plan_size), parameters, *kernels, threads, cache_bytes);
+    return handle.release();
+  } catch (const std::exception& what) {
+    Put(error, error_size, what.what());
+    return nullptr;
+  }
+}
+
+GEMMA_API void gemma_close(Handle* handle) {
+  if (handle != nullptr) handle->sequences.clear();
+  delete handle;
+}
+
+GEMMA_API const char* gemma_error(const Handle* handle) { return handle == nullptr ? "no model" : handle->error.c_str(); }
+GEMMA_API const char* gemma_level(const Handle* handle) { return handle->model->level().name; }
+GEMMA_API uint64_t gemma_stride(const Handle* handle) { return handle->model->stride(); }
+GEMMA_API uint64_t gemma_cache_used(const Handle* handle) { return handle->model->pages()->used(); }
+
+// A new sequence, or one with the same text as `like` where that is not 0; its number, at least 1, or 0 for an error.
+GEMMA_API int gemma_sequence_new(Handle* handle, int like) {
+  int id = 0;
+  Call(handle, [&] {
+    auto made = like == 0 ? std::make_unique<Sequence>(handle->model->layout(), handle->model->pages())
+                          : Find(handle, like)->Fork();
+    id = handle->next++;
+    handle->sequences[id] = std::move(made);
+    return 0;
+  });
+  return id;
+}
+
+GEMMA_API int gemma_sequence_free(Handle* handle, int id) {
+  return Call(handle, [&] {
+    Find(handle, id);
+    handle->sequences.erase(id);
+    return 0;
+  });
+}
+
+GEMMA_API int gemma_sequence_length(Handle* handle, int id) {
+  int length = -1;
+  Call(handle, [&] {
+    length = Find(handle, id)->length();
+    return 0;
+  });
+  return length;
+}
+
+GEMMA_API int gemma_sequence_rewind(Handle* handle, int id, int length) {
+  return Call(handle, [&] {
+    if (!Find(handle, id)->Rewind(length))
+      throw Error("sequence " + std::to_string(id) + " can not go back to " + std::to_string(length) + " tokens");
+    return 0;
+  });
+}
+
+// Computes tokens of several sequences together. `logits` has room for `rows` rows of gemma_stride numbers: one for
+// each wanted token. 2: there is no memory for their caches, and nothing was done.
+GEMMA_API int gemma_step(Handle* handle, const GemmaPiece* given, int count, float* logits, int rows) {
+  return Call(handle, [&] {
+    if (count < 1 || count > 4096 || given == nullptr) throw Error("pieces: 1 to 4096");
+    std::vector<gemma::Piece> pieces;
+    int wanted = 0;
+    for (int i = 0; i < count; i++) {
+      const GemmaPiece& p = given[i];
+      Sequence* sequence = Find(handle, p.sequence);
+      for (const gemma::Piece& other : pieces)
+        if (other.sequence == sequence) throw Error("sequence " + std::to_string(p.sequence) + " is there twice");
+      if (p.count < 1 || p.count > kMostTokens || p.tokens == nullptr || p.wanted < 0 || p.wanted > p.count)
+        throw Error("piece " + std::to_string(i) + ": " + std::to_string(p.count) + " tokens, " +
+                    std::to_string(p.wanted) + " wanted");
+      if (sequence->length() > (1 << 30) - p.count) throw Error("piece " + std::to_string(i) + " is too long");
+      for (int t = 0; t < p.count; t++)
+        if (p.tokens[t] < 0 || p.tokens[t] >= handle->model->plan().vocabulary)
+          throw Error("piece " + std::to_string(i) + ": token " + std::to_string(p.tokens[t]) + " is not in the table");
+      pieces.push_back(gemma::Piece{sequence, p.tokens, p.count, p.wanted});
+      wanted += p.wanted;
+    }
+    if (wanted > rows || (wanted > 0 && logits == nullptr))
+      throw Error("logits: room for " + std::to_string(rows) + " rows, not " + std::to_string(wanted));
+    size_t reserved = 0;
+    while (reserved < pieces.size() && pieces[reserved].sequence->Reserve(pieces[reserved].count)) reserved++;
+    if (reserved < pieces.size()) {
+      for (size_t i = 0; i < reserved; i++) pieces[i].sequence->Rewind(pieces[i].sequence->length());
+      return 2;
+    }
+    handle->model->Step(pieces, logits);
+    return 0;
+  });
+}

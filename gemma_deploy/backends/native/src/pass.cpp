@@ -1,0 +1,286 @@
+#include "pass.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace gemma {
+namespace {
+
+constexpr int kBlockRows = 16;  // rows that attend together
+constexpr int kUnits = 6;       // pieces of work for each thread in a product
+
+bool HasCodes(const Matrix& m) { return m.form >= kInt8; }
+
+}  // namespace
+
+void Pass::Divide() {
+  for (int r = 0; r < rows_; r++) {
+    if (blocks_.empty() || blocks_.back().count == kBlockRows ||
+        tokens_[blocks_.back().first].sequence != tokens_[r].sequence)
+      blocks_.push_back(Rows{r, 0});
+    blocks_.back().count++;
+  }
+}
+
+void Pass::Multiply(Worker& worker, const Inputs& inputs, int rows, const Output* outputs, int count) {
+  int panels = 0;
+  for (int i = 0; i < count; i++) panels += outputs[i].matrix->rows / kLanes;
+  const int share = (panels + worker.count() * kUnits - 1) / (worker.count() * kUnits);
+  const int step = worker.count() == 1 ? panels : std::max(4, (share + 3) / 4 * 4);
+  worker.Each((panels + step - 1) / step, [&](int unit) {
+    int begin = unit * step, left = std::min(step, panels - begin);
+    for (int i = 0; i < count && left > 0; i++) {
+      const Matrix& m = *outputs[i].matrix;
+      const int all = m.rows / kLanes;
+      if (begin >= all) {
+        begin -= all;
+        continue;
+      }
+      const int end = std::min(all, begin + left);
+      level_.product(Product{&m, inputs.spans(), inputs.row_spans(), rows, outputs[i].y, outputs[i].stride, begin, end,
+                             0, Spans(m.columns)});
+      left -= end - begin;
+      begin = 0;
+    }
+  });
+}
+
+void Pass::Begin(Worker& worker) {
+  const size_t half = static_cast<size_t>(buffers_.half_stride);
+  worker.Each(rows_ * static_cast<int>(buffers_.frequencies.size()), [&](int unit) {
+    const int row = unit % rows_, set = unit / rows_;
+    float* cosines = &buffers_.cosines[set][row * half];
+    float* sines = &buffers_.sines[set][row * half];
+    for (int i = 0; i < buffers_.halves[set]; i++) {
+      // transformers multiplies in float32.
+      const float angle = static_cast<float>(tokens_[row].position) * buffers_.frequencies[set][i];
+      cosines[i] = static_cast<float>(std::cos(static_cast<double>(angle)));
+      sines[i] = static_cast<float>(std::sin(static_cast<double>(angle)));
+    }
+  });
+  RowSet& set = Set(worker);
+  Small(worker, rows_, [&](int row) {
+    level_.read_row(plan_.table, tokens_[row].id, plan_.embed_factor, &set.x[row * static_cast<size_t>(buffers_.hidden_stride)]);
+  });
+}
+
+void Pass::Layers(Worker& worker) {
+  Begin(worker);
+  for (int i = 0; i < static_cast<int>(plan_.layers.size()); i++) {
+    Attention(worker, i);
+    Mlp(worker, i);
+  }
+}
+
+void Pass::Norm(RowSet& set, int row, const float* weight, bool rounded) {
+  level_.rms_norm(&set.x[row * static_cast<size_t>(buffers_.hidden_stride)], weight, set.hidden.row(row), plan_.hidden,
+                  plan_.eps);
+  set.hidden.Pad(row, plan_.hidden);
+  if (rounded) set.hidden.RoundRow(level_, row, plan_.hidden);
+}
+
+void Pass::Attention(Worker& worker, int index) {
+  const LayerPlan& l = plan_.layers[index];
+  RowSet& set = Set(worker);
+  const bool own = l.source == index;
+  Small(worker, rows_, [&](int row) { Norm(set, row, l.input_norm, HasCodes(l.q) || (own && HasCodes(l.k))); });
+  const Output outputs[] = {{&l.q, buffers_.q.data(), static_cast<size_t>(buffers_.q_stride)},
+                            {&l.k, buffers_.k.data(), static_cast<size_t>(buffers_.kv_stride)},
+                            {&l.v, buffers_.v.data(), static_cast<size_t>(buffers_.kv_stride)}};
+  Multiply(worker, set.hidden, rows_, outputs, !own ? 1 : l.has_v ? 3 : 2);
+  Prepare(worker, index);
+  if (alone_) {
+    AttendAlone(worker, index);
+  } else {
+    AttendRows(worker, index);
+  }
+  const int size = l.heads * l.head_dim;
+  if (HasCodes(l.o)) {
+    const int spans = Spans(Padded(size));
+    Small(worker, rows_ * spans, [&](int unit) { set.wide.Round(level_, unit / spans, unit % spans, size); });
+  }
+  const Output out{&l.o, buffers_.out.data(), static_cast<size_t>(buffers_.hidden_stride)};
+  Multiply(worker, set.wide, rows_, &out, 1);
+}
+
+// Norms and turns queries; with several rows, keys and values are stored as well.
+void Pass::Prepare(Worker& worker, int index) {
+  const LayerPlan& l = plan_.layers[index];
+  RowSet& set = Set(worker);
+  const int turned = buffers_.set_of_layer[index], heads = l.heads + (alone_ || l.source != index ? 0 : l.kv_heads);
+  Small(worker, rows_ * heads, [&](int unit) {
+    const int row = unit / heads, head = unit % heads;
+    if (head >= l.heads) return StoreKeyValue(index, row, head - l.heads);
+    const size_t at = row * static_cast<size_t>(buffers_.q_stride) + static_cast<size_t>(head) * l.head_dim;
+    const size_t angle = row * static_cast<size_t>(buffers_.half_stride);
+    float* q = &set.q[at];
+    if (l.q_norm != nullptr) {
+      level_.rms_norm(&buffers_.q[at], l.q_norm, q, l.head_dim, plan_.eps);
+    } else {
+      std::copy_n(&buffers_.q[at], l.head_dim, q);
+    }
+    level_.rotate(q, &buffers_.cosines[turned][angle], &buffers_.sines[turned][angle], l.head_dim, l.factor);
+  });
+}
+
+Page Pass::PageOf(int index, int row, int page, int kv_head) const {
+  const LayerPlan& l = plan_.layers[index];
+  const CachePlace& place = layout_.layers[index];
+  const size_t half = static_cast<size_t>(kPage) * l.head_dim;
+  const uint8_t* at = tokens_[row].sequence->page(place.kind, page) + place.offset;
+  const uint16_t* keys = reinterpret_cast<const uint16_t*>(at) + 2 * half * kv_head;
+  return Page{keys, keys + half};
+}
+
+int Pass::FirstPage(const LayerPlan& l, int position) const {
+  return l.window == 0 ? 0 : std::max(0, position - l.window + 1) / kPage;
+}
+
+void Pass::StoreKeyValue(int index, int row, int head) {
+  const LayerPlan& l = plan_.layers[index];
+  const int position = tokens_[row].position, turned = buffers_.set_of_layer[index];
+  const size_t at = row * static_cast<size_t>(buffers_.kv_stride) + static_cast<size_t>(head) * l.head_dim;
+  const size_t angle = row * static_cast<size_t>(buffers_.half_stride);
+  const Page page = PageOf(index, row, position / kPage, head);
+  alignas(64) float x[1024];
+  const float* value = l.has_v ? &buffers_.v[at] : &buffers_.k[at];
+  if (l.value_norm) {
+    level_.rms_norm(value, nullptr, x, l.head_dim, plan_.eps);
+    value = x;
+  }
+  level_.store_value(const_cast<uint16_t*>(page.values), position % kPage, value, l.head_dim);
+  if (l.k_norm != nullptr) {
+    level_.rms_norm(&buffers_.k[at], l.k_norm, x, l.head_dim, plan_.eps);
+  } else {
+    std::copy_n(&buffers_.k[at], l.head_dim, x);
+  }
+  level_.rotate(x, &buffers_.cosines[turned][angle], &buffers_.sines[turned][angle], l.head_dim, 1.0f);
+  level_.store_key(const_cast<uint16_t*>(page.keys), position % kPage, x, l.head_dim);
+}
+
+// One row: pages are shared out. Who has the last page of a head puts the new key and value there first.
+void Pass::AttendAlone(Worker& worker, int index) {
+  const LayerPlan& l = plan_.layers[index];
+  RowSet& set = Set(worker);
+  const int position = tokens_[0].position, first = FirstPage(l, position), pages = position / kPage + 1 - first;
+  const int group = l.heads / l.kv_heads;
+  worker.Each(l.kv_heads * pages, [&](int unit) {
+    const int head = unit / pages, page = first + unit % pages;
+    if (page == position / kPage && l.source == index) StoreKeyValue(index, 0, head);
+    Query queries[64];
+    for (int done = 0; done < group;) {
+      int n = 0;
+      for (; n < 64 && done < group; n++, done++) {
+        const size_t h = static_cast<size_t>(head) * group + done, slot = h * pages + unit % pages;
+        const int from = l.window == 0 ? 0 : std::max(0, position - l.window + 1);
+        queries[n] = Query{&set.q[h * l.head_dim], std::max(0, from - page * kPage),
+                           std::min(kPage - 1, position - page * kPage), &buffers_.best[slot], &buffers_.sums[slot],
+                           &buffers_.found[slot * l.head_dim]};
+      }
+      level_.attend(gemma::Attention{PageOf(index, 0, page, head), l.head_dim, l.cap, queries, n});
+    }
+  });
+  for (int h = 0; h < l.heads; h++) {
+    const size_t slot = static_cast<size_t>(h) * pages;
+    level_.combine(&buffers_.best[slot], &buffers_.sums[slot], &buffers_.found[slot * l.head_dim], pages, l.head_dim,
+                   set.wide.row(0) + static_cast<size_t>(h) * l.head_dim);
+  }
+  set.wide.Pad(0, l.heads * l.head_dim);
+}
+
+void Pass::AttendRows(Worker& worker, int index) {
+  const LayerPlan& l = plan_.layers[index];
+  const int blocks = static_cast<int>(blocks_.size());
+  // The last blocks of a prompt see most: they come first.
+  worker.Each(blocks * l.kv_heads, [&](int unit) {
+    AttendBlock(worker.index(), index, blocks_[blocks - 1 - unit / l.kv_heads], unit % l.kv_heads);
+  });
+}
+
+void Pass::AttendBlock(int thread, int index, const Rows& block, int kv_head) {
+  const LayerPlan& l = plan_.layers[index];
+  RowSet& set = buffers_.sets[0];
+  const int group = l.heads / l.kv_heads, queries = block.count * group;
+  const int first = FirstPage(l, tokens_[block.first].position);
+  const int pages = tokens_[block.first + block.count - 1].position / kPage + 1 - first;
+  const size_t slots = static_cast<size_t>(queries) * pages;
+  Array<float>& own = buffers_.own[thread];
+  own.Grow(slots * (2 + l.head_dim));
+  float* best = own.data() + slots * l.head_dim;
+  float* sums = best + slots;
+  std::vector<Query> all(queries);
+  for (int p = 0; p < pages; p++) {
+    const int base = (first + p) * kPage;
+    for (int i = 0; i < queries; i++) {
+      const int row = block.first + i / group, position = tokens_[row].position;
+      const size_t head = static_cast<size_t>(kv_head) * group + i % group, slot = static_cast<size_t>(i) * pages + p;
+      const int from = l.window == 0 ? 0 : std::max(0, position - l.window + 1);
+      all[i] = Query{&set.q[row * static_cast<size_t>(buffers_.q_stride) + head * l.head_dim], std::max(0, from - base),
+                     std::min(kPage - 1, position - base), best + slot, sums + slot, own.data() + slot * l.head_dim};
+    }
+    level_.attend(gemma::Attention{PageOf(index, block.first, first + p, kv_head), l.head_dim, l.cap, all.data(), queries});
+  }
+  for (int i = 0; i < queries; i++) {
+    const size_t head = static_cast<size_t>(kv_head) * group + i % group, slot = static_cast<size_t>(i) * pages;
+    float* y = set.wide.row(block.first + i / group);
+    level_.combine(best + slot, sums + slot, own.data() + slot * l.head_dim, pages, l.head_dim, y + head * l.head_dim);
+    if (kv_head == 0 && i % group == 0) set.wide.Pad(block.first + i / group, l.heads * l.head_dim);
+  }
+}
+
+void Pass::Mlp(Worker& worker, int index) {
+  const LayerPlan& l = plan_.layers[index];
+  RowSet& set = Set(worker);
+  const size_t stride = static_cast<size_t>(buffers_.hidden_stride), wide = static_cast<size_t>(buffers_.wide_stride);
+  const auto add = [&](int row, const float* norm) {
+    float* x = &set.x[row * stride];
+    const float* y = &buffers_.out[row * stride];
+    if (norm != nullptr) return level_.add_rms_norm(x, y, norm, plan_.hidden, plan_.eps);
+    for (int i = 0; i < plan_.hidden; i++) x[i] += y[i];
+  };
+  Small(worker, rows_, [&](int row) {
+    add(row, l.post_attention_norm);
+    Norm(set, row, l.pre_mlp_norm, HasCodes(l.gate) || HasCodes(l.up));
+  });
+  const Output outputs[] = {{&l.gate, buffers_.gate.data(), wide}, {&l.up, buffers_.up.data(), wide}};
+  Multiply(worker, set.hidden, rows_, outputs, 2);
+  const int spans = Spans(Padded(l.width));
+  Small(worker, rows_ * spans, [&](int unit) {
+    const int row = unit / spans, span = unit % spans, begin = span * kSpan, n = std::min(kSpan, l.width - begin);
+    const size_t at = row * wide + begin;
+    if (n > 0) level_.gated(&buffers_.gate[at], &buffers_.up[at], set.wide.row(row) + begin, n, plan_.activation);
+    if (span == spans - 1) set.wide.Pad(row, l.width);
+    if (HasCodes(l.down)) set.wide.Round(level_, row, span, l.width);
+  });
+  const Output out{&l.down, buffers_.out.data(), stride};
+  Multiply(worker, set.wide, rows_, &out, 1);
+  Small(worker, rows_, [&](int row) {
+    add(row, l.post_mlp_norm);
+    float* x = &set.x[row * stride];
+    if (l.scalar != 1.0f)
+      for (int i = 0; i < plan_.hidden; i++) x[i] *= l.scalar;
+  });
+}
+
+void Pass::Logits(Worker& worker, const std::vector<int>& wanted, float* logits, size_t stride) {
+  if (wanted.empty()) return;
+  // Rows move to the front of the buffer that the head reads: never past one that is still to be read.
+  RowSet& set = Set(worker);
+  Inputs& inputs = alone_ ? set.hidden : buffers_.sets[0].hidden;
+  Small(worker, static_cast<int>(wanted.size()), [&](int i) {
+    level_.rms_norm(&set.x[wanted[i] * static_cast<size_t>(buffers_.hidden_stride)], plan_.final_norm, inputs.row(i),
+                    plan_.hidden, plan_.eps);
+    inputs.Pad(i, plan_.hidden);
+    if (HasCodes(plan_.head)) inputs.RoundRow(level_, i, plan_.hidden);
+  });
+  const Output out{&plan_.head, logits, stride};
+  Multiply(worker, inputs, static_cast<int>(wanted.size()), &out, 1);
+  if (plan_.cap == 0) return;
+  const int panels = plan_.head.rows / kLanes, step = 1024, units = (panels + step - 1) / step;
+  worker.Each(units * static_cast<int>(wanted.size()), [&](int unit) {
+    const int begin = unit % units * step, n = std::min(step, panels - begin);
+    level_.soft_cap(logits + unit / units * stride + static_cast<size_t>(begin) * kLanes, n * kLanes, plan_.cap);
+  });
+}
+
+}  // namespace gemma

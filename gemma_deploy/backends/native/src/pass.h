@@ -1,0 +1,72 @@
+// Some rows on their way through all layers.
+#pragma once
+
+#include <vector>
+
+#include "buffers.h"
+#include "model.h"
+
+namespace gemma {
+
+// One token of one sequence.
+struct Token {
+  Sequence* sequence;
+  int position;
+  int32_t id;
+};
+
+// All threads run Layers and Logits together. Where there is a single row, every thread does what is small for itself,
+// which saves waiting; what it computes is the same.
+class Pass {
+ public:
+  Pass(Model* model, Buffers* buffers, const std::vector<Token>& tokens)
+      : plan_(model->plan()), layout_(model->layout()), level_(model->level()), buffers_(*buffers), tokens_(tokens),
+        rows_(static_cast<int>(tokens.size())), alone_(rows_ == 1) {}
+
+  // Before Layers: where blocks of rows for attention begin. Run by one thread.
+  void Divide();
+  void Layers(Worker& worker);
+  // Logits of those rows to logits[i * stride].
+  void Logits(Worker& worker, const std::vector<int>& wanted, float* logits, size_t stride);
+
+ private:
+  struct Output {
+    const Matrix* matrix;
+    float* y;
+    size_t stride;
+  };
+  struct Rows {  // of one sequence, one after another
+    int first, count;
+  };
+
+  RowSet& Set(const Worker& worker) { return buffers_.sets[alone_ ? worker.index() : 0]; }
+  // f(i) for all i below n: by every thread where there is one row, else by one of them each.
+  template <class F>
+  void Small(Worker& worker, int n, const F& f) {
+    if (!alone_) return worker.Each(n, f);
+    for (int i = 0; i < n; i++) f(i);
+  }
+  void Multiply(Worker& worker, const Inputs& inputs, int rows, const Output* outputs, int count);
+  void Begin(Worker& worker);
+  void Norm(RowSet& set, int row, const float* weight, bool rounded);
+  void Attention(Worker& worker, int index);
+  void Prepare(Worker& worker, int index);
+  void StoreKeyValue(int index, int row, int head);
+  void AttendAlone(Worker& worker, int index);
+  void AttendRows(Worker& worker, int index);
+  void AttendBlock(int thread, int index, const Rows& block, int kv_head);
+  void Mlp(Worker& worker, int index);
+  Page PageOf(int index, int row, int page, int kv_head) const;
+  int FirstPage(const LayerPlan& layer, int position) const;
+
+  const Plan& plan_;
+  const CacheLayout& layout_;
+  const Kernels& level_;
+  Buffers& buffers_;
+  const std::vector<Token>& tokens_;
+  const int rows_;
+  const bool alone_;
+  std::vector<Rows> blocks_;
+};
+
+}  // namespace gemma
