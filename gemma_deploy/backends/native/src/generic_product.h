@@ -30,11 +30,12 @@ struct Products {
         for (int p = 0; p < P; p++) inner[r][p] = V::Set(0.0f);
     }
 
-    // Adds sums of the inputs begin..end to `inner`, less what the codes are too high, times the scales of the group.
+    // Adds sums of the inputs begin..end to `inner`, less what codes that are not centred are too high, times the scales
+    // of the group.
     template <class Accs>
     void Flush(const Accs& acc, int begin, int end, int panel, int offset) {
       for (int r = 0; r < R; r++) {
-        const int32_t low = offset * (rows[r]->sums[(end - start) / kSums] - rows[r]->sums[(begin - start) / kSums]);
+        const int32_t low = V::kCentred ? 0 : offset * (rows[r]->sums[(end - start) / kSums] - rows[r]->sums[(begin - start) / kSums]);
         const I less = V::SetInt(low);
         for (int p = 0; p < P; p++) {
           const F sum = V::Float(V::Sub(V::Total(acc[r][p]), less));

@@ -4,6 +4,11 @@
 #include <string>
 #include <vector>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace gemma {
 namespace {
 
@@ -22,8 +27,10 @@ std::vector<const Kernels*> Running() {
   add(kAvxVnni, avx2 && __builtin_cpu_supports("avxvnni"));
   add(kAvx2, avx2);
 #endif
-#if defined(__aarch64__)
-  add(kNeonDot, kNeonDot != nullptr);
+#if defined(__aarch64__) && defined(__linux__)
+  add(kNeonDot, (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0);
+#elif defined(__aarch64__)
+  add(kNeonDot, true);  // every processor of Apple's has it
 #endif
   add(kPlain, true);
   return found;

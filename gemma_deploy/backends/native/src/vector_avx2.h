@@ -23,6 +23,7 @@ struct Avx2 {
   struct X {
     __m256i even, odd;
   };
+  static constexpr bool kCentred = false;
   static constexpr int kRows = 4, kPanels = 1;
 
   static F Set(float x) { return F{_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

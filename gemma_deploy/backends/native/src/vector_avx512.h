@@ -16,6 +16,7 @@ struct Avx512 {
     __m512i even, odd;
   };
   using B = X;
+  static constexpr bool kCentred = false;
   static constexpr int kRows = 6, kPanels = 4;
 
   static F Set(float x) { return _mm512_set1_ps(x); }
