@@ -30,10 +30,23 @@ void Inputs::RoundRow(const Kernels& level, int row, int columns) const {
   for (int span = 0; span < Spans(Padded(columns)); span++) Round(level, row, span, columns);
 }
 
+void HeadCodes::Grow(int rows, int heads, int head_dim) {
+  heads_ = heads;
+  const size_t all = static_cast<size_t>(rows) * heads, sums = static_cast<size_t>(head_dim) / kSums + 1;
+  scales_.Grow(all);
+  codes_.Grow(all * 2 * Padded(head_dim));
+  sums_.Grow(all * sums);
+  spans_.clear();
+  for (size_t i = 0; i < all; i++)
+    spans_.push_back(Span{nullptr, codes_.data() + i * 2 * Padded(head_dim), scales_.data() + i, sums_.data() + i * sums});
+}
+
 Buffers::Buffers(const Plan& plan, int threads) : sets(threads), own(threads) {
   int q = 0, width = 0, kv = 0;
   for (const LayerPlan& layer : plan.layers) {
     q = std::max(q, layer.heads * layer.head_dim);
+    most_heads = std::max(most_heads, layer.heads);
+    most_head_dim = std::max(most_head_dim, layer.head_dim);
     kv = std::max(kv, layer.kv_heads * layer.head_dim);
     width = std::max(width, layer.width);
     half_stride = std::max(half_stride, layer.head_dim / 2);
@@ -61,6 +74,7 @@ void Buffers::Grow(const Plan& plan, int wanted) {
     const int own_rows = i == 0 ? rows : 1;
     sets[i].x.Grow(static_cast<size_t>(own_rows) * hidden_stride);
     sets[i].q.Grow(static_cast<size_t>(own_rows) * q_stride);
+    sets[i].heads.Grow(own_rows, most_heads, most_head_dim);
     sets[i].hidden.Grow(own_rows, plan.hidden);
     sets[i].wide.Grow(own_rows, wide_stride);
   }

@@ -35,15 +35,37 @@ class Inputs {
   std::vector<Span> spans_;
 };
 
+// Queries rounded head by head, for caches of codes.
+class HeadCodes {
+ public:
+  void Grow(int rows, int heads, int head_dim);
+  const Span* at(int row, size_t head) const { return &spans_[static_cast<size_t>(row) * heads_ + head]; }
+  // The place for the codes of a head's q.
+  const Span& Point(int row, size_t head, const float* q) {
+    Span& span = spans_[static_cast<size_t>(row) * heads_ + head];
+    span.values = q;
+    return span;
+  }
+
+ private:
+  int heads_ = 0;
+  Array<float> scales_;
+  Array<int8_t> codes_;
+  Array<int32_t> sums_;
+  std::vector<Span> spans_;
+};
+
 // What one thread has of its own where a single row goes through the model, and what all share where there are several.
 struct RowSet {
   Array<float> x;       // [rows][hidden_stride]: the residual stream
   Array<float> q;       // [rows][q_stride]
+  HeadCodes heads;      // of q
   Inputs hidden, wide;  // of the hidden size; of heads * head_dim or the MLP's width
 };
 
 struct Buffers {
   int rows = 0;                                     // that there is room for
+  int most_heads = 0, most_head_dim = 0;
   int hidden_stride = 0, q_stride = 0, wide_stride = 0, kv_stride = 0, half_stride = 0;
   std::vector<RowSet> sets;
   Array<float> q, k, v, out, gate, up;              // [rows][...]: what matrices gave

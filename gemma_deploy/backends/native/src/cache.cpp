@@ -18,7 +18,7 @@ int FirstPage(const CacheKind& kind, int position) {
 
 }  // namespace
 
-CacheLayout::CacheLayout(const std::vector<LayerPlan>& plan) {
+CacheLayout::CacheLayout(const std::vector<LayerPlan>& plan, int32_t form) : form(form) {
   for (size_t i = 0; i < plan.size(); i++) {
     const LayerPlan& layer = plan[i];
     if (layer.source != static_cast<int>(i)) {
@@ -29,7 +29,7 @@ CacheLayout::CacheLayout(const std::vector<LayerPlan>& plan) {
     while (kind < kinds.size() && kinds[kind].window != layer.window) kind++;
     if (kind == kinds.size()) kinds.push_back(CacheKind{layer.window, 0});
     layers.push_back(CachePlace{static_cast<int>(kind), kinds[kind].bytes});
-    kinds[kind].bytes += static_cast<size_t>(layer.kv_heads) * layer.head_dim * kPage * 2 * sizeof(uint16_t);
+    kinds[kind].bytes += layer.kv_heads * PageBytes(form, layer.head_dim);
   }
 }
 

@@ -10,7 +10,7 @@
 namespace gemma {
 
 // Layers with the same window keep and give back positions together: their keys and values of kPage positions are one
-// page of memory. Within it each layer has for each KV head keys, then values (layout.h).
+// page of memory. Within it each layer has a part for each KV head (layout.h).
 struct CacheKind {
   int window;    // 0: all positions are kept
   size_t bytes;  // of a page
@@ -25,7 +25,9 @@ struct CacheLayout {
   std::vector<CacheKind> kinds;
   std::vector<CachePlace> layers;  // a layer that reads another's has that one's place
 
-  explicit CacheLayout(const std::vector<LayerPlan>& layers);
+  int32_t form;  // of all pages
+
+  CacheLayout(const std::vector<LayerPlan>& layers, int32_t form);
 };
 
 // Memory for pages, not more than a limit. Its pages hold finite numbers from the beginning.

@@ -63,15 +63,19 @@ struct GemmaPiece {
 
 // Opens a model: null, with a message in `error`, where it can not be.
 GEMMA_API Handle* gemma_open(const char* plan, size_t plan_size, const char* parameters, const char* level, int threads,
-                             uint64_t cache_bytes, char* error, size_t error_size) {
+                             uint64_t cache_bytes, const char* cache_form, char* error, size_t error_size) {
   try {
     if (plan == nullptr || parameters == nullptr) throw Error("no plan or no parameters");
     const gemma::Kernels* kernels = gemma::Level(level);
     if (kernels == nullptr)
       throw Error("this processor has no level '" + std::string(level) + "': it has " + gemma::LevelNames());
     if (threads < 1 || threads > 1024) throw Error("threads: " + std::to_string(threads) + ", not 1 to 1024");
+    const std::string form = cache_form == nullptr ? "bfloat16" : cache_form;
+    if (form != "bfloat16" && form != "float32" && form != "int8") throw Error("caches of " + form + " are not known");
     auto handle = std::make_unique<Handle>();
-    handle->model = std::make_unique<gemma::Model>(std::string(plan, plan_size), parameters, *kernels, threads, cache_bytes);
+    handle->model = std::make_unique<gemma::Model>(
+        std::string(plan, plan_size), parameters, *kernels, threads, cache_bytes,
+        form == "int8" ? gemma::kInt8 : form == "float32" ? gemma::kFloat32 : gemma::kBFloat16);
     return handle.release();
   } catch (const std::exception& what) {
     Put(error, error_size, what.what());

@@ -6,89 +6,175 @@
 namespace gemma {
 namespace {
 
+constexpr float kNone = -__builtin_inff();
+
+// Pages of floats hold pairs, of channels or of positions: the first of sixteen pairs, and the second.
+template <class V>
+struct BfloatPairs {
+  static constexpr size_t kBytes = 64;  // of sixteen pairs
+  static typename V::F First(const uint8_t* p) { return V::First(p); }
+  static typename V::F Second(const uint8_t* p) { return V::Second(p); }
+};
+
+template <class V>
+struct FloatPairs {
+  static constexpr size_t kBytes = 128;
+  static typename V::F First(const uint8_t* p) { return V::Load(reinterpret_cast<const float*>(p)); }
+  static typename V::F Second(const uint8_t* p) { return V::Load(reinterpret_cast<const float*>(p) + 16); }
+};
+
 template <class V>
 struct Attentions {
   using F = typename V::F;
   static constexpr int kTogether = 4;  // queries
-  static constexpr float kNone = -__builtin_inff();
+
+  // R queries that see something of the page, from `first` to `last` in all.
+  template <int R>
+  struct Group {
+    const Attention& work;
+    const Query* queries;
+    int first, last;
+    alignas(64) float weights[R][kPage];  // scores at first
+
+    template <class Pairs>
+    void FloatScores() {
+      const int half = work.head_dim / 2;
+      for (int block = first / 16; block <= last / 16; block++) {
+        const uint8_t* keys = work.page.keys + static_cast<size_t>(block) * half * Pairs::kBytes;
+        F even[R], odd[R];
+        for (int r = 0; r < R; r++) even[r] = odd[r] = V::Set(0.0f);
+        for (int i = 0; i < half; i++) {
+          const F a = Pairs::First(keys + i * Pairs::kBytes), b = Pairs::Second(keys + i * Pairs::kBytes);
+          for (int r = 0; r < R; r++) {
+            even[r] = V::Fma(V::Set(queries[r].q[2 * i]), a, even[r]);
+            odd[r] = V::Fma(V::Set(queries[r].q[2 * i + 1]), b, odd[r]);
+          }
+        }
+        for (int r = 0; r < R; r++) Score(r, block, V::Add(even[r], odd[r]));
+      }
+    }
+
+    void CodeScores() {
+      for (int block = first / 16; block <= last / 16; block++) {
+        const uint8_t* keys = work.page.keys + static_cast<size_t>(block) * work.head_dim * 16;
+        const F scales = V::Load(work.page.key_scales + block * 16);
+        typename V::Acc acc[R];
+        for (int r = 0; r < R; r++) acc[r] = V::Begin();
+        for (int k = 0; k < work.head_dim; k += 4) {
+          const auto w = V::LoadBytes(keys + static_cast<size_t>(k) * 16);
+          for (int r = 0; r < R; r++) V::Dot(acc[r], w, V::Codes(queries[r].rounded->codes, k));
+        }
+        for (int r = 0; r < R; r++) {
+          const Span& q = *queries[r].rounded;
+          const F sum = V::Float(Centred(V::Total(acc[r]), q.sums[work.head_dim / kSums]));
+          Score(r, block, V::Mul(V::Mul(sum, V::Set(*q.scale)), scales));
+        }
+      }
+    }
+
+    static typename V::I Centred(typename V::I total, int32_t sum) {
+      return V::kCentred ? total : V::Sub(total, V::SetInt(128 * sum));
+    }
+
+    void Score(int r, int block, F score) {
+      if (work.cap > 0) score = V::Mul(V::Set(work.cap), Tanh<V>(V::Mul(score, V::Set(1 / work.cap))));
+      score = V::Within(queries[r].first - block * 16, queries[r].last - block * 16, score, V::Set(kNone));
+      V::Store(weights[r] + block * 16, score);
+    }
+
+    void Weights() {
+      for (int r = 0; r < R; r++) {
+        F largest = V::Set(kNone), sum = V::Set(0.0f);
+        for (int b = first / 16; b <= last / 16; b++) largest = V::Max(largest, V::Load(weights[r] + b * 16));
+        const float best = V::Largest(largest);
+        for (int b = first / 16; b <= last / 16; b++) {
+          float* at = weights[r] + b * 16;
+          const F e = V::Within(queries[r].first - b * 16, queries[r].last - b * 16,
+                                Exp<V>(V::Sub(V::Load(at), V::Set(best))), V::Set(0.0f));
+          sum = V::Add(sum, e);
+          V::Store(at, e);
+        }
+        *queries[r].best = best;
+        *queries[r].sum = V::Sum(sum);
+      }
+    }
+
+    template <class Pairs>
+    void FloatValues() {
+      for (int d = 0; d < work.head_dim; d += 16) {
+        const uint8_t* values = work.page.values + static_cast<size_t>(d) / 16 * (kPage / 2) * Pairs::kBytes;
+        F even[R], odd[R];
+        for (int r = 0; r < R; r++) even[r] = odd[r] = V::Set(0.0f);
+        for (int i = first / 2; i <= last / 2; i++) {
+          const F a = Pairs::First(values + i * Pairs::kBytes), b = Pairs::Second(values + i * Pairs::kBytes);
+          for (int r = 0; r < R; r++) {
+            even[r] = V::Fma(V::Set(weights[r][2 * i]), a, even[r]);
+            odd[r] = V::Fma(V::Set(weights[r][2 * i + 1]), b, odd[r]);
+          }
+        }
+        for (int r = 0; r < R; r++) V::Store(queries[r].values + d, V::Add(even[r], odd[r]));
+      }
+    }
+
+    // Weights take the scales of the values, and are rounded as activations are.
+    void CodeValues() {
+      alignas(64) int8_t codes[R][2 * kPage];
+      float scales[R];
+      int32_t sums[R][kPage / kSums + 1];
+      for (int r = 0; r < R; r++) {
+        for (int i = 0; i < kPage; i += 16) {
+          const bool seen = first / 16 <= i / 16 && i / 16 <= last / 16;
+          const F w = seen ? V::Load(weights[r] + i) : V::Set(0.0f);
+          V::Store(weights[r] + i, V::Mul(w, V::Load(work.page.value_scales + i)));
+        }
+        Rows<V>::Round(Span{weights[r], codes[r], &scales[r], sums[r]}, kPage);
+      }
+      for (int d = 0; d < work.head_dim; d += 16) {
+        const uint8_t* values = work.page.values + static_cast<size_t>(d) * kPage;
+        typename V::Acc acc[R];
+        for (int r = 0; r < R; r++) acc[r] = V::Begin();
+        for (int i = 0; i < kPage; i += 4) {
+          const auto w = V::LoadBytes(values + static_cast<size_t>(i) * 16);
+          for (int r = 0; r < R; r++) V::Dot(acc[r], w, V::Codes(codes[r], i));
+        }
+        for (int r = 0; r < R; r++) {
+          const F sum = V::Float(Centred(V::Total(acc[r]), sums[r][kPage / kSums]));
+          V::Store(queries[r].values + d, V::Mul(sum, V::Set(scales[r])));
+        }
+      }
+    }
+  };
 
   template <int R>
   static void Together(const Attention& work, const Query* queries) {
-    alignas(64) float weights[R][kPage];
     int first = kPage, last = -1;
     for (int r = 0; r < R; r++) {
       if (queries[r].first > queries[r].last) continue;
       first = queries[r].first < first ? queries[r].first : first;
       last = queries[r].last > last ? queries[r].last : last;
     }
-    if (first > last) {
-      for (int r = 0; r < R; r++) {
-        *queries[r].best = kNone;
-        *queries[r].sum = 0;
-        for (int d = 0; d < work.head_dim; d += 16) V::Store(queries[r].values + d, V::Set(0.0f));
-      }
-      return;
-    }
-    Scores<R>(work, queries, weights, first / 16, last / 16);
-    Weights<R>(queries, weights, first / 16, last / 16);
-    Values<R>(work, queries, weights, first / 2, last / 2);
-  }
-
-  template <int R>
-  static void Scores(const Attention& work, const Query* queries, float (*scores)[kPage], int from, int to) {
-    const int half = work.head_dim / 2;
-    for (int block = from; block <= to; block++) {
-      const uint8_t* keys = reinterpret_cast<const uint8_t*>(work.page.keys) + static_cast<size_t>(block) * half * 64;
-      F even[R], odd[R];
-      for (int r = 0; r < R; r++) even[r] = odd[r] = V::Set(0.0f);
-      for (int i = 0; i < half; i++) {
-        const F a = V::First(keys + static_cast<size_t>(i) * 64), b = V::Second(keys + static_cast<size_t>(i) * 64);
-        for (int r = 0; r < R; r++) {
-          even[r] = V::Fma(V::Set(queries[r].q[2 * i]), a, even[r]);
-          odd[r] = V::Fma(V::Set(queries[r].q[2 * i + 1]), b, odd[r]);
-        }
-      }
-      for (int r = 0; r < R; r++) {
-        F score = V::Add(even[r], odd[r]);
-        if (work.cap > 0) score = V::Mul(V::Set(work.cap), Tanh<V>(V::Mul(score, V::Set(1 / work.cap))));
-        score = V::Within(queries[r].first - block * 16, queries[r].last - block * 16, score, V::Set(kNone));
-        V::Store(scores[r] + block * 16, score);
-      }
+    if (first > last) return Nothing(work, queries, R);
+    Group<R> group{work, queries, first, last, {}};
+    if (work.page.form == kInt8) {
+      group.CodeScores();
+      group.Weights();
+      group.CodeValues();
+    } else if (work.page.form == kFloat32) {
+      group.template FloatScores<FloatPairs<V>>();
+      group.Weights();
+      group.template FloatValues<FloatPairs<V>>();
+    } else {
+      group.template FloatScores<BfloatPairs<V>>();
+      group.Weights();
+      group.template FloatValues<BfloatPairs<V>>();
     }
   }
 
-  template <int R>
-  static void Weights(const Query* queries, float (*scores)[kPage], int from, int to) {
-    for (int r = 0; r < R; r++) {
-      F largest = V::Set(kNone), sum = V::Set(0.0f);
-      for (int block = from; block <= to; block++) largest = V::Max(largest, V::Load(scores[r] + block * 16));
-      const float best = V::Largest(largest);
-      for (int block = from; block <= to; block++) {
-        float* at = scores[r] + block * 16;
-        const F e = V::Within(queries[r].first - block * 16, queries[r].last - block * 16,
-                              Exp<V>(V::Sub(V::Load(at), V::Set(best))), V::Set(0.0f));
-        sum = V::Add(sum, e);
-        V::Store(at, e);
-      }
-      *queries[r].best = best;
-      *queries[r].sum = V::Sum(sum);
-    }
-  }
-
-  template <int R>
-  static void Values(const Attention& work, const Query* queries, float (*weights)[kPage], int from, int to) {
-    for (int d = 0; d < work.head_dim; d += 16) {
-      const uint8_t* values = reinterpret_cast<const uint8_t*>(work.page.values) + static_cast<size_t>(d) * kPage * 2;
-      F even[R], odd[R];
-      for (int r = 0; r < R; r++) even[r] = odd[r] = V::Set(0.0f);
-      for (int i = from; i <= to; i++) {
-        const F a = V::First(values + static_cast<size_t>(i) * 64), b = V::Second(values + static_cast<size_t>(i) * 64);
-        for (int r = 0; r < R; r++) {
-          even[r] = V::Fma(V::Set(weights[r][2 * i]), a, even[r]);
-          odd[r] = V::Fma(V::Set(weights[r][2 * i + 1]), b, odd[r]);
-        }
-      }
-      for (int r = 0; r < R; r++) V::Store(queries[r].values + d, V::Add(even[r], odd[r]));
+  static void Nothing(const Attention& work, const Query* queries, int count) {
+    for (int r = 0; r < count; r++) {
+      *queries[r].best = kNone;
+      *queries[r].sum = 0;
+      for (int d = 0; d < work.head_dim; d += 16) V::Store(queries[r].values + d, V::Set(0.0f));
     }
   }
 
@@ -115,26 +201,55 @@ struct Attentions {
     for (int d = 0; d < head_dim; d += 16) V::Store(y + d, V::Mul(V::Load(y + d), inverse));
   }
 
-  static void StoreKey(uint16_t* keys, int position, const float* x, int head_dim) {
-    alignas(64) uint16_t all[kLanes];
-    uint16_t* at = keys + static_cast<size_t>(position / 16) * 16 * head_dim + position % 16 * 2;
+  // One position's numbers: where channel d of it lies, in elements of the form. `together` are in a group of neighbours:
+  // channels of keys, positions of values.
+  static void Store(int32_t form, uint8_t* at, float* scale, const float* x, int head_dim, size_t step, size_t group,
+                    int together) {
+    if (form == kInt8) return StoreRounded(at, scale, x, head_dim, step, group, together);
+    alignas(64) uint16_t half[kLanes];
     for (int d = 0; d < head_dim; d += 16) {
-      V::StoreBfloat(all, V::Load(x + d));
-      for (int i = 0; i < 16; i += 2) {
-        uint16_t* pair = at + static_cast<size_t>(d + i) * 16;
-        pair[0] = all[i];
-        pair[1] = all[i + 1];
+      V::StoreBfloat(half, V::Load(x + d));
+      for (int i = 0; i < 16; i++) {
+        const size_t to = static_cast<size_t>((d + i) / together) * group + static_cast<size_t>((d + i) % together) * step;
+        if (form == kFloat32) {
+          reinterpret_cast<float*>(at)[to] = x[d + i];
+        } else {
+          reinterpret_cast<uint16_t*>(at)[to] = half[i];
+        }
       }
     }
   }
 
-  static void StoreValue(uint16_t* values, int position, const float* x, int head_dim) {
-    alignas(64) uint16_t all[kLanes];
+  static void StoreRounded(uint8_t* at, float* scale, const float* x, int head_dim, size_t step, size_t group,
+                           int together) {
+    F largest = V::Set(0.0f);
+    for (int d = 0; d < head_dim; d += 16) largest = V::Max(largest, V::Abs(V::Load(x + d)));
+    *scale = V::Largest(largest) / 127;
+    const F inverse = V::Set(*scale > 0 ? 1 / *scale : 0), top = V::Set(127.0f), bottom = V::Set(-127.0f);
+    alignas(64) float codes[kLanes];
     for (int d = 0; d < head_dim; d += 16) {
-      V::StoreBfloat(all, V::Load(x + d));
-      uint16_t* at = values + static_cast<size_t>(d) * kPage + static_cast<size_t>(position / 2) * 32 + position % 2;
-      for (int i = 0; i < 16; i++) at[2 * i] = all[i];
+      V::Store(codes, V::Min(V::Max(V::Nearest(V::Mul(V::Load(x + d), inverse)), bottom), top));
+      for (int i = 0; i < 16; i++)
+        at[static_cast<size_t>((d + i) / together) * group + static_cast<size_t>((d + i) % together) * step] =
+            static_cast<uint8_t>(static_cast<int>(codes[i]) + 128);
     }
+  }
+
+  static size_t Width(int32_t form) { return form == kInt8 ? 1 : form == kFloat32 ? 4 : 2; }
+  static int Neighbours(int32_t form) { return form == kInt8 ? 4 : form == kFloat32 ? 1 : 2; }
+
+  static void StoreKey(const Page& page, int position, const float* x, int head_dim) {
+    const int n = Neighbours(page.form);
+    const size_t start = static_cast<size_t>(position / 16) * 16 * head_dim + static_cast<size_t>(position % 16) * n;
+    Store(page.form, page.keys + start * Width(page.form), page.key_scales + position, x, head_dim, 1,
+          static_cast<size_t>(16) * n, n);
+  }
+
+  static void StoreValue(const Page& page, int position, const float* x, int head_dim) {
+    const int n = Neighbours(page.form);
+    const size_t start = static_cast<size_t>(position / n) * 16 * n + position % n;
+    Store(page.form, page.values + start * Width(page.form), page.value_scales + position, x, head_dim, n,
+          static_cast<size_t>(16) * kPage, 16);
   }
 };
 

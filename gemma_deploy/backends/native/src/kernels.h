@@ -26,6 +26,7 @@ struct Product {
 // One query of one head: attends to positions first..last of a page, and says what it found there.
 struct Query {
   const float* q;  // [D], scaled
+  const Span* rounded;  // the same, for pages of int8
   int first, last;  // within the page; first > last: it sees none
   float* best;      // the largest score, -infinity where it sees none
   float* sum;       // of exp(score - best)
@@ -65,9 +66,9 @@ struct Kernels {
   // Turns the pairs (i, i + n / 2) of a head by angles given as cosines and sines [n / 2], times `factor`.
   void (*rotate)(float* x, const float* cosines, const float* sines, int n, float factor);
 
-  // Writes the keys or values [D] of one position into a page.
-  void (*store_key)(uint16_t* keys, int position, const float* x, int head_dim);
-  void (*store_value)(uint16_t* values, int position, const float* x, int head_dim);
+  // Writes the key or value [D] of one position into a page.
+  void (*store_key)(const Page& page, int position, const float* x, int head_dim);
+  void (*store_value)(const Page& page, int position, const float* x, int head_dim);
 
   void (*attend)(const Attention& work);
 

@@ -57,10 +57,34 @@ struct Span {
 
 constexpr int Spans(int columns) { return (columns + kSpan - 1) / kSpan; }
 
-// The keys and values of kPage positions of one KV head, bfloat16.
+// The keys and values of kPage positions of one KV head, one of these forms:
+//   bfloat16  keys [kPage / 16][D / 2][16 positions][2 channels], values [D / 16][kPage / 2][16 channels][2 positions]
+//   float32   keys [kPage / 16][D][16 positions], values [D / 16][kPage][16 channels]
+//   int8      keys [kPage / 16][D / 4][16 positions][4 channels], values [D / 16][kPage / 4][16 channels][4 positions],
+//             code + 128; beside them a scale for each position
 struct Page {
-  const uint16_t* keys;    // [kPage / 16][D / 2][16 positions][2 channels]
-  const uint16_t* values;  // [D / 16][kPage / 2][16 channels][2 positions]
+  int32_t form;
+  uint8_t* keys;
+  uint8_t* values;
+  float* key_scales;  // [kPage], of int8
+  float* value_scales;
 };
+
+// Bytes of the keys, and of the values, of a page of one KV head; scales not counted.
+constexpr size_t HalfPageBytes(int32_t form, int head_dim) {
+  return static_cast<size_t>(kPage) * head_dim * (form == kInt8 ? 1 : form == kFloat32 ? 4 : 2);
+}
+
+// Bytes of a page of one KV head: keys, values, scales of keys, scales of values.
+constexpr size_t PageBytes(int32_t form, int head_dim) {
+  return 2 * (HalfPageBytes(form, head_dim) + (form == kInt8 ? kPage * sizeof(float) : 0));
+}
+
+// The page of one KV head that begins at `at`.
+inline Page PageAt(uint8_t* at, int32_t form, int head_dim) {
+  const size_t half = HalfPageBytes(form, head_dim);
+  float* scales = form == kInt8 ? reinterpret_cast<float*>(at + 2 * half) : nullptr;
+  return Page{form, at, at + half, scales, scales == nullptr ? nullptr : scales + kPage};
+}
 
 }  // namespace gemma

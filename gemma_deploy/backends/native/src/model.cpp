@@ -13,10 +13,10 @@ constexpr int kMostNumbers = 4 << 20;  // of one buffer of a pass
 }  // namespace
 
 Model::Model(const std::string& plan, const std::string& parameters, const Kernels& level, int threads,
-             uint64_t cache_bytes)
+             uint64_t cache_bytes, int32_t cache_form)
     : file_(parameters),
       plan_(ReadPlan(plan.data(), plan.size(), file_.data(), file_.size())),
-      layout_(plan_.layers),
+      layout_(plan_.layers, cache_form),
       pages_(layout_, cache_bytes),
       level_(level),
       pool_(threads),

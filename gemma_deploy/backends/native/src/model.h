@@ -27,7 +27,7 @@ class Model {
  public:
   // Raises Error.
   Model(const std::string& plan, const std::string& parameters, const Kernels& level, int threads,
-        uint64_t cache_bytes);
+        uint64_t cache_bytes, int32_t cache_form);
   ~Model();
 
   const Plan& plan() const { return plan_; }

@@ -99,32 +99,36 @@ GEMMA_API int gemma_op_row(const char* level, int kind, float* x, const float* y
   }
 }
 
-// Attention of `count` queries [count, D] to positions first[i]..last[i] of keys and values [length, D], given as
-// floats and kept as bfloat16; y [count, D].
-GEMMA_API int gemma_op_attend(const char* level, const float* queries, const int* first, const int* last, int count,
-                              const float* keys, const float* values, int length, int head_dim, float cap, float* y) {
+// Attention of `count` queries [count, D] to positions first[i]..last[i] of keys and values [length, D], which are kept
+// in pages of a form; y [count, D].
+GEMMA_API int gemma_op_attend(const char* level, int form, const float* queries, const int* first, const int* last,
+                              int count, const float* keys, const float* values, int length, int head_dim, float cap,
+                              float* y) {
   const Kernels* k = gemma::Level(level);
   if (k == nullptr) return 1;
-  if (count < 1 || length < 1 || head_dim < 32 || head_dim % 32) return 2;
+  const bool known = form == gemma::kFloat32 || form == gemma::kBFloat16 || form == gemma::kInt8;
+  if (!known || count < 1 || length < 1 || head_dim < 32 || head_dim % 32 || head_dim > 512) return 2;
   const int pages = (length + gemma::kPage - 1) / gemma::kPage;
-  const size_t page = static_cast<size_t>(gemma::kPage) * head_dim, slots = static_cast<size_t>(count) * pages;
-  std::vector<uint16_t> k16(page * pages), v16(page * pages);
+  const size_t bytes = gemma::PageBytes(form, head_dim), slots = static_cast<size_t>(count) * pages;
+  std::vector<uint8_t> cache(bytes * pages);
+  const auto page = [&](int p) { return gemma::PageAt(cache.data() + p * bytes, form, head_dim); };
   for (int i = 0; i < length; i++) {
-    const size_t at = i / gemma::kPage * page;
-    k->store_key(k16.data() + at, i % gemma::kPage, keys + static_cast<size_t>(i) * head_dim, head_dim);
-    k->store_value(v16.data() + at, i % gemma::kPage, values + static_cast<size_t>(i) * head_dim, head_dim);
+    const size_t at = static_cast<size_t>(i) * head_dim;
+    k->store_key(page(i / gemma::kPage), i % gemma::kPage, keys + at, head_dim);
+    k->store_value(page(i / gemma::kPage), i % gemma::kPage, values + at, head_dim);
   }
+  const gemma::Activations rounded(*k, queries, count, head_dim);
   std::vector<float> best(slots), sums(slots), found(slots * head_dim);
   for (int p = 0; p < pages; p++) {
     std::vector<gemma::Query> all;
     for (int i = 0; i < count; i++) {
       const int begin = first[i] - p * gemma::kPage, end = last[i] - p * gemma::kPage;
       const size_t slot = static_cast<size_t>(i) * pages + p;
-      all.push_back(gemma::Query{queries + static_cast<size_t>(i) * head_dim, begin < 0 ? 0 : begin,
+      all.push_back(gemma::Query{queries + static_cast<size_t>(i) * head_dim, rounded.rows() + i, begin < 0 ? 0 : begin,
                                  end >= gemma::kPage ? gemma::kPage - 1 : end, &best[slot], &sums[slot],
                                  &found[slot * head_dim]});
     }
-    k->attend(gemma::Attention{{k16.data() + p * page, v16.data() + p * page}, head_dim, cap, all.data(), count});
+    k->attend(gemma::Attention{page(p), head_dim, cap, all.data(), count});
   }
   for (int i = 0; i < count; i++) {
     const size_t slot = static_cast<size_t>(i) * pages;

@@ -120,16 +120,15 @@ void Pass::Prepare(Worker& worker, int index) {
       std::copy_n(&buffers_.q[at], l.head_dim, q);
     }
     level_.rotate(q, &buffers_.cosines[turned][angle], &buffers_.sines[turned][angle], l.head_dim, l.factor);
+    if (layout_.form == kInt8) level_.round(set.heads.Point(row, head, q), l.head_dim);
   });
 }
 
 Page Pass::PageOf(int index, int row, int page, int kv_head) const {
   const LayerPlan& l = plan_.layers[index];
   const CachePlace& place = layout_.layers[index];
-  const size_t half = static_cast<size_t>(kPage) * l.head_dim;
-  const uint8_t* at = tokens_[row].sequence->page(place.kind, page) + place.offset;
-  const uint16_t* keys = reinterpret_cast<const uint16_t*>(at) + 2 * half * kv_head;
-  return Page{keys, keys + half};
+  uint8_t* at = tokens_[row].sequence->page(place.kind, page) + place.offset;
+  return PageAt(at + kv_head * PageBytes(layout_.form, l.head_dim), layout_.form, l.head_dim);
 }
 
 int Pass::FirstPage(const LayerPlan& l, int position) const {
@@ -142,20 +141,20 @@ void Pass::StoreKeyValue(int index, int row, int head) {
   const size_t at = row * static_cast<size_t>(buffers_.kv_stride) + static_cast<size_t>(head) * l.head_dim;
   const size_t angle = row * static_cast<size_t>(buffers_.half_stride);
   const Page page = PageOf(index, row, position / kPage, head);
-  alignas(64) float x[1024];
+  alignas(64) float x[512];  // ReadPlan holds head_dim to that
   const float* value = l.has_v ? &buffers_.v[at] : &buffers_.k[at];
   if (l.value_norm) {
     level_.rms_norm(value, nullptr, x, l.head_dim, plan_.eps);
     value = x;
   }
-  level_.store_value(const_cast<uint16_t*>(page.values), position % kPage, value, l.head_dim);
+  level_.store_value(page, position % kPage, value, l.head_dim);
   if (l.k_norm != nullptr) {
     level_.rms_norm(&buffers_.k[at], l.k_norm, x, l.head_dim, plan_.eps);
   } else {
     std::copy_n(&buffers_.k[at], l.head_dim, x);
   }
   level_.rotate(x, &buffers_.cosines[turned][angle], &buffers_.sines[turned][angle], l.head_dim, 1.0f);
-  level_.store_key(const_cast<uint16_t*>(page.keys), position % kPage, x, l.head_dim);
+  level_.store_key(page, position % kPage, x, l.head_dim);
 }
 
 // One row: pages are shared out. Who has the last page of a head puts the new key and value there first.
@@ -173,7 +172,7 @@ void Pass::AttendAlone(Worker& worker, int index) {
       for (; n < 64 && done < group; n++, done++) {
         const size_t h = static_cast<size_t>(head) * group + done, slot = h * pages + unit % pages;
         const int from = l.window == 0 ? 0 : std::max(0, position - l.window + 1);
-        queries[n] = Query{&set.q[h * l.head_dim], std::max(0, from - page * kPage),
+        queries[n] = Query{&set.q[h * l.head_dim], set.heads.at(0, h), std::max(0, from - page * kPage),
                            std::min(kPage - 1, position - page * kPage), &buffers_.best[slot], &buffers_.sums[slot],
                            &buffers_.found[slot * l.head_dim]};
       }
@@ -215,8 +214,8 @@ void Pass::AttendBlock(int thread, int index, const Rows& block, int kv_head) {
       const int row = block.first + i / group, position = tokens_[row].position;
       const size_t head = static_cast<size_t>(kv_head) * group + i % group, slot = static_cast<size_t>(i) * pages + p;
       const int from = l.window == 0 ? 0 : std::max(0, position - l.window + 1);
-      all[i] = Query{&set.q[row * static_cast<size_t>(buffers_.q_stride) + head * l.head_dim], std::max(0, from - base),
-                     std::min(kPage - 1, position - base), best + slot, sums + slot, own.data() + slot * l.head_dim};
+      all[i] = Query{&set.q[row * static_cast<size_t>(buffers_.q_stride) + head * l.head_dim], set.heads.at(row, head),
+                     std::max(0, from - base), std::min(kPage - 1, position - base), best + slot, sums + slot, own.data() + slot * l.head_dim};
     }
     level_.attend(gemma::Attention{PageOf(index, block.first, first + p, kv_head), l.head_dim, l.cap, all.data(), queries});
   }

@@ -224,7 +224,7 @@ class Reader {
     l.kv_heads = static_cast<int>(line.Whole("kv_heads", 1, 1024));
     if (l.heads % l.kv_heads) line.Fail("'heads' is no multiple of 'kv_heads'");
     l.head_dim = Multiple(line, "head_dim", 32);
-    if (l.head_dim > 1024) line.Fail("'head_dim' is more than 1024");
+    if (l.head_dim > 512) line.Fail("'head_dim' is more than 512");
     l.width = Multiple(line, "width", 16);
     l.window = static_cast<int>(line.Whole("window", 0));
     l.factor = line.Number("factor");
