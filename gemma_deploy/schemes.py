@@ -112,10 +112,12 @@ class CodeForm:
         unsigned: with a zero point in the middle of their range, as ONNX Runtime's kernels want them.
         transposed: those of linears [in, out] instead of [out, in], and signed: the right operand of an integer
         product.
+        panels: matrices of floats as well, and their scales, lie in panels of 16 rows (params/panels.py).
     """
 
     unsigned: bool = False
     transposed: bool = False
+    panels: bool = False
 
 
 # Names in recipes (`frontend.quantize.table`).

@@ -226,12 +226,17 @@ class QuantizationRecord(Record):
 
 
 class KernelsRecord(Open):
-    """Which kernels a graph names, as in backends/onnxruntime/options.py; `wide` are the linears `in_14_bits` there."""
+    """Which kernels a graph names, as in backends/onnxruntime/options.py; `wide` are the linears `in_14_bits` there.
+
+    Args:
+        panels: matrices lie in the panels of params/panels.py.
+    """
 
     block: Size = 128
     integer: bool = False
     candidates: Count = 0
     wide: tuple[str, ...] = ()
+    panels: bool = False
 
 
 class LineRecord(Open):

@@ -18,7 +18,9 @@ from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.checkpoint import ModelConfig, TensorInfo
 from gemma_deploy.checkpoint.expected import expected_tensors
 from gemma_deploy.checkpoint.shapes import as_matrix
+from gemma_deploy.dtypes import BY_NAME
 from gemma_deploy.names import COLUMN_FACTOR, PARAMS
+from gemma_deploy.params import panels
 from gemma_deploy.params.plan import COLUMN_SCALE, ParamSpec, build_plan
 from gemma_deploy.params.rescaled import exponent_of, rescaled
 from gemma_deploy.params.table import ParamRow
@@ -47,7 +49,7 @@ class ArtifactWeights:
         scheme = Scheme(manifest.scheme).form
         storage = manifest.storage or Storage()
         self._rescaling, self._storage = manifest.rescaling or Rescaling(), storage
-        form = CodeForm(transposed=manifest.kernels is not None and manifest.kernels.integer)
+        form = _form_of(manifest)
         self._scales: dict[str, tuple[int, ...]] = {}
         self._coded: dict[str, str] = {}  # scale -> matrix
         self._pieces: dict[str, list[tuple[Path, ParamRow, ParamSpec]]] = {}
@@ -138,6 +140,9 @@ class ArtifactWeights:
             for first, last in spec.rows or ((0, shape[0]),):
                 low, high = max(first, start), min(last, stop)
                 if low < high:
+                    if spec.panels is not None:
+                        found[low - start : high - start] = _read_panels(file, row, (low, high), shape)
+                        continue
                     flat = _as_shaped(row, len(shape))
                     part = _read(file, flat, at + low - first, at + high - first, spec.transposed)
                     columns = slice(*spec.columns) if spec.columns else slice(None)
@@ -146,10 +151,34 @@ class ArtifactWeights:
         return found
 
 
+def _form_of(manifest: Manifest) -> CodeForm:
+    kernels = manifest.kernels
+    return CodeForm() if kernels is None else CodeForm(transposed=kernels.integer, panels=kernels.panels)
+
+
 def _as_shaped(row: ParamRow, dimensions: int) -> ParamRow:
     """The row of a tensor with its first dimensions as one, so that it has `dimensions`."""
     extra = len(row.shape) - dimensions
     return replace(row, shape=(math.prod(row.shape[: extra + 1]), *row.shape[extra + 1 :]))
+
+
+def _read_panels(file: Path, row: ParamRow, rows: tuple[int, int], shape: tuple[int, ...]) -> np.ndarray:
+    """Rows [start, stop) of a tensor that lies in panels, [stop - start, ...] of `shape`."""
+    start, stop = rows
+    if len(row.shape) == 1:
+        vector: np.ndarray = np.fromfile(file, row.dtype, row.shape[0], offset=row.offset)[start:stop]
+        return vector
+    first, last, bits = start // panels.ROWS, -(-stop // panels.ROWS), BY_NAME[row.dtype].bits
+    nbytes = panels.ROWS * row.shape[1] * bits // 8
+    stored = np.fromfile(file, np.uint8, (last - first) * nbytes, offset=row.offset + first * nbytes)
+    if row.dtype == "bfloat16":
+        halves = panels.unpack(stored.view(np.uint16), row.dtype, row.shape[1])
+        found = (halves.astype(np.uint32) << 16).view(np.float32)
+    else:
+        elements = stored if bits < 16 else stored.view(row.dtype)
+        found = panels.unpack(elements, row.dtype, row.shape[1])
+    begin = first * panels.ROWS
+    return found[start - begin : stop - begin, : math.prod(shape[1:])].reshape(stop - start, *shape[1:])
 
 
 def _read(file: Path, row: ParamRow, start: int, stop: int, transposed: bool) -> np.ndarray:

@@ -15,7 +15,8 @@ from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.calibration.points import cache_factor_names
 from gemma_deploy.checkpoint import ModelConfig, Rope, coefficients, expected_tensors
 from gemma_deploy.dtypes import BY_NAME, StoredDtype
-from gemma_deploy.names import COLUMN_FACTOR, COLUMN_SCALE, EMBEDDING_WEIGHT
+from gemma_deploy.names import COLUMN_FACTOR, COLUMN_SCALE, EMBEDDING_WEIGHT, PER_LAYER_TABLE
+from gemma_deploy.params.panels import padded, padded_scales
 from gemma_deploy.params.quantized import OutputError
 from gemma_deploy.partition import ArtifactPart, whole
 from gemma_deploy.partition.ranks import Blocks, row_blocks, sharding
@@ -45,6 +46,7 @@ class ParamSpec:
         rows: blocks [start, stop) of the source's rows that are taken, in order; () for all of them.
         columns: [start, stop) of the source's columns. Scales are those of whole rows.
         transposed: the file has columns where the source has rows; `shape` is the file's.
+        panels: the shape before padding, where the file has panels of 16 rows (panels.py); `shape` is the file's.
         output_error: of a matrix that a calibrated quantizer made.
     """
 
@@ -59,6 +61,12 @@ class ParamSpec:
     columns: tuple[int, int] | None = None
     transposed: bool = False
     output_error: OutputError | None = None
+    panels: tuple[int, ...] | None = None
+
+    @property
+    def plain(self) -> tuple[int, ...]:
+        """The shape before padding."""
+        return self.panels or self.shape
 
     @property
     def nbytes(self) -> int:
@@ -160,7 +168,21 @@ def build_plan(
             specs.append(ParamSpec(name, half, ROTARY_DTYPE, "constant", rope=rope))
     if factors and scheme == "w8a16_folded":
         specs += [spec for layer in layers for spec in _factors(layer)]
+    if form.panels:
+        return tuple(_in_panels(specs))
     return tuple(specs) if part.ranks == 1 else tuple(_of_rank(spec, config, part) for spec in specs)
+
+
+def _in_panels(specs: Sequence[ParamSpec]) -> Iterator[ParamSpec]:
+    """Tensors as the file has them in panels; the table of per-layer vectors is read by row and stays as it is."""
+    coded = {f"{spec.name.removesuffix('.weight')}.scale": spec for spec in specs if "int" in spec.dtype}
+    for spec in specs:
+        if spec.name.startswith(PER_LAYER_TABLE):
+            yield spec
+        elif matrix := coded.get(spec.name):
+            yield replace(spec, shape=padded_scales(spec.shape, matrix.shape, matrix.dtype), panels=spec.shape)
+        else:
+            yield replace(spec, shape=padded(spec.shape, spec.dtype), panels=spec.shape)
 
 
 def _of_rank(spec: ParamSpec, config: ModelConfig, part: ArtifactPart) -> ParamSpec:

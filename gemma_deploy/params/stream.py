@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.dtypes import BY_NAME
+from gemma_deploy.params import panels
 from gemma_deploy.params.constants import constant_rows
 from gemma_deploy.params.plan import ParamSpec
 from gemma_deploy.params.table import ParamRow
@@ -69,10 +70,14 @@ class Sink:
         """Begin at `offset` of the open file `fd`."""
         self.fd, self.spec, self.offset, self.wrote = fd, spec, offset, wrote
         self.digest, self.done, self.transposed = hashlib.sha256(), 0, 0
+        self.waiting: list[torch.Tensor] = []  # rows of a panel that is not full
+        self.taken = 0  # numbers
 
     def write_rows(self, block: torch.Tensor, buffers: Buffers) -> None:
         """Append rows of the source [rows, columns]; of a transposed tensor they are columns."""
-        if self.spec.transposed:
+        if self.spec.panels is not None:
+            self._write_panels(block)
+        elif self.spec.transposed:
             whole = buffers.take("transposed", self.spec.shape, block.dtype)
             start, self.transposed = self.transposed, self.transposed + len(block)
             whole[:, start : self.transposed] = block.T
@@ -80,6 +85,17 @@ class Sink:
                 self.write(whole)
         else:
             self.write(block)
+
+    def _write_panels(self, block: torch.Tensor) -> None:
+        """Append the panels that rows fill; those of the last panel when all are there."""
+        import torch
+
+        self.taken += block.numel()
+        rows = torch.cat([*self.waiting, block]) if self.waiting else block
+        full = len(rows) if self.taken == math.prod(self.spec.plain) else len(rows) // panels.ROWS * panels.ROWS
+        self.waiting = [] if full == len(rows) else [rows[full:].clone()]
+        if full:
+            self.write(panels.pack(rows[:full].contiguous(), self.spec.dtype, self.spec.shape))
 
     def write(self, block: torch.Tensor) -> None:
         """Append a contiguous block."""
@@ -130,8 +146,8 @@ def run_job(
 
 def _write_constant(sink: Sink, buffers: Buffers, block_bytes: int) -> ParamRow:
     spec = sink.spec
-    for start, stop in _spans(spec.shape[0], 4 * math.prod(spec.shape[1:]), block_bytes):
-        sink.write(_narrow(constant_rows(spec, start, stop), spec, buffers))
+    for start, stop in _spans(spec.plain[0], 4 * math.prod(spec.shape[1:]), block_bytes):
+        sink.write_rows(_narrow(constant_rows(spec, start, stop), spec, buffers), buffers)
     return sink.row()
 
 
@@ -152,7 +168,9 @@ def _write_stored(sink: Sink, source: WeightSource, buffers: Buffers, block_byte
 
 
 def as_stored(block: torch.Tensor, spec: ParamSpec) -> torch.Tensor:
-    """What the file has of a block: floats as they are, signed codes in the spec's form."""
+    """What the file has of a block: floats as they are, signed codes in the spec's form; of panels signed ones."""
+    if spec.panels is not None:
+        return block
     if BY_NAME[spec.dtype].packed:
         packed = pack_int4(block)
         return packed ^ 0x88 if spec.dtype == "uint4" else packed
@@ -173,7 +191,7 @@ def pack_int4(codes: torch.Tensor) -> torch.Tensor:
 
 def _write_cast(sink: Sink, blocks: Iterator[tuple[torch.Tensor, torch.Tensor]], buffers: Buffers) -> ParamRow:
     for block, _ in blocks:
-        sink.write(_narrow(_columns(block, sink.spec, buffers), sink.spec, buffers))
+        sink.write_rows(_narrow(_columns(block, sink.spec, buffers), sink.spec, buffers), buffers)
     return sink.row()
 
 
@@ -194,8 +212,8 @@ def _write_codes(
 
     weight, scales = sinks
     qmax = (1 << (BY_NAME[weight.spec.dtype].bits - 1)) - 1
-    groups = math.prod(scales.spec.shape[len(weight.spec.shape) - 1 :])  # of a row; each is quantized like a row
-    rows = math.prod(scales.spec.shape) // groups
+    groups = math.prod(scales.spec.plain[len(weight.spec.plain) - 1 :])  # of a row; each is quantized like a row
+    rows = math.prod(scales.spec.plain) // groups
     signal, error = torch.empty(rows).double(), torch.empty(rows).double()  # of each row, however blocks were cut
     start = 0
     for block, absmax in blocks:
@@ -211,7 +229,7 @@ def _write_codes(
             chosen = choose_scales(in_float32.view(grouped), qmax)[:, 0].contiguous()
         powers = quantize_rows_(in_float32.view(grouped), chosen, q.view(grouped), scratch=scratch, qmax=qmax)
         signal[part], error[part] = (power.view(-1, groups).sum(1) for power in powers)
-        scales.write(chosen)
+        scales.write_rows(chosen.view(-1, groups) if scales.spec.panels else chosen, buffers)
         weight.write_rows(as_stored(_columns(q, weight.spec, buffers), weight.spec), buffers)
     energy = float(signal.numpy().sum())
     sqnr = sqnr_db(energy, float(error.numpy().sum()))
