@@ -61,9 +61,10 @@ struct GemmaPiece {
   const int32_t* tokens;
 };
 
-// Opens a model: null, with a message in `error`, where it can not be.
+// Opens a model; `exact`: see Model::exact. Null, with a message in `error`, where it can not be.
 GEMMA_API Handle* gemma_open(const char* plan, size_t plan_size, const char* parameters, const char* level, int threads,
-                             uint64_t cache_bytes, const char* cache_form, char* error, size_t error_size) {
+                             uint64_t cache_bytes, const char* cache_form, int exact, char* error,
+                             size_t error_size) {
   try {
     if (plan == nullptr || parameters == nullptr) throw Error("no plan or no parameters");
     const gemma::Kernels* kernels = gemma::Level(level);
@@ -75,7 +76,8 @@ GEMMA_API Handle* gemma_open(const char* plan, size_t plan_size, const char* par
     auto handle = std::make_unique<Handle>();
     handle->model = std::make_unique<gemma::Model>(
         std::string(plan, plan_size), parameters, *kernels, threads, cache_bytes,
-        form == "int8" ? gemma::kInt8 : form == "float32" ? gemma::kFloat32 : gemma::kBFloat16);
+        form == "int8" ? gemma::kInt8 : form == "float32" ? gemma::kFloat32 : gemma::kBFloat16,
+        exact != 0);
     return handle.release();
   } catch (const std::exception& what) {
     Put(error, error_size, what.what());
@@ -131,9 +133,10 @@ GEMMA_API int gemma_sequence_rewind(Handle* handle, int id, int length) {
   });
 }
 
-// Computes tokens of several sequences together. `logits` has room for `rows` rows of gemma_stride numbers: one for
-// each wanted token. 2: there is no memory for their caches, and nothing was done.
-GEMMA_API int gemma_step(Handle* handle, const GemmaPiece* given, int count, float* logits, int rows) {
+// Computes tokens of several sequences together. `normed` has room for `rows` rows of the hidden size, `logits` for as
+// many of gemma_stride numbers: one for each wanted token; either may be null. 2: there is no memory for their caches,
+// and nothing was done.
+GEMMA_API int gemma_step(Handle* handle, const GemmaPiece* given, int count, float* normed, float* logits, int rows) {
   return Call(handle, [&] {
     if (count < 1 || count > 4096 || given == nullptr) throw Error("pieces: 1 to 4096");
     std::vector<gemma::Piece> pieces;
@@ -153,15 +156,24 @@ GEMMA_API int gemma_step(Handle* handle, const GemmaPiece* given, int count, flo
       pieces.push_back(gemma::Piece{sequence, p.tokens, p.count, p.wanted});
       wanted += p.wanted;
     }
-    if (wanted > rows || (wanted > 0 && logits == nullptr))
-      throw Error("logits: room for " + std::to_string(rows) + " rows, not " + std::to_string(wanted));
+    if (wanted > rows)
+      throw Error("there is room for " + std::to_string(rows) + " rows, not " + std::to_string(wanted));
     size_t reserved = 0;
     while (reserved < pieces.size() && pieces[reserved].sequence->Reserve(pieces[reserved].count)) reserved++;
     if (reserved < pieces.size()) {
       for (size_t i = 0; i < reserved; i++) pieces[i].sequence->Rewind(pieces[i].sequence->length());
       return 2;
     }
-    handle->model->Step(pieces, logits);
+    handle->model->Step(pieces, normed, logits);
+    return 0;
+  });
+}
+
+// Logits [rows, gemma_stride] of what left the final norm, [rows, hidden].
+GEMMA_API int gemma_head(Handle* handle, const float* normed, int rows, float* logits) {
+  return Call(handle, [&] {
+    if (normed == nullptr || logits == nullptr || rows < 1 || rows > kMostTokens) throw Error("rows: 1 or more");
+    handle->model->Head(normed, rows, logits);
     return 0;
   });
 }

@@ -198,10 +198,43 @@ struct Products {
   }
 
   static void Run(const Product& work) {
+    if (work.exact && work.matrix->form >= kInt8) return Exact(work);
     for (int span = work.first; span < work.last; span++) {
       int panel = work.begin;
       for (; panel + V::kPanels <= work.end; panel += V::kPanels) AllRows<V::kPanels>(work, panel, span);
       for (; panel < work.end; panel++) AllRows<1>(work, panel, span);
+    }
+  }
+
+  // As float32 panels of one span would give, made one at a time.
+  static void Exact(const Product& work) {
+    const Matrix& m = *work.matrix;
+    alignas(64) float panel[kSpan * kLanes];
+    for (int span = work.first; span < work.last; span++) {
+      const int begin = span * kSpan, end = begin + kSpan < m.columns ? begin + kSpan : m.columns;
+      for (int p = work.begin; p < work.end; p++) {
+        Expand(m, p, begin, end, panel);
+        const Matrix floats{reinterpret_cast<const uint8_t*>(panel), nullptr, kFloat32, 0, kLanes, end - begin, 0};
+        for (int row = 0; row < work.count; row++) {
+          const Span* x = work.rows + static_cast<size_t>(row) * work.row_spans + (span - work.first);
+          Block<1, 1> block{floats, {x}, {floats.panels}, 0, {}};
+          block.Run(0, end - begin, 0);
+          float* y = work.y + row * work.stride + static_cast<size_t>(p) * kLanes;
+          V::Store(y, span == 0 ? block.inner[0][0] : V::Add(V::Load(y), block.inner[0][0]));
+        }
+      }
+    }
+  }
+
+  // Inputs begin..end of a panel of codes as floats, [end - begin][16].
+  static void Expand(const Matrix& m, int panel, int begin, int end, float* floats) {
+    const uint8_t* codes = m.panels + panel * PanelBytes(m.form, m.columns);
+    const size_t groups = m.group == 0 ? 1 : m.columns / m.group;
+    for (int k = begin; k < end; k++) {
+      const size_t group = panel * groups + (m.group == 0 ? 0 : k / m.group);
+      alignas(64) float scales[kLanes];
+      V::Store(scales, LoadScale(m.scales, group * kLanes, m.scale_form));
+      for (int n = 0; n < kLanes; n++) floats[(k - begin) * kLanes + n] = Element(m, codes, n, k) * scales[n];
     }
   }
 

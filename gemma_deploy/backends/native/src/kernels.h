@@ -21,6 +21,7 @@ struct Product {
   size_t stride;  // of y, in floats
   int begin, end;  // panels; y begins at panel 0
   int first, last;  // spans
+  bool exact;      // of codes: float32 products of what they stand for and of rows that are not rounded
 };
 
 // One query of one head: attends to positions first..last of a page, and says what it found there.

@@ -13,20 +13,21 @@ constexpr int kMostNumbers = 4 << 20;  // of one buffer of a pass
 }  // namespace
 
 Model::Model(const std::string& plan, const std::string& parameters, const Kernels& level, int threads,
-             uint64_t cache_bytes, int32_t cache_form)
+             uint64_t cache_bytes, int32_t cache_form, bool exact)
     : file_(parameters),
       plan_(ReadPlan(plan.data(), plan.size(), file_.data(), file_.size())),
       layout_(plan_.layers, cache_form),
       pages_(layout_, cache_bytes),
       level_(level),
       pool_(threads),
-      buffers_(std::make_unique<Buffers>(plan_, threads)) {
+      buffers_(std::make_unique<Buffers>(plan_, threads)),
+      exact_(exact) {
   rows_ = std::clamp(kMostNumbers / buffers_->wide_stride, 16, kMostRows);
 }
 
 Model::~Model() = default;
 
-void Model::Step(const std::vector<Piece>& pieces, float* logits) {
+void Model::Step(const std::vector<Piece>& pieces, float* normed, float* logits) {
   std::vector<Token> tokens;
   std::vector<bool> wanted;
   for (const Piece& piece : pieces) {
@@ -41,21 +42,37 @@ void Model::Step(const std::vector<Piece>& pieces, float* logits) {
     std::vector<int> rows;
     for (size_t i = begin; i < end; i++)
       if (wanted[i]) rows.push_back(static_cast<int>(i - begin));
-    One(some, rows, logits);
-    logits += rows.size() * stride();
+    normed_.Grow(rows.size() * plan_.hidden);
+    One(some, rows, normed != nullptr ? normed : normed_.data(), logits);
+    if (normed != nullptr) normed += rows.size() * plan_.hidden;
+    if (logits != nullptr) logits += rows.size() * stride();
   }
   for (const Piece& piece : pieces) piece.sequence->Advance(piece.count);
 }
 
-void Model::One(const std::vector<Token>& tokens, const std::vector<int>& wanted, float* logits) {
+void Model::One(const std::vector<Token>& tokens, const std::vector<int>& wanted, float* normed, float* logits) {
   buffers_->Grow(plan_, static_cast<int>(tokens.size()));
   if (tokens.size() == 1) buffers_->GrowPages(plan_, tokens[0].position / kPage + 1);
   Pass pass(this, buffers_.get(), tokens);
   pass.Divide();
   pool_.Run([&](Worker& worker) {
     pass.Layers(worker);
-    pass.Logits(worker, wanted, logits, stride());
+    if (wanted.empty()) return;
+    pass.Final(worker, wanted, normed);
+    if (logits != nullptr) pass.Head(worker, normed, static_cast<int>(wanted.size()), logits, stride());
   });
+}
+
+void Model::Head(const float* normed, int rows, float* logits) {
+  const std::vector<Token> none;
+  buffers_->Grow(plan_, std::min(rows, rows_));
+  Pass pass(this, buffers_.get(), none);
+  for (int begin = 0; begin < rows; begin += rows_) {
+    const int count = std::min(rows_, rows - begin);
+    pool_.Run([&](Worker& worker) {
+      pass.Head(worker, normed + static_cast<size_t>(begin) * plan_.hidden, count, logits + begin * stride(), stride());
+    });
+  }
 }
 
 }  // namespace gemma

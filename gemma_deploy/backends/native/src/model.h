@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "array.h"
 #include "cache.h"
 #include "levels.h"
 #include "plan.h"
@@ -27,7 +28,7 @@ class Model {
  public:
   // Raises Error.
   Model(const std::string& plan, const std::string& parameters, const Kernels& level, int threads,
-        uint64_t cache_bytes, int32_t cache_form);
+        uint64_t cache_bytes, int32_t cache_form, bool exact);
   ~Model();
 
   const Plan& plan() const { return plan_; }
@@ -35,16 +36,22 @@ class Model {
   PagePool* pages() { return &pages_; }
   const Kernels& level() const { return level_; }
   int threads() const { return pool_.size(); }
+  // Whether codes are computed with in float32, nothing rounded: for a proof, not for speed.
+  bool exact() const { return exact_; }
 
-  // Computes the tokens of all pieces; no sequence is there twice, and each has room (Sequence::Reserve). Logits of the
-  // wanted tokens, in their order, go to `logits` [wanted, stride].
-  void Step(const std::vector<Piece>& pieces, float* logits);
+  // Computes the tokens of all pieces; no sequence is there twice, and each has room (Sequence::Reserve). What leaves
+  // the final norm, of the wanted tokens in their order, goes to `normed` [wanted, hidden], and their logits to `logits`
+  // [wanted, stride]; either may be null.
+  void Step(const std::vector<Piece>& pieces, float* normed, float* logits);
+
+  // Logits [rows, stride] of what left the final norm, [rows, hidden].
+  void Head(const float* normed, int rows, float* logits);
 
   // Numbers between two rows of logits.
   size_t stride() const { return static_cast<size_t>(plan_.head.rows); }
 
  private:
-  void One(const std::vector<Token>& tokens, const std::vector<int>& wanted, float* logits);
+  void One(const std::vector<Token>& tokens, const std::vector<int>& wanted, float* normed, float* logits);
 
   Mapped file_;
   Plan plan_;
@@ -53,7 +60,9 @@ class Model {
   const Kernels& level_;
   Pool pool_;
   std::unique_ptr<Buffers> buffers_;
+  Array<float> normed_;
   int rows_;  // that go through together at most
+  bool exact_;
 };
 
 }  // namespace gemma

@@ -50,16 +50,16 @@ using gemma::Kernels;
 GEMMA_API const char* gemma_levels() { return gemma::LevelNames(); }
 
 // y [count, rows] = x [count, columns] times the matrix; 0 for success, 1 for an unknown level, 2 for sizes that no
-// matrix has. `repeat` runs the product that often, for measurements.
+// matrix has. `exact`: see kernels.h; `repeat` runs the product that often, for measurements.
 GEMMA_API int gemma_op_product(const char* level, const gemma::Matrix* matrix, const float* x, int count, float* y,
-                               int begin, int end, int repeat) {
+                               int begin, int end, int exact, int repeat) {
   const Kernels* k = gemma::Level(level);
   if (k == nullptr) return 1;
   if (!gemma::Fits(*matrix) || count < 1 || begin < 0 || end > matrix->rows / gemma::kLanes || begin > end) return 2;
   const gemma::Activations a(*k, x, count, matrix->columns);
   const int spans = gemma::Spans(matrix->columns);
   for (int i = 0; i < repeat; i++)
-    k->product(gemma::Product{matrix, a.rows(), spans, count, y, static_cast<size_t>(matrix->rows), begin, end, 0, spans});
+    k->product(gemma::Product{matrix, a.rows(), spans, count, y, static_cast<size_t>(matrix->rows), begin, end, 0, spans, exact != 0});
   return 0;
 }
 

@@ -38,7 +38,7 @@ void Pass::Multiply(Worker& worker, const Inputs& inputs, int rows, const Output
       }
       const int end = std::min(all, begin + left);
       level_.product(Product{&m, inputs.spans(), inputs.row_spans(), rows, outputs[i].y, outputs[i].stride, begin, end,
-                             0, Spans(m.columns)});
+                             0, Spans(m.columns), exact_});
       left -= end - begin;
       begin = 0;
     }
@@ -261,22 +261,27 @@ void Pass::Mlp(Worker& worker, int index) {
   });
 }
 
-void Pass::Logits(Worker& worker, const std::vector<int>& wanted, float* logits, size_t stride) {
-  if (wanted.empty()) return;
-  // Rows move to the front of the buffer that the head reads: never past one that is still to be read.
-  RowSet& set = Set(worker);
-  Inputs& inputs = alone_ ? set.hidden : buffers_.sets[0].hidden;
-  Small(worker, static_cast<int>(wanted.size()), [&](int i) {
-    level_.rms_norm(&set.x[wanted[i] * static_cast<size_t>(buffers_.hidden_stride)], plan_.final_norm, inputs.row(i),
+void Pass::Final(Worker& worker, const std::vector<int>& wanted, float* normed) {
+  const size_t stride = static_cast<size_t>(buffers_.hidden_stride);
+  worker.Each(static_cast<int>(wanted.size()), [&](int i) {
+    // x of a single row is in every thread's set, and the same there.
+    level_.rms_norm(&Set(worker).x[wanted[i] * stride], plan_.final_norm, normed + static_cast<size_t>(i) * plan_.hidden,
                     plan_.hidden, plan_.eps);
+  });
+}
+
+void Pass::Head(Worker& worker, const float* normed, int rows, float* logits, size_t stride) {
+  Inputs& inputs = buffers_.sets[0].hidden;
+  worker.Each(rows, [&](int i) {
+    std::copy_n(normed + static_cast<size_t>(i) * plan_.hidden, plan_.hidden, inputs.row(i));
     inputs.Pad(i, plan_.hidden);
     if (HasCodes(plan_.head)) inputs.RoundRow(level_, i, plan_.hidden);
   });
   const Output out{&plan_.head, logits, stride};
-  Multiply(worker, inputs, static_cast<int>(wanted.size()), &out, 1);
+  Multiply(worker, inputs, rows, &out, 1);
   if (plan_.cap == 0) return;
   const int panels = plan_.head.rows / kLanes, step = 1024, units = (panels + step - 1) / step;
-  worker.Each(units * static_cast<int>(wanted.size()), [&](int unit) {
+  worker.Each(units * rows, [&](int unit) {
     const int begin = unit % units * step, n = std::min(step, panels - begin);
     level_.soft_cap(logits + unit / units * stride + static_cast<size_t>(begin) * kLanes, n * kLanes, plan_.cap);
   });

@@ -15,19 +15,21 @@ struct Token {
   int32_t id;
 };
 
-// All threads run Layers and Logits together. Where there is a single row, every thread does what is small for itself,
+// All threads run Layers, Final and Head together. Where there is a single row, every thread does what is small for itself,
 // which saves waiting; what it computes is the same.
 class Pass {
  public:
   Pass(Model* model, Buffers* buffers, const std::vector<Token>& tokens)
       : plan_(model->plan()), layout_(model->layout()), level_(model->level()), buffers_(*buffers), tokens_(tokens),
-        rows_(static_cast<int>(tokens.size())), alone_(rows_ == 1) {}
+        rows_(static_cast<int>(tokens.size())), alone_(rows_ == 1), exact_(model->exact()) {}
 
   // Before Layers: where blocks of rows for attention begin. Run by one thread.
   void Divide();
   void Layers(Worker& worker);
-  // Logits of those rows to logits[i * stride].
-  void Logits(Worker& worker, const std::vector<int>& wanted, float* logits, size_t stride);
+  // What leaves the final norm, of those rows: [wanted][hidden].
+  void Final(Worker& worker, const std::vector<int>& wanted, float* normed);
+  // Logits of such rows, not more than the pass has rows, to logits[i * stride].
+  void Head(Worker& worker, const float* normed, int rows, float* logits, size_t stride);
 
  private:
   struct Output {
@@ -66,6 +68,7 @@ class Pass {
   const std::vector<Token>& tokens_;
   const int rows_;
   const bool alone_;
+  const bool exact_;
   std::vector<Rows> blocks_;
 };
 

@@ -108,7 +108,7 @@ class Reader {
     if (!begun_) throw Error("plan: it is empty");
     if (static_cast<long>(plan_.layers.size()) != expected_)
       throw Error("plan: " + std::to_string(plan_.layers.size()) + " layers, not " + std::to_string(expected_));
-    return plan_;
+    return std::move(plan_);
   }
 
  private:
@@ -125,6 +125,7 @@ class Reader {
     plan_.eps = line.Number("eps");
     plan_.embed_factor = line.Number("embed");
     plan_.cap = line.Number("cap");
+    offset_ = line.Number("offset");
     names_ = {line.Text("table"), line.Text("head"), line.Text("norm")};
   }
 
@@ -210,8 +211,19 @@ class Reader {
     return found->second.first;
   }
 
-  const float* Needed(Line& line, const std::string& key, int size) {
-    const float* found = VectorOf(line, key, size);
+  // What a norm multiplies by: its weight and what the generation adds to it.
+  const float* NormOf(Line& line, const std::string& key, int size) {
+    const float* weight = VectorOf(line, key, size);
+    return weight == nullptr ? nullptr : Shifted(weight, size);
+  }
+
+  const float* Shifted(const float* weight, int size) {
+    plan_.norms.emplace_back(weight, weight + size);
+    for (float& gain : plan_.norms.back()) gain += offset_;
+    return plan_.norms.back().data();
+  }
+
+  static const float* Needed(const Line& line, const float* found, const std::string& key) {
     if (found == nullptr) line.Fail("no '" + key + "'");
     return found;
   }
@@ -229,7 +241,8 @@ class Reader {
     l.window = static_cast<int>(line.Whole("window", 0));
     l.factor = line.Number("factor");
     l.cap = line.Number("cap");
-    l.scalar = line.Number("scalar");
+    const float* scalar = VectorOf(line, "scalar", 1);
+    l.scalar = scalar == nullptr ? 1 : *scalar;
     l.source = static_cast<int>(line.Whole("source", 0, index));
     l.value_norm = line.Whole("value_norm", 0, 1) == 1;
     const int all = l.heads * l.head_dim, kept = l.kv_heads * l.head_dim;
@@ -238,7 +251,7 @@ class Reader {
       l.k = MatrixOf(line, line.Text("k"), kept, hidden);
       l.has_v = line.Has("v");
       if (l.has_v) l.v = MatrixOf(line, line.Text("v"), kept, hidden);
-      l.k_norm = VectorOf(line, "k_norm", l.head_dim);
+      l.k_norm = NormOf(line, "k_norm", l.head_dim);
     } else {
       const LayerPlan& from = plan_.layers[l.source];
       if (from.source != l.source || from.kv_heads != l.kv_heads || from.head_dim != l.head_dim ||
@@ -249,12 +262,12 @@ class Reader {
     l.gate = MatrixOf(line, line.Text("gate"), l.width, hidden);
     l.up = MatrixOf(line, line.Text("up"), l.width, hidden);
     l.down = MatrixOf(line, line.Text("down"), hidden, l.width);
-    l.q_norm = VectorOf(line, "q_norm", l.head_dim);
-    l.input_norm = Needed(line, "input_norm", hidden);
-    l.pre_mlp_norm = Needed(line, "pre_mlp_norm", hidden);
-    l.post_attention_norm = VectorOf(line, "post_attention_norm", hidden);
-    l.post_mlp_norm = VectorOf(line, "post_mlp_norm", hidden);
-    l.frequencies = Needed(line, "frequencies", l.head_dim / 2);
+    l.q_norm = NormOf(line, "q_norm", l.head_dim);
+    l.input_norm = Needed(line, NormOf(line, "input_norm", hidden), "input_norm");
+    l.pre_mlp_norm = Needed(line, NormOf(line, "pre_mlp_norm", hidden), "pre_mlp_norm");
+    l.post_attention_norm = NormOf(line, "post_attention_norm", hidden);
+    l.post_mlp_norm = NormOf(line, "post_mlp_norm", hidden);
+    l.frequencies = Needed(line, VectorOf(line, "frequencies", l.head_dim / 2), "frequencies");
     plan_.layers.push_back(l);
   }
 
@@ -263,13 +276,14 @@ class Reader {
     plan_.head = MatrixOf(line, names_[1], plan_.vocabulary, plan_.hidden);
     const auto norm = vectors_.find(names_[2]);
     if (norm == vectors_.end() || norm->second.second != plan_.hidden) line.Fail("no norm '" + names_[2] + "'");
-    plan_.final_norm = norm->second.first;
+    plan_.final_norm = Shifted(norm->second.first, plan_.hidden);
   }
 
   const uint8_t* data_;
   uint64_t bytes_;
   bool begun_ = false;
   long expected_ = 0;
+  float offset_ = 0;
   std::vector<std::string> names_;
   std::map<std::string, Matrix> matrices_;
   std::map<std::string, std::pair<const float*, int>> vectors_;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -49,6 +50,7 @@ struct LayerPlan {
 };
 
 struct Plan {
+  std::deque<std::vector<float>> norms;  // what they multiply by
   int hidden, vocabulary, activation;
   float eps, embed_factor, cap;
   Matrix table, head;
