@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gemma_deploy.checkpoint import Rope
 from gemma_deploy.params.plan import ParamSpec
 
 if TYPE_CHECKING:
@@ -16,7 +17,22 @@ def constant_rows(spec: ParamSpec, start: int, stop: int) -> torch.Tensor:
 
     if spec.value is not None:
         return torch.tensor([spec.value], dtype=torch.float32)
+    if spec.name.endswith(".inv_freq"):
+        assert spec.rope is not None
+        return inverse_frequencies(spec.rope, 2 * spec.plain[0])[start:stop]
     return rotary_rows(spec, start, stop)
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
+    """What a position is multiplied by for the angle of each pair of channels, [head_dim / 2] float32."""
+    import torch
+
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    inv_freq = 1.0 / (rope.theta**exponent)
+    inv_freq[int(rope.rotated * head_dim // 2) :] = 0.0
+    if rope.factor != 1.0:
+        inv_freq /= rope.factor
+    return inv_freq
 
 
 def rotary_rows(spec: ParamSpec, start: int, stop: int) -> torch.Tensor:
@@ -27,11 +43,5 @@ def rotary_rows(spec: ParamSpec, start: int, stop: int) -> torch.Tensor:
     import torch
 
     assert spec.rope is not None
-    head_dim = 2 * spec.shape[1]
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    inv_freq = 1.0 / (spec.rope.theta**exponent)
-    inv_freq[int(spec.rope.rotated * head_dim // 2) :] = 0.0
-    if spec.rope.factor != 1.0:
-        inv_freq /= spec.rope.factor
-    angles = torch.arange(start, stop, dtype=torch.float32)[:, None] * inv_freq
+    angles = torch.arange(start, stop, dtype=torch.float32)[:, None] * inverse_frequencies(spec.rope, 2 * spec.shape[1])
     return angles.cos_() if spec.name.endswith(".cos") else angles.sin_()

@@ -1,7 +1,7 @@
 """Matrices in panels of 16 rows, as the library of `backend.type: native` reads them, and back.
 
-Its src/layout.h says why. A matrix [rows, columns] is padded with zeros to a multiple of 16 rows and, but for scales, to
-one of 64 columns (4 bits: 128); a vector to a multiple of 16. So every tensor is a multiple of 64 bytes and all are
+Its src/layout.h says why. A matrix [rows, columns] is padded with zeros to a multiple of 16 rows and, but for scales,
+to one of 64 columns (4 bits: 128); a vector to a multiple of 16. So every tensor is a multiple of 64 bytes and all are
 aligned to that. Panels follow each other; within one:
 
 - 8 bits: [columns / 4][16 rows][4 columns]

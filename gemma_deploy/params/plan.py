@@ -163,6 +163,10 @@ def build_plan(
             specs += [ParamSpec(name, channels, "float32", "stored", name) for name in names]
     widths = {layer.kind: layer.head_dim // 2 for layer in layers}
     for layer_type, rope in ((kind, rope) for kind, rope in config.rope.items() if kind in widths):
+        if form.panels:
+            name = f"model.rotary_emb.{layer_type}.inv_freq"
+            specs.append(ParamSpec(name, (widths[layer_type],), ROTARY_DTYPE, "constant", rope=rope))
+            continue
         for table in ("cos", "sin"):
             name, half = f"model.rotary_emb.{layer_type}.{table}", (context_length, widths[layer_type])
             specs.append(ParamSpec(name, half, ROTARY_DTYPE, "constant", rope=rope))

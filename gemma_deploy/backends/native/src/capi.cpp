@@ -93,6 +93,9 @@ GEMMA_API void gemma_close(Handle* handle) {
 GEMMA_API const char* gemma_error(const Handle* handle) { return handle == nullptr ? "no model" : handle->error.c_str(); }
 GEMMA_API const char* gemma_level(const Handle* handle) { return handle->model->level().name; }
 GEMMA_API uint64_t gemma_stride(const Handle* handle) { return handle->model->stride(); }
+GEMMA_API int gemma_hidden(const Handle* handle) { return handle->model->plan().hidden; }
+GEMMA_API int gemma_vocabulary(const Handle* handle) { return handle->model->plan().vocabulary; }
+GEMMA_API int gemma_context(const Handle* handle) { return handle->model->plan().context; }
 GEMMA_API uint64_t gemma_cache_used(const Handle* handle) { return handle->model->pages()->used(); }
 
 // A new sequence, or one with the same text as `like` where that is not 0; its number, at least 1, or 0 for an error.
@@ -149,7 +152,10 @@ GEMMA_API int gemma_step(Handle* handle, const GemmaPiece* given, int count, flo
       if (p.count < 1 || p.count > kMostTokens || p.tokens == nullptr || p.wanted < 0 || p.wanted > p.count)
         throw Error("piece " + std::to_string(i) + ": " + std::to_string(p.count) + " tokens, " +
                     std::to_string(p.wanted) + " wanted");
-      if (sequence->length() > (1 << 30) - p.count) throw Error("piece " + std::to_string(i) + " is too long");
+      if (sequence->length() > handle->model->plan().context - p.count)
+        throw Error("sequence " + std::to_string(p.sequence) + ": " + std::to_string(sequence->length()) + " and " +
+                    std::to_string(p.count) + " tokens, more than the context of " +
+                    std::to_string(handle->model->plan().context));
       for (int t = 0; t < p.count; t++)
         if (p.tokens[t] < 0 || p.tokens[t] >= handle->model->plan().vocabulary)
           throw Error("piece " + std::to_string(i) + ": token " + std::to_string(p.tokens[t]) + " is not in the table");

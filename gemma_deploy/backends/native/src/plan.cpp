@@ -118,6 +118,7 @@ class Reader {
     line.Whole("version", 1, 1);
     plan_.hidden = Multiple(line, "hidden", 16);
     plan_.vocabulary = static_cast<int>(line.Whole("vocabulary", 1));
+    plan_.context = static_cast<int>(line.Whole("context", 1));
     expected_ = line.Whole("layers", 1, 4096);
     const std::string activation = line.Text("activation");
     if (activation != "gelu_pytorch_tanh" && activation != "gelu") line.Fail("activation " + activation);
@@ -183,7 +184,7 @@ class Reader {
 
   void TakeVector(Line& line) {
     const std::string name = line.Text("name");
-    const int size = static_cast<int>(line.Whole("size", 1));
+    const int size = Multiple(line, "size", kLanes);
     const uint8_t* at = Place(line, "at", static_cast<uint64_t>(size) * 4);
     if (!vectors_.emplace(name, std::make_pair(reinterpret_cast<const float*>(at), size)).second)
       line.Fail("'" + name + "' is there twice");
@@ -206,8 +207,9 @@ class Reader {
     const std::string name = line.Text(key);
     const auto found = vectors_.find(name);
     if (found == vectors_.end()) line.Fail("no vector '" + name + "'");
-    if (found->second.second != size)
-      line.Fail("'" + name + "' has " + std::to_string(found->second.second) + " numbers, not " + std::to_string(size));
+    if (found->second.second != (size + kLanes - 1) / kLanes * kLanes)
+      line.Fail("'" + name + "' has room for " + std::to_string(found->second.second) + " numbers, not for " +
+                std::to_string(size));
     return found->second.first;
   }
 

@@ -51,7 +51,7 @@ struct LayerPlan {
 
 struct Plan {
   std::deque<std::vector<float>> norms;  // what they multiply by
-  int hidden, vocabulary, activation;
+  int hidden, vocabulary, activation, context;
   float eps, embed_factor, cap;
   Matrix table, head;
   const float* final_norm;
@@ -61,7 +61,7 @@ struct Plan {
 // Reads a plan; `text` is its `size` bytes.
 //
 // A plan is lines of a word and `key=value` pairs. `model` comes first, then `matrix` and `vector`, each with a name and
-// its place in the parameter file, then one `layer` for each in the model's order, which refers to them by their names.
+// its place in the parameter file (a vector's size is padded to a multiple of 16), then one `layer` for each in the model's order, which refers to them by their names.
 //
 // Raises Error, with the line's number.
 Plan ReadPlan(const char* text, size_t size, const uint8_t* data, uint64_t bytes);

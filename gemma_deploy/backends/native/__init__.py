@@ -1,0 +1,1 @@
+"""`backend.type: native`: kernels of our own, in one library of C++ (src/)."""

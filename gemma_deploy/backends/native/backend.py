@@ -1,0 +1,175 @@
+"""`backend.type: native` as `compile` sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma_deploy.artifact.manifest import Manifest
+from gemma_deploy.backends.base import Export, Exported, ExportJob, Proof
+from gemma_deploy.backends.native.graph import GRAPH, MODEL, build_graph
+from gemma_deploy.backends.native.options import NativeOptions, model_problems, not_built
+from gemma_deploy.backends.native.plan import plan_of
+from gemma_deploy.backends.spec import BuildSpec, Options
+from gemma_deploy.checkpoint import ModelConfig
+from gemma_deploy.errors import UsageError
+from gemma_deploy.estimates import BASE_BYTES, GRAPH_BYTES, RUNTIME_BYTES, StageEstimate
+from gemma_deploy.graph.contract import BATCH, SEQUENCE, GraphContract, Port, kv_shapes
+from gemma_deploy.names import PARAMS
+from gemma_deploy.quantization.budget import INTEGER_PRODUCTS
+from gemma_deploy.schemes import CodeForm
+
+if TYPE_CHECKING:
+    from gemma_deploy.artifact.adapters import KeptAdapter
+    from gemma_deploy.artifact.manifest import LedgerEntry
+    from gemma_deploy.artifact.opened import Artifact
+    from gemma_deploy.parity.compare import ParityResult
+    from gemma_deploy.runtime.encoder import EncoderGraph
+    from gemma_deploy.runtime.engine import Engine
+
+TOTAL, SLOTS = "total_sequence", "cache_slots"
+
+
+@dataclass(frozen=True)
+class NativeContract(GraphContract):
+    """One operator: new tokens and the cache -> logits of the last token, and the cache, which is written in place."""
+
+    @property
+    def graph_names(self) -> tuple[str, ...]:
+        """The name of the one graph, without `.onnx`."""
+        return (MODEL,)
+
+    def inputs(self, graph: str) -> tuple[Port, ...]:
+        """Token ids, the attention mask, whose length counts, and the cache."""
+        ids = Port("input_ids", "int64", (BATCH, SEQUENCE))
+        return (ids, Port("attention_mask", "int64", (BATCH, TOTAL)), *self._cache("past_key_values", SLOTS))
+
+    def outputs(self, graph: str) -> tuple[Port, ...]:
+        """Logits, and the cache."""
+        return (Port("logits", "float32", (BATCH, 1, self.vocab_size)), *self._cache("present", SLOTS))
+
+
+class Native:
+    """See `Backend` in backends/base.py."""
+
+    graphs: Sequence[str] = (MODEL,)
+    runs_on = "native"
+    runs_bf16 = True
+    shares_tensors = True
+    no_lookup = ""
+    options: type[Options] = NativeOptions
+    unrounded_inputs = INTEGER_PRODUCTS
+    table_in_groups = True
+    code: Sequence[str] = ("gemma_deploy.backends.native.graph", "gemma_deploy.backends.native.plan")
+    proof_code: Sequence[str] = ("gemma_deploy.backends.native.proof",)
+
+    def contradictions(self, spec: BuildSpec) -> Iterator[tuple[tuple[str, ...], str]]:
+        """None: there are no options."""
+        return iter(())
+
+    def not_built(self, spec: BuildSpec) -> Iterator[str]:
+        """See options.py."""
+        return not_built(spec)
+
+    def model_problems(self, spec: BuildSpec, config: ModelConfig) -> list[str]:
+        """See options.py."""
+        return model_problems(config)
+
+    def graphs_estimate(self) -> StageEstimate:
+        """Next to nothing: a text."""
+        return StageEstimate("graphs", "model.onnx, no weights", BASE_BYTES, GRAPH_BYTES, 1.0)
+
+    def proof_bytes(self, spec: BuildSpec, elements: int) -> int:
+        """Weights are mapped; what is computed is small."""
+        return RUNTIME_BYTES
+
+    def codes(self, spec: BuildSpec) -> CodeForm:
+        """Unsigned, in panels."""
+        return CodeForm(unsigned=True, panels=True)
+
+    def contract(self, spec: BuildSpec, config: ModelConfig) -> NativeContract:
+        """Lengths are free; P is the longest prompt that is compared, C the positions there are."""
+        kv_heads, head_dim, geometry = kv_shapes(config)
+        return NativeContract(
+            batch=1,
+            prefill=spec.prefill,
+            context=spec.context,
+            layers=config.num_hidden_layers,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            geometry=geometry,
+            vocab_size=config.vocab_size,
+            cache_dtype="bfloat16",
+            dynamic=True,
+            hidden_size=config.hidden_size,
+        )
+
+    def export(self, job: ExportJob) -> Export:
+        """The plan, in a graph of one operator."""
+        from gemma_deploy.backends.onnxruntime.parts import embedding_scale
+        from gemma_deploy.graph.external import serialized
+
+        scale = embedding_scale(job.config.hidden_size, job.spec.embed_scale)
+        places = job.tensors[PARAMS]
+        plan = plan_of(job.config, places, context=job.spec.context, embed_scale=scale)
+        size = max(place.offset + place.nbytes for place in places)
+        return Exported({GRAPH: serialized(build_graph(job.contract, plan, size))})
+
+    def files(self, spec: BuildSpec, config: ModelConfig) -> dict[str, dict[str, Any]]:
+        """None yet."""
+        return {}
+
+    def kernels(self, spec: BuildSpec, config: ModelConfig, unrounded: Sequence[str] | None) -> dict[str, Any] | None:
+        """Matrices lie in panels."""
+        return {"panels": True}
+
+    def ledger(self, manifest: Manifest) -> list[LedgerEntry]:
+        """See `Backend`."""
+        from gemma_deploy.backends.native.ledger import ledger_of
+
+        return ledger_of(manifest)
+
+    def prove(self, proof: Proof, result: ParityResult) -> None:
+        """Twice: exact, and with what the kernels round."""
+        from gemma_deploy.backends.native.proof import prove_plan
+
+        prove_plan(proof, result)
+
+    def engine(self, artifact: Artifact, *, threads: int = 0, strict: bool = False, one_reply: bool = False) -> Engine:
+        """In the library."""
+        from gemma_deploy.backends.native.engine import NativeEngine
+
+        return NativeEngine(artifact, threads=threads)
+
+    def encoder(self, artifact: Artifact, *, threads: int = 0, strict: bool = False) -> EncoderGraph:
+        """There is none.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "backend.type native has no encoders", where=str(artifact.path), next_step="compile it for onnxruntime"
+        )
+
+    def keep_adapter(
+        self, artifact: Artifact, directory: Path, name: str | None = None, *, force: bool = False
+    ) -> KeptAdapter:
+        """It takes none.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "artifacts of backend.type native take no adapters",
+            where=str(artifact.path),
+            next_step="merge the adapter (`gemma-deploy merge`), or compile for onnxruntime",
+        )
+
+    def rounds(self, manifest: Manifest) -> bool:
+        """Never: exact arithmetic leaves no rounding but that of the weights."""
+        return False
+
+
+BACKEND = Native()

@@ -1,0 +1,64 @@
+"""model.onnx of an artifact: one operator, `gemma.deploy::GemmaDecoder`, that computes the whole model.
+
+ONNX Runtime runs it with the library; `plan_in` reads the plan back for the library's own interface.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from gemma_deploy.errors import ArtifactError
+from gemma_deploy.graph.contract import GraphContract
+from gemma_deploy.graph.external import onnx_type
+from gemma_deploy.names import PARAMS
+from gemma_deploy.runtime.session import VERIFY, load_file
+
+DOMAIN, OPERATOR, VERSION = "gemma.deploy", "GemmaDecoder", 1
+MODEL = "model"
+GRAPH = f"{MODEL}.onnx"
+OPSET = 21
+PARAMETERS = "parameters"
+
+
+def build_graph(contract: GraphContract, plan: str, file_bytes: int) -> ir.Model:
+    """The graph of a plan.
+
+    Args:
+        file_bytes: of the parameter file, which is one initializer as a whole.
+    """
+    inputs, outputs = (
+        [
+            ir.Value(name=port.name, type=ir.TensorType(onnx_type(port.dtype)), shape=ir.Shape(port.shape))
+            for port in ports
+        ]
+        for ports in (contract.inputs(MODEL), contract.outputs(MODEL))
+    )
+    tensor = ir.ExternalTensor(PARAMS, 0, file_bytes, ir.DataType.UINT8, shape=ir.Shape((file_bytes,)), name=PARAMETERS)
+    parameters = ir.Value(
+        name=PARAMETERS, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape((file_bytes,)), const_value=tensor
+    )
+    node = ir.node(
+        OPERATOR, [*inputs, parameters], {"plan": plan}, domain=DOMAIN, outputs=outputs, name=OPERATOR, version=VERSION
+    )
+    graph = ir.Graph(
+        inputs, outputs, nodes=[node], initializers=[parameters], opset_imports={"": OPSET, DOMAIN: VERSION}, name=MODEL
+    )
+    return ir.Model(graph, ir_version=10)
+
+
+def plan_in(folder: Path) -> str:
+    """The plan of an artifact.
+
+    Raises:
+        ArtifactError: its graph is missing, or holds none.
+    """
+    path = folder / GRAPH
+    nodes: Sequence[ir.Node] = list(load_file(path).graph)
+    if len(nodes) == 1 and (nodes[0].domain, nodes[0].op_type) == (DOMAIN, OPERATOR):
+        found = nodes[0].attributes.get("plan")
+        if found is not None and found.type == ir.AttributeType.STRING:
+            return found.as_string()
+    raise ArtifactError(f"is not a graph of one {OPERATOR} with a plan", where=str(path), next_step=VERIFY)

@@ -1,0 +1,34 @@
+"""Where an artifact of `backend.type: native` may differ from the reference."""
+
+from __future__ import annotations
+
+from gemma_deploy.artifact.ledger import LedgerEntry, Words, context_entries, shared_entries
+from gemma_deploy.artifact.manifest import Manifest
+
+WORDS = Words(
+    to_nearest="what kernels do to activations is listed below",
+    linears_read="what kernels do to activations is listed below; ",
+)
+
+
+def ledger_of(manifest: Manifest) -> list[LedgerEntry]:
+    """All entries of an artifact."""
+    rows = manifest.parity.measures if manifest.parity else ()
+    pairs = [row for row in rows if (row["reference"], row["test"]) == ("strict", "shipped")]
+    measures = ("case", "positions", "kl_mean", "top1", "overturned")
+    effect = {key: pairs[0][key] for key in measures} if pairs else {}
+    entries = [
+        LedgerEntry(
+            "keys and values rounded to bfloat16", "the caches", "half the memory, and half the time to read it", effect
+        )
+    ]
+    if manifest.scheme != "fp32" and manifest.scheme != "bf16":
+        entries.append(
+            LedgerEntry(
+                "activations rounded to 15 bits, a scale for each token and 2048 input channels",
+                "every product with codes",
+                "products of integers; 15 bits round 256 times finer than the 8 of other runtimes",
+                effect,
+            )
+        )
+    return [*shared_entries(manifest, WORDS), *entries, *context_entries(manifest, "model.plan")]

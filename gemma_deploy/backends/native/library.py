@@ -1,0 +1,237 @@
+"""The library of src/, through its C ABI (src/capi.cpp)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gemma_deploy.errors import ArtifactError, DeployError, UsageError
+
+LIBRARY = "libgemma_deploy.so"
+FOLDER = Path(__file__).parent
+LEVEL_VARIABLE = "GEMMA_DEPLOY_KERNELS"
+MESSAGE_BYTES = 1000
+INSTALL = (
+    "install a C++17 compiler (Debian: apt install g++) and the package again from its source, "
+    "or a wheel of this platform"
+)
+
+
+class _Piece(ctypes.Structure):
+    """GemmaPiece of capi.cpp."""
+
+    _fields_ = (
+        ("sequence", ctypes.c_int32),
+        ("count", ctypes.c_int32),
+        ("wanted", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+        ("tokens", ctypes.c_void_p),
+    )
+
+
+def library_path() -> Path:
+    """Where the library lies.
+
+    Raises:
+        UsageError: it was not built.
+    """
+    path = FOLDER / LIBRARY
+    if not path.is_file():
+        raise UsageError("the library of backend.type native was not built", where=str(path), next_step=INSTALL)
+    return path
+
+
+@functools.cache
+def _loaded() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(library_path()))
+    pointer, text, size, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int
+    signatures: dict[str, tuple[type | None, tuple[type, ...]]] = {
+        "gemma_levels": (text, ()),
+        "gemma_open": (
+            pointer, (text, size, text, text, number, ctypes.c_uint64, text, number, text, size),
+        ),
+        "gemma_close": (None, (pointer,)),
+        "gemma_error": (text, (pointer,)),
+        "gemma_level": (text, (pointer,)),
+        "gemma_stride": (ctypes.c_uint64, (pointer,)),
+        "gemma_hidden": (number, (pointer,)),
+        "gemma_vocabulary": (number, (pointer,)),
+        "gemma_context": (number, (pointer,)),
+        "gemma_cache_used": (ctypes.c_uint64, (pointer,)),
+        "gemma_sequence_new": (number, (pointer, number)),
+        "gemma_sequence_free": (number, (pointer, number)),
+        "gemma_sequence_rewind": (number, (pointer, number, number)),
+        "gemma_step": (number, (pointer, pointer, number, pointer, pointer, number)),
+        "gemma_head": (number, (pointer, pointer, number, pointer)),
+    }  # fmt: skip
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, list(arguments)
+    return library
+
+
+def levels() -> tuple[str, ...]:
+    """Levels of CPU features that the library has for this processor, the best first.
+
+    Raises:
+        UsageError: the library was not built.
+    """
+    found: bytes = _loaded().gemma_levels()
+    return tuple(found.decode().split())
+
+
+def level_wanted() -> str:
+    """The level that the environment forces; "" for the best one.
+
+    Raises:
+        UsageError: this processor has none of that name.
+    """
+    wanted = os.environ.get(LEVEL_VARIABLE, "")
+    if wanted and wanted not in levels():
+        raise UsageError(
+            f"{LEVEL_VARIABLE}={wanted}: this processor has no such level",
+            expected="one of " + ", ".join(levels()),
+            next_step="name one of these, or unset the variable",
+        )
+    return wanted
+
+
+class Model:
+    """A model that the library has open. One call at a time is computed; any thread may make it.
+
+    Args:
+        plan: the text that plan.py makes; parameters: the parameter file.
+        threads: 0 for as many as there are cores; cache_bytes: of all sequences' keys and values together.
+        cache: form of keys and values, `bfloat16`, `float32` or `int8`.
+        exact: compute with float32 products of what codes stand for, nothing rounded: for a proof.
+
+    Attributes:
+        hidden: numbers of a hidden state; vocabulary: logits of a token; context: positions there are.
+
+    Raises:
+        ArtifactError: the plan or the file is damaged. UsageError: the library was not built.
+    """
+
+    def __init__(
+        self,
+        plan: str,
+        parameters: Path,
+        *,
+        threads: int = 0,
+        cache_bytes: int,
+        cache: str = "bfloat16",
+        exact: bool = False,
+    ) -> None:
+        self._library, self._handle = _loaded(), None
+        message, text = ctypes.create_string_buffer(MESSAGE_BYTES), plan.encode()
+        count = threads or len(os.sched_getaffinity(0))
+        self._handle = self._library.gemma_open(
+            text, len(text), os.fsencode(parameters), level_wanted().encode(), count, cache_bytes, cache.encode(),
+            int(exact), message, MESSAGE_BYTES,
+        )  # fmt: skip
+        if not self._handle:
+            raise ArtifactError(
+                message.value.decode(errors="replace"),
+                where=str(parameters),
+                next_step="run `gemma-deploy verify` on the artifact, then compile it again",
+            )
+        self.hidden = int(self._library.gemma_hidden(self._handle))
+        self.vocabulary = int(self._library.gemma_vocabulary(self._handle))
+        self.context = int(self._library.gemma_context(self._handle))
+        self._stride = int(self._library.gemma_stride(self._handle))
+
+    def close(self) -> None:
+        """End its threads and give its memory back; sequences are gone."""
+        handle, self._handle = self._handle, None
+        if handle:
+            self._library.gemma_close(handle)
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self.close()
+
+    @property
+    def level(self) -> str:
+        """The level of CPU features that computes it."""
+        name: bytes = self._library.gemma_level(self._handle)
+        return name.decode()
+
+    def sequence(self, like: int = 0) -> int:
+        """A new sequence, empty or with the text of another: its number."""
+        made: int = self._library.gemma_sequence_new(self._handle, like)
+        if not made:
+            self._check(1)
+        return made
+
+    def drop(self, sequence: int) -> None:
+        """Forget a sequence."""
+        self._check(self._library.gemma_sequence_free(self._handle, sequence))
+
+    def rewind(self, sequence: int, length: int) -> None:
+        """Forget what comes after `length` tokens of a sequence.
+
+        Raises:
+            DeployError: a window has already given back what it would see there.
+        """
+        self._check(self._library.gemma_sequence_rewind(self._handle, sequence, length))
+
+    def logits(self, pieces: Sequence[tuple[int, Sequence[int], int]]) -> np.ndarray:
+        """Compute tokens of several sequences together.
+
+        Args:
+            pieces: number of a sequence, the tokens that follow it, and of how many of the last of them logits are
+                wanted.
+
+        Returns:
+            [wanted, V] float32.
+
+        Raises:
+            DeployError: no memory for their caches is left.
+        """
+        rows = sum(wanted for _, _, wanted in pieces)
+        made = np.empty((rows, self._stride), np.float32)
+        self._step(pieces, None, made)
+        return made[:, : self.vocabulary]
+
+    def normed(self, pieces: Sequence[tuple[int, Sequence[int], int]]) -> np.ndarray:
+        """As `logits`, what leaves the final norm: [wanted, hidden] float32."""
+        rows = sum(wanted for _, _, wanted in pieces)
+        made = np.empty((rows, self.hidden), np.float32)
+        self._step(pieces, made, None)
+        return made
+
+    def head(self, normed: np.ndarray) -> np.ndarray:
+        """Logits of what left the final norm: [n, hidden] -> [n, V] float32."""
+        rows = np.ascontiguousarray(normed, np.float32)
+        made = np.empty((len(rows), self._stride), np.float32)
+        self._check(self._library.gemma_head(self._handle, rows.ctypes.data, len(rows), made.ctypes.data))
+        return made[:, : self.vocabulary]
+
+    def _step(
+        self, pieces: Sequence[tuple[int, Sequence[int], int]], normed: np.ndarray | None, logits: np.ndarray | None
+    ) -> None:
+        tokens = [np.asarray(ids, np.int32) for _, ids, _ in pieces]
+        given = (_Piece * len(pieces))(
+            *(
+                _Piece(sequence, len(ids), wanted, 0, ids.ctypes.data)
+                for (sequence, _, wanted), ids in zip(pieces, tokens, strict=True)
+            )
+        )
+        rows = len(normed) if normed is not None else 0 if logits is None else len(logits)
+        where = (None if one is None else one.ctypes.data for one in (normed, logits))
+        self._check(self._library.gemma_step(self._handle, given, len(pieces), *where, rows))
+
+    def _check(self, status: int) -> None:
+        if status == 2:
+            raise DeployError(
+                "no memory is left for the keys and values of these sequences",
+                next_step="end sequences that are no longer needed, or open the model with room for more",
+            )
+        if status:
+            message: bytes = self._library.gemma_error(self._handle)
+            raise DeployError(message.decode(errors="replace"), next_step="this is a bug: report it")

@@ -1,0 +1,53 @@
+"""What a recipe may say about an artifact of `backend.type: native`, and what is not built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gemma_deploy.backends.spec import BuildSpec, Options
+from gemma_deploy.checkpoint import ModelConfig
+
+HIDDEN, HEAD = 16, 32  # of which hidden_size and head_dim are multiples
+LARGEST_HEAD = 512
+
+
+class NativeOptions(Options):
+    """`backend.compile` of a recipe: nothing is to be chosen."""
+
+
+def not_built(spec: BuildSpec) -> Iterator[str]:
+    """What a recipe may ask for and this version does not do, a sentence for each key."""
+    if spec.scheme.weights == "fp16":
+        yield "backend.dtype: fp16 is not built for backend.type native: write bf16, fp32 or int8"
+    if spec.scheme.rounds_activations:
+        yield "frontend.quantize.type: w8a8 is not built for backend.type native: write w8a16_gptq"
+    if spec.scheme.int8_cache:
+        yield "frontend.quantize.type: an int8 cache is not built for backend.type native yet: leave out +kv8"
+    if spec.ranks > 1 or spec.split_points:
+        yield "split.points and model_kwargs.tp: an artifact of backend.type native is not divided: remove them"
+    if spec.adapter_rank:
+        yield "adapters.rank: adapters beside an artifact of backend.type native are not built: leave it out"
+
+
+def model_problems(config: ModelConfig) -> list[str]:
+    """Of a model that it does not compute, sentences that begin with the key."""
+    problems = []
+    if config.architecture.encoder:
+        problems.append("backend.type: native is not built for encoders: write onnxruntime")
+    if config.per_layer is not None:
+        problems.append("backend.type: native is not built for per-layer embeddings: write onnxruntime")
+    if config.has_experts:
+        problems.append("backend.type: native is not built for experts: write onnxruntime")
+    if config.hidden_size % HIDDEN:
+        problems.append(
+            f"backend.type: native wants a hidden_size that is a multiple of {HIDDEN}, got {config.hidden_size}"
+        )
+    sizes = sorted(
+        {layer.head_dim for layer in config.layers if layer.head_dim % HEAD or layer.head_dim > LARGEST_HEAD}
+    )
+    if sizes:
+        problems.append(
+            f"backend.type: native wants heads of a multiple of {HEAD} channels, up to {LARGEST_HEAD}, got "
+            + ", ".join(map(str, sizes))
+        )
+    return problems

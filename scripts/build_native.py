@@ -1,0 +1,104 @@
+"""Builds the library of `backend.type: native` with a C++17 compiler: `python scripts/build_native.py`.
+
+setup.py calls it when the package is built. One file is compiled for each level of CPU features, with flags of its own;
+a level that the compiler or the processor's family does not know is left out, and the library says which it has.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = Path("gemma_deploy") / "backends" / "native" / "src"
+LIBRARY = "libgemma_deploy.so"
+COMPILERS = ("c++", "g++", "clang++")
+# Sums are those that are written down: no product is joined with a sum but where the source says so.
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-Wall",
+    "-Wextra",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+)
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
+# gcc 12 warns of its own headers (bug 105593).
+QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
+LEVELS: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {"level_avx2": AVX2, "level_avxvnni": (*AVX2, "-mavxvnni"), "level_avx512vnni": (*AVX512, *QUIET)},
+    "aarch64": {"level_neondot": ("-march=armv8.2-a+dotprod",)},
+}
+
+
+def compiler() -> str | None:
+    """The C++ compiler of $CXX, or the first that is installed; None where there is none."""
+    named = os.environ.get("CXX")
+    return shutil.which(named) if named else next((found for name in COMPILERS if (found := shutil.which(name))), None)
+
+
+def build(out: Path, *, extra: Sequence[str] = (), cxx: str | None = None, machine: str | None = None) -> Path:
+    """Compile the library.
+
+    Args:
+        out: the file that is made; extra: flags for the compiler and the linker, as those of a sanitizer.
+        cxx: the compiler, by default `compiler()`; machine: the processor's family, by default this one's.
+
+    Raises:
+        RuntimeError: there is no compiler, or it refuses a file.
+    """
+    cxx = cxx or compiler()
+    if cxx is None:
+        raise RuntimeError(f"no C++ compiler: none of {', '.join(COMPILERS)} is installed, and $CXX names none")
+    flags = LEVELS.get(machine or platform.machine(), {})
+    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = [Path(work) / f"{source.stem}.o" for source in sources()]
+        commands = [
+            [cxx, *FLAGS, *flags.get(source.stem, ()), *extra, "-pthread", "-c", str(source), "-o", str(made)]
+            for source, made in zip(sources(), objects, strict=True)
+        ]
+        list(pool.map(_run, commands))
+        partial = Path(work) / LIBRARY
+        _run([cxx, "-shared", *extra, "-o", str(partial), *map(str, objects), "-Wl,--no-undefined", "-lm", "-pthread"])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        beside = out.with_name(f"{out.name}.partial")
+        shutil.copyfile(partial, beside)
+        beside.replace(out)
+    return out
+
+
+def sources() -> list[Path]:
+    """The files of the library, in the order of their names."""
+    return sorted((ROOT / SOURCES).glob("*.cpp"))
+
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+def main() -> int:
+    """Build it into the package."""
+    out = ROOT / SOURCES.parent / LIBRARY
+    try:
+        build(out)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(out.relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
