@@ -21,7 +21,7 @@ def program(tmp_path_factory):
     for file in known.glob("*.py"):
         (folder / file.name).write_text(file.read_text().replace("backends.onnxruntime", f"backends.{NAME}"))
     table = root / TABLE
-    table.write_text(table.read_text().replace('"onnxruntime")', f'"onnxruntime", "{NAME}")', 1))
+    table.write_text(table.read_text().replace('"onnxruntime",', f'"onnxruntime", "{NAME}",', 1))
     return root
 
 

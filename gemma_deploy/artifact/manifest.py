@@ -178,6 +178,7 @@ class ContractRecord(Open):
         not_for: what a caller may try that is refused or goes wrong, as sentences; None of graphs that say nothing.
         adapters: what it takes of a LoRA adapter at run time; None: nothing.
         geometry: KV heads and head_dim of each layer of the model, 0 where it has no cache; None where all are alike.
+        panels: whether matrices lie in panels in the parameter file (params/panels.py); None: no.
     """
 
     batch: Size
@@ -191,6 +192,7 @@ class ContractRecord(Open):
     not_for: tuple[str, ...] | None = None
     adapters: AdapterSlots | None = None
     geometry: tuple[tuple[Count, Count], ...] | None = None
+    panels: bool | None = None
     graphs: dict[Graph, GraphRecord]
 
     @model_serializer(mode="wrap")
@@ -226,17 +228,12 @@ class QuantizationRecord(Record):
 
 
 class KernelsRecord(Open):
-    """Which kernels a graph names, as in backends/onnxruntime/options.py; `wide` are the linears `in_14_bits` there.
-
-    Args:
-        panels: matrices lie in the panels of params/panels.py.
-    """
+    """Which kernels a graph names, as in backends/onnxruntime/options.py; `wide` are the linears `in_14_bits` there."""
 
     block: Size = 128
     integer: bool = False
     candidates: Count = 0
     wide: tuple[str, ...] = ()
-    panels: bool = False
 
 
 class LineRecord(Open):

@@ -152,8 +152,8 @@ class ArtifactWeights:
 
 
 def _form_of(manifest: Manifest) -> CodeForm:
-    kernels = manifest.kernels
-    return CodeForm() if kernels is None else CodeForm(transposed=kernels.integer, panels=kernels.panels)
+    transposed = manifest.kernels is not None and manifest.kernels.integer
+    return CodeForm(transposed=transposed, panels=bool(manifest.contract.panels))
 
 
 def _as_shaped(row: ParamRow, dimensions: int) -> ParamRow:

@@ -34,7 +34,13 @@ TOTAL, SLOTS = "total_sequence", "cache_slots"
 
 @dataclass(frozen=True)
 class NativeContract(GraphContract):
-    """One operator: new tokens and the cache -> logits of the last token, and the cache, which is written in place."""
+    """One operator: new tokens and the cache -> logits of the last token, and the cache, which is written in place.
+
+    Args:
+        panels: how matrices lie in the parameter file (params/panels.py).
+    """
+
+    panels: bool = True
 
     @property
     def graph_names(self) -> tuple[str, ...]:
@@ -122,8 +128,8 @@ class Native:
         return {}
 
     def kernels(self, spec: BuildSpec, config: ModelConfig, unrounded: Sequence[str] | None) -> dict[str, Any] | None:
-        """Matrices lie in panels."""
-        return {"panels": True}
+        """The level is chosen when it runs."""
+        return None
 
     def ledger(self, manifest: Manifest) -> list[LedgerEntry]:
         """See `Backend`."""

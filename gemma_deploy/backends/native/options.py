@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from gemma_deploy.backends.spec import BuildSpec, Options
 from gemma_deploy.checkpoint import ModelConfig
 
-HIDDEN, HEAD = 16, 32  # of which hidden_size and head_dim are multiples
+HIDDEN_OF, HEAD_OF = 16, 32  # of which hidden_size and head_dim are multiples
 LARGEST_HEAD = 512
 
 
@@ -38,16 +38,16 @@ def model_problems(config: ModelConfig) -> list[str]:
         problems.append("backend.type: native is not built for per-layer embeddings: write onnxruntime")
     if config.has_experts:
         problems.append("backend.type: native is not built for experts: write onnxruntime")
-    if config.hidden_size % HIDDEN:
+    if config.hidden_size % HIDDEN_OF:
         problems.append(
-            f"backend.type: native wants a hidden_size that is a multiple of {HIDDEN}, got {config.hidden_size}"
+            f"backend.type: native wants a hidden_size that is a multiple of {HIDDEN_OF}, got {config.hidden_size}"
         )
     sizes = sorted(
-        {layer.head_dim for layer in config.layers if layer.head_dim % HEAD or layer.head_dim > LARGEST_HEAD}
+        {layer.head_dim for layer in config.layers if layer.head_dim % HEAD_OF or layer.head_dim > LARGEST_HEAD}
     )
     if sizes:
         problems.append(
-            f"backend.type: native wants heads of a multiple of {HEAD} channels, up to {LARGEST_HEAD}, got "
+            f"backend.type: native wants heads of a multiple of {HEAD_OF} channels, up to {LARGEST_HEAD}, got "
             + ", ".join(map(str, sizes))
         )
     return problems
