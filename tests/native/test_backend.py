@@ -1,0 +1,318 @@
+"""`backend.type: native` from checkpoint to text: proven against transformers, past the window, broken and seen red."""
+
+import json
+
+import numpy as np
+import pytest
+
+from gemma_deploy.artifact.opened import Artifact
+from gemma_deploy.backends.native import library
+from gemma_deploy.backends.native.graph import plan_in
+from gemma_deploy.backends.native.library import Model
+from gemma_deploy.cli import main
+from gemma_deploy.compile import compile_recipe
+from gemma_deploy.engine import open_engine
+from gemma_deploy.errors import ArtifactError, DeployError, NotBuiltError, RecipeError, UsageError
+from gemma_deploy.names import PARAMS
+from gemma_deploy.recipe import Recipe
+from gemma_deploy.testing import TINY_EXPERTS, TINY_PER_LAYER, write_tiny_checkpoint
+from tests.calibration.make import write_tokenizer
+
+KINDS = ("gemma", "gemma2", "gemma3_text", "vaultgemma", "gemma4_text", "gemma4_unified_text")
+SCHEMES = ("fp32", "bf16", "w8a16", "w4a16_rtn", "w8a16_gptq", "w4a16_gptq")
+MANY = 1 << 26  # bytes of caches
+
+
+def recipe_of(folder, kind, scheme, **changes):
+    """The recipe of an artifact x of a tiny model, in `folder`."""
+    checkpoint = write_tiny_checkpoint(folder / "ck", kind, **changes)
+    write_tokenizer(checkpoint)
+    floats = scheme in ("fp32", "bf16")
+    recipe = {
+        "name": "x",
+        "frontend": {"checkpoint": str(checkpoint), "shape": {"input_ids": [[48], [400]]}}
+        | ({} if floats else {"quantize": {"type": scheme}}),
+        "backend": {"type": "native", "dtype": scheme if floats else "int8"},
+        "parity": {"prompt_tokens": 40, "decode_tokens": 8},  # five windows of 8
+        "workspace": {"path": str(folder / "w")},
+    }
+    file = folder / "recipe.json"
+    file.write_text(json.dumps(recipe))
+    return Recipe.load(file)
+
+
+@pytest.fixture(scope="module")
+def compiled(native_library, tmp_path_factory):
+    """An artifact of a tiny Gemma 3 in int8."""
+    result = compile_recipe(recipe_of(tmp_path_factory.mktemp("native"), "gemma3_text", "w8a16"))
+    assert result.parity.passed
+    return result.path
+
+
+DEFAULT = {("gemma3_text", "fp32"), ("gemma4_text", "w8a16"), ("gemma2", "w4a16_rtn")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme"),
+    [
+        pytest.param(kind, scheme, marks=() if (kind, scheme) in DEFAULT else pytest.mark.slow)
+        for kind in KINDS
+        for scheme in SCHEMES
+    ],
+)
+def test_it_compiles_proven(native_library, tmp_path, kind, scheme):
+    result = compile_recipe(recipe_of(tmp_path, kind, scheme))
+    assert result.parity.passed
+    lines = {line.comparison for line in result.parity.lines}
+    reference = "hf bf16" if scheme == "bf16" else "hf"
+    assert {f"{reference} = shipped", "strict = shipped", "checkpoint = stored weights"} <= lines
+
+
+def opened(artifact, **options):
+    return Model(plan_in(artifact), artifact / PARAMS, **{"threads": 2, "cache_bytes": MANY, **options})
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return [int(one) for one in np.random.default_rng(0).integers(3, 500, 330)]
+
+
+def in_pieces(model, ids, sizes):
+    """Logits of all tokens, read in pieces of these sizes and then one by one."""
+    sequence, rows, at = model.sequence(), [], 0
+    while at < len(ids):
+        size = next(sizes, 1)
+        piece = ids[at : at + size]
+        rows.append(model.logits([(sequence, piece, len(piece))]))
+        at += size
+    model.drop(sequence)
+    return np.concatenate(rows)
+
+
+@pytest.mark.parametrize("cache", ["bfloat16", "float32", "int8"])
+def test_a_token_gives_the_same_bits_whatever_its_company(compiled, ids, cache):
+    """Three pages of 128 positions and 40 windows: in one piece, in others, with 1 to 3 threads, among other texts."""
+    whole = opened(compiled, cache=cache)
+    expected = in_pieces(whole, ids, iter([len(ids)]))
+    assert np.isfinite(expected).all()
+    for threads, sizes in ((1, [200, 1, 17, 100]), (3, [1, 2, 127, 128, 5]), (2, [256, 60])):
+        model = opened(compiled, cache=cache, threads=threads)
+        np.testing.assert_array_equal(in_pieces(model, ids, iter(sizes)), expected)
+        model.close()
+    first, second = whole.sequence(), whole.sequence()
+    rows = whole.logits([(first, ids[:140], 1), (second, ids[5:9], 4)])
+    np.testing.assert_array_equal(rows[0], expected[139])
+    together = whole.logits([(second, ids[9:12], 1), (first, ids[140:150], 10)])
+    np.testing.assert_array_equal(together[1:], expected[140:150])
+    np.testing.assert_array_equal(rows[1:], in_pieces(whole, ids[5:9], iter([4])))
+    whole.close()
+
+
+def test_forks_share_a_beginning_and_go_their_own_ways(compiled, ids):
+    model = opened(compiled)
+    expected = in_pieces(model, ids, iter([len(ids)]))
+    other = in_pieces(model, [*ids[:135], *ids[:20]], iter([200]))
+    first = model.sequence()
+    model.logits([(first, ids[:135], 1)])
+    second = model.sequence(like=first)
+    np.testing.assert_array_equal(model.logits([(second, ids[:20], 20)]), other[135:])
+    np.testing.assert_array_equal(model.logits([(first, ids[135:160], 25)]), expected[135:160])
+    model.drop(first)
+    np.testing.assert_array_equal(
+        model.logits([(second, [9], 1)]), in_pieces(model, [*ids[:135], *ids[:20], 9], iter([200]))[-1:]
+    )
+    model.close()
+
+
+def test_a_sequence_goes_back_as_far_as_its_windows_have(compiled, ids):
+    model = opened(compiled)
+    expected = in_pieces(model, ids, iter([len(ids)]))
+    sequence = model.sequence()
+    model.logits([(sequence, ids[:300], 1)])
+    for length in (290, 260):
+        model.rewind(sequence, length)
+        np.testing.assert_array_equal(model.logits([(sequence, ids[length:330], 1)])[0], expected[-1])
+    with pytest.raises(DeployError, match="can not go back to 100 tokens"):
+        model.rewind(sequence, 100)
+    np.testing.assert_array_equal(model.logits([(sequence, ids[:1], 1)]).shape, (1, 512))
+    model.rewind(sequence, 0)
+    np.testing.assert_array_equal(model.logits([(sequence, ids, 1)])[0], expected[-1])
+    model.close()
+
+
+def test_memory_for_caches_that_is_out_is_an_answer(compiled, ids):
+    model = opened(compiled, cache_bytes=300_000)  # a page of each kind of layer, not two
+    first, second = model.sequence(), model.sequence()
+    kept = model.logits([(first, ids[:100], 1)])
+    with pytest.raises(DeployError, match="no memory is left for the keys and values"):
+        model.logits([(second, ids[:130], 1), (first, ids[100:140], 1)])
+    model.rewind(first, 99)
+    np.testing.assert_array_equal(model.logits([(first, ids[99:100], 1)]), kept)
+    model.close()
+
+
+@pytest.mark.parametrize("level", ["plain", "avx2"])
+def test_levels_agree(compiled, ids, level, monkeypatch):
+    if level not in library.levels():
+        pytest.skip(f"this processor has no {level}")
+
+    def logits(exact):
+        model = opened(compiled, cache="float32", exact=exact)
+        assert model.level == (level if library.level_wanted() else library.levels()[0])
+        found = in_pieces(model, ids[:150], iter([150]))
+        model.close()
+        return found
+
+    expected = [logits(exact) for exact in (True, False)]
+    monkeypatch.setenv(library.LEVEL_VARIABLE, level)
+    found = [logits(exact) for exact in (True, False)]
+    # Another order of sums; where activations are rounded it moves some to the next code, 1/16256 of the largest.
+    for one, other, limit in zip(found, expected, (1e-5, 2e-3), strict=True):
+        np.testing.assert_allclose(one, other, atol=limit * np.abs(other).max())  # 3e-6 and 3e-4 seen
+
+
+def test_a_level_that_is_not_there_is_told(compiled, monkeypatch):
+    monkeypatch.setenv(library.LEVEL_VARIABLE, "abacus")
+    with pytest.raises(UsageError, match="GEMMA_DEPLOY_KERNELS=abacus: this processor has no such level"):
+        opened(compiled)
+
+
+def test_text_in_turns_and_sessions(compiled):
+    engine = open_engine(Artifact.open(compiled))
+    greedy = "".join(engine.stream("the cat", max_new_tokens=12))
+    session = engine.session()
+    start = engine.tokenizer.encode("the cat")
+    assert "".join(session.reply(start, max_new_tokens=12)) == greedy
+    said = session.ids[len(start) :]
+    logits = session.read([7])
+    other = engine.session()
+    np.testing.assert_array_equal(other.read([*start, *said, 7]), logits)
+    session.reset()
+    assert "".join(session.reply(start, max_new_tokens=12)) == greedy
+
+
+def broken_plans(plan):
+    """What is wrong -> the text of a plan that says it."""
+    return {
+        "another rotary table": plan.replace(
+            "frequencies=model.rotary_emb.sliding", "frequencies=model.rotary_emb.full"
+        ),
+        "a window one longer": plan.replace("window=8", "window=9"),
+        "norms without their offset": plan.replace("offset=1.0", "offset=0.0"),
+        "a norm of heads left out": plan.replace(" q_norm=model.layers.0.self_attn.q_norm.weight", "", 1),
+        "the other activation": plan.replace("activation=gelu_pytorch_tanh", "activation=gelu"),
+        "keys for values": plan.replace("v=model.layers.2.self_attn.v_proj", "v=model.layers.2.self_attn.k_proj"),
+        "scores scaled otherwise": plan.replace("factor=0.2041241", "factor=0.2141241", 1),
+    }
+
+
+@pytest.mark.parametrize("wrong", sorted(broken_plans("layer heads")))
+def test_a_plan_that_is_wrong_gives_other_logits(compiled, ids, wrong):
+    plan = plan_in(compiled)
+    changed = broken_plans(plan)[wrong]
+    assert changed != plan
+    models = [
+        Model(text, compiled / PARAMS, threads=1, cache_bytes=MANY, cache="float32", exact=True)
+        for text in (plan, changed)
+    ]
+    right, other = (in_pieces(model, ids[:40], iter([40])) for model in models)
+    assert np.abs(right - other).max() > 1e-4 * np.abs(right).max()  # the gate's limit is 1e-5
+    for model in models:
+        model.close()
+
+
+def damaged(plan):
+    """A piece of the message -> a plan that is damaged."""
+    return {
+        "a plan begins with 'model'": plan.split("\n", 1)[1],
+        "the plan is empty|it is empty": "",
+        "'version' is 2": plan.replace("version=1", "version=2"),
+        "no 'eps'": plan.replace(" eps=", " epsilon=", 1),
+        "'eps' is nan": plan.replace(" eps=", " eps=nan other=", 1),
+        "'q' is there twice|is there twice": plan.replace(" q=", " q=x q=", 1),
+        "'colour' is not known": plan.replace("layer heads", "layer colour=red heads", 1),
+        "no matrix 'nothing'": plan.replace(" q=model.layers.0.self_attn.q_proj.weight", " q=nothing", 1),
+        "'heads' is no multiple of 'kv_heads'": plan.replace("heads=4 kv_heads=2", "heads=4 kv_heads=3", 1),
+        "x 64, not": plan.replace("heads=4 kv_heads=2", "heads=8 kv_heads=2", 1),
+        "'head_dim' is 33": plan.replace("head_dim=32", "head_dim=33", 1),
+        "of a parameter file of": first_at(plan, 1 << 40),
+        "no multiple of 64": first_at(plan, 4100),
+        "'source' is 9": plan.replace("source=0", "source=9", 1),
+        "6 layers, not 7": plan.rstrip("\n").rsplit("\n", 1)[0],
+        "'form' is int3": plan.replace("form=int8", "form=int3", 1),
+        "'group' is 7": plan.replace("group=0", "group=7", 1),
+    }
+
+
+def first_at(plan, place):
+    """The first matrix lies elsewhere."""
+    head, tail = plan.split("matrix ", 1)
+    at = tail.index(" at=")
+    return f"{head}matrix {tail[:at]} at={place}{tail[tail.index(' ', at + 4) :]}"
+
+
+@pytest.mark.parametrize("words", sorted(damaged("matrix  at=0 b\n\nlayer")))
+def test_a_damaged_plan_is_told_with_its_line(compiled, words):
+    text = damaged(plan_in(compiled))[words]
+    assert text != plan_in(compiled)
+    with pytest.raises(ArtifactError, match=words):
+        Model(text, compiled / PARAMS, cache_bytes=MANY)
+
+
+def test_files_that_are_short_or_missing_are_told(compiled, tmp_path):
+    short = tmp_path / PARAMS
+    short.write_bytes((compiled / PARAMS).read_bytes()[:-4096])
+    with pytest.raises(ArtifactError, match="of a parameter file of"):
+        Model(plan_in(compiled), short, cache_bytes=MANY)
+    with pytest.raises(ArtifactError, match="No such file"):
+        Model(plan_in(compiled), tmp_path / "none", cache_bytes=MANY)
+    with pytest.raises(ArtifactError, match="no file with parameters"):
+        Model(plan_in(compiled), tmp_path, cache_bytes=MANY)
+
+
+def test_what_a_caller_gets_wrong_is_refused(compiled, ids):
+    model = opened(compiled)
+    sequence = model.sequence()
+    for pieces, words in [
+        ([(99, [1], 1)], "no sequence 99"),
+        ([(sequence, [], 0)], "0 tokens"),
+        ([(sequence, [1], 2)], "2 wanted"),
+        ([(sequence, [512], 1)], "token 512 is not in the table"),
+        ([(sequence, [-1], 1)], "token -1 is not in the table"),
+        ([(sequence, [1], 1), (sequence, [2], 1)], "is there twice"),
+        ([(sequence, ids + ids, 1)], "more than the context of 400"),
+    ]:
+        with pytest.raises(DeployError, match=words):
+            model.logits(pieces)
+    with pytest.raises(DeployError, match="no sequence 77"):
+        model.drop(77)
+    model.logits([(sequence, ids, 1)])
+    model.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme", "changes", "words"),
+    [
+        ("gemma4_text", "w8a16", TINY_PER_LAYER, "backend.type: native is not built for per-layer embeddings"),
+        ("gemma4_text", "w8a16", TINY_EXPERTS, "backend.type: native is not built for experts"),
+        ("gemma2", "w8a8", {}, "frontend.quantize.type: w8a8 is not built for backend.type native"),
+        ("gemma2", "w8a16+kv8", {}, "frontend.quantize.type: an int8 cache is not built for backend.type native"),
+        ("gemma2", "w8a16", {"head_dim": 48}, "heads of a multiple of 32 channels, up to 512, got 48"),
+    ],
+)
+def test_what_is_not_built_is_said_before_any_work(tmp_path, kind, scheme, changes, words):
+    with pytest.raises((RecipeError, NotBuiltError), match=words):
+        compile_recipe(recipe_of(tmp_path, kind, scheme, **changes))
+    assert not (tmp_path / "w").exists()
+
+
+def test_without_the_library_it_is_said_how_to_get_it(compiled, monkeypatch, tmp_path, capsys):
+    library._loaded.cache_clear()
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    try:
+        assert main(["run", str(compiled), "-p", "x"]) == 2
+    finally:
+        library._loaded.cache_clear()
+    said = capsys.readouterr().err
+    assert "the library of backend.type native was not built" in said
+    assert "install a C++17 compiler" in said

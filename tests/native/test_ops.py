@@ -1,0 +1,229 @@
+"""Every level of the library against sums in float64: products of all forms, work on rows, attention."""
+
+import ctypes
+import math
+
+import numpy as np
+import pytest
+
+from gemma_deploy.backends.native import library
+from gemma_deploy.params import panels
+
+FORMS = {"float32": 0, "float16": 1, "bfloat16": 2, "uint8": 3, "uint4": 4}
+SPAN, LARGEST = 2048, 127 * 128  # of src/layout.h
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = (
+        ("panels", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("form", ctypes.c_int32),
+        ("scale_form", ctypes.c_int32), ("rows", ctypes.c_int32), ("columns", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ops(native_library):
+    return ctypes.CDLL(str(native_library))
+
+
+@pytest.fixture(params=["avx512vnni", "avxvnni", "avx2", "neondot", "plain"])
+def level(request, native_library):
+    if request.param not in library.levels():
+        pytest.skip(f"this processor has no {request.param}: tests/native/check.cpp runs in an emulator")
+    return request.param.encode()
+
+
+def pointer(array):
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+class Packed:
+    """A random matrix, as the file has it and in float64."""
+
+    def __init__(self, dtype, rows, columns, group=0, *, extreme=False, seed=0):
+        import torch
+
+        rng = np.random.default_rng(seed)
+        if dtype in ("uint8", "uint4"):
+            least = -128 if dtype == "uint8" else -8
+            codes = rng.integers(least, -least, (rows, columns)).astype(np.int8)
+            if extreme:
+                codes[:] = least
+            groups = columns // group if group else 1
+            scales = rng.uniform(0.5, 2, (rows, groups)).astype(np.float32)
+            self.dense = codes * np.repeat(scales, columns // groups, axis=1).astype(np.float64)
+            self.scales = panels.pack(torch.from_numpy(scales), "float32", (rows, groups)).numpy()
+            block = torch.from_numpy(codes)
+        else:
+            block = torch.from_numpy(rng.standard_normal((rows, columns)).astype(np.float32)).to(getattr(torch, dtype))
+            self.dense, self.scales = block.double().numpy(), np.zeros(1, np.float32)
+        packed = panels.pack(block, dtype, (rows, columns)).reshape(-1)
+        self.panels = packed.view(torch.uint8).numpy()
+        self.matrix = Matrix(self.panels.ctypes.data, self.scales.ctypes.data, FORMS[dtype], 0, rows, columns, group)
+        self.codes = dtype in ("uint8", "uint4")
+
+
+def product(ops, level, packed, x, *, begin=0, end=None, exact=0):
+    count, rows = len(x), packed.matrix.rows
+    y = np.full((count, rows), np.nan, np.float32)
+    last = rows // 16 if end is None else end
+    arguments = (ctypes.byref(packed.matrix), pointer(x), count, pointer(y), begin, last, exact, 1)
+    assert ops.gemma_op_product(level, *arguments) == 0
+    return y
+
+
+def rounded(x):
+    """What the codes of activations stand for."""
+    found = np.zeros(x.shape)
+    for start in range(0, x.shape[1], SPAN):
+        span = x[:, start : start + SPAN]
+        scale = (np.abs(span).max(1, keepdims=True) / np.float32(LARGEST)).astype(np.float32)
+        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+        found[:, start : start + SPAN] = np.rint(span * inverse).astype(np.float64) * scale
+    return found
+
+
+CASES = [
+    ("float32", 80, 704, 0), ("float16", 48, 640, 0), ("bfloat16", 48, 4160, 0), ("uint8", 80, 4672, 0),
+    ("uint8", 48, 640, 32), ("uint8", 48, 640, 128), ("uint8", 16, 2048, 2048), ("uint4", 80, 4736, 0),
+    ("uint4", 48, 640, 32), ("uint4", 48, 768, 64), ("uint4", 48, 640, 128),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "rows", "columns", "group"), CASES)
+def test_products(ops, level, dtype, rows, columns, group):
+    packed = Packed(dtype, rows, columns, group)
+    x = np.random.default_rng(1).standard_normal((9, columns)).astype(np.float32) * 10
+    x[1] = 0
+    x[2, 0] = 1e30
+    y = product(ops, level, packed, x)
+    expected = (rounded(x) if packed.codes else x.astype(np.float64)) @ packed.dense.T
+    error = np.abs(y - expected).max(1) / (np.abs(expected).max(1) + 1e-30)
+    assert error.max() < 2e-6  # 1e-6 seen, of float16
+    assert not y[1].any()
+    # A row's bits depend neither on the rows beside it nor on the panels that are asked for with its own.
+    np.testing.assert_array_equal(product(ops, level, packed, x[4:5].copy())[0], y[4])
+    np.testing.assert_array_equal(
+        product(ops, level, packed, x, begin=1, end=2)[:, 16:32], y[:, 16:32]
+    ) if rows > 16 else None
+    if packed.codes:
+        exact = product(ops, level, packed, x, exact=1)
+        right = x.astype(np.float64) @ packed.dense.T
+        assert (np.abs(exact - right).max(1) / (np.abs(right).max(1) + 1e-30)).max() < 2e-6
+    row = np.zeros(columns, np.float32)
+    assert ops.gemma_op_read_row(level, ctypes.byref(packed.matrix), rows - 1, ctypes.c_float(2), pointer(row)) == 0
+    np.testing.assert_allclose(row, 2 * packed.dense[-1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "columns", "group"), [("uint8", 4672, 0), ("uint8", 2048, 2048), ("uint4", 4736, 0)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_at_their_bound_do_not_overflow(ops, level, dtype, columns, group, sign):
+    packed = Packed(dtype, 16, columns, group, extreme=True)
+    x = np.full((7, columns), 3.0 * sign, np.float32)
+    expected = rounded(x) @ packed.dense.T
+    np.testing.assert_allclose(product(ops, level, packed, x), expected, rtol=2e-6)
+
+
+def test_levels_give_the_same_integers(ops, native_library):
+    """Where every sum is a whole number that float32 holds, all levels give the same bits."""
+    packed = Packed("uint8", 48, 512)
+    packed.scales[:] = 1
+    x = np.random.default_rng(3).integers(-20, 20, (5, 512)).astype(np.float32)
+    x[:, 0] = LARGEST  # the scale is 1
+    made = [product(ops, name.encode(), packed, x) for name in library.levels()]
+    codes = packed.dense / np.abs(packed.dense).max(1, keepdims=True)
+    assert codes.any()
+    for other in made[1:]:
+        np.testing.assert_array_equal(made[0], other)
+
+
+def row_op(ops, level, kind, x, y=None, w=None, number=0.0):
+    x = x.copy()
+    empty = ctypes.c_void_p(None)
+    arguments = (pointer(x), empty if y is None else pointer(y), empty if w is None else pointer(w), len(x))
+    assert ops.gemma_op_row(level, kind, *arguments, ctypes.c_float(number)) == 0
+    return x
+
+
+def test_rows(ops, level):
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(656).astype(np.float32) * size for size in (4, 1))
+    wide = x.astype(np.float64)
+    normed = wide / np.sqrt((wide**2).mean() + 1e-6)
+    np.testing.assert_allclose(row_op(ops, level, 0, x, w=w, number=1e-6), normed * w, atol=2e-6)
+    np.testing.assert_allclose(row_op(ops, level, 0, x, number=1e-6), normed, atol=2e-6)
+    np.testing.assert_allclose(row_op(ops, level, 1, w, y=x, w=x, number=1e-6), w + normed * x, rtol=1e-6, atol=1e-5)
+    tanh = 0.5 * wide * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))
+    np.testing.assert_allclose(row_op(ops, level, 2, x, w=w), tanh * w, rtol=1e-6, atol=2e-6)
+    erf = 0.5 * wide * (1 + np.vectorize(math.erf)(wide / np.sqrt(2)))
+    np.testing.assert_allclose(row_op(ops, level, 3, x, w=w), erf * w, rtol=1e-6, atol=4e-6)
+    np.testing.assert_allclose(row_op(ops, level, 4, x * 20, number=30), 30 * np.tanh(wide * 20 / 30), atol=1e-5)
+    angles = rng.uniform(0, 6, 32)
+    cosines, sines = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    head, first, second = x[:64], wide[:32], wide[32:64]
+    turned = np.concatenate(
+        [first * np.cos(angles) - second * np.sin(angles), second * np.cos(angles) + first * np.sin(angles)]
+    )
+    np.testing.assert_allclose(row_op(ops, level, 5, head, y=sines, w=cosines, number=0.5), turned / 2, atol=2e-6)
+
+
+def kept(x, form):
+    """What a cache makes of keys or values [length, D]."""
+    import torch
+
+    if form == "bfloat16":
+        return torch.from_numpy(x).bfloat16().double().numpy()
+    if form == "float32":
+        return x.astype(np.float64)
+    scale = (np.abs(x).max(1, keepdims=True) / np.float32(127)).astype(np.float32)
+    return np.rint(x * (np.float32(1) / scale)) * scale.astype(np.float64)
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(("head_dim", "cap"), [(64, 0.0), (256, 20.0)])
+def test_attention(ops, level, form, head_dim, cap):
+    rng = np.random.default_rng(2)
+    length = 700
+    queries, keys, values = (rng.standard_normal((n, head_dim)).astype(np.float32) for n in (9, length, length))
+    queries *= 0.5
+    last = np.array([0, 1, 130, 127, 128, length - 1, 200, 250, 299], np.int32)
+    first = np.maximum(0, last - np.array([0, 5, 60, 127, 20, 1000, 90, 100, 3])).astype(np.int32)
+
+    def attend(*rows):
+        some = [np.ascontiguousarray(one[list(rows)]) for one in (queries, first, last)]
+        y = np.full((len(rows), head_dim), np.nan, np.float32)
+        number = {"float32": 0, "bfloat16": 2, "int8": 3}[form]
+        arguments = (*map(pointer, some), len(rows), pointer(keys), pointer(values), length, head_dim)
+        assert ops.gemma_op_attend(level, number, *arguments, ctypes.c_float(cap), pointer(y)) == 0
+        return y
+
+    y = attend(*range(9))
+    scores = queries.astype(np.float64) @ kept(keys, form).T
+    scores = cap * np.tanh(scores / cap) if cap else scores
+    place = np.arange(length)
+    scores[(place < first[:, None]) | (place > last[:, None])] = -np.inf
+    weights = np.exp(scores - scores.max(1, keepdims=True))
+    expected = weights / weights.sum(1, keepdims=True) @ kept(values, form)
+    # Queries and weights have 15 bits where keys and values are codes: 1e-3 seen, of 256 channels.
+    np.testing.assert_allclose(y, expected, atol=2e-3 if form == "int8" else 2e-5)
+    for row in (2, 5):
+        np.testing.assert_array_equal(attend(row)[0], y[row])
+
+
+def test_sizes_that_no_matrix_has_are_refused(ops, native_library):
+    packed = Packed("uint8", 48, 640, 32)
+    x, y = np.zeros((1, 640), np.float32), np.zeros((1, 48), np.float32)
+
+    def status(level=b"plain", begin=0, end=3, count=1, **changes):
+        matrix = Matrix.from_buffer_copy(packed.matrix)
+        for key, value in changes.items():
+            setattr(matrix, key, value)
+        return ops.gemma_op_product(level, ctypes.byref(matrix), pointer(x), count, pointer(y), begin, end, 0, 1)
+
+    assert status() == 0
+    assert status(level=b"none") == 1
+    wrong = [
+        {"rows": 47}, {"rows": 0}, {"columns": 100}, {"columns": 0}, {"group": 48}, {"group": 16}, {"group": 4096},
+        {"form": 9}, {"form": -1}, {"begin": -1}, {"end": 4}, {"begin": 2, "end": 1}, {"count": 0},
+    ]  # fmt: skip
+    assert [status(**changes) for changes in wrong] == [2] * len(wrong)
