@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("gemma_deploy", "source_code", "calib", "build_in", "scripts", "setup.py", "setup.cfg", "pyproject.toml", "LICENSE")
+SOURCES = (
+    "gemma_deploy",
+    "source_code",
+    "calib",
+    "build_in",
+    "scripts",
+    "setup.py",
+    "setup.cfg",
+    "pyproject.toml",
+    "LICENSE",
+)
 LOOK = """
 import json
 from gemma_deploy import paths
@@ -37,8 +47,10 @@ def installed(tmp_path_factory):
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(source, target)
     options = ["--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder), str(folder / "tree")]
-    env = {**os.environ, "CXX": "/nowhere"}  # without a compiler; with one, tests/native builds the same sources
-    done = subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", *options], capture_output=True, text=True, env=env)
+    env = {**os.environ, "CXX": "/nowhere"}  # no compiler: tests/native builds the library
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", *options], capture_output=True, text=True, env=env
+    )
     assert done.returncode == 0, done.stderr
     (wheel,) = folder.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
