@@ -220,6 +220,8 @@ class TorchSource:
         """Record the largest magnitude of what linears and norms read and modules make, as `MODULE.in` and `.out`."""
         for name, module in model.named_modules():
             name = f"model.{name}"
+            if isinstance(module, nn.Identity):  # in the place of a norm that VaultGemma has not, nor has its graph
+                continue
             if is_linear(name) or name.endswith(NORMS):
                 module.register_forward_pre_hook(_remember_input(f"{name}.in", self.absmax), with_kwargs=True)
             if (

@@ -9,9 +9,11 @@ from safetensors.numpy import load_file, save_file
 
 from gemma_deploy.architectures import architecture_of
 from gemma_deploy.artifact.manifest import Manifest
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.artifact.report import headroom_rows
 from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.cli import main
+from gemma_deploy.errors import GateError
 from gemma_deploy.graph import worker
 from gemma_deploy.names import FP16_MAX
 from gemma_deploy.params import build_plan
@@ -19,7 +21,9 @@ from gemma_deploy.params.rescaled import exponent_of
 from gemma_deploy.parity import maxima
 from gemma_deploy.quantization.rescaling import Rescaling, choose, needed
 from gemma_deploy.testing import TINY_CONFIGS, TINY_EXPERTS, TINY_PER_LAYER, write_tiny_checkpoint
+from tests.encoders import write_encoder
 from tests.exporting import export_once
+from tests.test_embed import compiled as compile_encoder
 
 ALL_MAXIMA_FIT = FP16_MAX / 8
 # gemma4_unified_text has the layers of gemma4_text; no float16 is built of gemma3n_text.
@@ -174,7 +178,11 @@ def test_json_and_back():
 
 def plant(folder, model_type, gate=1.0, **changes):
     """A tiny model whose activations reach a million, in ways that leave it a model: every weight fits float16."""
-    checkpoint = write_tiny_checkpoint(folder, model_type, **changes)
+    return enlarged(write_tiny_checkpoint(folder, model_type, **changes), model_type, gate, **changes)
+
+
+def enlarged(checkpoint, model_type, gate=1.0, **changes):
+    """A checkpoint's weights, larger, in their place."""
     weights = load_file(checkpoint / "model.safetensors")
     factors = {"up_proj": 3e3, "v_proj": 3e3, "o_proj": 3e3, "down_proj": 3e3, "gate_proj": gate}
     if model_type in TWO_NORMS:
@@ -216,7 +224,10 @@ def compiled(folder, checkpoint, capsys):
 
 @pytest.mark.parametrize(
     "model_type",
-    ["gemma3_text", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gemma", "gemma2", "gemma4_text"))],
+    [
+        "gemma3_text",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gemma", "gemma2", "vaultgemma", "gemma4_text")),
+    ],
 )
 def test_a_model_that_reaches_a_million_compiles_and_stays_exact(tmp_path, model_type, capsys):
     code, artifact, said = compiled(tmp_path, plant(tmp_path / "checkpoint", model_type), capsys)
@@ -304,6 +315,24 @@ def test_without_the_exponents_the_same_model_overflows(tmp_path, monkeypatch, c
     assert code == 1
     assert "inf or NaN logits" in said.err
     assert not artifact.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exponents", [True, False])
+def test_an_encoder_that_reaches_a_million_stays_exact(tmp_path, monkeypatch, exponents):
+    """EmbeddingGemma's vectors; without the exponents its gate sees the overflow."""
+    checkpoint = enlarged(write_encoder(tmp_path / "checkpoint"), "gemma3_text")
+    if not exponents:
+        monkeypatch.setattr(maxima, "choose", lambda config, measured: Rescaling(absmax=measured))
+        with pytest.raises(GateError, match="largest cosine distance inf"):
+            compile_encoder(checkpoint, tmp_path / "a", backend="tvm_vacc", dtype="fp16")
+        return
+    manifest = Artifact.open(compile_encoder(checkpoint, tmp_path / "a", backend="tvm_vacc", dtype="fp16")).manifest
+    assert max(manifest.rescaling.absmax.values()) > 1e6
+    assert manifest.rescaling.residual >= 6
+    assert manifest.rescaling.wide == ()
+    cosines = [line.value for line in manifest.parity.lines if "cosine" in line.name]
+    assert 0 < max(cosines) <= 2e-5
 
 
 @pytest.mark.slow
