@@ -1,6 +1,6 @@
 """Peak memory and wall time of `compile`, beside what reading the checkpoint once and writing the artifact once cost.
 
-usage: compile_cost.py CHECKPOINT DTYPE [--out DIR] [--shape P C] [--no-io]
+usage: compile_cost.py CHECKPOINT DTYPE [--out DIR] [--shape P C] [--no-io] [-s KEY=VALUE]...
 
 Runs `gemma-deploy compile --no-parity` in a process of its own and prints a table line and a JSON line. The limit for
 int8 is 3 x (read + write), all three measured in this run, page cache dropped from the checkpoint before each read.
@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--shape", type=int, nargs=2, default=(1024, 2048))
     parser.add_argument("--no-io", action="store_true", help="skip the read and write yardsticks")
+    parser.add_argument("-s", dest="settings", action="append", default=[], help="as of compile")
     args = parser.parse_args()
     folder = args.out or Path(tempfile.mkdtemp(prefix="compile-cost-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,6 +78,7 @@ def main() -> None:
         for file in files:
             drop(file)
     command = [sys.executable, "-m", "gemma_deploy.cli", "compile", str(recipe), "--no-parity", "--force"]
+    command += [word for setting in args.settings for word in ("-s", setting)]
     started = time.perf_counter()
     subprocess.run(command, check=True)
     result["compile_s"] = time.perf_counter() - started
