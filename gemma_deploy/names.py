@@ -25,6 +25,7 @@ PER_LAYER_VECTORS = "model.per_layer_inputs"  # the value in a graph: what those
 LAST_POSITION = "model.last_position"  # begins the names of values in a graph that are cut down to it
 STREAM_PROJECTION = "model.altup_projections"  # and a number: makes a stream of the embeddings
 STREAM_UNEMBED = "model.altup_unembed_projections"  # and a number: what a stream is of the last hidden state
+STREAMS = "model.streams"  # the value in a graph: what the first layer reads of the embeddings
 NORM = "model.norm"
 NORM_WEIGHT = "model.norm.weight"
 HEAD = "lm_head"

@@ -35,7 +35,23 @@ _SHARED = {
     "sliding_window": 512, "num_attention_heads": 8, "hidden_size_per_layer_input": 256,
     "vocab_size_per_layer_input": 262144,
 }  # fmt: skip
+_STREAMS = {
+    **_ALL, "model_type": "gemma3n_text", "vocab_size": 262400, "vocab_size_per_layer_input": 262144,
+    "max_position_embeddings": 32768, "sliding_window": 512, "hidden_size": 2048, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "hidden_size_per_layer_input": 256, "laurel_rank": 64, "altup_num_inputs": 4,
+    "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+}  # fmt: skip
+for _key in ("global_head_dim", "attention_k_eq_v", "use_bidirectional_attention"):
+    del _STREAMS[_key]
 SHAPES: dict[str, dict[str, Any]] = {
+    "gemma-3n-e2b": {
+        **_STREAMS, "num_hidden_layers": 30, "num_kv_shared_layers": 10, "intermediate_size": [8192] * 30,
+        "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 20,
+    },
+    "gemma-3n-e4b": {
+        **_STREAMS, "num_hidden_layers": 35, "num_kv_shared_layers": 15, "intermediate_size": [16384] * 35,
+        "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 25,
+    },
     "gemma-4-e2b": {
         **_SHARED, "hidden_size": 1536, "num_hidden_layers": 35, "num_key_value_heads": 1, "intermediate_size": 6144,
         "num_kv_shared_layers": 20, "use_double_wide_mlp": True,

@@ -17,8 +17,10 @@ class Gemma3nTextConfig(StockGemma3nTextConfig):
         iter_num (`int`, *optional*): which static graph is traced: 0 prefill, 1 decode, None ordinary use.
         insert_slice (`bool`): with `iter_num` 0, keep only the last position before the LM head.
         embed_scale (`str`): `exact` rounds sqrt(hidden_size) to the run dtype, `bf16` to bfloat16 first.
+        per_layer_vectors (`int`, *optional*): layers of the whole model, for which a per-layer table has vectors.
     """
 
     iter_num: int | None = None
     insert_slice: bool = False
     embed_scale: str = "exact"
+    per_layer_vectors: int | None = None

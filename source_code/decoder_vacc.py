@@ -71,6 +71,14 @@ class TextModelMixin:
         """Keys a query of this kind sees, itself included; None for all."""
         return self.config.sliding_window if kind == SLIDING else None
 
+    def entered(self, embeds):
+        """What the first layer reads of embeddings [batch, seq, hidden]."""
+        return embeds
+
+    def left(self, hidden):
+        """What the last norm reads of what the last layer gives."""
+        return hidden
+
     def beside(self, input_ids, embeds, **kwargs):
         """What layers read beside the residual stream; most generations: nothing."""
         return Beside()
@@ -157,6 +165,7 @@ class TextModelMixin:
         cache = past_key_values if isinstance(past_key_values, Cache) else None
         presents, attentions, states = [], [], []
         beside = self.beside(input_ids, hidden, **kwargs)
+        hidden = self.entered(hidden)
         whole = output_hidden_states or output_attentions
         last = 1 if self.config.iter_num == 0 and self.config.insert_slice else 0 if whole else logits_to_keep
         for i, layer in enumerate(self.layers):
@@ -178,7 +187,7 @@ class TextModelMixin:
                 presents.append(present)
             if output_attentions:
                 attentions.append(probs)
-        hidden = self.norm(hidden)
+        hidden = self.norm(self.left(hidden))
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=(cache if cache is not None else tuple(presents)) if use_cache else None,

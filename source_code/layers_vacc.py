@@ -42,12 +42,14 @@ class ScaledEmbedding(nn.Embedding):
 
 def rounded_sqrt(hidden_size: int, dtype: torch.dtype, rounding: str) -> float:
     """sqrt(hidden_size) rounded to `dtype`, by way of bfloat16 when `rounding` is "bf16"."""
+    return rounded(math.sqrt(hidden_size), torch.float32, *([torch.bfloat16] if rounding == "bf16" else []), dtype)
+
+
+def rounded(value: float, *dtypes: torch.dtype) -> float:
+    """A positive number as one dtype after the other holds it."""
     # Spelled with math alone: a tensor made here would be a meta or fake tensor under init or export.
-    steps = (torch.float32, torch.bfloat16, dtype) if rounding == "bf16" else (torch.float32, dtype)
-    value = math.sqrt(hidden_size)
-    for step in steps:
-        exponent = math.floor(math.log2(value))
-        ulp = torch.finfo(step).eps * 2.0**exponent
+    for step in dtypes:
+        ulp = torch.finfo(step).eps * 2.0 ** math.floor(math.log2(value))
         value = round(value / ulp) * ulp
     return value
 
@@ -331,9 +333,8 @@ class Attention(nn.Module):
     def heads_of(self, hidden_states, position_embeddings):
         """Queries, keys and values [batch, heads, seq, head_dim] of hidden states [batch, seq, hidden]."""
         batch, seq = hidden_states.shape[:2]
-        q = self.q_proj(hidden_states).view(batch, seq, -1, self.head_dim).transpose(1, 2)
-        k = self.k_proj(hidden_states).view(batch, seq, -1, self.head_dim).transpose(1, 2)
-        v = self.v_proj(hidden_states).view(batch, seq, -1, self.head_dim).transpose(1, 2)
+        made = (linear(hidden_states) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (heads.view(batch, seq, -1, self.head_dim).transpose(1, 2) for heads in made)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         return apply_rotary(q, *position_embeddings), apply_rotary(k, *position_embeddings), v
@@ -359,11 +360,10 @@ class Attention(nn.Module):
         else:
             if isinstance(past_key_values, Cache):
                 k, v = past_key_values.update(k, v, self.layer_idx)
-                present = (k, v)
             elif past_key_values is not None:
                 k = torch.cat((past_key_values[0], k), dim=2)
                 v = torch.cat((past_key_values[1], v), dim=2)
-                present = (k, v)
+            present = (k, v)
             dropout = self.config.attention_dropout if self.training else 0.0
             out, probs = eager_attention(q, k, v, attention_mask, self.scaling, self.softcap, dropout, self.wide_scores)
         return self.o_proj(out.reshape(batch, seq, -1)), probs, present

@@ -1,7 +1,7 @@
 """Patched Gemma 3n text: four streams (AltUp), LAuReL, per-layer embeddings, shared keys and values; the stock numbers.
 
-Copied beside the weights and loaded by transformers as remote code; needs torch and transformers alone. Ordinary use
-with a `Cache` is here; static graphs are not.
+Copied beside the weights and loaded by transformers as remote code; needs torch and transformers alone. Streams are one
+tensor [batch, seq, streams, hidden], so that positions are where other generations have them.
 """
 
 import math
@@ -10,16 +10,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import can_return_tuple
 
 from .configuration_gemma3n_vacc import Gemma3nTextConfig
-from .decoder_vacc import CausalLMMixin, TextModelMixin, past_length
-from .gain_vacc import GainNorm
-from .layers_vacc import LegacyRotary, ScaledEmbedding, apply_rotary, eager_attention, packed_sequences
+from .decoder_vacc import CausalLMMixin, TextModelMixin
+from .gain_vacc import GainAttention, GainNorm, PerLayerInputs, SharedAndPerLayer, SharingAttention
+from .layers_vacc import LegacyRotary, ScaledEmbedding, apply_rotary, rounded
 
 __all__ = ["Gemma3nForCausalLM", "Gemma3nPreTrainedModel", "Gemma3nTextModel"]
 
@@ -45,10 +42,18 @@ class SparseMLP(nn.Module):
         """x: [batch, seq, hidden]."""
         gate = self.gate_proj(x)
         if self.quantile is not None:
-            deviation = torch.std(gate, dim=-1, keepdim=True, unbiased=False)
-            cutoff = gate.mean(-1, keepdim=True) + deviation * torch.tensor(self.quantile).type(gate.dtype)
-            gate = nn.functional.relu(gate - cutoff)
+            mean = gate.mean(-1, keepdim=True)
+            if torch.compiler.is_exporting():  # in operators that ONNX has
+                deviation = torch.sqrt((gate - mean).pow(2).mean(-1, keepdim=True))
+            else:
+                deviation = torch.std(gate, dim=-1, keepdim=True, unbiased=False)
+            gate = nn.functional.relu(gate - (mean + deviation * self.quantile_in(gate.dtype)))
         return self.down_proj(self.act_fn(gate) * self.up_proj(x))
+
+    def quantile_in(self, dtype: torch.dtype) -> float:
+        """The quantile as the run dtype holds it."""
+        quantile = self.quantile or 0.0
+        return math.copysign(rounded(abs(quantile), dtype), quantile) if quantile else 0.0
 
 
 def normal_quantile(share: float) -> float:
@@ -57,54 +62,17 @@ def normal_quantile(share: float) -> float:
         return float(torch.distributions.normal.Normal(0, 1).icdf(torch.tensor(share, dtype=torch.float32)))
 
 
-class SharingAttention(nn.Module):
-    """Grouped-query attention without a scale; the last layers read keys and values of an earlier one of their kind."""
+class OwnAttention(GainAttention):
+    """Attention with keys and values of its own, each normed before the next one is made, as the stock class has it."""
 
-    def __init__(self, config: Gemma3nTextConfig, layer_idx: int):
-        super().__init__()
-        heads, kv_heads, dim, eps = (
-            config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.rms_norm_eps
-        )  # fmt: skip
-        self.config, self.layer_idx, self.head_dim = config, layer_idx, dim
-        mode = config.kv_sharing_modes[layer_idx]
-        self.kind, self.reads, self.gives = config.layer_types[layer_idx], mode == "reuse", mode == "store"
-        self.q_proj = nn.Linear(config.hidden_size, heads * dim, bias=config.attention_bias)
-        self.q_norm = GainNorm(dim, eps)
-        if not self.reads:
-            self.k_proj = nn.Linear(config.hidden_size, kv_heads * dim, bias=config.attention_bias)
-            self.v_proj = nn.Linear(config.hidden_size, kv_heads * dim, bias=config.attention_bias)
-            self.k_norm, self.v_norm = GainNorm(dim, eps), GainNorm(dim, eps, gain=False)
-        self.o_proj = nn.Linear(heads * dim, config.hidden_size, bias=config.attention_bias)
-
-    def forward(self, x, position_embeddings, attention_mask, past_key_values=None, shared=None):
-        """Attend.
-
-        Args:
-            x: [batch, seq, hidden]; position_embeddings: cos, sin [batch, seq, head_dim]; attention_mask: additive
-                [batch, 1, seq, kv_len]; past_key_values: a `Cache`, or None.
-            shared: kind of layer -> keys and values that later layers read; filled here.
-
-        Returns:
-            [batch, seq, hidden] and the probabilities.
-        """
-        batch, seq = x.shape[:2]
-
-        def heads(linear: nn.Module) -> torch.Tensor:
-            return linear(x).view(batch, seq, -1, self.head_dim)
-
-        q = apply_rotary(self.q_norm(heads(self.q_proj)).transpose(1, 2), *position_embeddings)
-        if self.reads:
-            k, v = shared[self.kind]
-        else:
-            k = apply_rotary(self.k_norm(heads(self.k_proj)).transpose(1, 2), *position_embeddings)
-            v = self.v_norm(heads(self.v_proj)).transpose(1, 2)
-            if past_key_values is not None:
-                k, v = past_key_values.update(k, v, self.layer_idx)
-        if self.gives:
-            shared[self.kind] = k, v
-        dropout = self.config.attention_dropout if self.training else 0.0
-        out, probs = eager_attention(q, k, v, attention_mask, 1.0, None, dropout)
-        return self.o_proj(out.reshape(batch, seq, -1)), probs
+    def heads_of(self, hidden_states, position_embeddings):
+        """Queries, keys and values [batch, heads, seq, head_dim] of hidden states [batch, seq, hidden]."""
+        shape = (*hidden_states.shape[:2], -1, self.head_dim)
+        q = self.q_norm(self.q_proj(hidden_states).view(shape))
+        k = self.k_norm(self.k_proj(hidden_states).view(shape))
+        v = self.v_norm(self.v_proj(hidden_states).view(shape))
+        q, k = (apply_rotary(heads, *position_embeddings, heads=2) for heads in (q, k))
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 class Laurel(nn.Module):
@@ -136,29 +104,29 @@ class AltUp(nn.Module):
 
     def routed(self, x: torch.Tensor) -> torch.Tensor:
         """x: [batch, seq, hidden] -> [batch, seq, streams]."""
-        normed = self.router_norm(x)
-        scaled = normed * torch.tensor(self.input_scale).to(normed)  # rounded to the run's dtype, as the stock buffer
+        scaled = self.router_norm(x) * rounded(self.input_scale, torch.float32, x.dtype)
         return torch.tanh(self.modality_router(scaled).float()).type_as(x)
 
     def predict(self, streams: torch.Tensor) -> torch.Tensor:
-        """What the layer is expected to make of all streams, [streams, batch, seq, hidden]."""
-        routed = self.routed(streams[self.active])
+        """What the layer is expected to make of all streams [batch, seq, streams, hidden]."""
         if self.training and self.clip is not None:
             self.prediction_coefs.weight.data.clamp_(-self.clip, self.clip)
-        maps = self.prediction_coefs(routed).reshape(*routed.shape[:-1], self.streams, self.streams).permute(0, 1, 3, 2)
-        predicted = torch.matmul(streams.permute(1, 2, 3, 0), maps).permute(3, 0, 1, 2)
-        return (predicted + streams).contiguous().type_as(streams)
+        maps = self.prediction_coefs(self.routed(streams[:, :, self.active]))
+        maps = maps.unflatten(-1, (self.streams, self.streams))
+        if torch.compiler.is_exporting():
+            return torch.matmul(maps, streams) + streams
+        # The stock class's product, whose sums are rounded in another order.
+        return torch.matmul(streams.transpose(2, 3), maps.transpose(2, 3)).transpose(2, 3) + streams
 
     def correct(self, predicted: torch.Tensor, activated: torch.Tensor) -> torch.Tensor:
         """The streams after the layer made `activated` [batch, seq, hidden] of the active one."""
         routed = self.routed(activated)
-        innovation = (activated - predicted[self.active]).repeat(self.streams, 1, 1, 1)
+        innovation = activated - predicted[:, :, self.active]
         if self.training and self.clip is not None:
             factors = nn.functional.linear(routed, self.correction_coefs.weight.clamp(-self.clip, self.clip))
         else:
             factors = self.correction_coefs(routed)
-        factors = (factors + 1.0).permute(2, 0, 1).unsqueeze(-1)
-        return (torch.mul(innovation, factors) + predicted).contiguous().type_as(activated)
+        return innovation.unsqueeze(2) * (factors + 1.0).unsqueeze(-1) + predicted
 
     def forward(self, corrected: torch.Tensor) -> torch.Tensor:
         """The active stream [batch, seq, hidden] as the token's vector meets it; hooks know a forward alone."""
@@ -172,8 +140,10 @@ class Gemma3nDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: Gemma3nTextConfig, layer_idx: int):
         super().__init__()
         hidden, eps, inner = config.hidden_size, config.rms_norm_eps, config.hidden_size_per_layer_input
+        sizes = config.num_key_value_heads, config.head_dim
+        shares = layer_idx >= config.num_hidden_layers - config.num_kv_shared_layers
         self.config = config
-        self.self_attn = SharingAttention(config, layer_idx)
+        self.self_attn = (SharingAttention if shares else OwnAttention)(config, layer_idx, sizes)
         self.mlp = SparseMLP(
             hidden,
             config.intermediate_size[layer_idx],
@@ -190,22 +160,28 @@ class Gemma3nDecoderLayer(GradientCheckpointingLayer):
         self.per_layer_projection = nn.Linear(inner, hidden, bias=False)
         self.post_per_layer_input_norm = GainNorm(hidden, eps)
 
-    def forward(self, streams, position_embeddings, attention_mask, per_layer, past_key_values=None, shared=None):
-        """streams: [streams, batch, seq, hidden]; per_layer: [batch, seq, inner] -> streams, probabilities."""
-        predicted = self.altup.predict(streams)
-        active = predicted[self.config.altup_active_idx]
+    def forward(
+        self, hidden_states, position_embeddings, attention_mask, past_key_values=None, per_layer_input=None, **shared
+    ):
+        """hidden_states: [batch, seq, streams, hidden] -> the same, probabilities, present (see `Attention`).
+
+        Args:
+            per_layer_input: [batch, seq, hidden_size_per_layer_input]; shared: see `SharingAttention`.
+        """
+        predicted = self.altup.predict(hidden_states)
+        active = predicted[:, :, self.altup.active]
         normed = self.input_layernorm(active)
         laurel = self.laurel(normed)
-        attn, probs = self.self_attn(normed, position_embeddings, attention_mask, past_key_values, shared)
+        attn, probs, present = self.self_attn(normed, position_embeddings, attention_mask, past_key_values, **shared)
         x = (active + self.post_attention_layernorm(attn) + laurel) / math.sqrt(2)
         x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         streams = self.altup.correct(predicted, x)
-        first = streams[self.config.altup_active_idx]
+        first = streams[:, :, self.altup.active]
         if self.config.altup_correct_scale:
             first = self.altup(first)
-        own = self.act_fn(self.per_layer_input_gate(first)) * per_layer
+        own = self.act_fn(self.per_layer_input_gate(first)) * per_layer_input
         own = self.post_per_layer_input_norm(self.per_layer_projection(own))
-        return torch.cat((streams[:1], streams[1:] + own)), probs
+        return torch.cat((streams[:, :, :1], streams[:, :, 1:] + own.unsqueeze(2)), dim=2), probs, present
 
 
 class Gemma3nPreTrainedModel(PreTrainedModel):
@@ -226,12 +202,12 @@ class Gemma3nPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.correct_output_scale)
 
 
-class Gemma3nTextModel(TextModelMixin, Gemma3nPreTrainedModel):
+class Gemma3nTextModel(PerLayerInputs, TextModelMixin, Gemma3nPreTrainedModel):
     """Embeddings, decoder layers on several streams, their mean, final norm."""
 
     def __init__(self, config: Gemma3nTextConfig):
         super().__init__(config)
-        hidden, inner, layers = config.hidden_size, config.hidden_size_per_layer_input, config.num_hidden_layers
+        hidden, layers = config.hidden_size, config.num_hidden_layers
         self.embed_tokens = ScaledEmbedding(config.vocab_size, hidden, config.pad_token_id, config.embed_scale)
         self.layers = nn.ModuleList(Gemma3nDecoderLayer(config, i) for i in range(layers))
         self.norm = GainNorm(hidden, config.rms_norm_eps)
@@ -239,97 +215,61 @@ class Gemma3nTextModel(TextModelMixin, Gemma3nPreTrainedModel):
         self.rotary = nn.ModuleDict(
             {kind: LegacyRotary.of(config.head_dim, config.rope_parameters[kind]) for kind in kinds}
         )
-        self.embed_tokens_per_layer = nn.Embedding(
-            config.vocab_size_per_layer_input, layers * inner, config.pad_token_id
-        )
-        self.per_layer_model_projection = nn.Linear(hidden, layers * inner, bias=False)
-        self.per_layer_projection_norm = GainNorm(inner, config.rms_norm_eps)
+        self.make_per_layer(config, config.per_layer_vectors or layers)
         others = range(1, config.altup_num_inputs)
         self.altup_projections = nn.ModuleList(nn.Linear(hidden, hidden, bias=False) for _ in others)
         self.altup_unembed_projections = nn.ModuleList(nn.Linear(hidden, hidden, bias=False) for _ in others)
         unread = ("k_proj", "v_proj", "k_norm", "v_norm")  # which files of sharing layers may hold
+        own = layers - config.num_kv_shared_layers
         self._keys_to_ignore_on_load_unexpected = [
-            f"layers.{i}.self_attn.{name}"
-            for i, layer in enumerate(self.layers)
-            if layer.self_attn.reads
-            for name in unread
+            f"layers.{i}.self_attn.{name}" for i in range(own, layers) for name in unread
         ]
         self.gradient_checkpointing = False
         self.post_init()
 
-    def per_layer_inputs(self, input_ids, embeds: torch.Tensor) -> torch.Tensor:
-        """What each layer gets of each token, [batch, seq, layers, inner].
+    def beside(self, input_ids, embeds, per_layer_inputs=None, **kwargs):
+        """Per-layer inputs of the ids, or of rows of the table [batch, seq, layers, width] that were looked up before.
 
-        Args:
-            input_ids: [batch, seq], None where only embeddings are given; embeds: [batch, seq, hidden], scaled.
+        Embeddings without either have those of the embeddings alone, as in the stock class.
         """
-        config, shape = self.config, (*embeds.shape[:-1], self.config.num_hidden_layers, -1)
-        projected = self.per_layer_model_projection(embeds) * torch.tensor(config.hidden_size**-0.5).to(embeds)
-        projected = self.per_layer_projection_norm(projected.reshape(shape))
-        if input_ids is None:
-            return projected
-        inside = (input_ids >= 0) & (input_ids < config.vocab_size_per_layer_input)
-        own = self.embed_tokens_per_layer(torch.where(inside, input_ids, 0))
-        own = own * torch.tensor(config.hidden_size_per_layer_input**0.5).to(own)
-        return (projected + own.reshape(shape)) * torch.rsqrt(torch.tensor(2.0)).to(embeds)
+        config = self.config
+        if per_layer_inputs is not None:
+            vectors = self.project_per_layer(per_layer_inputs, embeds)
+        elif input_ids is not None:
+            vectors = self.per_layer_inputs(input_ids, embeds)
+        else:
+            vectors = self.context_of(embeds)
+        return SharedAndPerLayer(config.layer_types, config.num_kv_shared_layers, vectors)
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        use_cache=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        **kwargs,
-    ):
-        """Run the stack; arguments as of `TextModelMixin.forward`, with a `Cache` or nothing in it.
+    def per_layer_inputs(self, input_ids: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        """input_ids: [batch, seq], of which the table has not all; embeds: [batch, seq, hidden], scaled."""
+        inside = (input_ids >= 0) & (input_ids < self.config.vocab_size_per_layer_input)
+        return self.project_per_layer(self.embed_tokens_per_layer(torch.where(inside, input_ids, 0)), embeds)
 
-        Raises:
-            ValueError: not exactly one of input_ids and inputs_embeds, or a static graph.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if self.config.iter_num is not None or not (past_key_values is None or isinstance(past_key_values, Cache)):
-            raise ValueError("static graphs and legacy caches of Gemma 3n are not built")
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.training and self.gradient_checkpointing:
-            use_cache = False  # layers run twice
-        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        per_layer = self.per_layer_inputs(input_ids, embeds)
-        batch, q_len = embeds.shape[:2]
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache(config=self.config)
-        sequences = None
-        if position_ids is not None and attention_mask is None and past_key_values is None:
-            sequences = packed_sequences(position_ids)
-        if position_ids is None:
-            position_ids = torch.arange(q_len, device=embeds.device)[None] + past_length(past_key_values)
-        masks = self.build_masks(
-            attention_mask, position_ids, batch, q_len, past_key_values, embeds.dtype, embeds.device, sequences
+    def project_per_layer(self, rows: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        """rows: [batch, seq, layers * width], of the table -> [batch, seq, layers, width]."""
+        context = self.context_of(embeds)
+        return (context + rows.reshape(context.shape)) * rounded(2.0**-0.5, torch.float32, embeds.dtype)
+
+    def context_of(self, embeds: torch.Tensor) -> torch.Tensor:
+        """The part of the embeddings [batch, seq, hidden]: [batch, seq, layers, width]."""
+        scale = rounded(embeds.shape[-1] ** -0.5, torch.float32, embeds.dtype)
+        context = (self.per_layer_model_projection(embeds) * scale).reshape(
+            *embeds.shape[:2], -1, self.config.hidden_size_per_layer_input
         )
-        rotary = {kind: module(embeds, position_ids) for kind, module in self.rotary.items()}
-        streams = torch.stack([embeds, *(alike(layer(embeds), embeds) for layer in self.altup_projections)])
-        shared, attentions = {}, []
-        for i, layer in enumerate(self.layers):
-            kind = self.layer_kind(i)
-            streams, probs = layer(
-                streams, rotary[kind], masks[kind], per_layer[:, :, i], past_key_values=past_key_values, shared=shared
-            )
-            attentions.append(probs)
-        others = [
-            alike(layer(stream), streams[0])
-            for layer, stream in zip(self.altup_unembed_projections, streams[1:], strict=True)
-        ]
-        hidden = self.norm(torch.mean(torch.stack([streams[0], *others]), dim=0))
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            past_key_values=past_key_values if use_cache else None,
-            attentions=tuple(attentions) if output_attentions else None,
-        )
+        return self.per_layer_projection_norm(context)
+
+    def entered(self, embeds: torch.Tensor) -> torch.Tensor:
+        """[batch, seq, hidden] -> [batch, seq, streams, hidden]: the embeddings, and projections of their size."""
+        others = [alike(projection(embeds), embeds) for projection in self.altup_projections]
+        return torch.stack([embeds, *others], dim=2)
+
+    def left(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[batch, seq, streams, hidden] -> [batch, seq, hidden]: the mean, the others projected and of equal size."""
+        first, *streams = hidden.unbind(2)
+        pairs = zip(self.altup_unembed_projections, streams, strict=True)
+        others = [alike(projection(stream), first) for projection, stream in pairs]
+        return torch.mean(torch.stack([first, *others]), dim=0)
 
 
 def alike(x: torch.Tensor, model: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ STATIC = (
     *({"dtype": "int8", "quantize": one} for one in ("w4a16_rtn", "w8a16_gptq", "w4a16_gptq", "w8a8", "w8a16+kv8")),
     {"dtype": "fp16", "quantize": "w16kv8"},
 )
+FLOAT_WINDOW = {"type": "onnxruntime", "dtype": "fp32", "compile": {"cache": "window"}}
 INT4 = {"type": "onnxruntime", "dtype": "int8", "quantize": "w4a16_rtn"}
 
 
@@ -73,6 +74,16 @@ def recipe_of(checkpoint, backend, quantize, workspace):
             for scheme in ("w8a16_gptq", "w4a16", "w4a16_gptq", "w8a8")
         ),
         ("gemma3n_text", {}, {"type": "onnxruntime", "dtype": "int8"}),
+        pytest.param("gemma3n_text", {}, FLOAT_WINDOW, marks=pytest.mark.slow),
+        *(
+            pytest.param("gemma3n_text", changes, {"type": "tvm_vacc", **one}, marks=pytest.mark.slow)
+            for changes, one in (
+                ({}, {"dtype": "int8"}),
+                ({}, {"dtype": "bf16"}),
+                ({}, {"dtype": "int8", "quantize": "w4a16_rtn"}),
+                (ONE_OF_THREE, {"dtype": "fp32"}),
+            )
+        ),
         pytest.param("gemma3n_text", {}, {"type": "onnxruntime", "dtype": "bf16"}, marks=pytest.mark.slow),
         pytest.param("gemma3n_text", {}, {"type": "onnxruntime", "dtype": "fp32"}, marks=pytest.mark.slow),
         pytest.param("gemma3n_text", ONE_OF_THREE, {"type": "onnxruntime", "dtype": "fp32"}, marks=pytest.mark.slow),
@@ -130,9 +141,10 @@ def test_what_is_not_built_of_experts_is_said_before_any_work(backend, quantize,
 @pytest.mark.parametrize(
     ("backend", "quantize", "words"),
     [
-        ({"type": "tvm_vacc", "dtype": "fp32"}, None, "backend.type: tvm_vacc"),
+        ({"type": "tvm_vacc", "dtype": "fp16"}, None, "backend.dtype: fp16"),
+        ({"type": "tvm_vacc", "dtype": "int8"}, "w8a16_gptq", "frontend.quantize.type: w8a16_gptq"),
+        ({"type": "tvm_vacc", "dtype": "int8"}, "w8a16+kv8", "frontend.quantize.type: w8a16+kv8"),
         ({"type": "onnxruntime", "dtype": "int8"}, "w8a16_gptq", "frontend.quantize.type: w8a16_gptq"),
-        ({"type": "onnxruntime", "dtype": "int8", "compile": {"cache": "window"}}, None, "compile.cache: window"),
     ],
 )
 def test_what_is_not_built_of_gemma_3n_is_said_before_any_work(backend, quantize, words, tmp_path):

@@ -19,6 +19,9 @@ SHAPES = [  # shape, back end, what else the recipe says, GiB of disk, most GiB 
     ("gemma-4-e2b", "onnxruntime", "", 6, 1.0),
     ("gemma-4-e4b", "onnxruntime", "", 10, 1.0),
     ("gemma-4-e2b", "tvm_vacc", "", 6, 1.0),
+    ("gemma-3n-e2b", "onnxruntime", "", 6, 1.0),
+    ("gemma-3n-e4b", "onnxruntime", "", 9, 1.0),
+    ("gemma-3n-e2b", "tvm_vacc", "", 6, 1.0),
 ]
 
 

@@ -219,6 +219,12 @@ class LayerSpec:
         shared, size = self.heads // self.kv_heads, self.head_dim
         return tuple(head // shared * size + channel for head in range(self.heads) for channel in range(size))
 
+    @property
+    def small(self) -> tuple[str, ...]:
+        """Matrices of a few numbers that every artifact has in float32: routers, and what mixes streams."""
+        router = () if self.experts is None else (self.experts.router,)
+        return (*router, *(() if self.altup is None else self.altup.coefficients(self.hidden_size)))
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Names within the layer and shapes, in file order."""
         shapes: dict[str, tuple[int, ...]] = {one.name: (one.out_features, one.in_features) for one in self.linears}

@@ -42,11 +42,8 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def coefficients(config: ModelConfig) -> frozenset[str]:
-    """Matrices of a few numbers, which are no weights of products: every artifact has them in float32."""
-    found = ((layer, layer.altup) for layer in config.layers if layer.altup is not None)
-    return frozenset(
-        f"{layer.prefix}{name}.weight" for layer, altup in found for name in altup.coefficients(layer.hidden_size)
-    )
+    """Matrices of a few numbers, which every artifact has in float32."""
+    return frozenset(f"{layer.prefix}{name}.weight" for layer in config.layers for name in layer.small)
 
 
 def never_coded(config: ModelConfig) -> frozenset[str]:

@@ -46,7 +46,7 @@ class DisconnectedParts(nn.Module):
         at_last = ends_at_last(skeleton, graph)  # layers have taken it already
         self.keep_last = bool(skeleton.model.config.insert_slice) and not at_last
         self.fields = [layer_fields(layer, graph) for layer in skeleton.templates]
-        self.adds_vectors = skeleton.adds_vectors
+        self.adds_vectors, self.streams = skeleton.adds_vectors, skeleton.streams
 
     def forward(
         self,
@@ -60,7 +60,7 @@ class DisconnectedParts(nn.Module):
 
         Args:
             parts: per template what `layer_fields` names.
-            head_hidden: [batch, seq, hidden], input of the epilogue.
+            head_hidden: [batch, seq, hidden], or [batch, seq, streams, hidden], input of the epilogue.
         """
         model = self.model
         hidden = model.embed_tokens(input_ids)
@@ -69,11 +69,14 @@ class DisconnectedParts(nn.Module):
         out = [hidden]
         if self.adds_vectors:
             out.append(model.per_layer_inputs(input_ids, hidden))
+        if self.streams:
+            out[0] = model.entered(hidden)
         for kind in self.kinds:
             out += [masks[kind], *model.rotary[kind](hidden, position_ids)]
         for layer, names, values in zip(model.layers, self.fields, parts, strict=True):
             out += _layer(layer, dict(zip(names, values, strict=True)))
-        x = model.norm(head_hidden.float() if self.in_float32 else head_hidden)
+        x = model.left(head_hidden) if self.streams else head_hidden
+        x = model.norm(x.float() if self.in_float32 else x)
         if self.keep_last:
             x = x[:, -1:, :]
         logits = self.lm_head(x)
@@ -153,6 +156,7 @@ def example_inputs(skeleton: Skeleton, contract: GraphContract, graph: str, *, h
     if contract.dynamic:
         batch, seq, past = DYNAMIC_SIZES
     keys = past + seq if decode else seq
+    stream = (skeleton.streams, hidden_size) if skeleton.streams else (hidden_size,)
 
     def zeros(*shape: int, dtype: torch.dtype = skeleton.dtype) -> torch.Tensor:
         return torch.zeros((), dtype=dtype).expand(shape)
@@ -163,7 +167,7 @@ def example_inputs(skeleton: Skeleton, contract: GraphContract, graph: str, *, h
         if layer.cache_from is not None:
             kv_heads, size = contract.kv_shape(layer.cache_from)
         queries = 1 if computes_last(layer, graph) else seq
-        shapes = {"hidden": (batch, queries, hidden_size), "mask": (batch, 1, queries, keys)}
+        shapes = {"hidden": (batch, queries, *stream), "mask": (batch, 1, queries, keys)}
         shapes |= dict.fromkeys(("cos", "sin"), (batch, queries, size))
         shapes |= {VECTOR: (batch, queries, layer.per_layer.size)} if layer.per_layer is not None else {}
         shapes |= dict.fromkeys(("shared.key", "shared.value"), (batch, kv_heads, seq, size))
@@ -176,7 +180,7 @@ def example_inputs(skeleton: Skeleton, contract: GraphContract, graph: str, *, h
     ids = torch.zeros(batch, seq, dtype=torch.int64)
     mask = torch.ones(batch, keys, dtype=torch.int64)
     left = 1 if ends_at_last(skeleton, graph) else seq
-    return ids, mask, ids.clone(), [part(layer) for layer in skeleton.templates], zeros(batch, left, hidden_size)
+    return ids, mask, ids.clone(), [part(layer) for layer in skeleton.templates], zeros(batch, left, *stream)
 
 
 def dynamic_dimensions(skeleton: Skeleton, graph: str) -> tuple[Any, ...]:

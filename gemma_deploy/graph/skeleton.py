@@ -55,6 +55,12 @@ class Skeleton:
         return any(layer.per_layer is not None for layer in self.templates)
 
     @property
+    def streams(self) -> int:
+        """How many streams layers carry along; 0 where there is one alone, without an axis of its own."""
+        altup = self.templates[0].altup
+        return 0 if altup is None else altup.streams
+
+    @property
     def score_dtype(self) -> torch.dtype:
         """The dtype of attention scores, masks, cos and sin."""
         return torch.float32 if self.in_float32 else self.dtype
@@ -112,12 +118,12 @@ def _store(
     """Give every module its zero-storage weights in the form the artifact stores them."""
     weight_dtype = torch.bfloat16 if scheme == "bf16" else dtype
     quantization, norm = patched_module("quantization_vacc"), patched_module("layers_vacc").RMSNorm
-    routers = {f"model.layers.{k}.{layer.experts.router}" for k, layer in enumerate(config.templates) if layer.experts}
+    small = {f"model.layers.{k}.{name}" for k, layer in enumerate(config.templates) for name in layer.small}
     for path, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
             if not isinstance(child, nn.Linear) or (child is model.lm_head and config.tie_word_embeddings):
                 continue
-            if f"{path}.{name}" in routers:
+            if f"{path}.{name}" in small:
                 child.weight = _kept(child.weight.shape, torch.float32)
                 continue
             shape = _share(f"{path}.{name}", (child.out_features, child.in_features), config, ranks)
@@ -137,6 +143,8 @@ def _store(
     for layer, module in zip(config.templates, model.model.layers, strict=True):
         if layer.scalar is not None:
             module.register_buffer(layer.scalar, _zeros((1,), torch.float32))
+        if layer.altup is not None:
+            set_parameter(module, layer.altup.scale, _kept((layer.hidden_size,), torch.float32))
         if layer.experts is not None:
             _store_experts(module, layer, scheme, weight_dtype, storage)
     _store_table(model, config, scheme, dtype, ranks, storage)

@@ -25,7 +25,7 @@ from gemma_deploy.graph.contract import (
 )
 from gemma_deploy.graph.disconnected import VECTOR, TraceBorder, computes_last, own_name
 from gemma_deploy.graph.external import onnx_type
-from gemma_deploy.names import LAST_POSITION, PER_LAYER_VECTORS
+from gemma_deploy.names import LAST_POSITION, PER_LAYER_VECTORS, STREAMS
 
 
 @dataclass(frozen=True)
@@ -261,6 +261,8 @@ def _prologue(build: Builder, template: Template, layers: Sequence[LayerSpec]) -
     made = build.place(template, given, "prologue.", wanted=[*(["hidden", *vectors] if embeds else []), *wanted])
     if vectors and embeds:
         made["vectors"].name = PER_LAYER_VECTORS
+    if embeds and layers[0].altup is not None:
+        made["hidden"].name = STREAMS
     if embeds:
         return made
     entering = {"vectors": build.inputs[ENTERING_VECTORS]} if vectors else {}

@@ -115,7 +115,6 @@ def build_plan(
     if config.drafting is not None:
         behind = config.drafting.tensors(config.hidden_size, config.vocab_size)
     layers = config.layers[span.start : span.stop]
-    routers = {f"{layer.prefix}{layer.experts.router}.weight" for layer in layers if layer.experts is not None}
     specs: list[ParamSpec] = []
     small = coefficients(config)
     for name, shape in expected_tensors(config).items():
@@ -127,8 +126,6 @@ def build_plan(
             if scheme == "fp16" and len(shape) == 1 and name != module:
                 eps = config.rms_norm_eps * 4.0 ** -rescaling.of(f"{module}.in")
                 specs.append(ParamSpec(f"{module}.eps", (1,), "float32", "constant", value=eps))
-        elif name in routers:
-            specs.append(ParamSpec(name, shape, "float32", "cast", name))
         elif MATRIX_DTYPE[scheme] == "int8" and name not in behind and (codes := storage.of(module)):
             made = quantized.get(name) if quantized else None
             nearest: Kind = "int8_per_channel" if codes.bits == 8 else "int4_per_group"

@@ -110,7 +110,14 @@ def breakage(name):
             for layer in text.layers:
                 layer.self_attn.v_norm = torch.nn.Identity()
         elif name == "another layer's keys":
-            text.layers[4].self_attn.gives, text.layers[1].self_attn.gives = False, True
+            right = modeling.SharedAndPerLayer.__init__
+
+            def init(self, kinds, shared, per_layer):
+                right(self, kinds, shared, per_layer)
+                own = len(kinds) - shared
+                self.sources[own:] = [kinds.index(kind) for kind in kinds[own:]]
+
+            monkeypatch.setattr(modeling.SharedAndPerLayer, "__init__", init)
         elif name == "the neighbour's embedding":
             own = text.per_layer_inputs
             monkeypatch.setattr(text, "per_layer_inputs", lambda *args: own(*args).roll(1, 2))
@@ -120,14 +127,38 @@ def breakage(name):
             monkeypatch.setattr(modeling.torch, "cat", with_first_stream(modeling.torch.cat))
         elif name == "no correction of scale":
             model.config.altup_correct_scale = False
+        elif name == "no laurel":
+            for layer in text.layers:
+                layer.laurel.forward = torch.zeros_like
+        elif name == "the deviation of a sample":
+            std = torch.std
+            monkeypatch.setattr(
+                modeling.torch, "std", lambda *args, unbiased, **more: std(*args, unbiased=True, **more)
+            )
+        elif name == "no root of two":
+            monkeypatch.setattr(modeling.math, "sqrt", lambda value: 1.0)
+        elif name == "correction without one":
+            for layer in text.layers:
+                layer.altup.correction_coefs = Less(layer.altup.correction_coefs)
 
     return change
+
+
+class Less(torch.nn.Module):
+    """What a linear makes, less one."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        return self.linear(x) - 1
 
 
 def with_first_stream(cat):
     def joined(parts, dim=0):
         first = parts[0]
-        if first.dim() == 4 and dim == 0:
+        if first.dim() == 4 and dim == 2 and first.shape[2] == 1:
             return cat((first + 1e-2, parts[1]), dim)
         return cat(parts, dim)
 
@@ -137,7 +168,8 @@ def with_first_stream(cat):
 @pytest.mark.parametrize(
     "name",
     ["window", "1 + w", "no v_norm", "another layer's keys", "the neighbour's embedding", "no sparsity",
-     "own embedding for the first stream too", "no correction of scale"],
+     "own embedding for the first stream too", "no correction of scale", "no laurel", "the deviation of a sample",
+     "no root of two", "correction without one"],
 )  # fmt: skip
 def test_a_wrong_fact_is_seen(stock, batch, monkeypatch, name):
     model = patched_of(stock)

@@ -156,10 +156,8 @@ class OnnxRuntime:
         problems = block_problems(input_channels(config, 1)) if spec.scheme.codes else []
         if config.has_experts:
             problems.append("backend.type: onnxruntime is not built for experts (Gemma 4 26B-A4B): write tvm_vacc")
-        if config.reads_beside and config.altup is None:
+        if config.reads_beside:
             problems += self._not_for_shared(spec, config)
-        if config.altup is not None:
-            problems += self._not_for_streams(spec)
         if options_of(spec).cache == WINDOW:
             problems += window_problems(config, spec.context)
         if config.architecture.encoder:
@@ -172,24 +170,16 @@ class OnnxRuntime:
         """What is not built of models with per-layer embeddings, or with layers that share keys and values."""
         which = "a model with per-layer embeddings or shared keys and values (Gemma 4 E2B, E4B)"
         problems = []
+        if config.altup is not None:
+            which = "a model of several streams (Gemma 3n)"
+        if config.altup is not None and spec.scheme.calibrates:
+            problems.append(f"frontend.quantize.type: {spec.scheme} is not built for {which}: write w8a16 or w4a16_rtn")
         if options_of(spec).cache == WINDOW and options_of(spec).logits == ALL and config.first_sharing is not None:
             problems.append(
                 "backend.compile.cache: window and backend.compile.logits: all contradict each other where layers read "
-                "keys and values of earlier ones (Gemma 4 E2B, E4B), which are gone from such a cache: write full, or "
-                "last"
+                "keys and values of earlier ones (Gemma 3n, Gemma 4 E2B, E4B), which are gone from such a cache: write "
+                "full, or last"
             )
-        if spec.adapter_rank:
-            problems.append(f"adapters.rank: adapters beside the artifact are not built for {which}: leave it out")
-        return problems
-
-    def _not_for_streams(self, spec: BuildSpec) -> list[str]:
-        """What is not built of models whose layers carry several streams along."""
-        which = "a model of several streams (Gemma 3n)"
-        problems = []
-        if spec.scheme.calibrates:
-            problems.append(f"frontend.quantize.type: {spec.scheme} is not built for {which}: write w8a16 or w4a16_rtn")
-        if options_of(spec).cache == WINDOW:
-            problems.append(f"backend.compile.cache: window is not built for {which}: write full")
         if spec.adapter_rank:
             problems.append(f"adapters.rank: adapters beside the artifact are not built for {which}: leave it out")
         return problems

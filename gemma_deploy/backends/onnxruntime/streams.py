@@ -15,7 +15,7 @@ import onnx_ir as ir
 from gemma_deploy.architectures import AltUp, Laurel, LayerSpec
 from gemma_deploy.backends.onnxruntime.parts import DecoderParts
 from gemma_deploy.backends.onnxruntime.weights import Weights
-from gemma_deploy.names import MICROSOFT, STREAM_PROJECTION, STREAM_UNEMBED
+from gemma_deploy.names import MICROSOFT, STREAM_PROJECTION, STREAM_UNEMBED, STREAMS
 
 SMALLEST = 1e-5  # mean square of a stream before it is brought to another's size, at least
 
@@ -38,8 +38,8 @@ class Streams:
         for i in range(self.altup.streams - 1):
             name = f"{STREAM_PROJECTION}.{i}"
             made.append(self._alike(self.parts._product(embeds, name), size, name))
-        rows = [self._row(value, f"model.streams.{i}") for i, value in enumerate(made)]
-        return self.nodes.one("Concat", rows, "model.streams", axis=2)
+        rows = [self._row(value, f"{STREAMS}.{i}") for i, value in enumerate(made)]
+        return self.nodes.one("Concat", rows, STREAMS, axis=2)
 
     def left(self, streams: ir.Value) -> ir.Value:
         """The last streams -> [B,S,H]: the mean of the first, and of projections of the others of its size."""
@@ -54,7 +54,7 @@ class Streams:
             name = f"{STREAM_UNEMBED}.{i}"
             brought = self._alike(self.parts._product(value, name), size, name)
             total = nodes.one("Add", [total, brought], f"{name}.total")
-        return nodes.one("Mul", [total, self._number(1 / count)], "model.streams.mean")
+        return nodes.one("Mul", [total, self._number(1 / count)], f"{STREAMS}.mean")
 
     def predicted(self, layer: LayerSpec, streams: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Streams before a layer -> what it is expected to make of them, and the one that it computes [B,S,H]."""

@@ -78,14 +78,12 @@ class StaticPair:
 
     def model_problems(self, spec: BuildSpec, config: ModelConfig) -> list[str]:
         """What is not built of models whose layers read other layers, or vectors of tokens; or have experts."""
-        if config.altup is not None:
-            return ["backend.type: tvm_vacc is not built for a model of several streams (Gemma 3n): write onnxruntime"]
         if config.drafting is not None:
             return ["backend.type: tvm_vacc is not built for drafters, which read another model's caches: write "
                     "onnxruntime"]  # fmt: skip
         if not config.reads_beside:
             return unbuilt_of_experts(spec) if config.has_experts else []
-        problems = []
+        problems = [] if config.altup is None else self._not_for_streams(spec)
         if spec.per_layer_table == "int4":
             problems.append("frontend.quantize.per_layer_table: int4 is not built on tvm_vacc: write int8")
         sources = [layer.cache_from for layer in config.layers if layer.cache_from is not None]
@@ -96,6 +94,19 @@ class StaticPair:
             for point in spec.split_points
             if point > first
         ]
+        return problems
+
+    def _not_for_streams(self, spec: BuildSpec) -> list[str]:
+        """What is not built of models whose layers carry several streams along."""
+        which, problems = "a model of several streams (Gemma 3n)", []
+        if spec.scheme.calibrates:
+            problems.append(f"frontend.quantize.type: {spec.scheme} is not built for {which}: write w8a16 or w4a16_rtn")
+        if spec.scheme.weights == "fp16":
+            problems.append(f"backend.dtype: fp16 is not built for {which}: write fp32, bf16 or int8")
+        if spec.ranks > 1:
+            problems.append(f"frontend.model_kwargs.tp: {which} is not divided among ranks in this version: write 1")
+        if spec.split_points:
+            problems.append(f"split.points: {which} is not cut into stages in this version: leave them out")
         return problems
 
     def codes(self, spec: BuildSpec) -> CodeForm:

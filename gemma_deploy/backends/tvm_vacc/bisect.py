@@ -6,13 +6,21 @@ from the layers before. Inside the first wrong layer its modules are compared in
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
 
 from gemma_deploy.backends.tvm_vacc.segments import CHOSEN, EMBEDDED, NORMED, CaseState, StrictSource, layer_input
-from gemma_deploy.names import LAYERS, PER_LAYER_NORM, PER_LAYER_PROJECTION, PER_LAYER_TABLE
+from gemma_deploy.names import (
+    LAYERS,
+    PER_LAYER_NORM,
+    PER_LAYER_PROJECTION,
+    PER_LAYER_TABLE,
+    STREAM_PROJECTION,
+    STREAMS,
+)
 from gemma_deploy.parity.bisect import (
     TOLERANCE,
     Divergence,
@@ -30,6 +38,7 @@ from gemma_deploy.schemes import Scheme
 TOLERANCES = {"fp32": 1e-5, "bf16": 1e-5, "w8a16": 1e-5, "w8a16_folded": 1e-5, "fp16": 1e-2}
 # Modules of what layers read of tokens beside the stream, and what a layer does with it.
 VECTOR_PARTS = (f"{PER_LAYER_TABLE}.out", f"{PER_LAYER_PROJECTION}.out", f"{PER_LAYER_NORM}.out")
+STREAM = re.compile(rf"{re.escape(STREAM_PROJECTION)}\.\d+\.out")
 OF_VECTORS = "activation, or the vectors of tokens"
 BEFORE_HEAD = "lm_head (choice of the last position before it)"
 
@@ -68,7 +77,8 @@ def artifact_divergence(
 ) -> Divergence | None:
     """Give each layer of the artifact the reference's input and compare its output, in one row of the batch."""
     layers = range(strict.layers)
-    beside = [name for name in VECTOR_PARTS if name in strict.graphs["iter0"].values]
+    names = map(str, strict.graphs["iter0"].values)
+    beside = [name for name in names if name in VECTOR_PARTS or STREAM.fullmatch(name)]
     wanted = {EMBEDDED, NORMED, *beside} | {f"model.layers.{i}.out" for i in layers}
     expected: dict[str, np.ndarray] = {}
     same_weights.modules(case, row, wanted.__contains__, keep=expected.__setitem__)
@@ -161,16 +171,21 @@ def _start_at(strict: StrictSource, case: Case, row: int, layer: int, outputs: M
 
 def _place(strict: StrictSource, state: CaseState, row: int, layer: int, outputs: Mapping[str, np.ndarray]) -> None:
     """Let a layer read what the reference's own reads. In place."""
-    name, cutter = layer_input(layer), strict.graphs["iter0"]
+    cutter = strict.graphs["iter0"]
+    name = layer_input(layer, streams=cutter.streams)
+    if name == STREAMS:  # made of the embeddings, which torch has no module for
+        return
     hidden = outputs[name] * np.float32(2.0 ** -strict.rescaling.of(name))
     prompt, width = len(state.case.prompts[row]), state.contract.prefill
     dtype = strict.graphs["iter1"].values[name].dtype
     numpy_dtype = dtype.numpy() if dtype is not None else np.dtype(np.float32)
-    shape = (len(state.case.prompts), width, hidden.shape[1])
-    state.prefill[name] = np.zeros(shape, numpy_dtype)
+    rows = len(state.case.prompts)
+    if cutter.streams:
+        hidden = hidden.reshape(len(hidden), -1, outputs[EMBEDDED].shape[1])
+    state.prefill[name] = np.zeros((rows, width, *hidden.shape[1:]), numpy_dtype)
     state.prefill[name][row, width - prompt :] = hidden[:prompt]
     for step, feeds in enumerate(state.steps):
-        feeds[name] = np.zeros((shape[0], 1, shape[2]), numpy_dtype)
+        feeds[name] = np.zeros((rows, 1, *hidden.shape[1:]), numpy_dtype)
         feeds[name][row, 0] = hidden[prompt + step]
     if cutter.first_at_last is not None and layer > cutter.first_at_last:
         state.cut_to_last(cutter, layer, every=False)

@@ -17,7 +17,7 @@ from gemma_deploy.backends.tvm_vacc.sessions import load_graph
 from gemma_deploy.backends.tvm_vacc.strict import lower
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.graph.passes.unrounded import leave_unrounded
-from gemma_deploy.names import LAST_POSITION, PER_LAYER_VECTORS
+from gemma_deploy.names import LAST_POSITION, PER_LAYER_VECTORS, STREAMS
 from gemma_deploy.runtime.session import VERIFY
 
 POSITIONS = 128
@@ -28,9 +28,9 @@ LAST_HIDDEN, LAST_VECTORS = f"{LAST_POSITION}.hidden", f"{LAST_POSITION}.vectors
 LAYER_OUT = re.compile(r"model\.layers\.(\d+)\.out")
 
 
-def layer_input(layer: int) -> str:
-    """Name of the value that a layer reads, of all positions."""
-    return EMBEDDED if layer == 0 else f"model.layers.{layer - 1}.out"
+def layer_input(layer: int, *, streams: bool) -> str:
+    """Name of the value that a layer reads, of all positions; of several streams the first one reads what they are."""
+    return f"model.layers.{layer - 1}.out" if layer else STREAMS if streams else EMBEDDED
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,11 @@ class Cutter:
         found = (LAYER_OUT.fullmatch(str(name)) for name in self.values)
         return 1 + max((int(one[1]) for one in found if one), default=-1)
 
+    @property
+    def streams(self) -> bool:
+        """Whether layers carry several streams along."""
+        return STREAMS in self.values
+
     @functools.cached_property
     def at_last(self) -> dict[str, tuple[str, int]]:
         """Values cut down to the last position for the layers behind: name -> (of which value, axis of positions)."""
@@ -101,7 +106,7 @@ class Cutter:
 
     def entering(self, layer: int) -> str:
         """Name of the value that a layer reads."""
-        return LAST_HIDDEN if layer == self.first_at_last else layer_input(layer)
+        return LAST_HIDDEN if layer == self.first_at_last else layer_input(layer, streams=self.streams)
 
     def beside(self, layer: int) -> list[str]:
         """What layers read beside the stream and the caches: the vectors of tokens, where there are some."""

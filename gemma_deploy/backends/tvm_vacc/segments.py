@@ -32,7 +32,7 @@ from gemma_deploy.backends.tvm_vacc.cutting import (
 )
 from gemma_deploy.backends.tvm_vacc.passing import CaseState
 from gemma_deploy.machine import give_memory_back
-from gemma_deploy.names import PER_LAYER_VECTORS
+from gemma_deploy.names import PER_LAYER_VECTORS, STREAMS
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.sources import Features
 from gemma_deploy.progress import Tick
@@ -123,7 +123,7 @@ class StrictSource:
             extra: inner values to keep in the states as well.
         """
         cutter = self.graphs["iter0"]
-        names = [EMBEDDED, *(name for name in (PER_LAYER_VECTORS,) if name in cutter.values), *extra]
+        names = [EMBEDDED, *(name for name in (PER_LAYER_VECTORS, STREAMS) if name in cutter.values), *extra]
         state.prefill.update(zip(names, cutter.piece(["input_ids"], names)(state.prefill), strict=True))
         piece = self.graphs["iter1"].piece(["input_ids"], names)
         for step in state.steps:
@@ -209,8 +209,8 @@ class StrictSource:
 
     def finish(self, states: Sequence[CaseState]) -> None:
         """The final norm, with the prefill graph's own choice of the last position."""
-        last = layer_input(self.layers)
         cutter = self.graphs["iter0"]
+        last = layer_input(self.layers, streams=cutter.streams)
         chosen = cutter.logits_input()
         outputs = list(dict.fromkeys([NORMED, chosen]))
         piece, step_piece = cutter.piece([last], outputs), self.graphs["iter1"].piece([last], [NORMED])
