@@ -67,6 +67,8 @@ def made(tmp_path_factory):
         write_tokenizer(checkpoint)
         drafter = compile_recipe(recipe_of(checkpoint, folder))
         assert drafter.parity.passed
+        exact = {line.comparison for line in drafter.parity.lines if line.name == "relative error"}
+        assert exact == {"hf = strict", "hf = shipped"}
         return folder / "target" / "checkpoint", target, checkpoint, drafter.path
 
     return get

@@ -58,10 +58,10 @@ def prove_drafter(proof: Proof, result: ParityResult) -> None:
     for pair in dict.fromkeys([(same, STRICT), (HF, STRICT), (HF, SHIPPED)]):
         metrics, states = compared(runs[pair[0]], runs[pair[1]])
         result.measures += _rows(pair, cases, metrics)
-        if pair == (same, STRICT):
+        if pair == (same, STRICT) or scheme == "fp32":
             worst = max(one.relative for one in metrics)
             result.lines += [_line(pair, "relative error", worst, EXACT), _line(pair, "states", max(states), EXACT)]
-        elif scheme != "fp32":
+        else:
             grouped = opened.config.drafting is not None and opened.config.drafting.centroids
             limit = REGROUPED if grouped else QUANTIZERS[scheme].kl_limit
             result.lines.append(_line(pair, "mean KL", max(one.kl_mean for one in metrics), limit))
