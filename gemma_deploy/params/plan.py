@@ -97,7 +97,7 @@ def build_plan(
             w8a16_folded is w8a16 with one more scale, of each column that the embedding gives, where the table is the
             LM head's matrix as well and has one scale per row. Dense layers behind an encoder are float16 where others
             are codes: 2 % of EmbeddingGemma, and everything passes through them. So is what joins a drafter to its
-            model. Routers of experts are float32 in all schemes: 0.3 % of a 26B-A4B in int8, and a rounded one chooses
+            model. Routers of experts are float32 in all schemes: 0.2 % of a 26B-A4B in int8, and a rounded one chooses
             other experts.
         context_length: positions the rotary half tables [context_length, head_dim / 2] cover.
         rescaling: of the source, which eps and scale factors take into account.
