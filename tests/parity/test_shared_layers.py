@@ -17,6 +17,7 @@ from gemma_deploy.names import LAST_POSITION
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.testing import TINY_PER_LAYER, write_tiny_checkpoint
 from tests.exporting import write_artifact
+from tests.graph import graph_runs
 from tests.parity.breaking import Graph
 from tests.parity.conftest import finish, gate
 from tests.parity.test_gate_fails import ATTENTION, assert_found
@@ -111,6 +112,31 @@ def test_evaluation_scores_every_position(e2b, transformers_own, prompts):
     with torch.no_grad():
         expected = transformers_own(torch.tensor([prompts[0]])).logits[0].numpy()
     assert np.abs(model.source.head(found[0]) - expected).max() <= 1e-5 * np.abs(expected).max()  # 1.5e-6 measured
+
+
+@pytest.mark.slow  # graphs of one size are compared by default
+def test_a_dynamic_pair_takes_a_prompt_in_chunks(once, prompts):
+    """Of a chunk the sharing layers compute every token, for its keys are new to all of them."""
+
+    def make(root):
+        checkpoint = write_tiny_checkpoint(root / "checkpoint", "gemma4_text", **TINY_PER_LAYER, sliding_window=WINDOW)
+        write_artifact(checkpoint, root / "graphs", "fp32", dynamic=True)
+
+    root = once("e2b-dynamic", make)
+    model = stock(Checkpoint.open(root / "checkpoint"))
+    first, decode = (graph_runs.session(root / "graphs" / f"{name}.onnx") for name in ("iter0", "iter1"))
+    past = [value.name for value in decode.get_inputs() if value.name.startswith("past")]
+    tokens, at, caches, session = prompts[0], 0, [], first
+    while at < len(tokens):
+        part = tokens[at : at + 9]
+        feeds = {"input_ids": part, "attention_mask": [1] * (at + len(part)), "position_ids": range(at, at + len(part))}
+        given = {name: np.array([values], np.int64) for name, values in feeds.items()}
+        logits, *new = session.run(None, given | dict(zip(past, caches, strict=False)))
+        caches = [np.concatenate(both, 2) for both in zip(caches, new, strict=True)] if caches else new
+        at, session = at + len(part), decode
+        with torch.no_grad():
+            expected = model(torch.tensor([tokens[:at]])).logits[0, -1].numpy()
+        assert np.abs(logits[0, 0] - expected).max() <= 1e-5 * np.abs(expected).max()  # 1.4e-6 measured
 
 
 @pytest.mark.parametrize("scheme", ["fp32", "w8a16", pytest.param("bf16", marks=pytest.mark.slow)])
