@@ -113,11 +113,14 @@ class CodeForm:
         transposed: those of linears [in, out] instead of [out, in], and signed: the right operand of an integer
         product.
         panels: matrices of floats as well, and their scales, lie in panels of 16 rows (params/panels.py).
+        experts_transposed: those of experts [experts, in, out], and their scales [experts, groups, out]; of 8 bits
+            signed, of 4 as `unsigned` says, pairs along the outputs.
     """
 
     unsigned: bool = False
     transposed: bool = False
     panels: bool = False
+    experts_transposed: bool = False
 
 
 # Names in recipes (`frontend.quantize.table`).

@@ -88,6 +88,18 @@ def recipe_of(checkpoint, backend, quantize, workspace):
         pytest.param("gemma3n_text", {}, {"type": "onnxruntime", "dtype": "fp32"}, marks=pytest.mark.slow),
         pytest.param("gemma3n_text", ONE_OF_THREE, {"type": "onnxruntime", "dtype": "fp32"}, marks=pytest.mark.slow),
         pytest.param("gemma3n_text", {}, INT4, marks=pytest.mark.slow),
+        ("gemma4_text", {**SHALLOW, **TINY_EXPERTS}, {"type": "onnxruntime", "dtype": "int8"}),
+        *(
+            pytest.param("gemma4_text", TINY_EXPERTS, {"type": "onnxruntime", **one}, marks=pytest.mark.slow)
+            for one in (
+                {"dtype": "fp32"},
+                {"dtype": "bf16"},
+                INT4,
+                {"dtype": "int8", "compile": {"prefill": "lean", "cache": "window"}},
+                {"dtype": "fp32", "compile": {"logits": "all"}},
+                INT4 | {"quantize": "w4a16_gptq"},
+            )
+        ),
     ],
 )
 def test_it_compiles_proven(kind, changes, backend, tmp_path):
@@ -125,7 +137,7 @@ def test_what_is_not_built_of_e2b_is_said_before_any_work(backend, quantize, wor
 @pytest.mark.parametrize(
     ("backend", "quantize", "words"),
     [
-        ({"type": "onnxruntime", "dtype": "fp32"}, None, "backend.type: onnxruntime is not built for experts"),
+        ({"type": "onnxruntime", "dtype": "int8"}, "w8a8", "frontend.quantize.type: w8a8 is not built for experts"),
         ({"type": "tvm_vacc", "dtype": "int8"}, "w8a8", "frontend.quantize.type: w8a8 is not built for experts"),
     ],
 )

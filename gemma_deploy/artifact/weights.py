@@ -143,8 +143,8 @@ class ArtifactWeights:
                     if spec.panels is not None:
                         found[low - start : high - start] = _read_panels(file, row, (low, high), shape)
                         continue
-                    flat = _as_shaped(row, len(shape))
-                    part = _read(file, flat, at + low - first, at + high - first, spec.transposed)
+                    span, dimensions = (at + low - first, at + high - first), len(shape)
+                    part = _rows_of(file, row, *span, transposed=spec.transposed, dimensions=dimensions)
                     columns = slice(*spec.columns) if spec.columns else slice(None)
                     found[(slice(low - start, high - start), *((columns,) if len(shape) > 1 else ()))] = part
                 at += last - first
@@ -152,14 +152,26 @@ class ArtifactWeights:
 
 
 def _form_of(manifest: Manifest) -> CodeForm:
-    transposed = manifest.kernels is not None and manifest.kernels.integer
-    return CodeForm(transposed=transposed, panels=bool(manifest.contract.panels))
+    kernels = manifest.kernels
+    return CodeForm(
+        transposed=kernels is not None and kernels.integer,
+        panels=bool(manifest.contract.panels),
+        experts_transposed=kernels is not None,
+    )
 
 
-def _as_shaped(row: ParamRow, dimensions: int) -> ParamRow:
-    """The row of a tensor with its first dimensions as one, so that it has `dimensions`."""
+def _rows_of(file: Path, row: ParamRow, start: int, stop: int, *, transposed: bool, dimensions: int) -> np.ndarray:
+    """Rows of a tensor that is read as one of so many `dimensions`: those of a stack lie below each other."""
     extra = len(row.shape) - dimensions
-    return replace(row, shape=(math.prod(row.shape[: extra + 1]), *row.shape[extra + 1 :]))
+    flat = replace(row, shape=(math.prod(row.shape[: extra + 1]), *row.shape[extra + 1 :]))
+    if not (extra and transposed):
+        return _read(file, flat, start, stop, transposed)
+    _, columns, rows = row.shape
+    parts = []
+    for matrix in range(start // rows, -(-stop // rows)):
+        whole = _read(file, flat, matrix * columns, (matrix + 1) * columns, False)
+        parts.append(whole[:, max(0, start - matrix * rows) : stop - matrix * rows].T)
+    return np.concatenate(parts)
 
 
 def _read_panels(file: Path, row: ParamRow, rows: tuple[int, int], shape: tuple[int, ...]) -> np.ndarray:

@@ -45,7 +45,7 @@ class ParamSpec:
     Args:
         rows: blocks [start, stop) of the source's rows that are taken, in order; () for all of them.
         columns: [start, stop) of the source's columns. Scales are those of whole rows.
-        transposed: the file has columns where the source has rows; `shape` is the file's.
+        transposed: the file has columns where the source has rows, of every matrix of a stack; `shape` is the file's.
         panels: the shape before padding, where the file has panels of 16 rows (panels.py); `shape` is the file's.
         output_error: of a matrix that a calibrated quantizer made.
     """
@@ -133,14 +133,17 @@ def build_plan(
             if name in taken:
                 kinds = "taken_over", "taken_over"
             scales = f"{module}.scale"
-            transposed = form.transposed and ".layers." in name and len(shape) == 2
+            stack = len(shape) == 3
+            transposed = form.experts_transposed if stack else form.transposed and ".layers." in name
             dtype, lies = (
-                CODE_DTYPES[codes.bits, form.unsigned and not transposed],
-                shape[::-1] if transposed else shape,
+                CODE_DTYPES[codes.bits, form.unsigned and not (transposed and codes.bits == 8)],
+                turned(shape) if transposed else shape,
             )
             specs.append(ParamSpec(name, lies, dtype, kinds[0], name, transposed=transposed, output_error=made))
             source = scales if made or name in taken else name
-            specs.append(ParamSpec(scales, codes.scale_shape(shape), "float32", kinds[1], source))
+            of_scales, turns = codes.scale_shape(shape), stack and transposed and codes.groupsize is not None
+            lies = turned(of_scales) if turns else of_scales
+            specs.append(ParamSpec(scales, lies, "float32", kinds[1], source, transposed=turns))
             folded = scheme == "w8a16_folded" and codes.groupsize is None and config.head_reads_table
             if folded and name == EMBEDDING_WEIGHT and span.start == 0:
                 specs.append(ParamSpec(COLUMN_SCALE, shape[1:], "float32", "stored", COLUMN_SCALE))
@@ -184,6 +187,11 @@ def _in_panels(specs: Sequence[ParamSpec]) -> Iterator[ParamSpec]:
             yield replace(spec, shape=padded_scales(spec.shape, matrix.shape, matrix.dtype), panels=spec.shape)
         else:
             yield replace(spec, shape=padded(spec.shape, spec.dtype), panels=spec.shape)
+
+
+def turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Rows and columns of a matrix, or of several, in the place of each other."""
+    return (*shape[:-2], shape[-1], shape[-2])
 
 
 def _of_rank(spec: ParamSpec, config: ModelConfig, part: ArtifactPart) -> ParamSpec:

@@ -74,17 +74,25 @@ class Sink:
         self.taken = 0  # numbers
 
     def write_rows(self, block: torch.Tensor, buffers: Buffers) -> None:
-        """Append rows of the source [rows, columns]; of a transposed tensor they are columns."""
+        """Append rows of the source [rows, columns], floats or signed codes; of a transposed tensor they are columns.
+
+        A transposed tensor is written when all of it is there; of a stack of matrices each in turn.
+        """
         if self.spec.panels is not None:
-            self._write_panels(block)
-        elif self.spec.transposed:
-            whole = buffers.take("transposed", self.spec.shape, block.dtype)
-            start, self.transposed = self.transposed, self.transposed + len(block)
-            whole[:, start : self.transposed] = block.T
-            if self.transposed == self.spec.shape[1]:
-                self.write(whole)
-        else:
-            self.write(block)
+            self._write_panels(as_stored(block, self.spec))
+            return
+        if not self.spec.transposed:
+            self.write(as_stored(block, self.spec))
+            return
+        columns, rows = self.spec.shape[-2:]
+        while len(block):
+            whole = buffers.take("transposed", (columns, rows), block.dtype)
+            part, block = block[: rows - self.transposed], block[rows - self.transposed :]
+            start, self.transposed = self.transposed, self.transposed + len(part)
+            whole[:, start : self.transposed] = part.T
+            if self.transposed == rows:
+                self.write(as_stored(whole, self.spec))
+                self.transposed = 0
 
     def _write_panels(self, block: torch.Tensor) -> None:
         """Append the panels that rows fill; those of the last panel when all are there."""
@@ -162,7 +170,7 @@ def _write_stored(sink: Sink, source: WeightSource, buffers: Buffers, block_byte
         if spec.kind == "taken_over" and block.is_floating_point() and not bool(block.isfinite().all()):
             raise BadTensorError(f"{info.name}: a scale in rows {start} to {stop - 1} is NaN or infinite")
         block = _columns(block, spec, buffers)
-        sink.write_rows(as_stored(block, spec), buffers)
+        sink.write_rows(block, buffers)
     error = spec.output_error
     return sink.row(error.sqnr_db, float(f"{error.energy:.7g}")) if error else sink.row()
 
@@ -212,8 +220,10 @@ def _write_codes(
 
     weight, scales = sinks
     qmax = (1 << (BY_NAME[weight.spec.dtype].bits - 1)) - 1
-    groups = math.prod(scales.spec.plain[len(weight.spec.plain) - 1 :])  # of a row; each is quantized like a row
-    rows = math.prod(scales.spec.plain) // groups
+    # Of a row; each is quantized like a row.
+    lies = scales.spec.plain
+    groups = lies[-2] if scales.spec.transposed else math.prod(lies[len(weight.spec.plain) - 1 :])
+    rows = math.prod(lies) // groups
     signal, error = torch.empty(rows).double(), torch.empty(rows).double()  # of each row, however blocks were cut
     start = 0
     for block, absmax in blocks:
@@ -229,8 +239,9 @@ def _write_codes(
             chosen = choose_scales(in_float32.view(grouped), qmax)[:, 0].contiguous()
         powers = quantize_rows_(in_float32.view(grouped), chosen, q.view(grouped), scratch=scratch, qmax=qmax)
         signal[part], error[part] = (power.view(-1, groups).sum(1) for power in powers)
-        scales.write_rows(chosen.view(-1, groups) if scales.spec.panels else chosen, buffers)
-        weight.write_rows(as_stored(_columns(q, weight.spec, buffers), weight.spec), buffers)
+        apart = scales.spec.panels is not None or scales.spec.transposed
+        scales.write_rows(chosen.view(-1, groups) if apart else chosen, buffers)
+        weight.write_rows(_columns(q, weight.spec, buffers), buffers)
     energy = float(signal.numpy().sum())
     sqnr = sqnr_db(energy, float(error.numpy().sum()))
     return [weight.row(None if sqnr is None else round(sqnr, 4), float(f"{energy:.7g}")), scales.row()]

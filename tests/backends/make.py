@@ -112,7 +112,7 @@ def packed(codes: np.ndarray, dtype: str) -> bytes:
     if dtype == "int8":
         return codes.tobytes()
     unsigned = (codes.astype(np.int16) + (128 if dtype == "uint8" else 8)).astype(np.uint8)
-    return (unsigned if dtype == "uint8" else unsigned[:, 0::2] | unsigned[:, 1::2] << 4).tobytes()
+    return (unsigned if dtype == "uint8" else unsigned[..., 0::2] | unsigned[..., 1::2] << 4).tobytes()
 
 
 @dataclass

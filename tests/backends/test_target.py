@@ -354,7 +354,9 @@ def test_kernels_follow_the_recipe(overrides, kernels):
     spec = recipe.spec
     kept = list(KEPT) if spec.scheme.rounds_activations else None
     assert chosen_kernels(spec, CONFIG, kept) == kernels
-    assert backend("onnxruntime").codes(spec) == CodeForm(unsigned=True, transposed=kernels.integer)
+    assert backend("onnxruntime").codes(spec) == CodeForm(
+        unsigned=True, transposed=kernels.integer, experts_transposed=True
+    )
     listed = backend("onnxruntime").kernels(spec, CONFIG, kept)
     assert listed == {"block": kernels.block, "integer": kernels.integer, "wide": sorted(kernels.in_14_bits),
                       "candidates": kernels.candidates, "windowed": kernels.windowed,

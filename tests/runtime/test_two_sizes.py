@@ -7,25 +7,29 @@ from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime.engine import OrtEngine
 from gemma_deploy.engine import open_engine
 from gemma_deploy.runtime.session import load_file, open_graph
-from gemma_deploy.testing import TINY_PER_LAYER
+from gemma_deploy.testing import TINY_EXPERTS, TINY_PER_LAYER
 from tests.runtime.make import compile_tiny
 from tests.runtime.test_engine import Syllables, said, spelling
 from tests.runtime.test_genai import eager
 
 PROMPTS = [[2, *np.random.default_rng(seed).integers(3, 500, 40 + seed).tolist()] for seed in range(3)]
 COUNT = 12
-STATIC = pytest.param("static", None, marks=pytest.mark.slow)
-SHARED = {"gemma4_text": TINY_PER_LAYER, "gemma3n_text": {}}
+LAYERS = {
+    "shared": ("gemma4_text", TINY_PER_LAYER),
+    "streams": ("gemma3n_text", {}),
+    "experts": ("gemma4_text", TINY_EXPERTS),
+}
+STATIC = pytest.param("static", "", marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
 def artifact(once, genai_artifact):
-    """Runtime -> artifact of the same checkpoint in float32; read only."""
+    """Runtime and kind of layers -> an artifact in float32; read only."""
 
-    def get(runtime, shared=None):
-        if shared:
-            backend, changes = {"type": "onnxruntime", "dtype": "fp32"}, SHARED[shared]
-            made = once(f"genai-shared-{shared}", lambda root: compile_tiny(root, shared, backend, **changes))
+    def get(runtime, layers=""):
+        if layers:
+            backend, (kind, changes) = {"type": "onnxruntime", "dtype": "fp32"}, LAYERS[layers]
+            made = once(f"genai-{layers}", lambda root: compile_tiny(root, kind, backend, **changes))
             return made / "workspace" / "tiny"
         if runtime != "static":
             return genai_artifact("gemma4_text")
@@ -36,14 +40,11 @@ def artifact(once, genai_artifact):
 
 
 @pytest.mark.parametrize(
-    ("runtime", "shared"),
-    [
-        *(("onnxruntime-genai", None), ("onnxruntime", None), STATIC),
-        *((runtime, kind) for runtime in ("onnxruntime-genai", "onnxruntime") for kind in SHARED),
-    ],
+    ("runtime", "layers"),
+    [*((runtime, layers) for runtime in ("onnxruntime-genai", "onnxruntime") for layers in ("", *LAYERS)), STATIC],
 )
-def test_text_is_transformers_greedy_text(artifact, runtime, shared):
-    directory = artifact(runtime, shared)
+def test_text_is_transformers_greedy_text(artifact, runtime, layers):
+    directory = artifact(runtime, layers)
     engine = OrtEngine(Artifact.open(directory)) if runtime == "onnxruntime" else open_engine(directory, threads=1)
     assert engine.runtime == runtime
     generate = eager(directory)
@@ -53,14 +54,14 @@ def test_text_is_transformers_greedy_text(artifact, runtime, shared):
         assert (stats.tokens, text) == (expected, Syllables().decode(expected))
 
 
-@pytest.mark.parametrize("kind", SHARED)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_layers_that_share_see_no_padding(artifact, side, kind):
+@pytest.mark.parametrize("layers", LAYERS)
+def test_layers_see_no_padding(artifact, layers, side):
     """Rows of unequal length together, then a step each: the logits of transformers, each row alone."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    directory = artifact("onnxruntime", kind)
+    directory = artifact("onnxruntime", layers)
     session = open_graph(load_file(directory / "model.onnx"), directory)
     checkpoint = directory.parent.parent / "checkpoint"
     stock = AutoModelForCausalLM.from_pretrained(checkpoint, attn_implementation="eager", dtype=torch.float32).eval()

@@ -13,6 +13,7 @@ from gemma_deploy.backends.base import Export, Exported, ExportJob, Proof
 from gemma_deploy.backends.onnxruntime.decoder import build_decoder, linears_of
 from gemma_deploy.backends.onnxruntime.drafter import build_drafter
 from gemma_deploy.backends.onnxruntime.encoder import build_encoder
+from gemma_deploy.backends.onnxruntime.experts import expert_modules
 from gemma_deploy.backends.onnxruntime.genai_config import CONFIG_FILE, genai_config
 from gemma_deploy.backends.onnxruntime.lora import adapter_slots
 from gemma_deploy.backends.onnxruntime.options import (
@@ -31,7 +32,7 @@ from gemma_deploy.backends.onnxruntime.options import (
 )
 from gemma_deploy.backends.onnxruntime.parts import embedding_scale
 from gemma_deploy.backends.onnxruntime.window import WINDOW, WINDOW_CACHE, window_problems, windowed_layers
-from gemma_deploy.backends.spec import BuildSpec, Options
+from gemma_deploy.backends.spec import BuildSpec, Options, unbuilt_of_experts
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.estimates import BASE_BYTES, GRAPH_BYTES, RUNTIME_BYTES, SESSION_BYTES, StageEstimate
 from gemma_deploy.graph.contract import (
@@ -155,7 +156,7 @@ class OnnxRuntime:
         """Widths that the block kernel would pad, and caches of a window that this model has no use for."""
         problems = block_problems(input_channels(config, 1)) if spec.scheme.codes else []
         if config.has_experts:
-            problems.append("backend.type: onnxruntime is not built for experts (Gemma 4 26B-A4B): write tvm_vacc")
+            problems += unbuilt_of_experts(spec)
         if config.reads_beside:
             problems += self._not_for_shared(spec, config)
         if options_of(spec).cache == WINDOW:
@@ -186,7 +187,7 @@ class OnnxRuntime:
 
     def codes(self, spec: BuildSpec) -> CodeForm:
         """Unsigned, as the block kernel and the embedding want them; of integer products signed and transposed."""
-        return CodeForm(unsigned=True, transposed=options_of(spec).prefill == "fast")
+        return CodeForm(unsigned=True, transposed=options_of(spec).prefill == "fast", experts_transposed=True)
 
     def contract(self, spec: BuildSpec, config: ModelConfig) -> GraphContract:
         """Batch and lengths are free; P is the longest prompt that is compared, C the positions there are."""
@@ -317,16 +318,19 @@ def chosen_kernels(spec: BuildSpec, config: ModelConfig, unrounded: Sequence[str
     """What the recipe asks for.
 
     Integer products take activations of 8 bits where calibration made them fit for that (w8a8), but for those it found
-    too noisy; of any other scheme, 14 bits everywhere.
+    too noisy; of any other scheme, and before experts, 14 bits everywhere.
     """
     options = options_of(spec)
     candidates = CANDIDATES if options.head == "screened" else 0
+    experts = frozenset(module for layer in config.layers for module in expert_modules(layer))
     kernels = Kernels(
         block=options.block or Kernels.block,
+        in_14_bits=experts,
         candidates=candidates,
         windowed=options.cache == WINDOW,
         logits=options.logits or LAST,
     )
     if options.prefill != "fast":
         return kernels
-    return replace(kernels, integer=True, in_14_bits=frozenset(linears_of(config) if unrounded is None else unrounded))
+    finer = linears_of(config) if unrounded is None else unrounded
+    return replace(kernels, integer=True, in_14_bits=experts.union(finer))

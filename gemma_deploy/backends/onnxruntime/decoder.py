@@ -22,11 +22,12 @@ from typing import Any
 import onnx_ir as ir
 
 from gemma_deploy.architectures import LayerSpec, PerLayer
+from gemma_deploy.backends.onnxruntime.experts import ExpertParts
 from gemma_deploy.backends.onnxruntime.head import screened_head, whole_head
 from gemma_deploy.backends.onnxruntime.lora import Updates
 from gemma_deploy.backends.onnxruntime.options import ALL, Kernels
 from gemma_deploy.backends.onnxruntime.padding import Tokens, real_tokens_first
-from gemma_deploy.backends.onnxruntime.parts import DecoderParts, embedding_scale
+from gemma_deploy.backends.onnxruntime.parts import embedding_scale
 from gemma_deploy.backends.onnxruntime.per_layer import by_layer, known_ids, rows_of, table_part, with_context
 from gemma_deploy.backends.onnxruntime.shared_window import Held, held_positions, query_positions
 from gemma_deploy.backends.onnxruntime.streams import Streams, sparse
@@ -90,7 +91,7 @@ class Shared:
     vectors: ir.Value | None = None  # [B,S,layers * size], where layers add some
 
 
-class Decoder(DecoderParts):
+class Decoder(ExpertParts):
     """The graph of a decoder in the making; an encoder's shares its layers. Arguments as of `build_decoder`."""
 
     @cached_property
@@ -316,6 +317,8 @@ class Decoder(DecoderParts):
             epsilon=self.config.rms_norm_eps,
         )
         made = self._mlp(layer, normed)
+        if layer.experts is not None:
+            made = self._beside_experts(layer, dense=made, residual=hidden)
         if mlp.post_norm:
             made = self._norm(made, f"{path}{mlp.post_norm}")
         if layer.scalar is None:

@@ -35,13 +35,15 @@ def exact(model: ir.Model) -> None:
     """Put float32 arithmetic on dequantized weights in the place of every kernel that rounds. In place."""
     graph = model.graph
     widen(model)
-    rounding = [node for node in graph if node.op_type in _EXACT]
+    rounding = [node for node in graph.all_nodes() if node.op_type in _EXACT]
     for node in [node for node in graph if node.op_type == "ScatterElements"]:
         _whole_head(graph, node)
     drop_unread(graph)  # what screened the head
     for node in rounding:
         if node.graph is graph:
             _EXACT[node.op_type](graph, node)
+        elif isinstance(node.graph, ir.Graph):  # the body of a loop over experts
+            _IN_LOOPS.get(node.op_type, _EXACT[node.op_type])(node.graph, node)
     drop_unread(graph)
 
 
@@ -53,7 +55,7 @@ def widen(model: ir.Model) -> None:
             value.type = float32
             if value.const_value is not None:  # an adapter's matrix, which has no values
                 value.const_value = ir.tensor(np.zeros(value.const_value.shape.numpy(), np.float32), name=value.name)
-    for node in graph:
+    for node in graph.all_nodes():
         if node.op_type == "Cast" and node.attributes["to"].as_int() == bfloat16.value:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT.value)
         for value in node.outputs:
@@ -61,11 +63,28 @@ def widen(model: ir.Model) -> None:
                 value.type = float32
     first = next(iter(graph))
     for value in [value for value in graph.initializers.values() if value.dtype == bfloat16]:
+        users = list(value.uses())
+        inside = [node for node, _ in users if node.graph is not graph]
+        if inside:
+            _widen_chosen(inside)
+            continue
         cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT.value})
         cast.outputs[0].name = f"{value.name}.float32"
-        users = [(node, index) for node, index in value.uses() if node is not cast]
         graph.insert_before(first, cast)
         for node, index in users:
+            node.replace_input_with(index, cast.outputs[0])
+
+
+def _widen_chosen(gathers: list[ir.Node]) -> None:
+    """Cast what loops gather of the matrices of all experts, and not these, which no memory would hold."""
+    for gather in gathers:
+        chosen, body = gather.outputs[0], gather.graph
+        assert isinstance(body, ir.Graph)
+        cast = ir.node("Cast", [chosen], {"to": ir.DataType.FLOAT.value})
+        cast.outputs[0].name = f"{chosen.name}.float32"
+        readers = [(node, index) for node, index in chosen.uses() if node is not cast]
+        body.insert_after(gather, cast)
+        for node, index in readers:
             node.replace_input_with(index, cast.outputs[0])
 
 
@@ -200,6 +219,17 @@ def _integer_product(graph: ir.Graph, node: ir.Node) -> None:
     here.product(x, here.transposed(codes, scales, x), transposed=True)
 
 
+def _expert_product(graph: ir.Graph, node: ir.Node) -> None:
+    """As `_integer_product`, of codes [..., in, out] that were chosen in a loop, and their scales, of any shape."""
+    x, codes, scales = _input(node, 0), _input(node, 1), _input(node, 3)
+    here = Before(graph, node)
+    wide = here.add("Cast", [codes], "wide", to=ir.DataType.FLOAT.value)
+    if len(node.inputs) > 5:  # a zero point
+        zero = here.add("Cast", [_input(node, 5)], "zero", to=ir.DataType.FLOAT.value)
+        wide = here.add("Sub", [wide, zero], "signed")
+    here.replace(here.add("MatMul", [x, here.add("Mul", [wide, scales], "w")], "exact"))
+
+
 def _not_rounded(graph: ir.Graph, node: ir.Node) -> None:
     here = Before(graph, node)
     here.replace(here.add("Identity", [_input(node, 0)], "exact"))
@@ -252,6 +282,9 @@ _EXACT: dict[str, Callable[[ir.Graph, ir.Node], None]] = {
     "MatMulIntegerToFloat": _integer_product,
     "GatherBlockQuantized": _rows,
 }
+
+
+_IN_LOOPS = {"MatMulIntegerToFloat": _expert_product}
 
 
 def drop_unread(graph: ir.Graph) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from gemma_deploy.artifact.ledger import (
@@ -39,6 +40,11 @@ def ledger_of(manifest: Manifest) -> list[LedgerEntry]:
         *context_entries(manifest, "rotary tables; genai_config.json"),
         *([] if manifest.contract.logits == ALL else [last]),
     ]
+
+
+def without_experts(modules: Sequence[str]) -> tuple[str, ...]:
+    """Paths of linears alone."""
+    return tuple(module for module in modules if ".experts." not in module)
 
 
 def _encoder_kernels(manifest: Manifest) -> list[LedgerEntry]:
@@ -87,8 +93,17 @@ def _kernels(manifest: Manifest) -> list[LedgerEntry]:
                 effects["decode"],
             )
         )
+    if any(".experts." in module for module in kernels.wide):
+        entries.append(
+            LedgerEntry(
+                "activations rounded to 14 bits with a scale per token",
+                "MatMulIntegerToFloat of every expert",
+                "the only product of codes on a CPU that needs no packing: an expert's matrices are read from the file",
+                effects["decode"],
+            )
+        )
     if kernels.integer:
-        finer, linears = kernels.wide, 7 * manifest.model.num_hidden_layers
+        finer, linears = without_experts(kernels.wide), 7 * manifest.model.num_hidden_layers
         but = f"; to 14 bits before {len(finer)} linears ({', '.join(finer)})" if finer else ""
         how = "14 bits with a scale per token" if len(finer) == linears else f"8 bits with a scale per token{but}"
         entries.append(

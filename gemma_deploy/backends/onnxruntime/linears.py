@@ -105,8 +105,7 @@ class Matrix:
         total = nodes.one("MatMulIntegerToFloat", inputs, f"{self.name}.product", domain=MICROSOFT)
         if not tokens.in_14_bits:
             return nodes.one("Mul", [total, tokens.scale], out)
-        both = nodes.one("MatMul", [tokens.scale, total], f"{self.name}.both")
-        return nodes.one("Squeeze", [both, nodes.numbers(2)], out)
+        return summed_halves(nodes, tokens, total, name=self.name, out=out)
 
 
 @dataclass(frozen=True)
@@ -124,6 +123,12 @@ class Tokens:
     scale: ir.Value
     steps: int
     in_14_bits: bool
+
+
+def summed_halves(nodes: Nodes, tokens: Tokens, total: ir.Value, *, name: str, out: str) -> ir.Value:
+    """What both halves [B, S, 2, out] of 14-bit codes make, [B, S, out]."""
+    both = nodes.one("MatMul", [tokens.scale, total], f"{name}.both")
+    return nodes.one("Squeeze", [both, nodes.numbers(2)], out)
 
 
 def rounded_tokens(nodes: Nodes, x: ir.Value, name: str, *, in_14_bits: bool) -> Tokens:

@@ -10,11 +10,15 @@ import onnx_ir as ir
 
 
 class Nodes:
-    """Nodes and initializers of a graph."""
+    """Nodes and initializers of a graph.
 
-    def __init__(self) -> None:
+    Args:
+        initializers: of the graph around it, whose it shares, where it is the body of a node.
+    """
+
+    def __init__(self, initializers: dict[str, ir.Value] | None = None) -> None:
         self.nodes: list[ir.Node] = []
-        self.initializers: dict[str, ir.Value] = {}
+        self.initializers: dict[str, ir.Value] = {} if initializers is None else initializers
 
     def many(
         self,

@@ -172,7 +172,7 @@ class _Session:
         results = self.session.run([*self.names, *present], feeds | before.caches | self.adapter)
         kept = results[: len(self.names)]
         for name, value in zip(self.known_as[1:], kept[1:], strict=True):
-            self.values.setdefault(name, []).append(value[0].reshape(len(tokens), -1))
+            self.values.setdefault(name, []).append(value.reshape(len(tokens), -1))
         return kept[0][0], _State(total, dict(zip(before.caches, results[len(self.names) :], strict=True)))
 
 
@@ -211,11 +211,11 @@ def largest_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 def line_of_14_bits(path: Path, kernels: KernelsRecord) -> Line:
     """Which linears of integer products have 14-bit activations, by the graph and by the manifest."""
-    nodes = list(load_file(Path(path) / GRAPH).graph)
-    integer = any(node.op_type == "MatMulIntegerToFloat" for node in nodes)
-    made = {str(value.name) for node in nodes for value in node.outputs}
+    graph = load_file(Path(path) / GRAPH).graph
+    integer = any(node.op_type == "MatMulIntegerToFloat" for node in graph)
+    made = {str(value.name) for node in graph.all_nodes() for value in node.outputs}
     found = {name.removesuffix(".low") for name in made if name.endswith(".low")}
-    listed = {product_of(module) for module in kernels.wide} if kernels.integer else set()
+    listed = {product_of(module) for module in kernels.wide}
     wrong = len(found ^ listed) + int(integer != kernels.integer)
     return Line("linears of 14-bit activations = those listed", "others", wrong, 0, wrong == 0)
 
@@ -226,7 +226,7 @@ def bfloat16_line(path: Path) -> Line:
     bfloat16, graph = ir.DataType.BFLOAT16, model.graph
     inferred = {value.name: value.dtype for value in graph.initializers.values()}
     inferred |= {value.name: value.dtype for value in (*graph.inputs, *graph.outputs)}
-    for node in graph:
+    for node in graph.all_nodes():
         if node.op_type == "Cast":
             kind: ir.DataType | None = ir.DataType(node.attributes["to"].as_int())
         elif node.op_type in ("Split", "GroupQueryAttention", *SAME_TYPE):
@@ -236,7 +236,7 @@ def bfloat16_line(path: Path) -> Line:
         inferred |= {value.name: kind for value in node.outputs if value.name}
     wrong = [
         value.name
-        for node in graph
+        for node in graph.all_nodes()
         if node.op_type in ("FusedMatMul", "GroupQueryAttention", "RMSNormalization")
         for value in node.inputs[:2]
         if value is not None and inferred.get(value.name) != bfloat16

@@ -116,6 +116,14 @@ class Weights:
         made = self.top.scalar(value)
         return self.as_computed(made, str(made.name))
 
+    def scaled(self, name: str, factor: float) -> ir.Value:
+        """A vector times a number, in the type that is computed in."""
+        vector = self.view([name], name)
+        product = self._once(
+            f"{name}.scaled", lambda made: self.top.one("Mul", [vector, self.top.scalar(factor)], made)
+        )
+        return self.as_computed(product, f"{name}.scaled")
+
     def rotary(self, kind: str, table: str) -> ir.Value:
         """[positions, head_dim / 2] "cos" or "sin" of a kind of layer."""
         name = f"rotary.{kind}.{table}"
