@@ -28,7 +28,7 @@ CacheLayout::CacheLayout(const std::vector<LayerPlan>& plan, int32_t form) : for
     size_t kind = 0;
     while (kind < kinds.size() && kinds[kind].window != layer.window) kind++;
     if (kind == kinds.size()) kinds.push_back(CacheKind{layer.window, 0});
-    layers.push_back(CachePlace{static_cast<int>(kind), kinds[kind].bytes});
+    layers.push_back(CachePlace{static_cast<int>(kind), kinds[kind].bytes, layer.head_dim});
     kinds[kind].bytes += layer.kv_heads * PageBytes(form, layer.head_dim);
   }
 }
@@ -116,7 +116,7 @@ bool Sequence::Reserve(int count) {
 }
 
 void Sequence::Advance(int count) {
-  length_ += count;
+  Cache::Advance(count);
   for (size_t kind = 0; kind < pages_.size(); kind++) {
     // One page more than the next query sees is kept, so that drafts can be taken back.
     const int keep = FirstPage(layout_->kinds[kind], length_ - kPage);

@@ -1,4 +1,4 @@
-// Keys and values of sequences, in pages of kPage positions that sequences may share.
+// Where a pass finds keys and values, and how sequences keep them: in pages of kPage positions that they may share.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +8,22 @@
 #include "plan.h"
 
 namespace gemma {
+
+// The keys and values of one text. Who computes rows asks for pages, and does not see how they are kept.
+class Cache {
+ public:
+  virtual ~Cache() = default;
+
+  int length() const { return length_; }
+
+  // Positions index * kPage and on of one KV head. A layer that reads another's keys and values gets that one's.
+  virtual Page PageOf(int layer, int kv_head, int index) const = 0;
+  // So many positions more are written.
+  virtual void Advance(int count) { length_ += count; }
+
+ protected:
+  int length_ = 0;
+};
 
 // Layers with the same window keep and give back positions together: their keys and values of kPage positions are one
 // page of memory. Within it each layer has a part for each KV head (layout.h).
@@ -19,6 +35,7 @@ struct CacheKind {
 struct CachePlace {
   int kind;       // of `CacheLayout::kinds`
   size_t offset;  // in a page, of the layer's first KV head
+  int head_dim;
 };
 
 struct CacheLayout {
@@ -56,33 +73,34 @@ class PagePool {
   uint64_t limit_, used_ = 0, reserved_ = 0;
 };
 
-// One text: how long it is, and the pages that hold it.
-class Sequence {
+// A text in pages of a pool.
+class Sequence : public Cache {
  public:
   Sequence(const CacheLayout& layout, PagePool* pool);
-  ~Sequence();
+  ~Sequence() override;
   Sequence(const Sequence&) = delete;
   Sequence& operator=(const Sequence&) = delete;
 
-  int length() const { return length_; }
+  Page PageOf(int layer, int kv_head, int index) const override {
+    const CachePlace& place = layout_->layers[layer];
+    const size_t at = place.offset + kv_head * PageBytes(layout_->form, place.head_dim);
+    return PageAt(pages_[place.kind][index]->data + at, layout_->form, place.head_dim);
+  }
 
   // Makes room for `count` more positions; false, and nothing is changed, where the pool has none.
   bool Reserve(int count);
-  // The positions that Reserve made room for are written. Gives back what no later query sees.
-  void Advance(int count);
+  // Gives back what no later query sees.
+  void Advance(int count) override;
   // Forgets what comes after `length` positions; false where a window no longer has what it would see there.
   bool Rewind(int length);
   // A sequence with the same positions. Pages are shared until one of both writes.
   std::unique_ptr<Sequence> Fork() const;
-
-  uint8_t* page(int kind, int index) const { return pages_[kind][index]->data; }
 
  private:
   void Drop(int kind, size_t index);
 
   const CacheLayout* layout_;
   PagePool* pool_;
-  int length_ = 0;
   std::vector<std::vector<PagePool::Block*>> pages_;  // by kind and position / kPage; null: given back
 };
 

@@ -15,6 +15,7 @@ using gemma::Sequence;
 constexpr int kMostTokens = 1 << 20;
 
 struct Handle {
+  std::unique_ptr<gemma::Mapped> parameters;
   std::unique_ptr<gemma::Model> model;
   std::map<int, std::unique_ptr<Sequence>> sequences;
   int next = 1;
@@ -74,9 +75,10 @@ GEMMA_API Handle* gemma_open(const char* plan, size_t plan_size, const char* par
     const std::string form = cache_form == nullptr ? "bfloat16" : cache_form;
     if (form != "bfloat16" && form != "float32" && form != "int8") throw Error("caches of " + form + " are not known");
     auto handle = std::make_unique<Handle>();
+    handle->parameters = std::make_unique<gemma::Mapped>(parameters);
     handle->model = std::make_unique<gemma::Model>(
-        std::string(plan, plan_size), parameters, *kernels, threads, cache_bytes,
-        form == "int8" ? gemma::kInt8 : form == "float32" ? gemma::kFloat32 : gemma::kBFloat16,
+        std::string(plan, plan_size), handle->parameters->data(), handle->parameters->size(), *kernels, threads,
+        cache_bytes, form == "int8" ? gemma::kInt8 : form == "float32" ? gemma::kFloat32 : gemma::kBFloat16,
         exact != 0);
     return handle.release();
   } catch (const std::exception& what) {
@@ -143,12 +145,13 @@ GEMMA_API int gemma_step(Handle* handle, const GemmaPiece* given, int count, flo
   return Call(handle, [&] {
     if (count < 1 || count > 4096 || given == nullptr) throw Error("pieces: 1 to 4096");
     std::vector<gemma::Piece> pieces;
+    std::vector<Sequence*> sequences;
     int wanted = 0;
     for (int i = 0; i < count; i++) {
       const GemmaPiece& p = given[i];
       Sequence* sequence = Find(handle, p.sequence);
-      for (const gemma::Piece& other : pieces)
-        if (other.sequence == sequence) throw Error("sequence " + std::to_string(p.sequence) + " is there twice");
+      for (const Sequence* other : sequences)
+        if (other == sequence) throw Error("sequence " + std::to_string(p.sequence) + " is there twice");
       if (p.count < 1 || p.count > kMostTokens || p.tokens == nullptr || p.wanted < 0 || p.wanted > p.count)
         throw Error("piece " + std::to_string(i) + ": " + std::to_string(p.count) + " tokens, " +
                     std::to_string(p.wanted) + " wanted");
@@ -159,15 +162,16 @@ GEMMA_API int gemma_step(Handle* handle, const GemmaPiece* given, int count, flo
       for (int t = 0; t < p.count; t++)
         if (p.tokens[t] < 0 || p.tokens[t] >= handle->model->plan().vocabulary)
           throw Error("piece " + std::to_string(i) + ": token " + std::to_string(p.tokens[t]) + " is not in the table");
+      sequences.push_back(sequence);
       pieces.push_back(gemma::Piece{sequence, p.tokens, p.count, p.wanted});
       wanted += p.wanted;
     }
     if (wanted > rows)
       throw Error("there is room for " + std::to_string(rows) + " rows, not " + std::to_string(wanted));
     size_t reserved = 0;
-    while (reserved < pieces.size() && pieces[reserved].sequence->Reserve(pieces[reserved].count)) reserved++;
+    while (reserved < pieces.size() && sequences[reserved]->Reserve(pieces[reserved].count)) reserved++;
     if (reserved < pieces.size()) {
-      for (size_t i = 0; i < reserved; i++) pieces[i].sequence->Rewind(pieces[i].sequence->length());
+      for (size_t i = 0; i < reserved; i++) sequences[i]->Rewind(sequences[i]->length());
       return 2;
     }
     handle->model->Step(pieces, normed, logits);

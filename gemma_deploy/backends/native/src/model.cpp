@@ -12,10 +12,9 @@ constexpr int kMostNumbers = 4 << 20;  // of one buffer of a pass
 
 }  // namespace
 
-Model::Model(const std::string& plan, const std::string& parameters, const Kernels& level, int threads,
+Model::Model(const std::string& plan, const uint8_t* parameters, uint64_t bytes, const Kernels& level, int threads,
              uint64_t cache_bytes, int32_t cache_form, bool exact)
-    : file_(parameters),
-      plan_(ReadPlan(plan.data(), plan.size(), file_.data(), file_.size())),
+    : plan_(ReadPlan(plan.data(), plan.size(), parameters, bytes)),
       layout_(plan_.layers, cache_form),
       pages_(layout_, cache_bytes),
       level_(level),
@@ -32,7 +31,7 @@ void Model::Step(const std::vector<Piece>& pieces, float* normed, float* logits)
   std::vector<bool> wanted;
   for (const Piece& piece : pieces) {
     for (int i = 0; i < piece.count; i++) {
-      tokens.push_back(Token{piece.sequence, piece.sequence->length() + i, piece.tokens[i]});
+      tokens.push_back(Token{piece.cache, piece.cache->length() + i, piece.tokens[i]});
       wanted.push_back(i >= piece.count - piece.wanted);
     }
   }
@@ -47,7 +46,7 @@ void Model::Step(const std::vector<Piece>& pieces, float* normed, float* logits)
     if (normed != nullptr) normed += rows.size() * plan_.hidden;
     if (logits != nullptr) logits += rows.size() * stride();
   }
-  for (const Piece& piece : pieces) piece.sequence->Advance(piece.count);
+  for (const Piece& piece : pieces) piece.cache->Advance(piece.count);
 }
 
 void Model::One(const std::vector<Token>& tokens, const std::vector<int>& wanted, float* normed, float* logits) {

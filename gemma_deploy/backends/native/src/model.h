@@ -16,9 +16,9 @@ namespace gemma {
 struct Buffers;
 struct Token;
 
-// Some tokens that follow a sequence, and which of their logits are wanted.
+// Some tokens that follow a text, and which of their logits are wanted.
 struct Piece {
-  Sequence* sequence;
+  Cache* cache;
   const int32_t* tokens;
   int count;
   int wanted;  // of the last tokens, so many
@@ -26,8 +26,8 @@ struct Piece {
 
 class Model {
  public:
-  // Raises Error.
-  Model(const std::string& plan, const std::string& parameters, const Kernels& level, int threads,
+  // `parameters` are the `bytes` of a parameter file, there as long as the model is. Raises Error.
+  Model(const std::string& plan, const uint8_t* parameters, uint64_t bytes, const Kernels& level, int threads,
         uint64_t cache_bytes, int32_t cache_form, bool exact);
   ~Model();
 
@@ -39,7 +39,7 @@ class Model {
   // Whether codes are computed with in float32, nothing rounded: for a proof, not for speed.
   bool exact() const { return exact_; }
 
-  // Computes the tokens of all pieces; no sequence is there twice, and each has room (Sequence::Reserve). What leaves
+  // Computes the tokens of all pieces; no cache is there twice, and each has room (Sequence::Reserve). What leaves
   // the final norm, of the wanted tokens in their order, goes to `normed` [wanted, hidden], and their logits to `logits`
   // [wanted, stride]; either may be null.
   void Step(const std::vector<Piece>& pieces, float* normed, float* logits);
@@ -53,7 +53,6 @@ class Model {
  private:
   void One(const std::vector<Token>& tokens, const std::vector<int>& wanted, float* normed, float* logits);
 
-  Mapped file_;
   Plan plan_;
   CacheLayout layout_;
   PagePool pages_;

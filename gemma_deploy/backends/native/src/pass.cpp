@@ -16,7 +16,7 @@ bool HasCodes(const Matrix& m) { return m.form >= kInt8; }
 void Pass::Divide() {
   for (int r = 0; r < rows_; r++) {
     if (blocks_.empty() || blocks_.back().count == kBlockRows ||
-        tokens_[blocks_.back().first].sequence != tokens_[r].sequence)
+        tokens_[blocks_.back().first].cache != tokens_[r].cache)
       blocks_.push_back(Rows{r, 0});
     blocks_.back().count++;
   }
@@ -124,13 +124,6 @@ void Pass::Prepare(Worker& worker, int index) {
   });
 }
 
-Page Pass::PageOf(int index, int row, int page, int kv_head) const {
-  const LayerPlan& l = plan_.layers[index];
-  const CachePlace& place = layout_.layers[index];
-  uint8_t* at = tokens_[row].sequence->page(place.kind, page) + place.offset;
-  return PageAt(at + kv_head * PageBytes(layout_.form, l.head_dim), layout_.form, l.head_dim);
-}
-
 int Pass::FirstPage(const LayerPlan& l, int position) const {
   return l.window == 0 ? 0 : std::max(0, position - l.window + 1) / kPage;
 }
@@ -140,7 +133,7 @@ void Pass::StoreKeyValue(int index, int row, int head) {
   const int position = tokens_[row].position, turned = buffers_.set_of_layer[index];
   const size_t at = row * static_cast<size_t>(buffers_.kv_stride) + static_cast<size_t>(head) * l.head_dim;
   const size_t angle = row * static_cast<size_t>(buffers_.half_stride);
-  const Page page = PageOf(index, row, position / kPage, head);
+  const Page page = tokens_[row].cache->PageOf(index, head, position / kPage);
   alignas(64) float x[512];  // ReadPlan holds head_dim to that
   const float* value = l.has_v ? &buffers_.v[at] : &buffers_.k[at];
   if (l.value_norm) {
@@ -176,7 +169,7 @@ void Pass::AttendAlone(Worker& worker, int index) {
                            std::min(kPage - 1, position - page * kPage), &buffers_.best[slot], &buffers_.sums[slot],
                            &buffers_.found[slot * l.head_dim]};
       }
-      level_.attend(gemma::Attention{PageOf(index, 0, page, head), l.head_dim, l.cap, queries, n});
+      level_.attend(gemma::Attention{tokens_[0].cache->PageOf(index, head, page), l.head_dim, l.cap, queries, n});
     }
   });
   for (int h = 0; h < l.heads; h++) {
@@ -217,7 +210,8 @@ void Pass::AttendBlock(int thread, int index, const Rows& block, int kv_head) {
       all[i] = Query{&set.q[row * static_cast<size_t>(buffers_.q_stride) + head * l.head_dim], set.heads.at(row, head),
                      std::max(0, from - base), std::min(kPage - 1, position - base), best + slot, sums + slot, own.data() + slot * l.head_dim};
     }
-    level_.attend(gemma::Attention{PageOf(index, block.first, first + p, kv_head), l.head_dim, l.cap, all.data(), queries});
+    const Page page = tokens_[block.first].cache->PageOf(index, kv_head, first + p);
+    level_.attend(gemma::Attention{page, l.head_dim, l.cap, all.data(), queries});
   }
   for (int i = 0; i < queries; i++) {
     const size_t head = static_cast<size_t>(kv_head) * group + i % group, slot = static_cast<size_t>(i) * pages;

@@ -8,9 +8,9 @@
 
 namespace gemma {
 
-// One token of one sequence.
+// One token of one text.
 struct Token {
-  Sequence* sequence;
+  Cache* cache;
   int position;
   int32_t id;
 };
@@ -37,7 +37,7 @@ class Pass {
     float* y;
     size_t stride;
   };
-  struct Rows {  // of one sequence, one after another
+  struct Rows {  // of one text, one after another
     int first, count;
   };
 
@@ -58,7 +58,6 @@ class Pass {
   void AttendRows(Worker& worker, int index);
   void AttendBlock(int thread, int index, const Rows& block, int kv_head);
   void Mlp(Worker& worker, int index);
-  Page PageOf(int index, int row, int page, int kv_head) const;
   int FirstPage(const LayerPlan& layer, int position) const;
 
   const Plan& plan_;
