@@ -17,7 +17,7 @@ class Cache {
   int length() const { return length_; }
 
   // Positions index * kPage and on of one KV head. A layer that reads another's keys and values gets that one's.
-  virtual Page PageOf(int layer, int kv_head, int index) const = 0;
+  virtual Page PageOf(int layer, int kv_head, int index) = 0;
   // So many positions more are written.
   virtual void Advance(int count) { length_ += count; }
 
@@ -81,7 +81,7 @@ class Sequence : public Cache {
   Sequence(const Sequence&) = delete;
   Sequence& operator=(const Sequence&) = delete;
 
-  Page PageOf(int layer, int kv_head, int index) const override {
+  Page PageOf(int layer, int kv_head, int index) override {
     const CachePlace& place = layout_->layers[layer];
     const size_t at = place.offset + kv_head * PageBytes(layout_->form, place.head_dim);
     return PageAt(pages_[place.kind][index]->data + at, layout_->form, place.head_dim);

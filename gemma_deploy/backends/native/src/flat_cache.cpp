@@ -74,8 +74,8 @@ size_t FlatCache::Own::At(int kv_head, size_t index) const {
   return (kv_head * room + index * kPage) * head_dim * kNumber;
 }
 
-uint8_t* FlatCache::Own::Tail(int kv_head, int half) const {
-  return const_cast<Array<uint8_t>&>(tail).data() + (2 * static_cast<size_t>(kv_head) + half) * page_bytes();
+uint8_t* FlatCache::Own::Tail(int kv_head, int half) {
+  return tail.data() + (2 * static_cast<size_t>(kv_head) + half) * page_bytes();
 }
 
 void FlatCache::Put(int own, size_t room, Buffer keys, Buffer values) {
@@ -109,8 +109,8 @@ void FlatCache::Begin(int start, int count) {
   }
 }
 
-Page FlatCache::PageOf(int layer, int kv_head, int index) const {
-  const Own& own = own_[own_of_layer_[layer]];
+Page FlatCache::PageOf(int layer, int kv_head, int index) {
+  Own& own = own_[own_of_layer_[layer]];
   if (static_cast<size_t>(index) == own.whole())
     return Page{kBFloat16, own.Tail(kv_head, 0), own.Tail(kv_head, 1), nullptr, nullptr};
   const size_t at = own.At(kv_head, index);
@@ -119,7 +119,7 @@ Page FlatCache::PageOf(int layer, int kv_head, int index) const {
 
 void FlatCache::Advance(int count) {
   Cache::Advance(count);
-  for (const Own& own : own_) {
+  for (Own& own : own_) {
     if (static_cast<size_t>(length_) <= own.whole() * kPage) continue;
     for (int head = 0; head < own.kv_heads; head++)
       for (int half = 0; half < 2; half++)

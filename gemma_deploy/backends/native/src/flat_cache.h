@@ -8,10 +8,10 @@
 
 namespace gemma {
 
-// Keys and values of a layer are a buffer each, [KV heads][room][head_dim] in bfloat16. Page p of head h lies in it from
-// position h * room + p * kPage on. Positions behind the last whole page of a head, where room is no multiple of kPage,
-// are too few for a page: they are packed (flat_cache.cpp), and a page of our own stands for them while rows are
-// computed.
+// Keys and values of a layer are a buffer each, [KV heads][room][head_dim] in bfloat16. Page p of head h lies in it
+// from position h * room + p * kPage on. Positions behind the last whole page of a head, where room is no multiple of
+// kPage, are too few for a page: they are packed (flat_cache.cpp), and a page of this cache's own stands for them while
+// rows are computed.
 //
 // Windows are not made use of: all positions are kept, and a text can go back to any length.
 class FlatCache : public Cache {
@@ -33,7 +33,7 @@ class FlatCache : public Cache {
   // Behind `start` positions that are there, `count` will be written; all buffers are put, and have room for them.
   void Begin(int start, int count);
 
-  Page PageOf(int layer, int kv_head, int index) const override;
+  Page PageOf(int layer, int kv_head, int index) override;
   void Advance(int count) override;
 
  private:
@@ -47,7 +47,7 @@ class FlatCache : public Cache {
     size_t page_bytes() const { return HalfPageBytes(kBFloat16, head_dim); }
     // Where a head's positions from the page `index` on begin, in bytes.
     size_t At(int kv_head, size_t index) const;
-    uint8_t* Tail(int kv_head, int half) const;
+    uint8_t* Tail(int kv_head, int half);
   };
 
   std::vector<Own> own_;

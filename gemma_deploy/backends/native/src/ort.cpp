@@ -89,7 +89,7 @@ class Decoder {
       throw Error("this processor has no level '" + std::string(name) + "': it has " + LevelNames());
     int64_t threads = Whole(info, "threads", 0);
     if (threads < 0 || threads > 1024) throw Error("threads: " + std::to_string(threads) + ", not 0 to 1024");
-    if (threads == 0) threads = std::clamp(static_cast<int64_t>(std::thread::hardware_concurrency()), int64_t{1}, int64_t{1024});
+    if (threads == 0) threads = std::clamp(std::thread::hardware_concurrency(), 1u, 1024u);
     all_logits_ = Whole(info, "all_logits", 0) != 0;
     model_ = std::make_unique<Model>(Text(info, "plan"), static_cast<const uint8_t*>(parameters.data),
                                      static_cast<uint64_t>(parameters.sizes[0]), *level, static_cast<int>(threads),
@@ -114,8 +114,8 @@ class Decoder {
     cache_->Begin(total - count, count);
     const size_t vocabulary = static_cast<size_t>(model_->plan().vocabulary), stride = model_->stride();
     const int wanted = all_logits_ ? count : 1;
-    float* logits = static_cast<float*>(
-        Output(context, kLogits, {1, wanted, static_cast<int64_t>(vocabulary)}, 3));
+    const int64_t sizes[kMostSizes] = {1, wanted, static_cast<int64_t>(vocabulary)};
+    float* logits = static_cast<float*>(Output(context, kLogits, sizes, 3));
     if (stride == vocabulary) {
       model_->Step({Piece{cache_.get(), tokens_.data(), count, wanted}}, nullptr, logits);
       return;
@@ -212,7 +212,9 @@ class Decoder {
                   " of them");
     const int64_t* given = static_cast<const int64_t*>(mask.data);
     for (int64_t i = 0; i < mask.sizes[1]; i++)
-      if (given[i] != 1) throw Error("'attention_mask' hides position " + std::to_string(i) + ": padding is not known here");
+      if (given[i] != 1)
+        throw Error("'attention_mask' is " + std::to_string(given[i]) + " at " + std::to_string(i) +
+                    ", not 1: padding is not known here");
     return static_cast<int>(mask.sizes[1]);
   }
 
@@ -236,8 +238,8 @@ class Decoder {
       FlatCache::Buffer halves[2];
       for (int half = 0; half < 2; half++) {
         const Tensor& from = past[2 * own + half];
-        halves[half] = FlatCache::Buffer{static_cast<const uint8_t*>(from.data),
-                                         static_cast<uint8_t*>(Output(context, kPresent + 2 * own + half, from.sizes, 4))};
+        void* to = Output(context, kPresent + 2 * own + half, from.sizes, from.rank);
+        halves[half] = FlatCache::Buffer{static_cast<const uint8_t*>(from.data), static_cast<uint8_t*>(to)};
       }
       cache_->Put(own, static_cast<size_t>(past[2 * own].sizes[2]), halves[0], halves[1]);
     }
@@ -267,7 +269,9 @@ constexpr ort::Operator kOperator = [] {
   op.output_type = [](const Operator*, size_t index) {
     return index == kLogits ? ort::kFloatElement : ort::kBFloat16Element;
   };
-  op.input_characteristic = [](const Operator*, size_t index) { return index < kPast ? ort::kRequired : ort::kVariadic; };
+  op.input_characteristic = [](const Operator*, size_t index) {
+    return index < kPast ? ort::kRequired : ort::kVariadic;
+  };
   op.output_characteristic = [](const Operator*, size_t index) {
     return index < kPresent ? ort::kRequired : ort::kVariadic;
   };
