@@ -111,11 +111,11 @@ class Decoder {
     const std::lock_guard<std::mutex> lock(mutex_);  // sessions may be run by several threads at once
     const int count = Tokens(context), total = Positions(context, count);
     Caches(context, total);
-    cache_->Begin(total - count, count);
     const size_t vocabulary = static_cast<size_t>(model_->plan().vocabulary), stride = model_->stride();
     const int wanted = all_logits_ ? count : 1;
     const int64_t sizes[kMostSizes] = {1, wanted, static_cast<int64_t>(vocabulary)};
     float* logits = static_cast<float*>(Output(context, kLogits, sizes, 3));
+    cache_->Begin(total - count, count);
     if (stride == vocabulary) {
       model_->Step({Piece{cache_.get(), tokens_.data(), count, wanted}}, nullptr, logits);
       return;
