@@ -53,7 +53,7 @@ setup(
     packages=[*find_packages(include=["gemma_deploy*"]), *DATA],
     package_dir=DATA,
     package_data={
-        "gemma_deploy": ["py.typed", "demo/*", "**/*.html", "**/*.j2", "**/*.cpp", "**/*.h"],
+        "gemma_deploy": ["py.typed", "demo/*", "**/*.html", "**/*.j2", "**/*.cpp", "**/*.h", "**/*.map"],
         **{name: ["**/*"] for name in DATA},
     },
     exclude_package_data={"": ["__pycache__/*", "*.pyc"]},

@@ -69,7 +69,8 @@ def build(out: Path, *, extra: Sequence[str] = (), cxx: str | None = None, machi
         ]
         list(pool.map(_run, commands))
         partial = Path(work) / LIBRARY
-        _run([cxx, "-shared", *extra, "-o", str(partial), *map(str, objects), "-Wl,--no-undefined", "-lm", "-pthread"])
+        link = ("-Wl,--no-undefined", f"-Wl,--version-script={ROOT / SOURCES / 'exports.map'}", "-lm", "-pthread")
+        _run([cxx, "-shared", *extra, "-o", str(partial), *map(str, objects), *link])
         out.parent.mkdir(parents=True, exist_ok=True)
         beside = out.with_name(f"{out.name}.partial")
         shutil.copyfile(partial, beside)

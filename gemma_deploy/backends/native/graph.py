@@ -40,8 +40,15 @@ def build_graph(contract: GraphContract, plan: str, file_bytes: int) -> ir.Model
     parameters = ir.Value(
         name=PARAMETERS, type=ir.TensorType(ir.DataType.UINT8), shape=ir.Shape((file_bytes,)), const_value=tensor
     )
+    caches = inputs[2:]  # however many there are, so they come last
     node = ir.node(
-        OPERATOR, [*inputs, parameters], {"plan": plan}, domain=DOMAIN, outputs=outputs, name=OPERATOR, version=VERSION
+        OPERATOR,
+        [*inputs[:2], parameters, *caches],
+        {"plan": plan},
+        domain=DOMAIN,
+        outputs=outputs,
+        name=OPERATOR,
+        version=VERSION,
     )
     graph = ir.Graph(
         inputs, outputs, nodes=[node], initializers=[parameters], opset_imports={"": OPSET, DOMAIN: VERSION}, name=MODEL

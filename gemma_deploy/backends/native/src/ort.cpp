@@ -211,6 +211,9 @@ class Decoder {
       throw Error("'attention_mask' is " + Name(mask) + ", not [1, positions] with at least " + std::to_string(count) +
                   " of them");
     const int64_t* given = static_cast<const int64_t*>(mask.data);
+    if (mask.sizes[1] > model_->plan().context)
+      throw Error(std::to_string(mask.sizes[1]) + " positions, more than the context of " +
+                  std::to_string(model_->plan().context));
     for (int64_t i = 0; i < mask.sizes[1]; i++)
       if (given[i] != 1)
         throw Error("'attention_mask' is " + std::to_string(given[i]) + " at " + std::to_string(i) +
