@@ -27,13 +27,15 @@ def choose_scales(
     largest = row_scales(absmax.reshape(-1), qmax).view_as(absmax)
     if qmax > SEARCHED_QMAX:
         return largest
-    importance = torch.ones(columns) if power is None else power
-    importance = importance.view(1, grouped.shape[1], -1)
     best, least = largest, torch.full_like(largest, float("inf"))
+    codes, error = torch.empty_like(grouped), torch.empty_like(grouped)  # once: fresh pages cost as much as the work
     for shrink in SHRINK:
         scale = largest * shrink
-        codes = (grouped / scale[..., None]).round_().clamp_(-qmax, qmax)
-        error = torch.addcmul(grouped, codes, scale[..., None], value=-1).square_().mul_(importance).sum(2)
-        better = error < least
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
+        torch.div(grouped, scale[..., None], out=codes).round_().clamp_(-qmax, qmax)
+        torch.addcmul(grouped, codes, scale[..., None], value=-1, out=error).square_()
+        if power is not None:
+            error.mul_(power.view(1, grouped.shape[1], -1))
+        lost = error.sum(2)
+        better = lost < least
+        best, least = torch.where(better, scale, best), torch.where(better, lost, least)
     return best
