@@ -82,7 +82,9 @@ def main() -> None:
     started = time.perf_counter()
     subprocess.run(command, check=True)
     result["compile_s"] = time.perf_counter() - started
-    result["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result["cpu_s"] = used.ru_utime + used.ru_stime
+    result["peak_rss_mib"] = used.ru_maxrss / 1024
     artifact = folder / f"cost-{args.dtype}"
     size = sum(file.stat().st_size for file in artifact.iterdir())
     result["artifact_mb"] = size / 1e6
