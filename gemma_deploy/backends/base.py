@@ -179,8 +179,8 @@ class Backend(Protocol):
     def export(self, job: ExportJob) -> Export:
         """Begin to make the graphs."""
 
-    def files(self, spec: BuildSpec, config: ModelConfig) -> dict[str, dict[str, Any]]:
-        """JSON files beside the graphs, by name."""
+    def files(self, spec: BuildSpec, config: ModelConfig) -> Mapping[str, dict[str, Any] | Path]:
+        """Files beside the graphs, by name: what is written as JSON, or a file that is copied."""
 
     def kernels(self, spec: BuildSpec, config: ModelConfig, unrounded: Sequence[str] | None) -> dict[str, Any] | None:
         """For the manifest: which kernels a graph names, where it names any."""

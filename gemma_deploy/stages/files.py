@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,11 @@ def write_model_files(job: Job, out: Path) -> list[str]:
         "pad_token_id": config.pad_token_id,
     }
     (out / GENERATION_CONFIG).write_text(json.dumps(generation, indent=2) + "\n")
-    for name, content in job.backend.files(job.spec, config).items():
-        (out / name).write_text(json.dumps(content, indent=2) + "\n")
+    own = job.backend.files(job.spec, config)
+    for name, content in own.items():
+        if isinstance(content, Path):
+            shutil.copyfile(content, out / name)
+        else:
+            (out / name).write_text(json.dumps(content, indent=2) + "\n")
     written = write_tokenizer(job.checkpoint, out, link=False)
-    return [CONFIG, GENERATION_CONFIG, *job.backend.files(job.spec, config), *written]
+    return [CONFIG, GENERATION_CONFIG, *own, *written]

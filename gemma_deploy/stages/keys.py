@@ -139,7 +139,10 @@ def _beside(job: Job) -> dict[str, Any]:
         "config": job.checkpoint.config_dict(),
         "tokens": [config.bos_token_id, config.eos_token_ids, config.pad_token_id],
         "text": job.checkpoint.text_fingerprint(),
-        "backend": job.backend.files(job.spec, config),
+        "backend": {
+            name: hashlib.sha256(content.read_bytes()).hexdigest() if isinstance(content, Path) else content
+            for name, content in job.backend.files(job.spec, config).items()
+        },
     }
 
 

@@ -1,5 +1,6 @@
 """model.onnx of `backend.type: native` in an unmodified ONNX Runtime, with the library as its custom operators."""
 
+import shutil
 import subprocess
 import sys
 
@@ -8,9 +9,11 @@ import onnx
 import onnxruntime
 import pytest
 
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.native.graph import GRAPH, plan_in
 from gemma_deploy.backends.native.library import Model, library_path
 from gemma_deploy.compile import compile_recipe
+from gemma_deploy.engine import open_engine
 from gemma_deploy.names import PARAMS
 from tests.native.test_backend import MANY, recipe_of
 
@@ -166,3 +169,26 @@ for _ in range(20):
 def test_sessions_close_and_the_library_goes(artifact):
     """No thread is left in it: the process would die."""
     subprocess.run([sys.executable, "-c", OFTEN, str(artifact / GRAPH), str(library_path())], check=True, timeout=120)
+
+
+def test_onnxruntime_genai_runs_the_artifact_as_it_is(artifact, monkeypatch, tmp_path):
+    """From another directory, in an artifact that was moved, twice: the tokens of our own engine."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    moved = tmp_path / "moved"
+    shutil.copytree(artifact, moved)
+    monkeypatch.chdir(tmp_path)
+    engine = open_engine(Artifact.open(artifact))
+    prompt = [2, *(int(one) for one in np.random.default_rng(4).integers(3, 500, 140))]
+    session, said = engine.session(endless=True), []
+    for row in range(30):
+        said.append(int(session.read(prompt if row == 0 else said[-1:]).argmax()))
+    for _ in range(2):
+        model = genai.Model(str(moved))
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=len(prompt) + 30, min_length=len(prompt) + 30, do_sample=False)
+        generator = genai.Generator(model, parameters)
+        generator.append_tokens(np.array(prompt, np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+        assert list(generator.get_sequence(0))[len(prompt) :] == said
+        del generator, parameters, model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,9 +123,15 @@ class Native:
         size = max(place.offset + place.nbytes for place in places)
         return Exported({GRAPH: serialized(build_graph(job.contract, plan, size))})
 
-    def files(self, spec: BuildSpec, config: ModelConfig) -> dict[str, dict[str, Any]]:
-        """None yet."""
-        return {}
+    def files(self, spec: BuildSpec, config: ModelConfig) -> Mapping[str, dict[str, Any] | Path]:
+        """What onnxruntime-genai reads, and the library, which it takes from the model's folder alone."""
+        from gemma_deploy.backends.native.library import LIBRARY, library_path
+        from gemma_deploy.backends.onnxruntime.genai_config import CONFIG_FILE, genai_config
+
+        made = genai_config(config, spec.context)
+        options = made["model"]["decoder"]["session_options"]
+        options |= {"intra_op_num_threads": 1, "custom_ops_library": LIBRARY}  # it has threads of its own
+        return {CONFIG_FILE: made, LIBRARY: library_path()}
 
     def kernels(self, spec: BuildSpec, config: ModelConfig, unrounded: Sequence[str] | None) -> dict[str, Any] | None:
         """The level is chosen when it runs."""

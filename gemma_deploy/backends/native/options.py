@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from gemma_deploy.backends.native.library import FOLDER, INSTALL, LIBRARY
 from gemma_deploy.backends.spec import BuildSpec, Options
 from gemma_deploy.checkpoint import ModelConfig
 
@@ -17,6 +18,8 @@ class NativeOptions(Options):
 
 def not_built(spec: BuildSpec) -> Iterator[str]:
     """What a recipe may ask for and this version does not do, a sentence for each key."""
+    if not (FOLDER / LIBRARY).is_file():
+        yield f"backend.type: the library of native was not built with this package: {INSTALL}"
     if spec.scheme.weights == "fp16":
         yield "backend.dtype: fp16 is not built for backend.type native: write bf16, fp32 or int8"
     if spec.scheme.rounds_activations:
