@@ -79,6 +79,14 @@ class TextModelMixin:
         """What the last norm reads of what the last layer gives."""
         return hidden
 
+    def states(self, before, last, normed):
+        """What `output_hidden_states` asks for: what layers read, and what leaves the last norm.
+
+        Args:
+            before: what each layer read; last: what the last one made.
+        """
+        return (*before, normed)
+
     def beside(self, input_ids, embeds, **kwargs):
         """What layers read beside the residual stream; most generations: nothing."""
         return Beside()
@@ -187,11 +195,11 @@ class TextModelMixin:
                 presents.append(present)
             if output_attentions:
                 attentions.append(probs)
-        hidden = self.norm(self.left(hidden))
+        normed = self.norm(self.left(hidden))
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden,
+            last_hidden_state=normed,
             past_key_values=(cache if cache is not None else tuple(presents)) if use_cache else None,
-            hidden_states=(*states, hidden) if output_hidden_states else None,
+            hidden_states=self.states(states, hidden, normed) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
 

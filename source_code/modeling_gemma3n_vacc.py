@@ -264,6 +264,10 @@ class Gemma3nTextModel(PerLayerInputs, TextModelMixin, Gemma3nPreTrainedModel):
         others = [alike(projection(embeds), embeds) for projection in self.altup_projections]
         return torch.stack([embeds, *others], dim=2)
 
+    def states(self, before, last, normed):
+        """Streams before each layer and behind the last, [streams, batch, seq, hidden] as in the stock class."""
+        return tuple(streams.permute(2, 0, 1, 3) for streams in (*before, last))
+
     def left(self, hidden: torch.Tensor) -> torch.Tensor:
         """[batch, seq, streams, hidden] -> [batch, seq, hidden]: the mean, the others projected and of equal size."""
         first, *streams = hidden.unbind(2)

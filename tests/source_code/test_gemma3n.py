@@ -65,6 +65,14 @@ def test_logits_are_those_of_the_stock_class(stock, patched, batch):
         assert torch.equal(stock(inputs_embeds=embeds).logits, patched(inputs_embeds=embeds).logits)
 
 
+def test_states_of_layers_are_those_of_the_stock_class(stock, patched, batch):
+    with torch.no_grad():
+        one, other = (model(batch[0], output_hidden_states=True, output_attentions=True) for model in (stock, patched))
+    assert len(one.hidden_states) == len(other.hidden_states) == SIZES["num_hidden_layers"] + 1
+    assert all(map(torch.equal, one.hidden_states, other.hidden_states))
+    assert all(map(torch.equal, one.attentions, other.attentions))
+
+
 def test_in_bfloat16(stock, batch):
     ids, mask = batch
     config = Gemma3nTextConfig(**SIZES)
