@@ -102,7 +102,7 @@ CHECKPOINTS = {
     ),
     "model_type unknown": (
         make.config_with(model_type="llama"),
-        (CONFIG, "unknown model_type 'llama'", "expected: one of gemma, gemma2, gemma3_text, vault", "next: pass"), 1,
+        (CONFIG, "unknown model_type 'llama'", "expected: one of gemma, gemma2, gemma3_text, gemma", "next: pass"), 1,
     ),
     "heads do not divide": (
         make.config_with(num_key_value_heads=3),

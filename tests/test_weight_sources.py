@@ -25,6 +25,7 @@ OPENERS = {
     "quantization/results.py": "the quantizer's results, which it writes",
     "calibration/executors/worker.py": "tasks of a process, which the parent writes",
     "calibration/store.py": "a calibration's statistics, which are no weights",
+    "calibration/beside.py": "vectors of tokens, keys and values of a calibration, which are no weights",
     "split/factory.py": "a divided model's own",
     "parity/adapted.py": "an adapter's, which PEFT is to read in its own way",
 }
