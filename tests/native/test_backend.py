@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gemma_deploy.artifact.opened import Artifact
-from gemma_deploy.backends.native import library
+from gemma_deploy.backends.native import library, options
 from gemma_deploy.backends.native.graph import plan_in
 from gemma_deploy.backends.native.library import Model
 from gemma_deploy.cli import main
@@ -300,7 +300,7 @@ def test_what_a_caller_gets_wrong_is_refused(compiled, ids):
         ("gemma2", "w8a16", {"head_dim": 48}, "heads of a multiple of 32 channels, up to 512, got 48"),
     ],
 )
-def test_what_is_not_built_is_said_before_any_work(tmp_path, kind, scheme, changes, words):
+def test_what_is_not_built_is_said_before_any_work(native_library, tmp_path, kind, scheme, changes, words):
     with pytest.raises((RecipeError, NotBuiltError), match=words):
         compile_recipe(recipe_of(tmp_path, kind, scheme, **changes))
     assert not (tmp_path / "w").exists()
@@ -316,3 +316,10 @@ def test_without_the_library_it_is_said_how_to_get_it(compiled, monkeypatch, tmp
     said = capsys.readouterr().err
     assert "the library of backend.type native was not built" in said
     assert "install a C++17 compiler" in said
+
+
+def test_nothing_is_compiled_without_the_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(options, "FOLDER", tmp_path)
+    with pytest.raises(NotBuiltError, match="the library of native was not built with this package: install a C"):
+        compile_recipe(recipe_of(tmp_path, "gemma2", "w8a16"))
+    assert not (tmp_path / "w").exists()
