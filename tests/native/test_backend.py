@@ -15,6 +15,8 @@ from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import ArtifactError, DeployError, NotBuiltError, RecipeError, UsageError
 from gemma_deploy.names import PARAMS
 from gemma_deploy.recipe import Recipe
+from gemma_deploy.runtime.generate import GenerationStats
+from gemma_deploy.runtime.sampling import Sampling
 from gemma_deploy.testing import TINY_EXPERTS, TINY_PER_LAYER, write_tiny_checkpoint
 from tests.calibration.make import write_tokenizer
 
@@ -189,6 +191,21 @@ def test_text_in_turns_and_sessions(compiled):
     np.testing.assert_array_equal(other.read([*start, *said, 7]), logits)
     session.reset()
     assert "".join(session.reply(start, max_new_tokens=12)) == greedy
+
+
+def test_looking_ahead_gives_the_same_text_in_fewer_steps(compiled):
+    engine = open_engine(Artifact.open(compiled))
+    start = engine.tokenizer.encode("the cat the cat the cat")
+    plain = engine.session(endless=True)
+    expected = "".join(plain.reply(start, max_new_tokens=60))
+    stats = GenerationStats()
+    session = engine.session(endless=True, lookup=True)
+    assert "".join(session.reply(start, max_new_tokens=60, stats=stats)) == expected
+    assert stats.tokens == plain.ids[len(start) :]
+    assert 0 < stats.steps < 55  # of 59
+    np.testing.assert_array_equal(session.read([7]), plain.read([7]))
+    with pytest.raises(UsageError, match="what is drawn at random cannot be looked up"):
+        engine.session(Sampling(temperature=1.0), lookup=True)
 
 
 def broken_plans(plan):

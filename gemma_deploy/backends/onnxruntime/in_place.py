@@ -99,6 +99,10 @@ class OrtModel:
             cut_to_embedding(model)
         return open_graph(model, self.path, threads=1)
 
+    def sequence(self, room: int) -> OrtSequence:
+        """A new one, of so many tokens at most."""
+        return OrtSequence(self, room)
+
 
 class OrtSequence:
     """One sequence in a cache of fixed size.

@@ -24,7 +24,7 @@ from typing import Protocol
 
 import numpy as np
 
-from gemma_deploy.backends.onnxruntime.in_place import MOST_TOKENS, OrtModel, OrtSequence
+from gemma_deploy.backends.onnxruntime.in_place import MOST_TOKENS
 from gemma_deploy.errors import DeployError
 from gemma_deploy.runtime.sampling import Sampler
 
@@ -58,6 +58,32 @@ class Guesser(Protocol):
         """How many tokens of its last guess were right."""
 
 
+class Decider(Protocol):
+    """The model that decides: see `OrtModel`."""
+
+    path: Path
+    near_tie: float
+    stop_ids: frozenset[int]
+
+    def sequence(self, room: int) -> Reader:
+        """A new one, of so many tokens at most."""
+
+
+class Reader(Protocol):
+    """A sequence of it: see `OrtSequence`."""
+
+    length: int
+
+    def ahead(self, wanted: int) -> int:
+        """Of so many tokens to read next, as many as can be taken back."""
+
+    def read(self, tokens: Sequence[int]) -> np.ndarray:
+        """Read any number of tokens; logits of the last."""
+
+    def feed(self, tokens: Sequence[int]) -> np.ndarray:
+        """Read a few tokens; logits of each."""
+
+
 class Speculative:
     """Decoding that looks ahead.
 
@@ -74,17 +100,17 @@ class Speculative:
 
     def __init__(
         self,
-        model: OrtModel,
+        model: Decider,
         ids: Sequence[int],
         room: int,
         *,
         guesser: Guesser,
         sampler: Sampler | None = None,
-        sequence: OrtSequence | None = None,
+        sequence: Reader | None = None,
     ) -> None:
         self.model, self.ids, self.room, self.guesser = model, list(ids), room, guesser
         self.sampler = sampler if sampler is not None and sampler.temperature > 0 else None
-        self.sequence = sequence if sequence is not None else OrtSequence(model, room)
+        self.sequence = sequence if sequence is not None else model.sequence(room)
         self.steps = self.guessed = self.right = 0
 
     def first(self) -> int:
