@@ -10,12 +10,6 @@ constexpr size_t kLine = 64;
 
 int PagesOf(int length) { return (length + kPage - 1) / kPage; }
 
-// The first page that a query at `position` sees.
-int FirstPage(const CacheKind& kind, int position) {
-  const int first = kind.window == 0 ? 0 : position - kind.window + 1;
-  return first <= 0 ? 0 : first / kPage;
-}
-
 }  // namespace
 
 CacheLayout::CacheLayout(const std::vector<LayerPlan>& plan, int32_t form) : form(form) {
@@ -119,7 +113,7 @@ void Sequence::Advance(int count) {
   Cache::Advance(count);
   for (size_t kind = 0; kind < pages_.size(); kind++) {
     // One page more than the next query sees is kept, so that drafts can be taken back.
-    const int keep = FirstPage(layout_->kinds[kind], length_ - kPage);
+    const int keep = FirstSeen(layout_->kinds[kind].window, length_ - kPage) / kPage;
     for (int i = keep - 1; i >= 0 && pages_[kind][i] != nullptr; i--) Drop(static_cast<int>(kind), i);
   }
 }
@@ -127,7 +121,7 @@ void Sequence::Advance(int count) {
 bool Sequence::Rewind(int length) {
   if (length < 0 || length > length_) return false;
   for (size_t kind = 0; kind < pages_.size(); kind++)
-    for (int i = FirstPage(layout_->kinds[kind], length); i < PagesOf(length); i++)
+    for (int i = FirstSeen(layout_->kinds[kind].window, length) / kPage; i < PagesOf(length); i++)
       if (pages_[kind][i] == nullptr) return false;
   const size_t pages = static_cast<size_t>(PagesOf(length));
   for (size_t kind = 0; kind < pages_.size(); kind++) {

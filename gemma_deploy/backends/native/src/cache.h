@@ -25,6 +25,12 @@ class Cache {
   int length_ = 0;
 };
 
+// The first position that a query sees, behind a window of that many positions, itself included; 0: it sees all.
+inline int FirstSeen(int window, int position) {
+  const int first = window == 0 ? 0 : position - window + 1;
+  return first < 0 ? 0 : first;
+}
+
 // Layers with the same window keep and give back positions together: their keys and values of kPage positions are one
 // page of memory. Within it each layer has a part for each KV head (layout.h).
 struct CacheKind {

@@ -60,7 +60,8 @@ void Pass::Begin(Worker& worker) {
   });
   RowSet& set = Set(worker);
   Small(worker, rows_, [&](int row) {
-    level_.read_row(plan_.table, tokens_[row].id, plan_.embed_factor, &set.x[row * static_cast<size_t>(buffers_.hidden_stride)]);
+    float* x = &set.x[row * static_cast<size_t>(buffers_.hidden_stride)];
+    level_.read_row(plan_.table, tokens_[row].id, plan_.embed_factor, x);
   });
 }
 
@@ -124,10 +125,6 @@ void Pass::Prepare(Worker& worker, int index) {
   });
 }
 
-int Pass::FirstPage(const LayerPlan& l, int position) const {
-  return l.window == 0 ? 0 : std::max(0, position - l.window + 1) / kPage;
-}
-
 void Pass::StoreKeyValue(int index, int row, int head) {
   const LayerPlan& l = plan_.layers[index];
   const int position = tokens_[row].position, turned = buffers_.set_of_layer[index];
@@ -154,7 +151,8 @@ void Pass::StoreKeyValue(int index, int row, int head) {
 void Pass::AttendAlone(Worker& worker, int index) {
   const LayerPlan& l = plan_.layers[index];
   RowSet& set = Set(worker);
-  const int position = tokens_[0].position, first = FirstPage(l, position), pages = position / kPage + 1 - first;
+  const int position = tokens_[0].position, first = FirstSeen(l.window, position) / kPage;
+  const int pages = position / kPage + 1 - first;
   const int group = l.heads / l.kv_heads;
   worker.Each(l.kv_heads * pages, [&](int unit) {
     const int head = unit / pages, page = first + unit % pages;
@@ -164,7 +162,7 @@ void Pass::AttendAlone(Worker& worker, int index) {
       int n = 0;
       for (; n < 64 && done < group; n++, done++) {
         const size_t h = static_cast<size_t>(head) * group + done, slot = h * pages + unit % pages;
-        const int from = l.window == 0 ? 0 : std::max(0, position - l.window + 1);
+        const int from = FirstSeen(l.window, position);
         queries[n] = Query{&set.q[h * l.head_dim], set.heads.at(0, h), std::max(0, from - page * kPage),
                            std::min(kPage - 1, position - page * kPage), &buffers_.best[slot], &buffers_.sums[slot],
                            &buffers_.found[slot * l.head_dim]};
@@ -193,7 +191,7 @@ void Pass::AttendBlock(int thread, int index, const Rows& block, int kv_head) {
   const LayerPlan& l = plan_.layers[index];
   RowSet& set = buffers_.sets[0];
   const int group = l.heads / l.kv_heads, queries = block.count * group;
-  const int first = FirstPage(l, tokens_[block.first].position);
+  const int first = FirstSeen(l.window, tokens_[block.first].position) / kPage;
   const int pages = tokens_[block.first + block.count - 1].position / kPage + 1 - first;
   const size_t slots = static_cast<size_t>(queries) * pages;
   Array<float>& own = buffers_.own[thread];
@@ -206,7 +204,7 @@ void Pass::AttendBlock(int thread, int index, const Rows& block, int kv_head) {
     for (int i = 0; i < queries; i++) {
       const int row = block.first + i / group, position = tokens_[row].position;
       const size_t head = static_cast<size_t>(kv_head) * group + i % group, slot = static_cast<size_t>(i) * pages + p;
-      const int from = l.window == 0 ? 0 : std::max(0, position - l.window + 1);
+      const int from = FirstSeen(l.window, position);
       all[i] = Query{&set.q[row * static_cast<size_t>(buffers_.q_stride) + head * l.head_dim], set.heads.at(row, head),
                      std::max(0, from - base), std::min(kPage - 1, position - base), best + slot, sums + slot, own.data() + slot * l.head_dim};
     }

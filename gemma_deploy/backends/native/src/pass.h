@@ -58,7 +58,6 @@ class Pass {
   void AttendRows(Worker& worker, int index);
   void AttendBlock(int thread, int index, const Rows& block, int kv_head);
   void Mlp(Worker& worker, int index);
-  int FirstPage(const LayerPlan& layer, int position) const;
 
   const Plan& plan_;
   const CacheLayout& layout_;

@@ -75,8 +75,6 @@ void Pool::Meet() {
 
 int Worker::count() const { return pool_->size(); }
 
-void Worker::Barrier() { pool_->Meet(); }
-
 int Worker::Take() { return pool_->next_[round_ % 3].fetch_add(1, std::memory_order_relaxed); }
 
 // Nobody counts the next round's units yet: whoever is here has left the round before this one.

@@ -13,16 +13,13 @@ namespace gemma {
 
 class Pool;
 
-// One thread's view of a function that all of them run. All of them call Each and Barrier in the same order.
+// One thread's view of a function that all of them run. All of them call Each in the same order.
 class Worker {
  public:
   Worker(Pool* pool, int index) : pool_(pool), index_(index) {}
 
   int index() const { return index_; }
   int count() const;
-
-  // Waits for all of them.
-  void Barrier();
 
   // Calls f(i) for every i below n, each once and by whichever thread is free; then waits for all of them.
   template <class F>

@@ -68,9 +68,6 @@ struct Plain {
   static F Nearest(F a) {
     return Each([&](int i) { return std::nearbyint(a.v[i]); });
   }
-  static F Sqrt(F a) {
-    return Each([&](int i) { return std::sqrt(a.v[i]); });
-  }
   // x * 2^n, n whole and from -126 to 127.
   static F Scale(F x, F n) {
     return Each([&](int i) { return std::ldexp(x.v[i], static_cast<int>(n.v[i])); });
@@ -91,11 +88,6 @@ struct Plain {
   }
   static F Float(I a) {
     return Each([&](int i) { return static_cast<float>(a.v[i]); });
-  }
-  static I Zero() { return I{}; }
-  static I Add(I a, I b) {
-    for (int i = 0; i < 16; i++) a.v[i] += b.v[i];
-    return a;
   }
   static I SetInt(int32_t x) {
     I r;
@@ -139,7 +131,7 @@ struct Plain {
   struct Acc {
     I sum;
   };
-  static Acc Begin() { return Acc{Zero()}; }
+  static Acc Begin() { return Acc{I{}}; }
   static void Dot(Acc& acc, const B& w, const X& x) {
     for (int i = 0; i < 16; i++) {
       int32_t sum = 0;
