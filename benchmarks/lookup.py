@@ -22,9 +22,9 @@ from gemma_deploy import paths
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime.draft import Draft
 from gemma_deploy.backends.onnxruntime.in_place import OrtModel, OrtSequence
-from gemma_deploy.backends.onnxruntime.lookup import History
-from gemma_deploy.backends.onnxruntime.speculative import Guesser, Speculative, best_of
 from gemma_deploy.runtime import Sampling, Tokenizer
+from gemma_deploy.runtime.lookup import History
+from gemma_deploy.runtime.speculative import Guesser, Speculative, best_of
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,13 +11,13 @@ import pytest
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime.genai import GenaiModel, GenaiSession
 from gemma_deploy.backends.onnxruntime.in_place import OrtModel, OrtSequence
-from gemma_deploy.backends.onnxruntime.lookup import History
-from gemma_deploy.backends.onnxruntime.speculative import Speculative, best_of
 from gemma_deploy.compile import compile_recipe
 from gemma_deploy.proving.requests import Request, patched_stage, two_artifacts
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.runtime import Tokenizer
 from gemma_deploy.runtime.generate import GenerationStats
+from gemma_deploy.runtime.lookup import History
+from gemma_deploy.runtime.speculative import Speculative, best_of
 from gemma_deploy.verifying import verify
 
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gemma_deploy.backends.onnxruntime.in_place import MOST_TOKENS
-from gemma_deploy.backends.onnxruntime.speculative import Guess
+from gemma_deploy.runtime.speculative import MOST_TOKENS, Guess
 
 LONGEST, SHORTEST = 3, 2  # tokens that must have occurred before
 

@@ -24,9 +24,10 @@ from typing import Protocol
 
 import numpy as np
 
-from gemma_deploy.backends.onnxruntime.in_place import MOST_TOKENS
 from gemma_deploy.errors import DeployError
 from gemma_deploy.runtime.sampling import Sampler
+
+MOST_TOKENS = 8  # in a step, the newest one and those guessed
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,29 @@ class Guesser(Protocol):
 
 
 class Decider(Protocol):
-    """The model that decides: see `OrtModel`."""
+    """The model that decides.
+
+    Attributes:
+        path: of its artifact; stop_ids: tokens that end a text; context_length: positions there are.
+        near_tie: largest logits closer than this are not told apart by several tokens in one step.
+    """
 
     path: Path
     near_tie: float
     stop_ids: frozenset[int]
+    context_length: int
+    vocab_size: int
 
     def sequence(self, room: int) -> Reader:
         """A new one, of so many tokens at most."""
 
 
 class Reader(Protocol):
-    """A sequence of it: see `OrtSequence`."""
+    """A sequence of it.
+
+    Attributes:
+        length: tokens that count; it may be set back by as many as `ahead` gave, if these were more than one.
+    """
 
     length: int
 

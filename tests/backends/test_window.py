@@ -13,8 +13,6 @@ from gemma_deploy.backends.onnxruntime.draft import Draft
 from gemma_deploy.backends.onnxruntime.exact import exact
 from gemma_deploy.backends.onnxruntime.genai import GenaiModel, GenaiSession
 from gemma_deploy.backends.onnxruntime.in_place import OrtModel, OrtSequence
-from gemma_deploy.backends.onnxruntime.lookup import History
-from gemma_deploy.backends.onnxruntime.speculative import Speculative
 from gemma_deploy.backends.onnxruntime.window import most_ahead, resident, window_problems, windowed_layers, windows_of
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.cli import main
@@ -22,6 +20,8 @@ from gemma_deploy.errors import RecipeError
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.runtime import Sampling, Tokenizer
 from gemma_deploy.runtime.generate import GenerationStats
+from gemma_deploy.runtime.lookup import History
+from gemma_deploy.runtime.speculative import Speculative
 from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
 from gemma_deploy.verifying import verify
 from tests.backends.make import off, open_session

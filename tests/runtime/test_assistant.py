@@ -13,7 +13,6 @@ from gemma_deploy.architectures.drafting import TOKEN_ORDERING
 from gemma_deploy.backends.onnxruntime import draft, drafter_proof
 from gemma_deploy.backends.onnxruntime.assistant import Assistant
 from gemma_deploy.backends.onnxruntime.drafter import _Drafter
-from gemma_deploy.backends.onnxruntime.speculative import Guess, Speculative
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import main
 from gemma_deploy.compile import compile_recipe
@@ -23,6 +22,7 @@ from gemma_deploy.parity.drafter import all_reading
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.runtime import Sampling
 from gemma_deploy.runtime.sampling import Sampler
+from gemma_deploy.runtime.speculative import Guess, Speculative
 from gemma_deploy.testing import TINY_CONFIGS, TINY_PER_LAYER, write_tiny_assistant
 from tests.runtime.make import compile_tiny, write_tokenizer
 from tests.runtime.test_draft import RUNS, Chain

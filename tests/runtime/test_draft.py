@@ -7,13 +7,13 @@ import pytest
 
 from gemma_deploy.backends.onnxruntime import draft
 from gemma_deploy.backends.onnxruntime.draft import Draft
-from gemma_deploy.backends.onnxruntime.speculative import Guess, Speculative
 from gemma_deploy.cli import main
 from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import UsageError
 from gemma_deploy.runtime import Sampling
 from gemma_deploy.runtime.generate import GenerationStats
 from gemma_deploy.runtime.sampling import Sampler
+from gemma_deploy.runtime.speculative import Guess, Speculative
 from tests.runtime.test_lookup import COUNT, greedy_of_transformers, one_by_one, opened
 
 GREEDY = Sampler()

@@ -11,12 +11,12 @@ import pytest
 
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime.engine import OrtEngine
-from gemma_deploy.backends.onnxruntime.lookup import History
 from gemma_deploy.backends.tvm_vacc.generate import StaticSession
 from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import ArtifactError, DeployError, NoArtifactError, UsageError
 from gemma_deploy.runtime import Sampling, Tokenizer
 from gemma_deploy.runtime.generate import GenerationStats
+from gemma_deploy.runtime.lookup import History
 from gemma_deploy.text import TextStream
 from tests.runtime.make import compile_tiny
 from tests.runtime.test_genai import eager

@@ -6,16 +6,15 @@ import numpy as np
 import pytest
 
 from gemma_deploy.artifact.opened import Artifact
-from gemma_deploy.backends.onnxruntime import speculative
 from gemma_deploy.backends.onnxruntime.engine import OrtSession
 from gemma_deploy.backends.onnxruntime.in_place import OrtModel, OrtSequence
-from gemma_deploy.backends.onnxruntime.lookup import History
-from gemma_deploy.backends.onnxruntime.speculative import Speculative
 from gemma_deploy.cli import main
 from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import DeployError, UsageError
-from gemma_deploy.runtime import Sampling, Tokenizer
+from gemma_deploy.runtime import Sampling, Tokenizer, speculative
 from gemma_deploy.runtime.generate import GenerationStats
+from gemma_deploy.runtime.lookup import History
+from gemma_deploy.runtime.speculative import Speculative
 from tests.manifests import manifest
 
 COUNT = 40  # with the prompt nine windows of 8

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.native.graph import plan_in
 from gemma_deploy.backends.native.library import Model, library_path
-from gemma_deploy.backends.onnxruntime.lookup import History
-from gemma_deploy.backends.onnxruntime.speculative import Speculative
 from gemma_deploy.errors import UsageError
 from gemma_deploy.names import PARAMS
+from gemma_deploy.runtime.cached import CachedSession
 from gemma_deploy.runtime.engine import Engine, Limits, Session
-from gemma_deploy.runtime.generate import GenerationStats, check_context
-from gemma_deploy.runtime.limits import check_tokens
 from gemma_deploy.runtime.sampling import Sampling
+from gemma_deploy.runtime.speculative import Reader
+from gemma_deploy.text import Tokenizer
 
 if TYPE_CHECKING:
     from gemma_deploy.parity.sources import LogitSource
 
-CACHE_BYTES = 8 << 30  # of all sessions together, at most; pages are taken as they are needed
 KERNELS = ("shipped", "strict")
 
 
@@ -67,87 +65,34 @@ class NativeSequence:
         return logits
 
 
-class NativeSession(Session):
-    """One sequence in the library.
-
-    Args:
-        lookup: guess ahead where the text repeats itself; greedy only.
-
-    Raises:
-        UsageError: what is drawn at random cannot be looked up.
-    """
+class NativeModel:
+    """An artifact's model in the library; see `Decider`."""
 
     near_tie = 0.0  # a token has the same logits in any company
 
-    def __init__(
-        self, engine: NativeEngine, model: Model, sampling: Sampling | None, *, endless: bool, lookup: bool
-    ) -> None:
-        super().__init__(engine.tokenizer, engine.path, () if endless else engine.stop_ids)
-        sampling = sampling if sampling is not None else Sampling()
-        if lookup and sampling.temperature > 0:
-            raise UsageError(
-                f"temperature {sampling.temperature:g}: what is drawn at random cannot be looked up",
-                where=str(engine.path),
-                next_step="decode greedily (temperature 0), or without lookup",
-            )
-        self._model, self._cache, self._lookup = model, NativeSequence(model), lookup
-        self._sampler, self._context = sampling.sampler(), model.context
-        self.reset()
-
-    def reset(self) -> None:
-        """See `Session`."""
-        self._ids: list[int] = []
-        self._answer: Sequence[int] = ()  # of the last reply, as far as it came
-        self._cache.length = 0
-
-    @property
-    def ids(self) -> list[int]:
-        """See `Session`."""
-        return [*self._ids, *self._answer]
-
-    def read(self, ids: Sequence[int]) -> np.ndarray:
-        """See `Session`."""
-        self._admitted(ids)
-        self._begin(ids, ())
-        return self._next()
-
-    def _admit(self, ids: list[int]) -> int:
-        check_context(len(ids), self._context, str(self.path), before=len(self.ids))
-        check_tokens(ids, self._model.vocabulary, "prompt")
-        return len(ids)
-
-    def _full(self) -> int | None:
-        return self._context if len(self._ids) + len(self._answer) == self._context else None
-
-    def _begin(self, ids: Sequence[int], answer: Sequence[int]) -> None:
-        self._ids, self._answer = [*self.ids, *ids], answer
-        self._cache.length = min(self._cache.length, len(self._ids) - len(ids))
-
-    def _next(self) -> np.ndarray:
-        """Read what the library does not have of the sequence: [V] logits behind it."""
-        return self._cache.read(self.ids[self._cache.length :])[0]
-
-    def _steps(self, ids: list[int], stats: GenerationStats) -> Iterator[Sequence[int]]:
-        self._begin(ids, stats.tokens)
-        if self._lookup:
-            yield from self._looked_up(stats)
-        while True:
-            token = self._sampler(self._next()[None])[0]
-            yield [token]
-            if token in self.stop_ids:  # not of the sequence
-                return
+    def __init__(self, path: Path, stop_ids: Collection[int], threads: int) -> None:
+        started = time.perf_counter()
+        self.path, self.stop_ids = path.resolve(), frozenset(stop_ids)
+        self._model = Model(plan_in(self.path), self.path / PARAMS, threads=threads)
+        self.context_length, self.vocab_size = self._model.context, self._model.vocabulary
+        self.load_seconds = time.perf_counter() - started
 
     def sequence(self, room: int) -> NativeSequence:
-        """What the library has of it: there is no other for looking ahead."""
-        return self._cache
+        """A new one; pages are taken as it grows."""
+        return NativeSequence(self._model)
 
-    def _looked_up(self, stats: GenerationStats) -> Iterator[Sequence[int]]:
-        ahead = Speculative(self, self._ids, self._context, guesser=History(self._ids), sequence=self._cache)
-        yield [ahead.first()]
-        while True:
-            taken = ahead.next()
-            stats.steps = ahead.steps
-            yield taken
+
+class NativeSession(CachedSession):
+    """One sequence in the library."""
+
+    def __init__(
+        self, model: NativeModel, tokenizer: Tokenizer, sampling: Sampling | None = None, **options: Any
+    ) -> None:
+        super().__init__(model, tokenizer, sampling, **options)
+        self.reset()
+
+    def _new_sequence(self) -> Reader:
+        return self._decider.sequence(self.max_length)
 
 
 class NativeEngine(Engine):
@@ -156,21 +101,13 @@ class NativeEngine(Engine):
     runtime = "native"
     kernel_names: Sequence[str] = KERNELS
 
-    def __init__(self, artifact: Artifact, *, threads: int = 0) -> None:
-        super().__init__(artifact, threads=threads)
-        self._seconds = 0.0
-
     def check_runtime(self) -> None:
         """See `Engine`."""
         library_path()
 
     @functools.cached_property
-    def _opened(self) -> Model:
-        started = time.perf_counter()
-        folder = self.path.resolve()
-        model = Model(plan_in(folder), folder / PARAMS, threads=self.threads, cache_bytes=CACHE_BYTES)
-        self._seconds = time.perf_counter() - started
-        return model
+    def _opened(self) -> NativeModel:
+        return NativeModel(self.path, self.stop_ids, self.threads)
 
     @property
     def limits(self) -> Limits:
@@ -181,7 +118,8 @@ class NativeEngine(Engine):
     @property
     def load_seconds(self) -> float:
         """See `Engine`."""
-        return self._seconds
+        opened = self.__dict__.get("_opened")
+        return opened.load_seconds if opened is not None else 0.0
 
     def session(
         self,
@@ -201,7 +139,7 @@ class NativeEngine(Engine):
             )
         with self._opening:
             model = self._opened
-        return NativeSession(self, model, sampling, endless=endless, lookup=lookup)
+        return NativeSession(model, self.tokenizer, sampling, max_length=max_length, endless=endless, lookup=lookup)
 
     def source(self, kernels: str | None = None, adapter: str | None = None) -> LogitSource:
         """See `Engine`."""

@@ -16,6 +16,7 @@ LIBRARY = "libgemma_deploy.so"
 FOLDER = Path(__file__).parent
 LEVEL_VARIABLE = "GEMMA_DEPLOY_KERNELS"
 MESSAGE_BYTES = 1000
+CACHE_BYTES = 8 << 30  # of all sequences together, at most; pages are taken as they are needed
 INSTALL = (
     "install a C++17 compiler (Debian: apt install g++) and the package again from its source, "
     "or a wheel of this platform"
@@ -123,7 +124,7 @@ class Model:
         parameters: Path,
         *,
         threads: int = 0,
-        cache_bytes: int,
+        cache_bytes: int = CACHE_BYTES,
         cache: str = "bfloat16",
         exact: bool = False,
     ) -> None:

@@ -18,7 +18,6 @@ from gemma_deploy.progress import Tick
 Kernels = Literal["strict", "shipped"]
 STRICT: Kernels = "strict"
 SHIPPED: Kernels = "shipped"
-CACHE_BYTES = 8 << 30  # at most; pages are taken as they are needed
 
 
 class NativeSource:
@@ -38,7 +37,6 @@ class NativeSource:
             plan_in(folder),
             folder / PARAMS,
             threads=threads,
-            cache_bytes=CACHE_BYTES,
             cache="float32" if strict else "bfloat16",
             exact=strict,
         )

@@ -18,11 +18,11 @@ from gemma_deploy.backends.onnxruntime import draft
 from gemma_deploy.backends.onnxruntime.draft import Drawing, check_draft
 from gemma_deploy.backends.onnxruntime.in_place import OrtModel, OrtSequence
 from gemma_deploy.backends.onnxruntime.options import GRAPH
-from gemma_deploy.backends.onnxruntime.speculative import Guess
 from gemma_deploy.errors import ArtifactError, UsageError
 from gemma_deploy.graph.contract import ENTERING, SHARED_KV, TOKEN_STATES
 from gemma_deploy.runtime.sampling import Sampler
 from gemma_deploy.runtime.session import VERIFY, load_file, open_graph
+from gemma_deploy.runtime.speculative import Guess
 from gemma_deploy.text.files import TOKENIZER
 
 if TYPE_CHECKING:

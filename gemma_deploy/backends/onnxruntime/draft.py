@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemma_deploy.backends.onnxruntime.in_place import MOST_TOKENS, OrtModel, OrtSequence
-from gemma_deploy.backends.onnxruntime.speculative import Guess, best_of
+from gemma_deploy.backends.onnxruntime.in_place import OrtModel, OrtSequence
 from gemma_deploy.errors import UsageError
 from gemma_deploy.runtime.sampling import Sampler
+from gemma_deploy.runtime.speculative import MOST_TOKENS, Guess, best_of
 
 if TYPE_CHECKING:
     from gemma_deploy.runtime.engine import Engine

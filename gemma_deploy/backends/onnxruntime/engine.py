@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from gemma_deploy.artifact.adapters import KeptAdapter, open_kept, slots_of
 from gemma_deploy.artifact.opened import Artifact
@@ -23,14 +21,12 @@ from gemma_deploy.backends.onnxruntime.assistant import Assistant, AssistantMode
 from gemma_deploy.backends.onnxruntime.draft import Draft, check_draft
 from gemma_deploy.backends.onnxruntime.genai import INSTALL, GenaiModel, GenaiSession, genai_installed, require_genai
 from gemma_deploy.backends.onnxruntime.in_place import NEAR_TIE, OrtModel, OrtSequence
-from gemma_deploy.backends.onnxruntime.lookup import History
-from gemma_deploy.backends.onnxruntime.speculative import Guesser, Speculative
 from gemma_deploy.errors import UsageError
 from gemma_deploy.reading import is_dir
+from gemma_deploy.runtime.cached import CachedSession
 from gemma_deploy.runtime.engine import Engine, Limits, Session
-from gemma_deploy.runtime.generate import GenerationStats, check_context
-from gemma_deploy.runtime.limits import check_tokens
 from gemma_deploy.runtime.sampling import Sampling
+from gemma_deploy.runtime.speculative import Guesser
 from gemma_deploy.text import Tokenizer
 
 if TYPE_CHECKING:
@@ -40,19 +36,13 @@ log = logging.getLogger(__name__)
 KERNELS = ("shipped", "strict")
 
 
-class OrtSession(Session):
+class OrtSession(CachedSession):
     """One sequence in ONNX Runtime, in a cache that is written in place.
 
     Args:
-        sampling: greedy by default.
-        max_length: tokens there may be in all; the cache is made for as many. The model's context by default.
-        endless: no stop token ends a reply.
-        lookup: guess ahead; greedy only.
+        model, tokenizer, sampling, max_length, endless, lookup: see `CachedSession`.
         draft: a smaller model that guesses ahead, or a drafter of this one.
         adapters: those that may be used, by name.
-
-    Raises:
-        UsageError: what is drawn at random cannot be looked up.
     """
 
     def __init__(
@@ -61,43 +51,24 @@ class OrtSession(Session):
         tokenizer: Tokenizer,
         sampling: Sampling | None = None,
         *,
-        max_length: int | None = None,
-        endless: bool = False,
-        lookup: bool = False,
         draft: OrtModel | AssistantModel | None = None,
         adapters: Mapping[str, KeptAdapter] = MappingProxyType({}),
+        **options: Any,
     ) -> None:
-        super().__init__(tokenizer, model.path, () if endless else model.stop_ids)
-        self.model, self.lookup, self._adapters = model, lookup, adapters
-        sampling = sampling if sampling is not None else Sampling()
-        if lookup and sampling.temperature > 0:
-            raise UsageError(
-                f"temperature {sampling.temperature:g}: what is drawn at random cannot be looked up",
-                where=str(model.path),
-                next_step="decode greedily (temperature 0), or without lookup",
-            )
-        self._sampler = sampling.sampler()
-        self.max_length = min(max_length or model.context_length, model.context_length)
-        self._draft = self._guesser(draft)
+        super().__init__(model, tokenizer, sampling, **options)
+        self.model, self._adapters = model, adapters
+        self._draft: Draft | Assistant | None = None
+        if isinstance(draft, AssistantModel):
+            self._draft = Assistant(draft, model, sampler=self._sampler)
+        elif draft is not None:
+            self._draft = Draft(draft, self.max_length, vocab_size=model.vocab_size, sampler=self._sampler)
         self.reset()
 
-    def _guesser(self, draft: OrtModel | AssistantModel | None) -> Draft | Assistant | None:
-        if draft is None:
-            return None
-        if isinstance(draft, AssistantModel):
-            return Assistant(draft, self.model, sampler=self._sampler)
-        return Draft(draft, self.max_length, vocab_size=self.model.vocab_size, sampler=self._sampler)
-
-    def reset(self) -> None:
-        """See `Session`."""
-        self._ids: list[int] = []
-        self._answer: Sequence[int] = ()  # of the last reply, as far as it came
-        self._begin_cache()
-
-    def _begin_cache(self) -> None:
-        """An empty cache for what the model computes with the adapter that is used."""
+    def _new_sequence(self) -> OrtSequence:
+        """For what the model computes with the adapter that is used."""
         matrices = None if self._adapter is None else self.model.adapters[self._adapter]
-        self._sequence = OrtSequence(self.model, self.max_length, matrices)
+        self._own = OrtSequence(self.model, self.max_length, matrices)
+        return self._own
 
     def _change_adapter(self, adapter: str | None) -> None:
         if adapter is not None and adapter not in self.model.adapters:
@@ -106,58 +77,14 @@ class OrtSession(Session):
         self.cancel()
         self._ids, self._answer = self.ids, ()
         self._adapter = adapter
-        self._begin_cache()
+        self._sequence = self._new_sequence()
 
-    @property
-    def ids(self) -> list[int]:
-        """See `Session`."""
-        return [*self._ids, *self._answer]
-
-    def read(self, ids: Sequence[int]) -> np.ndarray:
-        """See `Session`."""
-        self._admitted(ids)
-        self._begin(ids, ())
-        return np.array(self._sequence.read(self._ids[self._sequence.length :])[-1], np.float32)
-
-    def _admit(self, ids: list[int]) -> int:
-        check_context(len(ids), self.max_length, str(self.path), before=len(self.ids))
-        check_tokens(ids, self.model.vocab_size, "prompt")
-        return len(ids)
-
-    def _full(self) -> int | None:
-        return self.max_length if len(self._ids) + len(self._answer) == self.max_length else None
-
-    def _begin(self, ids: Sequence[int], answer: Sequence[int]) -> None:
-        """Add tokens to the sequence; of a step that looked ahead, only what was said is kept."""
-        self._ids, self._answer = [*self.ids, *ids], answer
-        self._sequence.length = min(self._sequence.length, len(self._ids) - len(ids))
-
-    def _steps(self, ids: list[int], stats: GenerationStats) -> Iterator[Sequence[int]]:
-        self._begin(ids, stats.tokens)
-        guesser: Guesser | None = History(self._ids) if self.lookup else self._draft
-        yield from self._one_by_one() if guesser is None else self._guessed(guesser, stats)
-
-    def _one_by_one(self) -> Iterator[Sequence[int]]:
-        sequence = self._sequence
-        rows = sequence.read(self._ids[sequence.length :])
-        while True:
-            token = self._sampler(rows[-1:])[0]
-            yield [token]
-            rows = sequence.feed([token])
-
-    def _guessed(self, guesser: Guesser, stats: GenerationStats) -> Iterator[Sequence[int]]:
+    def _guesser(self) -> Guesser | None:
         if isinstance(self._draft, Assistant):
-            self._draft.follow(self._ids, self._sequence)
+            self._draft.follow(self._ids, self._own)
         elif self._draft is not None:
             self._draft.follow(self._ids)
-        ahead = Speculative(
-            self.model, self._ids, self.max_length, guesser=guesser, sampler=self._sampler, sequence=self._sequence
-        )
-        yield [ahead.first()]
-        while True:
-            taken = ahead.next()
-            stats.steps = ahead.steps
-            yield taken
+        return self._draft if self._draft is not None else super()._guesser()
 
 
 class OrtEngine(Engine):

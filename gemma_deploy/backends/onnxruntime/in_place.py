@@ -20,11 +20,11 @@ from gemma_deploy.backends.onnxruntime.window import CACHES, capacity_of, empty_
 from gemma_deploy.errors import ArtifactError, UsageError
 from gemma_deploy.runtime.generate import stop_token_ids
 from gemma_deploy.runtime.session import VERIFY, as_compiled, load_file, open_graph
+from gemma_deploy.runtime.speculative import MOST_TOKENS
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, OrtValue
 
-MOST_TOKENS = 8  # in a step, the newest one and those guessed
 TOGETHER = 512  # tokens of a prompt, see CHUNKS in backend.py
 # Logits. Alone and among others the lead of a token differs by 2e-5 in fp32; with int8 kernels, real 270M, 440 tokens
 # of WikiText-2, by 0.06 (median), 0.3 to 0.4 (99 %), 0.7 (most); where the head alone is such a kernel, and linears are
