@@ -270,11 +270,11 @@ def errors_without(tree, argument):
 
 
 # What these have left to do.
-ELSEWHERE = ("runtime",)
+ELSEWHERE = ("runtime/chat.py", "runtime/sequence.py")
 
 
 @pytest.mark.parametrize(
-    "file", [file for file in sorted(PACKAGE.rglob("*.py")) if file.relative_to(PACKAGE).parts[0] not in ELSEWHERE],
+    "file", [file for file in sorted(PACKAGE.rglob("*.py")) if str(file.relative_to(PACKAGE)) not in ELSEWHERE],
     ids=lambda file: str(file.relative_to(PACKAGE)),
 )  # fmt: skip
 def test_every_error_says_what_to_do_next(file):
