@@ -7,19 +7,21 @@ which is built for this CPU), converts the checkpoint as its documentation says,
 after the other, ours before each: ours, peer 1, ours, peer 2, and so on, `--rounds` times over; figures are medians of
 the rounds, and ratios medians of neighbours. A process loads the model (its files in the page cache), gives the first
 token after a prompt of 512 (seconds since the process began), then, warm, prefills 512 and decodes 64 after 128,
-`--repeats` times. Memory is that of the largest process of a conversion, and VmHWM of a run. `--quality` adds
-perplexity, mean KL and top-1 against transformers in float32 with eager attention, over up to 16 windows of 512 tokens
-with BOS.
+`--repeats` times; `--prompt`, `--behind` and `--together` ask for other lengths, and for several texts at once. Memory
+is that of the largest process of a conversion, and VmHWM of a run. `--quality` adds perplexity, mean KL and top-1
+against transformers in float32 with eager attention, over up to 16 windows of 512 tokens with BOS.
 
 A peer that cannot be installed, converted or run has its last line in the table instead. Steps that are done are not
 done again: `--steps run` measures anew with what is there, `--again` converts again. Results: DIR/NAME/peers.md and
-peers.json. What is imported here needs nothing but Python itself; ours needs `gemma-deploy` in the environment of this
-script for `--recipe` only, and runs in onnxruntime-genai as released.
+peers.json (`--name` keeps those of other lengths apart). What is imported here needs nothing but Python itself; ours
+needs `gemma-deploy` in the environment of this script for `--recipe` and for artifacts of `backend.type: native`, which
+run in our library; others run in onnxruntime-genai as released. `--also` adds more artifacts of ours as rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import sys
@@ -34,7 +36,6 @@ from peer_runtimes.variants import HERE, VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("install", "convert", "run", "quality")
-TOKENS = 16 * 511  # what quality reads; speed needs fewer
 
 
 def main() -> None:
@@ -46,22 +47,25 @@ def main() -> None:
     place.mkdir(parents=True, exist_ok=True)
     paths = [path.resolve() if path else None for path in (arguments.lock, arguments.ours, arguments.recipe)]
     bench = Bench(arguments.checkpoint.resolve(), out, place, arguments.threads, *paths)
-    names, steps = arguments.variants, arguments.steps
+    also = {f"{NAME} {path.resolve().name}": path.resolve() for path in arguments.also}
+    sizes = [f"--{name}={getattr(arguments, name)}" for name in ("prompt", "behind", "together")]
+    bench = dataclasses.replace(bench, also=also, sizes=sizes)
+    names, steps = [*also, *arguments.variants], arguments.steps
     if arguments.recipe and not arguments.ours:
-        bench = Bench(bench.checkpoint, out, place, bench.threads, paths[0], place / "ours", paths[2])
+        bench = dataclasses.replace(bench, ours=place / "ours")
     problems = {}
     if "install" in steps:
-        for environment in dict.fromkeys(["genai", *(VARIANTS[name].environment for name in names)]):
+        for environment in dict.fromkeys(["genai", *(VARIANTS[name].environment for name in arguments.variants)]):
             log.info("installing %s", environment)
             try:
                 install(environment, out, arguments.torch_index)
             except PeerError as error:
                 problems[environment] = f"not installed: {error}"
                 log.info("%s: %s", environment, problems[environment])
-    tokenize(bench, arguments.text.resolve())
+    tokenize(bench, arguments.text.resolve(), arguments.tokens)
     results = Results(place / "results.json")
     if "convert" in steps:
-        for name in [NAME] * bool(bench.recipe) + names:
+        for name in [NAME] * bool(bench.recipe) + arguments.variants:
             done = "seconds" in results.values["conversions"].get(name, {}) and bench.opened(name).exists()
             if done and not arguments.again:
                 continue
@@ -84,7 +88,7 @@ def main() -> None:
     sys.stdout.write(table)
 
 
-def tokenize(bench: Bench, text: Path) -> None:
+def tokenize(bench: Bench, text: Path, count: int) -> None:
     """Token ids of the text, unless they are there.
 
     Raises:
@@ -94,7 +98,7 @@ def tokenize(bench: Bench, text: Path) -> None:
         return
     try:
         script = [python_of("genai", bench.out), HERE / "tokens.py"]
-        words = [*script, bench.checkpoint, text, bench.ids, TOKENS]
+        words = [*script, bench.checkpoint, text, bench.ids, count]
         run(list(map(str, words)), bench.log("ids", "tokens"))
     except PeerError as error:
         raise SystemExit(f"error: {text} could not be tokenized: {error}") from error
@@ -124,6 +128,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--name", help="of the model's directory under --out; the checkpoint's unless given")
     parser.add_argument("--ours", type=Path, metavar="ARTIFACT", help="that onnxruntime-genai can load")
+    parser.add_argument("--also", type=Path, nargs="+", default=[], metavar="ARTIFACT", help="of ours, one row each")
     parser.add_argument("--recipe", type=Path, help="compiled as ours, and timed; its artifact is --ours when given")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--steps", nargs="+", default=STEPS, choices=STEPS)
@@ -131,6 +136,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3, help="of the warm measurements in each process")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the long prompt")
+    parser.add_argument("--behind", type=int, default=128, help="tokens before those that are decoded")
+    parser.add_argument("--together", type=int, default=1, help="texts decoded at once; the rate is that of all")
+    parser.add_argument("--tokens", type=int, default=16 * 511, help="of the text, that are made")
     parser.add_argument("--text", type=Path, default=ROOT / "gemma_deploy" / "demo" / "heldout.txt")
     parser.add_argument("--quality", type=Path, nargs="?", const=Path(), metavar="LOG_PROBABILITIES.npy")
     parser.add_argument("--lock", type=Path, help="a file to lock (flock) while something is timed")

@@ -36,10 +36,10 @@ class Counting:
 
 
 def test_speed_reads_other_text_every_time():
-    from protocol import speed
+    from protocol import Sizes, speed
 
     engine = Counting()
-    found = speed(engine, TEXT, 3)
+    found = speed(engine, TEXT, 3, Sizes(2))
     assert found["prefill_tok_s"] == 512 / 2
     assert found["decode_tok_s"] == 64 / 4
     assert found["ttft_s"] > 0
@@ -49,11 +49,33 @@ def test_speed_reads_other_text_every_time():
     assert {prompt[0] for prompt in engine.prompts} == {2}
 
 
+def test_speed_of_other_lengths_and_of_several_texts_at_once():
+    from protocol import Sizes, speed
+
+    class Several(Counting):
+        def together(self, prompts, steps):
+            self.texts = prompts
+            return 8.0
+
+    sizes = Sizes(2, 700, 40, 4)
+    engine = Several()
+    found = speed(engine, TEXT, 2, sizes)
+    assert {len(prompt) for prompt in engine.prompts} == {700, 40}
+    assert found["prefill_tok_s"] == 700 / 2
+    assert found["decode_tok_s"] == 4 * 64 / 8
+    assert [len(text) for text in engine.texts] == [40] * 4
+    assert len(set(map(tuple, engine.texts))) == 4
+    assert Sizes(2).room == Sizes(2, 700, 40).room == 1024
+    assert Sizes(2, 512, 8192).room == 8192 + 128
+    with pytest.raises(RuntimeError, match="Counting decodes one text at a time"):
+        speed(Counting(), TEXT, 2, sizes)
+
+
 def test_a_short_text_is_refused():
-    from protocol import prompt
+    from protocol import piece
 
     with pytest.raises(ValueError, match="the text has 600 tokens, fewer than 1151"):
-        prompt({"bos": 2, "ids": list(range(600))}, 1, 512)
+        piece({"bos": 2, "ids": list(range(600))}, 640, 512)
 
 
 def test_quality_of_the_reference_itself_and_of_another():

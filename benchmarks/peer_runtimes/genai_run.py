@@ -8,22 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime_genai as og
-from protocol import CAPACITY, Generated, main
+from protocol import Generated, Sizes, main
 
 
 class Genai:
     """A model; every text gets a generator of its own."""
 
-    def __init__(self, path: Path, threads: int) -> None:
-        config = og.Config(str(path))
-        options = {"intra_op_num_threads": threads}
+    def __init__(self, path: Path, sizes: Sizes) -> None:
+        self.room, config = sizes.room, og.Config(str(path))
+        options = {"intra_op_num_threads": sizes.threads}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self.model = og.Model(config)
 
     def start(self) -> og.Generator:
         """An empty cache; end of text is never chosen, as `min_length` forbids it."""
         params = og.GeneratorParams(self.model)
-        params.set_search_options(max_length=CAPACITY, min_length=CAPACITY, do_sample=False, batch_size=1)
+        params.set_search_options(max_length=self.room, min_length=self.room, do_sample=False, batch_size=1)
         return og.Generator(self.model, params)
 
     def generate(self, prompt: list[int], steps: int) -> Generated:

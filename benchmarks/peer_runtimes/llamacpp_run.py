@@ -8,29 +8,53 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 from llama_cpp import Llama
-from protocol import CAPACITY, LONG, Generated, main
+from protocol import LONG, Generated, Sizes, main
 
 
 class LlamaCpp:
-    """A model with a context of one sequence, driven by `llama_decode` itself."""
+    """A model and its context, driven by `llama_decode` itself."""
 
-    def __init__(self, path: Path, threads: int) -> None:
-        sizes = {"n_ctx": CAPACITY, "n_batch": LONG, "n_ubatch": LONG}
-        self.model = Llama(str(path), **sizes, n_threads=threads, n_threads_batch=threads, verbose=False)
+    def __init__(self, path: Path, sizes: Sizes) -> None:
+        room = {"n_ctx": sizes.room * sizes.together, "n_batch": LONG, "n_ubatch": LONG}
+        threads = {"n_threads": sizes.threads, "n_threads_batch": sizes.threads}
+        if sizes.together > 1:
+            several(sizes.together)
+        self.model = Llama(str(path), **room, **threads, verbose=False)
 
     def decode(self, tokens: list[int], position: int, every: bool = False) -> np.ndarray:
         """Float [1 or tokens, vocabulary]: logits of the last token, or of every one."""
-        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
-        batch.n_tokens = len(tokens)
-        for at, token in enumerate(tokens):
-            batch.token[at], batch.pos[at], batch.n_seq_id[at], batch.seq_id[at][0] = token, position + at, 1, 0
-            batch.logits[at] = every or at == len(tokens) - 1
+        for at in range(0, len(tokens), LONG):
+            part = tokens[at : at + LONG]
+            last = len(part) - 1 if at + LONG >= len(tokens) else -1
+            self.compute([(token, position + at + n, 0, every or n == last) for n, token in enumerate(part)])
+        shape = (len(tokens) if every else 1, self.model.n_vocab())
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.model.ctx), shape=shape)
+
+    def compute(self, rows: list[tuple[int, int, int, bool]]) -> None:
+        """Tokens, their positions, their sequences, and whether logits are wanted."""
+        batch = llama_cpp.llama_batch_init(len(rows), 0, 1)
+        batch.n_tokens = len(rows)
+        for at, (token, position, sequence, wanted) in enumerate(rows):
+            batch.token[at], batch.pos[at], batch.n_seq_id[at] = token, position, 1
+            batch.seq_id[at][0], batch.logits[at] = sequence, wanted
         code = llama_cpp.llama_decode(self.model.ctx, batch)
         llama_cpp.llama_batch_free(batch)
         if code:
             raise RuntimeError(f"llama_decode gave {code}")
-        shape = (len(tokens) if every else 1, self.model.n_vocab())
-        return np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.model.ctx), shape=shape)
+
+    def together(self, prompts: list[list[int]], steps: int) -> float:
+        """Greedy, a sequence for each prompt: seconds of the steps."""
+        self.clear()
+        shape, tokens = (len(prompts), self.model.n_vocab()), [prompt[-1] for prompt in prompts]
+        for number, prompt in enumerate(prompts):
+            self.compute([(token, at, number, False) for at, token in enumerate(prompt[:-1])])
+        started = time.perf_counter()
+        for step in range(steps):
+            at = len(prompts[0]) - 1 + step
+            self.compute([(token, at, number, True) for number, token in enumerate(tokens)])
+            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.model.ctx), shape=shape)
+            tokens = [int(one) for one in logits.argmax(-1)]
+        return time.perf_counter() - started
 
     def clear(self) -> None:
         """Forget the text before."""
@@ -50,6 +74,18 @@ class LlamaCpp:
         """Of one prefill."""
         self.clear()
         return self.decode(window, 0, every=True)
+
+
+def several(count: int) -> None:
+    """Let contexts have `count` sequences: `Llama` itself has no word for it."""
+    default = llama_cpp.llama_context_default_params
+
+    def changed() -> llama_cpp.llama_context_params:
+        made = default()
+        made.n_seq_max = count
+        return made
+
+    llama_cpp.llama_context_default_params = llama_cpp.llama_cpp.llama_context_default_params = changed
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Bench:
     Args:
         out: environments, one for all models; place: artifacts and results of this model.
         ours: an artifact, or None; recipe: what compiles it, or None; lock: held while something is timed.
+        also: further artifacts of ours, by their names in the table; sizes: options of protocol.py, of every run.
     """
 
     checkpoint: Path
@@ -35,6 +36,8 @@ class Bench:
     lock: Path | None
     ours: Path | None
     recipe: Path | None
+    also: dict[str, Path] = field(default_factory=dict)
+    sizes: Command = field(default_factory=list)
 
     @property
     def ids(self) -> Path:
@@ -47,7 +50,8 @@ class Bench:
 
     def artifact(self, name: str) -> Path:
         """A variant's directory; ours is where it was said to be."""
-        return self.ours if name == NAME and self.ours else self.place / name.replace(" ", "-").lower()
+        given = self.ours if name == NAME else self.also.get(name)
+        return given or self.place / name.replace(" ", "-").lower()
 
     def opened(self, name: str) -> Path:
         """What a runner opens."""
@@ -56,7 +60,7 @@ class Bench:
     def command(self, name: str, *options: object) -> Command:
         """A run of a variant or of ours."""
         words = [str(self.ids), "--threads", str(self.threads), *map(str, options)]
-        if name == NAME:
+        if name == NAME or name in self.also:
             return run_ours(self.artifact(name), self.out, words)
         variant = VARIANTS[name]
         python = python_of(variant.environment, self.out)
@@ -152,7 +156,7 @@ def speed(bench: Bench, name: str, repeats: int) -> Record:
     """One process: load, first token, warm prefill and decode, peak RSS."""
     if not bench.opened(name).exists():
         raise PeerError("there is no artifact to run")
-    command = bench.command(name, "--repeats", repeats)
+    command = bench.command(name, "--repeats", repeats, *bench.sizes)
     read_all(bench.artifact(name))
     return json_of(run(command, bench.log(name, "run"), bench.environ()))
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import openvino
 import openvino_genai
-from protocol import Generated, main
+from protocol import Generated, Sizes, main
 
 
 class OpenVino:
     """The LLM pipeline for text; its model without the pipeline for logits, compiled when they are asked for."""
 
-    def __init__(self, path: Path, threads: int) -> None:
-        self.path, self.threads, self.request = path, threads, None
-        self.pipeline = openvino_genai.LLMPipeline(str(path), "CPU", INFERENCE_NUM_THREADS=threads)
+    def __init__(self, path: Path, sizes: Sizes) -> None:
+        self.path, self.threads, self.request = path, sizes.threads, None
+        self.pipeline = openvino_genai.LLMPipeline(str(path), "CPU", INFERENCE_NUM_THREADS=sizes.threads)
 
     def generate(self, prompt: list[int], steps: int) -> Generated:
         """Greedy; seconds of the steps are the pipeline's own time between tokens."""

@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 import torch
 from optimum.onnxruntime import ORTModelForCausalLM
-from protocol import Generated, main
+from protocol import Generated, Sizes, main
 from transformers.generation.streamers import BaseStreamer
 
 QUANTIZED = "model_quantized.onnx"
@@ -32,10 +32,10 @@ class Clock(BaseStreamer):
 class Optimum:
     """A model called by `generate`, which is how its documentation runs it."""
 
-    def __init__(self, path: Path, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, path: Path, sizes: Sizes) -> None:
+        torch.set_num_threads(sizes.threads)
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = sizes.threads
         name = QUANTIZED if (path / QUANTIZED).exists() else "model.onnx"
         self.model = ORTModelForCausalLM.from_pretrained(
             path, file_name=name, session_options=options, use_io_binding=False

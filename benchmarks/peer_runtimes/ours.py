@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -18,9 +19,11 @@ def compile_ours(recipe: Path, checkpoint: Path, out: Path) -> Command:
 
 
 def run_ours(artifact: Path, out: Path, options: Command) -> Command:
-    """A run: the artifact in onnxruntime-genai as released, by the runner that the builder's models have too.
+    """A run: in our library, or in onnxruntime-genai as released, by the runner that the builder's models have too.
 
     Args:
         options: of protocol.py, the ids first.
     """
+    if json.loads((artifact / "manifest.json").read_text())["recipe"]["backend"]["type"] == "native":
+        return [sys.executable, str(HERE / "native_run.py"), str(artifact), *options]
     return [str(python_of("genai", out)), str(HERE / "genai_run.py"), str(artifact), *options]

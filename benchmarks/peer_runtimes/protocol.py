@@ -5,8 +5,9 @@
 
 The first form measures speed: load, the first token after a prompt of 512 seen from the start of the process, then,
 warm, the prefill of 512 and 64 greedy steps after a prompt of 128, `--repeats` times, each time with other text so that
-no cache of prefixes helps. The second compares log-probabilities with those of `reference.py`. Imported by the runners
-only; each runs in its peer's environment, where gemma-deploy is not installed.
+no cache of prefixes helps; `--prompt` and `--behind` are other lengths than 512 and 128, and `--together 8` decodes 8
+texts at once where a runtime can. The second compares log-probabilities with those of `reference.py`. Imported by the
+runners only; each runs in its peer's environment, where gemma-deploy is not installed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 
 LONG, SHORT, STEPS, WINDOW = 512, 128, 64, 512
-CAPACITY = 1024  # tokens of cache; onnxruntime-genai's Gemma 3 graphs refuse less than their window of 512
+LEAST = 1024  # tokens of cache; onnxruntime-genai's Gemma 3 graphs refuse less than their window of 512
 BLOCK = 64  # rows of logits compared at a time
 
 
@@ -36,8 +37,27 @@ class Generated:
     decode_s: float
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What a runtime is opened for.
+
+    Args:
+        threads: it computes with; prompt: tokens of the long prompt; behind: of the short one; together: texts at once.
+    """
+
+    threads: int
+    prompt: int = LONG
+    behind: int = SHORT
+    together: int = 1
+
+    @property
+    def room(self) -> int:
+        """Tokens of cache that a text needs."""
+        return max(LEAST, self.prompt, self.behind + 2 * STEPS)
+
+
 class Engine(Protocol):
-    """A loaded model."""
+    """A loaded model; a runtime of several texts has `together(prompts, steps)` too: seconds of the steps."""
 
     def generate(self, prompt: list[int], steps: int) -> Generated:
         """One token after the prompt and `steps` more, end of text ignored, the cache empty before."""
@@ -46,39 +66,50 @@ class Engine(Protocol):
         """Float [tokens, vocabulary] of a window, the cache empty before."""
 
 
-def main(load: Callable[[Path, int], Engine]) -> None:
-    """Run what the command line asks for; `load` takes the artifact and the number of threads."""
+def main(load: Callable[[Path, Sizes], Engine]) -> None:
+    """Run what the command line asks for; `load` takes the artifact and sizes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("artifact", type=Path)
     parser.add_argument("ids", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--prompt", type=int, default=LONG)
+    parser.add_argument("--behind", type=int, default=SHORT)
+    parser.add_argument("--together", type=int, default=1)
     parser.add_argument("--quality", type=Path)
     arguments = parser.parse_args()
     text = json.loads(arguments.ids.read_text())
     started = time.perf_counter()
-    engine = load(arguments.artifact, arguments.threads)
+    sizes = Sizes(arguments.threads, arguments.prompt, arguments.behind, arguments.together)
+    engine = load(arguments.artifact, sizes)
     load_s = time.perf_counter() - started
     if arguments.quality:
         result = quality(engine, windows(text), np.load(arguments.quality, mmap_mode="r"), arguments.threads)
     else:
-        result = {"load_s": load_s, **speed(engine, text, arguments.repeats)}
+        result = {"load_s": load_s, **speed(engine, text, arguments.repeats, sizes)}
     print(json.dumps(result), flush=True)
 
 
-def speed(engine: Engine, text: dict[str, Any], repeats: int) -> dict[str, Any]:
+def speed(engine: Engine, text: dict[str, Any], repeats: int, sizes: Sizes) -> dict[str, Any]:
     """Seconds, rates and the memory at the end; the first token's seconds hold Python's start and all imports."""
-    first = engine.generate(prompt(text, 0, LONG), 0)
+    first = engine.generate(piece(text, 0, sizes.prompt), 0)
     ttft_s = seconds_since_start()
-    engine.generate(prompt(text, 0, SHORT), 4)
+    step = sizes.prompt + sizes.behind
+    engine.generate(piece(text, sizes.prompt, sizes.behind), 4)
     prefill, decode, tokens = [], [], first.tokens
-    for repeat in range(1, repeats + 1):
-        prefill.append(LONG / engine.generate(prompt(text, repeat, LONG), 0).first_s)
-        generated = engine.generate(prompt(text, repeat, SHORT), STEPS)
+    for start in range(step, (repeats + 1) * step, step):
+        prefill.append(sizes.prompt / engine.generate(piece(text, start, sizes.prompt), 0).first_s)
+        generated = engine.generate(piece(text, start + sizes.prompt, sizes.behind), STEPS)
         if len(generated.tokens) != STEPS + 1:
             raise RuntimeError(f"{len(generated.tokens)} tokens came, {STEPS + 1} were asked for")
         decode.append(STEPS / generated.decode_s)
         tokens = generated.tokens
+    if sizes.together > 1:
+        together = getattr(engine, "together", None)
+        if together is None:
+            raise RuntimeError(f"{type(engine).__name__} decodes one text at a time")
+        texts = [piece(text, at * sizes.behind, sizes.behind) for at in range(sizes.together)]
+        decode = [sizes.together * STEPS / together(texts, STEPS) for _ in range(repeats)]
     return {
         "ttft_s": ttft_s,
         "prefill_tok_s": float(np.median(prefill)),
@@ -90,13 +121,12 @@ def speed(engine: Engine, text: dict[str, Any], repeats: int) -> dict[str, Any]:
     }
 
 
-def prompt(text: dict[str, Any], repeat: int, length: int) -> list[int]:
-    """BOS and a piece of the text, another one for every repeat."""
-    start = repeat * (LONG + SHORT) + (LONG if length == SHORT else 0)
-    piece = text["ids"][start : start + length - 1]
-    if len(piece) != length - 1:
+def piece(text: dict[str, Any], start: int, length: int) -> list[int]:
+    """BOS and `length` - 1 tokens of the text."""
+    found = text["ids"][start : start + length - 1]
+    if len(found) != length - 1:
         raise ValueError(f"the text has {len(text['ids'])} tokens, fewer than {start + length - 1}")
-    return [text["bos"], *piece]
+    return [text["bos"], *found]
 
 
 def windows(text: dict[str, Any]) -> list[list[int]]:

@@ -73,13 +73,13 @@ class NativeModel:
     def __init__(self, path: Path, stop_ids: Collection[int], threads: int) -> None:
         started = time.perf_counter()
         self.path, self.stop_ids = path.resolve(), frozenset(stop_ids)
-        self._model = Model(plan_in(self.path), self.path / PARAMS, threads=threads)
-        self.context_length, self.vocab_size = self._model.context, self._model.vocabulary
+        self.library = Model(plan_in(self.path), self.path / PARAMS, threads=threads)
+        self.context_length, self.vocab_size = self.library.context, self.library.vocabulary
         self.load_seconds = time.perf_counter() - started
 
     def sequence(self, room: int) -> NativeSequence:
         """A new one; pages are taken as it grows."""
-        return NativeSequence(self._model)
+        return NativeSequence(self.library)
 
 
 class NativeSession(CachedSession):
