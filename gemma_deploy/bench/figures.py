@@ -91,6 +91,7 @@ def measure(
     return {
         "artifact": artifact.manifest.name,
         "runtime": engine.runtime,
+        "level": engine.level,
         "prompt_tokens": prompt_tokens,
         "decode_after_tokens": after,
         "decode_tokens": decode_tokens,

@@ -112,7 +112,8 @@ def _table(measured: Mapping[str, Any]) -> Table:
     from gemma_deploy.machine import size
 
     threads = f"{measured['threads']} threads{' (all cores)' if measured['all_cores'] else ''}"
-    table = Table(title=f"{measured['artifact']}, {measured['runtime']}, {threads}", show_header=False)
+    runtime = f"{measured['runtime']} {measured['level']}".rstrip()
+    table = Table(title=f"{measured['artifact']}, {runtime}, {threads}", show_header=False)
     share, decode = measured["share_of_bandwidth"], measured["decode_tok_s"]
     rows = {
         f"prefill of {measured['prompt_tokens']} tokens": f"{measured['prefill_tok_s']:.1f} tokens/s",

@@ -48,7 +48,7 @@ def command(path: str, adapter: tuple[AdapterRef, ...], params: bool, as_json: b
         if adapter:
             raise click.UsageError("--adapter goes with a checkpoint; an artifact says what was added to it")
         manifest = artifact.manifest
-        more = runtime_adapters(artifact) | encoder_facts(manifest.model.sentence)
+        more = runtime_adapters(artifact) | encoder_facts(manifest.model.sentence) | kernel_facts(artifact)
         facts, tensors = artifact_facts(manifest) | more, manifest.table.to_json()
     else:
         checkpoint = Checkpoint.open(resolve_checkpoint(path), adapter, encoder=True)
@@ -141,6 +141,20 @@ def runtime_adapters(artifact: Artifact) -> dict[str, Any]:
         )
     takes = f"of rank {slots.rank} at most, {slots.dtype}, on {len(slots.linears)} linears"
     return {"adapters": {"takes": takes, "keeps": len(rows) or "none"}, "kept adapters": rows}
+
+
+def kernel_facts(artifact: Artifact) -> dict[str, Any]:
+    """Which kernels of this program's own an artifact is computed with here; nothing where it has others."""
+    from gemma_deploy.engine import open_engine
+    from gemma_deploy.errors import UsageError
+
+    if artifact.manifest.model.sentence is not None:  # no engine makes text of it
+        return {}
+    try:
+        level = open_engine(artifact).level
+    except UsageError as error:
+        level = error.what
+    return {"kernels": {"level on this machine": level}} if level else {}
 
 
 def encoder_facts(head: SentenceHead | None) -> dict[str, Any]:

@@ -127,6 +127,15 @@ class Engine(ABC):
         """
 
     @property
+    def level(self) -> str:
+        """The level of CPU features that its kernels are of; "" where they are not this program's own.
+
+        Raises:
+            UsageError: what computes it is not installed, or a level is asked for that this processor lacks.
+        """
+        return ""
+
+    @property
     @abstractmethod
     def limits(self) -> Limits:
         """What can be asked of it."""

@@ -340,3 +340,18 @@ def test_nothing_is_compiled_without_the_library(monkeypatch, tmp_path):
     with pytest.raises(NotBuiltError, match="the library of native was not built with this package: install a C"):
         compile_recipe(recipe_of(tmp_path, "gemma2", "w8a16"))
     assert not (tmp_path / "w").exists()
+
+
+def test_inspect_and_bench_name_the_level(compiled, monkeypatch, capsys):
+    best = library.levels()[0]
+    assert open_engine(compiled).level == best
+    assert main(["inspect", str(compiled)]) == 0
+    assert f"level on this machine | {best}" in " ".join(capsys.readouterr().out.replace("│", "|").split())
+    monkeypatch.setenv(library.LEVEL_VARIABLE, "plain")
+    assert main(["inspect", str(compiled), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kernels"] == {"level on this machine": "plain"}
+    assert main(["bench", str(compiled), "--prompt-tokens", "8", "--decode-tokens", "4", "--repeat", "1"]) == 0
+    assert "x, native plain, " in capsys.readouterr().out
+    monkeypatch.setenv(library.LEVEL_VARIABLE, "sse9")
+    assert main(["inspect", str(compiled), "--json"]) == 0
+    assert "no such level" in json.loads(capsys.readouterr().out)["kernels"]["level on this machine"]

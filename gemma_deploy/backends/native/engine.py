@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma_deploy.backends.native.graph import plan_in
-from gemma_deploy.backends.native.library import Model, library_path
+from gemma_deploy.backends.native.library import Model, level_here, library_path
 from gemma_deploy.errors import UsageError
 from gemma_deploy.names import PARAMS
 from gemma_deploy.runtime.cached import CachedSession
@@ -104,6 +104,11 @@ class NativeEngine(Engine):
     def check_runtime(self) -> None:
         """See `Engine`."""
         library_path()
+
+    @property
+    def level(self) -> str:
+        """See `Engine`."""
+        return level_here()
 
     @functools.cached_property
     def _opened(self) -> NativeModel:

@@ -102,6 +102,15 @@ def level_wanted() -> str:
     return wanted
 
 
+def level_here() -> str:
+    """The level that models are opened with: what the environment forces, or the best that this processor runs.
+
+    Raises:
+        UsageError: the library was not built, or this processor has no level of that name.
+    """
+    return level_wanted() or levels()[0]
+
+
 class Model:
     """A model that the library has open. One call at a time is computed; any thread may make it.
 
