@@ -6,6 +6,7 @@ the keys and values of earlier ones; 26B-A4B, whose layers have experts beside t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -46,6 +47,7 @@ PER_LAYER_SIZE = 256  # of transformers' Gemma4TextConfig
 PER_LAYER = "per_layer_config"
 EXPERT_KEYS = ("num_experts", "top_k_experts", "moe_intermediate_size")  # none has a default
 SIZES = ("head_dim", "num_key_value_heads")  # what of a layer that key may change
+LAYER_NUMBER = re.compile(r"[0-9]{1,4}")
 DEFAULT_ROPE: Mapping[str, Mapping[str, Any]] = {
     SLIDING: {"rope_type": "default", "rope_theta": 1e4},
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
@@ -75,7 +77,7 @@ UNIFIED_DEFAULTS = {**TEXT_DEFAULTS, "sliding_window": 1024, "max_position_embed
 
 def read(keys: ConfigKeys, size: Mapping[str, int], layers: int) -> Facts:
     """What config.json says about a Gemma 4, defaults filled in."""
-    layer_types = _layer_types(keys, layers)
+    layer_types = full_at_last(keys, layers)
     keys.boolean("use_double_wide_mlp", False)
     check_sharing(keys, layer_types, default=0)
     keys.boolean("attention_k_eq_v", False)
@@ -84,13 +86,15 @@ def read(keys: ConfigKeys, size: Mapping[str, int], layers: int) -> Facts:
         if keys.raw.get("num_global_key_value_heads") is not None:
             keys.integer("num_global_key_value_heads")
     else:
-        _check_per_layer(keys, layers)
+        check_per_layer(keys, layers)
     if not keys.problems:
-        _check_sizes(keys, size, layer_types)
+        of_most = size["num_key_value_heads"], size["head_dim"]
+        sizes = [_sizes(keys.raw, kind, index, of_most) for index, kind in enumerate(layer_types)]
+        check_sizes(keys, sizes, layer_types, heads=size["num_attention_heads"])
     return Facts(
         layer_types=layer_types,
         sliding_window=keys.integer("sliding_window", default=WINDOW) if SLIDING in layer_types else None,
-        rope=_ropes(keys, layer_types),
+        rope=ropes(keys, layer_types, DEFAULT_ROPE),
         query_pre_attn_scalar=1.0,  # scores are not scaled: the norms of queries and keys carry it
         max_position_embeddings=keys.integer("max_position_embeddings", default=131072),
         hidden_activation=activation(keys, ACTIVATION_KEY),
@@ -177,8 +181,9 @@ def keys_of_part(layers: Sequence[LayerSpec]) -> dict[str, Any]:
     return found
 
 
-def _layer_types(keys: ConfigKeys, layers: int) -> tuple[LayerType, ...]:
-    layer_types = given_layer_types(keys, layers) or by_pattern(layers, PATTERN)
+def full_at_last(keys: ConfigKeys, layers: int, pattern: int = PATTERN) -> tuple[LayerType, ...]:
+    """`layer_types`, or every `pattern`-th layer full; the last one's is what transformers makes of it."""
+    layer_types = given_layer_types(keys, layers) or by_pattern(layers, pattern)
     if layer_types[-1] != FULL:
         keys.warn(f"the last layer is one of {FULL}, whatever layer_types says, as in transformers")
     return (*layer_types[:-1], FULL)
@@ -190,40 +195,52 @@ def _sizes(raw: Mapping[str, Any], kind: LayerType, index: int, of_most: tuple[i
     Args:
         of_most: those that the config has for all.
     """
-    heads, dim = of_most
-    given = raw.get(PER_LAYER)
-    if given is not None:
-        own: Mapping[str, int] = next((one for number, one in given.items() if int(number) == index), {})
-        return own.get("num_key_value_heads", heads), own.get("head_dim", dim)
+    if raw.get(PER_LAYER) is not None:
+        return given_sizes(raw, index, of_most)
     if kind != FULL:
         return of_most
     fewer = raw.get("num_global_key_value_heads") if raw.get("attention_k_eq_v") else None
-    return heads if fewer is None else fewer, raw.get("global_head_dim", GLOBAL_HEAD_DIM)
+    return of_most[0] if fewer is None else fewer, raw.get("global_head_dim", GLOBAL_HEAD_DIM)
 
 
-def _check_per_layer(keys: ConfigKeys, layers: int) -> None:
-    """What may be wrong with `per_layer_config` by itself."""
-    numbers = {str(index) for index in range(layers)}
+def given_sizes(raw: Mapping[str, Any], index: int, of_most: tuple[int, int]) -> tuple[int, int]:
+    """KV heads and head_dim of a layer by `per_layer_config`."""
+    own: Mapping[str, int] = next((one for number, one in raw[PER_LAYER].items() if int(number) == index), {})
+    return own.get("num_key_value_heads", of_most[0]), own.get("head_dim", of_most[1])
+
+
+def check_per_layer(keys: ConfigKeys, layers: int) -> None:
+    """What may be wrong with `per_layer_config` by itself. transformers writes numbers of one width: 05, 11."""
+    seen: set[int] = set()
     for number, own in keys.mapping(PER_LAYER).items():
-        where = f"{PER_LAYER}.{number}"
-        if str(number) not in numbers:
+        where, plain = f"{PER_LAYER}.{number}", LAYER_NUMBER.fullmatch(str(number))
+        if plain is None or int(plain[0]) >= layers:
             keys.problem(where[:80], number, f"the number of a layer, 0 to {layers - 1}")
-        elif not isinstance(own, dict):
+            continue
+        if int(plain[0]) in seen:
+            keys.problem(where, number, f"each layer once, and {int(plain[0])} is there already")
+        seen.add(int(plain[0]))
+        if not isinstance(own, dict):
             keys.problem(where, own, "an object")
-        else:
-            for key, value in own.items():
-                if key not in SIZES:
-                    keys.problem(f"{where}.{key}", value, f"{' and '.join(SIZES)} alone: nothing else is built")
-                elif type(value) is not int or not 0 < value <= 2**31:
-                    keys.problem(f"{where}.{key}", value, "a whole number from 1 on")
+            continue
+        for key, value in own.items():
+            if key not in SIZES:
+                keys.problem(f"{where}.{key}", value, f"{' and '.join(SIZES)} alone: nothing else is built")
+            elif type(value) is not int or not 0 < value <= 2**31:
+                keys.problem(f"{where}.{key}", value, "a whole number from 1 on")
 
 
-def _check_sizes(keys: ConfigKeys, size: Mapping[str, int], layer_types: Sequence[LayerType]) -> None:
-    """That heads can be shared out in every layer, and that layers of one kind are alike, as their rotary table is."""
-    of_most, heads = (size["num_key_value_heads"], size["head_dim"]), size["num_attention_heads"]
+def check_sizes(
+    keys: ConfigKeys, sizes: Sequence[tuple[int, int]], layer_types: Sequence[LayerType], *, heads: int
+) -> None:
+    """That heads can be shared out in every layer, and that layers of one kind are alike, as their rotary table is.
+
+    Args:
+        sizes: KV heads and head_dim of each layer; heads: of queries.
+    """
     first: dict[LayerType, tuple[int, int]] = {}
-    for index, kind in enumerate(layer_types):
-        kv_heads, head_dim = own = _sizes(keys.raw, kind, index, of_most)
+    for index, (kind, own) in enumerate(zip(layer_types, sizes, strict=True)):
+        kv_heads, head_dim = own
         if first.setdefault(kind, own) != own:
             keys.problems.append(
                 f"{PER_LAYER}: layer {index} ({kind}) has {kv_heads} key/value heads of {head_dim}, and the first of "
@@ -236,9 +253,15 @@ def _check_sizes(keys: ConfigKeys, size: Mapping[str, int], layer_types: Sequenc
             )
 
 
-def _ropes(keys: ConfigKeys, layer_types: Sequence[LayerType]) -> dict[LayerType, Rope]:
-    """Rotary settings of each kind of layer."""
-    parameters, found = keys.mapping("rope_parameters") or DEFAULT_ROPE, {}
+def ropes(
+    keys: ConfigKeys, layer_types: Sequence[LayerType], default: Mapping[str, Mapping[str, Any]]
+) -> dict[LayerType, Rope]:
+    """Rotary settings of each kind of layer.
+
+    Args:
+        default: where config.json says nothing.
+    """
+    parameters, found = keys.mapping("rope_parameters") or default, {}
     for kind in (kind for kind in (FULL, SLIDING) if kind in layer_types):
         entry, where = parameters.get(kind), f"rope_parameters.{kind}"
         if not isinstance(entry, Mapping):

@@ -73,13 +73,15 @@ def test_tensors_are_those_of_the_stock_class():
     assert expected_tensors(parse(TINY)) == shapes
 
 
-def test_what_transformers_saves_is_read_with_its_sizes_by_layer(tmp_path):
-    """`per_layer_config` in the place of the two keys of published files."""
-    raw = {key: value for key, value in TINY.items() if key != "model_type"}
+@pytest.mark.parametrize(("layers", "numbers"), [(7, ["5", "6"]), (12, ["05", "11"])])
+def test_what_transformers_saves_is_read_with_its_sizes_by_layer(layers, numbers):
+    """`per_layer_config` in the place of the two keys of published files, numbers of one width."""
+    tiny = TINY | {"num_hidden_layers": layers}
+    raw = {key: value for key, value in tiny.items() if key != "model_type"}
     saved = json.loads(transformers.Gemma4TextConfig(**raw).to_json_string())
     assert "global_head_dim" not in saved
-    assert saved["per_layer_config"]
-    assert parse(saved).layers == parse(TINY).layers
+    assert [*saved["per_layer_config"]] == numbers
+    assert parse(saved).layers == parse(tiny).layers
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +148,10 @@ def test_a_layer_without_its_number_is_refused(tmp_path):
         ({"per_layer_config": [64]}, "per_layer_config: got [64], expected an object"),
         ({"per_layer_config": {"5": {"head_dim": 64}}}, "layer 6 (full_attention) has 2 key/value heads of 32"),
         ({"per_layer_config": {"9" * 5000: {}}}, "expected the number of a layer, 0 to 6"),
-        ({"per_layer_config": {"03": {}}}, "per_layer_config.03: got '03', expected the number of a layer, 0 to 6"),
+        ({"per_layer_config": {"07": {}}}, "per_layer_config.07: got '07', expected the number of a layer, 0 to 6"),
+        ({"per_layer_config": {"3": {}, "03": {}}}, "per_layer_config.03: got '03', expected each layer once, and 3"),
+        ({"per_layer_config": {"": {}}}, "expected the number of a layer, 0 to 6"),
+        ({"per_layer_config": {"\u0663": {}}}, "expected the number of a layer, 0 to 6"),
         ({"rope_parameters": {SLIDING: {"rope_theta": 1e4}}}, "rope_parameters.full_attention: got None, expected"),
         (
             {"rope_parameters": {SLIDING: {}, FULL: {"rope_type": "proportional", "partial_rotary_factor": 2}}},
