@@ -332,10 +332,9 @@ def _model_problems(spec: BuildSpec, config: ModelConfig) -> list[str]:
         return problems
     problems = division_problems(config, spec.split_points, spec.ranks, align_qkv=spec.align_qkv)
     problems += backend(spec.backend).model_problems(spec, config)
-    if spec.per_layer_table is not None and not (spec.scheme.codes and config.per_layer):
-        why = (
-            "this model has no table of per-layer vectors" if config.per_layer is None else f"{spec.scheme} has floats"
-        )
+    has_table = config.per_layer is not None and bool(config.per_layer.rows)
+    if spec.per_layer_table is not None and not (spec.scheme.codes and has_table):
+        why = f"{spec.scheme} has floats" if has_table else "this model has no table of per-layer vectors"
         problems.append(f"frontend.quantize.per_layer_table: {why}: remove it")
     if spec.scheme.codes:
         channels = input_channels(config, spec.ranks)
@@ -345,4 +344,4 @@ def _model_problems(spec: BuildSpec, config: ModelConfig) -> list[str]:
 
 def storage_of_model(spec: BuildSpec, config: ModelConfig) -> Storage:
     """What the matrices of a model are stored as."""
-    return spec.storage(config.hidden_size, None if config.per_layer is None else config.per_layer.size)
+    return spec.storage(config.hidden_size, config.per_layer)

@@ -21,6 +21,8 @@ LAYERS = "model.layers."
 PER_LAYER_TABLE = "model.embed_tokens_per_layer"  # rows of a vector for each layer
 PER_LAYER_PROJECTION = "model.per_layer_model_projection"
 PER_LAYER_NORM = "model.per_layer_projection_norm"
+PLE_PROJECTION = "model.ple.per_layer_model_projection"  # likewise, of a model that has no table of vectors
+PLE_NORM = "model.ple.per_layer_projection_norm"
 PER_LAYER_VECTORS = "model.per_layer_inputs"  # the value in a graph: what those three make of a token
 LAST_POSITION = "model.last_position"  # begins the names of values in a graph that are cut down to it
 STREAM_PROJECTION = "model.altup_projections"  # and a number: makes a stream of the embeddings
@@ -28,6 +30,7 @@ STREAM_UNEMBED = "model.altup_unembed_projections"  # and a number: what a strea
 STREAMS = "model.streams"  # the value in a graph: what the first layer reads of the embeddings
 NORM = "model.norm"
 NORM_WEIGHT = "model.norm.weight"
+TOKEN_PROJECTION = "model.embedding_projection"  # of some encoders: of each token, behind the last norm
 HEAD = "lm_head"
 HEAD_WEIGHT = "lm_head.weight"
 

@@ -107,8 +107,20 @@ def patched_stack(config: ModelConfig, **changes: Any) -> nn.Module:
 
 
 def patched_causal(config: ModelConfig, **changes: Any) -> nn.Module:
-    """The causal LM on the meta device; see `patched_config`."""
-    return _on_meta(config, config.architecture.patched.causal, changes)
+    """The causal LM on the meta device; of an encoder that has no such class, its stack as `model`, without a head.
+
+    See `patched_config`.
+    """
+    row = config.architecture.patched
+    if row.causal is not None:
+        return _on_meta(config, row.causal, changes)
+    from torch import nn
+
+    whole: Any = nn.Module()
+    whole.model, whole.lm_head = _on_meta(config, row.stack, changes), None
+    whole.config = whole.model.config
+    headless: nn.Module = whole
+    return headless
 
 
 def one_layer_of_each_template(config: ModelConfig) -> dict[str, Any]:

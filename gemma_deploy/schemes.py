@@ -13,7 +13,14 @@ from typing import Any, Literal, cast
 
 from gemma_deploy.architectures import cached_kinds
 from gemma_deploy.bounds import Size
-from gemma_deploy.names import PER_LAYER_PROJECTION, PER_LAYER_TABLE, STREAM_PROJECTION, STREAM_UNEMBED
+from gemma_deploy.names import (
+    PER_LAYER_PROJECTION,
+    PER_LAYER_TABLE,
+    PLE_PROJECTION,
+    STREAM_PROJECTION,
+    STREAM_UNEMBED,
+    TOKEN_PROJECTION,
+)
 
 Bits = Literal[4, 8]
 SMALLEST_BLOCK = 16  # of MatMulNBits
@@ -25,7 +32,7 @@ KEPT_W8: tuple[str, ...] = cached_kinds()
 # these in 4 bits too 0.0216 and 0.0332. No weights of a trained one were at hand.
 KEPT_PER_LAYER = ("per_layer_input_gate", "per_layer_projection")
 # These have 8 bits and a scale for each row, whatever the others have: matrices of no layer, and kinds of low rank.
-WHOLE_ROWS = (PER_LAYER_PROJECTION, STREAM_PROJECTION, STREAM_UNEMBED)
+WHOLE_ROWS = (PER_LAYER_PROJECTION, PLE_PROJECTION, STREAM_PROJECTION, STREAM_UNEMBED)
 LOW_RANK = ("linear_left", "linear_right")
 
 
@@ -80,6 +87,8 @@ class Storage:
         """Codes of a linear, a table or the LM head, by its path; None for float16."""
         if module == PER_LAYER_TABLE:
             return self.per_layer
+        if module == TOKEN_PROJECTION:  # 0.15 % of EmbeddingGemma 2, and everything passes through it
+            return None
         if module.startswith(WHOLE_ROWS):
             return Codes()
         return self.linear(module) if ".layers." in module else self.table

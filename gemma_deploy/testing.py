@@ -89,7 +89,7 @@ def write_tiny_checkpoint(path: Path, model_type: str, *, seed: int = 0, dtype: 
     from gemma_deploy.checkpoint.config import ModelConfig
     from gemma_deploy.checkpoint.expected import expected_tensors
 
-    raw = {**TINY_CONFIGS[model_type], **changes}
+    raw = {**TINY_CONFIGS.get(model_type, {}), **changes, "model_type": model_type}
     unit = 1 - architecture_of(model_type).norm_offset  # the weight of a norm that changes nothing
     path.mkdir(parents=True, exist_ok=True)
     (path / CONFIG).write_text(json.dumps(raw, indent=1))
@@ -150,6 +150,13 @@ def _encode(values: np.ndarray, dtype: str) -> bytes:
 TINY_ENCODER: dict[str, Any] = {
     **TINY_CONFIGS["gemma3_text"], "architectures": ["Gemma3TextModel"], "use_bidirectional_attention": True,
 }  # fmt: skip
+# EmbeddingGemma 2: besides, layers of two sizes, a vector of each token for each of them, a projection of each token.
+TINY_ENCODER2: dict[str, Any] = {
+    **_COMMON, "model_type": "embedding_gemma2_text", "architectures": ["EmbeddingGemma2TextModel"],
+    "hidden_activation": "gelu_pytorch_tanh", "num_hidden_layers": 7, "num_key_value_heads": 2,
+    "max_position_embeddings": 512, "sliding_window": 5, "sliding_window_pattern": 3, "global_head_dim": 64,
+    "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 96, "embedding_dim": 160,
+}  # fmt: skip
 TINY_PROMPTS = {"query": "task: search result | query: ", "document": "title: none | text: "}
 
 
@@ -168,16 +175,33 @@ def write_tiny_encoder(
     write_tiny_checkpoint(path, raw["model_type"], seed=seed, dtype=dtype, **changes)
     stored = _stored(path / WEIGHTS)  # named as a stack without a head is saved
     _write_safetensors(path / WEIGHTS, {name.removeprefix("model."): values for name, values in stored.items()})
-    library, width, rng = "sentence_transformers.models", raw["hidden_size"], np.random.default_rng(seed + 1)
-    modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
-    modules += [("Dense", f"{number}_Dense") for number in range(2, 2 + len(dense))]
-    modules.append(("Normalize", f"{2 + len(dense)}_Normalize"))
-    listed = [
-        {"idx": i, "name": str(i), "path": one, "type": f"{library}.{kind}"} for i, (kind, one) in enumerate(modules)
-    ]
-    _write(path / "modules.json", listed)
-    pooling = {"word_embedding_dimension": width, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
-    _write(path / "1_Pooling" / CONFIG, {**pooling, "include_prompt": True})
+    return _behind(path, raw["hidden_size"], dense, dtype=dtype, seed=seed + 1)
+
+
+def write_tiny_encoder2(
+    path: Path, *, seed: int = 0, dtype: str = "BF16", dense: Sequence[int] = (), **changes: Any
+) -> Path:
+    """Write a tiny random EmbeddingGemma 2, its text model as published: beside others, and without dense layers.
+
+    Args:
+        dtype: "BF16" or "F32", of the weights on disk; dense: as of `write_tiny_encoder`.
+        changes: keys of the text_config to set.
+    """
+    raw = {key: value for key, value in {**TINY_ENCODER2, **changes}.items() if key != "model_type"}
+    write_tiny_checkpoint(path, TINY_ENCODER2["model_type"], seed=seed, dtype=dtype, **raw)
+    around = {"model_type": "embedding_gemma2", "architectures": ["EmbeddingGemma2Model"], "vision_config": None}
+    _write(path / CONFIG, {**around, "audio_config": None, "text_config": {**TINY_ENCODER2, **changes}})
+    stored = {f"language_model.{name.removeprefix('model.')}": one for name, one in _stored(path / WEIGHTS).items()}
+    shape = (2, 3)
+    stored["embed_vision.embedding_projection.weight"] = (dtype, shape, _encode(np.ones(shape, np.float32), dtype))
+    _write_safetensors(path / WEIGHTS, stored)
+    return _behind(path, raw["embedding_dim"], dense, dtype=dtype, seed=seed + 1)
+
+
+def _behind(path: Path, width: int, dense: Sequence[int], *, dtype: str, seed: int) -> Path:
+    """Write what stands behind an encoder that gives `width` channels of each token."""
+    rng = np.random.default_rng(seed)
+    write_pooling(path, width, len(dense))
     for number, size in enumerate(dense, 2):
         folder = path / f"{number}_Dense"
         config = {"in_features": width, "out_features": size, "bias": False}
@@ -189,6 +213,24 @@ def write_tiny_encoder(
     _write(path / "config_sentence_transformers.json", prompts)
     _write(path / "sentence_bert_config.json", {"max_seq_length": 256, "do_lower_case": False})
     return path
+
+
+def write_pooling(path: Path, width: int, dense: int = 0) -> None:
+    """Write modules.json and the pooling's folder: mean, some dense layers, length 1.
+
+    Args:
+        width: channels that are pooled; dense: how many dense layers follow, whose folders are not written.
+    """
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
+    modules += [("Dense", f"{number}_Dense") for number in range(2, 2 + dense)]
+    modules.append(("Normalize", f"{2 + dense}_Normalize"))
+    library = "sentence_transformers.models"
+    listed = [
+        {"idx": i, "name": str(i), "path": one, "type": f"{library}.{kind}"} for i, (kind, one) in enumerate(modules)
+    ]
+    _write(path / "modules.json", listed)
+    pooling = {"word_embedding_dimension": width, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+    _write(path / "1_Pooling" / CONFIG, {**pooling, "include_prompt": True})
 
 
 def write_tiny_assistant(

@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from gemma_deploy.architectures import FULL, SLIDING, architecture_of
+from gemma_deploy.architectures import FULL, SLIDING
+from gemma_deploy.architectures.embedding_gemma2 import TEXT_DEFAULTS
 from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.names import CONFIG, GENERATION_CONFIG
+from gemma_deploy.testing import write_pooling
 
 BLOCK, SHARD_BYTES = 1 << 22, 4 << 30  # numbers drawn at a time; bytes of a file
 _ALL: dict[str, Any] = {
@@ -72,6 +74,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 128, "top_k_experts": 8,
         "moe_intermediate_size": 704,
     },
+    "embedding-gemma-2": {
+        "model_type": "embedding_gemma2", "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0,
+        "text_config": {**TEXT_DEFAULTS, "num_global_key_value_heads": 1, "global_head_dim": 512},
+    },
     # The width of the MLP has not been seen published; it is that of Gemma 3 27B, whose hidden size is the same.
     "gemma-4-31b": {
         **_ALL, "model_type": "gemma4_text", "hidden_size": 5376, "num_hidden_layers": 60, "num_attention_heads": 32,
@@ -95,8 +101,10 @@ def write_checkpoint(
     (out / GENERATION_CONFIG).write_text(json.dumps(stops))
     for file in () if tokenizer is None else sorted(tokenizer.glob("*token*")):
         shutil.copyfile(file, out / file.name)
-    shapes = expected_tensors(ModelConfig.from_dict(raw, CONFIG))
-    unit, places = 1 - architecture_of(raw["model_type"]).norm_offset, dict[str, str]()
+    config = ModelConfig.from_dict(raw, CONFIG)
+    if config.architecture.encoder:
+        write_pooling(out, config.token_size)
+    shapes, unit, places = expected_tensors(config), 1 - config.architecture.norm_offset, dict[str, str]()
     rng, shards = np.random.default_rng(seed), _sharded(shapes)
     for number, names in enumerate(shards, 1):
         shard = f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -146,7 +154,10 @@ def main() -> None:
     parser.add_argument("--zeros", action="store_true")
     parser.add_argument("--tokenizer", type=Path)
     args = parser.parse_args()
-    raw = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
+    raw = SHAPES[args.shape]
+    if args.layers:
+        own = {"num_hidden_layers": args.layers}
+        raw = raw | ({"text_config": raw["text_config"] | own} if "text_config" in raw else own)
     write_checkpoint(args.out, raw, seed=args.seed, zeros=args.zeros, tokenizer=args.tokenizer)
 
 

@@ -79,8 +79,12 @@ class TextModelMixin:
         """What the last norm reads of what the last layer gives."""
         return hidden
 
+    def projected(self, normed):
+        """What the stack gives of what leaves the last norm [batch, seq, hidden]."""
+        return normed
+
     def states(self, before, last, normed):
-        """What `output_hidden_states` asks for: what layers read, and what leaves the last norm.
+        """What `output_hidden_states` asks for: what layers read, and what the stack gives.
 
         Args:
             before: what each layer read; last: what the last one made.
@@ -145,11 +149,11 @@ class TextModelMixin:
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.encodes or (self.training and self.gradient_checkpointing):  # in training, layers run twice
+        use_cache = False if self.encodes else self.config.use_cache if use_cache is None else use_cache
+        if self.training and self.gradient_checkpointing:  # layers run twice
             use_cache = False
         if self.encodes and past_key_values is not None:
-            raise ValueError("config.use_bidirectional_attention is set: an encoder has no cache")
+            raise ValueError("positions see those behind them as well: an encoder has no cache")
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -195,7 +199,7 @@ class TextModelMixin:
                 presents.append(present)
             if output_attentions:
                 attentions.append(probs)
-        normed = self.norm(self.left(hidden))
+        normed = self.projected(self.norm(self.left(hidden)))
         return BaseModelOutputWithPast(
             last_hidden_state=normed,
             past_key_values=(cache if cache is not None else tuple(presents)) if use_cache else None,

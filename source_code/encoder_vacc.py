@@ -35,6 +35,10 @@ def encoder_mask(attention_mask, batch, length, reach, dtype, device, *, sequenc
 class EncoderTextModelMixin(TextModelMixin):
     """A stack that may be an encoder: its `encodes` says whether positions see those behind them as well."""
 
+    def reach(self, kind: str):
+        """A query of this kind sees keys nearer than this, on either side; None for all."""
+        return self.config.sliding_window if kind == SLIDING else None
+
     def build_masks(
         self, attention_mask, position_ids, batch, q_len, past_key_values, dtype, device, sequences=None
     ) -> dict:
@@ -50,7 +54,7 @@ class EncoderTextModelMixin(TextModelMixin):
                 attention_mask,
                 batch,
                 q_len,
-                self.config.sliding_window if kind == SLIDING else None,
+                self.reach(kind),
                 dtype,
                 device,
                 sequences=sequences,

@@ -137,6 +137,21 @@ class PerLayerInputs:
         return (context + rows.reshape(shape)) * 2.0**-0.5
 
 
+class OfEachLayer(Beside):
+    """Vectors of tokens for each layer, and nothing else.
+
+    Args:
+        vectors: [batch, seq, layers, width].
+    """
+
+    def __init__(self, vectors: torch.Tensor):
+        self.vectors = vectors
+
+    def of_layer(self, layer_idx: int) -> dict:
+        """Its vectors."""
+        return {"per_layer_input": self.vectors[:, :, layer_idx]}
+
+
 class SharedAndPerLayer(Beside):
     """Per-layer inputs, and keys and values that later layers read.
 

@@ -12,20 +12,26 @@ from gemma_deploy.architectures import ROWS
 from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.errors import NotBuiltError
 from gemma_deploy.patched import patched_causal, patched_config, patched_stack
-from gemma_deploy.testing import TINY_CONFIGS, TINY_ENCODER
+from gemma_deploy.testing import TINY_CONFIGS, TINY_ENCODER, TINY_ENCODER2
 
 MODEL_TYPES = [row.model_type for row in ROWS]
 
 
 def config_of(model_type):
-    return ModelConfig.from_dict({**TINY_CONFIGS, "embedding_gemma": TINY_ENCODER}[model_type], "config.json")
+    encoders = {"embedding_gemma": TINY_ENCODER, "embedding_gemma2_text": TINY_ENCODER2}
+    return ModelConfig.from_dict({**TINY_CONFIGS, **encoders}[model_type], "config.json")
+
+
+def stock_class(row):
+    """The class that transformers makes of the type: a causal one, or the stack of an encoder that has none."""
+    return transformers.AutoModel if row.patched.causal is None else transformers.AutoModelForCausalLM
 
 
 @pytest.mark.parametrize("row", ROWS, ids=MODEL_TYPES)
 def test_transformers_knows_the_type_and_the_class(row):
     raw = {key: value for key, value in config_of(row.model_type).raw.items() if key != "model_type"}
     made = transformers.AutoConfig.for_model(row.transformers_type, **raw)
-    assert transformers.AutoModelForCausalLM._model_mapping[type(made)].__name__ == row.causal_class
+    assert stock_class(row)._model_mapping[type(made)].__name__ == row.causal_class
     assert row.activation_key in made.to_dict()
 
 
@@ -60,8 +66,8 @@ def test_points_are_what_hooks_see_in_that_order(row):
     config = config_of(row.model_type)
     raw = {key: value for key, value in config.raw.items() if key != "model_type"}
     stock = transformers.AutoConfig.for_model(row.transformers_type, **raw)
-    model, seen = transformers.AutoModelForCausalLM.from_config(stock, attn_implementation="eager"), []
-    layer = model.model.layers[1]
+    model, seen = stock_class(row).from_config(stock, attn_implementation="eager"), []
+    layer = getattr(model, "model", model).layers[1]
     wanted = {point.removesuffix(".out") for point in config.layers[1].points() if point.endswith(".out")}
     for name, module in layer.named_modules():
         if name in wanted:

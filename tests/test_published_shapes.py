@@ -22,6 +22,8 @@ SHAPES = [  # shape, back end, what else the recipe says, GiB of disk, most GiB 
     ("gemma-3n-e2b", "onnxruntime", "", 6, 1.0),
     ("gemma-3n-e4b", "onnxruntime", "", 9, 1.0),
     ("gemma-3n-e2b", "tvm_vacc", "", 6, 1.0),
+    ("embedding-gemma-2", "onnxruntime", "", 2, 1.0),
+    ("embedding-gemma-2", "tvm_vacc", "", 2, 1.0),
 ]
 
 

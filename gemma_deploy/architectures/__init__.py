@@ -27,6 +27,7 @@ from gemma_deploy.architectures.base import (
 from gemma_deploy.architectures.blocks import AltUp, Experts, Laurel, PerLayer, PerLayerTable
 from gemma_deploy.architectures.drafting import Drafting
 from gemma_deploy.architectures.embedding_gemma import EMBEDDING_GEMMA
+from gemma_deploy.architectures.embedding_gemma2 import EMBEDDING_GEMMA2
 from gemma_deploy.architectures.gemma import GEMMA
 from gemma_deploy.architectures.gemma2 import GEMMA2
 from gemma_deploy.architectures.gemma3 import GEMMA3
@@ -39,7 +40,17 @@ from gemma_deploy.errors import NotBuiltError
 
 # What makes no text of its own, but guesses for a row.
 DRAFTERS: tuple[Architecture, ...] = (GEMMA4_ASSISTANT, GEMMA4_UNIFIED_ASSISTANT)
-ROWS: tuple[Architecture, ...] = (GEMMA, GEMMA2, GEMMA3, GEMMA3N, VAULTGEMMA, GEMMA4, GEMMA4_UNIFIED, EMBEDDING_GEMMA)
+ROWS: tuple[Architecture, ...] = (
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    GEMMA3N,
+    VAULTGEMMA,
+    GEMMA4,
+    GEMMA4_UNIFIED,
+    EMBEDDING_GEMMA,
+    EMBEDDING_GEMMA2,
+)
 
 
 def model_types() -> tuple[str, ...]:

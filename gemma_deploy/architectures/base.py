@@ -301,8 +301,8 @@ class Patched:
     """Files and classes of source_code/.
 
     Args:
-        configuration, modeling: modules; config_class, stack, causal, classifier: classes in them. No classifier where
-            transformers has none.
+        configuration, modeling: modules; config_class, stack, causal, classifier: classes in them. No causal one
+            of what has no head, no classifier where transformers has none.
         layer_types: whether the config class has a kind for each layer.
     """
 
@@ -310,7 +310,7 @@ class Patched:
     config_class: str
     modeling: str
     stack: str
-    causal: str
+    causal: str | None
     classifier: str | None
     layer_types: bool = True
 
@@ -320,8 +320,9 @@ class Patched:
         auto_map = {
             "AutoConfig": f"{self.configuration}.{self.config_class}",
             "AutoModel": f"{self.modeling}.{self.stack}",
-            "AutoModelForCausalLM": f"{self.modeling}.{self.causal}",
         }
+        if self.causal is not None:
+            auto_map["AutoModelForCausalLM"] = f"{self.modeling}.{self.causal}"
         if self.classifier is not None:
             auto_map["AutoModelForSequenceClassification"] = f"{self.modeling}.{self.classifier}"
         return {"auto_map": auto_map, **SWITCHES}
@@ -340,7 +341,8 @@ class Architecture:
         name: for people; model_type: in config.json.
         multimodal: model types whose language model it is; text_defaults: what their `text_config` may leave out;
             text_type: its model type, where that is another; around: keys beside it that are read as well.
-        transformers_type: the model type under which transformers has its class; causal_class: that class.
+        transformers_type: the model type under which transformers has its class; causal_class: that class, or that of
+            an encoder.
         genai_type: `model.type` of genai_config.json.
         activation_key: of config.json.
         norm_offset: norms multiply by this plus their weight.
@@ -349,7 +351,9 @@ class Architecture:
         gguf: what llama.cpp calls all that; None where it has no such model.
         read: the generation's own keys of a config.json; layers: their number, or 1 where that is wrong.
         layer: the layer of a number; branches: all that some layer has.
-        per_layer: the table of vectors that layers add; None where there is none.
+        per_layer: the vectors that layers add, and their table; None where they add none.
+        token_size: of an encoder whose hidden states are projected behind the last norm, to how many channels; None:
+            they are not.
         listed: sizes that config.json may say as a list, one for each layer.
         part_keys: of config.json, by which the patched classes have some layers and no others.
         positions_first: whether heads are normed as [batch, positions, heads, head_dim].
@@ -373,6 +377,7 @@ class Architecture:
     encoder: bool = False
     written_as: str = ""
     per_layer: Callable[[Sizes], PerLayerTable | None] = lambda config: None
+    token_size: Callable[[Sizes], int | None] = lambda config: None
     listed: tuple[str, ...] = ()
     part_keys: Callable[[Sequence[LayerSpec]], dict[str, Any]] = part_keys
     positions_first: bool = False

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gemma_deploy.names import PER_LAYER_NORM, PER_LAYER_PROJECTION
+
 
 @dataclass(frozen=True)
 class PerLayer:
@@ -28,12 +30,19 @@ class PerLayer:
 class PerLayerTable:
     """The table of such vectors: [rows, layers * size], beside it a projection of the embeddings of the same width.
 
-    Tokens that it has no row for have the first one's.
+    Tokens that it has no row for have the first one's. What the projection gives is normed, vector by vector, and a
+    layer's vector is (row + normed) / sqrt(2); without a table it is what is normed.
+
+    Args:
+        rows: 0 where there is no table.
+        projection, norm: modules of the model.
     """
 
     rows: int
     layers: int
     size: int
+    projection: str = PER_LAYER_PROJECTION
+    norm: str = PER_LAYER_NORM
 
     @property
     def width(self) -> int:

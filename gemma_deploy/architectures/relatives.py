@@ -10,8 +10,6 @@ RELATIVES: dict[str, tuple[str, str]] = {
     "colpali": ("ColPali", "a model of images and text that gives one vector for each token"),
     "diffusion_gemma": ("DiffusionGemma", "which fills blocks of tokens in any order"),
     "diffusion_gemma_text": ("DiffusionGemma", "which fills blocks of tokens in any order"),
-    "embedding_gemma2": ("EmbeddingGemma 2", "an encoder of Gemma 4 layers"),
-    "embedding_gemma2_text": ("EmbeddingGemma 2", "an encoder of Gemma 4 layers"),
     "gemma3n_audio": ("the audio part of Gemma 3n", SOUND_ALONE),
     "gemma3n_vision": ("the vision part of Gemma 3n", IMAGES_ALONE),
     "gemma4_audio": ("the audio part of Gemma 4", SOUND_ALONE),

@@ -62,10 +62,12 @@ def check_sharing(keys: ConfigKeys, layer_types: Sequence[LayerType], *, default
 
 
 def with_vectors(spec: LayerSpec, table: PerLayerTable | None) -> LayerSpec:
-    """The layer as one that adds a vector of each token; as it is without a table of them."""
-    if table is None:
-        return spec
-    added = PerLayer(table.size)
+    """The layer as one that adds a vector of each token; as it is without them."""
+    return spec if table is None else with_vector(spec, PerLayer(table.size))
+
+
+def with_vector(spec: LayerSpec, added: PerLayer) -> LayerSpec:
+    """The layer as one that adds this of a vector."""
     linears = (
         Linear(added.gate, added.size, spec.hidden_size),
         Linear(added.projection, spec.hidden_size, added.size),

@@ -13,7 +13,7 @@ from typing import Any
 
 from gemma_deploy.architectures.drafting import CENTROIDS, POST_PROJECTION, PRE_PROJECTION
 from gemma_deploy.artifact.manifest import ContractRecord, LedgerEntry, Manifest
-from gemma_deploy.names import EMBEDDING
+from gemma_deploy.names import EMBEDDING, TOKEN_PROJECTION
 from gemma_deploy.params.table import ParamRow, lowest_sqnr
 from gemma_deploy.quantization.rescaling import OF_EXPERTS, Rescaling
 from gemma_deploy.schemes import QUANTIZERS, Scheme, Storage
@@ -57,10 +57,11 @@ def encoder_entries(manifest: Manifest) -> list[LedgerEntry]:
         return []
     rows = {row.name: row.dtype for row in manifest.params}
     stored = ", ".join(dict.fromkeys(rows[name] for name in head.tensors())) or "none"
-    longest = manifest.contract.context
+    longest, projection = manifest.contract.context, rows.get(f"{TOKEN_PROJECTION}.weight")
+    first = "" if projection is None else f"projection of each token ({projection}), "
     return [
         LedgerEntry(
-            f"mean, dense layers ({stored}) and length in float32",
+            f"{first}mean, dense layers ({stored}) and length in float32",
             "behind the last norm",
             "everything passes through them; vectors of length 1, as sentence-transformers makes them",
             measured_effect(manifest),

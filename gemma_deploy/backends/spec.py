@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from gemma_deploy.architectures import PerLayerTable
 from gemma_deploy.schemes import (
     KEPT_PER_LAYER,
     PER_LAYER_TABLES,
@@ -88,11 +89,11 @@ class BuildSpec:
     adapter_rank: int | None = None
     own_storage: Storage | None = None
 
-    def storage(self, hidden_size: int, per_layer: int | None = None) -> Storage:
+    def storage(self, hidden_size: int, per_layer: PerLayerTable | None = None) -> Storage:
         """What matrices are stored as in a model of this width; of codes only.
 
         Args:
-            per_layer: size of the vectors of a per-layer table; groups of its columns do not reach into the next one.
+            per_layer: the vectors that layers add; groups of columns of their table do not reach into the next one.
         """
         if not self.scheme.codes:
             return Storage()
@@ -106,7 +107,7 @@ class BuildSpec:
             return made
         kept = () if made.linears.bits == 8 else KEPT_PER_LAYER
         bits, group = PER_LAYER_TABLES[self.per_layer_table or "int8"]
-        vectors = Codes(bits, dividing_group(per_layer, group))
+        vectors = Codes(bits, dividing_group(per_layer.size, group)) if per_layer.rows else None
         return replace(made, kept_w8=(*made.kept_w8, *kept), per_layer=vectors)
 
     @property

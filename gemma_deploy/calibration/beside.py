@@ -21,7 +21,7 @@ from gemma_deploy.calibration.points import cache_columns
 from gemma_deploy.calibration.shards import Readable, Shard, StatesByValue
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import ModelConfig, WeightSource
-from gemma_deploy.names import EMBEDDING_WEIGHT, PER_LAYER_NORM, PER_LAYER_PROJECTION, PER_LAYER_TABLE
+from gemma_deploy.names import EMBEDDING_WEIGHT, PER_LAYER_TABLE
 
 MADE_TOGETHER = 256  # tokens whose vectors of all layers are in memory
 
@@ -93,17 +93,18 @@ class ReadBeside:
         places = places.reshape(ids.shape).astype(np.int32)
         file = vectors_file(self.folder)
         HiddenStates((table.layers, len(tokens), table.size), file, 0)  # takes the room
-        projection, norm = stack.per_layer_model_projection, stack.per_layer_projection_norm
+        name = PER_LAYER_TABLE if table.rows else table.projection  # for messages
+        projection, norm = (stack.get_submodule(one.removeprefix("model.")) for one in (table.projection, table.norm))
         with (
             one_torch_thread(),
-            loaded(projection, checkpoint, PER_LAYER_PROJECTION),
-            loaded(norm, checkpoint, PER_LAYER_NORM),
+            loaded(projection, checkpoint, table.projection),
+            loaded(norm, checkpoint, table.norm),
             open(file, "r+b") as written,
         ):
             for start in range(0, len(tokens), MADE_TOGETHER):
                 some = tokens[start : start + MADE_TOGETHER]
                 made = vectors_of(checkpoint, stack, some)
-                refuse_nonfinite(made, checkpoint.path, PER_LAYER_TABLE, window=int(np.argwhere(ids == some[0])[0, 0]))
+                refuse_nonfinite(made, checkpoint.path, name, window=int(np.argwhere(ids == some[0])[0, 0]))
                 for layer in range(table.layers):
                     written.seek(4 * (layer * len(tokens) + start) * table.size)
                     written.write(made[:, layer].contiguous().numpy().data.cast("B"))
@@ -157,6 +158,10 @@ def vectors_of(checkpoint: WeightSource, stack: Any, tokens: np.ndarray) -> torc
     embedded = rows_of(checkpoint, EMBEDDING_WEIGHT, tokens)
     columns, scale = checkpoint.embedding_scale(), float(stack.embed_tokens.scale_value(torch.float32))
     embeds = torch.from_numpy(embedded * (np.float32(scale) if columns is None else columns))[None]
+    table = checkpoint.config.per_layer
+    if table is None or not table.rows:
+        own: torch.Tensor = stack.per_layer_inputs(None, embeds)[0]
+        return own
     rows = torch.from_numpy(rows_of(checkpoint, f"{PER_LAYER_TABLE}.weight", tokens))[None]
     rows = rows * stack.embed_tokens_per_layer.scale_value(torch.float32)
     made: torch.Tensor = stack.project_per_layer(rows, embeds)[0]

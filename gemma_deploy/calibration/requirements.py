@@ -75,7 +75,7 @@ def beside_bytes(config: ModelConfig, nsamples: int, seqlen: int) -> int:
     See beside.py; of most models nothing.
     """
     tokens, table = nsamples * seqlen, config.per_layer
-    vectors = 0 if table is None else min(tokens, table.rows) * table.width
+    vectors = 0 if table is None else min(tokens, table.rows or config.vocab_size) * table.width
     return 4 * (vectors + sum(tokens * cache_columns(layer) for layer in config.cache_sources))
 
 

@@ -362,7 +362,7 @@ def _open_directory(cls: type[Checkpoint], path: Path) -> Checkpoint:
     config = _with_generation_stops(config, path)
     behind: Mapping[str, Stored[Any]] = {}
     if config.architecture.encoder:
-        found = read_sentence_head(path, config.hidden_size, config.max_position_embeddings)
+        found = read_sentence_head(path, config.token_size, config.max_position_embeddings)
         config, behind, config_bytes = (
             replace(config, sentence=found.head),
             found.places,

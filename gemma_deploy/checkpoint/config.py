@@ -106,8 +106,18 @@ class ModelConfig:
 
     @cached_property
     def per_layer(self) -> PerLayerTable | None:
-        """The table of vectors that layers add; None where there is none."""
+        """The vectors that layers add, and their table; None where they add none."""
         return self.architecture.per_layer(self)
+
+    @property
+    def token_size(self) -> int:
+        """Channels of what a stack gives of each token: behind the projection where an encoder has one."""
+        return self.architecture.token_size(self) or self.hidden_size
+
+    @property
+    def projects_tokens(self) -> bool:
+        """Whether an encoder's hidden states are projected behind the last norm."""
+        return self.architecture.token_size(self) is not None
 
     @property
     def altup(self) -> AltUp | None:

@@ -7,11 +7,10 @@ from gemma_deploy.names import (
     EMBEDDING_WEIGHT,
     HEAD_WEIGHT,
     NORM_WEIGHT,
-    PER_LAYER_NORM,
-    PER_LAYER_PROJECTION,
     PER_LAYER_TABLE,
     STREAM_PROJECTION,
     STREAM_UNEMBED,
+    TOKEN_PROJECTION,
 )
 
 
@@ -23,15 +22,18 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     table = (config.vocab_size, config.hidden_size)
     tensors: dict[str, tuple[int, ...]] = {EMBEDDING_WEIGHT: table}
     if (vectors := config.per_layer) is not None:
-        tensors[f"{PER_LAYER_TABLE}.weight"] = (vectors.rows, vectors.width)
-        tensors[f"{PER_LAYER_PROJECTION}.weight"] = (vectors.width, config.hidden_size)
-        tensors[f"{PER_LAYER_NORM}.weight"] = (vectors.size,)
+        if vectors.rows:
+            tensors[f"{PER_LAYER_TABLE}.weight"] = (vectors.rows, vectors.width)
+        tensors[f"{vectors.projection}.weight"] = (vectors.width, config.hidden_size)
+        tensors[f"{vectors.norm}.weight"] = (vectors.size,)
     if config.altup is not None:
         square, others = (config.hidden_size, config.hidden_size), range(config.altup.streams - 1)
         tensors |= {f"{name}.{i}.weight": square for name in (STREAM_PROJECTION, STREAM_UNEMBED) for i in others}
     for layer in config.layers:
         tensors |= {f"{layer.prefix}{name}": shape for name, shape in layer.tensors().items()}
     tensors[NORM_WEIGHT] = (config.hidden_size,)
+    if config.projects_tokens:
+        tensors[f"{TOKEN_PROJECTION}.weight"] = (config.token_size, config.hidden_size)
     if config.architecture.encoder:
         return tensors | ({} if config.sentence is None else config.sentence.tensors())
     if not config.tie_word_embeddings:

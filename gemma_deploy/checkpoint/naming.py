@@ -14,7 +14,12 @@ from gemma_deploy.names import EMBEDDING_WEIGHT, HEAD_WEIGHT
 
 PREFIX = "model."
 # The text model inside multimodal Gemmas, as transformers has named it: prefix there -> prefix here.
-INSIDE = {"model.language_model.": "model.", "language_model.model.": "model.", "language_model.": ""}
+INSIDE = (
+    ("model.language_model.", "model."),
+    ("language_model.model.", "model."),
+    ("language_model.", ""),
+    ("language_model.", "model."),  # a model without a head
+)
 # Parts of multimodal Gemmas that read images and sounds. A text model has no use for them.
 TOWERS = (
     "vision_tower",
@@ -102,9 +107,9 @@ def name_tensors(
 
 def is_inside(name: str) -> bool:
     """Whether a name is that of a language model in a multimodal Gemma."""
-    return name.startswith(tuple(INSIDE))
+    return name.startswith(tuple(there for there, _ in INSIDE))
 
 
 def inside(name: str) -> list[str]:
     """What a name may be here, were it one of a language model in a multimodal Gemma."""
-    return [here + name.removeprefix(there) for there, here in INSIDE.items() if name.startswith(there)]
+    return [here + name.removeprefix(there) for there, here in INSIDE if name.startswith(there)]

@@ -94,7 +94,7 @@ def read_sentence_head(directory: Path, hidden_size: int, positions: int) -> Fou
     """Read what stands behind an encoder, and check that it can be carried out.
 
     Args:
-        directory: of the checkpoint; hidden_size: of the encoder; positions: that it was made for.
+        directory: of the checkpoint; hidden_size: of what the encoder gives; positions: that it was made for.
 
     Raises:
         CheckpointError: a file is missing or damaged, or asks for what is not built; all at once.

@@ -54,6 +54,7 @@ def training_class(settings: FinetuneSettings, checkpoint: Checkpoint) -> tuple[
 
     config, row = checkpoint.config, checkpoint.config.architecture
     if settings.model == "patched":
+        assert row.patched.causal is not None  # what opens the checkpoint refuses encoders
         return getattr(patched_module(row.patched.modeling), row.patched.causal), patched_config(config)
     return getattr(transformers, row.causal_class), stock_config(config)
 

@@ -247,15 +247,16 @@ class GraphContract:
 class EncoderContract(GraphContract):
     """One graph of an encoder: token ids and their mask -> hidden states, and a vector for each text.
 
-    input_ids, attention_mask [B,S] int64 -> last_hidden_state [B,S,H] float32, behind the last norm, and
-    sentence_embedding [B,dimensions] float32, of length 1. S is P where the graph is static: texts are padded to it, on
-    either side. There are no caches; `context` is the longest text.
+    input_ids, attention_mask [B,S] int64 -> last_hidden_state [B,S,H] float32, behind the last norm and, where there is
+    one, the projection of each token, and sentence_embedding [B,dimensions] float32, of length 1. S is P where the
+    graph is static: texts are padded to it, on either side. There are no caches; `context` is the longest text.
 
     Args:
-        dimensions: of a vector.
+        dimensions: of a vector; token_size: H.
     """
 
     dimensions: int = 0
+    token_size: int = 0
 
     @classmethod
     def of_encoder(cls, config: ModelConfig, *, batch: int, length: int, dynamic: bool) -> EncoderContract:
@@ -277,6 +278,7 @@ class EncoderContract(GraphContract):
             dynamic=dynamic,
             hidden_size=config.hidden_size,
             dimensions=config.sentence.dimensions,
+            token_size=config.token_size,
         )
 
     @property
@@ -293,7 +295,7 @@ class EncoderContract(GraphContract):
         """Hidden states of all tokens, padding too, and vectors."""
         batch, length = self._lengths()
         return (
-            Port(TOKEN_STATES, "float32", (batch, length, self.hidden_size)),
+            Port(TOKEN_STATES, "float32", (batch, length, self.token_size)),
             Port(TEXT_VECTORS, "float32", (batch, self.dimensions)),
         )
 

@@ -1,9 +1,10 @@
 """Weightless export of an encoder: one graph, stamped from a trace of one layer of each kind as a decoder's pair is.
 
 The steps are those of export.py; the parts are others. `prologue` reads input_ids and attention_mask and writes hidden,
-mask.{kind}, cos.{kind}, sin.{kind}; `layer.{template}` reads those and writes hidden; `epilogue` reads hidden and
-attention_mask and writes last_hidden_state and sentence_embedding. A token's place is its position: rotary embedding is
-relative, so that padding on either side changes nothing.
+vectors (of all layers, where they add some), mask.{kind}, cos.{kind}, sin.{kind}; `layer.{template}` reads those (of
+the vectors its own) and writes hidden; `epilogue` reads hidden and attention_mask and writes last_hidden_state and
+sentence_embedding. A token's place is its position: rotary embedding is relative, so that padding on either side
+changes nothing.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.checkpoint.sentence import LEAST_LENGTH, LEAST_TOKENS
 from gemma_deploy.graph import stamp
 from gemma_deploy.graph.contract import ENCODER, TEXT_VECTORS, TOKEN_STATES, GraphContract
-from gemma_deploy.graph.disconnected import DYNAMIC_SIZES, TraceBorder
+from gemma_deploy.graph.disconnected import DYNAMIC_SIZES, VECTOR, TraceBorder
 from gemma_deploy.graph.export import parameter_names
 from gemma_deploy.graph.functions import used_functions
 from gemma_deploy.graph.passes.fold import fold_constants
@@ -28,6 +30,7 @@ from gemma_deploy.graph.passes.weights import hide_weights
 from gemma_deploy.graph.passes.widen import widen
 from gemma_deploy.graph.skeleton import Skeleton, build_skeleton
 from gemma_deploy.graph.trace import OPSET, trace
+from gemma_deploy.names import PER_LAYER_VECTORS
 from gemma_deploy.patched import patched_module
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import Form, Storage
@@ -46,6 +49,7 @@ class EncoderParts(nn.Module):
     def __init__(self, skeleton: Skeleton, dense: list[nn.Module]):
         super().__init__()
         self.model, self.behind = skeleton.model.model, nn.ModuleList(dense)
+        self.adds_vectors, self.projects = skeleton.adds_vectors, hasattr(self.model, "embedding_projection")
         self.kinds, self.score_dtype, self.in_float32 = skeleton.kinds, skeleton.score_dtype, skeleton.in_float32
 
     def forward(self, ends: list[torch.Tensor], parts: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
@@ -53,7 +57,8 @@ class EncoderParts(nn.Module):
 
         Args:
             ends: input_ids, attention_mask [batch, seq], and of the epilogue hidden [batch, seq, hidden] and
-                attention_mask; parts: per template hidden, cos, sin, mask.
+                attention_mask; parts: per template hidden, cos, sin, mask, and vectors [batch, seq, size] where the
+                layer adds some.
         """
         model, (ids, real, last, pooled) = self.model, ends
         hidden = model.embed_tokens(ids)
@@ -61,12 +66,17 @@ class EncoderParts(nn.Module):
         places = torch.arange(seq, device=ids.device)[None].expand(batch, seq)
         masks = model.build_masks(real, places, batch, seq, None, self.score_dtype, hidden.device)
         out = [hidden]
+        if self.adds_vectors:
+            out.append(model.per_layer_inputs(ids, hidden))
         for kind in self.kinds:
             out += [masks[kind], *model.rotary[kind](hidden, places)]
-        for layer, (x, cos, sin, mask) in zip(model.layers, parts, strict=True):
-            x, _, _ = layer(x, position_embeddings=(cos, sin), attention_mask=mask, past_key_values=None)
+        for layer, (x, cos, sin, mask, *vectors) in zip(model.layers, parts, strict=True):
+            more = dict(zip((VECTOR,), vectors, strict=False))
+            x, _, _ = layer(x, position_embeddings=(cos, sin), attention_mask=mask, past_key_values=None, **more)
             out.append(x)
         states = model.norm(last.float() if self.in_float32 else last).float()
+        if self.projects:
+            states = model.embedding_projection(states)
         weights = pooled.unsqueeze(-1).float()
         vector = (states * weights).sum(1) / weights.sum(1).clamp(min=LEAST_TOKENS)
         for dense in self.behind:
@@ -150,20 +160,24 @@ def _inputs(skeleton: Skeleton, contract: GraphContract) -> tuple[Any, ...]:
     def zeros(*shape: int, dtype: torch.dtype = skeleton.dtype) -> torch.Tensor:
         return torch.zeros((), dtype=dtype).expand(shape)
 
-    def part(head_dim: int) -> tuple[torch.Tensor, ...]:
-        turns = [zeros(batch, seq, head_dim, dtype=skeleton.score_dtype) for _ in range(2)]
-        return (zeros(batch, seq, contract.hidden_size), *turns, zeros(batch, 1, seq, seq, dtype=skeleton.score_dtype))
+    def part(layer: LayerSpec) -> tuple[torch.Tensor, ...]:
+        turns = [zeros(batch, seq, layer.head_dim, dtype=skeleton.score_dtype) for _ in range(2)]
+        mask = zeros(batch, 1, seq, seq, dtype=skeleton.score_dtype)
+        vectors = [] if layer.per_layer is None else [zeros(batch, seq, layer.per_layer.size)]
+        return (zeros(batch, seq, contract.hidden_size), *turns, mask, *vectors)
 
     ids = [torch.ones(batch, seq, dtype=torch.int64) for _ in range(3)]
     ends = [ids[0], ids[1], zeros(batch, seq, contract.hidden_size), ids[2]]
-    return ends, [part(layer.head_dim) for layer in skeleton.templates]
+    return ends, [part(layer) for layer in skeleton.templates]
 
 
 def _free(skeleton: Skeleton) -> tuple[Any, ...]:
     """Which dimensions of `_inputs` are free."""
     free = torch.export.Dim.DYNAMIC
     row = {0: free, 1: free}
-    return [row, row, row, row], [(row, row, row, {0: free, 2: free, 3: free}) for _ in skeleton.templates]
+    mask = {0: free, 2: free, 3: free}
+    parts = [(row, row, row, mask, *[row] * (layer.per_layer is not None)) for layer in skeleton.templates]
+    return [row, row, row, row], parts
 
 
 def _borders(skeleton: Skeleton, inputs: list[str], outputs: list[str]) -> list[TraceBorder]:
@@ -175,11 +189,12 @@ def _borders(skeleton: Skeleton, inputs: list[str], outputs: list[str]) -> list[
         TraceBorder(
             "prologue",
             ((ids, "input_ids"), (real, "attention_mask")),
-            tuple((next(outs), name) for name in ("hidden", *made)),
+            tuple((next(outs), name) for name in ("hidden", *["vectors"] * skeleton.adds_vectors, *made)),
         )
     ]
     for layer in skeleton.templates:
-        fields = tuple((next(names), name) for name in ("hidden", "cos", "sin", "mask"))
+        read = ("hidden", "cos", "sin", "mask", *[VECTOR] * (layer.per_layer is not None))
+        fields = tuple((next(names), name) for name in read)
         borders.append(TraceBorder(f"layer.{layer.template}", fields, ((next(outs), "hidden"),)))
     behind = tuple((next(outs), name) for name in (TOKEN_STATES, TEXT_VECTORS))
     return [*borders, TraceBorder("epilogue", ((last, "hidden"), (pooled, "attention_mask")), behind)]
@@ -192,8 +207,12 @@ def _stamped(
     build = stamp.Builder(source, contract, ENCODER)
     shared = build.place(templates["prologue"], dict(build.inputs), "prologue.")
     hidden = shared["hidden"]
+    if "vectors" in shared:
+        shared["vectors"].name = PER_LAYER_VECTORS
     for layer in config.layers:
         inputs = {"hidden": hidden, **{what: shared[f"{what}.{layer.kind}"] for what in ("cos", "sin", "mask")}}
+        if layer.per_layer is not None:
+            inputs[VECTOR] = stamp.vector_of(build, shared["vectors"], layer)
         hidden = build.place(templates[f"layer.{layer.template}"], inputs, layer.prefix)["hidden"]
     mask = build.inputs["attention_mask"]
     made = build.place(templates["epilogue"], {"hidden": hidden, "attention_mask": mask}, "epilogue.")

@@ -15,7 +15,7 @@ from torch import nn
 from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.graph.collectives import RankEmbedding, ReducedLinear
-from gemma_deploy.names import LAYERS, PER_LAYER_TABLE
+from gemma_deploy.names import LAYERS, PER_LAYER_TABLE, TOKEN_PROJECTION
 from gemma_deploy.partition.ranks import row_blocks, sharding
 from gemma_deploy.patched import one_layer_of_each_template, patched_causal, patched_module, set_parameter
 from gemma_deploy.quantization.rescaling import OF_VECTORS, Rescaling
@@ -30,7 +30,8 @@ class Skeleton:
     """A weightless patched model with one layer of each template.
 
     Args:
-        model: the causal LM; layer k of it is that of every layer whose template is that of `templates[k]`.
+        model: the causal LM, or the stack of an encoder, beside no head; layer k of it is that of every layer whose
+            template is that of `templates[k]`.
         dtype: of activations.
         ranks: among which it is divided; the model is one rank's share.
         in_float32: rotary embedding, scores and LM head are float32, whatever the rest is. Rounding them to float16
@@ -99,7 +100,7 @@ def build_skeleton(
     )
     dtype, rescaling = TORCH_DTYPES[scheme], rescaling or Rescaling()
     model.model.embed_tokens.divisor = 2.0**rescaling.residual
-    if config.per_layer is not None:
+    if config.per_layer is not None and config.per_layer.rows:
         model.model.embed_tokens_per_layer.divisor = 2.0 ** rescaling.of(f"{PER_LAYER_TABLE}.out")
     _store(model, config, scheme, dtype, ranks, storage or Storage())
     if scheme == "fp16":
@@ -132,7 +133,7 @@ def _store(
                 new = quantization.quantized_linear(*_codes(shape, codes))
             elif scheme in INT8:
                 new = quantization.StoredLinear(_zeros(shape, torch.float16))
-            elif scheme == "bf16":
+            elif scheme == "bf16" or f"{path}.{name}" == TOKEN_PROJECTION:  # computed in float32
                 new = quantization.StoredLinear(_zeros(shape, weight_dtype))
             else:
                 child.weight = _kept(shape, weight_dtype)
@@ -148,7 +149,7 @@ def _store(
         if layer.experts is not None:
             _store_experts(module, layer, scheme, weight_dtype, storage)
     _store_table(model, config, scheme, dtype, ranks, storage)
-    if config.per_layer is not None:
+    if config.per_layer is not None and config.per_layer.rows:
         _store_vectors(model, config, scheme, dtype, ranks, storage)
 
 
@@ -228,7 +229,8 @@ def _rescale(model: nn.Module, templates: Sequence[LayerSpec], rescaling: Rescal
         if layer.per_layer is not None and OF_VECTORS in rescaling.wide:
             module.per_layer_in_float32 = True
             module.set_submodule(layer.per_layer.gate, stored(module.get_submodule(layer.per_layer.gate).weight))
-    model.lm_head = stored(model.lm_head.weight)
+    if model.lm_head is not None:
+        model.lm_head = stored(model.lm_head.weight)
 
 
 def _store_table(
@@ -252,9 +254,9 @@ def _store_table(
     else:
         embed.weight = nn.Parameter(_zeros(shape, weight_dtype), requires_grad=False)
         head = model.lm_head
-        if config.tie_word_embeddings:
+        if config.tie_word_embeddings and head is not None:
             head.weight = embed.weight
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and model.lm_head is not None:
         model.lm_head = head
 
 

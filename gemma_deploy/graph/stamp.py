@@ -269,6 +269,11 @@ def _prologue(build: Builder, template: Template, layers: Sequence[LayerSpec]) -
     return {**made, "hidden": build.inputs[ENTERING], **entering}
 
 
+def vector_of(build: Builder, vectors: ir.Value, layer: LayerSpec, *, first: int = 0) -> ir.Value:
+    """[B,S,size] that a layer adds, of those of all layers from `first` on, [B,S,layers,size]."""
+    return build.node("Gather", [vectors, np.int64(layer.index - first)], f"{layer.prefix}{VECTOR}", axis=2)
+
+
 class _Stream:
     """What layers read on their way through the model.
 
@@ -293,12 +298,7 @@ class _Stream:
             if self.build.graph_name == DECODE:
                 inputs[f"past.{part}"] = self.build.inputs[f"past_key_values.{source}.{part}"]
         if layer.per_layer is not None:
-            inputs[VECTOR] = self.build.node(
-                "Gather",
-                [self.values["vectors"], np.int64(layer.index - self.first_vector)],
-                f"{layer.prefix}{VECTOR}",
-                axis=2,
-            )
+            inputs[VECTOR] = vector_of(self.build, self.values["vectors"], layer, first=self.first_vector)
         return inputs
 
     def leave(self, layer: LayerSpec, result: dict[str, ir.Value]) -> None:

@@ -31,7 +31,7 @@ Weighting = Literal["fp32", "bf16", "w8a16"]
 BLOCK_BYTES = 8 << 20  # of a matrix as float32; malloc maps and unmaps anything of 32 MiB, at the price of page faults
 LINEARS = (
     *("_proj", "router.proj", "per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"),
-    *("linear_left", "linear_right"),
+    *("linear_left", "linear_right", "embedding_projection"),
 )
 NORMS = ("norm", "norm_1", "norm_2")
 NUMBERED = tuple(name.removeprefix("model.") for name in (STREAM_PROJECTION, STREAM_UNEMBED))
@@ -210,7 +210,8 @@ class TorchSource:
     def _tables(self, rows: int) -> dict[str, Any]:
         """Keys of a config whose tables have so many rows."""
         tables = {"vocab_size": rows, "pad_token_id": None}
-        return tables if self.checkpoint.config.per_layer is None else tables | {"vocab_size_per_layer_input": rows}
+        vectors = self.checkpoint.config.per_layer
+        return tables | {"vocab_size_per_layer_input": rows} if vectors is not None and vectors.rows else tables
 
     def _matrix(self, values: np.ndarray) -> torch.Tensor:
         weight = torch.from_numpy(values).to(self.dtype)

@@ -18,15 +18,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gemma_deploy.architectures import Branch, Experts, LayerSpec, inner_modules
+from gemma_deploy.architectures import Branch, Experts, LayerSpec, PerLayerTable, inner_modules
 from gemma_deploy.bounds import Exponent, Point
 from gemma_deploy.checkpoint import ModelConfig
-from gemma_deploy.names import FP16_MAX, PER_LAYER_NORM, PER_LAYER_PROJECTION, PER_LAYER_TABLE
+from gemma_deploy.names import FP16_MAX, NORM, PER_LAYER_TABLE, TOKEN_PROJECTION
 
 OF_VECTORS = "per_layer_input"  # in `Rescaling.wide`
 OF_EXPERTS = "experts"  # in `Rescaling.wide` wherever there are some
 _OF_EXPERTS = re.compile(rf"model\.layers\.\d+\.((router|experts)\..*|{Experts.norm}\.out|{Experts.post_norm}\.in)")
-_GATED = re.compile(r"model\.layers\.\d+\.(per_layer_input_gate|act_fn)\.out")
+_GATED = re.compile(r"model\.layers\.\d+\.(ple_block\.)?(per_layer_input_gate|act_fn)\.out")
+_BEHIND = (f"{NORM}.out", f"{TOKEN_PROJECTION}.in", f"{TOKEN_PROJECTION}.out")
 HEADROOM = 4.0  # demanded by the gate, of other text than the calibration's
 MARGIN = 2.0  # on top of it when the exponents are chosen
 
@@ -67,7 +68,7 @@ class Rescaling:
             return True
         if OF_EXPERTS in self.wide and _OF_EXPERTS.fullmatch(point) and not point.endswith("router.norm.in"):
             return True
-        return point.endswith(inner) or point == "model.norm.out"
+        return point.endswith(inner) or point in _BEHIND
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, zeros left out."""
@@ -110,8 +111,8 @@ class _Chooser:
             stream += [f"{layer.prefix}{branch.post_norm or branch.output}.out" for branch in layer.branches]
             if (add := layer.per_layer) is not None:
                 stream += [f"{layer.prefix}{add.gate}.in", f"{layer.prefix}{add.norm}.out"]
-        if self.config.per_layer is not None:  # a norm behind it undoes the stream's scale
-            stream += [f"{PER_LAYER_PROJECTION}.in", f"{PER_LAYER_PROJECTION}.out", f"{PER_LAYER_NORM}.in"]
+        if (table := self.config.per_layer) is not None:  # a norm behind the projection undoes the stream's scale
+            stream += [f"{table.projection}.in", f"{table.projection}.out", f"{table.norm}.in"]
         residual = max(self._need(point) for point in stream)
         self.exponents |= dict.fromkeys(stream, residual)
         for layer in self.config.layers:
@@ -120,15 +121,15 @@ class _Chooser:
                 self._branch(layer, branch)
             if layer.experts is not None:
                 self._experts(layer, layer.experts, residual)
-        if self.config.per_layer is not None:
-            self._vectors()
+        if table is not None:
+            self._vectors(table)
         self.exponents["model.norm.in"] = residual
         return Rescaling(dict(self.exponents), tuple(sorted(self.in_float32)), dict(self.absmax))
 
-    def _vectors(self) -> None:
+    def _vectors(self, table: PerLayerTable) -> None:
         """The vectors of all layers, and what each layer makes of its own."""
         adding = [(layer.prefix, layer.per_layer) for layer in self.config.layers if layer.per_layer is not None]
-        points = [f"{PER_LAYER_TABLE}.out", f"{PER_LAYER_NORM}.out"]
+        points = [f"{table.norm}.out", *([f"{PER_LAYER_TABLE}.out"] if table.rows else [])]
         points += [f"{at}{add.projection}.in" for at, add in adding]
         self.exponents |= dict.fromkeys(points, max(map(self._need, points)))
         for at, add in adding:

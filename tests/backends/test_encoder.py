@@ -4,22 +4,22 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from gemma_deploy.backends.onnxruntime import encoder
+from gemma_deploy.backends.onnxruntime import decoder, encoder
 from gemma_deploy.backends.onnxruntime.decoder import embedding_scale
 from gemma_deploy.backends.onnxruntime.encoder import build_encoder
 from gemma_deploy.backends.onnxruntime.options import Kernels
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.params import build_plan, write_params
 from gemma_deploy.runtime.session import open_graph
-from tests.encoders import VOCABULARY, stock_states, stock_vector, texts, write_encoder
+from tests.encoders import FIRST, SECOND, VOCABULARY, stock_states, stock_vector, texts, write_encoder
 
 CONTEXT = 64
 OUTPUTS = ["last_hidden_state", "sentence_embedding"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_encoder(tmp_path_factory.mktemp("encoder") / "checkpoint")
+@pytest.fixture(scope="module", params=[FIRST, SECOND])
+def folder(request, tmp_path_factory):
+    return write_encoder(tmp_path_factory.mktemp("encoder") / "checkpoint", which=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,47 @@ def test_a_wrong_graph_is_seen(run, expected, what, seen_in, monkeypatch):
     assert distance > 1e-3
 
 
-def test_dense_layers_in_another_order_are_seen(tmp_path, expected):
+def values_not_normed(monkeypatch):
+    normed = encoder._Encoder._head_norm
+
+    def made(self, value, name, heads, size):
+        return value if name.endswith("v_norm") else normed(self, value, name, heads, size)
+
+    monkeypatch.setattr(encoder._Encoder, "_head_norm", made)
+
+
+def vectors_of_the_next_layer(monkeypatch):
+    shared = encoder._Encoder._share_out
+
+    def made(self, vectors, layers):
+        shared(self, vectors, layers)
+        self.vectors = {layer: self.vectors[(layer + 1) % len(layers)] for layer in layers}
+
+    monkeypatch.setattr(encoder._Encoder, "_share_out", made)
+
+
+def vectors_not_normed(monkeypatch):
+    context = decoder.context_of
+
+    def made(weights, projected, table, **more):
+        context(weights, projected, table, **more)
+        return weights.top.one("Reshape", [projected, weights.top.numbers(0, 0, table.layers, table.size)], "apart")
+
+    monkeypatch.setattr(decoder, "context_of", made)
+
+
+@pytest.mark.parametrize("folder", [SECOND], indirect=True)
+@pytest.mark.parametrize(
+    "what", [values_not_normed, vectors_of_the_next_layer, vectors_not_normed], ids=lambda one: one.__name__
+)
+def test_what_the_second_computes_otherwise_is_seen(run, expected, what, monkeypatch):
+    what(monkeypatch)
+    state, distance = errors(run(texts()), expected)
+    assert state > 1e-3
+    assert distance > 1e-3
+
+
+def test_dense_layers_in_another_order_are_seen(tmp_path):
     """Of equal widths, as any order fits then."""
     folder = write_encoder(tmp_path / "square", dense=(64, 64))
     config = Checkpoint.open(folder, encoder=True)
@@ -219,7 +259,8 @@ def test_operators_and_ports(folder, file):
     assert ports == [
         ("input_ids", ir.DataType.INT64, ["batch", "sequence"]),
         ("attention_mask", ir.DataType.INT64, ["batch", "sequence"]),
-        ("last_hidden_state", ir.DataType.FLOAT, ["batch", "sequence", "64"]),
+        ("last_hidden_state", ir.DataType.FLOAT, ["batch", "sequence", str(config.token_size)]),
         ("sentence_embedding", ir.DataType.FLOAT, ["batch", "160"]),
     ]
+    assert config.token_size in (64, 160)  # as they are, or projected
     assert config.vocab_size == VOCABULARY

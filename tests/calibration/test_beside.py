@@ -1,4 +1,7 @@
-"""Calibration of layers that add a vector of each token, or read keys and values of earlier ones: Gemma 4 E2B, E4B."""
+"""Calibration of layers that add a vector of each token, or read keys and values of earlier ones: Gemma 4 E2B, E4B.
+
+And EmbeddingGemma 2, whose vectors are made of embeddings alone.
+"""
 
 import pickle
 import re
@@ -19,7 +22,8 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.quantization.layer_walk import LayerWalk
 from gemma_deploy.quantization.layers import layer_file, quantize_layers
 from gemma_deploy.quantization.solver import Settings
-from gemma_deploy.testing import TINY_PER_LAYER, write_tiny_checkpoint
+from gemma_deploy.testing import TINY_PER_LAYER, write_tiny_checkpoint, write_tiny_encoder2
+from tests.encoders import stock as stock_encoder
 from tests.quantization.test_gptq import energy, numpy_gptq
 from tests.quantization.test_layers import logits, with_results
 
@@ -76,7 +80,22 @@ def stock(checkpoint):
 
 @pytest.mark.parametrize("executor", [Here(1), Apart(1)], ids=["here", "apart"])
 def test_ranges_are_those_of_transformers(checkpoint, stock, tmp_path, executor):
-    found = run_layers(checkpoint, IDS, scratch=tmp_path, executor=executor)
+    compare_ranges(checkpoint, stock, tmp_path, executor)
+
+
+def test_ranges_of_an_encoder_whose_vectors_no_table_has(tmp_path):
+    """EmbeddingGemma 2: windows are read in both directions, vectors are made of embeddings."""
+    path = write_tiny_encoder2(tmp_path / "checkpoint")
+    whole = torch.nn.Module()
+    whole.model = stock_encoder(path)
+    whole.forward = whole.model.forward
+    (tmp_path / "scratch").mkdir()
+    compare_ranges(Checkpoint.open(path, encoder=True), inputs_of(whole), tmp_path / "scratch", Here(1))
+
+
+def compare_ranges(checkpoint, stock, scratch, executor):
+    """Those that a pass finds with those of what a model read and gave; nothing is left."""
+    found = run_layers(checkpoint, IDS, scratch=scratch, executor=executor)
     assert len(found) == 7 * (6 + 1) + 1
     for name, seen in stock.items():
         expected = RangeObserver()
@@ -84,7 +103,7 @@ def test_ranges_are_those_of_transformers(checkpoint, stock, tmp_path, executor)
         mine = found[input_point(name.removesuffix(".in")) if name.endswith(".in") else name]
         assert torch.equal(mine.minimum, expected.minimum), name
         assert torch.equal(mine.maximum, expected.maximum), name
-    assert not list(tmp_path.iterdir())
+    assert not list(scratch.iterdir())
 
 
 def quantized(checkpoint, folder, executor=None, **options):

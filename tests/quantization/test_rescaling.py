@@ -21,7 +21,7 @@ from gemma_deploy.params.rescaled import exponent_of
 from gemma_deploy.parity import maxima
 from gemma_deploy.quantization.rescaling import Rescaling, choose, needed
 from gemma_deploy.testing import TINY_CONFIGS, TINY_EXPERTS, TINY_PER_LAYER, write_tiny_checkpoint
-from tests.encoders import write_encoder
+from tests.encoders import FIRST, SECOND, write_encoder
 from tests.exporting import export_once
 from tests.test_embed import compiled as compile_encoder
 
@@ -192,6 +192,8 @@ def enlarged(checkpoint, model_type, gate=1.0, **changes):
     if changes:  # vectors of tokens: theirs reach ten thousand, what layers make of them a million
         factors |= {"experts": 3e2, "post_feedforward_layernorm_1": 4e5, "post_feedforward_layernorm_2": 4e5}
         factors |= {"embed_tokens_per_layer": 1e4, "per_layer_projection": 1e3, "per_layer_input_gate": gate / 1e4}
+        if any(".ple." in name for name in weights):  # there is no table of them
+            factors["per_layer_projection_norm"] = 1e4
     for name, weight in weights.items():
         module = name.split(".")[-2]
         if module in factors:
@@ -319,9 +321,11 @@ def test_without_the_exponents_the_same_model_overflows(tmp_path, monkeypatch, c
 
 @pytest.mark.slow
 @pytest.mark.parametrize("exponents", [True, False])
-def test_an_encoder_that_reaches_a_million_stays_exact(tmp_path, monkeypatch, exponents):
+@pytest.mark.parametrize(("which", "kind"), [(FIRST, "gemma3_text"), (SECOND, "gemma4_text")], ids=[FIRST, SECOND])
+def test_an_encoder_that_reaches_a_million_stays_exact(tmp_path, monkeypatch, which, kind, exponents):
     """EmbeddingGemma's vectors; without the exponents its gate sees the overflow."""
-    checkpoint = enlarged(write_encoder(tmp_path / "checkpoint"), "gemma3_text")
+    more = {} if which == FIRST else TINY_PER_LAYER  # what layers make of their vectors as well
+    checkpoint = enlarged(write_encoder(tmp_path / "checkpoint", which=which), kind, **more)
     if not exponents:
         monkeypatch.setattr(maxima, "choose", lambda config, measured: Rescaling(absmax=measured))
         with pytest.raises(GateError, match="largest cosine distance inf"):

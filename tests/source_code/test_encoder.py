@@ -1,22 +1,32 @@
-"""The patched Gemma 3 stack as an encoder: the stock class's numbers, bit for bit, and every wrong mask seen."""
+"""The patched stacks that are encoders: the stock classes' numbers, bit for bit, and every wrong mask or part seen."""
 
 import pytest
 import torch
 
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.patched import patched_module, patched_stack
-from tests.encoders import WINDOW, stock, write_encoder
+from tests.encoders import FIRST, RADIUS, SECOND, WINDOW, stock, write_encoder
 
 LENGTH = 6 * WINDOW
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_encoder(tmp_path_factory.mktemp("encoder") / "checkpoint")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("encoder")
+    return {which: write_encoder(root / which, which=which) for which in (FIRST, SECOND)}
+
+
+@pytest.fixture(scope="module", params=[FIRST, SECOND])
+def folder(request, folders):
+    return folders[request.param]
 
 
 @pytest.fixture(scope="module")
 def patched(folder):
+    return patched_of(folder)
+
+
+def patched_of(folder):
     checkpoint = Checkpoint.open(folder, encoder=True)
     model = patched_stack(checkpoint.config).to_empty(device="cpu")
     found = model.load_state_dict(stock(folder).state_dict(), strict=False)
@@ -102,10 +112,107 @@ def test_a_wrong_mask_is_seen(folder, patched, batch, name, monkeypatch):
     assert max((one - other).abs().max() for one, other in zip(expected, found, strict=True)) / largest > 1e-3
 
 
-def test_the_file_says_the_window_and_the_config_object_the_first_distance_that_is_too_far(folder, patched):
-    assert stock(folder).config.sliding_window == patched.config.sliding_window == WINDOW // 2 + 1
+def test_the_file_says_the_window_and_the_config_object_the_first_distance_that_is_too_far(folders):
+    folder = folders[FIRST]
+    assert stock(folder).config.sliding_window == patched_of(folder).config.sliding_window == WINDOW // 2 + 1
     layers = Checkpoint.open(folder, encoder=True).config.layers
     assert {layer.window for layer in layers} == {None, 2 * (WINDOW // 2) + 1}
+
+
+def test_of_the_second_both_say_the_last_distance_that_is_seen(folders):
+    folder = folders[SECOND]
+    assert stock(folder).config.sliding_window == patched_of(folder).config.sliding_window == RADIUS
+    layers = Checkpoint.open(folder, encoder=True).config.layers
+    assert [layer.window for layer in layers[:3]] == [2 * RADIUS + 1] * 2 + [None]
+    assert [(layer.kv_heads, layer.head_dim) for layer in layers[1:3]] == [(2, 32), (1, 64)]
+    assert layers[-1].window is None  # as transformers makes it, whatever the pattern
+
+
+def test_hidden_states_of_the_second_are_those_of_the_stock_class_layer_by_layer(folders, batch):
+    ids, mask = batch
+    with torch.no_grad():
+        expected = stock(folders[SECOND])(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        found = patched_of(folders[SECOND])(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    assert len(found) == len(expected) == 8
+    assert all(map(torch.equal, expected, found))
+    assert found[-1].shape[-1] == 160  # projected
+
+
+GAINS, SECOND_CLASS = patched_module("gain_vacc"), patched_module("modeling_embedding_gemma2_vacc")
+
+
+def vectors_of_the_layer_before(model, patch):
+    right = GAINS.OfEachLayer.of_layer
+    patch.setattr(GAINS.OfEachLayer, "of_layer", lambda self, layer: right(self, max(0, layer - 1)))
+
+
+def vectors_are_not_normed(model, patch):
+    patch.setattr(model.ple, "per_layer_projection_norm", torch.nn.Identity())
+
+
+def vectors_behind_the_number(model, patch):
+    right = SECOND_CLASS.EmbeddingGemma2EncoderLayer.gated
+    patch.setattr(
+        SECOND_CLASS.EmbeddingGemma2EncoderLayer,
+        "gated",
+        lambda self, hidden, vector: right(self, hidden * self.layer_scalar, vector),
+    )
+
+
+def no_number_behind_layers(model, patch):
+    for layer in model.layers:
+        patch.setitem(layer._buffers, "layer_scalar", torch.ones(1))
+
+
+def values_have_no_norm(model, patch):
+    for layer in model.layers:
+        patch.setattr(layer.self_attn, "v_norm", torch.nn.Identity())
+
+
+def scores_are_scaled(model, patch):
+    for layer in model.layers:
+        patch.setattr(layer.self_attn, "scaling", layer.self_attn.head_dim**-0.5)
+
+
+def one_base_for_all_layers(model, patch):
+    patch.setattr(model.rotary["full_attention"], "theta", 1e4)
+    patch.setattr(model.rotary["full_attention"], "_tables", None)
+
+
+def full_layers_turn_a_quarter(model, patch):
+    patch.setattr(model.rotary["full_attention"], "rotated", 0.25)
+    patch.setattr(model.rotary["full_attention"], "_tables", None)
+
+
+def the_projection_stands_before_the_norm(model, patch):
+    weight = model.norm.weight / model.norm.weight.mean()
+    patch.setattr(model, "projected", lambda normed: model.embedding_projection(normed / weight))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        vectors_of_the_layer_before,
+        vectors_are_not_normed,
+        vectors_behind_the_number,
+        no_number_behind_layers,
+        values_have_no_norm,
+        scores_are_scaled,
+        one_base_for_all_layers,
+        full_layers_turn_a_quarter,
+        the_projection_stands_before_the_norm,
+    ],
+    ids=lambda wrong: wrong.__name__,
+)
+def test_what_the_second_computes_otherwise_is_seen(folders, batch, wrong, monkeypatch):
+    ids, mask = batch
+    model = patched_of(folders[SECOND])
+    wrong(model, monkeypatch)
+    with torch.no_grad():
+        expected = real(stock(folders[SECOND])(ids, attention_mask=mask).last_hidden_state, mask)
+        found = real(model(ids, attention_mask=mask).last_hidden_state, mask)
+    largest = max(one.abs().max() for one in expected)
+    assert max((one - other).abs().max() for one, other in zip(expected, found, strict=True)) / largest > 1e-3
 
 
 def test_a_cache_is_refused_and_none_is_made(patched, batch):

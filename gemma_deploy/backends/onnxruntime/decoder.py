@@ -28,7 +28,15 @@ from gemma_deploy.backends.onnxruntime.lora import Updates
 from gemma_deploy.backends.onnxruntime.options import ALL, Kernels
 from gemma_deploy.backends.onnxruntime.padding import Tokens, real_tokens_first
 from gemma_deploy.backends.onnxruntime.parts import embedding_scale
-from gemma_deploy.backends.onnxruntime.per_layer import by_layer, known_ids, rows_of, table_part, with_context
+from gemma_deploy.backends.onnxruntime.per_layer import (
+    by_layer,
+    context_of,
+    halved,
+    joined,
+    known_ids,
+    rows_of,
+    table_part,
+)
 from gemma_deploy.backends.onnxruntime.shared_window import Held, held_positions, query_positions
 from gemma_deploy.backends.onnxruntime.streams import Streams, sparse
 from gemma_deploy.backends.onnxruntime.window import WINDOW_CACHE
@@ -41,8 +49,6 @@ from gemma_deploy.names import (
     HEAD,
     MICROSOFT,
     NORM,
-    PER_LAYER_NORM,
-    PER_LAYER_PROJECTION,
     PER_LAYER_TABLE,
 )
 
@@ -181,22 +187,16 @@ class Decoder(ExpertParts):
         config, table = self.config, self.config.per_layer
         if table is None:
             return None
-        scale = embedding_scale(table.size, self.rounding)
-        if table.rows < config.vocab_size:
-            ids = known_ids(self.nodes, ids, table.rows)
-        rows = table_part(self.nodes, self._matrix(PER_LAYER_TABLE), ids, table=table, scale=scale)
-        if self.dtype != ir.DataType.FLOAT:
-            rows = self.nodes.one("Cast", [rows], f"{PER_LAYER_TABLE}.half", to=self.dtype.value)
-        projected = self._product(hidden, PER_LAYER_PROJECTION)
-        return with_context(
-            self.weights,
-            rows,
-            projected,
-            table=table,
-            hidden_size=config.hidden_size,
-            gain=self.weights.gain(PER_LAYER_NORM),
-            eps=config.rms_norm_eps,
-        )
+        rows = None
+        if table.rows:
+            ids = known_ids(self.nodes, ids, table.rows) if table.rows < config.vocab_size else ids
+            scale = embedding_scale(table.size, self.rounding)
+            rows = table_part(self.nodes, self._matrix(PER_LAYER_TABLE), ids, table=table, scale=scale)
+            if self.dtype != ir.DataType.FLOAT:
+                rows = self.nodes.one("Cast", [rows], f"{PER_LAYER_TABLE}.half", to=self.dtype.value)
+        projected = self._product(hidden, table.projection)
+        context = context_of(self.weights, projected, table, hidden_size=config.hidden_size, eps=config.rms_norm_eps)
+        return joined(self.nodes, context if rows is None else halved(self.weights, rows, context), table)
 
     def _share_out(self, vectors: ir.Value, layers: range, tokens: Tokens | None = None) -> None:
         """Give each of some layers its vectors; of the tokens whose logits are wanted, where `tokens` says which."""

@@ -22,7 +22,7 @@ from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.checkpoint.sentence import LEAST_LENGTH, LEAST_TOKENS
 from gemma_deploy.graph.contract import BATCH, ENCODER, SEQUENCE, TEXT_VECTORS, TOKEN_STATES
 from gemma_deploy.graph.external import Row
-from gemma_deploy.names import MICROSOFT, NORM
+from gemma_deploy.names import MICROSOFT, NORM, TOKEN_PROJECTION
 
 
 def build_encoder(
@@ -47,17 +47,21 @@ class _Encoder(Decoder):
             for name in ("input_ids", "attention_mask")
         )
         hidden = self._embed(ids)
+        if (vectors := self._vectors_of_layers(ids, hidden)) is not None:
+            self._share_out(vectors, range(config.num_hidden_layers))
         places = self._places(ids)
         seen = self._seen(places, mask)
         positions = nodes.one("Expand", [places, nodes.one("Shape", [ids], "ids.shape")], "positions")
         for layer in config.layers:
             attended = self._attended(layer, hidden, positions=positions, mask=seen[layer.kind])
-            hidden = self._after_attention(layer, attended, hidden)
+            hidden = self._after_attention(layer, attended, hidden, self.vectors.get(layer.index))
         states = self._wide(self._norm(hidden, NORM), f"{NORM}.wide")
+        if config.projects_tokens:
+            states = self._dense(states, TOKEN_PROJECTION)
         vectors = self._vectors(states, mask)
         assert config.sentence is not None
         outputs = [
-            self._output(states, TOKEN_STATES, (BATCH, SEQUENCE, config.hidden_size)),
+            self._output(states, TOKEN_STATES, (BATCH, SEQUENCE, config.token_size)),
             self._output(vectors, TEXT_VECTORS, (BATCH, config.sentence.dimensions)),
         ]
         return self._finished([ids, mask], outputs, ENCODER)
@@ -107,6 +111,8 @@ class _Encoder(Decoder):
         turned: list[ir.Value] = []
         for name, value in zip(readers, made, strict=True):
             if name not in norms:
+                if layer.value_norm:
+                    value = self._head_norm(value, f"{path}{layer.value_norm}", layer.kv_heads, layer.head_dim)
                 turned.append(value)
                 continue
             heads = layer.heads if name == attention.entry.observed else layer.kv_heads
@@ -136,12 +142,16 @@ class _Encoder(Decoder):
         vector = nodes.one("Div", [total, nodes.one("Max", [count, nodes.scalar(LEAST_TOKENS)], "pooling.tokens")],
                            "pooling.out")  # fmt: skip
         for layer in sentence.dense:
-            name = f"{layer.name}.weight"
-            matrix = self._wide(self.weights.view([name], name), f"{name}.wide")
-            vector = nodes.one("FusedMatMul", [vector, matrix], f"{layer.name}.out", domain=MICROSOFT, transB=1)
+            vector = self._dense(vector, layer.name)
         length = nodes.one("ReduceL2", [vector, nodes.numbers(-1)], "normalize.length", keepdims=1)
         least = nodes.one("Max", [length, nodes.scalar(LEAST_LENGTH)], "normalize.least")
         return nodes.one("Div", [vector, least], "normalize.out")
+
+    def _dense(self, value: ir.Value, module: str) -> ir.Value:
+        """[..., in] -> [..., out] in float32, without codes."""
+        name = f"{module}.weight"
+        matrix = self._wide(self.weights.view([name], name), f"{name}.wide")
+        return self.nodes.one("FusedMatMul", [value, matrix], f"{module}.out", domain=MICROSOFT, transB=1)
 
     def _wide(self, value: ir.Value, name: str) -> ir.Value:
         """In float32."""

@@ -16,7 +16,7 @@ from gemma_deploy.architectures import PerLayerTable
 from gemma_deploy.backends.onnxruntime.linears import Matrix
 from gemma_deploy.backends.onnxruntime.nodes import Nodes
 from gemma_deploy.backends.onnxruntime.weights import Weights
-from gemma_deploy.names import PER_LAYER_NORM, PER_LAYER_PROJECTION, PER_LAYER_TABLE
+from gemma_deploy.names import PER_LAYER_TABLE
 from gemma_deploy.names import PER_LAYER_VECTORS as VECTORS
 
 
@@ -45,29 +45,30 @@ def known_ids(nodes: Nodes, ids: ir.Value, rows: int) -> ir.Value:
     return nodes.one("Where", [inside, ids, first], f"{PER_LAYER_TABLE}.ids")
 
 
-def with_context(
-    weights: Weights,
-    rows: ir.Value,
-    projected: ir.Value,
-    *,
-    table: PerLayerTable,
-    hidden_size: int,
-    gain: ir.Value,
-    eps: float,
+def context_of(
+    weights: Weights, projected: ir.Value, table: PerLayerTable, *, hidden_size: int, eps: float
 ) -> ir.Value:
-    """[B,S,layers * size]: half of both, their sizes kept: (norm(projection / sqrt(hidden)) + rows) / sqrt(2).
+    """[B,S,layers,size]: norm(projection / sqrt(hidden)).
 
     Args:
-        rows: [B,S,layers,size] of the table; projected: [B,S,layers * size] of the embedding.
+        projected: [B,S,layers * size] of the embedding.
     """
-    nodes = weights.top
+    nodes, gain = weights.top, weights.gain(table.norm)
     shape = nodes.numbers(0, 0, table.layers, table.size)
-    small = nodes.one("Mul", [projected, weights.scalar(hidden_size**-0.5)], f"{PER_LAYER_PROJECTION}.scaled")
-    apart = nodes.one("Reshape", [small, shape], f"{PER_LAYER_PROJECTION}.vectors")
-    normed = nodes.one("RMSNormalization", [apart, gain], f"{PER_LAYER_NORM}.out", axis=-1, epsilon=eps, stash_type=1)
-    both = nodes.one("Add", [normed, rows], f"{VECTORS}.sum")
-    halved = nodes.one("Mul", [both, weights.scalar(math.sqrt(0.5))], VECTORS)
-    return nodes.one("Reshape", [halved, nodes.numbers(0, 0, table.width)], f"{VECTORS}.joined")
+    small = nodes.one("Mul", [projected, weights.scalar(hidden_size**-0.5)], f"{table.projection}.scaled")
+    apart = nodes.one("Reshape", [small, shape], f"{table.projection}.vectors")
+    return nodes.one("RMSNormalization", [apart, gain], f"{table.norm}.out", axis=-1, epsilon=eps, stash_type=1)
+
+
+def halved(weights: Weights, rows: ir.Value, context: ir.Value) -> ir.Value:
+    """[B,S,layers,size]: half of both, their sizes kept: (context + rows) / sqrt(2)."""
+    both = weights.top.one("Add", [context, rows], f"{VECTORS}.sum")
+    return weights.top.one("Mul", [both, weights.scalar(math.sqrt(0.5))], VECTORS)
+
+
+def joined(nodes: Nodes, vectors: ir.Value, table: PerLayerTable) -> ir.Value:
+    """[B,S,layers,size] -> [B,S,layers * size]."""
+    return nodes.one("Reshape", [vectors, nodes.numbers(0, 0, table.width)], f"{VECTORS}.joined")
 
 
 def by_layer(nodes: Nodes, vectors: ir.Value, layers: Sequence[int], *, size: int) -> dict[int, ir.Value]:

@@ -143,7 +143,7 @@ class StaticPair:
             rows,
             PARAMS,
             job.rescaling,
-            spec.storage(config.hidden_size, None if config.per_layer is None else config.per_layer.size),
+            spec.storage(config.hidden_size, config.per_layer),
             None if job.unrounded is None else tuple(job.unrounded),
         )
         return worker.export_apart(task)
