@@ -1,6 +1,7 @@
 // Compares every level that this processor has with sums in double precision: a program, so that an emulator can run it.
 //
 // Prints the levels that it looked at; exits with 1 where one is wrong.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -191,6 +192,33 @@ void CheckRows(const Kernels& k) {
   for (int i = 0; i < 6; i++) Expect(k.name, names[i], worst[i], 8e-6);
 }
 
+void CheckStreams(const Kernels& k) {
+  const int n = 80, count = 4, active = 1;
+  const std::vector<float> x = Normal(n * count), y = Normal(n), coefs = Normal(count * count);
+  std::vector<float> mixed = x, corrected = x, cut = Normal(656, 3);
+  k.mix(mixed.data(), n, count, coefs.data(), n);
+  k.correct(corrected.data(), n, count, active, y.data(), coefs.data(), n);
+  double worst = 0, mean = 0, square = 0;
+  for (int i = 0; i < n; i++) {
+    for (int j = 0; j < count; j++) {
+      double sum = x[j * n + i];
+      for (int l = 0; l < count; l++) sum += static_cast<double>(coefs[j * count + l]) * x[l * n + i];
+      const double news = static_cast<double>(y[i]) - x[active * n + i];
+      worst = std::max({worst, std::fabs(mixed[j * n + i] - sum),
+                        std::fabs(corrected[j * n + i] - (x[j * n + i] + coefs[j] * news))});
+    }
+  }
+  Expect(k.name, "streams", worst, 4e-6);
+  for (float v : cut) mean += v / 656.0;
+  for (float v : cut) square += (v - mean) * (v - mean) / 656.0;
+  const std::vector<float> gates = cut;
+  k.cut(cut.data(), 656, k.cutoff(cut.data(), 656, 1.5f));
+  worst = 0;
+  for (int i = 0; i < 656; i++)
+    worst = std::max(worst, std::fabs(cut[i] - std::max(0.0, gates[i] - (mean + 1.5 * std::sqrt(square)))));
+  Expect(k.name, "cut gates", worst, 4e-6);
+}
+
 float Code(float x, float most) {  // to 8 bits, with a scale for the position
   const float scale = most / 127;
   return scale == 0 ? 0 : std::nearbyint(x * (1 / scale)) * scale;
@@ -278,6 +306,7 @@ int main() {
       CheckProduct(k, kInt4, 48, 640, 128, extreme);
     }
     CheckRows(k);
+    CheckStreams(k);
     for (int form : {kFloat32, kBFloat16, kInt8}) {
       CheckAttention(k, form, 64, 0);
       CheckAttention(k, form, 256, 20);

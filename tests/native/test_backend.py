@@ -25,15 +25,15 @@ SCHEMES = ("fp32", "bf16", "w8a16", "w4a16_rtn", "w8a16_gptq", "w4a16_gptq")
 MANY = 1 << 26  # bytes of caches
 
 
-def recipe_of(folder, kind, scheme, **changes):
-    """The recipe of an artifact x of a tiny model, in `folder`."""
+def recipe_of(folder, kind, scheme, *, quantize=None, **changes):
+    """The recipe of an artifact x of a tiny model, in `folder`; with keys of frontend.quantize."""
     checkpoint = write_tiny_checkpoint(folder / "ck", kind, **changes)
     write_tokenizer(checkpoint)
     floats = scheme in ("fp32", "bf16")
     recipe = {
         "name": "x",
         "frontend": {"checkpoint": str(checkpoint), "shape": {"input_ids": [[48], [400]]}}
-        | ({} if floats else {"quantize": {"type": scheme}}),
+        | ({} if floats else {"quantize": {"type": scheme} | (quantize or {})}),
         "backend": {"type": "native", "dtype": scheme if floats else "int8"},
         "parity": {"prompt_tokens": 40, "decode_tokens": 8},  # five windows of 8
         "workspace": {"path": str(folder / "w")},
@@ -310,8 +310,10 @@ def test_what_a_caller_gets_wrong_is_refused(compiled, ids):
 @pytest.mark.parametrize(
     ("kind", "scheme", "changes", "words"),
     [
-        ("gemma4_text", "w8a16", TINY_PER_LAYER, "backend.type: native is not built for per-layer embeddings"),
-        ("gemma4_text", "w8a16", TINY_EXPERTS, "backend.type: native is not built for experts"),
+        ("gemma3n_text", "w8a16", {"altup_num_inputs": 9}, "an altup_num_inputs of at most 8, got 9"),
+        ("gemma3n_text", "w8a16", {"vocab_size_per_layer_input": 500}, "that is a multiple of 16, got 500"),
+        ("gemma4_text", "w8a16", TINY_PER_LAYER | {"hidden_size_per_layer_input": 24}, "a multiple of 16, got 24"),
+        ("gemma4_text", "w8a16", TINY_EXPERTS | {"moe_intermediate_size": 40}, "a multiple of 16, got 40"),
         ("gemma2", "w8a8", {}, "frontend.quantize.type: w8a8 is not built for backend.type native"),
         ("gemma2", "w8a16+kv8", {}, "frontend.quantize.type: an int8 cache is not built for backend.type native"),
         ("gemma2", "w8a16", {"head_dim": 48}, "heads of a multiple of 32 channels, up to 512, got 48"),

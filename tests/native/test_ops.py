@@ -167,6 +167,67 @@ def test_rows(ops, level):
     np.testing.assert_allclose(row_op(ops, level, 5, head, y=sines, w=cosines, number=0.5), turned / 2, atol=2e-6)
 
 
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_streams(ops, level, count):
+    rng = np.random.default_rng(5)
+    x, y, own = rng.standard_normal((count, 80)), rng.standard_normal(80), rng.standard_normal(count)
+    coefs, active = rng.standard_normal((count, count)), count - 1
+    x, y, own, coefs = (one.astype(np.float32) for one in (x, y, own, coefs))
+
+    def run(target, factors):
+        made = x.copy()
+        where = ctypes.c_void_p(None) if target is None else pointer(target)
+        assert ops.gemma_op_streams(level, pointer(made), count, active, where, pointer(factors), 80) == 0
+        return made
+
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(run(None, coefs), wide + coefs @ wide, atol=2e-6)
+    np.testing.assert_allclose(run(y, own), wide + own[:, None] * (y - wide[active]), atol=2e-6)
+
+
+def test_gates_are_cut_where_few_are_left(ops, level):
+    x = np.random.default_rng(6).standard_normal(4096).astype(np.float32) * 3 + 5
+    wide = x.astype(np.float64)
+    expected = np.maximum(wide - (wide.mean() + 1.6448536 * wide.std()), 0)
+    found = row_op(ops, level, 6, x, number=1.6448536)
+    np.testing.assert_allclose(found, expected, atol=4e-6)
+    assert 0.03 < (found > 0).mean() < 0.07
+
+
+class Table(ctypes.Structure):
+    _fields_ = (
+        ("values", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("form", ctypes.c_int32),
+        ("rows", ctypes.c_int32), ("columns", ctypes.c_int32), ("group", ctypes.c_int32),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "uint8", "uint4"])
+def test_rows_of_a_table_are_read_where_they_lie(ops, form):
+    """Groups and pairs of codes are cut anywhere: columns 7 to 75 of groups of 32."""
+    import torch
+
+    from gemma_deploy.params.stream import pack_int4
+
+    rng = np.random.default_rng(7)
+    if form in ("uint8", "uint4"):
+        least = -128 if form == "uint8" else -8
+        codes = rng.integers(least, -least, (5, 96)).astype(np.int8)
+        scales = rng.uniform(0.5, 2, (5, 3)).astype(np.float32)
+        dense = codes * np.repeat(scales, 32, axis=1).astype(np.float64)
+        packed = torch.from_numpy(codes)
+        values = (pack_int4(packed) ^ 0x88 if form == "uint4" else packed.view(torch.uint8) ^ 0x80).numpy()
+    else:
+        rounded_ = torch.from_numpy(rng.standard_normal((5, 96)).astype(np.float32)).to(getattr(torch, form))
+        dense, scales = rounded_.double().numpy(), np.zeros(1, np.float32)
+        values = rounded_.view(torch.uint8).numpy()
+    table = Table(values.ctypes.data, scales.ctypes.data, FORMS[form], 5, 96, 32)
+    y = np.zeros(68, np.float32)
+    assert ops.gemma_op_table_row(ctypes.byref(table), 3, 7, 68, ctypes.c_float(5.5), pointer(y)) == 0
+    np.testing.assert_allclose(y, 5.5 * dense[3, 7:75], rtol=3e-7)
+    for row, begin, count in ((5, 0, 1), (-1, 0, 1), (0, 90, 7), (0, -1, 1), (0, 0, -1)):
+        assert ops.gemma_op_table_row(ctypes.byref(table), row, begin, count, ctypes.c_float(1), pointer(y)) == 2
+
+
 def kept(x, form):
     """What a cache makes of keys or values [length, D]."""
     import torch

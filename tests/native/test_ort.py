@@ -15,18 +15,30 @@ from gemma_deploy.backends.native.library import Model, library_path
 from gemma_deploy.compile import compile_recipe
 from gemma_deploy.engine import open_engine
 from gemma_deploy.names import PARAMS
+from gemma_deploy.testing import TINY_EXPERTS, TINY_PER_LAYER
 from tests.native.test_backend import MANY, recipe_of
 
 BFLOAT16 = int(onnx.TensorProto.BFLOAT16)
 NAN = 0x7FC0
 ROOMS = (384, 333, 90)  # whole pages of 128 positions; an odd rest behind them; none
-KINDS = ("gemma3_text", "gemma4_text")  # the second: two geometries, two KV heads
+# The second: two geometries, two KV heads; then layers without caches, experts, streams.
+MODELS = {
+    "gemma3_text": ("gemma3_text", {}),
+    "gemma4_text": ("gemma4_text", {}),
+    "per-layer": ("gemma4_text", TINY_PER_LAYER),
+    "experts": ("gemma4_text", TINY_EXPERTS),
+    "3n": ("gemma3n_text", {}),
+}
+SLOW = ("per-layer", "experts", "3n")
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MODELS]
+)
 def artifact(request, native_library, tmp_path_factory):
     """An artifact of a tiny model in int8."""
-    return compile_recipe(recipe_of(tmp_path_factory.mktemp(request.param), request.param, "w8a16")).path
+    kind, changes = MODELS[request.param]
+    return compile_recipe(recipe_of(tmp_path_factory.mktemp(request.param), kind, "w8a16", **changes)).path
 
 
 def session_of(path):

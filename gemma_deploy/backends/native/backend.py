@@ -117,9 +117,11 @@ class Native:
         from gemma_deploy.backends.onnxruntime.parts import embedding_scale
         from gemma_deploy.graph.external import serialized
 
-        scale = embedding_scale(job.config.hidden_size, job.spec.embed_scale)
+        config, rounding = job.config, job.spec.embed_scale
+        sizes = config.hidden_size, config.per_layer.size if config.per_layer is not None else 1
+        scale, vector_scale = (embedding_scale(size, rounding) for size in sizes)
         places = job.tensors[PARAMS]
-        plan = plan_of(job.config, places, context=job.spec.context, embed_scale=scale)
+        plan = plan_of(config, places, context=job.spec.context, embed_scale=scale, vector_scale=vector_scale)
         size = max(place.offset + place.nbytes for place in places)
         return Exported({GRAPH: serialized(build_graph(job.contract, plan, size))})
 

@@ -10,6 +10,7 @@ from gemma_deploy.checkpoint import ModelConfig
 
 HIDDEN_OF, HEAD_OF = 16, 32  # of which hidden_size and head_dim are multiples
 LARGEST_HEAD = 512
+MOST_STREAMS = 8
 
 
 class NativeOptions(Options):
@@ -37,10 +38,26 @@ def model_problems(config: ModelConfig) -> list[str]:
     problems = []
     if config.architecture.encoder:
         problems.append("backend.type: native is not built for encoders: write onnxruntime")
-    if config.per_layer is not None:
-        problems.append("backend.type: native is not built for per-layer embeddings: write onnxruntime")
-    if config.has_experts:
-        problems.append("backend.type: native is not built for experts: write onnxruntime")
+    vectors = config.per_layer
+    if vectors is not None and vectors.rows % HIDDEN_OF:
+        problems.append(
+            f"backend.type: native wants a vocab_size_per_layer_input that is a multiple of {HIDDEN_OF}, "
+            f"got {vectors.rows}"
+        )
+    if vectors is not None and vectors.size % HIDDEN_OF:
+        problems.append(
+            f"backend.type: native wants a hidden_size_per_layer_input that is a multiple of {HIDDEN_OF}, "
+            f"got {vectors.size}"
+        )
+    streams = config.altup.streams if config.altup is not None else 1
+    if streams > MOST_STREAMS:
+        problems.append(f"backend.type: native wants an altup_num_inputs of at most {MOST_STREAMS}, got {streams}")
+    widths = sorted({layer.experts.width for layer in config.layers if layer.experts is not None})
+    if any(width % HIDDEN_OF for width in widths):
+        problems.append(
+            f"backend.type: native wants a moe_intermediate_size that is a multiple of {HIDDEN_OF}, "
+            f"got {', '.join(map(str, widths))}"
+        )
     if config.hidden_size % HIDDEN_OF:
         problems.append(
             f"backend.type: native wants a hidden_size that is a multiple of {HIDDEN_OF}, got {config.hidden_size}"

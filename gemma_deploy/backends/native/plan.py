@@ -5,32 +5,51 @@ src/plan.h has the form. Names are those of the parameter file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
+from statistics import NormalDist
 
 import numpy as np
 
 from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.dtypes import BY_NAME
-from gemma_deploy.names import EMBEDDING_WEIGHT, NORM
+from gemma_deploy.names import (
+    EMBEDDING_WEIGHT,
+    NORM,
+    PER_LAYER_TABLE,
+    STREAM_PROJECTION,
+    STREAM_UNEMBED,
+)
 from gemma_deploy.params.layout import Place
 
 VERSION = 1
 FORMS = {"uint8": "int8", "uint4": "int4", "float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
 
 
-def plan_of(config: ModelConfig, places: Iterable[Place], *, context: int, embed_scale: float) -> str:
+def plan_of(
+    config: ModelConfig, places: Iterable[Place], *, context: int, embed_scale: float, vector_scale: float
+) -> str:
     """The plan of a model.
 
     Args:
         places: tensors of the parameter file, in panels; context: positions there are.
-        embed_scale: by which rows of the table are multiplied.
+        embed_scale: by which rows of the table are multiplied; vector_scale: those of the table of per-layer vectors.
     """
     found = {place.name: place for place in places}
     lines = [_model(config, context=context, embed_scale=embed_scale)]
     lines += _tensors(found)
-    lines += [_layer(config, layer, found) for layer in config.layers]
+    lines += [*_vectors(config, vector_scale), *_streams(config)]
+    for layer in config.layers:
+        lines += [_layer(config, layer), *_beside(config, layer)]
+    missing = [name for name in _named("\n".join(lines)) if name not in found]
+    assert not missing, f"not in the parameter file: {missing}"
     return "\n".join(lines) + "\n"
+
+
+def _named(text: str) -> Iterator[str]:
+    """Names of tensors in a plan."""
+    return (value for part in text.split() if (value := part.partition("=")[2]).startswith(("model.", "lm_head.")))
 
 
 def _line(word: str, values: Mapping[str, object]) -> str:
@@ -74,6 +93,12 @@ def _tensors(found: Mapping[str, Place]) -> Iterator[str]:
             continue
         rows, columns = place.shape
         values = {"name": name, "form": FORMS[place.dtype], "rows": rows, "columns": columns, "at": place.offset}
+        if name == f"{PER_LAYER_TABLE}.weight":
+            if BY_NAME[place.dtype].bits <= 8:
+                scale = found[f"{PER_LAYER_TABLE}.scale"]
+                values |= {"group": columns // scale.shape[1], "scales_at": scale.offset}
+            yield _line("table", values)
+            continue
         if BY_NAME[place.dtype].bits <= 8:
             scale = found[f"{name.removesuffix('.weight')}.scale"]
             groups = scale.shape[1]
@@ -85,7 +110,69 @@ def _tensors(found: Mapping[str, Place]) -> Iterator[str]:
         yield _line("matrix", values)
 
 
-def _layer(config: ModelConfig, layer: LayerSpec, found: Mapping[str, Place]) -> str:
+def _vectors(config: ModelConfig, scale: float) -> Iterator[str]:
+    """What layers share of the vectors that they add; nothing where they add none."""
+    table = config.per_layer
+    if table is not None:
+        yield _line(
+            "vectors",
+            {
+                "size": table.size,
+                "table": f"{PER_LAYER_TABLE}.weight",
+                "projection": f"{table.projection}.weight",
+                "norm": f"{table.norm}.weight",
+                "table_factor": scale,
+                "projection_factor": config.hidden_size**-0.5,
+                "factor": math.sqrt(0.5),
+            },
+        )
+
+
+def _streams(config: ModelConfig) -> Iterator[str]:
+    """What layers share of the streams that they carry along; nothing where there is one."""
+    if (altup := config.altup) is not None:
+        values: dict[str, object] = {"count": altup.streams, "active": altup.active}
+        for index in range(altup.streams - 1):
+            values[f"enter{index + 1}"] = f"{STREAM_PROJECTION}.{index}.weight"
+            values[f"leave{index + 1}"] = f"{STREAM_UNEMBED}.{index}.weight"
+        yield _line("streams", values)
+
+
+def _beside(config: ModelConfig, layer: LayerSpec) -> Iterator[str]:
+    """Lines of what a layer has beside attention and MLP."""
+    prefix = layer.prefix
+    if (altup := layer.altup) is not None:
+        names = {
+            "router": altup.router,
+            "prediction": altup.prediction,
+            "correction": altup.correction,
+            "norm": altup.norm,
+        }
+        values = {key: f"{prefix}{name}.weight" for key, name in names.items()}
+        yield _line("altup", values | {"scale": f"{prefix}{altup.scale}", "router_factor": 1 / config.hidden_size})
+    if (laurel := layer.laurel) is not None:
+        names = {"left": laurel.left, "right": laurel.right, "norm": laurel.norm}
+        yield _line("laurel", {"rank": laurel.rank} | {key: f"{prefix}{name}.weight" for key, name in names.items()})
+    if (experts := layer.experts) is not None:
+        sizes = {"count": experts.count, "chosen": experts.chosen, "width": experts.width}
+        names = {
+            "router": f"{experts.router}.weight",
+            "router_scale": experts.router_scale,
+            "scales": experts.expert_scale,
+            "gate_up": experts.gate_up,
+            "down": experts.down,
+            "dense_norm": f"{experts.dense_post_norm}.weight",
+            "norm": f"{experts.norm}.weight",
+            "post_norm": f"{experts.post_norm}.weight",
+        }
+        factor = {"router_factor": config.hidden_size**-0.5}
+        yield _line("experts", sizes | factor | {key: f"{prefix}{name}" for key, name in names.items()})
+    if (added := layer.per_layer) is not None:
+        names = {"gate": added.gate, "projection": added.projection, "norm": added.norm}
+        yield _line("adds", {key: f"{prefix}{name}.weight" for key, name in names.items()})
+
+
+def _layer(config: ModelConfig, layer: LayerSpec) -> str:
     attention = next(branch for branch in layer.branches if branch.attends)
     mlp = next(branch for branch in layer.branches if not branch.attends)
     norms, linears, prefix = dict(layer.head_norms), {one.name for one in layer.linears}, layer.prefix
@@ -121,8 +208,8 @@ def _layer(config: ModelConfig, layer: LayerSpec, found: Mapping[str, Place]) ->
         "post_mlp_norm": mlp.post_norm,
     }
     values |= {key: f"{prefix}{norm}.weight" for key, norm in optional.items() if norm is not None}
+    if layer.sparsity:
+        values["quantile"] = NormalDist().inv_cdf(layer.sparsity)
     if layer.scalar is not None:
         values["scalar"] = f"{prefix}{layer.scalar}"
-    missing = [str(name) for name in values.values() if str(name).startswith("model.") and name not in found]
-    assert not missing, f"not in the parameter file: {missing}"
     return _line("layer", values)

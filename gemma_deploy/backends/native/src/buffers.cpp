@@ -50,6 +50,10 @@ Buffers::Buffers(const Plan& plan, int threads) : sets(threads), own(threads) {
     kv = std::max(kv, layer.kv_heads * layer.head_dim);
     width = std::max(width, layer.width);
     half_stride = std::max(half_stride, layer.head_dim / 2);
+    most_experts = std::max(most_experts, (layer.experts.count + kLanes - 1) / kLanes * kLanes);
+    most_chosen = std::max(most_chosen, layer.experts.chosen);
+    expert_width = std::max(expert_width, layer.experts.width);
+    most_rank = std::max(most_rank, (layer.laurel.rank + kLanes - 1) / kLanes * kLanes);
     size_t set = 0;
     while (set < frequencies.size() && (frequencies[set] != layer.frequencies || halves[set] != layer.head_dim / 2)) set++;
     if (set == frequencies.size()) {
@@ -62,8 +66,10 @@ Buffers::Buffers(const Plan& plan, int threads) : sets(threads), own(threads) {
   }
   hidden_stride = Padded(plan.hidden);
   q_stride = Padded(q);
+  streams_stride = plan.streams.count * hidden_stride;
   kv_stride = Padded(kv);
-  wide_stride = std::max(q_stride, Padded(width));
+  wide_stride = std::max({q_stride, Padded(width), Padded(plan.vectors.size), hidden_stride});
+  vectors_stride = plan.vectors.size * static_cast<int>(plan.layers.size());
 }
 
 void Buffers::Grow(const Plan& plan, int wanted) {
@@ -77,6 +83,16 @@ void Buffers::Grow(const Plan& plan, int wanted) {
     sets[i].heads.Grow(own_rows, most_heads, most_head_dim);
     sets[i].hidden.Grow(own_rows, plan.hidden);
     sets[i].wide.Grow(own_rows, wide_stride);
+    sets[i].streams.Grow(static_cast<size_t>(own_rows) * streams_stride);
+    if (most_rank != 0) sets[i].low.Grow(own_rows, most_rank);
+    Routing& routing = sets[i].routing;
+    const size_t runs = static_cast<size_t>(own_rows) * most_chosen;
+    routing.chosen.resize(runs);
+    routing.weights.resize(runs);
+    routing.places.resize(runs);
+    routing.spans.resize(runs * sets[i].hidden.row_spans());
+    routing.begins.resize(most_experts + 1);
+    if (runs != 0) routing.inner.Grow(static_cast<int>(runs), expert_width);
   }
   q.Grow(n * q_stride);
   k.Grow(n * kv_stride);
@@ -84,6 +100,13 @@ void Buffers::Grow(const Plan& plan, int wanted) {
   out.Grow(n * hidden_stride);
   gate.Grow(n * wide_stride);
   up.Grow(n * wide_stride);
+  vectors.Grow(n * vectors_stride);
+  low.Grow(n * most_rank);
+  laurel.Grow(most_rank == 0 ? 0 : n * hidden_stride);
+  brought.Grow(n * streams_stride);
+  scores.Grow(n * most_experts);
+  expert_up.Grow(n * most_chosen * 2 * expert_width);
+  expert_out.Grow(n * most_chosen * hidden_stride);
   for (auto& table : cosines) table.Grow(n * half_stride);
   for (auto& table : sines) table.Grow(n * half_stride);
 }

@@ -55,20 +55,42 @@ class HeadCodes {
   std::vector<Span> spans_;
 };
 
+// Which experts rows run through, and in which order: rows of one expert come together, so that it is read once.
+struct Routing {
+  struct Job {  // rows of one expert
+    int expert, first, count;
+  };
+  std::vector<int> chosen;     // [rows][chosen]: experts, those with the largest weights first
+  std::vector<float> weights;  // of them
+  std::vector<int> places;     // where each of them comes in that order
+  std::vector<Job> jobs;
+  std::vector<Span> spans;  // what each reads, in that order
+  Inputs inner;             // what the second matrices read, in that order
+  std::vector<int> begins;  // [experts]
+};
+
 // What one thread has of its own where a single row goes through the model, and what all share where there are several.
 struct RowSet {
   Array<float> x;       // [rows][hidden_stride]: the residual stream
+  Array<float> streams;  // [rows][streams][hidden_stride]: all of them, where x is what a layer makes of one
   Array<float> q;       // [rows][q_stride]
   HeadCodes heads;      // of q
-  Inputs hidden, wide;  // of the hidden size; of heads * head_dim or the MLP's width
+  Inputs hidden, wide;  // of the hidden size; of heads * head_dim, the MLP's width or the hidden size
+  Inputs low;           // of the rank of LAuReL
+  Routing routing;
 };
 
 struct Buffers {
   int rows = 0;                                     // that there is room for
   int most_heads = 0, most_head_dim = 0;
-  int hidden_stride = 0, q_stride = 0, wide_stride = 0, kv_stride = 0, half_stride = 0;
+  int hidden_stride = 0, q_stride = 0, wide_stride = 0, kv_stride = 0, half_stride = 0, vectors_stride = 0;
+  int most_experts = 0, most_chosen = 0, expert_width = 0, most_rank = 0, streams_stride = 0;
   std::vector<RowSet> sets;
   Array<float> q, k, v, out, gate, up;              // [rows][...]: what matrices gave
+  Array<float> scores, expert_up, expert_out;       // [rows][most_experts]; [rows * most_chosen][...]
+  Array<float> low, laurel;                         // [rows][most_rank], [rows][hidden_stride]
+  Array<float> brought;                             // [rows][streams][hidden_stride]: projections of streams
+  Array<float> vectors;                             // [rows][vectors_stride]: those of all layers
   Array<float> best, sums, found;                   // of a single row: [heads][pages], and [heads][pages][head_dim]
   std::vector<Array<float>> own;                    // of each thread, for attention of several rows
   std::vector<Array<float>> cosines, sines;         // for each set of frequencies: [rows][half_stride]

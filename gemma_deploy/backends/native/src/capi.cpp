@@ -3,6 +3,7 @@
 #include <map>
 #include <mutex>
 
+#include "mapped.h"
 #include "model.h"
 
 #define GEMMA_API extern "C" __attribute__((visibility("default")))

@@ -44,6 +44,8 @@ struct Attention {
 
 enum Activation : int32_t { kGeluTanh = 0, kGelu = 1 };
 
+constexpr int kMostStreams = 8;
+
 struct Kernels {
   const char* name;
 
@@ -78,6 +80,18 @@ struct Kernels {
 
   // y = cap * tanh(x / cap) over n numbers.
   void (*soft_cap)(float* x, int n, float cap);
+
+  // Streams x_j of n channels, `stride` apart, not more than kMostStreams: x_j += sum over i of coefs[j][i] * x_i.
+  void (*mix)(float* x, size_t stride, int count, const float* coefs, int n);
+
+  // x_j += coefs[j] * (y - x_active), of those that there were before.
+  void (*correct)(float* x, size_t stride, int count, int active, const float* y, const float* coefs, int n);
+
+  // The mean of n numbers and `quantile` times their deviation from it.
+  float (*cutoff)(const float* x, int n, float quantile);
+
+  // x = max(x - cutoff, 0).
+  void (*cut)(float* x, int n, float cutoff);
 };
 
 // Each is null where the compiler or the architecture has no such level.

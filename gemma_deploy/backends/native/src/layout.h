@@ -47,6 +47,16 @@ constexpr size_t PanelBytes(int32_t form, int32_t columns) {
   return form == kInt4 ? inputs / 2 : form == kInt8 ? inputs : form == kFloat32 ? inputs * 4 : inputs * 2;
 }
 
+// Rows first..first + count of a matrix, of whole panels.
+inline Matrix RowsOf(const Matrix& m, int first, int count) {
+  Matrix some = m;
+  some.panels += first / kLanes * PanelBytes(m.form, m.columns);
+  const size_t scales = static_cast<size_t>(first) * (m.group == 0 ? 1 : m.columns / m.group);
+  if (m.scales != nullptr) some.scales += scales * (m.scale_form == kFloat32 ? 4 : 2);
+  some.rows = count;
+  return some;
+}
+
 // At most kSpan activations of one row: as floats, and rounded to 15 bits, x ~ scale * code.
 struct Span {
   const float* values;

@@ -51,14 +51,22 @@ void Model::Step(const std::vector<Piece>& pieces, float* normed, float* logits)
 
 void Model::One(const std::vector<Token>& tokens, const std::vector<int>& wanted, float* normed, float* logits) {
   buffers_->Grow(plan_, static_cast<int>(tokens.size()));
-  if (tokens.size() == 1) buffers_->GrowPages(plan_, tokens[0].position / kPage + 1);
-  Pass pass(this, buffers_.get(), tokens);
-  pass.Divide();
+  std::vector<Token> last;
+  for (int row : wanted) last.push_back(tokens[row]);
+  for (const std::vector<Token>& some : {tokens, last})
+    if (some.size() == 1) buffers_->GrowPages(plan_, some[0].position / kPage + 1);
+  Pass all(this, buffers_.get(), tokens), rest(this, buffers_.get(), last);
+  all.Divide();
+  rest.Divide();
   pool_.Run([&](Worker& worker) {
-    pass.Layers(worker);
+    all.Begin(worker);
+    all.Layers(worker, 0, plan_.first_sharing);
+    // Layers from there on leave no keys and values: only what is wanted goes through them.
     if (wanted.empty()) return;
-    pass.Final(worker, wanted, normed);
-    if (logits != nullptr) pass.Head(worker, normed, static_cast<int>(wanted.size()), logits, stride());
+    if (last.size() < tokens.size()) rest.Keep(worker, wanted);
+    rest.Layers(worker, plan_.first_sharing, static_cast<int>(plan_.layers.size()));
+    rest.Final(worker, normed);
+    if (logits != nullptr) rest.Head(worker, normed, static_cast<int>(last.size()), logits, stride());
   });
 }
 

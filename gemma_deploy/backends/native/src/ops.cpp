@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "levels.h"
+#include "row_table.h"
 
 #define GEMMA_API extern "C" __attribute__((visibility("default")))
 
@@ -72,7 +73,7 @@ GEMMA_API int gemma_op_read_row(const char* level, const gemma::Matrix* matrix, 
 }
 
 // kind: 0 rms_norm(x, w), 1 x += rms_norm(y, w), 2 gated tanh (x gate, w up), 3 gated exact, 4 soft cap by eps,
-// 5 rotate by cosines w and sines y; the result is in x.
+// 5 rotate by cosines w and sines y, 6 cut what is below the mean and eps deviations off; the result is in x.
 GEMMA_API int gemma_op_row(const char* level, int kind, float* x, const float* y, const float* w, int n, float eps) {
   const Kernels* k = gemma::Level(level);
   if (k == nullptr) return 1;
@@ -94,9 +95,33 @@ GEMMA_API int gemma_op_row(const char* level, int kind, float* x, const float* y
     case 5:
       k->rotate(x, w, y, n, eps);
       return 0;
+    case 6:
+      k->cut(x, n, k->cutoff(x, n, eps));
+      return 0;
     default:
       return 2;
   }
+}
+
+// Streams x [count][n]: mixed by coefs [count][count], or corrected by coefs [count] towards y where that is not null.
+GEMMA_API int gemma_op_streams(const char* level, float* x, int count, int active, const float* y, const float* coefs,
+                               int n) {
+  const Kernels* k = gemma::Level(level);
+  if (k == nullptr) return 1;
+  if (n < 1 || n % 16 || count < 1 || count > gemma::kMostStreams || active < 0 || active >= count) return 2;
+  if (y == nullptr) {
+    k->mix(x, static_cast<size_t>(n), count, coefs, n);
+  } else {
+    k->correct(x, static_cast<size_t>(n), count, active, y, coefs, n);
+  }
+  return 0;
+}
+
+// Numbers begin..begin + count of a row of a table whose rows lie one behind another.
+GEMMA_API int gemma_op_table_row(const gemma::RowTable* table, int row, int begin, int count, float factor, float* y) {
+  if (row < 0 || row >= table->rows || begin < 0 || count < 0 || begin > table->columns - count) return 2;
+  gemma::ReadRow(*table, row, begin, count, factor, y);
+  return 0;
 }
 
 // Attention of `count` queries [count, D] to positions first[i]..last[i] of keys and values [length, D], which are kept

@@ -7,9 +7,6 @@ namespace gemma {
 namespace {
 
 constexpr int kBlockRows = 16;  // rows that attend together
-constexpr int kUnits = 6;       // pieces of work for each thread in a product
-
-bool HasCodes(const Matrix& m) { return m.form >= kInt8; }
 
 }  // namespace
 
@@ -63,14 +60,48 @@ void Pass::Begin(Worker& worker) {
     float* x = &set.x[row * static_cast<size_t>(buffers_.hidden_stride)];
     level_.read_row(plan_.table, tokens_[row].id, plan_.embed_factor, x);
   });
+  if (plan_.vectors.size != 0) Vectors(worker);
+  if (plan_.streams.count != 0) Enter(worker);
 }
 
-void Pass::Layers(Worker& worker) {
-  Begin(worker);
-  for (int i = 0; i < static_cast<int>(plan_.layers.size()); i++) {
+void Pass::Layers(Worker& worker, int first, int last) {
+  for (int i = first; i < last; i++) {
+    const LayerPlan& l = plan_.layers[i];
+    if (plan_.streams.count != 0) Predict(worker, i);
     Attention(worker, i);
+    if (l.laurel.rank != 0) Laurel(worker, i);
     Mlp(worker, i);
+    if (plan_.streams.count != 0) Correct(worker, i);
+    if (plan_.vectors.size != 0) AddVector(worker, i);
   }
+}
+
+void Pass::Keep(Worker& worker, const std::vector<int>& kept) {
+  const auto move = [&](Array<float>& rows, int stride, int from, int to) {
+    const size_t n = static_cast<size_t>(stride);
+    if (from != to) std::copy_n(&rows[from * n], n, &rows[to * n]);
+  };
+  worker.Each(1, [&](int) {
+    for (int to = 0; to < rows_; to++) {
+      move(buffers_.sets[0].x, buffers_.hidden_stride, kept[to], to);
+      if (buffers_.streams_stride != 0) move(buffers_.sets[0].streams, buffers_.streams_stride, kept[to], to);
+      if (buffers_.vectors_stride != 0) move(buffers_.vectors, buffers_.vectors_stride, kept[to], to);
+      for (auto& table : buffers_.cosines) move(table, buffers_.half_stride, kept[to], to);
+      for (auto& table : buffers_.sines) move(table, buffers_.half_stride, kept[to], to);
+    }
+  });
+  if (!alone_) return;
+  if (worker.index() != 0) {
+    std::copy_n(buffers_.sets[0].x.data(), buffers_.hidden_stride, Set(worker).x.data());
+    std::copy_n(buffers_.sets[0].streams.data(), buffers_.streams_stride, Set(worker).streams.data());
+  }
+  worker.Each(0, [](int) {});  // until all have it
+}
+
+void Pass::Scale(RowSet& set, int row, float factor) {
+  if (factor == 1.0f) return;
+  float* x = &set.x[row * static_cast<size_t>(buffers_.hidden_stride)];
+  for (int i = 0; i < plan_.hidden; i++) x[i] *= factor;
 }
 
 void Pass::Norm(RowSet& set, int row, const float* weight, bool rounded) {
@@ -84,7 +115,8 @@ void Pass::Attention(Worker& worker, int index) {
   const LayerPlan& l = plan_.layers[index];
   RowSet& set = Set(worker);
   const bool own = l.source == index;
-  Small(worker, rows_, [&](int row) { Norm(set, row, l.input_norm, HasCodes(l.q) || (own && HasCodes(l.k))); });
+  const bool codes = HasCodes(l.q) || (own && HasCodes(l.k)) || (l.laurel.rank != 0 && HasCodes(l.laurel.left));
+  Small(worker, rows_, [&](int row) { Norm(set, row, l.input_norm, codes); });
   const Output outputs[] = {{&l.q, buffers_.q.data(), static_cast<size_t>(buffers_.q_stride)},
                             {&l.k, buffers_.k.data(), static_cast<size_t>(buffers_.kv_stride)},
                             {&l.v, buffers_.v.data(), static_cast<size_t>(buffers_.kv_stride)}};
@@ -231,10 +263,16 @@ void Pass::Mlp(Worker& worker, int index) {
   };
   Small(worker, rows_, [&](int row) {
     add(row, l.post_attention_norm);
+    if (l.laurel.rank != 0) JoinLaurel(set, row, l.laurel);
     Norm(set, row, l.pre_mlp_norm, HasCodes(l.gate) || HasCodes(l.up));
   });
   const Output outputs[] = {{&l.gate, buffers_.gate.data(), wide}, {&l.up, buffers_.up.data(), wide}};
   Multiply(worker, set.hidden, rows_, outputs, 2);
+  if (l.sparse)
+    worker.Each(rows_, [&](int row) {
+      float* gate = &buffers_.gate[row * wide];
+      level_.cut(gate, l.width, level_.cutoff(gate, l.width, l.quantile));
+    });
   const int spans = Spans(Padded(l.width));
   Small(worker, rows_ * spans, [&](int unit) {
     const int row = unit / spans, span = unit % spans, begin = span * kSpan, n = std::min(kSpan, l.width - begin);
@@ -245,19 +283,23 @@ void Pass::Mlp(Worker& worker, int index) {
   });
   const Output out{&l.down, buffers_.out.data(), stride};
   Multiply(worker, set.wide, rows_, &out, 1);
+  if (l.experts.count != 0) Experts(worker, index);
   Small(worker, rows_, [&](int row) {
-    add(row, l.post_mlp_norm);
-    float* x = &set.x[row * stride];
-    if (l.scalar != 1.0f)
-      for (int i = 0; i < plan_.hidden; i++) x[i] *= l.scalar;
+    if (l.experts.count == 0) {
+      add(row, l.post_mlp_norm);
+    } else {
+      level_.add_rms_norm(&set.x[row * stride], set.hidden.row(row), l.post_mlp_norm, plan_.hidden, plan_.eps);
+    }
+    if (l.added.norm == nullptr) Scale(set, row, l.scalar);
   });
 }
 
-void Pass::Final(Worker& worker, const std::vector<int>& wanted, float* normed) {
+void Pass::Final(Worker& worker, float* normed) {
+  if (plan_.streams.count != 0) Leave(worker);
   const size_t stride = static_cast<size_t>(buffers_.hidden_stride);
-  worker.Each(static_cast<int>(wanted.size()), [&](int i) {
+  worker.Each(rows_, [&](int i) {
     // x of a single row is in every thread's set, and the same there.
-    level_.rms_norm(&Set(worker).x[wanted[i] * stride], plan_.final_norm, normed + static_cast<size_t>(i) * plan_.hidden,
+    level_.rms_norm(&Set(worker).x[i * stride], plan_.final_norm, normed + static_cast<size_t>(i) * plan_.hidden,
                     plan_.hidden, plan_.eps);
   });
 }

@@ -8,6 +8,10 @@
 
 namespace gemma {
 
+constexpr int kUnits = 6;  // pieces of work for each thread in a product
+
+constexpr bool HasCodes(const Matrix& m) { return m.form >= kInt8; }
+
 // One token of one text.
 struct Token {
   Cache* cache;
@@ -15,19 +19,24 @@ struct Token {
   int32_t id;
 };
 
-// All threads run Layers, Final and Head together. Where there is a single row, every thread does what is small for itself,
-// which saves waiting; what it computes is the same.
+// All threads run Begin, Layers, Keep, Final and Head together. Where there is a single row, every thread does what is
+// small for itself, which saves waiting; what it computes is the same.
 class Pass {
  public:
   Pass(Model* model, Buffers* buffers, const std::vector<Token>& tokens)
       : plan_(model->plan()), layout_(model->layout()), level_(model->level()), buffers_(*buffers), tokens_(tokens),
         rows_(static_cast<int>(tokens.size())), alone_(rows_ == 1), exact_(model->exact()) {}
 
-  // Before Layers: where blocks of rows for attention begin. Run by one thread.
+  // Before all others: where blocks of rows for attention begin. Run by one thread.
   void Divide();
-  void Layers(Worker& worker);
-  // What leaves the final norm, of those rows: [wanted][hidden].
-  void Final(Worker& worker, const std::vector<int>& wanted, float* normed);
+  // What the first layer reads.
+  void Begin(Worker& worker);
+  // Layers first..last, without last.
+  void Layers(Worker& worker, int first, int last);
+  // Puts these rows of a pass that came so far where this one, of their tokens alone, goes on with them.
+  void Keep(Worker& worker, const std::vector<int>& kept);
+  // What leaves the final norm: [rows][hidden].
+  void Final(Worker& worker, float* normed);
   // Logits of such rows, not more than the pass has rows, to logits[i * stride].
   void Head(Worker& worker, const float* normed, int rows, float* logits, size_t stride);
 
@@ -49,7 +58,8 @@ class Pass {
     for (int i = 0; i < n; i++) f(i);
   }
   void Multiply(Worker& worker, const Inputs& inputs, int rows, const Output* outputs, int count);
-  void Begin(Worker& worker);
+  void Vectors(Worker& worker);
+  void ReadFloats(RowSet& set, int row, bool rounded);
   void Norm(RowSet& set, int row, const float* weight, bool rounded);
   void Attention(Worker& worker, int index);
   void Prepare(Worker& worker, int index);
@@ -58,6 +68,25 @@ class Pass {
   void AttendRows(Worker& worker, int index);
   void AttendBlock(int thread, int index, const Rows& block, int kv_head);
   void Mlp(Worker& worker, int index);
+  void Experts(Worker& worker, int index);
+  void Choose(Routing& routing, int row, const ExpertsPlan& experts);
+  void Order(RowSet& set, const ExpertsPlan& experts);
+  // y [..., rows] of each expert that has rows, of a matrix that has `rows` for each.
+  void MultiplyEach(Worker& worker, const Routing& routing, const Matrix& all, int rows, const Span* spans,
+                    int row_spans, float* y, size_t stride);
+  void AddVector(Worker& worker, int index);
+  float* Stream(RowSet& set, int row, int stream) {
+    const size_t at = row * static_cast<size_t>(buffers_.streams_stride);
+    return &set.streams[at + static_cast<size_t>(stream) * buffers_.hidden_stride];
+  }
+  void Enter(Worker& worker);
+  void Leave(Worker& worker);
+  void Route(RowSet& set, int row, const float* x, const AltUpPlan& altup, const Matrix& matrix, float* y);
+  void Predict(Worker& worker, int index);
+  void Correct(Worker& worker, int index);
+  void Laurel(Worker& worker, int index);
+  void JoinLaurel(RowSet& set, int row, const LaurelPlan& laurel);
+  void Scale(RowSet& set, int row, float factor);
 
   const Plan& plan_;
   const CacheLayout& layout_;

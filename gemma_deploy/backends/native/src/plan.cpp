@@ -1,87 +1,18 @@
 #include "plan.h"
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <cerrno>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <string>
+
+#include "kernels.h"
+#include "plan_line.h"
 
 namespace gemma {
 namespace {
 
-constexpr long kLargest = 1L << 24;  // of any size in a plan
 constexpr uint64_t kAligned = 64;
-
-// One line: a word, and pairs that are taken out as they are read, so that what is left over can be told.
-class Line {
- public:
-  Line(const std::string& text, int number) : number_(number) {
-    size_t at = 0;
-    while (at < text.size()) {
-      size_t end = text.find(' ', at);
-      if (end == std::string::npos) end = text.size();
-      const std::string part = text.substr(at, end - at);
-      at = end + 1;
-      if (part.empty()) continue;
-      const size_t equals = part.find('=');
-      if (word_.empty() && equals == std::string::npos) {
-        word_ = part;
-      } else if (equals == std::string::npos || equals == 0) {
-        Fail("'" + part + "' is no key=value");
-      } else if (!pairs_.emplace(part.substr(0, equals), part.substr(equals + 1)).second) {
-        Fail("'" + part.substr(0, equals) + "' is there twice");
-      }
-    }
-  }
-
-  const std::string& word() const { return word_; }
-
-  [[noreturn]] void Fail(const std::string& what) const {
-    throw Error("plan, line " + std::to_string(number_) + ": " + what);
-  }
-
-  std::string Text(const std::string& key) {
-    const auto found = pairs_.find(key);
-    if (found == pairs_.end()) Fail("no '" + key + "'");
-    const std::string value = found->second;
-    pairs_.erase(found);
-    return value;
-  }
-
-  bool Has(const std::string& key) const { return pairs_.count(key) != 0; }
-
-  long Whole(const std::string& key, long least, long most = kLargest) {
-    const std::string text = Text(key);
-    char* end = nullptr;
-    errno = 0;
-    const long value = std::strtol(text.c_str(), &end, 10);
-    if (errno != 0 || end == text.c_str() || *end != 0 || value < least || value > most)
-      Fail("'" + key + "' is " + text + ", not a whole number from " + std::to_string(least) + " to " +
-           std::to_string(most));
-    return value;
-  }
-
-  float Number(const std::string& key) {
-    const std::string text = Text(key);
-    char* end = nullptr;
-    const float value = std::strtof(text.c_str(), &end);
-    if (end == text.c_str() || *end != 0 || !std::isfinite(value)) Fail("'" + key + "' is " + text + ", not a number");
-    return value;
-  }
-
-  void Done() const {
-    if (!pairs_.empty()) Fail("'" + pairs_.begin()->first + "' is not known");
-  }
-
- private:
-  int number_;
-  std::string word_;
-  std::map<std::string, std::string> pairs_;
-};
 
 class Reader {
  public:
@@ -90,17 +21,16 @@ class Reader {
   void Take(Line& line) {
     const std::string& word = line.word();
     if (!begun_ && word != "model") line.Fail("a plan begins with 'model'");
-    if (word == "model") {
-      TakeModel(line);
-    } else if (word == "matrix") {
-      TakeMatrix(line);
-    } else if (word == "vector") {
-      TakeVector(line);
-    } else if (word == "layer") {
-      TakeLayer(line);
-    } else {
-      line.Fail("'" + word + "' is not known");
-    }
+    using Taking = void (Reader::*)(Line&);
+    static const std::map<std::string, Taking> kWords = {
+        {"model", &Reader::TakeModel},     {"matrix", &Reader::TakeMatrix}, {"table", &Reader::TakeTable},
+        {"vector", &Reader::TakeVector},   {"layer", &Reader::TakeLayer},   {"vectors", &Reader::TakeVectors},
+        {"adds", &Reader::TakeAdds},       {"experts", &Reader::TakeExperts},
+        {"streams", &Reader::TakeStreams}, {"altup", &Reader::TakeAltUp},   {"laurel", &Reader::TakeLaurel},
+    };
+    const auto found = kWords.find(word);
+    if (found == kWords.end()) line.Fail("'" + word + "' is not known");
+    (this->*found->second)(line);
     line.Done();
   }
 
@@ -108,10 +38,25 @@ class Reader {
     if (!begun_) throw Error("plan: it is empty");
     if (static_cast<long>(plan_.layers.size()) != expected_)
       throw Error("plan: " + std::to_string(plan_.layers.size()) + " layers, not " + std::to_string(expected_));
+    for (size_t i = 0; i < plan_.layers.size(); i++) Agree(i, plan_.layers[i]);
+    plan_.first_sharing = static_cast<int>(plan_.layers.size());
+    while (plan_.first_sharing > 0 && plan_.layers[plan_.first_sharing - 1].source < plan_.first_sharing - 1)
+      plan_.first_sharing--;
     return std::move(plan_);
   }
 
  private:
+  // That a layer has what goes with what all share.
+  void Agree(size_t index, const LayerPlan& l) const {
+    const auto agree = [&](bool has, const char* of_layer, bool shared, const char* of_all) {
+      if (has != shared)
+        throw Error("plan: layer " + std::to_string(index) + " has " + (has ? "" : "no ") + of_layer +
+                    ", and there are " + (shared ? "" : "no ") + of_all);
+    };
+    agree(l.added.norm != nullptr, "'adds'", plan_.vectors.size != 0, "'vectors'");
+    agree(l.altup.norm != nullptr, "'altup'", plan_.streams.count != 0, "'streams'");
+  }
+
   void TakeModel(Line& line) {
     if (begun_) line.Fail("'model' is there twice");
     begun_ = true;
@@ -182,6 +127,25 @@ class Reader {
     if (!matrices_.emplace(name, m).second) line.Fail("'" + name + "' is there twice");
   }
 
+  void TakeTable(Line& line) {
+    const std::string name = line.Text("name");
+    RowTable t{};
+    t.form = FormOf(line, "form");
+    if (t.form == kFloat16) line.Fail("'form' is float16: no table has it");
+    t.rows = static_cast<int32_t>(line.Whole("rows", 1));
+    t.columns = Multiple(line, "columns", 2);
+    const uint64_t numbers = static_cast<uint64_t>(t.rows) * t.columns;
+    const int bits = t.form == kInt4 ? 4 : t.form == kInt8 ? 8 : t.form == kBFloat16 ? 16 : 32;
+    t.values = Place(line, "at", numbers * bits / 8);
+    if (t.form >= kInt8) {
+      t.group = static_cast<int32_t>(line.Whole("group", 1, t.columns));
+      if (t.columns % t.group)
+        line.Fail("'group' is " + std::to_string(t.group) + ", which does not divide the columns");
+      t.scales = reinterpret_cast<const float*>(Place(line, "scales_at", numbers / t.group * 4));
+    }
+    if (!tables_.emplace(name, t).second) line.Fail("'" + name + "' is there twice");
+  }
+
   void TakeVector(Line& line) {
     const std::string name = line.Text("name");
     const int size = Multiple(line, "size", kLanes);
@@ -225,12 +189,20 @@ class Reader {
     return plan_.norms.back().data();
   }
 
+  const float* Times(const float* weight, int size, float factor) {
+    plan_.norms.emplace_back(weight, weight + size);
+    for (float& one : plan_.norms.back()) one *= factor;
+    return plan_.norms.back().data();
+  }
+
   static const float* Needed(const Line& line, const float* found, const std::string& key) {
     if (found == nullptr) line.Fail("no '" + key + "'");
     return found;
   }
 
   void TakeLayer(Line& line) {
+    if (static_cast<long>(plan_.layers.size()) == expected_)
+      line.Fail("more than " + std::to_string(expected_) + " layers");
     if (plan_.layers.empty()) TakeEnds(line);
     LayerPlan l{};
     const int hidden = plan_.hidden, index = static_cast<int>(plan_.layers.size());
@@ -243,6 +215,8 @@ class Reader {
     l.window = static_cast<int>(line.Whole("window", 0));
     l.factor = line.Number("factor");
     l.cap = line.Number("cap");
+    l.sparse = line.Has("quantile");
+    if (l.sparse) l.quantile = line.Number("quantile");
     const float* scalar = VectorOf(line, "scalar", 1);
     l.scalar = scalar == nullptr ? 1 : *scalar;
     l.source = static_cast<int>(line.Whole("source", 0, index));
@@ -273,6 +247,101 @@ class Reader {
     plan_.layers.push_back(l);
   }
 
+  // Vectors of tokens, for all layers.
+  void TakeVectors(Line& line) {
+    VectorsPlan& v = plan_.vectors;
+    if (v.size != 0 || !plan_.layers.empty()) line.Fail("'vectors' come once, before all layers");
+    v.size = Multiple(line, "size", kLanes);
+    const std::string name = line.Text("table");
+    const auto found = tables_.find(name);
+    const long width = expected_ * v.size;
+    if (found == tables_.end()) line.Fail("no table '" + name + "'");
+    v.table = found->second;
+    if (v.table.columns != width)
+      line.Fail("'" + name + "' has " + std::to_string(v.table.columns) + " columns, not " + std::to_string(width));
+    v.projection = MatrixOf(line, line.Text("projection"), static_cast<int>(width), plan_.hidden);
+    v.norm = Needed(line, NormOf(line, "norm", v.size), "norm");
+    v.table_factor = line.Number("table_factor");
+    v.projection_factor = line.Number("projection_factor");
+    v.factor = line.Number("factor");
+  }
+
+  // The layer that a line is about: the last one.
+  LayerPlan& Last(Line& line) {
+    if (plan_.layers.empty()) line.Fail("'" + line.word() + "' comes before all layers");
+    return plan_.layers.back();
+  }
+
+  void TakeAdds(Line& line) {
+    AddedPlan& a = Last(line).added;
+    if (plan_.vectors.size == 0 || a.norm != nullptr) line.Fail("'adds' is there twice, or there are no 'vectors'");
+    a.gate = MatrixOf(line, line.Text("gate"), plan_.vectors.size, plan_.hidden);
+    a.projection = MatrixOf(line, line.Text("projection"), plan_.hidden, plan_.vectors.size);
+    a.norm = Needed(line, NormOf(line, "norm", plan_.hidden), "norm");
+  }
+
+  void TakeExperts(Line& line) {
+    ExpertsPlan& e = Last(line).experts;
+    if (e.count != 0) line.Fail("'experts' is there twice");
+    Needed(line, Last(line).post_mlp_norm, "post_mlp_norm' of the layer");
+    const int hidden = plan_.hidden;
+    e.count = static_cast<int>(line.Whole("count", 1, 1 << 16));
+    e.chosen = static_cast<int>(line.Whole("chosen", 1, e.count));
+    e.width = Multiple(line, "width", kLanes);
+    for (const long rows : {2L * e.count * e.width, static_cast<long>(e.count) * hidden})
+      if (rows > kLargest) line.Fail("all experts together have " + std::to_string(rows) + " rows");
+    e.router = MatrixOf(line, line.Text("router"), e.count, hidden);
+    e.gate_up = MatrixOf(line, line.Text("gate_up"), 2 * e.count * e.width, hidden);
+    e.down = MatrixOf(line, line.Text("down"), e.count * hidden, e.width);
+    e.scales = Needed(line, VectorOf(line, "scales", e.count), "scales");
+    const float* scale = Needed(line, VectorOf(line, "router_scale", hidden), "router_scale");
+    const float factor = line.Number("router_factor");
+    e.router_norm = Times(scale, hidden, factor);
+    e.dense_norm = Needed(line, NormOf(line, "dense_norm", hidden), "dense_norm");
+    e.norm = Needed(line, NormOf(line, "norm", hidden), "norm");
+    e.post_norm = Needed(line, NormOf(line, "post_norm", hidden), "post_norm");
+  }
+
+  void TakeStreams(Line& line) {
+    StreamsPlan& s = plan_.streams;
+    if (s.count != 0 || !plan_.layers.empty()) line.Fail("'streams' come once, before all layers");
+    if (plan_.vectors.size == 0) line.Fail("'streams' come behind 'vectors'");
+    s.count = static_cast<int>(line.Whole("count", 2, kMostStreams));
+    s.active = static_cast<int>(line.Whole("active", 0, s.count - 1));
+    for (int i = 1; i < s.count; i++) {
+      const std::string number = std::to_string(i);
+      s.enter.push_back(MatrixOf(line, line.Text("enter" + number), plan_.hidden, plan_.hidden));
+      s.leave.push_back(MatrixOf(line, line.Text("leave" + number), plan_.hidden, plan_.hidden));
+    }
+  }
+
+  Matrix Float32(Line& line, const std::string& key, int rows, int columns) {
+    const Matrix m = MatrixOf(line, line.Text(key), rows, columns);
+    if (m.form != kFloat32) line.Fail("'" + key + "' is no matrix of float32");
+    return m;
+  }
+
+  void TakeAltUp(Line& line) {
+    AltUpPlan& a = Last(line).altup;
+    const int count = plan_.streams.count, hidden = plan_.hidden;
+    if (count == 0 || a.norm != nullptr) line.Fail("'altup' is there twice, or there are no 'streams'");
+    a.router = Float32(line, "router", count, hidden);
+    a.prediction = Float32(line, "prediction", count * count, count);
+    a.correction = Float32(line, "correction", count, count);
+    a.scale = Needed(line, VectorOf(line, "scale", hidden), "scale");
+    const float* norm = Needed(line, NormOf(line, "norm", hidden), "norm");
+    a.norm = Times(norm, hidden, line.Number("router_factor"));
+  }
+
+  void TakeLaurel(Line& line) {
+    LaurelPlan& l = Last(line).laurel;
+    if (l.rank != 0) line.Fail("'laurel' is there twice");
+    l.rank = static_cast<int>(line.Whole("rank", 1));
+    l.left = MatrixOf(line, line.Text("left"), l.rank, plan_.hidden);
+    l.right = MatrixOf(line, line.Text("right"), plan_.hidden, l.rank);
+    l.norm = Needed(line, NormOf(line, "norm", plan_.hidden), "norm");
+  }
+
   void TakeEnds(Line& line) {
     plan_.table = MatrixOf(line, names_[0], plan_.vocabulary, plan_.hidden);
     plan_.head = MatrixOf(line, names_[1], plan_.vocabulary, plan_.hidden);
@@ -288,29 +357,12 @@ class Reader {
   float offset_ = 0;
   std::vector<std::string> names_;
   std::map<std::string, Matrix> matrices_;
+  std::map<std::string, RowTable> tables_;
   std::map<std::string, std::pair<const float*, int>> vectors_;
   Plan plan_{};
 };
 
 }  // namespace
-
-Mapped::Mapped(const std::string& path) {
-  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (file < 0) throw Error(path + ": " + std::strerror(errno));
-  struct stat about;
-  if (fstat(file, &about) != 0 || !S_ISREG(about.st_mode) || about.st_size <= 0) {
-    close(file);
-    throw Error(path + ": no file with parameters");
-  }
-  size_ = static_cast<uint64_t>(about.st_size);
-  void* at = mmap(nullptr, size_, PROT_READ, MAP_SHARED, file, 0);
-  const int why = errno;
-  close(file);
-  if (at == MAP_FAILED) throw Error(path + ": " + std::strerror(why));
-  data_ = static_cast<const uint8_t*>(at);
-}
-
-Mapped::~Mapped() { munmap(const_cast<uint8_t*>(data_), size_); }
 
 Plan ReadPlan(const char* text, size_t size, const uint8_t* data, uint64_t bytes) {
   Reader reader(data, bytes);

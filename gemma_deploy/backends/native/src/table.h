@@ -7,6 +7,7 @@
 #include "generic_attention.h"
 #include "generic_product.h"
 #include "generic_rows.h"
+#include "generic_streams.h"
 
 namespace gemma {
 namespace {
@@ -25,7 +26,11 @@ constexpr Kernels TableOf(const char* name) {
                  Attentions<V>::StoreValue,
                  Attentions<V>::Attend,
                  Attentions<V>::Combine,
-                 Rows<V>::SoftCap};
+                 Rows<V>::SoftCap,
+                 Streams<V>::Mix,
+                 Streams<V>::Correct,
+                 Streams<V>::Cutoff,
+                 Streams<V>::Cut};
 }
 
 }  // namespace
