@@ -16,6 +16,7 @@ EMBEDDING = "model.embed_tokens"
 EMBEDDING_WEIGHT = "model.embed_tokens.weight"
 COLUMN_SCALE = "model.embed_tokens.column_scale"
 CACHE_FACTOR = "cache_factor"  # ends the name of what channels of keys or values are divided by, in an int8 cache
+CACHE_SCALE = "cache_scale"  # ends the name of the size of one step of each channel's codes, likewise
 COLUMN_FACTOR = "column_factor"  # ends the name of what the columns of linears that read one input were multiplied by
 LAYERS = "model.layers."
 PER_LAYER_TABLE = "model.embed_tokens_per_layer"  # rows of a vector for each layer

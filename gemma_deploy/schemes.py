@@ -124,12 +124,15 @@ class CodeForm:
         panels: matrices of floats as well, and their scales, lie in panels of 16 rows (params/panels.py).
         experts_transposed: those of experts [experts, in, out], and their scales [experts, groups, out]; of 8 bits
             signed, of 4 as `unsigned` says, pairs along the outputs.
+        cache_scales: codes of an int8 cache have steps that are fixed beforehand, one for each channel; else channels
+            are divided by factors, and steps are made with the codes.
     """
 
     unsigned: bool = False
     transposed: bool = False
     panels: bool = False
     experts_transposed: bool = False
+    cache_scales: bool = False
 
 
 # Names in recipes (`frontend.quantize.table`).

@@ -276,6 +276,8 @@ def gate_limits() -> str:
         *gate_table({names[scheme]: gates_of(scheme, True) for scheme in cached}),
         *("", "### ONNX Runtime", ""),
         *gate_table({scheme: dynamic_gates(scheme) for scheme in schemes if scheme != "fp16"}),
+        *("", "With an int8 cache:", ""),
+        *gate_table({names[scheme]: dynamic_gates(scheme, int8_cache=True) for scheme in QUANTIZERS}),
         *("", "With an adapter beside the weights (mean KL to `peft`):", ""),
         *gate_table({scheme: adapter_gates(scheme) for scheme in schemes if scheme != "fp16"}),
         *("", "### Both", ""),

@@ -26,10 +26,12 @@ class Words:
     Args:
         to_nearest: behind "backend.dtype int8 (w8a16); ".
         linears_read: of calibrated weights, in front of "norms are float32".
+        fixed_steps: codes of an int8 cache have a step for each channel, and no scale of their own.
     """
 
     to_nearest: str
     linears_read: str
+    fixed_steps: bool = False
 
 
 def shared_entries(manifest: Manifest, words: Words) -> list[LedgerEntry]:
@@ -38,7 +40,7 @@ def shared_entries(manifest: Manifest, words: Words) -> list[LedgerEntry]:
     entries = [_storage(manifest, words, effect), *_unreached(manifest), *_arrived(manifest)]
     entries += _rescaling(manifest.rescaling or Rescaling())
     if manifest.int8_cache:
-        entries.append(_cache(manifest.contract, effect))
+        entries.append((_fixed_cache if words.fixed_steps else _cache)(manifest.contract, effect))
     scale, hidden = manifest.embed_scale, manifest.model.hidden_size
     entries.append(
         LedgerEntry(
@@ -209,6 +211,18 @@ def _cache(contract: ContractRecord, effect: dict[str, Any]) -> LedgerEntry:
         f"past_key_values and present of every layer: {'; or '.join(each)}",
         "frontend.quantize.type +kv8; channels are divided by factors from calibration text before they are rounded, "
         "and attention reads the new token through its codes as well",
+        effect,
+    )
+
+
+def _fixed_cache(contract: ContractRecord, effect: dict[str, Any]) -> LedgerEntry:
+    alike = dict.fromkeys(one for one in contract.geometry or ((contract.kv_heads, contract.head_dim),) if one[0])
+    each = [f"{2 * heads * dim} bytes a token and layer, float32 takes {8 * heads * dim}" for heads, dim in alike]
+    return LedgerEntry(
+        "keys and values are kept as int8, with one step for each channel",
+        f"past_key_values and present of every layer: {'; or '.join(each)}",
+        "frontend.quantize.type +kv8; a step is the channel's largest magnitude on calibration text by 127, what is "
+        "larger becomes the last code, and attention reads the new token through its codes as well",
         effect,
     )
 

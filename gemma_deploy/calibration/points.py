@@ -6,7 +6,7 @@ A point is named `MODULE.in` or `MODULE.out`, MODULE as in the checkpoint: `mode
 from __future__ import annotations
 
 from gemma_deploy.architectures import InputGroup, LayerSpec, PerLayer, input_groups
-from gemma_deploy.names import CACHE_FACTOR
+from gemma_deploy.names import CACHE_FACTOR, CACHE_SCALE
 
 SHARD_TOKENS = 2048  # windows of about so many tokens pass through a layer together, see shards.py
 TOKENS = 1024  # inputs kept as they are, of each group of linears, where activations are rounded
@@ -44,6 +44,12 @@ def cache_factor_names(layer: LayerSpec) -> dict[str, str]:
     if makers and makers["key"] == makers["value"]:  # both come from one linear
         makers["value"] = layer.value_norm or f"{makers['value']}.value"
     return {part: f"{layer.prefix}{maker}.{CACHE_FACTOR}" for part, maker in makers.items()}
+
+
+def cache_scale_names(layer: LayerSpec) -> dict[str, str]:
+    """The parameters [Hk * D] with the size of one step of every channel's codes; see `cache_factor_names`."""
+    names = cache_factor_names(layer)
+    return {part: f"{name.removesuffix(CACHE_FACTOR)}{CACHE_SCALE}" for part, name in names.items()}
 
 
 def split_point(point: str) -> tuple[int | None, str]:

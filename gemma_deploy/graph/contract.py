@@ -229,13 +229,18 @@ class GraphContract:
             shape = (batch, heads, self._positions(i, length), size)
             for part in ("key", "value"):
                 ports.append(Port(f"{prefix}.{i}.{part}", self.cache_dtype, shape))
-                if self.cache_dtype == "int8":
+                if self.token_scales:
                     ports.append(Port(f"{prefix}.{i}.{part}_scale", "float16", (*shape[:3], 1)))
         return ports
 
     def _positions(self, layer: int, length: int | str) -> int | str:
         """Of a layer's cache, where most have `length`."""
         return length
+
+    @property
+    def token_scales(self) -> bool:
+        """Whether every token's codes have a scale beside them, in a cache of its own."""
+        return self.cache_dtype == "int8"
 
     @property
     def computed(self) -> GraphContract:

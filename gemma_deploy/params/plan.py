@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from gemma_deploy.architectures import LayerSpec
-from gemma_deploy.calibration.points import cache_factor_names
+from gemma_deploy.calibration.points import cache_factor_names, cache_scale_names
 from gemma_deploy.checkpoint import ModelConfig, Rope, coefficients, expected_tensors
 from gemma_deploy.dtypes import BY_NAME, StoredDtype
 from gemma_deploy.names import COLUMN_FACTOR, COLUMN_SCALE, EMBEDDING_WEIGHT, PER_LAYER_TABLE
@@ -104,7 +104,7 @@ def build_plan(
         part: only what this part of a divided artifact holds. Names are the whole model's.
         quantized: matrices whose codes and scales the source holds already (`QuantizedCheckpoint.output_errors`).
         storage: bits and groups of the int8 schemes' codes; int8 per row by default.
-        int8_cache: factors of the channels of keys and values, which the source holds as well.
+        int8_cache: factors or steps of the channels of keys and values, which the source holds as well.
         form: how codes lie in the file; signed by default.
         factors: of w8a16_folded, by what the columns of linears were multiplied, for what is added to them later.
         taken: matrices whose codes and scales the source has in the artifact's form (taken_over.py).
@@ -159,7 +159,7 @@ def build_plan(
     if int8_cache:
         for layer in layers:
             channels = (layer.kv_heads * layer.head_dim,)
-            names = cache_factor_names(layer).values()
+            names = (cache_scale_names if form.cache_scales else cache_factor_names)(layer).values()
             specs += [ParamSpec(name, channels, "float32", "stored", name) for name in names]
     widths = {layer.kind: layer.head_dim // 2 for layer in layers}
     for layer_type, rope in ((kind, rope) for kind, rope in config.rope.items() if kind in widths):

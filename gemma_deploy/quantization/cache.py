@@ -18,7 +18,7 @@ from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.calibration.beside import ReadBeside
 from gemma_deploy.calibration.executors import Executor
 from gemma_deploy.calibration.layer_weights import embed, loaded
-from gemma_deploy.calibration.points import cache_factor_names
+from gemma_deploy.calibration.points import cache_factor_names, cache_scale_names
 from gemma_deploy.calibration.shards import LayerPass, LayerSetting, StackTemplate
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import WeightSource
@@ -26,21 +26,23 @@ from gemma_deploy.progress import Tick
 from gemma_deploy.quantization.moments_pass import step
 from gemma_deploy.quantization.results import write_result
 
+LARGEST_CODE = 127
 SMALLEST = 1e-3  # of the largest channel of a head: what was silent on the calibration text may speak up later
 
 
 def cache_factors(layer: LayerSpec, maxima: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Parameters of a layer: [Hk * D] float32, the logarithms' mean of each head 0.
+    """Parameters of a layer, [Hk * D] float32: factors, the logarithms' mean of each head 0, and steps of fixed codes.
 
     Args:
         maxima: of "key" and "value", the largest magnitude of each channel [Hk, D].
     """
-    found, names = {}, cache_factor_names(layer)
+    found, names, steps = {}, cache_factor_names(layer), cache_scale_names(layer)
     for part, largest in maxima.items():
         sizes = largest.double()
         sizes = sizes.maximum(SMALLEST * sizes.amax(1, keepdim=True)).clamp_min(1e-30)
         factors = (sizes.log() - sizes.log().mean(1, keepdim=True)).exp()
         found[names[part]] = factors.float().reshape(-1)
+        found[steps[part]] = (sizes / LARGEST_CODE).float().reshape(-1)
     return found
 
 

@@ -1,6 +1,6 @@
 """What a plan says in numbers: bytes, rescaled constants, ranks that together are the whole, what a part holds."""
 
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 
 import numpy as np
 import pytest
@@ -121,6 +121,16 @@ def test_factors_of_an_int8_cache():
     for name, spec in factors.items():
         assert (spec.shape, spec.dtype, spec.kind, spec.source) == ((64,), "float32", "stored", name)
     assert factors.keys() == held.keys() - plan(config(), "w8a16").keys()
+
+
+def test_steps_of_an_int8_cache_in_the_place_of_factors():
+    made = plan(config(), "w8a16", int8_cache=True)
+    held = plan(config(), "w8a16", int8_cache=True, form=CodeForm(cache_scales=True))
+    renamed = {name.replace(".cache_factor", ".cache_scale"): spec for name, spec in made.items()}
+    assert list(held) == list(renamed)
+    for name in held.keys() - made.keys():
+        assert name.endswith(".cache_scale")
+        assert held[name] == replace(renamed[name], name=name, source=name)
 
 
 @pytest.mark.parametrize("scheme", ["w8a16", "w8a16_folded"])

@@ -185,13 +185,12 @@ INT8 = ("backend.type=onnxruntime", "backend.dtype=int8")
     ("overrides", "start"),
     [
         (["backend.type=onnxruntime"], "backend.dtype: fp16 for ONNX Runtime is not built yet"),
-        (
-            [*INT8, "frontend.quantize.type=w8a8+kv8"],
-            "frontend.quantize.type: an int8 cache for ONNX Runtime is not built yet",
-        ),
-        (
-            [*INT8, "frontend.quantize.type=w16kv8"],
-            "frontend.quantize.type: an int8 cache for ONNX Runtime is not built yet",
+        *(
+            (
+                ["backend.type=onnxruntime", f"backend.dtype={dtype}", "frontend.quantize.type=w16kv8"],
+                f"frontend.quantize.type: an int8 cache beside {weights} weights for ONNX Runtime is not built yet",
+            )
+            for dtype, weights in (("int8", "fp16"), ("fp16", "fp16"), ("bf16", "bf16"))
         ),
         (
             [*INT8, "frontend.model_kwargs.tp=2"],

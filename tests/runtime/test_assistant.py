@@ -318,6 +318,11 @@ def test_another_tokenizer_and_caches_of_a_window_are_refused(made, tmp_path):
         "type": "onnxruntime", "dtype": "fp32", "compile": {"cache": "window"}})  # fmt: skip
     with pytest.raises(UsageError, match="a drafter reads keys and values of all positions"):
         open_engine(windowed, threads=1).session(draft=open_engine(drafter, threads=1))
+    backend = {"type": "onnxruntime", "dtype": "int8"}
+    recipe = {"frontend": {"quantize": {"type": "w8a16+kv8"}}, "dataset": {"name": "c4:2", "seqlen": 64}}
+    coded = compile_tiny(tmp_path / "coded", "gemma4_text", backend, recipe=recipe)
+    with pytest.raises(UsageError, match="a drafter reads keys and values as floats"):
+        open_engine(coded, threads=1).session(draft=open_engine(drafter, threads=1))
     write_tokenizer(tmp_path / "other", more=("<one_more>",))
     for file in (tmp_path / "other").iterdir():
         (tmp_path / "copy" / file.name).parent.mkdir(exist_ok=True)

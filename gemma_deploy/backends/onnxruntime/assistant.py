@@ -18,6 +18,7 @@ from gemma_deploy.backends.onnxruntime import draft
 from gemma_deploy.backends.onnxruntime.draft import Drawing, check_draft
 from gemma_deploy.backends.onnxruntime.in_place import OrtModel, OrtSequence
 from gemma_deploy.backends.onnxruntime.options import GRAPH
+from gemma_deploy.backends.onnxruntime.window import CACHES
 from gemma_deploy.errors import ArtifactError, UsageError
 from gemma_deploy.graph.contract import ENTERING, SHARED_KV, TOKEN_STATES
 from gemma_deploy.runtime.sampling import Sampler
@@ -171,12 +172,19 @@ def _other(what: str, ours: Any, theirs: Any) -> list[str]:
     return [] if ours == theirs else [f"{what} {ours}; the drafter has {theirs}"]
 
 
-def refuse_windows(target: OrtModel) -> None:
-    """Refuse caches that hold a window alone: a drafter takes positions from their front.
+def refuse_caches(target: OrtModel) -> None:
+    """Refuse caches that hold a window alone, and those of codes: a drafter takes floats from their front.
 
     Raises:
         UsageError: there are such.
     """
+    if any(value.name.startswith(CACHES) and value.type == "tensor(int8)" for value in target.session.get_inputs()):
+        raise UsageError(
+            "a drafter reads keys and values as floats, and this artifact keeps codes (frontend.quantize.type: +kv8)",
+            where=str(target.path),
+            expected="an artifact with whole caches of floats",
+            next_step="compile it without +kv8, or leave --draft out",
+        )
     if target.windows:
         raise UsageError(
             "a drafter reads keys and values of all positions, and this artifact keeps those of a window "

@@ -96,6 +96,11 @@ class OrtContract(GraphContract):
         return (Port("logits", "float32", (BATCH, positions, self.vocab_size)), *self._cache("present", TOTAL))
 
     @property
+    def token_scales(self) -> bool:
+        """None: codes of an int8 cache have one step for each channel, which is a weight of the graph."""
+        return False
+
+    @property
     def not_for(self) -> tuple[str, ...]:
         """What a caller may try that is refused or goes wrong, as sentences."""
         every = self.logits == ALL
@@ -187,7 +192,12 @@ class OnnxRuntime:
 
     def codes(self, spec: BuildSpec) -> CodeForm:
         """Unsigned, as the block kernel and the embedding want them; of integer products signed and transposed."""
-        return CodeForm(unsigned=True, transposed=options_of(spec).prefill == "fast", experts_transposed=True)
+        return CodeForm(
+            unsigned=True,
+            transposed=options_of(spec).prefill == "fast",
+            experts_transposed=True,
+            cache_scales=spec.scheme.int8_cache,
+        )
 
     def contract(self, spec: BuildSpec, config: ModelConfig) -> GraphContract:
         """Batch and lengths are free; P is the longest prompt that is compared, C the positions there are."""
@@ -209,7 +219,7 @@ class OnnxRuntime:
             head_dim=head_dim,
             geometry=geometry,
             vocab_size=config.vocab_size,
-            cache_dtype=dtype,
+            cache_dtype="int8" if spec.scheme.int8_cache else dtype,
             dynamic=True,
             hidden_size=config.hidden_size,
             windowed=windowed_layers(config) if options_of(spec).cache == WINDOW else (),

@@ -17,11 +17,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import onnx_ir as ir
 
 from gemma_deploy.architectures import LayerSpec, PerLayer
+from gemma_deploy.backends.onnxruntime.cache_codes import PARTS
 from gemma_deploy.backends.onnxruntime.experts import ExpertParts
 from gemma_deploy.backends.onnxruntime.head import screened_head, whole_head
 from gemma_deploy.backends.onnxruntime.lora import Updates
@@ -111,7 +111,8 @@ class Decoder(ExpertParts):
         ids = _input("input_ids", ir.DataType.INT64, ("batch", "sequence"))
         mask = _input("attention_mask", ir.DataType.INT64, ("batch", "total_sequence"))
         caches = self._caches("past_key_values", "past_sequence").items()
-        past = {name: ir.Value(name=name, shape=shape, type=ir.TensorType(self.dtype)) for name, shape in caches}
+        kind = ir.TensorType(self.cache_dtype)
+        past = {name: ir.Value(name=name, shape=shape, type=kind) for name, shape in caches}
         every = self.kernels.logits == ALL
         sharing = config.first_sharing is not None
         tokens = real_tokens_first(nodes, ids, mask, windowed=bool(self.windowed), every=every, sharing=sharing)
@@ -132,7 +133,7 @@ class Decoder(ExpertParts):
         logits.shape = ir.Shape(("batch", "sequence" if every else 1, config.vocab_size))
         caches = self._caches("present", "total_sequence").items()
         for value, (name, shape) in zip(present, caches, strict=True):
-            value.name, value.shape, value.type = name, shape, ir.TensorType(self.dtype)
+            value.name, value.shape, value.type = name, shape, kind
         inputs = [ids, mask, *past.values(), *(self.updates.inputs if self.updates else ())]
         return self._finished(inputs, [logits, *present], "decoder")
 
@@ -227,18 +228,22 @@ class Decoder(ExpertParts):
         nothing = nodes.one(
             "Slice", [nothing, nodes.numbers(0), nodes.numbers(width), nodes.numbers(2)], f"{path}no_keys"
         )
-        counts, positions = Held(tokens.last, tokens.total), list[ir.Value]()
+        counts, positions = Held(tokens.last, tokens.total), None
         if layer.cache_from in self.windowed:
             if layer.cache_from not in self.held:
                 name, window = f"model.layers.{layer.cache_from}.shared.", layer.window or 0
                 self.held[layer.cache_from] = held_positions(nodes, tokens.last, source[0], window=window, name=name)
-            counts, positions = self.held[layer.cache_from], [query_positions(nodes, tokens.last, made, path=path)]
-        return nodes.one(
+            counts, positions = self.held[layer.cache_from], query_positions(nodes, tokens.last, made, path=path)
+        inputs = [made, nothing, nothing, *source, counts.seqlens, counts.total, *self._rotary(layer)]
+        names = [f"{path}{attention.module}.out"]
+        if self.cache_dtype == ir.DataType.INT8:  # of codes it is refused without them: copies that nobody reads
+            names += [f"{path}unchanged.{part}" for part in PARTS]
+        return nodes.many(
             "GroupQueryAttention",
-            [made, nothing, nothing, *source, counts.seqlens, counts.total, *self._rotary(layer), *positions],
-            f"{path}{attention.module}.out",
+            [*inputs, *self._behind_tables(layer, positions=positions)],
+            names,
             **self._grouped(layer),
-        )
+        )[0]
 
     def _embed(self, ids: ir.Value) -> ir.Value:
         table, nodes = EMBEDDING, self.nodes
@@ -267,32 +272,15 @@ class Decoder(ExpertParts):
                 self._head_norm(by_name[key], f"{path}{norms[key]}", layer.kv_heads, size),
                 value,
             ]
-        past = [shared.caches[f"past_key_values.{layer.index}.{part}"] for part in ("key", "value")]
+        past = [shared.caches[f"past_key_values.{layer.index}.{part}"] for part in PARTS]
         tokens = shared.tokens
-        counts = [] if tokens.read is None else [*[None] * 7, tokens.read]  # query_seqlens is input 16
+        inputs = [*made, *[None] * (3 - len(made)), *past, tokens.seqlens, tokens.total, *self._rotary(layer)]
         return nodes.many(
             "GroupQueryAttention",
-            [*made, *[None] * (3 - len(made)), *past, tokens.seqlens, tokens.total, *self._rotary(layer), *counts],
+            [*inputs, *self._behind_tables(layer, read=tokens.read)],
             [f"{path}{attention.module}.out", f"{path}present.key", f"{path}present.value"],
             **self._grouped(layer),
         )
-
-    def _rotary(self, layer: LayerSpec) -> list[ir.Value]:
-        """Cosines and sines [positions, head_dim / 2] of a layer's kind."""
-        return [self.weights.rotary(layer.kind, table) for table in ("cos", "sin")]
-
-    def _grouped(self, layer: LayerSpec) -> dict[str, Any]:
-        """Domain and attributes of a layer's GroupQueryAttention."""
-        return {
-            "domain": MICROSOFT,
-            "num_heads": layer.heads,
-            "kv_num_heads": layer.kv_heads,
-            "scale": float(layer.attention_scale),
-            "softcap": self.config.attn_logit_softcapping,
-            "local_window_size": layer.window,
-            "sliding_window_cache": 1 if layer.index in self.windowed else None,
-            "do_rotary": 1,
-        }
 
     def _after_attention(
         self, layer: LayerSpec, attended: ir.Value, residual: ir.Value, vectors: ir.Value | None = None
@@ -385,7 +373,7 @@ class Decoder(ExpertParts):
         shapes = {}
         for layer in (layer for layer in self.config.layers if layer.cache_from is None):
             positions = WINDOW_CACHE if layer.index in self.windowed else length
-            for part in ("key", "value"):
+            for part in PARTS:
                 sizes = ("batch", layer.kv_heads, positions, layer.head_dim)
                 shapes[f"{prefix}.{layer.index}.{part}"] = ir.Shape(sizes)
         return shapes

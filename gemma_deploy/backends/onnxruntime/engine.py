@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_deploy.artifact.adapters import KeptAdapter, open_kept, slots_of
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime.adapters import adapter_named, arrays_of, keep, values_of
-from gemma_deploy.backends.onnxruntime.assistant import Assistant, AssistantModel, refuse_windows, sources_of
+from gemma_deploy.backends.onnxruntime.assistant import Assistant, AssistantModel, refuse_caches, sources_of
 from gemma_deploy.backends.onnxruntime.draft import Draft, check_draft
 from gemma_deploy.backends.onnxruntime.genai import INSTALL, GenaiModel, GenaiSession, genai_installed, require_genai
 from gemma_deploy.backends.onnxruntime.in_place import NEAR_TIE, OrtModel, OrtSequence
@@ -238,7 +238,7 @@ class AssistantEngine(OrtEngine):
             UsageError: it is another's. ArtifactError: a file is missing or damaged.
         """
         sources = sources_of(self, target)
-        refuse_windows(target._opened(states=True))
+        refuse_caches(target._opened(states=True))
         return AssistantModel(self.path, self.manifest, sources=sources, threads=self.threads)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from gemma_deploy.backends.onnxruntime.cache_codes import float_caches
 from gemma_deploy.backends.onnxruntime.head import parts_of
 from gemma_deploy.names import MICROSOFT
 
@@ -35,6 +36,7 @@ def exact(model: ir.Model) -> None:
     """Put float32 arithmetic on dequantized weights in the place of every kernel that rounds. In place."""
     graph = model.graph
     widen(model)
+    float_caches(model)
     rounding = [node for node in graph.all_nodes() if node.op_type in _EXACT]
     for node in [node for node in graph if node.op_type == "ScatterElements"]:
         _whole_head(graph, node)

@@ -19,7 +19,12 @@ FOLDED_LIMIT = 1e-4  # where factors of calibration were taken out of the weight
 BFLOAT16_KL = 0.01  # that of int8, which rounds weights more coarsely; tiny models up to 1.0e-4
 
 
-def dynamic_gates(scheme: str, screened: bool = False) -> tuple[Gate, ...]:
+# What an int8 cache with fixed steps may add to the mean KL: 0.0037 on 2,044 positions of WikiText-2, real 270M. One
+# position may give 0.008 of the mean of 1,022: with steps 1.15 times as large it was 0.0116 +- 0.0079, 1.3 times 0.0029
+CACHE_LIMIT = 0.015
+
+
+def dynamic_gates(scheme: str, screened: bool = False, *, int8_cache: bool = False) -> tuple[Gate, ...]:
     """The gates of an artifact for ONNX Runtime.
 
     Its graph is proven twice: with float32 products on the weights it holds, as any other artifact, and with the
@@ -27,7 +32,9 @@ def dynamic_gates(scheme: str, screened: bool = False) -> tuple[Gate, ...]:
 
     Args:
         screened: whether only the likeliest tokens' logits are those of whole codes.
+        int8_cache: the graph that ships rounds keys and values; exact arithmetic leaves that out.
     """
+    more = SCREEN_LIMIT * screened + CACHE_LIMIT * int8_cache
     gates = GATES[scheme]
     if scheme == "bf16":
         return gates
@@ -37,20 +44,21 @@ def dynamic_gates(scheme: str, screened: bool = False) -> tuple[Gate, ...]:
     return (
         *gates,
         Gate(("hf", "shipped"), "bad_test", 0),
-        Gate(("hf", "shipped"), "kl_mean", quantizer.kernels_kl_limit + SCREEN_LIMIT * screened, ("text",)),
+        Gate(("hf", "shipped"), "kl_mean", quantizer.kernels_kl_limit + more, ("text",)),
         Gate(("strict", "shipped"), "overturned", MOST_OVERTURNED, ("text",)),
     )
 
 
-def adapter_gates(scheme: str, screened: bool = False) -> tuple[Gate, ...]:
+def adapter_gates(scheme: str, screened: bool = False, *, int8_cache: bool = False) -> tuple[Gate, ...]:
     """The gates of an artifact with an adapter beside its weights; the reference is PEFT's model, nothing merged.
 
     With float32 products the artifact repeats PEFT on the weights it holds; how near it comes to PEFT on the
     checkpoint has the limits of its scheme, as without an adapter.
 
     Args:
-        screened: see `dynamic_gates`.
+        screened, int8_cache: see `dynamic_gates`.
     """
+    more = SCREEN_LIMIT * screened + CACHE_LIMIT * int8_cache
     if scheme == "fp32":
         return relative(ADAPTER_LIMIT, (PEFT, "strict"), (PEFT, "shipped"))
     quantizer = QUANTIZERS.get(scheme)
@@ -60,7 +68,7 @@ def adapter_gates(scheme: str, screened: bool = False) -> tuple[Gate, ...]:
     return (
         *relative(FOLDED_LIMIT if quantizer.calibrated else ADAPTER_LIMIT, same),
         *_near((PEFT, "strict"), quantizer.kl_limit),
-        *_near((PEFT, "shipped"), quantizer.kernels_kl_limit + SCREEN_LIMIT * screened),
+        *_near((PEFT, "shipped"), quantizer.kernels_kl_limit + more),
         Gate(("strict", "shipped"), "overturned", MOST_OVERTURNED, ("text",)),
     )
 

@@ -19,6 +19,7 @@ from gemma_deploy.backends.onnxruntime.options import ALL
 WORDS = Words(
     to_nearest="what kernels do to activations is listed below",
     linears_read="what kernels do to activations is listed below; ",
+    fixed_steps=True,
 )
 
 

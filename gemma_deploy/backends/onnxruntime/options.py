@@ -76,12 +76,11 @@ def not_built(spec: BuildSpec) -> Iterator[str]:
             "backend.dtype: fp16 for ONNX Runtime is not built yet; set bf16, which Gemma was trained in and a GPU "
             "computes as fast, fp32 or int8 for a CPU, or backend.type: tvm_vacc"
         )
-    if spec.scheme.int8_cache:
-        without = "remove frontend.quantize and set backend.dtype: int8, bf16 or fp32"
-        way = "leave out +kv8" if spec.scheme.codes else without
+    if spec.scheme.int8_cache and not spec.scheme.codes:
         yield (
-            f"frontend.quantize.type: an int8 cache for ONNX Runtime is not built yet; {way}, or, for a model that "
-            "generates text, set backend.type: tvm_vacc"
+            f"frontend.quantize.type: an int8 cache beside {spec.scheme.weights} weights for ONNX Runtime is not built "
+            "yet; set backend.dtype: int8 and w8a16+kv8 or another type with +kv8, or remove frontend.quantize and set "
+            "backend.dtype: int8, bf16 or fp32, or, for a model that generates text, set backend.type: tvm_vacc"
         )
     if spec.ranks > 1 or spec.split_points:
         yield (

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from gemma_deploy.architectures import EXACT_GELU
+from gemma_deploy.architectures import EXACT_GELU, LayerSpec
+from gemma_deploy.backends.onnxruntime.cache_codes import PARTS, int8_attributes
 from gemma_deploy.backends.onnxruntime.linears import Matrix, product_of, rounded_tokens
 from gemma_deploy.backends.onnxruntime.lora import Updates
 from gemma_deploy.backends.onnxruntime.nodes import Nodes
@@ -18,10 +20,11 @@ from gemma_deploy.backends.onnxruntime.padding import Tokens
 from gemma_deploy.backends.onnxruntime.shared_window import Held
 from gemma_deploy.backends.onnxruntime.weights import Weights
 from gemma_deploy.backends.onnxruntime.window import windowed_layers
+from gemma_deploy.calibration.points import cache_scale_names
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.errors import ExportError
 from gemma_deploy.graph.external import Row
-from gemma_deploy.names import EMBEDDING, MICROSOFT
+from gemma_deploy.names import CACHE_SCALE, EMBEDDING, MICROSOFT
 
 OPSET, IR_VERSION = 23, 11
 
@@ -50,6 +53,8 @@ class DecoderParts:
         self.updates: Updates | None = None
         half = self.weights.dtype(f"{EMBEDDING}.weight") == "bfloat16"
         self.dtype = self.weights.computed = ir.DataType.BFLOAT16 if half else ir.DataType.FLOAT
+        int8_cache = any(name.endswith(f".{CACHE_SCALE}") for name in self.weights.rows)
+        self.cache_dtype = ir.DataType.INT8 if int8_cache else self.dtype
 
     def _finished(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], name: str) -> ir.Model:
         """The model of everything made so far.
@@ -79,6 +84,41 @@ class DecoderParts:
             self.nodes.one("GatherND", [value, tokens.wanted], f"{name}.chosen", batch_dims=1)
             for name, value in values.items()
         ]
+
+    def _rotary(self, layer: LayerSpec) -> list[ir.Value]:
+        """Cosines and sines [positions, head_dim / 2] of a layer's kind."""
+        return [self.weights.rotary(layer.kind, table) for table in ("cos", "sin")]
+
+    def _behind_tables(
+        self, layer: LayerSpec, *, positions: ir.Value | None = None, read: ir.Value | None = None
+    ) -> list[ir.Value | None]:
+        """Inputs of a layer's GroupQueryAttention behind its rotary tables, up to the last there is.
+
+        Args:
+            positions: of the queries, position_ids; read: real tokens among the new ones, query_seqlens.
+        """
+        scales: list[ir.Value | None] = [None, None]
+        if self.cache_dtype == ir.DataType.INT8:
+            source = layer if layer.cache_from is None else self.config.layers[layer.cache_from]
+            names, shape = cache_scale_names(source), (1, source.kv_heads, 1, source.head_dim)
+            scales = [self.weights.view([names[part]], names[part], shape) for part in PARTS]
+        inputs = [positions, None, None, *scales, None, None, read]  # attention_bias, head_sink; norms of q and k
+        while inputs and inputs[-1] is None:
+            inputs.pop()
+        return inputs
+
+    def _grouped(self, layer: LayerSpec) -> dict[str, Any]:
+        """Domain and attributes of a layer's GroupQueryAttention."""
+        return (int8_attributes() if self.cache_dtype == ir.DataType.INT8 else {}) | {
+            "domain": MICROSOFT,
+            "num_heads": layer.heads,
+            "kv_num_heads": layer.kv_heads,
+            "scale": float(layer.attention_scale),
+            "softcap": self.config.attn_logit_softcapping,
+            "local_window_size": layer.window,
+            "sliding_window_cache": 1 if layer.index in self.windowed else None,
+            "do_rotary": 1,
+        }
 
     def _product(self, x: ir.Value, module: str) -> ir.Value:
         return self._products(x, [module])[0]

@@ -7,6 +7,7 @@ from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.backends.base import Proof
 from gemma_deploy.backends.onnxruntime.adapters import Matrices, arrays_of, values_of
 from gemma_deploy.backends.onnxruntime.bisect import dynamic_divergence, graph_divergence
+from gemma_deploy.backends.onnxruntime.cache_codes import cache_lines
 from gemma_deploy.backends.onnxruntime.gates import adapter_gates, dynamic_gates
 from gemma_deploy.backends.onnxruntime.options import LAST
 from gemma_deploy.backends.onnxruntime.source import (
@@ -34,10 +35,10 @@ def prove_graph(proof: Proof, result: ParityResult) -> None:
     models: tuple[TorchSource, ...]
     if proof.adapter is None:
         models = torch_sources(opened, artifact, manifest)
-        gates = dynamic_gates(manifest.scheme, screened)
+        gates = dynamic_gates(manifest.scheme, screened, int8_cache=manifest.int8_cache)
     else:
         models = adapted_sources(opened, artifact, manifest, directory=proof.adapter.directory)
-        gates = adapter_gates(manifest.scheme, screened)
+        gates = adapter_gates(manifest.scheme, screened, int8_cache=manifest.int8_cache)
     reference = models[0].name
     sources: dict[str, LogitSource] = {source.name: source for source in (*models, strict)}
     pairs = list(dict.fromkeys([gate.pair for gate in gates] + [(reference, STRICT)]))
@@ -56,6 +57,8 @@ def prove_graph(proof: Proof, result: ParityResult) -> None:
             "computed in float32 on the bfloat16 weights: ONNX Runtime has no such kernels for a CPU, so those of a "
             "GPU provider were not run"
         )
+    if manifest.int8_cache:
+        result.lines += cache_lines(artifact, opened.config, [*cases[0].prompts[0], *cases[0].forced[0]])
     if manifest.kernels:
         result.lines.append(line_of_14_bits(artifact, manifest.kernels))
     result.measures = measures_of(found)

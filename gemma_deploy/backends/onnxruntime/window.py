@@ -70,7 +70,7 @@ def empty_caches(session: Any, windows: Mapping[str, int], room: int = 0) -> dic
     return {
         value.name: np.zeros(
             (1, value.shape[1], capacity_of(windows[value.name]) if value.name in windows else room, value.shape[3]),
-            np.float32,
+            np.int8 if value.type == "tensor(int8)" else np.float32,
         )
         for value in session.get_inputs()
         if value.name.startswith(CACHES)
