@@ -251,6 +251,7 @@ SIGNATURES_OF_OTHERS = {
     "gemma_deploy/graph/disconnected.py: DisconnectedParts.forward",  # torch.export
     "gemma_deploy/split/chain.py: SplitChain.forward",  # as transformers' models
     "gemma_deploy/split/factory.py: ModelFactory.create_split_models",  # the vendor's own interface
+    "gemma_deploy/split/passing.py: PartBeside.last_positions",  # source_code/, which calls it
     "gemma_deploy/text/sandbox.py: ChatEnvironment.call_binop",  # jinja2
     "gemma_deploy/text/sandbox.py: to_json",  # a filter of templates, as in transformers
 }

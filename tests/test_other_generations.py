@@ -9,8 +9,6 @@ from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.cli import main
 from gemma_deploy.compile import compile_recipe
 from gemma_deploy.errors import NotBuiltError, RecipeError
-from gemma_deploy.partition.mapper import ParameterMapper
-from gemma_deploy.partition.spans import spans_of
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.testing import TINY_CONFIGS, TINY_EXPERTS, TINY_PER_LAYER, write_tiny_checkpoint
 from tests.calibration.make import write_tokenizer
@@ -169,18 +167,10 @@ def test_what_is_not_built_of_gemma_3n_is_said_before_any_work(backend, quantize
     assert not (tmp_path / "w").exists()
 
 
-def test_layers_of_several_streams_are_neither_cut_apart_nor_calibrated(tmp_path):
+def test_layers_of_several_streams_are_not_calibrated(tmp_path):
     config = ModelConfig.from_dict(TINY_CONFIGS["gemma3n_text"], "config.json")
-    with pytest.raises(NotBuiltError, match="are not cut apart"):
-        ParameterMapper(config, spans_of(7, [2])[0])
     with pytest.raises(NotBuiltError, match="calibration takes layers of one stream"):
         StackTemplate(LayerSetting(config, "exact", 8, tmp_path))
-
-
-def test_layers_that_read_other_layers_are_not_cut_apart():
-    config = ModelConfig.from_dict(TINY_CONFIGS["gemma4_text"] | TINY_PER_LAYER, "config.json")
-    with pytest.raises(NotBuiltError, match="are not cut apart"):
-        ParameterMapper(config, spans_of(7, [2])[0])
 
 
 def test_a_table_of_vectors_in_int4_is_proven_and_half_as_large(tmp_path):

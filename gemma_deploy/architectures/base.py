@@ -181,6 +181,11 @@ class LayerSpec:
         return f"model.layers.{self.index}."
 
     @property
+    def keys_of(self) -> int:
+        """The layer whose keys and values it reads: itself where it has some."""
+        return self.index if self.cache_from is None else self.cache_from
+
+    @property
     def groups(self) -> tuple[InputGroup, ...]:
         """Input groups in running order."""
         behind = () if self.per_layer is None else (InputGroup((name,)) for name in self.per_layer.linears)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gemma_deploy.checkpoint import ModelConfig, expected_tensors
-from gemma_deploy.errors import CheckpointError, NotBuiltError
+from gemma_deploy.errors import CheckpointError
 from gemma_deploy.names import EMBEDDING_WEIGHT, HEAD_WEIGHT, LAYERS
-from gemma_deploy.partition.spans import WHOLE, Span
+from gemma_deploy.partition.spans import Span, shares_of
 
 
 class ParameterMapper:
@@ -20,29 +20,20 @@ class ParameterMapper:
     Attributes:
         sources: name in the stage -> name in the checkpoint, in model order. The tied table is `lm_head.weight` of a
             stage that has no embedding.
+        shares: by names in the checkpoint, tensors of which the stage has what belongs to its layers.
+        shapes: by names in the checkpoint, of what the stage has.
     """
 
     def __init__(self, config: ModelConfig, span: Span) -> None:
-        if span.name != WHOLE and config.altup is not None:
-            raise NotBuiltError(
-                "layers that carry several streams along are not cut apart in this version",
-                expected="a model of another generation than Gemma 3n",
-                next_step="use the model whole",
-            )
-        if span.name != WHOLE and config.reads_beside:
-            raise NotBuiltError(
-                "layers that read vectors of each token, or keys and values of earlier layers, are not cut apart in "
-                "this version",
-                expected="a model whose layers read nothing but hidden states (Gemma 4 E2B and E4B do)",
-                next_step="use the model whole",
-            )
         self.span, self.tied = span, config.tie_word_embeddings
+        self.shares = shares_of(config, span)
         self.shapes = expected_tensors(config)
+        self.shapes |= {name: share.of_shape(self.shapes[name]) for name, share in self.shares.items()}
         self.sources = {local: name for name in self.shapes if (local := self.local(name)) is not None}
 
     def local(self, name: str) -> str | None:
         """A checkpoint tensor's name in the stage, None when the stage does not have it."""
-        if not self.span.holds(name, self.tied):
+        if not self.span.holds(name, self.tied, own_vectors=True):
             return None
         if name.startswith(LAYERS):
             number, _, rest = name.removeprefix(LAYERS).partition(".")

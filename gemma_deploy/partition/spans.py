@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.errors import UsageError
-from gemma_deploy.names import LAYERS, PER_LAYER_NORM, PER_LAYER_PROJECTION, PER_LAYER_TABLE
+from gemma_deploy.names import LAYERS, PER_LAYER_NORM, PER_LAYER_PROJECTION, PER_LAYER_TABLE, STREAM_PROJECTION
 
 BOTTOM, TRUNK, TOP, WHOLE = "bottom", "trunk", "top", "whole"
 
@@ -34,18 +34,22 @@ class Span:
         """`bottom`, `trunk`, `top` or `whole`."""
         return TRUNK if self.name.startswith(TRUNK) else self.name
 
-    def holds(self, name: str, tied: bool) -> bool:
+    def holds(self, name: str, tied: bool, *, own_vectors: bool = False) -> bool:
         """Whether a tensor of the whole model (its Hugging Face name) belongs to this stage.
 
         Args:
             tied: the LM head is the embedding table, which the last stage holds as well then.
+            own_vectors: every stage makes the vectors of tokens that its own layers add, and has shares of the tensors
+                for it; else the first one makes all.
         """
         if name.startswith(LAYERS):
             return self.start <= int(name.removeprefix(LAYERS).partition(".")[0]) < self.stop
         if name.startswith("model.embed_tokens."):
             return self.embeds or (self.heads and tied)
         if name.startswith(tuple(f"{module}." for module in (PER_LAYER_TABLE, PER_LAYER_PROJECTION, PER_LAYER_NORM))):
-            return self.embeds  # what they make passes between stages
+            return self.embeds or own_vectors
+        if name.startswith(f"{STREAM_PROJECTION}."):
+            return self.embeds
         return self.heads
 
 
@@ -73,20 +77,47 @@ def spans_of(layers: int, points: Sequence[int]) -> tuple[Span, ...]:
     )
 
 
+@dataclass(frozen=True)
+class Share:
+    """Rows or columns [start, stop) of a tensor, those of a part's own layers."""
+
+    axis: int
+    start: int
+    stop: int
+
+    def of_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the share of a tensor of that shape."""
+        return tuple(self.stop - self.start if axis == self.axis else size for axis, size in enumerate(shape))
+
+
+def shares_of(config: ModelConfig, span: Span) -> dict[str, Share]:
+    """The tensors of which a part in PyTorch holds what belongs to its layers: the table of vectors, its projection."""
+    vectors = config.per_layer
+    if vectors is None or not vectors.rows or span.name == WHOLE:
+        return {}
+    edges = span.start * vectors.size, span.stop * vectors.size
+    return {f"{PER_LAYER_TABLE}.weight": Share(1, *edges), f"{vectors.projection}.weight": Share(0, *edges)}
+
+
 def whole(layers: int) -> Span:
     """The undivided model as its only stage."""
     return spans_of(layers, ())[0]
 
 
 def span_bytes(config: ModelConfig, span: Span, sizes: Mapping[str, int] | None = None) -> int:
-    """Bytes of a stage's tensors.
+    """Bytes of the tensors of a part in PyTorch, which has vectors of tokens for its own layers alone.
 
     Args:
         sizes: bytes by tensor name; two a number by default.
     """
     if sizes is None:
         sizes = {name: 2 * math.prod(shape) for name, shape in expected_tensors(config).items()}
-    return sum(size for name, size in sizes.items() if span.holds(name, config.tie_word_embeddings))
+    held = {
+        name: size for name, size in sizes.items() if span.holds(name, config.tie_word_embeddings, own_vectors=True)
+    }
+    for name in shares_of(config, span):
+        held[name] = held[name] * (span.stop - span.start) // config.num_hidden_layers
+    return sum(held.values())
 
 
 def recommended_points(config: ModelConfig, parts: int = 3, sizes: Mapping[str, int] | None = None) -> tuple[int, ...]:

@@ -14,9 +14,10 @@ from gemma_deploy.split.chain import SplitChain
 from gemma_deploy.split.choosing import Sampling
 from gemma_deploy.split.factory import ModelFactory, from_pretrained_split, load_part, save_part
 from gemma_deploy.split.parts import Bottom, Top, Trunk
+from gemma_deploy.split.passing import Passed
 from gemma_deploy.split.registry import REGISTRY, register
 
 __all__ = [
-    "REGISTRY", "Bottom", "ModelFactory", "Part", "Sampling", "SplitChain", "Top", "Trunk", "from_pretrained_split",
-    "load_part", "register", "save_part",
+    "REGISTRY", "Bottom", "ModelFactory", "Part", "Passed", "Sampling", "SplitChain", "Top", "Trunk",
+    "from_pretrained_split", "load_part", "register", "save_part",
 ]  # fmt: skip

@@ -1,7 +1,7 @@
 """What every part of a split model is: some layers of the patched stack, with a KV cache of its own.
 
 Layers count from 0 in every part; masks and rotary tables are made in each from attention_mask and position_ids, and
-hidden states are all that passes between parts.
+hidden states are all that passes between parts, but for the models that passing.py is about.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.errors import UsageError
 from gemma_deploy.names import EMBEDDING_WEIGHT, HEAD_WEIGHT, MIB
 from gemma_deploy.partition import Span
+from gemma_deploy.partition.beside import Reads
 from gemma_deploy.partition.mapper import ParameterMapper
 from gemma_deploy.partition.spans import BOTTOM, TOP, TRUNK
 from gemma_deploy.patched import patched_causal
+from gemma_deploy.split.passing import Hidden, NotingCache, PartBeside, Passed, as_is, given
 
 Mask: TypeAlias = torch.Tensor | Mapping[str, torch.Tensor]
 
@@ -49,7 +51,13 @@ class Part(nn.Module):
         self.model = causal.model
         self.cache: Cache | None = None
         self._cache_is_padded = False
+        self.reads = Reads.of(config, span) if config.reads_beside else None
         self._prune(causal)
+        if self.reads is not None:
+            self.config.num_kv_shared_layers = 0  # so that a cache made from it has a place for what others make
+            self.model.beside = given
+        if config.altup is not None:
+            self._prune_streams()
 
     @classmethod
     def from_pretrained_split(
@@ -95,7 +103,9 @@ class Part(nn.Module):
         mapper.check([local for local, name in mapper.sources.items() if name in full_state_dict], "full_state_dict")
 
         def copied(local: str, name: str) -> torch.Tensor:
-            tensor = full_state_dict[name].detach()
+            tensor, share = full_state_dict[name].detach(), mapper.shares.get(name)
+            if share is not None:
+                tensor = tensor.narrow(share.axis, share.start, share.stop - share.start)
             return tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
 
         return part.fill(mapper, copied, "full_state_dict")
@@ -103,6 +113,15 @@ class Part(nn.Module):
     def _prune(self, causal: nn.Module) -> None:
         """Take away what other parts have, and take what this one has besides its layers."""
         raise NotImplementedError
+
+    def _prune_streams(self) -> None:
+        """Take away what other parts do to make streams of embeddings, and one hidden state of streams."""
+        if self.kind != BOTTOM:
+            del self.model.altup_projections
+            self.model.entered = as_is
+        if self.kind != TOP:
+            del self.model.altup_unembed_projections
+            self.model.left = as_is
 
     def fill(self, mapper: ParameterMapper, read: Callable[[str, str], torch.Tensor], where: str) -> Self:
         """Give every parameter its tensor, and go into evaluation mode.
@@ -166,7 +185,7 @@ class Part(nn.Module):
     def prepare_attention_mask(
         self,
         attention_mask: Mask | None,
-        hidden_states: torch.Tensor,
+        hidden_states: Hidden,
         past_key_values: Cache | None = None,
     ) -> Mask:
         """The additive masks that this part's layers get: 0 where a token is seen, the dtype's minimum elsewhere.
@@ -193,13 +212,19 @@ class Part(nn.Module):
 
     def _run(
         self,
-        entering: dict[str, torch.Tensor],
+        entering: Mapping[str, Hidden],
         attention_mask: Mask | None,
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
         use_cache: bool,
-    ) -> tuple[torch.Tensor, Cache | None]:
-        """Hidden states [batch, seq, hidden] behind the last layer (of a top the norm), and the cache that was used."""
+        logits_to_keep: int = 0,
+    ) -> tuple[Hidden, Cache | None]:
+        """What leaves the last layer (of a top the norm), and the cache that was used.
+
+        Args:
+            entering: `input_ids`, or `inputs_embeds`: embeddings of a bottom, else what the part before gave.
+            logits_to_keep: layers that read keys and values of others compute so many last positions alone; 0: all.
+        """
         here = self.device
         entering = {name: value.to(here) for name, value in entering.items()}
         attention_mask, position_ids = moved(attention_mask, here), moved(position_ids, here)
@@ -213,14 +238,64 @@ class Part(nn.Module):
             self._check_cache(cache, batch, length, attention_mask)
         if cache is not None and cache is self.cache and _is_flat(attention_mask):
             self._cache_is_padded = not bool(attention_mask.all())
+        beside = None if self.reads is None else self._beside(entering, self.reads, cache)
+        more = {} if beside is None else {"beside": beside, "logits_to_keep": logits_to_keep}
         hidden: torch.Tensor = self.model(
-            **entering,
+            **(entering if beside is None else {"inputs_embeds": beside.entered.hidden_states}),
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
+            past_key_values=cache if beside is None or beside.cache is None else beside.cache,
             use_cache=cache is not None,
+            **more,
         )[0]
-        return hidden, cache
+        if beside is None or self.span.heads:
+            return hidden, cache
+        return beside.leaving(hidden, vectors_behind=self.model_config.per_layer is not None), cache
+
+    def _beside(self, entering: Mapping[str, Hidden], reads: Reads, cache: Cache | None) -> PartBeside:
+        """What layers read beside the stream, of token ids, embeddings, or what the part before gave.
+
+        Raises:
+            UsageError: that gave less than this part needs.
+        """
+        passed, ids = entering.get("inputs_embeds"), entering.get("input_ids")
+        if self.span.embeds:
+            embeds = self.model.embed_tokens(ids) if passed is None else passed
+            passed = Passed(embeds, ids, embeds)
+        adds = self.model_config.per_layer is not None
+        passed = self._checked(passed, reads, adds)
+        noting = None if cache is None else NotingCache(cache, self.num_layers)
+        try:
+            made = type(self.model).beside(self.model, passed.input_ids, passed.inputs_embeds) if adds else None
+        except ValueError as error:
+            raise UsageError(
+                "this model looks up a vector of each token: embeddings do not say which tokens they are",
+                expected="token ids",
+                next_step="give the bottom part input_ids",
+            ) from error
+        return PartBeside(reads, made and made.per_layer, entered=passed, cache=noting)
+
+    def _checked(self, passed: Hidden | None, reads: Reads, adds: bool) -> Passed:
+        """What came of the part before, unless that is less than this one needs.
+
+        Args:
+            adds: whether layers add vectors of tokens.
+
+        Raises:
+            UsageError: hidden states alone, or other keys and values.
+        """
+        wanted = dict.fromkeys((*reads.borrowed, *(layer for layer in reads.passed if layer not in reads.made)))
+        held = passed.keys_values if isinstance(passed, Passed) else {}
+        missing = [f"keys and values of layer {layer}" for layer in wanted if layer not in held]
+        if adds and (not isinstance(passed, Passed) or passed.inputs_embeds is None):
+            missing.insert(0, "inputs_embeds")
+        if missing or not isinstance(passed, Passed):
+            raise UsageError(
+                f"this {self.kind} part was given no {', '.join(missing) or 'more than hidden states'}",
+                expected="all that the part before gives, which is more than hidden states",
+                next_step="pass on what the part before returned, or Passed.of(...) of all its tensors",
+            )
+        return passed
 
     def _check_cache(self, cache: Cache, batch: int, length: int, attention_mask: Mask | None) -> None:
         """Refuse a cache or mask with which the result would be wrong without an error.

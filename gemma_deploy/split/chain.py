@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DummyLayer, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -123,4 +124,8 @@ class SplitChain(PreTrainedModel, GenerationMixin):
             return [None] * len(self.parts)
         while len(cache.layers) < self.config.num_hidden_layers:  # made one by one where all layers are of one kind
             cache.layers.append(cache.layer_class_to_replicate())
+        for part in self.parts:  # a part has a copy of what it reads of earlier ones, in the place of its first reader
+            for source, place in () if part.reads is None else part.reads.borrowed.items():
+                if isinstance(cache.layers[part.span.start + place], DummyLayer):
+                    cache.layers[part.span.start + place] = deepcopy(cache.layers[source])
         return [Cache(layers=cache.layers[part.span.start : part.span.stop]) for part in self.parts]

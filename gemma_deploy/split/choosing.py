@@ -14,6 +14,7 @@ from transformers.generation.logits_process import (
 )
 
 from gemma_deploy.errors import UsageError
+from gemma_deploy.split.passing import Hidden
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def choose(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 def continued(
     step: Callable[..., torch.Tensor],
-    continue_with: Callable[..., torch.Tensor],
-    hidden: torch.Tensor,
+    continue_with: Callable[..., Hidden],
+    hidden: Hidden,
     *,
     at: Mapping[str, torch.Tensor | None],
     max_new_tokens: int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from gemma_deploy.machine import give_memory_back
 from gemma_deploy.names import CONFIG
 from gemma_deploy.partition import Span, recommended_points, spans_of
 from gemma_deploy.partition.mapper import ParameterMapper
+from gemma_deploy.partition.spans import Share
 from gemma_deploy.split.base import Part
 from gemma_deploy.split.layout import WEIGHTS, part_config, read_part
 from gemma_deploy.split.registry import part_class
@@ -146,13 +148,13 @@ def from_pretrained_split(
     """
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     part = part_class(opened.config.model_type, span.kind)(opened.config, span, embed_scale)
-    stored = dtype or _dtype_of(opened.config, opened)
+    stored, mapper = dtype or _dtype_of(opened.config, opened), ParameterMapper(opened.config, span)
 
     def read(local: str, source: str) -> torch.Tensor:
         give_memory_back()
-        return read_tensor(opened, source, dtype=stored, device=device)
+        return read_tensor(opened, source, dtype=stored, device=device, share=mapper.shares.get(source))
 
-    return part.fill(ParameterMapper(opened.config, span), read, str(opened.path))
+    return part.fill(mapper, read, str(opened.path))
 
 
 def read_tensor(
@@ -161,17 +163,25 @@ def read_tensor(
     *,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    share: Share | None = None,
 ) -> torch.Tensor:
-    """A tensor in its own memory and the shape that the model has it in, copied a block of rows at a time."""
+    """A tensor in its own memory and the shape that the model has it in, copied a block of rows at a time.
+
+    Args:
+        share: its rows or columns that are wanted; None: all of them.
+    """
     shape = weights.tensors[name].shape
-    tensor = torch.empty(shape, dtype=dtype, device=device)
+    tensor = torch.empty(shape if share is None else share.of_shape(shape), dtype=dtype, device=device)
     if tensor.is_meta:
         return tensor
-    step = max(1, BLOCK_BYTES * shape[0] // max(1, 4 * tensor.numel()))
-    for start in range(0, shape[0], step):
-        stop = min(start + step, shape[0])
-        tensor[start:stop].copy_(torch.from_numpy(weights.rows(name, start, stop)))
-    return tensor.reshape(expected_tensors(weights.config).get(name, shape))
+    first = share.start if share is not None and share.axis == 0 else 0
+    columns = slice(share.start, share.stop) if share is not None and share.axis == 1 else slice(None)
+    step = max(1, BLOCK_BYTES * shape[0] // max(1, 4 * math.prod(shape)))
+    for start in range(0, len(tensor), step):
+        stop = min(start + step, len(tensor))
+        rows = weights.rows(name, first + start, first + stop)
+        tensor[start:stop].copy_(torch.from_numpy(rows if share is None else rows[:, columns]))
+    return tensor if share is not None else tensor.reshape(expected_tensors(weights.config).get(name, shape))
 
 
 def _dtype_of(config: ModelConfig, checkpoint: WeightSource) -> torch.dtype:

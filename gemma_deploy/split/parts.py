@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from gemma_deploy.partition.spans import BOTTOM, TOP, TRUNK
 from gemma_deploy.split.base import Mask, Part
 from gemma_deploy.split.choosing import Sampling, choose, continued, last_positions
+from gemma_deploy.split.passing import Hidden
 
 
 class Bottom(Part):
@@ -51,7 +52,7 @@ class Bottom(Part):
         past_key_values: Cache | None = None,
         use_cache: bool = False,
         inputs_embeds: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> Hidden:
         """Embed, and run the layers.
 
         Args:
@@ -63,7 +64,7 @@ class Bottom(Part):
             inputs_embeds: [batch, seq, hidden] in the place of input_ids.
 
         Returns:
-            Hidden states [batch, seq, hidden] for the next part.
+            Hidden states [batch, seq, hidden] for the next part; where its layers read more, a `Passed`.
 
         Raises:
             UsageError: the cache and what came do not belong together.
@@ -72,7 +73,7 @@ class Bottom(Part):
         if input_ids is not None and input_ids.is_floating_point() and inputs_embeds is None:
             input_ids, inputs_embeds = None, input_ids
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
-        entering = {name: value for name, value in given.items() if value is not None}
+        entering: dict[str, Hidden] = {name: value for name, value in given.items() if value is not None}
         if len(entering) != 1:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         return self._run(entering, attention_mask, position_ids, past_key_values, use_cache)[0]
@@ -89,13 +90,13 @@ class Trunk(Part):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: Hidden,
         attention_mask: Mask | None = None,
         *,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = False,
-    ) -> torch.Tensor:
+    ) -> Hidden:
         """Run the layers on hidden states [batch, seq, hidden] of the part before; the rest as in `Bottom.forward`."""
         entering = {"inputs_embeds": hidden_states}
         return self._run(entering, attention_mask, position_ids, past_key_values, use_cache)[0]
@@ -126,9 +127,15 @@ class Top(Part):
         cap = self.model_config.final_logit_softcapping
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
+    def _normed(self, hidden_states: Hidden, **at: Any) -> tuple[torch.Tensor, Cache | None]:
+        """What leaves the norm [batch, seq, hidden], of the last positions alone where layers compute no others."""
+        hidden, cache = self._run({"inputs_embeds": hidden_states}, **at)
+        assert isinstance(hidden, torch.Tensor)
+        return hidden, cache
+
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: Hidden,
         attention_mask: Mask | None = None,
         *,
         position_ids: torch.Tensor | None = None,
@@ -152,8 +159,14 @@ class Top(Part):
         Raises:
             UsageError: the cache and what came do not belong together.
         """
-        entering = {"inputs_embeds": hidden_states}
-        hidden, cache = self._run(entering, attention_mask, position_ids, past_key_values, use_cache)
+        hidden, cache = self._normed(
+            hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep if isinstance(logits_to_keep, int) else 0,
+        )
         if isinstance(logits_to_keep, torch.Tensor):
             hidden = hidden[:, logits_to_keep.to(hidden.device), :]
         elif logits_to_keep:
@@ -166,7 +179,7 @@ class Top(Part):
 
     def next_tokens(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: Hidden,
         attention_mask: torch.Tensor | None = None,
         *,
         position_ids: torch.Tensor | None = None,
@@ -182,15 +195,22 @@ class Top(Part):
         Returns:
             Token ids [batch, 1], as a bottom part takes them.
         """
-        entering = {"inputs_embeds": hidden_states}
+        ends = attention_mask is None or bool(attention_mask[:, -1].all())  # no padding on the right
         with torch.no_grad():
-            hidden, _ = self._run(entering, attention_mask, position_ids, past_key_values, use_cache)
+            hidden, _ = self._normed(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                logits_to_keep=int(ends),
+            )
             return choose(self.head(last_positions(hidden, attention_mask)), sampling or Sampling())
 
     def generate(
         self,
-        hidden_states: torch.Tensor,
-        continue_with: Callable[..., torch.Tensor],
+        hidden_states: Hidden,
+        continue_with: Callable[..., Hidden],
         attention_mask: torch.Tensor | None = None,
         *,
         position_ids: torch.Tensor | None = None,
@@ -217,7 +237,7 @@ class Top(Part):
         """
         self.reset_cache()
 
-        def step(hidden: torch.Tensor, **at: Any) -> torch.Tensor:
+        def step(hidden: Hidden, **at: Any) -> torch.Tensor:
             return self.next_tokens(hidden, **at, use_cache=True, sampling=sampling)
 
         config = self.model_config

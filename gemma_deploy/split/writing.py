@@ -131,5 +131,7 @@ def _plan(checkpoint: Checkpoint, span: Span) -> list[ParamSpec]:
         info = checkpoint.tensors[source]
         stored = checkpoint.own_dtype if checkpoint.is_changed(source) else info.dtype
         dtype: Any = stored if stored in get_args(StoredDtype) else "float32"
-        plan.append(ParamSpec(local, mapper.shapes[source], dtype, "cast", source))
+        edges = None if (share := mapper.shares.get(source)) is None else (share.start, share.stop)
+        rows, columns = ((edges,), None) if edges and share and share.axis == 0 else ((), edges)
+        plan.append(ParamSpec(local, mapper.shapes[source], dtype, "cast", source, rows=rows, columns=columns))
     return plan
