@@ -30,4 +30,11 @@ Mapped::Mapped(const std::string& path) {
 
 Mapped::~Mapped() { munmap(const_cast<uint8_t*>(data_), size_); }
 
+void ReadHereAndThere(const uint8_t* data, uint64_t size) {
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + size) / page * page;
+  // Advice alone: nothing depends on it.
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_RANDOM);
+}
+
 }  // namespace gemma

@@ -21,4 +21,7 @@ class Mapped {
   uint64_t size_ = 0;
 };
 
+// Tells the system that these bytes are read here and there, so that it fetches no others from the disk.
+void ReadHereAndThere(const uint8_t* data, uint64_t size);
+
 }  // namespace gemma

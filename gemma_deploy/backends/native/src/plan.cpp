@@ -7,6 +7,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "mapped.h"
 #include "plan_line.h"
 
 namespace gemma {
@@ -137,6 +138,7 @@ class Reader {
     const uint64_t numbers = static_cast<uint64_t>(t.rows) * t.columns;
     const int bits = t.form == kInt4 ? 4 : t.form == kInt8 ? 8 : t.form == kBFloat16 ? 16 : 32;
     t.values = Place(line, "at", numbers * bits / 8);
+    ReadHereAndThere(t.values, numbers * bits / 8);
     if (t.form >= kInt8) {
       t.group = static_cast<int32_t>(line.Whole("group", 1, t.columns));
       if (t.columns % t.group)
