@@ -33,10 +33,16 @@ FLAGS = (
 )
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
+AMX = ("-mamx-tile", "-mamx-int8")
 # gcc 12 warns of its own headers (bug 105593).
 QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
 LEVELS: dict[str, dict[str, tuple[str, ...]]] = {
-    "x86_64": {"level_avx2": AVX2, "level_avxvnni": (*AVX2, "-mavxvnni"), "level_avx512vnni": (*AVX512, *QUIET)},
+    "x86_64": {
+        "level_amx": (*AVX512, *AMX, *QUIET),
+        "level_avx2": AVX2,
+        "level_avxvnni": (*AVX2, "-mavxvnni"),
+        "level_avx512vnni": (*AVX512, *QUIET),
+    },
     "aarch64": {"level_neondot": ("-march=armv8.2-a+dotprod",)},
 }
 
@@ -57,20 +63,11 @@ def build(out: Path, *, extra: Sequence[str] = (), cxx: str | None = None, machi
     Raises:
         RuntimeError: there is no compiler, or it refuses a file.
     """
-    cxx = cxx or compiler()
-    if cxx is None:
-        raise RuntimeError(f"no C++ compiler: none of {', '.join(COMPILERS)} is installed, and $CXX names none")
-    flags = LEVELS.get(machine or platform.machine(), {})
-    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = [Path(work) / f"{source.stem}.o" for source in sources()]
-        commands = [
-            [cxx, *FLAGS, *flags.get(source.stem, ()), *extra, "-pthread", "-c", str(source), "-o", str(made)]
-            for source, made in zip(sources(), objects, strict=True)
-        ]
-        list(pool.map(_run, commands))
-        partial = Path(work) / LIBRARY
+    cxx = needed(cxx)
+    with tempfile.TemporaryDirectory() as work:
+        partial, made = Path(work) / LIBRARY, objects(Path(work), extra=extra, cxx=cxx, machine=machine)
         link = ("-Wl,--no-undefined", f"-Wl,--version-script={ROOT / SOURCES / 'exports.map'}", "-lm", "-pthread")
-        _run([cxx, "-shared", *extra, "-o", str(partial), *map(str, objects), *link])
+        run([cxx, "-shared", *extra, "-o", str(partial), *map(str, made), *link])
         out.parent.mkdir(parents=True, exist_ok=True)
         beside = out.with_name(f"{out.name}.partial")
         shutil.copyfile(partial, beside)
@@ -78,12 +75,44 @@ def build(out: Path, *, extra: Sequence[str] = (), cxx: str | None = None, machi
     return out
 
 
+def objects(
+    folder: Path, *, extra: Sequence[str] = (), cxx: str | None = None, machine: str | None = None
+) -> list[Path]:
+    """Compile the files of the library, each with the flags of its level, into a folder; see `build`."""
+    cxx, flags = needed(cxx), LEVELS.get(machine or platform.machine(), {})
+    made = [folder / f"{source.stem}.o" for source in sources()]
+    commands = [
+        [cxx, *FLAGS, *flags.get(source.stem, ()), *extra, "-pthread", "-c", str(source), "-o", str(one)]
+        for source, one in zip(sources(), made, strict=True)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(run, commands))
+    return made
+
+
+def needed(cxx: str | None = None) -> str:
+    """A compiler: this one, or `compiler()`.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    found = cxx or compiler()
+    if found is None:
+        raise RuntimeError(f"no C++ compiler: none of {', '.join(COMPILERS)} is installed, and $CXX names none")
+    return found
+
+
 def sources() -> list[Path]:
     """The files of the library, in the order of their names."""
     return sorted((ROOT / SOURCES).glob("*.cpp"))
 
 
-def _run(command: Sequence[str]) -> None:
+def run(command: Sequence[str]) -> None:
+    """Run a command.
+
+    Raises:
+        RuntimeError: it failed; with what it said.
+    """
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")

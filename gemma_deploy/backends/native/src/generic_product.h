@@ -16,6 +16,22 @@ struct Products {
     return form == kFloat16 ? V::LoadHalf(scales + 2 * index) : V::LoadBfloat(scales + 2 * index);
   }
 
+  static F GroupScale(const Matrix& m, int panel, int group) {
+    const size_t groups = m.columns / m.group;
+    return LoadScale(m.scales, (panel * groups + group) * kLanes, m.scale_form);
+  }
+
+  // Puts what a row and a panel of a span gave into y.
+  static void Finish(const Product& work, int row, int panel, int span, F inner, float row_scale) {
+    const Matrix& m = *work.matrix;
+    float* y = work.y + row * work.stride + static_cast<size_t>(panel) * kLanes;
+    const F before = span == 0 ? V::Set(0.0f) : V::Load(y);
+    F sum = V::Fma(inner, V::Set(row_scale), before);
+    if (m.form >= kInt8 && m.group == 0 && span == Spans(m.columns) - 1)
+      sum = V::Mul(sum, LoadScale(m.scales, static_cast<size_t>(panel) * kLanes, m.scale_form));
+    V::Store(y, sum);
+  }
+
   // One block: R rows times P panels, over the inputs of one span.
   template <int R, int P>
   struct Block {
@@ -40,14 +56,9 @@ struct Products {
         for (int p = 0; p < P; p++) {
           const F sum = V::Float(V::Sub(V::Total(acc[r][p]), less));
           inner[r][p] = m.group == 0 ? V::Add(inner[r][p], sum)
-                                     : V::Fma(sum, GroupScale(panel + p, begin / m.group), inner[r][p]);
+                                     : V::Fma(sum, GroupScale(m, panel + p, begin / m.group), inner[r][p]);
         }
       }
-    }
-
-    F GroupScale(int panel, int group) const {
-      const size_t groups = m.columns / m.group;
-      return LoadScale(m.scales, (panel * groups + group) * kLanes, m.scale_form);
     }
 
     void Bytes(int begin, int end, int panel) {
@@ -169,7 +180,6 @@ struct Products {
   static void Piece(const Product& work, int row, int panel, int span) {
     const Matrix& m = *work.matrix;
     const int begin = span * kSpan, end = begin + kSpan < m.columns ? begin + kSpan : m.columns;
-    const bool codes = m.form >= kInt8, last = end == m.columns;
     const size_t bytes = PanelBytes(m.form, m.columns);
     Block<R, P> block{m, {}, {}, begin, {}};
     for (int r = 0; r < R; r++)
@@ -177,15 +187,8 @@ struct Products {
     for (int p = 0; p < P; p++) block.panels[p] = m.panels + (panel + p) * bytes;
     block.Run(begin, end, panel);
     for (int r = 0; r < R; r++) {
-      const F scale = V::Set(codes ? *block.rows[r]->scale : 1.0f);
-      for (int p = 0; p < P; p++) {
-        float* y = work.y + (row + r) * work.stride + static_cast<size_t>(panel + p) * kLanes;
-        const F before = span == 0 ? V::Set(0.0f) : V::Load(y);
-        F sum = V::Fma(block.inner[r][p], scale, before);
-        if (last && codes && m.group == 0)
-          sum = V::Mul(sum, LoadScale(m.scales, static_cast<size_t>(panel + p) * kLanes, m.scale_form));
-        V::Store(y, sum);
-      }
+      const float scale = m.form >= kInt8 ? *block.rows[r]->scale : 1.0f;
+      for (int p = 0; p < P; p++) Finish(work, row + r, panel + p, span, block.inner[r][p], scale);
     }
   }
 

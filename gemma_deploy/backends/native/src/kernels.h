@@ -92,6 +92,11 @@ struct Kernels {
 
   // x = max(x - cutoff, 0).
   void (*cut)(float* x, int n, float cutoff);
+
+  // The largest of n numbers, a multiple of 16; -infinity of none.
+  float (*largest)(const float* x, int n);
+  // The sum of exp(x - best) over n numbers, none larger than `best`.
+  float (*sum_exp)(const float* x, int n, float best);
 };
 
 // Each is null where the compiler or the architecture has no such level.
@@ -99,6 +104,7 @@ extern const Kernels* const kPlain;
 extern const Kernels* const kAvx2;
 extern const Kernels* const kAvxVnni;
 extern const Kernels* const kAvx512Vnni;
+extern const Kernels* const kAmx;
 extern const Kernels* const kNeonDot;
 
 }  // namespace gemma
