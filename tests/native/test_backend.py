@@ -21,7 +21,9 @@ from gemma_deploy.testing import TINY_EXPERTS, TINY_PER_LAYER, write_tiny_checkp
 from tests.calibration.make import write_tokenizer
 
 KINDS = ("gemma", "gemma2", "gemma3_text", "vaultgemma", "gemma4_text", "gemma4_unified_text")
-SCHEMES = ("fp32", "bf16", "w8a16", "w4a16_rtn", "w8a16_gptq", "w4a16_gptq")
+SCHEMES = (
+    "fp32", "bf16", "w8a16", "w4a16_rtn", "w8a16_gptq", "w4a16_gptq", "w8a16+kv8", "w8a16_gptq+kv8", "w4a16_rtn+kv8",
+)  # fmt: skip
 MANY = 1 << 26  # bytes of caches
 
 
@@ -38,6 +40,8 @@ def recipe_of(folder, kind, scheme, *, quantize=None, **changes):
         "parity": {"prompt_tokens": 40, "decode_tokens": 8},  # five windows of 8
         "workspace": {"path": str(folder / "w")},
     }
+    if scheme.endswith("+kv8") and "gptq" not in scheme:  # factors of the cache alone: a little text will do
+        recipe["dataset"] = {"name": "c4:4", "seqlen": 64}
     file = folder / "recipe.json"
     file.write_text(json.dumps(recipe))
     return Recipe.load(file)
@@ -51,7 +55,7 @@ def compiled(native_library, tmp_path_factory):
     return result.path
 
 
-DEFAULT = {("gemma3_text", "fp32"), ("gemma4_text", "w8a16"), ("gemma2", "w4a16_rtn")}
+DEFAULT = {("gemma3_text", "fp32"), ("gemma4_text", "w8a16+kv8"), ("gemma2", "w4a16_rtn")}
 
 
 @pytest.mark.parametrize(
@@ -108,6 +112,72 @@ def test_a_token_gives_the_same_bits_whatever_its_company(compiled, ids, cache):
     np.testing.assert_array_equal(together[1:], expected[140:150])
     np.testing.assert_array_equal(rows[1:], in_pieces(whole, ids[5:9], iter([4])))
     whole.close()
+
+
+def test_ranks_are_those_of_the_logits(compiled, ids):
+    """Of several texts at once, in parts of other sizes than the vocabulary; against float64."""
+    model, other = opened(compiled), opened(compiled, threads=3)
+    pieces = [(ids[:40], 19), (ids[40:43], 1), (ids[50:90], 0)]
+    rows = model.logits([(model.sequence(), *piece) for piece in pieces])
+    for top in (0, 1, 7, 512):
+        asked = [int(one) for one in np.random.default_rng(top).integers(0, 512, 20)]
+        for one in (model, other):
+            found = one.ranked([(one.sequence(), *piece) for piece in pieces], top=top, asked=asked)
+            order = np.lexsort((np.broadcast_to(np.arange(512), rows.shape), -rows))[:, :top]
+            np.testing.assert_array_equal(found.ids, order)
+            np.testing.assert_array_equal(found.logits, np.take_along_axis(rows, order, 1))
+            np.testing.assert_array_equal(found.asked, rows[np.arange(20), asked])
+            sums = np.log(np.exp(rows.astype(np.float64)).sum(1))
+            np.testing.assert_allclose(found.log_sums, sums, rtol=2e-7)  # a float32's last bit is 1.2e-7
+    with pytest.raises(DeployError, match="top 513, not 0 to 512"):
+        model.ranked([(model.sequence(), ids[:1], 1)], top=513)
+    with pytest.raises(DeployError, match="token 512 that is asked for is not in the table"):
+        model.ranked([(model.sequence(), ids[:1], 1)], asked=[512])
+    counts = other.thread_counts()
+    assert counts.pieces >= counts.helped >= 0
+    assert counts.pieces > 1000
+    model.close()
+    other.close()
+
+
+def test_channels_of_a_cache_of_codes_have_factors(native_library, tmp_path, ids):
+    """Whatever the factors are, they change no number but by rounding; where channels differ, they save one."""
+    path = compile_recipe(recipe_of(tmp_path, "gemma4_text", "w8a16+kv8")).path
+    plan, params = plan_in(path), (path / PARAMS).read_bytes()
+    assert "cache=int8" in plan
+    changed, rng = bytearray(params), np.random.default_rng(8)
+    for place, size in factors_in(plan):
+        factors = np.frombuffer(params, np.float32, size, place) * np.exp(rng.uniform(-0.3, 0.3, size))
+        changed[place : place + 4 * size] = factors.astype(np.float32).tobytes()
+    (tmp_path / "changed").write_bytes(changed)
+
+    def logits(plan, file, **options):
+        model = Model(plan, file, threads=2, cache_bytes=MANY, **options)
+        found = in_pieces(model, ids[:200], iter([150]))
+        model.close()
+        return found
+
+    right = logits(plan, path / PARAMS, cache="float32")
+    np.testing.assert_array_equal(logits(plan, tmp_path / "changed", cache="float32"), right)
+    with_codes = [logits(plan, file) for file in (path / PARAMS, tmp_path / "changed")]
+    errors = [np.abs(one - right).max() / np.abs(right).max() for one in with_codes]
+    assert errors[0] > 0
+    assert max(errors) < 0.08, errors
+    broken = [plan.replace(f"{part}_factor=", "unused=") for part in ("key", "value")]
+    for text in broken:
+        with pytest.raises(ArtifactError, match="'unused' is not known"):
+            logits(text, path / PARAMS)
+
+
+def factors_in(plan):
+    """Where the factors of caches lie in the parameter file, and how many numbers they are."""
+    names = {part.split("=")[1] for line in plan.splitlines() for part in line.split() if "_factor=model." in part}
+    places = [
+        dict(part.split("=") for part in line.split()[1:]) for line in plan.splitlines() if line.startswith("vector")
+    ]
+    found = [(int(place["at"]), int(place["size"])) for place in places if place["name"] in names]
+    assert len(found) == len(names) > 0
+    return found
 
 
 def test_forks_share_a_beginning_and_go_their_own_ways(compiled, ids):
@@ -315,7 +385,6 @@ def test_what_a_caller_gets_wrong_is_refused(compiled, ids):
         ("gemma4_text", "w8a16", TINY_PER_LAYER | {"hidden_size_per_layer_input": 24}, "a multiple of 16, got 24"),
         ("gemma4_text", "w8a16", TINY_EXPERTS | {"moe_intermediate_size": 40}, "a multiple of 16, got 40"),
         ("gemma2", "w8a8", {}, "frontend.quantize.type: w8a8 is not built for backend.type native"),
-        ("gemma2", "w8a16+kv8", {}, "frontend.quantize.type: an int8 cache is not built for backend.type native"),
         ("gemma2", "w8a16", {"head_dim": 48}, "heads of a multiple of 32 channels, up to 512, got 48"),
     ],
 )

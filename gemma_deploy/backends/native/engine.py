@@ -27,10 +27,14 @@ KERNELS = ("shipped", "strict")
 
 
 class NativeSequence:
-    """One sequence in the library; it may be set back by as many tokens as a step reads."""
+    """One sequence in the library; it may be set back by as many tokens as a step reads.
+
+    Logits that it gives are its own memory: they are there until it reads on.
+    """
 
     def __init__(self, model: Model) -> None:
         self._model, self._number, self._length = model, model.sequence(), 0
+        self._logits = model.room(1)
 
     def __del__(self) -> None:
         if getattr(self, "_number", 0):
@@ -60,7 +64,9 @@ class NativeSequence:
         return self._computed(tokens, len(tokens))
 
     def _computed(self, tokens: Sequence[int], wanted: int) -> np.ndarray:
-        logits = self._model.logits([(self._number, tokens, wanted)])
+        if len(self._logits) < wanted:
+            self._logits = self._model.room(wanted)
+        logits = self._model.logits([(self._number, tokens, wanted)], self._logits)
         self._length += len(tokens)
         return logits
 

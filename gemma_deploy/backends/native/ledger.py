@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from gemma_deploy.artifact.ledger import LedgerEntry, Words, context_entries, shared_entries
 from gemma_deploy.artifact.manifest import Manifest
 
@@ -17,11 +19,7 @@ def ledger_of(manifest: Manifest) -> list[LedgerEntry]:
     pairs = [row for row in rows if (row["reference"], row["test"]) == ("strict", "shipped")]
     measures = ("case", "positions", "kl_mean", "top1", "overturned")
     effect = {key: pairs[0][key] for key in measures} if pairs else {}
-    entries = [
-        LedgerEntry(
-            "keys and values rounded to bfloat16", "the caches", "half the memory, and half the time to read it", effect
-        )
-    ]
+    entries = [_codes(effect) if manifest.int8_cache else _floats(effect)]
     if manifest.scheme != "fp32" and manifest.scheme != "bf16":
         entries.append(
             LedgerEntry(
@@ -32,3 +30,19 @@ def ledger_of(manifest: Manifest) -> list[LedgerEntry]:
             )
         )
     return [*shared_entries(manifest, WORDS), *entries, *context_entries(manifest, "model.plan")]
+
+
+def _floats(effect: dict[str, Any]) -> LedgerEntry:
+    return LedgerEntry(
+        "keys and values rounded to bfloat16", "the caches", "half the memory, and half the time to read it", effect
+    )
+
+
+def _codes(effect: dict[str, Any]) -> LedgerEntry:
+    return LedgerEntry(
+        "queries, and weights of positions, rounded to 15 bits, a scale for each head and page of the cache",
+        "attention",
+        "products of integers with the codes of keys and values; scales are float32 here. In ONNX Runtime, keys and "
+        "values are bfloat16, and attention computes in float32",
+        effect,
+    )

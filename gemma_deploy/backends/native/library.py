@@ -6,7 +6,9 @@ import ctypes
 import functools
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +35,51 @@ class _Piece(ctypes.Structure):
         ("unused", ctypes.c_int32),
         ("tokens", ctypes.c_void_p),
     )
+
+
+class _Ranks(ctypes.Structure):
+    """Ranks of src/ranking.h."""
+
+    _fields_ = (
+        ("top", ctypes.c_int32),
+        ("ids", ctypes.c_void_p),
+        ("logits", ctypes.c_void_p),
+        ("log_sums", ctypes.c_void_p),
+        ("asked", ctypes.c_void_p),
+        ("asked_logits", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What was asked of the logits of some tokens, without these.
+
+    Args:
+        ids: [rows, top] int32, tokens with the largest logits, the largest first; logits: [rows, top] float32, theirs.
+        log_sums: [rows] float32: a token's logarithm of probability is its logit less this.
+        asked: [rows] float32, logits of the tokens that were asked for; None where none was.
+    """
+
+    ids: np.ndarray
+    logits: np.ndarray
+    log_sums: np.ndarray
+    asked: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class ThreadCounts:
+    """What became of work that threads share, since a model was opened.
+
+    Args:
+        pieces: of work in all; helped: done by other threads than the caller's.
+        rests: how often these were sent to rest, because the machine was busy and they cost more than they gave.
+        waited: seconds that the caller waited for pieces that they held.
+    """
+
+    pieces: int
+    helped: int
+    rests: int
+    waited: float
 
 
 def library_path() -> Path:
@@ -68,6 +115,8 @@ def _loaded() -> ctypes.CDLL:
         "gemma_sequence_free": (number, (pointer, number)),
         "gemma_sequence_rewind": (number, (pointer, number, number)),
         "gemma_step": (number, (pointer, pointer, number, pointer, pointer, number)),
+        "gemma_step_ranked": (number, (pointer, pointer, number, pointer, number)),
+        "gemma_threads": (number, (pointer, pointer)),
         "gemma_head": (number, (pointer, pointer, number, pointer)),
     }  # fmt: skip
     for name, (result, arguments) in signatures.items():
@@ -117,7 +166,7 @@ class Model:
     Args:
         plan: the text that plan.py makes; parameters: the parameter file.
         threads: 0 for as many as there are cores; cache_bytes: of all sequences' keys and values together.
-        cache: form of keys and values, `bfloat16`, `float32` or `int8`.
+        cache: form of keys and values, `bfloat16`, `float32` or `int8`; "" for the plan's own.
         exact: compute with float32 products of what codes stand for, nothing rounded: for a proof.
 
     Attributes:
@@ -134,7 +183,7 @@ class Model:
         *,
         threads: int = 0,
         cache_bytes: int = CACHE_BYTES,
-        cache: str = "bfloat16",
+        cache: str = "",
         exact: bool = False,
     ) -> None:
         self._library, self._handle = _loaded(), None
@@ -190,23 +239,58 @@ class Model:
         """
         self._check(self._library.gemma_sequence_rewind(self._handle, sequence, length))
 
-    def logits(self, pieces: Sequence[tuple[int, Sequence[int], int]]) -> np.ndarray:
+    def logits(self, pieces: Sequence[tuple[int, Sequence[int], int]], into: np.ndarray | None = None) -> np.ndarray:
         """Compute tokens of several sequences together.
 
         Args:
             pieces: number of a sequence, the tokens that follow it, and of how many of the last of them logits are
                 wanted.
+            into: room for them that `room` made, for no new memory at every step.
 
         Returns:
-            [wanted, V] float32.
+            [wanted, V] float32, a part of `into` where that is given.
 
         Raises:
             DeployError: no memory for their caches is left.
         """
         rows = sum(wanted for _, _, wanted in pieces)
-        made = np.empty((rows, self._stride), np.float32)
+        made = self.room(rows) if into is None else into[:rows]
         self._step(pieces, None, made)
         return made[:, : self.vocabulary]
+
+    def room(self, rows: int) -> np.ndarray:
+        """Memory for the logits of so many tokens: [rows, V or a little more] float32."""
+        return np.empty((rows, self._stride), np.float32)
+
+    def ranked(
+        self, pieces: Sequence[tuple[int, Sequence[int], int]], *, top: int = 0, asked: Sequence[int] | None = None
+    ) -> Ranked:
+        """As `logits`, of these only the largest few, some that are asked for, and what makes them probabilities.
+
+        Args:
+            top: how many of the largest, at most 1024; asked: a token for each row.
+
+        Raises:
+            DeployError: no memory for their caches is left, or no token is asked for.
+        """
+        rows = sum(wanted for _, _, wanted in pieces)
+        ids, logits = np.empty((rows, top), np.int32), np.empty((rows, top), np.float32)
+        sums, tokens, found = np.empty(rows, np.float32), None, None
+        if asked is not None:
+            tokens, found = np.array(asked, np.int32), np.empty(rows, np.float32)
+            if len(tokens) != rows:
+                raise ValueError(f"{len(tokens)} tokens are asked for, for {rows} rows")
+        where = (None if one is None else one.ctypes.data for one in (ids, logits, sums, tokens, found))
+        ranks = _Ranks(top, *where)
+        given = _pieces(pieces)
+        self._check(self._library.gemma_step_ranked(self._handle, given[0], len(pieces), ctypes.byref(ranks), rows))
+        return Ranked(ids, logits, sums, found)
+
+    def thread_counts(self) -> ThreadCounts:
+        """What became of work that threads share."""
+        numbers = (ctypes.c_uint64 * 4)()
+        self._check(self._library.gemma_threads(self._handle, numbers))
+        return ThreadCounts(numbers[0], numbers[1], numbers[2], numbers[3] / 1e9)
 
     def normed(self, pieces: Sequence[tuple[int, Sequence[int], int]]) -> np.ndarray:
         """As `logits`, what leaves the final norm: [wanted, hidden] float32."""
@@ -225,16 +309,10 @@ class Model:
     def _step(
         self, pieces: Sequence[tuple[int, Sequence[int], int]], normed: np.ndarray | None, logits: np.ndarray | None
     ) -> None:
-        tokens = [np.asarray(ids, np.int32) for _, ids, _ in pieces]
-        given = (_Piece * len(pieces))(
-            *(
-                _Piece(sequence, len(ids), wanted, 0, ids.ctypes.data)
-                for (sequence, _, wanted), ids in zip(pieces, tokens, strict=True)
-            )
-        )
+        given = _pieces(pieces)
         rows = len(normed) if normed is not None else 0 if logits is None else len(logits)
         where = (None if one is None else one.ctypes.data for one in (normed, logits))
-        self._check(self._library.gemma_step(self._handle, given, len(pieces), *where, rows))
+        self._check(self._library.gemma_step(self._handle, given[0], len(pieces), *where, rows))
 
     def _check(self, status: int) -> None:
         if status == 2:
@@ -245,3 +323,13 @@ class Model:
         if status:
             message: bytes = self._library.gemma_error(self._handle)
             raise DeployError(message.decode(errors="replace"), next_step="this is a bug: report it")
+
+
+def _pieces(pieces: Sequence[tuple[int, Sequence[int], int]]) -> tuple[Any, list[np.ndarray]]:
+    """As the library reads them, and the tokens that have to live as long."""
+    tokens = [np.asarray(ids, np.int32) for _, ids, _ in pieces]
+    made = (
+        _Piece(sequence, len(ids), wanted, 0, ids.ctypes.data)
+        for (sequence, _, wanted), ids in zip(pieces, tokens, strict=True)
+    )
+    return (_Piece * len(pieces))(*made), tokens

@@ -25,8 +25,6 @@ def not_built(spec: BuildSpec) -> Iterator[str]:
         yield "backend.dtype: fp16 is not built for backend.type native: write bf16, fp32 or int8"
     if spec.scheme.rounds_activations:
         yield "frontend.quantize.type: w8a8 is not built for backend.type native: write w8a16_gptq"
-    if spec.scheme.int8_cache:
-        yield "frontend.quantize.type: an int8 cache is not built for backend.type native yet: leave out +kv8"
     if spec.ranks > 1 or spec.split_points:
         yield "split.points and model_kwargs.tp: an artifact of backend.type native is not divided: remove them"
     if spec.adapter_rank:

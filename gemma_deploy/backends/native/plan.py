@@ -12,9 +12,11 @@ from statistics import NormalDist
 import numpy as np
 
 from gemma_deploy.architectures import LayerSpec
+from gemma_deploy.calibration.points import cache_factor_names
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.dtypes import BY_NAME
 from gemma_deploy.names import (
+    CACHE_FACTOR,
     EMBEDDING_WEIGHT,
     NORM,
     PER_LAYER_TABLE,
@@ -38,10 +40,13 @@ def plan_of(
     """
     found = {place.name: place for place in places}
     lines = [_model(config, context=context, embed_scale=embed_scale)]
+    codes = any(name.endswith(f".{CACHE_FACTOR}") for name in found)
+    if codes:
+        lines[0] += " cache=int8"
     lines += _tensors(found)
     lines += [*_vectors(config, vector_scale), *_streams(config)]
     for layer in config.layers:
-        lines += [_layer(config, layer), *_beside(config, layer)]
+        lines += [_layer(config, layer, codes=codes), *_beside(config, layer)]
     missing = [name for name in _named("\n".join(lines)) if name not in found]
     assert not missing, f"not in the parameter file: {missing}"
     return "\n".join(lines) + "\n"
@@ -172,7 +177,8 @@ def _beside(config: ModelConfig, layer: LayerSpec) -> Iterator[str]:
         yield _line("adds", {key: f"{prefix}{name}.weight" for key, name in names.items()})
 
 
-def _layer(config: ModelConfig, layer: LayerSpec) -> str:
+def _layer(config: ModelConfig, layer: LayerSpec, *, codes: bool) -> str:
+    """The line of a layer; `codes`: keys and values are codes, of channels that have factors."""
     attention = next(branch for branch in layer.branches if branch.attends)
     mlp = next(branch for branch in layer.branches if not branch.attends)
     norms, linears, prefix = dict(layer.head_norms), {one.name for one in layer.linears}, layer.prefix
@@ -202,6 +208,8 @@ def _layer(config: ModelConfig, layer: LayerSpec) -> str:
             values["v"] = f"{prefix}{caches['value']}.weight"
         if caches["key"] in norms:
             values["k_norm"] = f"{prefix}{norms[caches['key']]}.weight"
+        if codes:
+            values |= {f"{part}_factor": name for part, name in cache_factor_names(layer).items()}
     optional = {
         "q_norm": norms.get(attention.entry.observed),
         "post_attention_norm": attention.post_norm,

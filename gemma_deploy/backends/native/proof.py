@@ -14,7 +14,7 @@ def prove_plan(proof: Proof, result: ParityResult) -> None:
     """Compare and judge; see `Backend.prove`."""
     artifact, opened, manifest, cases = proof.artifact, proof.checkpoint, proof.manifest, proof.cases
     models = torch_sources(opened, artifact, manifest)
-    gates, reference = native_gates(manifest.scheme), models[0].name
+    gates, reference = native_gates(manifest.scheme, manifest.int8_cache), models[0].name
     all_sources: list[LogitSource] = [*models, NativeSource(artifact, STRICT), NativeSource(artifact, SHIPPED)]
     sources = {source.name: source for source in all_sources}
     pairs = list(dict.fromkeys([*(gate.pair for gate in gates), (reference, STRICT), (STRICT, SHIPPED)]))

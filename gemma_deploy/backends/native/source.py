@@ -37,7 +37,7 @@ class NativeSource:
             plan_in(folder),
             folder / PARAMS,
             threads=threads,
-            cache="float32" if strict else "bfloat16",
+            cache="float32" if strict else "",
             exact=strict,
         )
 

@@ -41,7 +41,7 @@ void HeadCodes::Grow(int rows, int heads, int head_dim) {
     spans_.push_back(Span{nullptr, codes_.data() + i * 2 * Padded(head_dim), scales_.data() + i, sums_.data() + i * sums});
 }
 
-Buffers::Buffers(const Plan& plan, int threads) : sets(threads), own(threads) {
+Buffers::Buffers(const Plan& plan, int threads) : own(threads) {
   int q = 0, width = 0, kv = 0;
   for (const LayerPlan& layer : plan.layers) {
     q = std::max(q, layer.heads * layer.head_dim);
@@ -54,15 +54,15 @@ Buffers::Buffers(const Plan& plan, int threads) : sets(threads), own(threads) {
     most_chosen = std::max(most_chosen, layer.experts.chosen);
     expert_width = std::max(expert_width, layer.experts.width);
     most_rank = std::max(most_rank, (layer.laurel.rank + kLanes - 1) / kLanes * kLanes);
-    size_t set = 0;
-    while (set < frequencies.size() && (frequencies[set] != layer.frequencies || halves[set] != layer.head_dim / 2)) set++;
-    if (set == frequencies.size()) {
+    size_t same = 0;
+    while (same < frequencies.size() && (frequencies[same] != layer.frequencies || halves[same] != layer.head_dim / 2)) same++;
+    if (same == frequencies.size()) {
       frequencies.push_back(layer.frequencies);
       halves.push_back(layer.head_dim / 2);
       cosines.emplace_back();
       sines.emplace_back();
     }
-    set_of_layer.push_back(static_cast<int>(set));
+    set_of_layer.push_back(static_cast<int>(same));
   }
   hidden_stride = Padded(plan.hidden);
   q_stride = Padded(q);
@@ -76,24 +76,21 @@ void Buffers::Grow(const Plan& plan, int wanted) {
   if (wanted <= rows) return;
   rows = wanted;
   const size_t n = static_cast<size_t>(rows);
-  for (size_t i = 0; i < sets.size(); i++) {
-    const int own_rows = i == 0 ? rows : 1;
-    sets[i].x.Grow(static_cast<size_t>(own_rows) * hidden_stride);
-    sets[i].q.Grow(static_cast<size_t>(own_rows) * q_stride);
-    sets[i].heads.Grow(own_rows, most_heads, most_head_dim);
-    sets[i].hidden.Grow(own_rows, plan.hidden);
-    sets[i].wide.Grow(own_rows, wide_stride);
-    sets[i].streams.Grow(static_cast<size_t>(own_rows) * streams_stride);
-    if (most_rank != 0) sets[i].low.Grow(own_rows, most_rank);
-    Routing& routing = sets[i].routing;
-    const size_t runs = static_cast<size_t>(own_rows) * most_chosen;
-    routing.chosen.resize(runs);
-    routing.weights.resize(runs);
-    routing.places.resize(runs);
-    routing.spans.resize(runs * sets[i].hidden.row_spans());
-    routing.begins.resize(most_experts + 1);
-    if (runs != 0) routing.inner.Grow(static_cast<int>(runs), expert_width);
-  }
+  set.x.Grow(n * hidden_stride);
+  set.q.Grow(n * q_stride);
+  set.heads.Grow(rows, most_heads, most_head_dim);
+  set.hidden.Grow(rows, plan.hidden);
+  set.wide.Grow(rows, wide_stride);
+  set.streams.Grow(n * streams_stride);
+  if (most_rank != 0) set.low.Grow(rows, most_rank);
+  Routing& routing = set.routing;
+  const size_t runs = n * most_chosen;
+  routing.chosen.resize(runs);
+  routing.weights.resize(runs);
+  routing.places.resize(runs);
+  routing.spans.resize(runs * set.hidden.row_spans());
+  routing.begins.resize(most_experts + 1);
+  if (runs != 0) routing.inner.Grow(static_cast<int>(runs), expert_width);
   q.Grow(n * q_stride);
   k.Grow(n * kv_stride);
   v.Grow(n * kv_stride);

@@ -69,7 +69,7 @@ struct Routing {
   std::vector<int> begins;  // [experts]
 };
 
-// What one thread has of its own where a single row goes through the model, and what all share where there are several.
+// What matrices read, and what they are made from.
 struct RowSet {
   Array<float> x;       // [rows][hidden_stride]: the residual stream
   Array<float> streams;  // [rows][streams][hidden_stride]: all of them, where x is what a layer makes of one
@@ -85,7 +85,7 @@ struct Buffers {
   int most_heads = 0, most_head_dim = 0;
   int hidden_stride = 0, q_stride = 0, wide_stride = 0, kv_stride = 0, half_stride = 0, vectors_stride = 0;
   int most_experts = 0, most_chosen = 0, expert_width = 0, most_rank = 0, streams_stride = 0;
-  std::vector<RowSet> sets;
+  RowSet set;
   Array<float> q, k, v, out, gate, up;              // [rows][...]: what matrices gave
   Array<float> scores, expert_up, expert_out;       // [rows][most_experts]; [rows * most_chosen][...]
   Array<float> low, laurel;                         // [rows][most_rank], [rows][hidden_stride]

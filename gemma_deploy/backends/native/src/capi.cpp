@@ -1,4 +1,5 @@
 // The C ABI. Nothing that a caller passes is believed: handles are looked up, sizes and tokens checked.
+#include <algorithm>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -20,6 +21,7 @@ struct Handle {
   std::unique_ptr<gemma::Model> model;
   std::map<int, std::unique_ptr<Sequence>> sequences;
   int next = 1;
+  gemma::Array<float> normed;
   std::string error;
   std::mutex mutex;  // one call at a time
 };
@@ -53,6 +55,17 @@ Sequence* Find(Handle* handle, int id) {
   return found->second.get();
 }
 
+void CheckRanks(Handle* handle, const gemma::Ranks* ranks, int rows) {
+  const int vocabulary = handle->model->plan().vocabulary;
+  if (ranks == nullptr) throw Error("no ranks");
+  if (ranks->top < 0 || ranks->top > gemma::kMostRanked || ranks->top > vocabulary)
+    throw Error("top " + std::to_string(ranks->top) + ", not 0 to " + std::to_string(std::min(vocabulary, gemma::kMostRanked)));
+  if ((ranks->asked == nullptr) != (ranks->asked_logits == nullptr)) throw Error("asked tokens and their logits go together");
+  for (int i = 0; ranks->asked != nullptr && i < rows; i++)
+    if (ranks->asked[i] < 0 || ranks->asked[i] >= vocabulary)
+      throw Error("token " + std::to_string(ranks->asked[i]) + " that is asked for is not in the table");
+}
+
 }  // namespace
 
 struct GemmaPiece {
@@ -63,7 +76,7 @@ struct GemmaPiece {
   const int32_t* tokens;
 };
 
-// Opens a model; `exact`: see Model::exact. Null, with a message in `error`, where it can not be.
+// Opens a model; `cache_form`: bfloat16, float32 or int8, null or "" for the plan's own; `exact`: see Model::exact. Null, with a message in `error`, where it can not be.
 GEMMA_API Handle* gemma_open(const char* plan, size_t plan_size, const char* parameters, const char* level, int threads,
                              uint64_t cache_bytes, const char* cache_form, int exact, char* error,
                              size_t error_size) {
@@ -73,14 +86,15 @@ GEMMA_API Handle* gemma_open(const char* plan, size_t plan_size, const char* par
     if (kernels == nullptr)
       throw Error("this processor has no level '" + std::string(level) + "': it has " + gemma::LevelNames());
     if (threads < 1 || threads > 1024) throw Error("threads: " + std::to_string(threads) + ", not 1 to 1024");
-    const std::string form = cache_form == nullptr ? "bfloat16" : cache_form;
-    if (form != "bfloat16" && form != "float32" && form != "int8") throw Error("caches of " + form + " are not known");
+    const std::string form = cache_form == nullptr ? "" : cache_form;
+    const std::map<std::string, int> forms = {
+        {"", -1}, {"bfloat16", gemma::kBFloat16}, {"float32", gemma::kFloat32}, {"int8", gemma::kInt8}};
+    if (forms.count(form) == 0) throw Error("caches of " + form + " are not known");
     auto handle = std::make_unique<Handle>();
     handle->parameters = std::make_unique<gemma::Mapped>(parameters);
     handle->model = std::make_unique<gemma::Model>(
         std::string(plan, plan_size), handle->parameters->data(), handle->parameters->size(), *kernels, threads,
-        cache_bytes, form == "int8" ? gemma::kInt8 : form == "float32" ? gemma::kFloat32 : gemma::kBFloat16,
-        exact != 0);
+        cache_bytes, forms.at(form), exact != 0);
     return handle.release();
   } catch (const std::exception& what) {
     Put(error, error_size, what.what());
@@ -139,43 +153,76 @@ GEMMA_API int gemma_sequence_rewind(Handle* handle, int id, int length) {
   });
 }
 
+// What a caller says of pieces, looked at: raises Error, or reserves room for their tokens and gives 0, or gives 2 where
+// there is none, and nothing is changed.
+static int Admit(Handle* handle, const GemmaPiece* given, int count, int rows, std::vector<gemma::Piece>* pieces) {
+  if (count < 1 || count > 4096 || given == nullptr) throw Error("pieces: 1 to 4096");
+  std::vector<Sequence*> sequences;
+  const gemma::Plan& plan = handle->model->plan();
+  int wanted = 0;
+  for (int i = 0; i < count; i++) {
+    const GemmaPiece& p = given[i];
+    Sequence* sequence = Find(handle, p.sequence);
+    for (const Sequence* other : sequences)
+      if (other == sequence) throw Error("sequence " + std::to_string(p.sequence) + " is there twice");
+    if (p.count < 1 || p.count > kMostTokens || p.tokens == nullptr || p.wanted < 0 || p.wanted > p.count)
+      throw Error("piece " + std::to_string(i) + ": " + std::to_string(p.count) + " tokens, " +
+                  std::to_string(p.wanted) + " wanted");
+    if (sequence->length() > plan.context - p.count)
+      throw Error("sequence " + std::to_string(p.sequence) + ": " + std::to_string(sequence->length()) + " and " +
+                  std::to_string(p.count) + " tokens, more than the context of " + std::to_string(plan.context));
+    for (int t = 0; t < p.count; t++)
+      if (p.tokens[t] < 0 || p.tokens[t] >= plan.vocabulary)
+        throw Error("piece " + std::to_string(i) + ": token " + std::to_string(p.tokens[t]) + " is not in the table");
+    sequences.push_back(sequence);
+    pieces->push_back(gemma::Piece{sequence, p.tokens, p.count, p.wanted});
+    wanted += p.wanted;
+  }
+  if (wanted > rows) throw Error("there is room for " + std::to_string(rows) + " rows, not " + std::to_string(wanted));
+  size_t reserved = 0;
+  while (reserved < pieces->size() && sequences[reserved]->Reserve((*pieces)[reserved].count)) reserved++;
+  if (reserved == pieces->size()) return 0;
+  for (size_t i = 0; i < reserved; i++) sequences[i]->Rewind(sequences[i]->length());
+  return 2;
+}
+
 // Computes tokens of several sequences together. `normed` has room for `rows` rows of the hidden size, `logits` for as
 // many of gemma_stride numbers: one for each wanted token; either may be null. 2: there is no memory for their caches,
 // and nothing was done.
 GEMMA_API int gemma_step(Handle* handle, const GemmaPiece* given, int count, float* normed, float* logits, int rows) {
   return Call(handle, [&] {
-    if (count < 1 || count > 4096 || given == nullptr) throw Error("pieces: 1 to 4096");
     std::vector<gemma::Piece> pieces;
-    std::vector<Sequence*> sequences;
+    const int status = Admit(handle, given, count, rows, &pieces);
+    if (status == 0) handle->model->Step(pieces, normed, logits);
+    return status;
+  });
+}
+
+// As gemma_step, and of the logits of every wanted token only what `ranks` asks for (ranking.h), which has room for
+// `rows` of them.
+GEMMA_API int gemma_step_ranked(Handle* handle, const GemmaPiece* given, int count, const gemma::Ranks* ranks, int rows) {
+  return Call(handle, [&] {
+    CheckRanks(handle, ranks, rows);
+    std::vector<gemma::Piece> pieces;
+    const int status = Admit(handle, given, count, rows, &pieces);
+    if (status != 0) return status;
     int wanted = 0;
-    for (int i = 0; i < count; i++) {
-      const GemmaPiece& p = given[i];
-      Sequence* sequence = Find(handle, p.sequence);
-      for (const Sequence* other : sequences)
-        if (other == sequence) throw Error("sequence " + std::to_string(p.sequence) + " is there twice");
-      if (p.count < 1 || p.count > kMostTokens || p.tokens == nullptr || p.wanted < 0 || p.wanted > p.count)
-        throw Error("piece " + std::to_string(i) + ": " + std::to_string(p.count) + " tokens, " +
-                    std::to_string(p.wanted) + " wanted");
-      if (sequence->length() > handle->model->plan().context - p.count)
-        throw Error("sequence " + std::to_string(p.sequence) + ": " + std::to_string(sequence->length()) + " and " +
-                    std::to_string(p.count) + " tokens, more than the context of " +
-                    std::to_string(handle->model->plan().context));
-      for (int t = 0; t < p.count; t++)
-        if (p.tokens[t] < 0 || p.tokens[t] >= handle->model->plan().vocabulary)
-          throw Error("piece " + std::to_string(i) + ": token " + std::to_string(p.tokens[t]) + " is not in the table");
-      sequences.push_back(sequence);
-      pieces.push_back(gemma::Piece{sequence, p.tokens, p.count, p.wanted});
-      wanted += p.wanted;
-    }
-    if (wanted > rows)
-      throw Error("there is room for " + std::to_string(rows) + " rows, not " + std::to_string(wanted));
-    size_t reserved = 0;
-    while (reserved < pieces.size() && sequences[reserved]->Reserve(pieces[reserved].count)) reserved++;
-    if (reserved < pieces.size()) {
-      for (size_t i = 0; i < reserved; i++) sequences[i]->Rewind(sequences[i]->length());
-      return 2;
-    }
-    handle->model->Step(pieces, normed, logits);
+    for (const gemma::Piece& piece : pieces) wanted += piece.wanted;
+    handle->normed.Grow(static_cast<size_t>(wanted) * handle->model->plan().hidden);
+    handle->model->Step(pieces, handle->normed.data(), nullptr);
+    handle->model->Rank(handle->normed.data(), wanted, *ranks);
+    return 0;
+  });
+}
+
+// What became of work that threads share (PoolCounts): pieces, pieces done by helpers, how often helpers were sent to
+// rest because they did not pay off, and nanoseconds waited for them; `numbers` has room for four.
+GEMMA_API int gemma_threads(Handle* handle, uint64_t* numbers) {
+  return Call(handle, [&] {
+    if (numbers == nullptr) throw Error("no room for the numbers");
+    const gemma::PoolCounts counts = handle->model->counts();
+    const uint64_t all[] = {counts.pieces, counts.helped, counts.rests, static_cast<uint64_t>(counts.waited * 1e9)};
+    std::memcpy(numbers, all, sizeof all);
     return 0;
   });
 }

@@ -126,6 +126,24 @@ struct Rows {
     }
   }
 
+  static float Largest(const float* x, int n) {
+    auto most = V::Set(-__builtin_inff());
+    for (int i = 0; i < n; i += 16) most = V::Max(most, V::Load(x + i));
+    return V::Largest(most);
+  }
+
+  static float SumExp(const float* x, int n, float best) {
+    auto a = V::Set(0.0f), b = a;
+    const auto from = V::Set(best);
+    int i = 0;
+    for (; i + 32 <= n; i += 32) {
+      a = V::Add(a, Exp<V>(V::Sub(V::Load(x + i), from)));
+      b = V::Add(b, Exp<V>(V::Sub(V::Load(x + i + 16), from)));
+    }
+    if (i < n) a = V::Add(a, Exp<V>(V::Sub(V::Load(x + i), from)));
+    return V::Sum(V::Add(a, b));
+  }
+
   static void SoftCap(float* x, int n, float cap) {
     const auto c = V::Set(cap), inverse = V::Set(1 / cap);
     for (int i = 0; i < n; i += 16) V::Store(x + i, V::Mul(c, Tanh<V>(V::Mul(V::Load(x + i), inverse))));

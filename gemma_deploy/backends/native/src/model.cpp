@@ -8,6 +8,7 @@ namespace gemma {
 namespace {
 
 constexpr int kMostRows = 256;
+constexpr int kRankedRows = 16;  // whose logits are there at once
 constexpr int kMostNumbers = 4 << 20;  // of one buffer of a pass
 
 }  // namespace
@@ -15,7 +16,7 @@ constexpr int kMostNumbers = 4 << 20;  // of one buffer of a pass
 Model::Model(const std::string& plan, const uint8_t* parameters, uint64_t bytes, const Kernels& level, int threads,
              uint64_t cache_bytes, int32_t cache_form, bool exact)
     : plan_(ReadPlan(plan.data(), plan.size(), parameters, bytes)),
-      layout_(plan_.layers, cache_form),
+      layout_(plan_.layers, cache_form < 0 ? plan_.cache_form : cache_form),
       pages_(layout_, cache_bytes),
       level_(level),
       pool_(threads),
@@ -58,12 +59,12 @@ void Model::One(const std::vector<Token>& tokens, const std::vector<int>& wanted
   Pass all(this, buffers_.get(), tokens), rest(this, buffers_.get(), last);
   all.Divide();
   rest.Divide();
-  pool_.Run([&](Worker& worker) {
+  pool_.Run(static_cast<int>(tokens.size()), [&](Worker& worker) {
     all.Begin(worker);
     all.Layers(worker, 0, plan_.first_sharing);
     // Layers from there on leave no keys and values: only what is wanted goes through them.
     if (wanted.empty()) return;
-    if (last.size() < tokens.size()) rest.Keep(worker, wanted);
+    if (last.size() < tokens.size()) rest.Keep(wanted);
     rest.Layers(worker, plan_.first_sharing, static_cast<int>(plan_.layers.size()));
     rest.Final(worker, normed);
     if (logits != nullptr) rest.Head(worker, normed, static_cast<int>(last.size()), logits, stride());
@@ -76,8 +77,23 @@ void Model::Head(const float* normed, int rows, float* logits) {
   Pass pass(this, buffers_.get(), none);
   for (int begin = 0; begin < rows; begin += rows_) {
     const int count = std::min(rows_, rows - begin);
-    pool_.Run([&](Worker& worker) {
+    pool_.Run(0, [&](Worker& worker) {
       pass.Head(worker, normed + static_cast<size_t>(begin) * plan_.hidden, count, logits + begin * stride(), stride());
+    });
+  }
+}
+
+void Model::Rank(const float* normed, int rows, const Ranks& ranks) {
+  const std::vector<Token> none;
+  const int most = std::min(rows_, kRankedRows);
+  buffers_->Grow(plan_, std::min(rows, most));
+  logits_.Grow(std::min(rows, most) * stride());
+  Pass pass(this, buffers_.get(), none);
+  for (int begin = 0; begin < rows; begin += most) {
+    const int count = std::min(most, rows - begin);
+    pool_.Run(0, [&](Worker& worker) {
+      pass.Head(worker, normed + static_cast<size_t>(begin) * plan_.hidden, count, logits_.data(), stride());
+      ranking_.Rank(worker, level_, logits_.data(), count, stride(), plan_.vocabulary, ranks, begin);
     });
   }
 }

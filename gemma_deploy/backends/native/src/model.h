@@ -10,6 +10,7 @@
 #include "levels.h"
 #include "plan.h"
 #include "pool.h"
+#include "ranking.h"
 
 namespace gemma {
 
@@ -26,7 +27,8 @@ struct Piece {
 
 class Model {
  public:
-  // `parameters` are the `bytes` of a parameter file, there as long as the model is. Raises Error.
+  // `parameters` are the `bytes` of a parameter file, there as long as the model is; `cache_form`: -1 for the plan's own.
+  // Raises Error.
   Model(const std::string& plan, const uint8_t* parameters, uint64_t bytes, const Kernels& level, int threads,
         uint64_t cache_bytes, int32_t cache_form, bool exact);
   ~Model();
@@ -36,6 +38,7 @@ class Model {
   PagePool* pages() { return &pages_; }
   const Kernels& level() const { return level_; }
   int threads() const { return pool_.size(); }
+  PoolCounts counts() const { return pool_.counts(); }
   // Whether codes are computed with in float32, nothing rounded: for a proof, not for speed.
   bool exact() const { return exact_; }
 
@@ -46,6 +49,9 @@ class Model {
 
   // Logits [rows, stride] of what left the final norm, [rows, hidden].
   void Head(const float* normed, int rows, float* logits);
+
+  // As Head; of logits, which nobody gets, what is asked for.
+  void Rank(const float* normed, int rows, const Ranks& ranks);
 
   // Numbers between two rows of logits.
   size_t stride() const { return static_cast<size_t>(plan_.head.rows); }
@@ -59,7 +65,8 @@ class Model {
   const Kernels& level_;
   Pool pool_;
   std::unique_ptr<Buffers> buffers_;
-  Array<float> normed_;
+  Array<float> normed_, logits_;
+  Ranking ranking_;
   int rows_;  // that go through together at most
   bool exact_;
 };

@@ -7,6 +7,11 @@ namespace gemma {
 namespace {
 
 constexpr int kBlockRows = 16;  // rows that attend together
+constexpr size_t kUnitBytes = 512 << 10;  // of weights that few rows read in a piece, at most
+
+void Times(float* x, const float* factors, int n) {
+  for (int i = 0; i < n; i++) x[i] *= factors[i];
+}
 
 }  // namespace
 
@@ -23,7 +28,9 @@ void Pass::Multiply(Worker& worker, const Inputs& inputs, int rows, const Output
   int panels = 0;
   for (int i = 0; i < count; i++) panels += outputs[i].matrix->rows / kLanes;
   const int share = (panels + worker.count() * kUnits - 1) / (worker.count() * kUnits);
-  const int step = worker.count() == 1 ? panels : std::max(4, (share + 3) / 4 * 4);
+  const Matrix& any = *outputs[0].matrix;
+  const size_t most = rows > kBlockRows ? share : kUnitBytes / PanelBytes(any.form, any.columns);
+  const int step = worker.count() == 1 ? panels : std::max(4, (std::min(share, static_cast<int>(most)) + 3) / 4 * 4);
   worker.Each((panels + step - 1) / step, [&](int unit) {
     int begin = unit * step, left = std::min(step, panels - begin);
     for (int i = 0; i < count && left > 0; i++) {
@@ -76,26 +83,18 @@ void Pass::Layers(Worker& worker, int first, int last) {
   }
 }
 
-void Pass::Keep(Worker& worker, const std::vector<int>& kept) {
+void Pass::Keep(const std::vector<int>& kept) {
   const auto move = [&](Array<float>& rows, int stride, int from, int to) {
     const size_t n = static_cast<size_t>(stride);
     if (from != to) std::copy_n(&rows[from * n], n, &rows[to * n]);
   };
-  worker.Each(1, [&](int) {
-    for (int to = 0; to < rows_; to++) {
-      move(buffers_.sets[0].x, buffers_.hidden_stride, kept[to], to);
-      if (buffers_.streams_stride != 0) move(buffers_.sets[0].streams, buffers_.streams_stride, kept[to], to);
-      if (buffers_.vectors_stride != 0) move(buffers_.vectors, buffers_.vectors_stride, kept[to], to);
-      for (auto& table : buffers_.cosines) move(table, buffers_.half_stride, kept[to], to);
-      for (auto& table : buffers_.sines) move(table, buffers_.half_stride, kept[to], to);
-    }
-  });
-  if (!alone_) return;
-  if (worker.index() != 0) {
-    std::copy_n(buffers_.sets[0].x.data(), buffers_.hidden_stride, Set(worker).x.data());
-    std::copy_n(buffers_.sets[0].streams.data(), buffers_.streams_stride, Set(worker).streams.data());
+  for (int to = 0; to < rows_; to++) {
+    move(buffers_.set.x, buffers_.hidden_stride, kept[to], to);
+    if (buffers_.streams_stride != 0) move(buffers_.set.streams, buffers_.streams_stride, kept[to], to);
+    if (buffers_.vectors_stride != 0) move(buffers_.vectors, buffers_.vectors_stride, kept[to], to);
+    for (auto& table : buffers_.cosines) move(table, buffers_.half_stride, kept[to], to);
+    for (auto& table : buffers_.sines) move(table, buffers_.half_stride, kept[to], to);
   }
-  worker.Each(0, [](int) {});  // until all have it
 }
 
 void Pass::Scale(RowSet& set, int row, float factor) {
@@ -153,7 +152,9 @@ void Pass::Prepare(Worker& worker, int index) {
       std::copy_n(&buffers_.q[at], l.head_dim, q);
     }
     level_.rotate(q, &buffers_.cosines[turned][angle], &buffers_.sines[turned][angle], l.head_dim, l.factor);
-    if (layout_.form == kInt8) level_.round(set.heads.Point(row, head, q), l.head_dim);
+    if (!codes_) return;
+    if (l.key_factor != nullptr) Times(q, l.key_factor + head / (l.heads / l.kv_heads) * l.head_dim, l.head_dim);
+    level_.round(set.heads.Point(row, head, q), l.head_dim);
   });
 }
 
@@ -169,6 +170,11 @@ void Pass::StoreKeyValue(int index, int row, int head) {
     level_.rms_norm(value, nullptr, x, l.head_dim, plan_.eps);
     value = x;
   }
+  if (codes_ && l.value_inverse != nullptr) {
+    if (value != x) std::copy_n(value, l.head_dim, x);
+    Times(x, l.value_inverse + head * l.head_dim, l.head_dim);
+    value = x;
+  }
   level_.store_value(page, position % kPage, value, l.head_dim);
   if (l.k_norm != nullptr) {
     level_.rms_norm(&buffers_.k[at], l.k_norm, x, l.head_dim, plan_.eps);
@@ -176,7 +182,14 @@ void Pass::StoreKeyValue(int index, int row, int head) {
     std::copy_n(&buffers_.k[at], l.head_dim, x);
   }
   level_.rotate(x, &buffers_.cosines[turned][angle], &buffers_.sines[turned][angle], l.head_dim, 1.0f);
+  if (codes_ && l.key_inverse != nullptr) Times(x, l.key_inverse + head * l.head_dim, l.head_dim);
   level_.store_key(page, position % kPage, x, l.head_dim);
+}
+
+void Pass::Combine(const LayerPlan& l, size_t head, const float* best, const float* sums, const float* found, int pages,
+                   float* y) {
+  level_.combine(best, sums, found, pages, l.head_dim, y);
+  if (codes_ && l.value_factor != nullptr) Times(y, l.value_factor + head / (l.heads / l.kv_heads) * l.head_dim, l.head_dim);
 }
 
 // One row: pages are shared out. Who has the last page of a head puts the new key and value there first.
@@ -204,8 +217,8 @@ void Pass::AttendAlone(Worker& worker, int index) {
   });
   for (int h = 0; h < l.heads; h++) {
     const size_t slot = static_cast<size_t>(h) * pages;
-    level_.combine(&buffers_.best[slot], &buffers_.sums[slot], &buffers_.found[slot * l.head_dim], pages, l.head_dim,
-                   set.wide.row(0) + static_cast<size_t>(h) * l.head_dim);
+    Combine(l, h, &buffers_.best[slot], &buffers_.sums[slot], &buffers_.found[slot * l.head_dim], pages,
+            set.wide.row(0) + static_cast<size_t>(h) * l.head_dim);
   }
   set.wide.Pad(0, l.heads * l.head_dim);
 }
@@ -221,7 +234,7 @@ void Pass::AttendRows(Worker& worker, int index) {
 
 void Pass::AttendBlock(int thread, int index, const Rows& block, int kv_head) {
   const LayerPlan& l = plan_.layers[index];
-  RowSet& set = buffers_.sets[0];
+  RowSet& set = buffers_.set;
   const int group = l.heads / l.kv_heads, queries = block.count * group;
   const int first = FirstSeen(l.window, tokens_[block.first].position) / kPage;
   const int pages = tokens_[block.first + block.count - 1].position / kPage + 1 - first;
@@ -246,7 +259,7 @@ void Pass::AttendBlock(int thread, int index, const Rows& block, int kv_head) {
   for (int i = 0; i < queries; i++) {
     const size_t head = static_cast<size_t>(kv_head) * group + i % group, slot = static_cast<size_t>(i) * pages;
     float* y = set.wide.row(block.first + i / group);
-    level_.combine(best + slot, sums + slot, own.data() + slot * l.head_dim, pages, l.head_dim, y + head * l.head_dim);
+    Combine(l, head, best + slot, sums + slot, own.data() + slot * l.head_dim, pages, y + head * l.head_dim);
     if (kv_head == 0 && i % group == 0) set.wide.Pad(block.first + i / group, l.heads * l.head_dim);
   }
 }
@@ -298,14 +311,13 @@ void Pass::Final(Worker& worker, float* normed) {
   if (plan_.streams.count != 0) Leave(worker);
   const size_t stride = static_cast<size_t>(buffers_.hidden_stride);
   worker.Each(rows_, [&](int i) {
-    // x of a single row is in every thread's set, and the same there.
     level_.rms_norm(&Set(worker).x[i * stride], plan_.final_norm, normed + static_cast<size_t>(i) * plan_.hidden,
                     plan_.hidden, plan_.eps);
   });
 }
 
 void Pass::Head(Worker& worker, const float* normed, int rows, float* logits, size_t stride) {
-  Inputs& inputs = buffers_.sets[0].hidden;
+  Inputs& inputs = buffers_.set.hidden;
   worker.Each(rows, [&](int i) {
     std::copy_n(normed + static_cast<size_t>(i) * plan_.hidden, plan_.hidden, inputs.row(i));
     inputs.Pad(i, plan_.hidden);

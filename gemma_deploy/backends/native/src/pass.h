@@ -8,7 +8,7 @@
 
 namespace gemma {
 
-constexpr int kUnits = 6;  // pieces of work for each thread in a product
+constexpr int kUnits = 6;  // pieces of work for each thread in a product, at least
 
 constexpr bool HasCodes(const Matrix& m) { return m.form >= kInt8; }
 
@@ -19,13 +19,12 @@ struct Token {
   int32_t id;
 };
 
-// All threads run Begin, Layers, Keep, Final and Head together. Where there is a single row, every thread does what is
-// small for itself, which saves waiting; what it computes is the same.
+// One thread runs Begin, Layers, Keep, Final and Head, and shares work out; what is small where there is a single row it does alone.
 class Pass {
  public:
   Pass(Model* model, Buffers* buffers, const std::vector<Token>& tokens)
       : plan_(model->plan()), layout_(model->layout()), level_(model->level()), buffers_(*buffers), tokens_(tokens),
-        rows_(static_cast<int>(tokens.size())), alone_(rows_ == 1), exact_(model->exact()) {}
+        rows_(static_cast<int>(tokens.size())), alone_(rows_ == 1), codes_(layout_.form == kInt8), exact_(model->exact()) {}
 
   // Before all others: where blocks of rows for attention begin. Run by one thread.
   void Divide();
@@ -34,7 +33,7 @@ class Pass {
   // Layers first..last, without last.
   void Layers(Worker& worker, int first, int last);
   // Puts these rows of a pass that came so far where this one, of their tokens alone, goes on with them.
-  void Keep(Worker& worker, const std::vector<int>& kept);
+  void Keep(const std::vector<int>& kept);
   // What leaves the final norm: [rows][hidden].
   void Final(Worker& worker, float* normed);
   // Logits of such rows, not more than the pass has rows, to logits[i * stride].
@@ -50,8 +49,8 @@ class Pass {
     int first, count;
   };
 
-  RowSet& Set(const Worker& worker) { return buffers_.sets[alone_ ? worker.index() : 0]; }
-  // f(i) for all i below n: by every thread where there is one row, else by one of them each.
+  RowSet& Set(const Worker&) { return buffers_.set; }
+  // f(i) for all i below n: by one thread where there is one row.
   template <class F>
   void Small(Worker& worker, int n, const F& f) {
     if (!alone_) return worker.Each(n, f);
@@ -64,6 +63,8 @@ class Pass {
   void Attention(Worker& worker, int index);
   void Prepare(Worker& worker, int index);
   void StoreKeyValue(int index, int row, int head);
+  // Puts together what a head has found in pages, to y [head_dim].
+  void Combine(const LayerPlan& l, size_t head, const float* best, const float* sums, const float* found, int pages, float* y);
   void AttendAlone(Worker& worker, int index);
   void AttendRows(Worker& worker, int index);
   void AttendBlock(int thread, int index, const Rows& block, int kv_head);
@@ -94,7 +95,7 @@ class Pass {
   Buffers& buffers_;
   const std::vector<Token>& tokens_;
   const int rows_;
-  const bool alone_;
+  const bool alone_, codes_;  // a single row; caches of codes
   const bool exact_;
   std::vector<Rows> blocks_;
 };

@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <cerrno>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -72,6 +73,8 @@ class Reader {
     plan_.eps = line.Number("eps");
     plan_.embed_factor = line.Number("embed");
     plan_.cap = line.Number("cap");
+    plan_.cache_form = line.Has("cache") ? FormOf(line, "cache") : kBFloat16;
+    if (plan_.cache_form == kFloat16 || plan_.cache_form == kInt4) line.Fail("'cache' has a form that caches have not");
     offset_ = line.Number("offset");
     names_ = {line.Text("table"), line.Text("head"), line.Text("norm")};
   }
@@ -197,6 +200,16 @@ class Reader {
     return plan_.norms.back().data();
   }
 
+  const float* Inverse(Line& line, const std::string& key, const float* factor, int size) {
+    if (factor == nullptr) return nullptr;
+    plan_.norms.emplace_back(factor, factor + size);
+    for (float& one : plan_.norms.back()) {
+      if (!(one > 0) || !std::isfinite(1 / one)) line.Fail("'" + key + "' has a number that is not positive");
+      one = 1 / one;
+    }
+    return plan_.norms.back().data();
+  }
+
   static const float* Needed(const Line& line, const float* found, const std::string& key) {
     if (found == nullptr) line.Fail("no '" + key + "'");
     return found;
@@ -230,11 +243,17 @@ class Reader {
       l.has_v = line.Has("v");
       if (l.has_v) l.v = MatrixOf(line, line.Text("v"), kept, hidden);
       l.k_norm = NormOf(line, "k_norm", l.head_dim);
+      l.key_factor = VectorOf(line, "key_factor", kept);
+      l.value_factor = VectorOf(line, "value_factor", kept);
+      l.key_inverse = Inverse(line, "key_factor", l.key_factor, kept);
+      l.value_inverse = Inverse(line, "value_factor", l.value_factor, kept);
     } else {
       const LayerPlan& from = plan_.layers[l.source];
       if (from.source != l.source || from.kv_heads != l.kv_heads || from.head_dim != l.head_dim ||
           from.window != l.window)
         line.Fail("layer " + std::to_string(l.source) + " has no keys and values for this one");
+      l.key_factor = from.key_factor;
+      l.value_factor = from.value_factor;
     }
     l.o = MatrixOf(line, line.Text("o"), hidden, all);
     l.gate = MatrixOf(line, line.Text("gate"), l.width, hidden);

@@ -67,6 +67,9 @@ struct LayerPlan {
   // Null where there is none.
   const float *input_norm, *post_attention_norm, *pre_mlp_norm, *post_mlp_norm, *q_norm, *k_norm;
   const float* frequencies;  // [head_dim / 2]
+  // Of caches of codes, null for none: channels of keys and values are divided by them, [kv_heads * head_dim]; and what
+  // they are multiplied by to that end.
+  const float *key_factor, *value_factor, *key_inverse, *value_inverse;
   bool sparse;     // gates below their mean and `quantile` deviations count as nothing, others as what they are more
   float quantile;
   AddedPlan added;
@@ -90,6 +93,7 @@ struct Plan {
   std::deque<std::vector<float>> norms;  // what they multiply by
   int hidden, vocabulary, activation, context;
   float eps, embed_factor, cap;
+  int32_t cache_form;  // of keys and values, where nobody says another
   Matrix table, head;
   const float* final_norm;
   VectorsPlan vectors;

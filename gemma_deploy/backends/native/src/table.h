@@ -30,7 +30,9 @@ constexpr Kernels TableOf(const char* name) {
                  Streams<V>::Mix,
                  Streams<V>::Correct,
                  Streams<V>::Cutoff,
-                 Streams<V>::Cut};
+                 Streams<V>::Cut,
+                 Rows<V>::Largest,
+                 Rows<V>::SumExp};
 }
 
 }  // namespace
