@@ -7,7 +7,7 @@ STAMP = $(VENV)/.installed
 DEMO = gemma-demo-int8-128-256
 PROMPT ?= Return the
 
-.PHONY: demo test test-all test-real coverage lint wheel docs clean
+.PHONY: demo test test-all test-real coverage lint wheel sanitize docs clean
 
 $(STAMP): setup.cfg setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,10 @@ lint: $(STAMP)
 # The wheel, installed into an environment of its own, compiles, proves and runs the demo there.
 wheel: $(STAMP)
 	$(BIN)/python scripts/check_wheel.py $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+
+# The library of backend.type native under the compiler's sanitizers, a few minutes.
+sanitize: $(STAMP)
+	$(BIN)/python scripts/sanitize_native.py
 
 # Tables in docs/ that follow from the code.
 docs: $(STAMP)
