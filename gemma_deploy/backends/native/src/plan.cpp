@@ -1,24 +1,20 @@
 #include "plan.h"
 
-#include <cerrno>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <string>
 
 #include "kernels.h"
-#include "mapped.h"
 #include "plan_line.h"
+#include "plan_tensors.h"
 
 namespace gemma {
 namespace {
 
-constexpr uint64_t kAligned = 64;
-
-class Reader {
+class Reader : private Tensors {
  public:
-  Reader(const uint8_t* data, uint64_t bytes) : data_(data), bytes_(bytes) {}
+  Reader(const uint8_t* data, uint64_t bytes) : Tensors(data, bytes) {}
 
   void Take(Line& line) {
     const std::string& word = line.word();
@@ -77,109 +73,6 @@ class Reader {
     if (plan_.cache_form == kFloat16 || plan_.cache_form == kInt4) line.Fail("'cache' has a form that caches have not");
     offset_ = line.Number("offset");
     names_ = {line.Text("table"), line.Text("head"), line.Text("norm")};
-  }
-
-  int Multiple(Line& line, const std::string& key, int of) {
-    const long value = line.Whole(key, of);
-    if (value % of) line.Fail("'" + key + "' is " + std::to_string(value) + ", no multiple of " + std::to_string(of));
-    return static_cast<int>(value);
-  }
-
-  // Bytes at..at + size of the parameter file.
-  const uint8_t* Place(Line& line, const std::string& key, uint64_t size) {
-    const std::string text = line.Text(key);
-    char* end = nullptr;
-    errno = 0;
-    const uint64_t at = std::strtoull(text.c_str(), &end, 10);
-    if (errno != 0 || end == text.c_str() || *end != 0 || text[0] == '-') line.Fail("'" + key + "' is " + text);
-    if (at % kAligned != 0) line.Fail("'" + key + "' is no multiple of 64");
-    if (at > bytes_ || size > bytes_ - at)
-      line.Fail("'" + key + "': bytes " + text + " to " + std::to_string(at + size) + " of a parameter file of " +
-                std::to_string(bytes_));
-    return data_ + at;
-  }
-
-  static int32_t FormOf(Line& line, const std::string& key) {
-    static const std::map<std::string, int32_t> kForms = {{"float32", kFloat32},
-                                                          {"float16", kFloat16},
-                                                          {"bfloat16", kBFloat16},
-                                                          {"int8", kInt8},
-                                                          {"int4", kInt4}};
-    const std::string name = line.Text(key);
-    const auto found = kForms.find(name);
-    if (found == kForms.end()) line.Fail("'" + key + "' is " + name);
-    return found->second;
-  }
-
-  void TakeMatrix(Line& line) {
-    const std::string name = line.Text("name");
-    Matrix m{};
-    m.form = FormOf(line, "form");
-    m.rows = Multiple(line, "rows", kLanes);
-    m.columns = Multiple(line, "columns", m.form == kInt4 ? 2 * kBlock : kBlock);
-    m.panels = Place(line, "at", m.rows / kLanes * PanelBytes(m.form, m.columns));
-    if (m.form >= kInt8) {
-      m.group = static_cast<int32_t>(line.Whole("group", 0, kSpan));
-      const bool power = (m.group & (m.group - 1)) == 0;
-      if (m.group != 0 && (m.group < kSums || !power || m.columns % m.group))
-        line.Fail("'group' is " + std::to_string(m.group) + ", no power of two from 32 that divides the columns");
-      m.scale_form = FormOf(line, "scales");
-      if (m.scale_form >= kInt8) line.Fail("'scales' are no floats");
-      const uint64_t scales = static_cast<uint64_t>(m.rows) * (m.group == 0 ? 1 : m.columns / m.group);
-      m.scales = Place(line, "scales_at", scales * (m.scale_form == kFloat32 ? 4 : 2));
-    }
-    if (!matrices_.emplace(name, m).second) line.Fail("'" + name + "' is there twice");
-  }
-
-  void TakeTable(Line& line) {
-    const std::string name = line.Text("name");
-    RowTable t{};
-    t.form = FormOf(line, "form");
-    if (t.form == kFloat16) line.Fail("'form' is float16: no table has it");
-    t.rows = static_cast<int32_t>(line.Whole("rows", 1));
-    t.columns = Multiple(line, "columns", 2);
-    const uint64_t numbers = static_cast<uint64_t>(t.rows) * t.columns;
-    const int bits = t.form == kInt4 ? 4 : t.form == kInt8 ? 8 : t.form == kBFloat16 ? 16 : 32;
-    t.values = Place(line, "at", numbers * bits / 8);
-    ReadHereAndThere(t.values, numbers * bits / 8);
-    if (t.form >= kInt8) {
-      t.group = static_cast<int32_t>(line.Whole("group", 1, t.columns));
-      if (t.columns % t.group)
-        line.Fail("'group' is " + std::to_string(t.group) + ", which does not divide the columns");
-      t.scales = reinterpret_cast<const float*>(Place(line, "scales_at", numbers / t.group * 4));
-    }
-    if (!tables_.emplace(name, t).second) line.Fail("'" + name + "' is there twice");
-  }
-
-  void TakeVector(Line& line) {
-    const std::string name = line.Text("name");
-    const int size = Multiple(line, "size", kLanes);
-    const uint8_t* at = Place(line, "at", static_cast<uint64_t>(size) * 4);
-    if (!vectors_.emplace(name, std::make_pair(reinterpret_cast<const float*>(at), size)).second)
-      line.Fail("'" + name + "' is there twice");
-  }
-
-  // The matrix that a line names, of `rows` outputs and `columns` inputs, both before padding.
-  Matrix MatrixOf(Line& line, const std::string& name, int rows, int columns) {
-    const auto found = matrices_.find(name);
-    if (found == matrices_.end()) line.Fail("no matrix '" + name + "'");
-    const Matrix& m = found->second;
-    const int block = m.form == kInt4 ? 2 * kBlock : kBlock;
-    if (m.rows != (rows + kLanes - 1) / kLanes * kLanes || m.columns != (columns + block - 1) / block * block)
-      line.Fail("'" + name + "' is " + std::to_string(m.rows) + " x " + std::to_string(m.columns) + ", not " +
-                std::to_string(rows) + " x " + std::to_string(columns));
-    return m;
-  }
-
-  const float* VectorOf(Line& line, const std::string& key, int size) {
-    if (!line.Has(key)) return nullptr;
-    const std::string name = line.Text(key);
-    const auto found = vectors_.find(name);
-    if (found == vectors_.end()) line.Fail("no vector '" + name + "'");
-    if (found->second.second != (size + kLanes - 1) / kLanes * kLanes)
-      line.Fail("'" + name + "' has room for " + std::to_string(found->second.second) + " numbers, not for " +
-                std::to_string(size));
-    return found->second.first;
   }
 
   // What a norm multiplies by: its weight and what the generation adds to it.
@@ -273,13 +166,8 @@ class Reader {
     VectorsPlan& v = plan_.vectors;
     if (v.size != 0 || !plan_.layers.empty()) line.Fail("'vectors' come once, before all layers");
     v.size = Multiple(line, "size", kLanes);
-    const std::string name = line.Text("table");
-    const auto found = tables_.find(name);
     const long width = expected_ * v.size;
-    if (found == tables_.end()) line.Fail("no table '" + name + "'");
-    v.table = found->second;
-    if (v.table.columns != width)
-      line.Fail("'" + name + "' has " + std::to_string(v.table.columns) + " columns, not " + std::to_string(width));
+    v.table = TableOf(line, line.Text("table"), width);
     v.projection = MatrixOf(line, line.Text("projection"), static_cast<int>(width), plan_.hidden);
     v.norm = Needed(line, NormOf(line, "norm", v.size), "norm");
     v.table_factor = line.Number("table_factor");
@@ -366,20 +254,13 @@ class Reader {
   void TakeEnds(Line& line) {
     plan_.table = MatrixOf(line, names_[0], plan_.vocabulary, plan_.hidden);
     plan_.head = MatrixOf(line, names_[1], plan_.vocabulary, plan_.hidden);
-    const auto norm = vectors_.find(names_[2]);
-    if (norm == vectors_.end() || norm->second.second != plan_.hidden) line.Fail("no norm '" + names_[2] + "'");
-    plan_.final_norm = Shifted(norm->second.first, plan_.hidden);
+    plan_.final_norm = Shifted(VectorNamed(line, names_[2], plan_.hidden), plan_.hidden);
   }
 
-  const uint8_t* data_;
-  uint64_t bytes_;
   bool begun_ = false;
   long expected_ = 0;
   float offset_ = 0;
   std::vector<std::string> names_;
-  std::map<std::string, Matrix> matrices_;
-  std::map<std::string, RowTable> tables_;
-  std::map<std::string, std::pair<const float*, int>> vectors_;
   Plan plan_{};
 };
 
