@@ -105,14 +105,18 @@ def write_checkpoint(
     if config.architecture.encoder:
         write_pooling(out, config.token_size)
     shapes, unit, places = expected_tensors(config), 1 - config.architecture.norm_offset, dict[str, str]()
+    # As published: a model without a head, inside one that reads images.
+    stored = {
+        name: f"language_model.{name.removeprefix('model.')}" if "text_config" in raw else name for name in shapes
+    }
     rng, shards = np.random.default_rng(seed), _sharded(shapes)
     for number, names in enumerate(shards, 1):
         shard = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        places |= dict.fromkeys(names, shard)
+        places |= dict.fromkeys((stored[name] for name in names), shard)
         header, at = {}, 0
         for name in names:
             size = 2 * math.prod(shapes[name])
-            header[name] = {"dtype": "BF16", "shape": list(shapes[name]), "data_offsets": [at, at + size]}
+            header[stored[name]] = {"dtype": "BF16", "shape": list(shapes[name]), "data_offsets": [at, at + size]}
             at += size
         text = json.dumps(header).encode()
         with (out / shard).open("wb") as target:
@@ -122,8 +126,11 @@ def write_checkpoint(
                 continue
             for name in names:
                 mean, std = (unit, 0.1) if len(shapes[name]) == 1 else (0.0, 0.02)
+                # Where scores are not scaled the norm of queries does it: with 1 for its weights softmax picks one
+                # token of hundreds, and float32 of one program is 1e-3 from that of another after six layers.
+                share = shapes[name][0] ** -0.5 if unit and name.endswith("q_norm.weight") else 1.0
                 for start in range(0, count := math.prod(shapes[name]), BLOCK):
-                    values = rng.standard_normal(min(BLOCK, count - start), np.float32) * std + mean
+                    values = rng.standard_normal(min(BLOCK, count - start), np.float32) * (std * share) + mean * share
                     target.write(((values.view(np.uint32) + 0x8000) >> 16).astype("<u2").data)
     index = {"metadata": {}, "weight_map": places}
     (out / "model.safetensors.index.json").write_text(json.dumps(index))

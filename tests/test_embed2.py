@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.compile import compile_recipe
 from gemma_deploy.errors import GateError, RecipeError
 from gemma_deploy.testing import TINY_PROMPTS
-from tests.encoders import SECOND, stock_states, stock_vector, texts, write_encoder
+from tests.encoders import SECOND, stock, stock_states, stock_vector, texts, write_encoder
 from tests.test_embed import SCHEMES, TEXTS, compiled, ids_of, recipe_of, run
 
 
@@ -91,6 +92,27 @@ def test_the_gate_sees_a_wrong_graph(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(GateError, match="does not compute the model") as caught:
         compile_recipe(recipe_of(checkpoint, "onnxruntime"), out=tmp_path / "a")
     assert any("hf = strict: relative error" in problem for problem in caught.value.problems)
+
+
+@pytest.mark.slow
+def test_dynamic_graphs_of_the_static_target_take_any_lengths(checkpoint, dynamic, tmp_path):
+    overrides = ["frontend.shape.dynamic=true"]
+    found = open_embedder(compiled(checkpoint, tmp_path / "a", backend="tvm_vacc", overrides=overrides))
+    assert found.longest == 128
+    np.testing.assert_allclose(found.embed(TEXTS), open_embedder(dynamic).embed(TEXTS), atol=2e-6)
+
+
+@pytest.mark.slow
+def test_sentence_transformers_gives_the_same_vectors(dynamic, checkpoint, tmp_path):
+    """Version 6.2, of the text model alone: for the whole one it wants to read images as well."""
+    library = pytest.importorskip("sentence_transformers")
+    kwargs = {"attn_implementation": "eager", "dtype": "float32"}
+    folder = shutil.copytree(checkpoint, tmp_path / "text")
+    stock(checkpoint).save_pretrained(folder)
+    model = library.SentenceTransformer(str(folder), device="cpu", model_kwargs=kwargs)
+    expected = model.encode(TEXTS, prompt_name="query", convert_to_numpy=True)
+    np.testing.assert_allclose(open_embedder(dynamic).embed(TEXTS, prompt_name="query"), expected, atol=2e-6)
+    assert np.abs(expected - model.encode(TEXTS, convert_to_numpy=True)).max() > 0.01  # the prompt is read
 
 
 NAMES = [" ".join((*one[:2], re.sub("[{}]|type: |null", "", one[2]))).strip() for one in SCHEMES]
