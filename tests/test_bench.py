@@ -3,15 +3,19 @@
 import json
 import shutil
 from dataclasses import replace
+from math import prod
 
 import pytest
 
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime.genai import GenaiSession
 from gemma_deploy.bench import figures, memory, picture, process
+from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import main
 from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import DeployError, UsageError
+from gemma_deploy.params.table import ParamRow
+from gemma_deploy.testing import TINY_EXPERTS, TINY_PER_LAYER, write_tiny_checkpoint
 from tests.runtime.test_genai import without_genai
 
 KEYS = {
@@ -144,6 +148,33 @@ def test_a_token_reads_every_weight_but_rotary_tables_and_an_untied_table(artifa
     opened = replace(opened, manifest=opened.manifest.but(model=model))
     table = sum(size for name, size in rows.items() if name.startswith("model.embed_tokens."))
     assert memory.weight_bytes(opened) == sum(rows.values()) - rotary - table
+
+
+@pytest.mark.parametrize(("rows", "chosen"), [(1, 3), (2, 6), (4, 8)])
+def test_of_experts_a_token_reads_those_that_it_is_given(artifact, tmp_path, rows, chosen):
+    """8 experts of which a token runs through 3; codes, a scale for each of their rows; every other tensor whole."""
+    checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path, "gemma4_text", num_hidden_layers=2, **TINY_EXPERTS))
+    stored = [ParamRow("model.rotary_emb.full_attention.cos", "float32", (9,), 0, 36, "", "")]
+    for name, info in checkpoint.tensors.items():
+        stored.append(ParamRow(name, "int8", info.shape, 0, prod(info.shape), "", ""))
+        if "experts" in name:
+            stored.append(ParamRow(f"{name}.scale", "float32", info.shape[:1], 0, 4 * info.shape[0], "", ""))
+    opened = Artifact.open(artifact)
+    opened = Artifact(tmp_path, opened.manifest.but(params=stored))
+    whole = sum(prod(info.shape) for info in checkpoint.tensors.values())
+    of_one_expert = 2 * 96 * 64 + 64 * 96 + 4 * (2 * 96 + 64)
+    experts = 2 * 8 * (2 * 96 * 64 + 64 * 96)
+    assert memory.weight_bytes(opened, rows) == whole - experts + 2 * chosen * of_one_expert
+
+
+def test_of_a_table_of_vectors_a_token_reads_a_row(artifact, tmp_path):
+    checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path, "gemma4_text", **TINY_PER_LAYER))
+    sizes = {name: prod(info.shape) for name, info in checkpoint.tensors.items()}
+    stored = [ParamRow(name, "int8", info.shape, 0, sizes[name], "", "") for name, info in checkpoint.tensors.items()]
+    opened = Artifact(tmp_path, Artifact.open(artifact).manifest.but(params=stored))
+    table = sizes["model.embed_tokens_per_layer.weight"]
+    assert memory.weight_bytes(opened) == sum(sizes.values()) - table
+    assert table == 512 * 7 * 32
 
 
 def test_bandwidth_is_measured_and_its_failure_explained(monkeypatch):

@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from gemma_deploy.artifact.manifest import Manifest
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.checkpoint import ModelConfig, TensorInfo
 from gemma_deploy.checkpoint.expected import expected_tensors
+from gemma_deploy.checkpoint.index import read_json
 from gemma_deploy.checkpoint.shapes import as_matrix
 from gemma_deploy.dtypes import BY_NAME
-from gemma_deploy.names import COLUMN_FACTOR, PARAMS
+from gemma_deploy.names import COLUMN_FACTOR, CONFIG, PARAMS
 from gemma_deploy.params import panels
 from gemma_deploy.params.plan import COLUMN_SCALE, ParamSpec, build_plan
 from gemma_deploy.params.rescaled import exponent_of, rescaled
@@ -27,6 +29,16 @@ from gemma_deploy.params.table import ParamRow
 from gemma_deploy.partition import parts_of
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import CodeForm, Codes, Scheme, Storage
+
+
+def config_of(artifact: Artifact) -> ModelConfig:
+    """The config of an artifact's model.
+
+    Raises:
+        CheckpointError: its config.json is missing or damaged.
+    """
+    raw, _ = read_json(artifact.path / CONFIG, missing="compile the recipe again with --force")
+    return ModelConfig.from_dict(raw, str(artifact.path / CONFIG))
 
 
 class ArtifactWeights:

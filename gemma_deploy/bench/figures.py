@@ -87,7 +87,7 @@ def measure(
         speeds = {key: _median(point[key]) for key in ("prefill_tok_s", "decode_tok_s")}
         points.append({"tokens": length, "decode_steps": steps, **speeds})
     bandwidth = max(bandwidth, bandwidth_bytes_s(threads or usable_cpus()))
-    read, speed = weight_bytes(artifact) + room.cache_bytes, _median(decode)
+    read, speed = weight_bytes(artifact, room.rows) + room.cache_bytes, _median(decode)
     return {
         "artifact": artifact.manifest.name,
         "runtime": engine.runtime,

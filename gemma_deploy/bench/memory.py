@@ -1,15 +1,18 @@
 """What a token has to read, and what this machine's memory can deliver.
 
-Decoding one sequence reads every weight once a token: bytes a token x tokens a second / bandwidth is the share that is
-used of it.
+Decoding one sequence reads every weight once a token, of experts those that it is given: bytes a token x tokens a
+second / bandwidth is the share that is used of it.
 """
 
 from __future__ import annotations
 
 from gemma_deploy import child
 from gemma_deploy.artifact.opened import Artifact
+from gemma_deploy.artifact.weights import config_of
 from gemma_deploy.errors import DeployError
+from gemma_deploy.names import PER_LAYER_TABLE
 
+ROTARY, TABLE = "model.rotary_emb.", "model.embed_tokens."
 BANDWIDTH = """
 import sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -41,15 +44,31 @@ def bandwidth_bytes_s(threads: int) -> float:
     return float(done.stdout)
 
 
-def weight_bytes(artifact: Artifact) -> int:
+def weight_bytes(artifact: Artifact, rows: int = 1) -> int:
     """Bytes of parameters that decoding a token has to read: codes and scales as the file has them.
 
-    Every tensor but the rotary tables, of which it reads a row; and the token table only as LM head, so not at all
-    where the head is a tensor of its own.
+    Every tensor but those of which it reads a row (rotary tables, the table of per-layer vectors); of experts those
+    that tokens of `rows` sequences are given, which may all be other ones; and the token table only as LM head, so not
+    at all where the head is a tensor of its own.
+
+    Raises:
+        CheckpointError: the artifact's config.json is missing or damaged.
     """
-    tied = artifact.manifest.model.tie_word_embeddings
-    skipped = ("model.rotary_emb.",) if tied else ("model.rotary_emb.", "model.embed_tokens.")
-    return sum(row.nbytes for row in artifact.manifest.table.rows if not row.name.startswith(skipped))
+    skipped = [ROTARY, f"{PER_LAYER_TABLE}."]
+    if not artifact.manifest.model.tie_word_embeddings:
+        skipped.append(TABLE)
+    given = {
+        f"{layer.prefix}{stack}": (min(layer.experts.count, rows * layer.experts.chosen), layer.experts.count)
+        for layer in config_of(artifact).layers
+        if layer.experts is not None
+        for stack in layer.experts.stacks(layer.hidden_size)
+    }
+    read = 0
+    for row in artifact.manifest.table.rows:
+        if not row.name.startswith(tuple(skipped)):
+            chosen, count = given.get(row.name.removesuffix(".scale"), (1, 1))
+            read += row.nbytes * chosen // count
+    return read
 
 
 def artifact_bytes(artifact: Artifact) -> int:

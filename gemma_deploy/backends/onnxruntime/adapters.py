@@ -33,13 +33,10 @@ from gemma_deploy.artifact.adapters import (
 from gemma_deploy.artifact.factors import linear_factors
 from gemma_deploy.artifact.manifest import FileFacts
 from gemma_deploy.artifact.opened import Artifact
-from gemma_deploy.artifact.weights import ArtifactWeights
+from gemma_deploy.artifact.weights import ArtifactWeights, config_of
 from gemma_deploy.checkpoint.adapters import Adapter, LowRank, Replaced, TokenRows, Update
-from gemma_deploy.checkpoint.config import ModelConfig
-from gemma_deploy.checkpoint.index import read_json
 from gemma_deploy.errors import ArtifactError, NotBuiltError, UsageError
 from gemma_deploy.graph.contract import AdapterSlots
-from gemma_deploy.names import CONFIG
 from gemma_deploy.workdir import Maker, WorkDir
 from gemma_deploy.writing import write_json
 
@@ -122,16 +119,6 @@ def _plain(directory: Path) -> str:
     """The name of a directory, of letters that a name may have."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "-", directory.resolve().name).strip("-.")[:80]
     return plain if NAME.fullmatch(plain) else "adapter"
-
-
-def config_of(artifact: Artifact) -> ModelConfig:
-    """The config of an artifact's model.
-
-    Raises:
-        CheckpointError: its config.json is missing or damaged.
-    """
-    raw, _ = read_json(artifact.path / CONFIG, missing="compile the recipe again with --force")
-    return ModelConfig.from_dict(raw, str(artifact.path / CONFIG))
 
 
 def inputs_of(adapter: Adapter, slots: AdapterSlots) -> Matrices:
