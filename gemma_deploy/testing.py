@@ -71,6 +71,7 @@ TINY_PER_LAYER = {
     "attention_k_eq_v": False,
 }  # fmt: skip
 # Experts beside the MLP of every layer, of which a token runs through three.
+ROUTER_SPREAD = 10.0
 TINY_EXPERTS = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 3, "moe_intermediate_size": 96}
 TINY_CONFIGS["gemma4_unified_text"] = TINY_CONFIGS["gemma4_text"] | {
     "model_type": "gemma4_unified_text", "architectures": ["Gemma4UnifiedForCausalLM"],
@@ -103,6 +104,8 @@ def write_tiny_checkpoint(path: Path, model_type: str, *, seed: int = 0, dtype: 
         size = 0.2 if unit and "q_norm" in name else 1.0
         # What mixes streams divides by the hidden size.
         size *= raw["hidden_size"] / 2 if "modality_router" in name else 1.0
+        # Scores of experts differ by about 1, as trained ones do: chosen and left ones are no near ties.
+        size *= ROUTER_SPREAD if "router.proj" in name else 1.0
         values = (rng.standard_normal(shape, np.float32) * std + mean) * size
         tensors[name] = (dtype, shape, _encode(values, dtype))
     _write_safetensors(path / WEIGHTS, tensors)

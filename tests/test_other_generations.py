@@ -66,7 +66,7 @@ def recipe_of(checkpoint, backend, quantize, workspace):
                 {"type": "tvm_vacc", "dtype": "int8", "quantize": scheme},
                 marks=pytest.mark.slow,
             )
-            for scheme in ("w4a16_rtn", "w4a16", "w4a16_gptq", "w8a16+kv8")
+            for scheme in ("w4a16_rtn", "w4a16", "w4a16_gptq", "w8a16_gptq", "w8a8", "w8a16+kv8")
         ),
         *(
             pytest.param("gemma4_text", TINY_PER_LAYER, INT4 | {"quantize": scheme}, marks=pytest.mark.slow)
@@ -97,6 +97,8 @@ def recipe_of(checkpoint, backend, quantize, workspace):
                 {"dtype": "int8", "compile": {"prefill": "lean", "cache": "window"}},
                 {"dtype": "fp32", "compile": {"logits": "all"}},
                 INT4 | {"quantize": "w4a16_gptq"},
+                INT4 | {"quantize": "w8a16_gptq"},
+                INT4 | {"quantize": "w8a8"},
             )
         ),
     ],
@@ -126,22 +128,6 @@ def test_it_compiles_proven(kind, changes, backend, tmp_path):
 )
 def test_what_is_not_built_of_e2b_is_said_before_any_work(backend, quantize, words, tmp_path):
     checkpoint = write_tiny_checkpoint(tmp_path / "ck", "gemma4_text", **TINY_PER_LAYER)
-    write_tokenizer(checkpoint)
-    with pytest.raises(RecipeError) as refused:
-        compile_recipe(recipe_of(checkpoint, backend, quantize, tmp_path / "w"))
-    assert words in str(refused.value)
-    assert not (tmp_path / "w").exists()
-
-
-@pytest.mark.parametrize(
-    ("backend", "quantize", "words"),
-    [
-        ({"type": "onnxruntime", "dtype": "int8"}, "w8a8", "frontend.quantize.type: w8a8 is not built for experts"),
-        ({"type": "tvm_vacc", "dtype": "int8"}, "w8a8", "frontend.quantize.type: w8a8 is not built for experts"),
-    ],
-)
-def test_what_is_not_built_of_experts_is_said_before_any_work(backend, quantize, words, tmp_path):
-    checkpoint = write_tiny_checkpoint(tmp_path / "ck", "gemma4_text", **TINY_EXPERTS)
     write_tokenizer(checkpoint)
     with pytest.raises(RecipeError) as refused:
         compile_recipe(recipe_of(checkpoint, backend, quantize, tmp_path / "w"))

@@ -117,11 +117,3 @@ class BuildSpec:
             return False
         linears = self.storage(0).linears
         return linears.bits == 8 and linears.groupsize is None
-
-
-def unbuilt_of_experts(spec: BuildSpec) -> list[str]:
-    """Schemes that no back end has of experts, as sentences about recipe keys."""
-    which = "experts (Gemma 4 26B-A4B)"
-    if spec.scheme.rounds_activations:
-        return [f"frontend.quantize.type: {spec.scheme} is not built for {which}: write w8a16_gptq"]
-    return []

@@ -23,6 +23,7 @@ from gemma_deploy.errors import NotBuiltError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.names import EMBEDDING_WEIGHT, PER_LAYER_TABLE, STREAM_PROJECTION, STREAM_UNEMBED
 from gemma_deploy.parity.cases import Case
+from gemma_deploy.parity.choices import Choices, watch_choices
 from gemma_deploy.parity.sources import Features
 from gemma_deploy.patched import patched_causal, patched_module, stock_config
 from gemma_deploy.progress import Tick
@@ -68,6 +69,7 @@ class TorchSource:
             self.name += f" in {str(dtype).removeprefix('torch.')}"
         self.name = name or self.name
         self.absmax: dict[str, float] = {}
+        self.chosen: Choices = {}
         self.progress: Tick | None = None
         self.unit = "layers"
 
@@ -75,7 +77,7 @@ class TorchSource:
         """Hidden states after the final norm, [prompt + steps, H] of every row."""
         sequences = [case.sequence(row) for case in cases for row in range(len(case.prompts))]
         with torch.inference_mode():
-            hidden = self._forward(sequences, self._watch_absmax)
+            hidden = self._forward(sequences, self._watch)
         rows: Iterator[np.ndarray] = (
             hidden[i, : len(sequence)].float().numpy().copy() for i, sequence in enumerate(sequences)
         )
@@ -216,6 +218,10 @@ class TorchSource:
     def _matrix(self, values: np.ndarray) -> torch.Tensor:
         weight = torch.from_numpy(values).to(self.dtype)
         return weight.bfloat16().float() if self.weighting == "bf16" else weight
+
+    def _watch(self, model: nn.Module) -> None:
+        self._watch_absmax(model)
+        watch_choices(model, self.checkpoint.config.layers, self.chosen)
 
     def _watch_absmax(self, model: nn.Module) -> None:
         """Record the largest magnitude of what linears and norms read and modules make, as `MODULE.in` and `.out`."""

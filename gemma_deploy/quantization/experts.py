@@ -3,6 +3,7 @@
 A few experts at a time, because moments of the hidden size are large: what their first matrices read is observed over
 all windows, they are solved, and then the same for what their last ones read. The router stays as it is, so that the
 choice is that of the model. Experts that no token of the calibration text came to are rounded to nearest, and told.
+Where activations are rounded, the first matrices' inputs are, and some tokens of each expert say what that costs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from gemma_deploy.quantization.scales import choose_scales
 from gemma_deploy.quantization.solver import QuantizedWeight, Settings, solve
 
 log = logging.getLogger(__name__)
+TOKENS_OF_ONE = 64  # inputs of an expert kept as they are, where activations are rounded
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,11 @@ def quantize_experts(
         stop = min(start + step, experts.count)
         for name in (experts.gate_up, experts.down):
             matrices = layer.module.get_parameter(name).data
-            seen = _observe(walked, start, stop, columns=matrices.shape[2], last=name == experts.down)
-            for expert, observer in zip(range(start, stop), seen, strict=True):
+            keep = TOKENS_OF_ONE if settings.activations and name == experts.gate_up else 0
+            seen = _observe(walked, start, stop, columns=matrices.shape[2], last=name == experts.down, keep=keep)
+            for expert, (observer, kept) in zip(range(start, stop), seen, strict=True):
                 tokens[expert] = observer.count
-                solved = _solved(matrices[expert], observer, how.linear(name))
+                solved = _solved(matrices[expert], observer, how.linear(name), kept)
                 matrices[expert] = solved.dequantized()
                 found.setdefault(name, []).append(solved)
             del seen
@@ -105,7 +108,11 @@ def quantize_experts(
             layer.name, len(unreached), experts.count, ", ".join(map(str, unreached)),
         )  # fmt: skip
     record = {"unreached": unreached, "fewest_tokens": min((one for one in tokens if one), default=0)}
-    return tensors, {name: _figures(weights) for name, weights in found.items()}, record
+    figures = {name: _figures(weights) for name, weights in found.items()}
+    if settings.activations:
+        noise = [count * one.activation_noise for count, one in zip(tokens, found[experts.gate_up], strict=True)]
+        figures[experts.gate_up]["activation_noise"] = sum(noise) / max(1, sum(tokens))
+    return tensors, figures, record
 
 
 def _figures(weights: list[QuantizedWeight]) -> dict[str, Any]:
@@ -115,9 +122,12 @@ def _figures(weights: list[QuantizedWeight]) -> dict[str, Any]:
     return sums | {"rows_to_nearest": sum(weight.rows_to_nearest for weight in weights)}
 
 
-def _solved(weight: torch.Tensor, observer: MomentObserver, settings: Settings) -> QuantizedWeight:
+def _solved(
+    weight: torch.Tensor, observer: MomentObserver, settings: Settings, kept: list[torch.Tensor]
+) -> QuantizedWeight:
     if observer.count:
-        return solve([weight], observer.take(), settings).weights[0]
+        tokens = torch.cat(kept) if kept else None
+        return solve([weight], observer.take(), settings, tokens=tokens).weights[0]
     scale = choose_scales(weight, settings.qmax, settings.groupsize)
     grouped = weight.reshape(scale.numel(), -1).clone()
     codes = torch.empty(grouped.shape, dtype=torch.int8)
@@ -126,10 +136,15 @@ def _solved(weight: torch.Tensor, observer: MomentObserver, settings: Settings) 
 
 
 @quick_products()
-def _observe(walked: Walked, start: int, stop: int, *, columns: int, last: bool) -> list[MomentObserver]:
-    """Moments of what experts [start, stop) read, over all windows; shards are added in their order."""
+def _observe(
+    walked: Walked, start: int, stop: int, *, columns: int, last: bool, keep: int
+) -> list[tuple[MomentObserver, list[torch.Tensor]]]:
+    """Moments of what experts [start, stop) read, over all windows, and about `keep` tokens of each.
+
+    Shards are added in their order, and give as many tokens as the others.
+    """
     executor, states = walked.executor, walked.states
-    observers = [MomentObserver(columns) for _ in range(start, stop)]
+    observers = [(MomentObserver(columns), list[torch.Tensor]()) for _ in range(start, stop)]
     shards = shards_of(*states.shape[:2])
     tasks = (
         _Given(
@@ -141,7 +156,10 @@ def _observe(walked: Walked, start: int, stop: int, *, columns: int, last: bool)
     with closing(executor.map(_given, walked.layer, tasks)) as results:
         for shard, result in zip(shards, results, strict=True):
             for expert, read in result.items():
-                observers[expert - start].update(torch.as_tensor(read))
+                rows, (observer, kept) = torch.as_tensor(read), observers[expert - start]
+                observer.update(rows)
+                if keep:  # an odd step, as of `TokenObserver`
+                    kept.append(rows[:: -(-len(rows) * len(shards) // keep) | 1].clone())
             for _ in shard:
                 walked.ticked()
     return observers

@@ -16,7 +16,7 @@ from tests.backends.make import FILE, ParamFile, off, open_session
 RAW = {**TINY_CONFIGS["gemma4_text"], **TINY_EXPERTS}
 CONFIG = ModelConfig.from_dict(RAW, "config.json")
 LAYER = CONFIG.layers[0]
-PATH, EXPERTS, HIDDEN = LAYER.prefix, LAYER.experts, LAYER.hidden_size
+PATH, EXPERTS, HIDDEN, MATRICES = LAYER.prefix, LAYER.experts, LAYER.hidden_size, expert_modules(LAYER)
 FORMS = {"fp32": None, "int8": (8, None), "int8 in groups": (8, 16), "int4 in groups": (4, 16), "int4": (4, None)}
 EXACT = 1e-6  # measured 4e-7: float32 against float64
 ROUNDED = 2e-3  # measured 6e-4: activations of 14 bits
@@ -50,9 +50,9 @@ class Stack:
             scales.transpose(0, 2, 1)) if group else scales[..., 0]))  # fmt: skip
         self.file.codes.append((whole, lying, "int8" if bits == 8 else "uint4"))
 
-    def model(self):
+    def model(self, in_14_bits=MATRICES):
         """dense, residual -> out."""
-        parts = ExpertParts(CONFIG, Kernels(), self.rows, location=FILE, embed_scale=1.0)
+        parts = ExpertParts(CONFIG, Kernels(in_14_bits=in_14_bits), self.rows, location=FILE, embed_scale=1.0)
         given = [ir.Value(name=name, shape=ir.Shape(("b", "s", HIDDEN)), type=ir.TensorType(ir.DataType.FLOAT))
                  for name in ("dense", "residual")]  # fmt: skip
         out = parts._beside_experts(LAYER, dense=given[0], residual=given[1])
@@ -84,16 +84,17 @@ def router(of, r):
     return chosen, shares / shares.sum(-1, keepdims=True) * of["router.per_expert_scale"][chosen]
 
 
-def expected(of, dense, r):
-    """The formula of transformers' Gemma4TextDecoderLayer, in float64."""
+def expected(of, dense, r, rounded=0):
+    """The formula of transformers' Gemma4TextDecoderLayer, in float64; what `rounded` matrices read has 8 bits."""
     dense, r, of = dense.astype(np.float64), r.astype(np.float64), {k: v.astype(np.float64) for k, v in of.items()}
     chosen, shares = router(of, r)
     x = rms(r, of[f"{EXPERTS.norm}.weight"])
-    made = np.zeros_like(r)
+    first, second = (rounded_to_8_bits if rounded > number else np.asarray for number in range(2))
+    x, made = first(x), np.zeros_like(r)
     for place in np.ndindex(chosen.shape):
         expert, at = chosen[place], place[:-1]
         gate, up = np.split(of[EXPERTS.gate_up][expert] @ x[at], 2)
-        made[at] += shares[place] * (of[EXPERTS.down][expert] @ (gelu(gate) * up))
+        made[at] += shares[place] * (of[EXPERTS.down][expert] @ second(gelu(gate) * up))
     return rms(dense, of[f"{EXPERTS.dense_post_norm}.weight"]) + rms(made, of[f"{EXPERTS.post_norm}.weight"])
 
 
@@ -125,6 +126,27 @@ def test_experts_are_the_formula(stacks, form, shape):
     exact(model)
     (made,) = stack.session(model).run(None, given)
     assert off(made, right) < EXACT
+
+
+def rounded_to_8_bits(x):
+    """Each token's channels as codes times its largest magnitude / 127."""
+    scale = np.abs(x).max(-1, keepdims=True) / 127
+    return np.rint(x / scale) * scale
+
+
+@pytest.mark.parametrize("form", ["int8", "int4 in groups"])
+@pytest.mark.parametrize("wide", [(), MATRICES[1:]])
+def test_activations_of_8_bits_where_nothing_asks_for_14(stacks, form, wide):
+    """Of both matrices, or of the first alone, as w8a8 has it; its own formula, and none once it is exact."""
+    stack, given = stacks(form), inputs(2, 9, seed=6)
+    right = expected(stack.of, given["dense"], given["residual"], rounded=2 - len(wide))
+    unrounded = expected(stack.of, given["dense"], given["residual"])
+    model = stack.model(wide)
+    (made,) = stack.session(model).run(None, given)
+    assert off(made, right) < ROUNDED < off(made, unrounded)
+    exact(model)
+    (made,) = stack.session(model).run(None, given)
+    assert off(made, unrounded) < EXACT
 
 
 def test_experts_are_those_of_transformers(stacks):
@@ -178,7 +200,7 @@ def poison(stack, experts):
     """NaN for the matrices of some experts, or for their scales."""
     rows = {row.name: row for row in stack.rows}
     with (stack.file.folder / FILE).open("r+b") as file:
-        for module in expert_modules(LAYER):
+        for module in MATRICES:
             row = rows.get(f"{module}.scale", rows[module])
             size = row.nbytes // EXPERTS.count
             for expert in experts:
@@ -199,7 +221,7 @@ def test_weights_stay_in_the_file(stacks):
     for form in FORMS:
         model = stacks(form).model()
         matrices = {value.name: value for value in model.graph.initializers.values()
-                    if value.name.removesuffix(".scale") in expert_modules(LAYER)}  # fmt: skip
+                    if value.name.removesuffix(".scale") in MATRICES}  # fmt: skip
         assert len(matrices) == (2 if form == "fp32" else 4)
         assert all(isinstance(value.const_value, ir.ExternalTensor) for value in matrices.values())
         readers = {(node.op_type, node.graph is model.graph) for value in matrices.values() for node, _ in value.uses()}

@@ -23,7 +23,7 @@ from gemma_deploy.quantization.budget import Budget
 from gemma_deploy.quantization.equalize import column_factors, token_gains
 from gemma_deploy.quantization.mixed_precision import unrounded_inputs
 from gemma_deploy.quantization.solver import Settings, round_tokens, solve
-from gemma_deploy.testing import write_tiny_checkpoint
+from gemma_deploy.testing import TINY_EXPERTS, write_tiny_checkpoint
 from tests.calibration.make import write_tokenizer
 from tests.exporting import export_once
 
@@ -157,6 +157,23 @@ def test_the_noisiest_are_kept_within_the_share(checkpoint):
     assert kept(2.01 * down) == every[1:]
     room = sum(np.prod(shapes[f"{name}.weight"]) for name in attention) / sum(map(np.prod, shapes.values()))
     assert set(kept(3.001 * down + room)) == {*every, *attention}
+
+
+def test_of_experts_what_is_inside_stays_and_the_rest_costs_what_a_token_runs_through(tmp_path):
+    path = write_tiny_checkpoint(tmp_path / "c", "gemma4_text", num_hidden_layers=3, **TINY_EXPERTS)
+    config, up = Checkpoint.open(path).config, "experts.gate_up_proj"
+    found = records(config, {(1, "mlp.down_proj"): 1e-2}.items())
+    for layer, record in enumerate(found):
+        record["tensors"][up] = {"activation_noise": [0.0, 1e-3, 2e-3][layer]}
+    inside = tuple(f"model.layers.{layer}.experts.down_proj" for layer in range(3))
+    assert unrounded_inputs(found, config, Budget(0)) == inside
+    noisy = ("model.layers.1.mlp.down_proj", f"model.layers.1.{up}", f"model.layers.2.{up}")
+    assert unrounded_inputs(found, config, Budget(1)) == (*noisy, *inside)
+    shapes = {name: tensor.shape for name, tensor in Checkpoint.open(path).tensors.items() if "_proj.weight" in name}
+    down, given = np.prod(shapes["model.layers.1.mlp.down_proj.weight"]), 3 * 2 * 96 * 64
+    every = sum(np.prod(shape) for shape in shapes.values()) + 3 * given
+    for room, kept in ((down + given - 1, noisy[:1]), (down + given + 1, (noisy[0], noisy[2]))):
+        assert unrounded_inputs(found, config, Budget(room / every)) == (*kept, *inside)
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,8 @@ def read_by_experts(checkpoint, folder):
 def test_moments_and_codes_are_those_of_each_expert_s_tokens(tmp_path, monkeypatch, settings):
     checkpoint, seen = write(tmp_path / "ck"), []
 
-    def watched(weights, moments, how):
+    def watched(weights, moments, how, **more):
+        assert more == {"tokens": None}
         seen.append((weights[0].clone(), moments.clone(), how))
         return solve(weights, moments, how)
 
@@ -94,6 +95,30 @@ def test_moments_and_codes_are_those_of_each_expert_s_tokens(tmp_path, monkeypat
     assert records[0]["experts"]["fewest_tokens"] == min(counts)
     figures = records[0]["tensors"][GATE_UP]
     assert figures["loss"] < figures["rtn_loss"] < figures["signal"]
+
+
+def test_noise_of_rounded_inputs_is_the_mean_over_tokens_and_their_experts(tmp_path, monkeypatch):
+    """Of what reads the stream; of down_proj there is none, because its input stays."""
+    monkeypatch.setattr(experts_module, "TOKENS_OF_ONE", 10_000)  # every token
+    checkpoint = write(tmp_path / "ck")
+    records = quantized(checkpoint, tmp_path / "q", Settings(activations=True))
+    x, chosen, found = read_by_experts(checkpoint, tmp_path / "q")
+    x = x.double()
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    error = (x / scale).round() * scale - x
+    gate_up = dequantized(found, f"model.layers.0.{GATE_UP}").view(8, 192, 64).double()
+    noise = [
+        (gate_up[expert] @ error[token]).square().sum() / (gate_up[expert] @ x[token]).square().sum()
+        for token, experts in enumerate(chosen.tolist())
+        for expert in experts
+    ]
+    figures = records[0]["tensors"]
+    right = float(torch.stack(noise).mean())
+    assert figures[GATE_UP]["activation_noise"] == pytest.approx(right, rel=1e-3)
+    assert "activation_noise" not in figures[DOWN]
+    monkeypatch.undo()
+    some = quantized(checkpoint, tmp_path / "some", Settings(activations=True))[0]["tensors"][GATE_UP]
+    assert some["activation_noise"] == pytest.approx(right, rel=0.2)  # of a third of the tokens
 
 
 def test_experts_without_tokens_are_rounded_to_nearest_and_told(tmp_path, caplog):

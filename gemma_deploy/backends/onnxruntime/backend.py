@@ -32,7 +32,7 @@ from gemma_deploy.backends.onnxruntime.options import (
 )
 from gemma_deploy.backends.onnxruntime.parts import embedding_scale
 from gemma_deploy.backends.onnxruntime.window import WINDOW, WINDOW_CACHE, window_problems, windowed_layers
-from gemma_deploy.backends.spec import BuildSpec, Options, unbuilt_of_experts
+from gemma_deploy.backends.spec import BuildSpec, Options
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.estimates import BASE_BYTES, GRAPH_BYTES, RUNTIME_BYTES, SESSION_BYTES, StageEstimate
 from gemma_deploy.graph.contract import (
@@ -160,8 +160,6 @@ class OnnxRuntime:
     def model_problems(self, spec: BuildSpec, config: ModelConfig) -> list[str]:
         """Widths that the block kernel would pad, and caches of a window that this model has no use for."""
         problems = block_problems(input_channels(config, 1)) if spec.scheme.codes else []
-        if config.has_experts:
-            problems += unbuilt_of_experts(spec)
         if config.reads_beside:
             problems += self._not_for_shared(spec, config)
         if options_of(spec).cache == WINDOW:
@@ -328,7 +326,7 @@ def chosen_kernels(spec: BuildSpec, config: ModelConfig, unrounded: Sequence[str
     """What the recipe asks for.
 
     Integer products take activations of 8 bits where calibration made them fit for that (w8a8), but for those it found
-    too noisy; of any other scheme, and before experts, 14 bits everywhere.
+    too noisy; of any other scheme, and before experts of a graph without, 14 bits everywhere.
     """
     options = options_of(spec)
     candidates = CANDIDATES if options.head == "screened" else 0
@@ -342,5 +340,5 @@ def chosen_kernels(spec: BuildSpec, config: ModelConfig, unrounded: Sequence[str
     )
     if options.prefill != "fast":
         return kernels
-    finer = linears_of(config) if unrounded is None else unrounded
-    return replace(kernels, integer=True, in_14_bits=experts.union(finer))
+    finer = experts.union(linears_of(config)) if unrounded is None else frozenset(unrounded)
+    return replace(kernels, integer=True, in_14_bits=finer)

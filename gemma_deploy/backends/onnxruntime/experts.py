@@ -5,7 +5,8 @@ opened. Here every turn of the loop gathers one expert's matrices from the file,
 the rows of the tokens that chose it: of one token k experts are read, of a prompt each expert that is reached, once.
 
 Codes lie [experts, in, out], pairs of 4 bits along the outputs, and are the right operand of integer products, which
-need no packing: MatMulNBits on what was gathered takes ten times as long. Activations are codes of 14 bits.
+need no packing: MatMulNBits on what was gathered takes ten times as long. Activations are codes of 14 bits, or of 8
+where calibration found them fit for that.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ class ExpertMatrices:
 
     Args:
         weights: of the graph; module: path, `model.layers.N.experts.down_proj`; outputs, inputs: of one matrix.
+        in_14_bits: activations are codes of 14 bits, not 8.
     """
 
-    def __init__(self, weights: Weights, module: str, *, outputs: int, inputs: int) -> None:
+    def __init__(self, weights: Weights, module: str, *, outputs: int, inputs: int, in_14_bits: bool) -> None:
         self.weights, self.module, self.outputs, self.inputs = weights, module, outputs, inputs
+        self.in_14_bits = in_14_bits
         self.bits = {"int8": 8, "uint4": 4}.get(weights.dtype(module), 0)
         scales = weights.shape([f"{module}.scale"]) if self.bits else ()
         self.groups = scales[1] if len(scales) == 3 else 0  # of input channels with scales of their own; 0: whole rows
@@ -50,8 +53,8 @@ class ExpertMatrices:
         return nodes.one("FusedMatMul", [x, matrix], f"{self.module}.out", domain=MICROSOFT, transB=1)
 
     def readable(self, nodes: Nodes, x: ir.Value) -> ir.Value | Tokens:
-        """Floats [1, n, in] as a product takes them: rounded to 14 bits where the matrices are codes."""
-        return rounded_tokens(nodes, x, self.module, in_14_bits=True) if self.bits else x
+        """Floats [1, n, in] as a product takes them: rounded where the matrices are codes."""
+        return rounded_tokens(nodes, x, self.module, in_14_bits=self.in_14_bits) if self.bits else x
 
     def _integer_product(self, nodes: Nodes, x: Tokens, expert: ir.Value) -> ir.Value:
         name, count, groups = self.module, self.weights.shape([self.module])[0], self.groups
@@ -62,7 +65,7 @@ class ExpertMatrices:
         lies = [count, *([groups, 1] if groups else []), self.outputs]
         scales = self._of(nodes, self.weights.view([f"{name}.scale"], f"{name}.scale", lies), expert, "scale")
         rows = x.codes
-        if groups:  # [1, n, 2, in] -> [groups, n * 2, in / groups]
+        if groups:  # [1, n, 2, in], or without halves [1, n, in] -> [groups, rows, in / groups]
             apart = nodes.one("Reshape", [rows, nodes.numbers(-1, groups, self.inputs // groups)], f"{name}.groups")
             rows = nodes.one("Transpose", [apart], f"{name}.group_rows", perm=[1, 0, 2])
         if packed:
@@ -70,7 +73,10 @@ class ExpertMatrices:
         else:
             sums = self._sums(nodes, rows, codes, scales=scales, x=x)
         if groups or packed:
-            sums = nodes.one("Reshape", [sums, nodes.numbers(1, -1, 2, self.outputs)], f"{name}.halves")
+            halves = [2] if x.in_14_bits else []
+            sums = nodes.one("Reshape", [sums, nodes.numbers(1, -1, *halves, self.outputs)], f"{name}.halves")
+        if not x.in_14_bits:
+            return nodes.one("Mul", [sums, x.scale], f"{name}.out")
         return summed_halves(nodes, x, sums, name=name, out=f"{name}.out")
 
     def _of(self, nodes: Nodes, stored: ir.Value, expert: ir.Value, what: str) -> ir.Value:
@@ -174,9 +180,12 @@ class ExpertParts(DecoderParts):
         assert experts is not None
         name = f"{layer.prefix}{experts.module}"
         gate_up, down = (
-            ExpertMatrices(self.weights, f"{layer.prefix}{tensor}", outputs=outputs, inputs=inputs)
+            ExpertMatrices(
+                self.weights, f"{layer.prefix}{tensor}", outputs=outputs, inputs=inputs,
+                in_14_bits=f"{layer.prefix}{tensor}" in self.kernels.in_14_bits,
+            )
             for tensor, (_, outputs, inputs) in experts.stacks(hidden).items()
-        )
+        )  # fmt: skip
         flat = nodes.one("Reshape", [x, nodes.numbers(-1, hidden)], f"{name}.tokens")
         nothing = nodes.one("ConstantOfShape", [nodes.one("Shape", [flat], f"{name}.size")], f"{name}.nothing")
         rows = gate_up.readable(nodes, nodes.one("Unsqueeze", [flat, nodes.numbers(0)], f"{name}.rows"))

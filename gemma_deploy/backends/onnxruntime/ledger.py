@@ -94,10 +94,13 @@ def _kernels(manifest: Manifest) -> list[LedgerEntry]:
                 effects["decode"],
             )
         )
-    if any(".experts." in module for module in kernels.wide):
+    experts = [module for module in kernels.wide if ".experts." in module]
+    if experts:
+        fewer = len(experts) < 2 * manifest.model.num_hidden_layers
+        but = f"; to 8 bits before the others than {', '.join(experts)}" if fewer else ""
         entries.append(
             LedgerEntry(
-                "activations rounded to 14 bits with a scale per token",
+                f"activations rounded to 14 bits with a scale per token{but}",
                 "MatMulIntegerToFloat of every expert",
                 "the only product of codes on a CPU that needs no packing: an expert's matrices are read from the file",
                 effects["decode"],

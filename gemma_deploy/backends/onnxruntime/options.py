@@ -125,8 +125,8 @@ class Kernels:
         block: input channels that share a scale of the activations in MatMulNBits, where the weights have one scale per
             row; grouped weights have their groups.
         integer: linears are integer products, with a scale for each token and one for each row of the weights.
-        in_14_bits: linears (module paths) whose activations are rounded to 14 bits there, in two halves; matrices of
-            experts, whose products are always such.
+        in_14_bits: linears (module paths) whose activations are rounded to 14 bits there, in two halves; and matrices
+            of experts, whose products are always integer.
         windowed: layers with a sliding window keep the window alone (window.py).
         logits: `last`, of each row's last token, or `all`, of every new token.
         candidates: of a screened head (head.py), tokens whose rows are multiplied whole; 0 for a head of whole rows.

@@ -19,6 +19,7 @@ from gemma_deploy.backends.onnxruntime.source import (
     whole_graph_line,
 )
 from gemma_deploy.parity.bisect import Divergence
+from gemma_deploy.parity.choices import note_of
 from gemma_deploy.parity.compare import ParityResult, compare_sources, effect_of, judged, measures_of
 from gemma_deploy.parity.reference import TorchSource
 from gemma_deploy.parity.sources import LogitSource
@@ -62,6 +63,8 @@ def prove_graph(proof: Proof, result: ParityResult) -> None:
     if manifest.kernels:
         result.lines.append(line_of_14_bits(artifact, manifest.kernels))
     result.measures = measures_of(found)
+    if proof.adapter is None:
+        result.notes += note_of(models[0], models[-1], cases)
     result.effect = effect_of(found[reference, SHIPPED if on_cpu else STRICT], cases)
     if not result.passed:
         proof.report("looking for the first layer that differs")

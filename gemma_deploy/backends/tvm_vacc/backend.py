@@ -10,7 +10,7 @@ from pydantic import ConfigDict
 
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.base import Export, ExportJob, Proof
-from gemma_deploy.backends.spec import BuildSpec, Options, unbuilt_of_experts
+from gemma_deploy.backends.spec import BuildSpec, Options
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.estimates import (
     EXPORT_BYTES,
@@ -77,12 +77,12 @@ class StaticPair:
         return 0
 
     def model_problems(self, spec: BuildSpec, config: ModelConfig) -> list[str]:
-        """What is not built of models whose layers read other layers, or vectors of tokens; or have experts."""
+        """What is not built of models whose layers read other layers, or vectors of tokens."""
         if config.drafting is not None:
             return ["backend.type: tvm_vacc is not built for drafters, which read another model's caches: write "
                     "onnxruntime"]  # fmt: skip
         if not config.reads_beside:
-            return unbuilt_of_experts(spec) if config.has_experts else []
+            return []
         problems = [] if config.altup is None else self._not_for_streams(spec)
         if spec.per_layer_table == "int4":
             problems.append("frontend.quantize.per_layer_table: int4 is not built on tvm_vacc: write int8")

@@ -8,6 +8,7 @@ from gemma_deploy.backends.tvm_vacc.fast_source import FastSource
 from gemma_deploy.backends.tvm_vacc.gates import gates_of
 from gemma_deploy.backends.tvm_vacc.rounding import rounding_lines
 from gemma_deploy.backends.tvm_vacc.segments import StrictSource
+from gemma_deploy.parity.choices import note_of
 from gemma_deploy.parity.compare import ParityResult, compare_sources, effect_of, judged, measures_of
 from gemma_deploy.parity.gates import SAME_WEIGHTS, headroom_line
 from gemma_deploy.parity.sources import LogitSource
@@ -34,6 +35,7 @@ def prove_pair(proof: Proof, result: ParityResult) -> None:
     if scheme == "fp16":
         result.lines.append(headroom_line(hf.absmax, strict.rescaling))
     result.measures = measures_of(found)
+    result.notes += note_of(hf, same_weights, cases)
     result.effect = effect_of(found[hf.name, "strict"] if (hf.name, "strict") in found else found[pairs[-1]], cases)
     if not result.passed:
         proof.report("looking for the first layer that differs")

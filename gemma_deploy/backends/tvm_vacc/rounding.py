@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from gemma_deploy.architectures import PerLayer, input_groups
+from gemma_deploy.architectures import Experts, PerLayer, input_groups
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.tvm_vacc.strict import lower
 from gemma_deploy.graph.functions import DEQUANTIZE_CACHE, DOMAIN, PER_TOKEN, QUANTIZE_CACHE
+from gemma_deploy.graph.passes.round_activations import FIRST_MATRIX
 from gemma_deploy.parity.gates import Line
 from gemma_deploy.runtime.session import load_file
 
@@ -46,7 +47,7 @@ def rounding_lines(artifact: Path, manifest: Manifest) -> list[Line]:
             model = load_file(artifact / folder / f"{graph}.onnx")
             if activations is not None:
                 linears = [linear for group in input_groups() for linear in group.readers]
-                linears += PerLayer(0).linears
+                linears += [*PerLayer(0).linears, Experts.gate_up]
                 expected = {f"model.layers.{i}.{linear}" for i in own for linear in linears} & stored
                 expected -= set(activations.kept)
                 misplaced += len(expected.symmetric_difference(rounded_linears(model)))
@@ -93,9 +94,11 @@ def _is_cached(model: ir.Model, layer: int, part: str, graph: str) -> bool:
 def rounded_linears(model: ir.Model) -> set[str]:
     """Module paths of the linears that read a rounded value."""
     return {
-        str(node.inputs[1].name).removesuffix(".weight")
+        str(matrix.name).removesuffix(".weight")
         for node in model.graph
-        if len(node.inputs) > 1 and node.inputs[1] is not None and _rounds(node.inputs[0])
+        if node.inputs and _rounds(node.inputs[0])
+        for matrix in node.inputs[FIRST_MATRIX.get(node.op_type, 1) :][:1]
+        if matrix is not None
     }
 
 

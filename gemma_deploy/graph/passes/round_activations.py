@@ -1,4 +1,7 @@
-"""Put the rounding of activations in front of the int8 linears of a graph, once for all that read one value."""
+"""Put the rounding of activations in front of the int8 linears of a graph, once for all that read one value.
+
+Experts are rounded where they read the stream of tokens; what is inside their operator stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,10 @@ from collections.abc import Collection
 
 import onnx_ir as ir
 
-from gemma_deploy.graph.functions import DOMAIN, DOMAIN_VERSION, PER_TOKEN
+from gemma_deploy.graph.functions import DOMAIN, DOMAIN_VERSION, PER_TOKEN, QUANTIZED_EXPERTS
 from gemma_deploy.names import LAYERS
 
-LINEAR = "QuantizedLinearPerChannel"
+FIRST_MATRIX = {"QuantizedLinearPerChannel": 1, QUANTIZED_EXPERTS: 3}  # operator -> which input multiplies the first
 
 
 def round_activations(model: ir.Model, unrounded: Collection[str]) -> int:
@@ -20,9 +23,9 @@ def round_activations(model: ir.Model, unrounded: Collection[str]) -> int:
     """
     graph, rounded = model.graph, dict[ir.Value, ir.Value]()
     for node in list(graph):
-        if node.op_type != LINEAR or node.domain != DOMAIN:
+        if node.op_type not in FIRST_MATRIX or node.domain != DOMAIN:
             continue
-        x, weight = node.inputs[:2]
+        x, weight = node.inputs[0], node.inputs[FIRST_MATRIX[node.op_type]]
         assert x is not None
         assert weight is not None
         module = str(weight.name).removesuffix(".weight")
