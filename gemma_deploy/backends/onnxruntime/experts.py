@@ -23,7 +23,7 @@ from gemma_deploy.backends.onnxruntime.parts import DecoderParts
 from gemma_deploy.backends.onnxruntime.weights import Weights
 from gemma_deploy.names import MICROSOFT
 
-FOUR_BITS, LOW_HALF, MIDDLE = 4, 0x0F, 8  # of a byte with two codes, whose zero is the middle
+FOUR_BITS, MIDDLE = 4, 8  # of a code, whose zero is the middle
 
 
 class ExpertMatrices:
@@ -86,9 +86,7 @@ class ExpertMatrices:
     def _packed_sums(self, nodes: Nodes, rows: ir.Value, codes: ir.Value, *, scales: ir.Value, x: Tokens) -> ir.Value:
         """`_sums` of two codes in a byte, [..., out / 2, 2]: the first is the low half."""
         name = self.module
-        low = nodes.one("BitwiseAnd", [codes, nodes.constant(np.uint8(LOW_HALF), "uint8.15")], f"{name}.low_codes")
-        shift = nodes.constant(np.uint8(FOUR_BITS), "uint8.4")
-        high = nodes.one("BitShift", [codes, shift], f"{name}.high_codes", direction="RIGHT")
+        low, high = self._halves(nodes, codes)
         most, last, two = nodes.numbers(np.iinfo(np.int64).max), nodes.numbers(-1), nodes.numbers(2)
         made = []
         for first, (which, half) in enumerate((("even", low), ("odd", high))):
@@ -96,6 +94,24 @@ class ExpertMatrices:
             sums = self._sums(nodes, rows, half, scales=own, x=x, which=f".{which}")
             made.append(nodes.one("Unsqueeze", [sums, last], f"{name}.{which}.column"))
         return nodes.one("Concat", made, f"{name}.pairs", axis=-1)
+
+    def _halves(self, nodes: Nodes, codes: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Low and high halves of bytes, by sums in float32 that are exact.
+
+        BitwiseAnd and BitShift take several times as long: they run on one processor and a byte at a time.
+        high = round(byte / 16 - 7.5 / 16), never halfway between two numbers; low = byte - 16 high.
+        """
+        one, zero = nodes.scalar(1.0), nodes.constant(np.uint8(0), "uint8.0")
+        sixteenth, shift, first = nodes.scalar(1 / 16), nodes.scalar(7.5 / 16), nodes.constant(np.uint8(1), "uint8.1")
+        high = nodes.one(
+            "QLinearAdd", [codes, sixteenth, zero, zero, shift, first, one, zero], f"{self.module}.high_codes",
+            domain=MICROSOFT,
+        )  # fmt: skip
+        low = nodes.one(
+            "QLinearAdd", [codes, one, zero, high, nodes.scalar(-16.0), zero, one, zero], f"{self.module}.low_codes",
+            domain=MICROSOFT,
+        )  # fmt: skip
+        return low, high
 
     def _sums(
         self, nodes: Nodes, rows: ir.Value, codes: ir.Value, *, scales: ir.Value, x: Tokens, which: str = ""
