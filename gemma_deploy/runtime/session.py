@@ -93,11 +93,14 @@ def as_compiled(path: Path) -> Iterator[None]:
         ) from error
 
 
-def open_graph(model: ir.Model, folder: Path, *, strict: bool = False, threads: int = 0) -> ort.InferenceSession:
+def open_graph(
+    model: ir.Model, folder: Path, *, strict: bool = False, threads: int = 0, lean: bool = False
+) -> ort.InferenceSession:
     """A session on a graph of ONNX Runtime's back end, as it is or changed; its weights lie in `folder`.
 
     Args:
         strict: compute operator by operator, with weights where they lie; threads: 0 for as many as there are cores.
+        lean: plan no memory of a run beforehand: where every run has another length, plans are kept of all of them.
 
     Raises:
         ArtifactError: ONNX Runtime refuses it.
@@ -105,6 +108,7 @@ def open_graph(model: ir.Model, folder: Path, *, strict: bool = False, threads: 
     import onnx_ir as ir
 
     options = session_options(folder, threads, strict)
+    options.enable_mem_pattern = not lean
     if strict:
         options.enable_cpu_mem_arena = False
     return opened(ir.to_proto(model).SerializeToString(), options, folder)

@@ -145,7 +145,9 @@ def test_a_near_tie_is_decided_by_a_token_alone(genai_artifact, prompts, monkeyp
     model = opened(genai_artifact("gemma3_text"))
     monkeypatch.setattr(model, "near_tie", np.inf)
     fed, feed = [], OrtSequence.feed
-    monkeypatch.setattr(OrtSequence, "feed", lambda self, tokens: fed.append(len(tokens)) or feed(self, tokens))
+    monkeypatch.setattr(
+        OrtSequence, "feed", lambda self, tokens, **given: fed.append(len(tokens)) or feed(self, tokens, **given)
+    )
     tokens, greedy = looked_up(model, prompts[0], COUNT)
     assert max(fed[1:]) > 1  # guesses were made
     singles = sum(count == 1 for count in fed)

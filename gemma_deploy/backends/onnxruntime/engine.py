@@ -22,6 +22,7 @@ from gemma_deploy.backends.onnxruntime.draft import Draft, check_draft
 from gemma_deploy.backends.onnxruntime.genai import INSTALL, GenaiModel, GenaiSession, genai_installed, require_genai
 from gemma_deploy.backends.onnxruntime.in_place import NEAR_TIE, OrtModel, OrtSequence
 from gemma_deploy.errors import UsageError
+from gemma_deploy.machine import give_memory_back
 from gemma_deploy.reading import is_dir
 from gemma_deploy.runtime.cached import CachedSession
 from gemma_deploy.runtime.engine import Engine, Limits, Session
@@ -144,7 +145,9 @@ class OrtEngine(Engine):
         """A session in ONNX Runtime."""
         guesses = None if draft is None else self._drafting(draft, lookup=options["lookup"])
         model = self._opened(states=isinstance(guesses, AssistantModel))
-        return OrtSession(model, self.tokenizer, sampling, draft=guesses, adapters=self._adapters, **options)
+        session = OrtSession(model, self.tokenizer, sampling, draft=guesses, adapters=self._adapters, **options)
+        give_memory_back()  # what opening took and freed: 190 MiB with a vocabulary of 262,144
+        return session
 
     @functools.cached_property
     def _graph_with_states(self) -> OrtModel:
@@ -281,6 +284,7 @@ class GenaiEngine(OrtEngine):
         )
         if endless:
             session.stop_ids = frozenset()
+        give_memory_back()
         return session
 
 

@@ -20,6 +20,7 @@ from gemma_deploy import extras
 from gemma_deploy.artifact.adapters import KeptAdapter
 from gemma_deploy.backends.onnxruntime.adapters import adapter_named, values_of
 from gemma_deploy.backends.onnxruntime.genai_config import CONFIG_FILE, read_genai_config
+from gemma_deploy.backends.onnxruntime.looked_up import leave_tables
 from gemma_deploy.errors import NO_MEMORY, ArtifactError, DeployError, UsageError
 from gemma_deploy.graph.contract import AdapterSlots
 from gemma_deploy.names import PARAMS
@@ -69,7 +70,7 @@ class GenaiModel:
         started = time.perf_counter()
         try:
             config = og.Config(str(self.path))
-            options = {"intra_op_num_threads": threads}
+            options = {"intra_op_num_threads": threads, "enable_mem_pattern": False}  # see `open_graph`, `lean`
             config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
             self._model = og.Model(config)
         except Exception as error:  # genai's own are RuntimeErrors, those of its JSON reader are not
@@ -211,6 +212,7 @@ class GenaiSession(Session):
             else:
                 ids, self._before = [*self._before, *ids], []
             generator.append_tokens(np.asarray(ids, np.int32))
+        leave_tables(self.path, len(ids))
 
     def _steps(self, ids: list[int], stats: GenerationStats) -> Iterator[Sequence[int]]:
         generator = self._generator

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gemma_deploy.artifact.manifest import Manifest
+from gemma_deploy.backends.onnxruntime.looked_up import SHORT, leave_tables
 from gemma_deploy.backends.onnxruntime.options import GRAPH
 from gemma_deploy.backends.onnxruntime.window import CACHES, capacity_of, empty_caches, most_ahead
 from gemma_deploy.errors import ArtifactError, UsageError
@@ -73,7 +74,7 @@ class OrtModel:
             last_positions(model, MOST_TOKENS)
             self.states = give_states(model) if states else ""
             self.windows = windows_of(model.graph)
-        self.session = open_graph(model, self.path, threads=threads)
+        self.session = open_graph(model, self.path, threads=threads, lean=True)
         self.load_seconds = time.perf_counter() - started
         if not any(value.name.startswith(CACHES) for value in self.session.get_inputs()):
             raise ArtifactError("its graph has no cache", where=str(self.path / GRAPH), next_step=VERIFY)
@@ -133,11 +134,19 @@ class OrtSequence:
     def read(self, tokens: Sequence[int]) -> np.ndarray:
         """As `feed`, any number of tokens: in pieces, whose activations alone are alive at once."""
         for start in range(0, len(tokens), TOGETHER):
-            rows = self.feed(tokens[start : start + TOGETHER])
+            last = start + TOGETHER >= len(tokens)
+            rows = self.feed(tokens[start : start + TOGETHER], shrink=last and len(tokens) >= SHORT)
+        leave_tables(self.model.path, len(tokens))
         return rows
 
-    def feed(self, tokens: Sequence[int]) -> np.ndarray:
-        """Read tokens behind the `length` that count; logits [min(tokens, MOST_TOKENS), V] of the last of them."""
+    def feed(self, tokens: Sequence[int], *, shrink: bool = False) -> np.ndarray:
+        """Read tokens behind the `length` that count; logits [min(tokens, MOST_TOKENS), V] of the last of them.
+
+        Args:
+            shrink: give memory back that the session took for this step.
+        """
+        from onnxruntime import RunOptions
+
         binding = self.model.session.io_binding()
         total = self.length + len(tokens)
         binding.bind_cpu_input("input_ids", np.array([tokens], np.int64))
@@ -151,7 +160,10 @@ class OrtSequence:
         # Bound like any input: ONNX Runtime 1.32 ignores RunOptions.add_active_adapter where inputs are bound.
         for name, matrix in self._adapter.items():
             binding.bind_ortvalue_input(name, matrix)
-        self.model.session.run_with_iobinding(binding)
+        options = RunOptions()
+        if shrink:
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self.model.session.run_with_iobinding(binding, options)
         self.length = total
         outputs = binding.get_outputs()  # in the order in which they were bound
         logits: np.ndarray = outputs[0].numpy()[0]
