@@ -95,6 +95,7 @@ def code_of(roots: tuple[str, ...]) -> Code:
     """
     found: dict[str, None] = {}
     libraries: set[str] = set()
+    seen: set[str] = set()
     waiting = [*roots, *(parent for root in roots for parent in _parents(root))]
     for root in roots:
         if _file_of(root) is None:
@@ -106,7 +107,9 @@ def code_of(roots: tuple[str, ...]) -> Code:
         found[name] = None
         for imported in _imports(name):
             if imported.split(".")[0] in (PACKAGE, "source_code"):
-                waiting += [each for each in (imported, *_parents(imported)) if _file_of(each) is not None]
+                new = {imported, *_parents(imported)} - seen
+                seen |= new
+                waiting += [each for each in new if _file_of(each) is not None]
             elif imported.split(".")[0] not in sys.stdlib_module_names:
                 libraries.add(imported.split(".")[0])
         if name == PATCHED:
