@@ -8,37 +8,13 @@ from gemma_deploy.backends.onnxruntime import decoder, streams
 from gemma_deploy.compile import compile_recipe
 from gemma_deploy.errors import GateError
 from gemma_deploy.testing import TINY_PER_LAYER, write_tiny_checkpoint
+from tests.backends.sharing import reads_the_first_layer_of_its_kind, vectors_of_the_layer_before
 from tests.calibration.make import write_tokenizer
 from tests.runtime.make import compile_tiny
 from tests.test_other_generations import recipe_of
 
 FLOAT = {"type": "onnxruntime", "dtype": "fp32"}
 STREAMS = streams.Streams
-
-
-def reads_the_first_layer_of_its_kind(patch):
-    attention, sharing, made = decoder.Decoder._attention, decoder.Decoder._sharing_attention, {}
-
-    def own(self, layer, normed, shared):
-        made[layer.kind, layer.index] = found = attention(self, layer, normed, shared)
-        return found
-
-    def other(self, layer, normed, shared, source):
-        first = min(index for kind, index in made if kind == layer.kind)
-        return sharing(self, layer, normed, shared, made[layer.kind, first][1:])
-
-    patch.setattr(decoder.Decoder, "_attention", own)
-    patch.setattr(decoder.Decoder, "_sharing_attention", other)
-
-
-def vectors_of_the_layer_before(patch):
-    right = decoder.by_layer
-
-    def by_layer(nodes, vectors, layers, *, size):
-        found = right(nodes, vectors, layers, size=size)
-        return dict(zip(layers, [found[layer] for layer in (*layers[-1:], *layers[:-1])], strict=True))
-
-    patch.setattr(decoder, "by_layer", by_layer)
 
 
 def no_laurel(patch):

@@ -7,40 +7,23 @@ import onnx
 import pytest
 import torch
 
-from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.tvm_vacc.cutting import LAST_HIDDEN
-from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
-from gemma_deploy.backends.tvm_vacc.segments import StrictSource
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.evaluation.models import open_model
 from gemma_deploy.names import LAST_POSITION
-from gemma_deploy.parity.cases import Case
 from gemma_deploy.testing import TINY_PER_LAYER, write_tiny_checkpoint
 from tests.exporting import write_artifact
 from tests.graph import graph_runs
+from tests.parity import sharing
 from tests.parity.breaking import Graph
-from tests.parity.conftest import finish, gate
+from tests.parity.sharing import PROMPTS, VECTORS, WINDOW, broken_gate
 from tests.parity.test_gate_fails import ATTENTION, assert_found
 from tests.parity.test_reference import stock
-
-WINDOW, PROMPTS, STEPS = 6, (32, 13), 20  # the longer prompt has five windows, the shorter is padded
-VECTORS = "per_layer_input (activation, or the vectors of tokens)"
 
 
 @pytest.fixture(scope="module")
 def artifact_of(once):
-    """Scheme -> a finished artifact, read only, its checkpoint beside it."""
-
-    def artifact(scheme):
-        def make(root):
-            path = root / "checkpoint"
-            checkpoint = write_tiny_checkpoint(path, "gemma4_text", **TINY_PER_LAYER, sliding_window=WINDOW)
-            write_artifact(checkpoint, root / "graphs", scheme)
-            finish(root / "graphs", checkpoint, scheme, root / "artifact")
-
-        return once(f"e2b-{scheme}", make) / "artifact"
-
-    return artifact
+    return sharing.artifacts_of(once, "e2b", "gemma4_text", **TINY_PER_LAYER)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +38,7 @@ def transformers_own(e2b):
 
 @pytest.fixture(scope="module")
 def prompts():
-    rng = np.random.default_rng(5)
-    return [rng.integers(3, 512, n).tolist() for n in PROMPTS]
+    return sharing.random_prompts()
 
 
 @pytest.fixture
@@ -64,45 +46,17 @@ def copy(e2b, tmp_path):
     return shutil.copytree(e2b, tmp_path / "copy")
 
 
-def broken_gate(artifact):
-    return gate(artifact, prompt_tokens=32, decode_tokens=6)
-
-
 def test_logits_are_transformers_and_greedy_tokens_too(e2b, transformers_own, prompts):
-    runner = StaticRunner(e2b, "strict", 1)
-    logits, sequences = runner.prefill(prompts), [list(prompt) for prompt in prompts]
-    for step in range(STEPS):
-        for row, sequence in enumerate(sequences):
-            with torch.no_grad():
-                expected = transformers_own(torch.tensor([sequence])).logits[0, -1].numpy()
-            # 2.1e-6 measured
-            assert np.abs(logits[row] - expected).max() <= 1e-5 * np.abs(expected).max(), (step, row)
-            assert logits[row].argmax() == expected.argmax()
-            sequence.append(int(expected.argmax()))
-        logits = runner.step([sequence[-1] for sequence in sequences])
+    sharing.compare_text(e2b, transformers_own, prompts)
 
 
 def test_layers_that_share_have_no_ports_and_one_row_of_a_prompt(e2b):
-    contract = Artifact.open(e2b).manifest.contract
-    caches = {name.split(".")[1] for one in contract.graphs["iter1"].inputs if "." in (name := one.name)}
-    assert caches == set("0123")
-    graph = onnx.shape_inference.infer_shapes(onnx.load(e2b / "iter0.onnx", load_external_data=False)).graph
-    rows = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in graph.value_info}
-    assert [rows[f"model.layers.{layer}.mlp.up_proj.out"] for layer in range(7)] == [
-        *[[2, 32, 160]] * 4, *[[2, 1, 320]] * 3,
-    ]  # fmt: skip
+    assert sharing.layers_with_ports(e2b) == set("0123")
+    assert sharing.rows_of_mlps(e2b) == [*[[2, 32, 160]] * 4, *[[2, 1, 320]] * 3]
 
 
 def test_the_last_position_alone_is_what_all_positions_give(e2b, transformers_own, prompts):
-    case = Case("random", tuple(map(tuple, prompts)), ((), ()))
-    (last,), (every,) = (StrictSource(e2b, every=every).run([case]) for every in (False, True))
-    for row, prompt in enumerate(prompts):
-        assert (last[row].shape, every[row].shape) == ((1, 64), (len(prompt), 64))
-        with torch.no_grad():
-            expected = transformers_own.model(torch.tensor([prompt])).last_hidden_state[0].numpy()
-        assert np.abs(every[row] - expected).max() <= 1e-5 * np.abs(expected).max()  # 8.5e-7 measured
-        # one row of a GEMM, and one among others: 0 measured
-        assert np.abs(last[row] - every[row][-1:]).max() <= 2e-6 * np.abs(every[row]).max()
+    sharing.compare_last_position(e2b, transformers_own, prompts)
 
 
 def test_evaluation_scores_every_position(e2b, transformers_own, prompts):
@@ -157,11 +111,7 @@ def test_rows_of_the_int8_table_are_looked_up_before_they_become_numbers(artifac
 def test_the_cache_of_another_layer(copy):
     for name in ("iter0", "iter1"):
         with Graph(copy, name) as graph:
-            wrong = {f"past_key_values.2.{part}": f"past_key_values.0.{part}" for part in ("key", "value")}
-            made = [[graph.maker(f"present.{i}.{part}").input[0] for part in ("key", "value")] for i in (2, 0)]
-            wrong |= dict(zip(*made, strict=True))
-            for node in (node for node in graph.graph.node if node.output[0].startswith("model.layers.4.")):
-                node.input[:] = [wrong.get(one, one) for one in node.input]
+            sharing.another_layers_cache(graph)
     assert_found(broken_gate(copy), f"model.layers.4.{ATTENTION}", "prefill", ("patched", "strict"))
 
 

@@ -3,43 +3,20 @@
 import shutil
 
 import numpy as np
-import onnx
 import pytest
-import torch
 from onnx import numpy_helper
 
-from gemma_deploy.artifact.opened import Artifact
-from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
-from gemma_deploy.backends.tvm_vacc.segments import StrictSource
 from gemma_deploy.checkpoint import Checkpoint
-from gemma_deploy.parity.cases import Case
-from gemma_deploy.testing import write_tiny_checkpoint
-from tests.exporting import write_artifact
+from tests.parity import sharing
 from tests.parity.breaking import Graph
-from tests.parity.conftest import finish, gate
+from tests.parity.sharing import VECTORS, another_layers_cache, broken_gate
 from tests.parity.test_gate_fails import ATTENTION, assert_found
 from tests.parity.test_reference import stock
-from tests.parity.test_shared_layers import PROMPTS, STEPS, VECTORS, WINDOW
 
 
 @pytest.fixture(scope="module")
-def artifact_of(once):
-    """Scheme -> a finished artifact, read only, its checkpoint beside it."""
-
-    def artifact(scheme):
-        def make(root):
-            checkpoint = write_tiny_checkpoint(root / "checkpoint", "gemma3n_text", sliding_window=WINDOW)
-            write_artifact(checkpoint, root / "graphs", scheme)
-            finish(root / "graphs", checkpoint, scheme, root / "artifact")
-
-        return once(f"gemma3n-{scheme}", make) / "artifact"
-
-    return artifact
-
-
-@pytest.fixture(scope="module")
-def streams(artifact_of):
-    return artifact_of("fp32")
+def streams(once):
+    return sharing.artifacts_of(once, "gemma3n", "gemma3n_text")("fp32")
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +27,7 @@ def transformers_own(streams):
 @pytest.fixture(scope="module")
 def prompts():
     """Tokens among them that the table of vectors has no row for."""
-    rng = np.random.default_rng(5)
-    found = [rng.integers(3, 512, n).tolist() for n in PROMPTS]
+    found = sharing.random_prompts()
     assert all(max(prompt) >= 480 for prompt in found)
     return found
 
@@ -61,47 +37,21 @@ def copy(streams, tmp_path):
     return shutil.copytree(streams, tmp_path / "copy")
 
 
-def broken_gate(artifact):
-    return gate(artifact, prompt_tokens=32, decode_tokens=6)
-
-
 def test_logits_are_transformers_and_greedy_tokens_too(streams, transformers_own, prompts):
-    runner = StaticRunner(streams, "strict", 1)
-    logits, sequences = runner.prefill(prompts), [list(prompt) for prompt in prompts]
-    for step in range(STEPS):
-        for row, sequence in enumerate(sequences):
-            with torch.no_grad():
-                expected = transformers_own(torch.tensor([sequence])).logits[0, -1].numpy()
-            # 4.6e-6 measured
-            assert np.abs(logits[row] - expected).max() <= 1e-5 * np.abs(expected).max(), (step, row)
-            assert logits[row].argmax() == expected.argmax()
-            sequence.append(int(expected.argmax()))
-        logits = runner.step([sequence[-1] for sequence in sequences])
+    sharing.compare_text(streams, transformers_own, prompts)
 
 
 @pytest.mark.slow  # E2B's are seen by default
 def test_layers_that_share_have_no_ports_and_one_row_of_a_prompt(streams):
-    contract = Artifact.open(streams).manifest.contract
-    caches = {name.split(".")[1] for one in contract.graphs["iter1"].inputs if "." in (name := one.name)}
-    assert caches == set("0123")
-    graph = onnx.shape_inference.infer_shapes(onnx.load(streams / "iter0.onnx", load_external_data=False)).graph
-    rows = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in graph.value_info}
-    assert [rows[f"model.layers.{layer}.mlp.up_proj.out"] for layer in range(7)] == [
+    assert sharing.layers_with_ports(streams) == set("0123")
+    assert sharing.rows_of_mlps(streams) == [
         [2, 32, 160], [2, 32, 160], [2, 32, 96], [2, 32, 160], [2, 1, 160], [2, 1, 96], [2, 1, 160],
     ]  # fmt: skip
 
 
 @pytest.mark.slow
 def test_the_last_position_of_all_streams_is_what_all_positions_give(streams, transformers_own, prompts):
-    case = Case("random", tuple(map(tuple, prompts)), ((), ()))
-    (last,), (every,) = (StrictSource(streams, every=every).run([case]) for every in (False, True))
-    for row, prompt in enumerate(prompts):
-        assert (last[row].shape, every[row].shape) == ((1, 64), (len(prompt), 64))
-        with torch.no_grad():
-            expected = transformers_own.model(torch.tensor([prompt])).last_hidden_state[0].numpy()
-        assert np.abs(every[row] - expected).max() <= 1e-5 * np.abs(expected).max()  # 1.9e-6 measured
-        # one row of a GEMM, and one among others: 0 measured
-        assert np.abs(last[row] - every[row][-1:]).max() <= 2e-6 * np.abs(every[row]).max()
+    sharing.compare_last_position(streams, transformers_own, prompts)
 
 
 @pytest.mark.slow
@@ -119,14 +69,6 @@ def node_with(graph, layer, number):
     }
     nodes = (node for node in graph.graph.node if node.output[0].startswith(f"model.layers.{layer}."))
     return [(node, index) for node in nodes for index, name in enumerate(node.input) if name in wanted]
-
-
-def another_layers_cache(graph):
-    wrong = {f"past_key_values.2.{part}": f"past_key_values.0.{part}" for part in ("key", "value")}
-    made = [[graph.maker(f"present.{i}.{part}").input[0] for part in ("key", "value")] for i in (2, 0)]
-    wrong |= dict(zip(*made, strict=True))
-    for node in (node for node in graph.graph.node if node.output[0].startswith("model.layers.4.")):
-        node.input[:] = [wrong.get(one, one) for one in node.input]
 
 
 def the_neighbours_vector(graph):
