@@ -1,8 +1,10 @@
 """Shared fixtures: tiny checkpoints, the compiled demo; deterministic and offline."""
 
 import fcntl
+import gc
 import os
 import shutil
+import sys
 
 os.environ["GEMMA_DEPLOY_CACHE"] = "off"  # graphs of a test that breaks the export must not be found by another
 os.environ.pop("COLUMNS", None)  # 80 in xdist's workers: tables look alike wherever tests run
@@ -17,6 +19,10 @@ import pytest
 from gemma_deploy.testing import write_tiny_checkpoint
 from tests.rotation import COSTLY, all_but_a_few, left_out, of_others
 
+# What is compiled is kept, of tests and of what they start: to rewrite all assertions takes seconds in each worker.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 
 @pytest.hookimpl(tryfirst=True)  # before cases are chosen by their marks
 def pytest_collection_modifyitems(items):
@@ -28,6 +34,50 @@ def pytest_collection_modifyitems(items):
     quick = [item for item in items if not item.get_closest_marker("slow")]
     for number in all_but_a_few([item.nodeid.partition("[")[0] for item in quick]):
         quick[number].add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    """What is there by now stays: modules and thousands of tests, which the collector need not walk through again."""
+    gc.collect()
+    gc.freeze()
+    if "PYTEST_XDIST_WORKER" in os.environ and "onnxruntime" in sys.modules:
+        let_sessions_have_one_thread()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
+
+
+def let_sessions_have_one_thread():
+    """Where nobody says how many: there is a process for each core, and idle threads of tiny models wait busily."""
+    import onnxruntime
+
+    class OneThread(onnxruntime.SessionOptions):
+        def __init__(self):
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    onnxruntime.SessionOptions = OneThread
+
+
+@pytest.fixture(scope="session", autouse=True)
+def real_export_apart():
+    """`worker.export_apart` as it is. While tests run, compiles export in this process, and each graph once.
+
+    Tests of the process itself put it back. Those that change the code of an export take `export_in_this_process`.
+    """
+    from gemma_deploy.graph import worker
+
+    def export(task):
+        from tests.exporting import export_once  # needs torch
+
+        return export_once(task)
+
+    real = worker.export_apart
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "export_apart", export)
+        yield real
 
 
 @pytest.fixture(scope="session")

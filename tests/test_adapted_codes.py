@@ -6,11 +6,9 @@ import yaml
 from safetensors.numpy import load_file
 
 from gemma_deploy.cli import main
-from gemma_deploy.graph import worker
 from gemma_deploy.testing import write_tiny_checkpoint
 from tests.calibration.make import write_tokenizer
 from tests.checkpoint.adapters.make import PREFIX, TABLE, pair, write_adapter
-from tests.exporting import export_once
 
 SHAPES = {
     "model.layers.0.self_attn.v_proj": (64, 64),
@@ -18,11 +16,6 @@ SHAPES = {
     "model.layers.1.self_attn.q_proj": (128, 64),
     "model.layers.1.mlp.gate_proj": (160, 64),
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_child(monkeypatch):
-    monkeypatch.setattr(worker, "export_apart", export_once)
 
 
 @pytest.fixture

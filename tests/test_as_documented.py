@@ -16,11 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
 from gemma_deploy.cli import main
-from gemma_deploy.graph import worker
 from gemma_deploy.testing import write_tiny_checkpoint
 from gemma_deploy.verifying import verify
 from tests.calibration import make
-from tests.exporting import export_once
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -182,7 +180,6 @@ def gemma(tmp_path, monkeypatch):
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     (tmp_path / "gemma" / "workspace").mkdir()
     monkeypatch.chdir(tmp_path / "gemma" / "workspace")
-    monkeypatch.setattr(worker, "export_apart", export_once)
     return folder
 
 

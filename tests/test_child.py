@@ -68,14 +68,14 @@ def test_the_poison_works(poisoned):
     assert poisoned()
 
 
-def test_the_export(poisoned, checkpoint):
-    from gemma_deploy.graph.worker import Task, export_apart
+def test_the_export(poisoned, checkpoint, real_export_apart):
+    from gemma_deploy.graph.worker import Task
     from tests.exporting import contract_of
 
     unknown = replace(checkpoint.config, model_type="gemma9")
     contract = contract_of(checkpoint.config, "fp32")
     with pytest.raises(NotBuiltError, match="gemma9"):  # said by the child, when it has imported all it needs
-        export_apart(
+        real_export_apart(
             Task(unknown, "fp32", contract, "exact", [(ArtifactPart(whole(1)), [])], "params.safetensors")
         ).result()
     assert poisoned() == []

@@ -25,7 +25,6 @@ from tests.exported import exported_before
 from tests.exporting import export_in_this_process
 
 NAME = "tiny"
-REAL_EXPORT = worker.export_apart
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,13 +36,13 @@ def one_program():
 
 
 @pytest.fixture(scope="module")
-def made(once, one_program):
+def made(once, one_program, real_export_apart):
     """A checkpoint, and the artifact of its recipe without the gate, made without interruption; read only."""
 
     def make(folder):
         checkpoint = write_tiny_checkpoint(folder / "checkpoint", "gemma", num_hidden_layers=2)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(worker, "export_apart", REAL_EXPORT)
+            patch.setattr(worker, "export_apart", real_export_apart)
             assert main(["compile", str(write_recipe(folder, checkpoint)), "--no-parity"]) == 0
 
     return once("compile", make)

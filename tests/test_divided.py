@@ -30,7 +30,7 @@ from gemma_deploy.recipe import Recipe
 from gemma_deploy.testing import TINY_CONFIGS, TINY_PER_LAYER, write_tiny_checkpoint
 from gemma_deploy.verifying import verify
 from tests.calibration.make import write_tokenizer
-from tests.exporting import export_in_this_process, export_once
+from tests.exporting import export_in_this_process
 
 RECIPE = """
 name: divided
@@ -52,9 +52,7 @@ def recipe(checkpoint, dtype="fp32", points=(), tp=1, *overrides):
 def make_divided(folder):
     """Compile a Gemma 3 in two stages of two ranks each."""
     checkpoint = write_tiny_checkpoint(folder / "checkpoint", "gemma3_text")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "export_apart", export_once)
-        compile_recipe(recipe(checkpoint, points=[3], tp=2), out=folder / "artifact")
+    compile_recipe(recipe(checkpoint, points=[3], tp=2), out=folder / "artifact")
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +72,10 @@ SHARED = {**TINY_PER_LAYER, "sliding_window": 6}  # five windows in a prompt
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tp"), [("fp32", 2), ("int8", 4), ("fp16", 2)])
-def test_ranks_of_a_model_whose_layers_share_keys(tmp_path, dtype, tp, monkeypatch):
+def test_ranks_of_a_model_whose_layers_share_keys(tmp_path, dtype, tp):
     """Two KV heads, repeated among four ranks; a layer reads its own rank's share of another one's cache."""
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma4_text", **SHARED)
     write_tokenizer(checkpoint)
-    monkeypatch.setattr(worker, "export_apart", export_once)
     out = tmp_path / "artifact"
     assert compile_recipe(recipe(checkpoint, dtype, tp=tp), out=out).parity.passed
     if dtype == "fp32":
@@ -92,11 +89,10 @@ def test_ranks_of_a_model_whose_layers_share_keys(tmp_path, dtype, tp, monkeypat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "points", "tp"), [("fp32", [1, 2], 1), ("int8", [2], 2), ("fp16", [1], 1)])
-def test_stages_of_a_model_whose_layers_share_keys(tmp_path, dtype, points, tp, monkeypatch):
+def test_stages_of_a_model_whose_layers_share_keys(tmp_path, dtype, points, tp):
     """Vectors of the layers that are not done yet pass from stage to stage; caches do not."""
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma4_text", **SHARED)
     write_tokenizer(checkpoint)
-    monkeypatch.setattr(worker, "export_apart", export_once)
     out = tmp_path / "artifact"
     assert compile_recipe(recipe(checkpoint, dtype, points, tp), out=out).parity.passed
     if dtype == "fp32":
@@ -447,9 +443,8 @@ INT8_CACHE = ("bf16", "frontend.quantize.type=w16kv8", "dataset.name=c4:4", "dat
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else None,
 )
-def test_in_float64_ranks_of_every_generation_are_the_whole(tmp_path, monkeypatch, model_type, tp, kind):
+def test_in_float64_ranks_of_every_generation_are_the_whole(tmp_path, model_type, tp, kind):
     """Gemma 1 has one KV head here and the others two: heads of their own, repeated twice, and four times."""
-    monkeypatch.setattr(worker, "export_apart", export_once)
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", model_type)
     write_tokenizer(checkpoint)
     dtype, *overrides = kind

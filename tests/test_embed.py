@@ -43,12 +43,7 @@ def recipe_of(checkpoint, backend, dtype="fp32", quantize="null", batch=1, overr
 
 def compiled(checkpoint, out, **given):
     """Compile with the gate; exports are done once and kept."""
-    from gemma_deploy.graph import worker
-    from tests.exporting import export_once
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "export_apart", export_once)
-        compile_recipe(recipe_of(checkpoint, **given), out=out)
+    compile_recipe(recipe_of(checkpoint, **given), out=out)
     return out
 
 
@@ -345,13 +340,8 @@ def test_every_scheme_compiles_proven(checkpoint, dynamic, tmp_path, backend, dt
 
 @pytest.mark.slow
 def test_dynamic_graphs_of_the_static_target_take_any_lengths(checkpoint, dynamic, tmp_path):
-    from gemma_deploy.graph import worker
-    from tests.exporting import export_once
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "export_apart", export_once)
-        recipe = recipe_of(checkpoint, "tvm_vacc", overrides=["frontend.shape.dynamic=true"])
-        compile_recipe(recipe, out=tmp_path / "a", parity=False)
+    recipe = recipe_of(checkpoint, "tvm_vacc", overrides=["frontend.shape.dynamic=true"])
+    compile_recipe(recipe, out=tmp_path / "a", parity=False)
     found = open_embedder(tmp_path / "a")
     assert found.longest == 128
     np.testing.assert_allclose(found.embed(TEXTS), open_embedder(dynamic).embed(TEXTS), atol=2e-6)

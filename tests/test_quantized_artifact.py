@@ -10,21 +10,14 @@ from safetensors.numpy import load_file
 from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
 from gemma_deploy.cli import main
 from gemma_deploy.errors import ArtifactError
-from gemma_deploy.graph import worker
 from gemma_deploy.params.stream import pack_int4
 from gemma_deploy.testing import write_tiny_checkpoint
 from gemma_deploy.verifying import verify
 from tests.calibration.make import write_tokenizer
-from tests.exporting import export_once
 from tests.parity.breaking import change_tensor
 
 DOWN = "model.layers.1.mlp.down_proj"
 TABLE = "model.embed_tokens"
-
-
-@pytest.fixture(autouse=True)
-def _no_child(monkeypatch):
-    monkeypatch.setattr(worker, "export_apart", export_once)
 
 
 @pytest.fixture

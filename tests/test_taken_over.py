@@ -11,7 +11,6 @@ from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import main
-from gemma_deploy.graph import worker
 from gemma_deploy.params import taken_over as taking
 from gemma_deploy.testing import TINY_EXPERTS, TINY_PER_LAYER, write_tiny_checkpoint
 from gemma_deploy.verifying import verify
@@ -19,15 +18,9 @@ from tests.calibration.make import write_tokenizer
 from tests.checkpoint.gguf_make import write_gemma3n, write_gemma4
 from tests.checkpoint.quantized_make import FORMS, read_floats, write_quantized
 from tests.checkpoint.test_gguf import write_gguf
-from tests.exporting import export_once
 
 DOWN = "model.layers.1.mlp.down_proj"
 SMALL = {"num_hidden_layers": 3, "sliding_window_pattern": 3}
-
-
-@pytest.fixture(autouse=True)
-def _no_child(monkeypatch):
-    monkeypatch.setattr(worker, "export_apart", export_once)
 
 
 @pytest.fixture

@@ -9,12 +9,10 @@ import yaml
 from gemma_deploy.calibration.pipeline import make_windows
 from gemma_deploy.cli import main
 from gemma_deploy.compile import plan_recipe
-from gemma_deploy.graph import worker
 from gemma_deploy.job import Job
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.stages.calibration import calibration_request, with_text
 from tests.calibration import make
-from tests.exporting import export_once
 
 
 @pytest.fixture
@@ -30,8 +28,7 @@ def recipe_file(checkpoint_path, tmp_path):
     return tmp_path / "r.yaml"
 
 
-def test_the_manifest_holds_the_fingerprint_of_the_text(recipe_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(worker, "export_apart", export_once)
+def test_the_manifest_holds_the_fingerprint_of_the_text(recipe_file, tmp_path, capsys):
     command = ["compile", str(recipe_file), "--no-parity"]
     assert main(command) == 0, capsys.readouterr().err
     said = json.loads((tmp_path / "w" / "x" / "manifest.json").read_text())["calibration"]

@@ -22,7 +22,8 @@ LORA = {"r": 4, "alpha": 8, "dropout": 0.1}  # dropout draws random numbers at e
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("base") / "gemma3", "gemma3_text")
+    root = tmp_path_factory.mktemp("base") / "gemma3"
+    return tiny(root, "gemma3_text", num_hidden_layers=3, sliding_window_pattern=3)
 
 
 def asked(folder, out, **sft):

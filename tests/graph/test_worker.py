@@ -11,7 +11,7 @@ import pytest
 
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import ExportError, NotBuiltError
-from gemma_deploy.graph.worker import Task, export_apart, export_here
+from gemma_deploy.graph.worker import Task, export_here
 from gemma_deploy.params import build_plan, write_params
 from gemma_deploy.partition import ArtifactPart, whole
 from gemma_deploy.testing import write_tiny_checkpoint
@@ -29,14 +29,14 @@ def task(tmp_path_factory):
     return Task(checkpoint.config, "w8a16", contract, "exact", rows, "params.safetensors")
 
 
-def test_the_child_gives_the_same_bytes(task, monkeypatch):
+def test_the_child_gives_the_same_bytes(task, monkeypatch, real_export_apart):
     monkeypatch.setenv("PYTHONPATH", "")
-    graphs, peak = export_apart(task).result()
+    graphs, peak = real_export_apart(task).result()
     assert graphs == export_here(task)
     assert peak > 100 << 20  # it did import torch
 
 
-def test_what_the_passes_did_is_logged_in_the_parent(task, caplog):
+def test_what_the_passes_did_is_logged_in_the_parent(task, caplog, real_export_apart):
     """A child has no console of its own."""
 
     def said():
@@ -47,7 +47,7 @@ def test_what_the_passes_did_is_logged_in_the_parent(task, caplog):
     with caplog.at_level(logging.DEBUG, "gemma_deploy"):
         graphs = export_here(task)
         here = said()
-        export_apart(task).result()
+        real_export_apart(task).result()
     assert said() == here
     counts = re.fullmatch(
         r"(\d+) nodes traced: (\d+) weights hidden, (\d+) nodes folded, (\d+) module outputs named, (\d+) operators "
@@ -64,22 +64,22 @@ def test_what_the_passes_did_is_logged_in_the_parent(task, caplog):
     assert here[1:] == [f"{name} stamped: {count} nodes, {none}" for name, count in nodes.items()]
 
 
-def test_an_error_comes_back_whole(task):
+def test_an_error_comes_back_whole(task, real_export_apart):
     whole = ExportError("what", where="there", problems=["one", "two"], expected="else", next_step="do")
     again = pickle.loads(pickle.dumps(whole))
     assert (str(again), vars(again)) == (str(whole), vars(whole))
     unknown = replace(task.config, model_type="gemma9")
     with pytest.raises(NotBuiltError, match="gemma9") as caught:
-        export_apart(replace(task, config=unknown)).result()
+        real_export_apart(replace(task, config=unknown)).result()
     assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize(("script", "cause"), [("kill -9 $$", "signal 9"), ("exit 3", "exit code 3")])
-def test_a_child_that_dies_is_explained(task, tmp_path, monkeypatch, script, cause):
+def test_a_child_that_dies_is_explained(task, tmp_path, monkeypatch, script, cause, real_export_apart):
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     with pytest.raises(ExportError, match=cause) as caught:
-        export_apart(task).result()
+        real_export_apart(task).result()
     assert "memory" in caught.value.next_step

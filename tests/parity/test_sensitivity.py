@@ -13,12 +13,10 @@ from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.calibration.pipeline import Request, make_windows
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import main
-from gemma_deploy.graph import worker
 from gemma_deploy.parity import sensitivity
 from gemma_deploy.tables import figure
 from gemma_deploy.testing import TINY_PER_LAYER, write_tiny_checkpoint
 from tests.calibration.make import write_tokenizer
-from tests.exporting import export_once
 
 LAYERS = {"gemma": 2, "gemma2": 2, "gemma3_text": 3, "gemma4_text": 7}
 CHANGES = {"gemma3_text": {"sliding_window_pattern": 3}, "gemma4_text": TINY_PER_LAYER}
@@ -46,9 +44,7 @@ def compiled(tmp_path_factory):
                 "workspace": {"path": str(root / "w")},
             }
             (root / "r.yaml").write_text(yaml.safe_dump(content))
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(worker, "export_apart", export_once)
-                assert main(["compile", str(root / "r.yaml"), "--no-parity"]) == 0
+            assert main(["compile", str(root / "r.yaml"), "--no-parity"]) == 0
             made[key] = root / "w" / content["name"], Checkpoint.open(path)
         return made[key]
 

@@ -17,7 +17,6 @@ from gemma_deploy.backends.tvm_vacc.segments import StrictSource
 from gemma_deploy.calibration.observers import TokenObserver
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import main
-from gemma_deploy.graph import worker
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.quantization.budget import Budget
 from gemma_deploy.quantization.equalize import column_factors, token_gains
@@ -25,7 +24,6 @@ from gemma_deploy.quantization.mixed_precision import unrounded_inputs
 from gemma_deploy.quantization.solver import Settings, round_tokens, solve
 from gemma_deploy.testing import TINY_EXPERTS, write_tiny_checkpoint
 from tests.calibration.make import write_tokenizer
-from tests.exporting import export_once
 
 RNG = np.random.default_rng(11)
 
@@ -180,7 +178,6 @@ def test_of_experts_what_is_inside_stays_and_the_rest_costs_what_a_token_runs_th
 def artifact(checkpoint, tmp_path_factory):
     path = tmp_path_factory.mktemp("artifact")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "export_apart", export_once)
         patch.setattr(StaticPair, "unrounded_inputs", Budget(0.1, 0.0))
         (path / "r.yaml").write_text(
             f"name: x\nfrontend:\n  checkpoint: {checkpoint.path}\n  shape: {{input_ids: [[32], [48]]}}\n"

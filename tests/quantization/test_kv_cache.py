@@ -18,13 +18,11 @@ from gemma_deploy.backends.tvm_vacc.runner import StaticRunner
 from gemma_deploy.backends.tvm_vacc.segments import StrictSource
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig
 from gemma_deploy.cli import main
-from gemma_deploy.graph import worker
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.quantization.cache import cache_factors
 from gemma_deploy.testing import TINY_CONFIGS, write_tiny_checkpoint
 from gemma_deploy.verifying import verify
 from tests.calibration.make import write_tokenizer
-from tests.exporting import export_once
 
 LAYERS = {"gemma": 2, "gemma2": 2, "gemma3_text": 3}
 RNG = np.random.default_rng(21)
@@ -57,9 +55,7 @@ def compiled(tmp_path_factory):
             **sections,
         }
         (root / "r.yaml").write_text(yaml.safe_dump(content))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(worker, "export_apart", export_once)
-            assert main(["compile", str(root / "r.yaml")]) == 0
+        assert main(["compile", str(root / "r.yaml")]) == 0
         made[key] = root / "w" / content["name"], Checkpoint.open(path)
         return made[key]
 
@@ -196,7 +192,6 @@ def test_a_killed_run_measures_the_cache_once(compiled, tmp_path, monkeypatch, c
     content = {"name": "k", "frontend": frontend, "dataset": {"name": "c4:4", "seqlen": 64}}
     frontend["quantize"] = {"type": "w8a16+kv8"}
     recipe.write_text(yaml.safe_dump({**content, "backend": {"dtype": "int8"}, "workspace": {"path": str(tmp_path)}}))
-    monkeypatch.setattr(worker, "export_apart", export_once)
     with monkeypatch.context() as patch:
         patch.setattr(compiler, "write_parameters", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):

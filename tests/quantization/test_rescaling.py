@@ -14,7 +14,6 @@ from gemma_deploy.artifact.report import headroom_rows
 from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.cli import main
 from gemma_deploy.errors import GateError
-from gemma_deploy.graph import worker
 from gemma_deploy.names import FP16_MAX
 from gemma_deploy.params import build_plan
 from gemma_deploy.params.rescaled import exponent_of
@@ -22,7 +21,6 @@ from gemma_deploy.parity import maxima
 from gemma_deploy.quantization.rescaling import Rescaling, choose, needed
 from gemma_deploy.testing import TINY_CONFIGS, TINY_EXPERTS, TINY_PER_LAYER, write_tiny_checkpoint
 from tests.encoders import FIRST, SECOND, write_encoder
-from tests.exporting import export_once
 from tests.test_embed import compiled as compile_encoder
 
 ALL_MAXIMA_FIT = FP16_MAX / 8
@@ -218,9 +216,7 @@ def compiled(folder, checkpoint, capsys):
         "workspace": {"path": str(folder / "workspace")},
     }
     recipe.write_text(yaml.safe_dump(content))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "export_apart", export_once)
-        code = main(["compile", str(recipe)])
+    code = main(["compile", str(recipe)])
     return code, folder / "workspace" / "planted", capsys.readouterr()
 
 

@@ -1,10 +1,7 @@
 """Built-in recipes are found by their names, in any folder and in a wheel; unknown names get the nearest ones."""
 
-import os
 import re
 import resource
-import subprocess
-import sys
 
 import pytest
 import yaml
@@ -126,10 +123,8 @@ def test_a_large_file_is_no_recipe(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("columns", ["40", "80", "200"])
-def test_no_line_is_wider_than_the_terminal(columns):
-    run = subprocess.run(
-        [sys.executable, "-m", "gemma_deploy.cli", "recipes"],
-        capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": columns},
-    )  # fmt: skip
-    listed = [line for line in run.stdout.splitlines() if line.startswith("    ")]
+def test_no_line_is_wider_than_the_terminal(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert main(["recipes"]) == 0
+    listed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
     assert max(map(len, listed)) <= min(int(columns), 120)
