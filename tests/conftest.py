@@ -50,13 +50,23 @@ def pytest_sessionfinish():
 
 
 def let_sessions_have_one_thread():
-    """Where nobody says how many: there is a process for each core, and idle threads of tiny models wait busily."""
+    """Where nobody says how many: there is a process for each core, and to start threads takes longer than to run."""
     import onnxruntime
 
-    class OneThread(onnxruntime.SessionOptions):
+    Options = onnxruntime.SessionOptions
+
+    class OneThread(Options):
         def __init__(self):
             super().__init__()
-            self.intra_op_num_threads = 1
+            self.intra_op_num_threads = 0
+
+        @property
+        def intra_op_num_threads(self):
+            return Options.intra_op_num_threads.fget(self)
+
+        @intra_op_num_threads.setter
+        def intra_op_num_threads(self, count):
+            Options.intra_op_num_threads.fset(self, count or 1)
 
     onnxruntime.SessionOptions = OneThread
 

@@ -1,5 +1,6 @@
 """The int8 cache, compiled as a user would: proven, half the bytes, what transformers computes with such a cache."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -29,35 +30,34 @@ RNG = np.random.default_rng(21)
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """(generation, type, sections) -> artifact, checkpoint; every combination is compiled once."""
-    made, root = {}, tmp_path_factory.mktemp("kv8")
+def compiled(once):
+    """(generation, type, sections) -> artifact, checkpoint; every combination is compiled once. Read only."""
 
     def compile_it(model_type, kind, dtype="int8", **sections):
-        key = json.dumps([model_type, kind, dtype, sections])
-        if key in made:
-            return made[key]
-        path = root / model_type
-        if not path.exists():
+        def make(root):
             changes = {"sliding_window_pattern": 3} if model_type == "gemma3_text" else {}
-            write_tiny_checkpoint(path, model_type, num_hidden_layers=LAYERS[model_type], **changes)
+            layers = LAYERS[model_type]
+            path = write_tiny_checkpoint(root / "checkpoint", model_type, num_hidden_layers=layers, **changes)
             write_tokenizer(path)
-        shape = {"input_ids": [[32], [48]], **sections.pop("shape", {})}
-        quantize = {"type": kind} if kind else None
-        frontend = {"checkpoint": str(path), "shape": shape, "quantize": quantize}
-        content = {
-            "name": f"x{len(made)}",
-            "frontend": {**frontend, "model_kwargs": sections.pop("model_kwargs", {})},
-            "dataset": {"name": "c4:4", "seqlen": 64},
-            "backend": {"dtype": dtype},
-            "parity": {"prompt_tokens": 32, "decode_tokens": 12},
-            "workspace": {"path": str(root / "w")},
-            **sections,
-        }
-        (root / "r.yaml").write_text(yaml.safe_dump(content))
-        assert main(["compile", str(root / "r.yaml")]) == 0
-        made[key] = root / "w" / content["name"], Checkpoint.open(path)
-        return made[key]
+            others = dict(sections)
+            shape = {"input_ids": [[32], [48]], **others.pop("shape", {})}
+            quantize = {"type": kind} if kind else None
+            frontend = {"checkpoint": str(path), "shape": shape, "quantize": quantize}
+            content = {
+                "name": "x",
+                "frontend": {**frontend, "model_kwargs": others.pop("model_kwargs", {})},
+                "dataset": {"name": "c4:4", "seqlen": 64},
+                "backend": {"dtype": dtype},
+                "parity": {"prompt_tokens": 32, "decode_tokens": 12},
+                "workspace": {"path": str(root / "w")},
+                **others,
+            }
+            (root / "r.yaml").write_text(yaml.safe_dump(content))
+            assert main(["compile", str(root / "r.yaml")]) == 0
+
+        what = hashlib.sha256(json.dumps(sections).encode()).hexdigest()[:8]
+        root = once(f"kv8-{model_type}-{kind}-{dtype}-{what}", make)
+        return root / "w" / "x", Checkpoint.open(root / "checkpoint")
 
     return compile_it
 
