@@ -192,12 +192,24 @@ struct Products {
     }
   }
 
+  // At most kRows rows, of which there are `rows`.
+  template <int R, int P>
+  static void SomeRows(const Product& work, int row, int rows, int panel, int span) {
+    if constexpr (R > 1) {
+      if (rows < R) return SomeRows<R - 1, P>(work, row, rows, panel, span);
+    }
+    Piece<R, P>(work, row, panel, span);
+  }
+
+  // In passes of nearly the same number of rows: each reads the panels once, only the first one from memory.
   template <int P>
   static void AllRows(const Product& work, int panel, int span) {
-    int row = 0;
-    for (; row + V::kRows <= work.count; row += V::kRows) Piece<V::kRows, P>(work, row, panel, span);
-    for (; row + 2 <= work.count; row += 2) Piece<2, P>(work, row, panel, span);
-    for (; row < work.count; row++) Piece<1, P>(work, row, panel, span);
+    const int passes = (work.count + V::kRows - 1) / V::kRows, each = work.count / passes, more = work.count % passes;
+    for (int pass = 0, row = 0; pass < passes; pass++) {
+      const int rows = each + (pass < more);
+      SomeRows<V::kRows, P>(work, row, rows, panel, span);
+      row += rows;
+    }
   }
 
   static void Run(const Product& work) {
