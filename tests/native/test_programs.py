@@ -33,6 +33,7 @@ def test_rows_have_with_tiles_the_bits_that_they_have_alone(tmp_path):
     assert ran(tmp_path, "tiles") == "plain"
 
 
+@pytest.mark.slow
 def test_tiles_go_with_vectors_of_512_bits(native_library, tmp_path):
     if "avx512vnni" not in library.levels():
         pytest.skip("this processor has no AVX-512 VNNI")
