@@ -1,5 +1,6 @@
 """What setup.cfg cannot say: folders that travel inside the package, and the library of backend.type native."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from build_native import LIBRARY, build, sources  # noqa: E402
 
 DATA = {f"gemma_deploy._data.{name}": name for name in ("source_code", "calib", "build_in") if Path(name).is_dir()}
 NATIVE = "gemma_deploy.backends.native.library"
+# `linux_aarch64`, say, where the library is made for another platform (scripts/build_wheels.py).
+PLATFORM = os.environ.get("GEMMA_DEPLOY_PLATFORM")
 
 
 class BuildLibrary(build_ext):
@@ -25,7 +28,7 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Compile it to where setuptools wants it."""
         try:
-            build(Path(self.get_ext_fullpath(ext.name)))
+            build(Path(self.get_ext_fullpath(ext.name)), machine=PLATFORM and PLATFORM.partition("_")[2])
         except RuntimeError as error:
             print(f"warning: backend.type native is left out: {error}", file=sys.stderr)
 
@@ -46,7 +49,7 @@ class AnyPython(bdist_wheel):
         """The wheel's tag."""
         if not any(Path(self.bdist_dir).rglob(LIBRARY)) and not any(Path("build").rglob(LIBRARY)):
             return "py3", "none", "any"
-        return "py3", "none", super().get_tag()[2]
+        return "py3", "none", PLATFORM or super().get_tag()[2]
 
 
 setup(
