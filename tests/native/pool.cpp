@@ -99,6 +99,10 @@ void When() {
   Steps mixed;  // steps of other sizes are not compared
   for (int i = 0; i < 200; i++) mixed.Take(20e-3, 12e-3, 10e-3, mixed.now + 1e-3, 1 << i % 3 * 2);
   Expect(mixed.payoff.rests() == 0, "steps of different sizes are compared");
+  mixed.Take(20e-3, 12e-3, 10e-3, mixed.now + 0.5);
+  Expect(mixed.payoff.rests() == 1 && !mixed.helped, "helpers do not rest");
+  for (int i = 0; i < 200; i++) mixed.Take(20e-3, 12e-3, 10e-3, mixed.now + 1e-3, 1 << i % 3 * 2);
+  Expect(mixed.helped, "a rest never ends where steps of all sizes come");
 }
 
 }  // namespace

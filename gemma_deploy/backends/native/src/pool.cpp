@@ -68,8 +68,7 @@ bool Payoff::Step(int rows, double seconds, double now) {
     size_ = size;
     steps_ = 0;
     time_ = held_ = 0;
-    if (state_ == State::kTried) state_ = State::kHelped;
-    if (state_ == State::kTriedAgain) state_ = State::kResting;
+    if (state_ != State::kResting || now >= until_) state_ = State::kHelped;
   } else {
     steps_++;
     time_ += seconds;
