@@ -9,7 +9,7 @@ from gemma_deploy.schemes import QUANTIZERS
 # window: 2.8e-5 with float32 weights, nearly all of it the cache.
 KERNELS_KL = 5e-4
 MOST_OVERTURNED = 0.5
-# What an int8 cache may add.
+# What an int8 cache may add. Real 270M, 616 positions, factors from eight windows of C4: 5.3e-4.
 CACHE_KL = 0.002
 
 
