@@ -9,9 +9,12 @@ import yaml
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.cli import main
 from gemma_deploy.graph import worker
+from gemma_deploy.job import Job
+from gemma_deploy.recipe import Recipe
 from gemma_deploy.stages import graph_cache
 from gemma_deploy.stages.graph_cache import GraphCache, folder_of_user
-from gemma_deploy.testing import write_tiny_checkpoint
+from gemma_deploy.stages.keys import graph_cache_key, stage_keys
+from gemma_deploy.testing import TINY_EXPERTS, write_tiny_checkpoint
 from tests.exporting import export_in_this_process
 
 GRAPHS = {"iter0.onnx": b"zero" * 50, "iter1.onnx": b"one"}
@@ -59,6 +62,30 @@ def test_another_graph_is_exported(tmp_path, exported, changes):
     compiled(tmp_path / "first")
     compiled(tmp_path / "second", **changes)
     assert len(exported) == 2
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind", "own", "changes", "same"),
+    [
+        ("onnxruntime", "gemma4_text", TINY_EXPERTS, {"top_k_experts": 2}, False),
+        ("tvm_vacc", "gemma3n_text", {}, {"activation_sparsity_pattern": [0.5] * 7}, False),
+        ("tvm_vacc", "gemma3_text", {}, {"transformers_version": "5.0.0", "torch_dtype": "float32"}, True),
+    ],
+)
+def test_what_no_shape_tells_has_graphs_of_its_own(tmp_path, backend, kind, own, changes, same):
+    found = []
+    for name, more in (("one", {}), ("other", changes)):
+        checkpoint = write_tiny_checkpoint(tmp_path / name, kind, **{**own, **more})
+        content = {
+            "name": "x",
+            "frontend": {"checkpoint": str(checkpoint), "shape": {"input_ids": [[32], [64]]}},
+            "backend": {"type": backend, "dtype": "int8"},
+            "workspace": {"path": str(tmp_path)},
+        }
+        (tmp_path / "x.yaml").write_text(yaml.safe_dump(content))
+        job = Job.open(Recipe.load(tmp_path / "x.yaml"))
+        found.append((graph_cache_key(job, {}, None, unrounded=None), stage_keys(job, None).graphs))
+    assert [one == other for one, other in zip(*found, strict=True)] == [same, same]
 
 
 def test_what_was_kept_comes_back(tmp_path):

@@ -33,6 +33,11 @@ FILES = ("gemma_deploy.stages.files",)
 SENSITIVITY = ("gemma_deploy.parity.sensitivity", TEXT)
 GATE = ("gemma_deploy.proving.prove",)
 MEASURING = ("sensitivity", "gate")
+# Of a config: no graph depends on them, and fine-tuned models of one shape differ in them.
+UNREAD = frozenset((
+    *("warnings", "bos_token_id", "pad_token_id", "eos_token_id", "eos_token_ids"),
+    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"),
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -162,9 +167,9 @@ def _asked(job: Job) -> dict[str, Any]:
 
 
 def _facts(job: Job) -> dict[str, Any]:
-    """What of a config decides what is computed."""
-    unread = ("warnings", "bos_token_id", "pad_token_id", "eos_token_ids")
-    return {key: value for key, value in job.config.to_dict().items() if key not in unread}
+    """What of a config decides what is computed: what was understood, and all keys, some of which layers read alone."""
+    known = {key: value for key, value in job.config.to_dict().items() if key not in UNREAD}
+    return known | {"keys": {key: value for key, value in job.config.raw.items() if key not in UNREAD}}
 
 
 def _sha256(file: Path) -> str | None:
