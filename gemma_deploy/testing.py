@@ -21,6 +21,10 @@ _COMMON: dict[str, Any] = {
     "head_dim": 32, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 512,
 }  # fmt: skip
+# Of Gemma 3n it is 0.95, of 16,384 gates. Of 160 that leaves 8, and a token whose few gates pass by little has an MLP
+# of next to nothing, which the norm behind it makes large again, with the roundings of what was subtracted: float32 was
+# off by 8.1e-6 of float64 in the worst of eight random models (without such gates 2.2e-6, with these 2.0e-6).
+SPARSE_GATES = [0.8, 0.5, 0.0, 0.0, 0.7, 0.0, 0.0]
 TINY_CONFIGS: dict[str, dict[str, Any]] = {
     "gemma": {
         **_COMMON, "model_type": "gemma", "architectures": ["GemmaForCausalLM"], "hidden_act": "gelu",
@@ -57,7 +61,7 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_activation": "gelu_pytorch_tanh", "num_hidden_layers": 7, "num_key_value_heads": 2,
         "max_position_embeddings": 512, "sliding_window": 8, "final_logit_softcapping": 3.0,
         "intermediate_size": [160, 160, 96, 160, 160, 96, 160], "laurel_rank": 16, "altup_num_inputs": 4,
-        "activation_sparsity_pattern": [0.95, 0.5, 0.0, 0.0, 0.9, 0.0, 0.0], "num_kv_shared_layers": 3,
+        "activation_sparsity_pattern": SPARSE_GATES, "num_kv_shared_layers": 3,
         "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 480, "layer_types": [
         "sliding_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention",
         "sliding_attention", "full_attention"],

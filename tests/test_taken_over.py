@@ -199,12 +199,14 @@ def test_gguf_blocks_of_gemma_4(recipe, tmp_path, capsys, kind, scheme, bits):
         ("26b", "Q4_0", "w4a16_rtn", ("router.",)),
         ("26b", "Q8_0", "w8a16", ("router.",)),
         ("3n", "Q4_0", "w4a16_rtn", ("altup", "laurel", "per_layer_model_projection")),
+        ("3n", "Q8_0", "w8a16", ("altup", "laurel", "per_layer_model_projection")),
     ],
 )
 def test_gguf_blocks_of_experts_and_streams(recipe, tmp_path, capsys, model, kind, scheme, floats):
     """Every expert's matrices too; routers, maps between streams and what is small are stored as floats."""
     experts = {**TINY_EXPERTS, "num_hidden_layers": 3, "moe_intermediate_size": 64}
-    own = {"26b": ("gemma4_text", experts), "3n": ("gemma3n_text", {"vocab_size_per_layer_input": 512})}[model]
+    streams = {"vocab_size_per_layer_input": 512, "laurel_rank": 32}  # a block of Q8_0
+    own = {"26b": ("gemma4_text", experts), "3n": ("gemma3n_text", streams)}[model]
     checkpoint = Checkpoint.open(write_tiny_checkpoint(tmp_path / "f", own[0], **own[1]))
     write = write_gemma4 if model == "26b" else write_gemma3n
     write(tmp_path / "m.gguf", tmp_path / "f", kind=gguf.GGMLQuantizationType[kind])
