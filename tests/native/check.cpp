@@ -188,6 +188,11 @@ void CheckRows(const Kernels& k) {
     see(5, f[i], 0.5 * (static_cast<double>(x[i]) * cosines[i] - static_cast<double>(x[i + 32]) * sines[i]));
     see(5, f[i + 32], 0.5 * (static_cast<double>(x[i + 32]) * cosines[i] + static_cast<double>(x[i]) * sines[i]));
   }
+  const float largest = *std::max_element(x.begin(), x.end());
+  double sum = 0;
+  for (int i = 0; i < n; i++) sum += std::exp(static_cast<double>(x[i]) - largest);
+  Expect(k.name, "largest", std::fabs(k.largest(x.data(), n) - largest), 0);
+  Expect(k.name, "sum of exponentials", std::fabs(k.sum_exp(x.data(), n, largest) / sum - 1), 2e-6);
   const char* names[] = {"rms_norm", "add_rms_norm", "gelu tanh", "gelu", "soft cap", "rotate"};
   for (int i = 0; i < 6; i++) Expect(k.name, names[i], worst[i], 8e-6);
 }

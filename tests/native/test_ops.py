@@ -165,6 +165,12 @@ def test_rows(ops, level):
         [first * np.cos(angles) - second * np.sin(angles), second * np.cos(angles) + first * np.sin(angles)]
     )
     np.testing.assert_allclose(row_op(ops, level, 5, head, y=sines, w=cosines, number=0.5), turned / 2, atol=2e-6)
+    for n in (16, 32, 656):
+        assert row_op(ops, level, 7, x[:n])[0] == x[:n].max()
+        scaled = x[:n] * np.float32(30)
+        sums = row_op(ops, level, 8, scaled, number=float(scaled.max()))[0]
+        expected = np.exp(scaled.astype(np.float64) - scaled.max()).sum()
+        np.testing.assert_allclose(sums, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])

@@ -73,7 +73,8 @@ GEMMA_API int gemma_op_read_row(const char* level, const gemma::Matrix* matrix, 
 }
 
 // kind: 0 rms_norm(x, w), 1 x += rms_norm(y, w), 2 gated tanh (x gate, w up), 3 gated exact, 4 soft cap by eps,
-// 5 rotate by cosines w and sines y, 6 cut what is below the mean and eps deviations off; the result is in x.
+// 5 rotate by cosines w and sines y, 6 cut what is below the mean and eps deviations off; 7 the largest and 8 the sum of
+// exp(x - eps), in x[0]; the result is in x.
 GEMMA_API int gemma_op_row(const char* level, int kind, float* x, const float* y, const float* w, int n, float eps) {
   const Kernels* k = gemma::Level(level);
   if (k == nullptr) return 1;
@@ -97,6 +98,12 @@ GEMMA_API int gemma_op_row(const char* level, int kind, float* x, const float* y
       return 0;
     case 6:
       k->cut(x, n, k->cutoff(x, n, eps));
+      return 0;
+    case 7:
+      x[0] = k->largest(x, n);
+      return 0;
+    case 8:
+      x[0] = k->sum_exp(x, n, eps);
       return 0;
     default:
       return 2;
