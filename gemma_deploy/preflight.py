@@ -215,8 +215,8 @@ def _files_stage(job: Job) -> StageEstimate:
 
 
 def _widest(config: ModelConfig) -> int:
-    """Width of the widest MLP."""
-    return max(layer.intermediate_size for layer in config.templates)
+    """Width of the widest MLP, and of what other streams there are beside the computed one, twice."""
+    return max(layer.intermediate_size for layer in config.templates) + 2 * (config.carried - config.hidden_size)
 
 
 def _idle_bytes(job: Job) -> int:
@@ -254,7 +254,7 @@ def _quantize_stage(job: Job, machine: Machine) -> StageEstimate:
         job.scheme.rounds_activations
     ):  # tokens, their magnitudes and what these are divided into, and their rounding errors
         held += 4 * 4 * min(TOKENS, nsamples * seqlen) * widest
-    hidden = 4 * nsamples * seqlen * (3 * config.hidden_size + widest)  # before and after the layer, and inside it
+    hidden = 4 * nsamples * seqlen * (4 * config.carried - config.hidden_size + widest)  # around a layer, and inside it
     tokens, inputs = nsamples * seqlen, {shape[1]: shape for shape in shapes}
     passes = 2.0 * LAYER_PASSES * elements * tokens
     moments = 2.0 * tokens * sum(columns**2 for columns in inputs)
@@ -278,7 +278,7 @@ def _cache_stage(job: Job, tensors: Mapping[str, TensorInfo], machine: Machine) 
     elements = sum(prod(t.shape) for name, t in tensors.items() if ".layers.0." in name)
     processes = job.workers.processes if job.workers.cluster is None else 1
     ram = memory_bytes(config, nsamples, seqlen, processes=processes, threads=machine.cpus)
-    hidden = 4 * nsamples * seqlen * config.hidden_size + beside_bytes(config, nsamples, seqlen)
+    hidden = 4 * nsamples * seqlen * config.carried + beside_bytes(config, nsamples, seqlen)
     seconds = IMPORT_SECONDS + 2.0 * layers * elements * nsamples * seqlen / FLOPS_PER_S
     return StageEstimate("cache", f"keys and values of {nsamples} windows of {seqlen} tokens", ram, hidden, seconds)
 
@@ -289,7 +289,7 @@ def _sensitivity_stage(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -
     table = config.vocab_size * config.hidden_size
     flops = 2.0 * SENSITIVITY_TOKENS * layers * (layers * elements / 2 + table)
     ram = BASE_BYTES + TOKENIZER_BYTES + 4 * elements + 4 * HEAD_BYTES
-    disk = 4 * (layers + 2) * SENSITIVITY_TOKENS * config.hidden_size
+    disk = 4 * (layers + 2) * SENSITIVITY_TOKENS * config.carried
     what = f"each layer alone, {SENSITIVITY_TOKENS} tokens"
     return StageEstimate("sensitivity", what, ram, disk, IMPORT_SECONDS + flops / FLOPS_PER_S)
 

@@ -37,18 +37,25 @@ class SparseMLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
         self.act_fn = ACT2FN[activation]
         self.quantile = normal_quantile(sparsity) if sparsity > 0 else None
+        self.in_float32 = False  # gate, up and their product, where GELU's input does not fit float16
+        self.wide_statistics = False  # mean and deviation of the gates, and what is left of these, in float32
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [batch, seq, hidden]."""
-        gate = self.gate_proj(x)
+        inner = x.float() if self.in_float32 else x
+        gate = self.gate_proj(inner)
         if self.quantile is not None:
-            mean = gate.mean(-1, keepdim=True)
-            if torch.compiler.is_exporting():  # in operators that ONNX has
-                deviation = torch.sqrt((gate - mean).pow(2).mean(-1, keepdim=True))
-            else:
-                deviation = torch.std(gate, dim=-1, keepdim=True, unbiased=False)
-            gate = nn.functional.relu(gate - (mean + deviation * self.quantile_in(gate.dtype)))
-        return self.down_proj(self.act_fn(gate) * self.up_proj(x))
+            gate = self.sparse(gate.float() if self.wide_statistics else gate).to(gate.dtype)
+        return self.down_proj((self.act_fn(gate) * self.up_proj(inner)).to(x.dtype))
+
+    def sparse(self, gate: torch.Tensor) -> torch.Tensor:
+        """Gates above the quantile by how much they are; the others are zero."""
+        mean = gate.mean(-1, keepdim=True)
+        if torch.compiler.is_exporting():  # in operators that ONNX has
+            deviation = torch.sqrt((gate - mean).pow(2).mean(-1, keepdim=True))
+        else:
+            deviation = torch.std(gate, dim=-1, keepdim=True, unbiased=False)
+        return nn.functional.relu(gate - (mean + deviation * self.quantile_in(gate.dtype)))
 
     def quantile_in(self, dtype: torch.dtype) -> float:
         """The quantile as the run dtype holds it."""
@@ -92,6 +99,8 @@ class Laurel(nn.Module):
 class AltUp(nn.Module):
     """Alternating updates: a layer computes one of several streams, and a small map carries the others along."""
 
+    in_float32 = False  # whatever the streams are
+
     def __init__(self, config: Gemma3nTextConfig):
         super().__init__()
         self.streams, self.active, self.clip = config.altup_num_inputs, config.altup_active_idx, config.altup_coef_clip
@@ -109,6 +118,7 @@ class AltUp(nn.Module):
 
     def predict(self, streams: torch.Tensor) -> torch.Tensor:
         """What the layer is expected to make of all streams [batch, seq, streams, hidden]."""
+        streams = streams.float() if self.in_float32 else streams
         if self.training and self.clip is not None:
             self.prediction_coefs.weight.data.clamp_(-self.clip, self.clip)
         maps = self.prediction_coefs(self.routed(streams[:, :, self.active]))
@@ -120,6 +130,7 @@ class AltUp(nn.Module):
 
     def correct(self, predicted: torch.Tensor, activated: torch.Tensor) -> torch.Tensor:
         """The streams after the layer made `activated` [batch, seq, hidden] of the active one."""
+        activated = activated.to(predicted.dtype)
         routed = self.routed(activated)
         innovation = activated - predicted[:, :, self.active]
         if self.training and self.clip is not None:
@@ -156,6 +167,7 @@ class Gemma3nDecoderLayer(GradientCheckpointingLayer):
         self.post_feedforward_layernorm = GainNorm(hidden, eps)
         self.act_fn = ACT2FN[config.hidden_activation]
         self.altup, self.laurel = AltUp(config), Laurel(config)
+        self.per_layer_in_float32 = False  # gate and product, where GELU's input does not fit float16
         self.per_layer_input_gate = nn.Linear(hidden, inner, bias=False)
         self.per_layer_projection = nn.Linear(inner, hidden, bias=False)
         self.post_per_layer_input_norm = GainNorm(hidden, eps)
@@ -169,7 +181,7 @@ class Gemma3nDecoderLayer(GradientCheckpointingLayer):
             per_layer_input: [batch, seq, hidden_size_per_layer_input]; shared: see `SharingAttention`.
         """
         predicted = self.altup.predict(hidden_states)
-        active = predicted[:, :, self.altup.active]
+        active = predicted[:, :, self.altup.active].to(hidden_states.dtype)
         normed = self.input_layernorm(active)
         laurel = self.laurel(normed)
         attn, probs, present = self.self_attn(normed, position_embeddings, attention_mask, past_key_values, **shared)
@@ -179,9 +191,15 @@ class Gemma3nDecoderLayer(GradientCheckpointingLayer):
         first = streams[:, :, self.altup.active]
         if self.config.altup_correct_scale:
             first = self.altup(first)
-        own = self.act_fn(self.per_layer_input_gate(first)) * per_layer_input
-        own = self.post_per_layer_input_norm(self.per_layer_projection(own))
-        return torch.cat((streams[:, :, :1], streams[:, :, 1:] + own.unsqueeze(2)), dim=2), probs, present
+        own = self.per_layer_projection(self.gated(first.to(hidden_states.dtype), per_layer_input))
+        own = self.post_per_layer_input_norm(own).to(streams.dtype)
+        streams = torch.cat((streams[:, :, :1], streams[:, :, 1:] + own.unsqueeze(2)), dim=2)
+        return streams.to(hidden_states.dtype), probs, present
+
+    def gated(self, active, per_layer_input):
+        """What per_layer_projection reads [batch, seq, hidden_size_per_layer_input] of the active stream's."""
+        inner = active.float() if self.per_layer_in_float32 else active
+        return (self.act_fn(self.per_layer_input_gate(inner)) * per_layer_input).to(active.dtype)
 
 
 class Gemma3nPreTrainedModel(PreTrainedModel):
@@ -203,7 +221,14 @@ class Gemma3nPreTrainedModel(PreTrainedModel):
 
 
 class Gemma3nTextModel(PerLayerInputs, TextModelMixin, Gemma3nPreTrainedModel):
-    """Embeddings, decoder layers on several streams, their mean, final norm."""
+    """Embeddings, decoder layers on several streams, their mean, final norm.
+
+    Attributes:
+        streams_in_float32: projections of streams, and their size, whatever streams are.
+        divisor: by which embeddings and streams are stored smaller.
+    """
+
+    streams_in_float32, divisor = False, 1.0
 
     def __init__(self, config: Gemma3nTextConfig):
         super().__init__(config)
@@ -261,8 +286,14 @@ class Gemma3nTextModel(PerLayerInputs, TextModelMixin, Gemma3nPreTrainedModel):
 
     def entered(self, embeds: torch.Tensor) -> torch.Tensor:
         """[batch, seq, hidden] -> [batch, seq, streams, hidden]: the embeddings, and projections of their size."""
-        others = [alike(projection(embeds), embeds) for projection in self.altup_projections]
-        return torch.stack([embeds, *others], dim=2)
+        wide = embeds.float() if self.streams_in_float32 else embeds
+        others = [alike(projection(wide), wide, self.smallest) for projection in self.altup_projections]
+        return torch.stack([wide, *others], dim=2).to(embeds.dtype)
+
+    @property
+    def smallest(self) -> float:
+        """Mean square to which a stream is brought, at least, as it is stored."""
+        return SMALLEST / self.divisor**2
 
     def states(self, before, last, normed):
         """Streams before each layer and behind the last, [streams, batch, seq, hidden] as in the stock class."""
@@ -270,16 +301,20 @@ class Gemma3nTextModel(PerLayerInputs, TextModelMixin, Gemma3nPreTrainedModel):
 
     def left(self, hidden: torch.Tensor) -> torch.Tensor:
         """[batch, seq, streams, hidden] -> [batch, seq, hidden]: the mean, the others projected and of equal size."""
-        first, *streams = hidden.unbind(2)
+        first, *streams = (hidden.float() if self.streams_in_float32 else hidden).unbind(2)
         pairs = zip(self.altup_unembed_projections, streams, strict=True)
-        others = [alike(projection(stream), first) for projection, stream in pairs]
+        others = [alike(projection(stream), first, self.smallest) for projection, stream in pairs]
         return torch.mean(torch.stack([first, *others]), dim=0)
 
 
-def alike(x: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
-    """X [batch, seq, hidden] brought to the root mean square of `model`."""
+def alike(x: torch.Tensor, model: torch.Tensor, smallest: float) -> torch.Tensor:
+    """X [batch, seq, hidden] brought to the root mean square of `model`.
+
+    Args:
+        smallest: what the mean of its own squares counts as, at least.
+    """
     wanted = torch.mean(model**2, dim=-1, keepdim=True) ** 0.5
-    own = torch.sqrt(torch.mean(x**2, dim=-1, keepdim=True).clamp(min=SMALLEST))
+    own = torch.sqrt(torch.mean(x**2, dim=-1, keepdim=True).clamp(min=smallest))
     return x * wanted / own
 
 

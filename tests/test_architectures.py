@@ -51,7 +51,6 @@ def test_layers_hold_what_the_patched_model_has(row):
                 module.get_submodule(name)
             assert branch.post_norm is None or branch.post_norm in dict(module.named_children())
         named = [reader for group in layer.groups for reader in group.readers]
-        named += [] if layer.laurel is None else [layer.laurel.left, layer.laurel.right]
         assert sorted(named) == sorted(linear.name for linear in layer.linears)
         assert layer.template.partition(".")[0] == layer.kind
     assert len(patched_stack(config).layers) == config.num_hidden_layers

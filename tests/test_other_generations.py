@@ -4,13 +4,11 @@ import json
 
 import pytest
 
-from gemma_deploy.calibration.shards import LayerSetting, StackTemplate
-from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.cli import main
 from gemma_deploy.compile import compile_recipe
-from gemma_deploy.errors import NotBuiltError, RecipeError
+from gemma_deploy.errors import RecipeError
 from gemma_deploy.recipe import Recipe
-from gemma_deploy.testing import TINY_CONFIGS, TINY_EXPERTS, TINY_PER_LAYER, write_tiny_checkpoint
+from gemma_deploy.testing import TINY_EXPERTS, TINY_PER_LAYER, write_tiny_checkpoint
 from tests.calibration.make import write_tokenizer
 from tests.rotation import OTHERS
 
@@ -80,13 +78,20 @@ def recipe_of(checkpoint, backend, quantize, workspace):
                 ({}, {"dtype": "int8"}),
                 ({}, {"dtype": "bf16"}),
                 ({}, {"dtype": "int8", "quantize": "w4a16_rtn"}),
+                ({}, {"dtype": "int8", "quantize": "w8a16_gptq"}),
+                ({}, {"dtype": "int8", "quantize": "w4a16_gptq"}),
                 (ONE_OF_THREE, {"dtype": "fp32"}),
+                (ONE_OF_THREE, {"dtype": "int8", "quantize": "w4a16"}),
             )
         ),
         pytest.param("gemma3n_text", {}, {"type": "onnxruntime", "dtype": "bf16"}, marks=pytest.mark.slow),
         pytest.param("gemma3n_text", {}, {"type": "onnxruntime", "dtype": "fp32"}, marks=pytest.mark.slow),
         pytest.param("gemma3n_text", ONE_OF_THREE, {"type": "onnxruntime", "dtype": "fp32"}, marks=pytest.mark.slow),
         pytest.param("gemma3n_text", {}, INT4, marks=pytest.mark.slow),
+        *(
+            pytest.param("gemma3n_text", {}, INT4 | {"quantize": scheme}, marks=pytest.mark.slow)
+            for scheme in ("w8a16_gptq", "w4a16", "w4a16_gptq")
+        ),
         ("gemma4_text", {**SHALLOW, **TINY_EXPERTS}, {"type": "onnxruntime", "dtype": "int8"}),
         *(
             pytest.param("gemma4_text", TINY_EXPERTS, {"type": "onnxruntime", **one}, marks=pytest.mark.slow)
@@ -139,9 +144,8 @@ def test_what_is_not_built_of_e2b_is_said_before_any_work(backend, quantize, wor
     ("backend", "quantize", "words"),
     [
         ({"type": "tvm_vacc", "dtype": "fp16"}, None, "backend.dtype: fp16"),
-        ({"type": "tvm_vacc", "dtype": "int8"}, "w8a16_gptq", "frontend.quantize.type: w8a16_gptq"),
         ({"type": "tvm_vacc", "dtype": "int8"}, "w8a16+kv8", "frontend.quantize.type: w8a16+kv8"),
-        ({"type": "onnxruntime", "dtype": "int8"}, "w8a16_gptq", "frontend.quantize.type: w8a16_gptq"),
+        ({"type": "onnxruntime", "dtype": "int8"}, "w8a8", "frontend.quantize.type: w8a8"),
     ],
 )
 def test_what_is_not_built_of_gemma_3n_is_said_before_any_work(backend, quantize, words, tmp_path):
@@ -151,12 +155,6 @@ def test_what_is_not_built_of_gemma_3n_is_said_before_any_work(backend, quantize
         compile_recipe(recipe_of(checkpoint, backend, quantize, tmp_path / "w"))
     assert f"{words} is not built for a model of several streams" in str(refused.value)
     assert not (tmp_path / "w").exists()
-
-
-def test_layers_of_several_streams_are_not_calibrated(tmp_path):
-    config = ModelConfig.from_dict(TINY_CONFIGS["gemma3n_text"], "config.json")
-    with pytest.raises(NotBuiltError, match="calibration takes layers of one stream"):
-        StackTemplate(LayerSetting(config, "exact", 8, tmp_path))
 
 
 def test_a_table_of_vectors_in_int4_is_proven_and_half_as_large(tmp_path):

@@ -7,7 +7,7 @@ none of them names a model type, and none spells the linears of a layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from gemma_deploy.architectures.blocks import AltUp, Experts, Laurel, PerLayer, PerLayerTable
@@ -188,8 +188,17 @@ class LayerSpec:
     @property
     def groups(self) -> tuple[InputGroup, ...]:
         """Input groups in running order."""
-        behind = () if self.per_layer is None else (InputGroup((name,)) for name in self.per_layer.linears)
-        return (*(group for branch in self.branches for group in (branch.entry, branch.exit)), *behind)
+        found = [group for branch in self.branches for group in (branch.entry, branch.exit)]
+        if (beside := self.laurel) is not None:  # adds what attention reads to the stream: its norm absorbs no factor
+            readers = (*found[0].readers, beside.left)
+            found[:1] = replace(found[0], readers=readers, norm=None), InputGroup((beside.right,))
+        behind = () if self.per_layer is None else self.per_layer.linears
+        return (*found, *(InputGroup((name,)) for name in behind))
+
+    @property
+    def carried(self) -> int:
+        """Values of a token between two layers: the hidden size, of several streams that of each."""
+        return self.hidden_size * (1 if self.altup is None else self.altup.streams)
 
     @property
     def scoring(self) -> tuple[str, ...]:

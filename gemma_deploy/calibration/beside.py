@@ -15,8 +15,7 @@ import torch
 
 from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.calibration.executors import Executor
-from gemma_deploy.calibration.executors.ordered import one_torch_thread
-from gemma_deploy.calibration.layer_weights import loaded, refuse_nonfinite, rows_of
+from gemma_deploy.calibration.layer_weights import loaded, one_torch_thread, refuse_nonfinite, rows_of
 from gemma_deploy.calibration.points import cache_columns
 from gemma_deploy.calibration.shards import Readable, Shard, StatesByValue
 from gemma_deploy.calibration.states import HiddenStates
@@ -162,7 +161,8 @@ def vectors_of(checkpoint: WeightSource, stack: Any, tokens: np.ndarray) -> torc
     if table is None or not table.rows:
         own: torch.Tensor = stack.per_layer_inputs(None, embeds)[0]
         return own
-    rows = torch.from_numpy(rows_of(checkpoint, f"{PER_LAYER_TABLE}.weight", tokens))[None]
+    known = np.where(tokens < table.rows, tokens, 0)  # tokens without a row have the first one's
+    rows = torch.from_numpy(rows_of(checkpoint, f"{PER_LAYER_TABLE}.weight", known))[None]
     rows = rows * stack.embed_tokens_per_layer.scale_value(torch.float32)
     made: torch.Tensor = stack.project_per_layer(rows, embeds)[0]
     return made

@@ -5,8 +5,8 @@ Third step of calibration. The passes themselves are in ranges.py and quantizati
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import ModelConfig, WeightSource
 from gemma_deploy.errors import CalibrationError
-from gemma_deploy.names import EMBEDDING_WEIGHT
+from gemma_deploy.names import EMBEDDING_WEIGHT, NORM, STREAM_PROJECTION, STREAM_UNEMBED
 from gemma_deploy.patched import one_layer_of_each_template, patched_stack
 
 
@@ -30,18 +30,69 @@ def template_stack(config: ModelConfig, embed_scale: str) -> tuple[Any, tuple[st
     return stack, tuple(layer.template for layer in config.templates)
 
 
-def embed(checkpoint: WeightSource, ids: np.ndarray, scale: float, *, states: HiddenStates) -> None:
-    """Fill `states` with scaled embedding rows, reading only the rows that occur."""
-    for window, tokens in enumerate(ids):
-        unique, inverse = np.unique(tokens, return_inverse=True)
-        hidden = torch.from_numpy(rows_of(checkpoint, EMBEDDING_WEIGHT, unique))[torch.from_numpy(inverse)] * scale
-        refuse_nonfinite(hidden, checkpoint.path, EMBEDDING_WEIGHT.removesuffix(".weight"), window=window)
-        states.write(window, hidden.numpy())
+def embed(checkpoint: WeightSource, ids: np.ndarray, stack: Any, *, states: HiddenStates) -> None:
+    """Fill `states` with what the first layer reads: scaled embedding rows, or the streams that are made of them.
+
+    Only the rows that occur are read.
+
+    Args:
+        stack: of the patched model, on the meta device.
+    """
+    config, columns = checkpoint.config, checkpoint.embedding_scale()
+    scale = torch.tensor(float(stack.embed_tokens.scale_value(torch.float32)))
+    scale = scale if columns is None else torch.from_numpy(columns)
+    streams = config.altup is not None
+    with (
+        one_torch_thread() if streams else nullcontext(),
+        loaded(stack.altup_projections, checkpoint, STREAM_PROJECTION) if streams else nullcontext(),
+    ):
+        for window, tokens in enumerate(ids):
+            unique, inverse = np.unique(tokens, return_inverse=True)
+            hidden = torch.from_numpy(rows_of(checkpoint, EMBEDDING_WEIGHT, unique))[torch.from_numpy(inverse)] * scale
+            refuse_nonfinite(hidden, checkpoint.path, EMBEDDING_WEIGHT.removesuffix(".weight"), window=window)
+            if streams:
+                hidden = stack.entered(hidden[None])[0].flatten(1)
+                refuse_nonfinite(hidden, checkpoint.path, STREAM_PROJECTION, window=window)
+            states.write(window, hidden.numpy())
+
+
+@contextmanager
+def head_input(checkpoint: WeightSource, stack: Any) -> Iterator[Callable[[np.ndarray], torch.Tensor]]:
+    """What makes the LM head's input [1, seqlen, hidden] of the last layer's output [seqlen, carried].
+
+    Args:
+        stack: of the patched model, on the meta device; it has the weights for the time of the block.
+    """
+    altup = checkpoint.config.altup
+
+    def made(state: np.ndarray) -> torch.Tensor:
+        hidden = torch.from_numpy(state)[None]
+        normed: torch.Tensor = stack.norm(
+            hidden if altup is None else stack.left(hidden.unflatten(-1, (altup.streams, -1)))
+        )
+        return normed
+
+    with (
+        loaded(stack.norm, checkpoint, NORM),
+        nullcontext() if altup is None else loaded(stack.altup_unembed_projections, checkpoint, STREAM_UNEMBED),
+    ):
+        yield made
 
 
 def rows_of(checkpoint: WeightSource, table: str, tokens: np.ndarray) -> np.ndarray:
     """Rows of a table for some tokens, [tokens, columns] float32."""
     return np.concatenate([checkpoint.rows(table, int(token), int(token) + 1) for token in tokens])
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Shards are the parallelism; bits would depend on the number of torch's own threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

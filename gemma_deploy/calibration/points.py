@@ -5,7 +5,7 @@ A point is named `MODULE.in` or `MODULE.out`, MODULE as in the checkpoint: `mode
 
 from __future__ import annotations
 
-from gemma_deploy.architectures import InputGroup, LayerSpec, PerLayer, input_groups
+from gemma_deploy.architectures import InputGroup, Laurel, LayerSpec, PerLayer, input_groups
 from gemma_deploy.names import CACHE_FACTOR, CACHE_SCALE
 
 SHARD_TOKENS = 2048  # windows of about so many tokens pass through a layer together, see shards.py
@@ -14,7 +14,7 @@ LAYER_OUTPUT = "out"
 CACHED = "cache"  # where a layer's keys and values are, normed and turned; nothing is observed there
 HEAD_INPUT = "lm_head.in"
 # Kind of point -> how tables and pictures call it.
-_GROUPS = (*input_groups(), *(InputGroup((name,)) for name in PerLayer(0).linears))
+_GROUPS = (*input_groups(), *(InputGroup((name,)) for name in (Laurel(0).right, *PerLayer(0).linears)))
 LABELS = {f"{group.observed}.in": group.label for group in _GROUPS} | {
     LAYER_OUTPUT: "layer output",
     HEAD_INPUT: "LM head input",
@@ -23,7 +23,8 @@ LABELS = {f"{group.observed}.in": group.label for group in _GROUPS} | {
 
 def input_point(linear: str) -> str:
     """The point that holds the input of a linear: `...self_attn.v_proj` -> `...self_attn.q_proj.in`."""
-    for group in input_groups():
+    read_with = InputGroup((input_groups()[0].observed, Laurel(0).left))  # LAuReL reads what attention reads
+    for group in (*input_groups(), read_with):
         for reader in group.readers:
             if linear.endswith(f".{reader}"):
                 return f"{linear.removesuffix(reader)}{group.observed}.in"

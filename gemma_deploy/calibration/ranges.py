@@ -11,7 +11,7 @@ import torch
 
 from gemma_deploy.calibration.beside import ReadBeside
 from gemma_deploy.calibration.executors import Executor, Here
-from gemma_deploy.calibration.layer_weights import embed, loaded, refuse_nonfinite
+from gemma_deploy.calibration.layer_weights import embed, head_input, loaded, refuse_nonfinite
 from gemma_deploy.calibration.observers import RangeObserver
 from gemma_deploy.calibration.points import CACHED
 from gemma_deploy.calibration.shards import (
@@ -66,12 +66,12 @@ def run_layers(
     nsamples, seqlen = ids.shape
     config, ranges, done = checkpoint.config, Ranges(), 0
     stack_template = StackTemplate(LayerSetting(config, embed_scale, seqlen, checkpoint.path))
-    shape, file = (nsamples, seqlen, config.hidden_size), scratch / "hidden_states.f32"
+    shape, file = (nsamples, seqlen, config.carried), scratch / "hidden_states.f32"
     states = HiddenStates(shape, file, 0) if executor.shares == "disk" else HiddenStates(shape, file)
     beside = ReadBeside(config, scratch, ids.shape)
     with closing(states), closing(beside):
         beside.make_vectors(checkpoint, stack_template.stack, ids)
-        embed(checkpoint, ids, float(stack_template.stack.embed_tokens.scale_value(torch.float32)), states=states)
+        embed(checkpoint, ids, stack_template.stack, states=states)
         for index in range(config.num_hidden_layers):
             layer = LayerPass(stack_template, index)
             shards, carry = shards_of(nsamples, seqlen), executor.shares == "nothing"
@@ -98,9 +98,9 @@ def run_layers(
                         if progress:
                             progress(done, config.num_hidden_layers * nsamples)
         head = ranges["lm_head.in"] = RangeObserver()
-        with loaded(stack_template.stack.norm, checkpoint, NORM):
+        with head_input(checkpoint, stack_template.stack) as made:
             for window in range(nsamples):
-                hidden = stack_template.stack.norm(torch.from_numpy(states.read(window))[None])
+                hidden = made(states.read(window))
                 refuse_nonfinite(hidden, checkpoint.path, NORM, window=window)
                 head.update(hidden)
     return ranges

@@ -61,12 +61,12 @@ def _activations(config: ModelConfig, seqlen: int) -> int:
     """Elements alive while a window passes through a layer."""
     scores = SCORES * config.num_attention_heads * seqlen * seqlen
     widest = max(layer.intermediate_size for layer in config.templates)
-    return scores + seqlen * (4 * widest + 8 * config.hidden_size)
+    return scores + seqlen * (4 * widest + 8 * config.carried)
 
 
 def states_bytes(config: ModelConfig, nsamples: int, seqlen: int) -> int:
-    """Hidden states of all windows."""
-    return 4 * nsamples * seqlen * config.hidden_size
+    """Hidden states of all windows, all streams of them."""
+    return 4 * nsamples * seqlen * config.carried
 
 
 def beside_bytes(config: ModelConfig, nsamples: int, seqlen: int) -> int:

@@ -2,7 +2,7 @@
 
 What windows are between two segments is all that the rest of the layer needs: the residual stream, and beside it what
 o_proj, down_proj or per_layer_projection will read. So a layer whose groups are quantized one after the other is walked
-through once.
+through once. Layers that carry several streams along are walked through in streams.py.
 """
 
 from __future__ import annotations
@@ -90,18 +90,39 @@ def stream_at(layer: Walkable, state: np.ndarray, route: Route) -> torch.Tensor:
     return walk(layer, state, route, stop=mlp.entry.observed, seen=lambda point, x: None)[0]
 
 
+def stream_columns(layer: LayerSpec, point: str | None) -> int:
+    """Values of a token when a point was reached, without what its linear will read.
+
+    Of a layer with several streams: what is expected of them, LAuReL until attention is added, then the computed one.
+    """
+    attention, mlp = layer.branches[0], layer.branches[-1]
+    computed = layer.altup is not None and point in (attention.output, mlp.entry.observed, mlp.output)
+    return layer.carried + (layer.hidden_size if computed else 0)
+
+
 def state_columns(layer: LayerSpec, point: str) -> int:
     """Values of a token when a point was reached."""
     waiting = {branch.output for branch in layer.branches}
     if layer.per_layer is not None:
         waiting.add(layer.per_layer.projection)
-    return layer.hidden_size + (layer.linear(point).in_features if point in waiting else 0)
+    if layer.laurel is not None:
+        waiting.add(layer.laurel.right)
+    return stream_columns(layer, point) + (layer.linear(point).in_features if point in waiting else 0)
+
+
+def begun(layer: Walkable, state: np.ndarray, route: Route) -> tuple[int, tuple[torch.Tensor, torch.Tensor]]:
+    """The number of the group that a window has reached, and its state there: the stream, and what the linear reads."""
+    points = [group.observed for group in layer.spec.groups]
+    stream, made = (torch.from_numpy(part)[None] for part in parts_of(state, stream_columns(layer.spec, route.start)))
+    if route.divisor is not None:
+        made = made / route.divisor
+    return 0 if route.start is None else points.index(route.start), (stream, made)
 
 
 def walk(
     layer: Walkable, state: np.ndarray, route: Route, *, stop: str | None, seen: Seen, beside: Beside = NOTHING
 ) -> tuple[torch.Tensor, ...]:
-    """Take a window from one point to another.
+    """Take a window from one point to another, in a layer of one stream.
 
     Args:
         state: [seqlen, `state_columns`] at `route.start`, as `joined` lays it out.
@@ -113,11 +134,7 @@ def walk(
         The state at `stop` in parts [1, seqlen, columns].
     """
     module, spec = layer.module, layer.spec
-    points = [group.observed for group in spec.groups]
-    begin = 0 if route.start is None else points.index(route.start)
-    hidden, made = (torch.from_numpy(part)[None] for part in parts_of(state, spec.hidden_size))
-    if route.divisor is not None:
-        made = made / route.divisor
+    begin, (hidden, made) = begun(layer, state, route)
     for number, branch in enumerate(spec.branches):
         entry, leaving = branch.entry.observed, branch.output
         if begin <= 2 * number:
@@ -139,7 +156,7 @@ def walk(
             hidden = hidden + (module.get_submodule(branch.post_norm)(added) if branch.post_norm else added)
     if spec.per_layer is not None:
         gate, projection = spec.per_layer.gate, spec.per_layer.projection
-        if begin < points.index(projection):
+        if begin < len(spec.groups) - 1:
             seen(gate, hidden)
             if stop == gate:
                 return (hidden,)

@@ -23,10 +23,10 @@ from torch import nn
 from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.calibration.layer_weights import refuse_nonfinite, template_stack
 from gemma_deploy.calibration.points import CACHED, LAYER_OUTPUT, SHARD_TOKENS, cache_columns
-from gemma_deploy.calibration.segments import ENTERED, NOTHING, Beside, Route, state_columns, walk
+from gemma_deploy.calibration.segments import ENTERED, NOTHING, Beside, Route, state_columns
 from gemma_deploy.calibration.states import joined, parts_of
+from gemma_deploy.calibration.streams import walk
 from gemma_deploy.checkpoint import ModelConfig
-from gemma_deploy.errors import NotBuiltError
 
 
 def shards_of(nsamples: int, seqlen: int) -> list[range]:
@@ -119,13 +119,6 @@ class StackTemplate:
     """The patched stack without weights, its masks and its rotary tables: made once per process."""
 
     def __init__(self, model: LayerSetting) -> None:
-        if model.config.altup is not None:
-            raise NotBuiltError(
-                "calibration takes layers of one stream, and these carry several along",
-                where=str(model.path),
-                expected="a model of another generation than Gemma 3n",
-                next_step="write w8a16, which reads no text",
-            )
         self.model = model
         self.stack, self.templates = template_stack(model.config, model.embed_scale)
         position_ids = torch.arange(model.seqlen)[None]
@@ -187,25 +180,26 @@ class LayerPass:
         """A window through the layer.
 
         Args:
-            hidden: [seqlen, hidden]; seen: called with (linear, its input [1, seqlen, channels]).
+            hidden: [seqlen, carried]; seen: called with (linear, its input [1, seqlen, channels]).
             cached: called with ("key" or "value", what the cache would hold [1, Hk, seqlen, D]).
             beside: what the layer reads of the window besides.
 
         Returns:
-            [1, seqlen, hidden].
+            [1, seqlen, carried].
         """
         self._watching.seen = seen
+        x = torch.from_numpy(hidden)[None]
+        if self.spec.altup is not None:
+            x = x.unflatten(-1, (self.spec.altup.streams, -1))
         try:
             output: torch.Tensor
-            output, _, present = self.module(
-                torch.from_numpy(hidden)[None], *self.attention_inputs(), **beside.arguments
-            )
+            output, _, present = self.module(x, *self.attention_inputs(), **beside.arguments)
         finally:
             self._watching.seen = None
         if cached is not None and self.spec.cache_from is None:
             for (part, _), value in zip(self.spec.caches, present, strict=True):
                 cached(part, value)
-        return output
+        return output.flatten(2)
 
     def attention_inputs(self) -> tuple[Any, Any]:
         """Rotary embedding and mask, as the layer and its attention take them."""

@@ -125,6 +125,11 @@ class ModelConfig:
         return self.layers[0].altup
 
     @property
+    def carried(self) -> int:
+        """Values of a token between two layers."""
+        return self.layers[0].carried
+
+    @property
     def reads_beside(self) -> bool:
         """Whether layers read more than hidden states: vectors of each token, or keys and values of earlier layers."""
         return self.per_layer is not None or self.first_sharing is not None

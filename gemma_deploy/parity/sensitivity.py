@@ -17,12 +17,11 @@ import torch
 
 from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.calibration.beside import ReadBeside
-from gemma_deploy.calibration.layer_weights import embed, loaded
+from gemma_deploy.calibration.layer_weights import embed, head_input, loaded
 from gemma_deploy.calibration.shards import LayerPass, LayerSetting, Shard, StackTemplate, cache_rows
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.machine import give_memory_back
-from gemma_deploy.names import NORM
 from gemma_deploy.parity.reference import TorchSource
 from gemma_deploy.progress import Tick
 
@@ -59,10 +58,10 @@ def measure_sensitivity(
     stack_template = StackTemplate(LayerSetting(config, embed_scale, seqlen, checkpoint.path))
     unchanged, table = count, count + 1  # rows after those of the layers
     with (
-        closing(HiddenStates((count + 2, seqlen, config.hidden_size), scratch / "variants.f32", 0)) as states,
+        closing(HiddenStates((count + 2, seqlen, config.carried), scratch / "variants.f32", 0)) as states,
         closing(_Variants((checkpoint, stored), stack_template, states)) as variants,
     ):
-        _embed_both(checkpoint, stored, tokens, stack_template, embed_scale, states, (unchanged, table), scratch)
+        _embed_both(checkpoint, stored, tokens, stack_template, states, (unchanged, table), scratch)
         variants.make_vectors(tokens)
         for index in range(count):
             layer = LayerPass(stack_template, index)
@@ -79,8 +78,8 @@ def measure_sensitivity(
         normed = []
         sources: list[tuple[WeightSource, Sequence[int]]] = [(checkpoint, range(count + 1)), (stored, [table])]
         for source, rows in sources:
-            with loaded(stack_template.stack.norm, source, NORM):
-                normed += [stack_template.stack.norm(torch.from_numpy(states.read(i))[None])[0] for i in rows]
+            with head_input(source, stack_template.stack) as made:
+                normed += [made(states.read(i))[0] for i in rows]
 
     def second_half(done: float, total: float) -> None:
         if progress is not None:
@@ -143,24 +142,18 @@ def _embed_both(
     stored: ArtifactWeights,
     tokens: Sequence[int],
     stack_template: StackTemplate,
-    embed_scale: str,
     states: HiddenStates,
     rows: tuple[int, int],
     scratch: Path,
 ) -> None:
     """The window through the checkpoint's table and the artifact's."""
-    scale = float(stack_template.stack.embed_tokens.scale_value(torch.float32))
     ids = np.array([tokens])
-    columns = stored.embedding_scale()
     with ExitStack() as stack:
         sources: tuple[WeightSource, WeightSource] = (checkpoint, stored)
         for row, source in zip(rows, sources, strict=True):
             one = stack.enter_context(closing(HiddenStates((1, *states.shape[1:]), scratch / f"embedded-{row}.f32", 0)))
-            embed(source, ids, scale, states=one)
-            hidden = one.read(0)
-            if source is stored and columns is not None:
-                hidden = (hidden / np.float32(scale) * columns).astype(np.float32)
-            states.write(row, hidden)
+            embed(source, ids, stack_template.stack, states=one)
+            states.write(row, one.read(0))
 
 
 def _losses(exact: TorchSource, changed: TorchSource, normed: Sequence[torch.Tensor], progress: Tick) -> list[float]:

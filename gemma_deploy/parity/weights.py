@@ -21,7 +21,7 @@ import numpy as np
 from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.machine import give_memory_back
-from gemma_deploy.names import EMBEDDING_WEIGHT, NORM
+from gemma_deploy.names import EMBEDDING_WEIGHT, LAYERS, NORM, NORM_WEIGHT
 from gemma_deploy.parity.gates import STORED_WEIGHTS, Line
 from gemma_deploy.patched import patched_module
 from gemma_deploy.progress import Tick
@@ -134,11 +134,16 @@ def _folded(compared: _Compared, embed_scale: str) -> Iterator[Difference]:
             yield compared.matrix(f"{prefix}{layer.experts.router}.weight")
             for stack in layer.experts.stacks(layer.hidden_size):
                 yield compared.matrix(f"{prefix}{stack}", typical=True)
+        for small in layer.small:
+            yield compared.matrix(f"{prefix}{small}.weight")
     if config.sentence is not None:
         yield compared.norm(f"{NORM}.weight")
         for name in config.sentence.tensors():
             yield compared.matrix(name)
         return
+    for name, info in compared.checkpoint.tensors.items():  # of per-layer vectors, and of streams
+        if not name.startswith(LAYERS) and name not in (EMBEDDING_WEIGHT, NORM_WEIGHT, config.head_weight):
+            yield compared.norm(name) if len(info.shape) == 1 else compared.matrix(name)
     yield compared.matrix(config.head_weight, columns=compared.norm_factors(NORM), use="LM head, ")
 
 

@@ -65,7 +65,7 @@ def observe_cache(
         CalibrationError: the weights give NaN or infinity, the disk is full, or a worker ended.
     """
     config, (nsamples, seqlen) = checkpoint.config, ids.shape
-    shape = (nsamples, seqlen, config.hidden_size)
+    shape = (nsamples, seqlen, config.carried)
     stack_template = StackTemplate(LayerSetting(config, embed_scale, seqlen, checkpoint.path))
     states = HiddenStates(shape, file.with_name("hidden.f32"), 0)
     beside = ReadBeside(config, file.parent, ids.shape)
@@ -79,7 +79,7 @@ def observe_cache(
             progress(done, config.num_hidden_layers * nsamples)
 
     try:
-        embed(checkpoint, ids, float(stack_template.stack.embed_tokens.scale_value(torch.float32)), states=states)
+        embed(checkpoint, ids, stack_template.stack, states=states)
         beside.make_vectors(checkpoint, stack_template.stack, ids)
         for index in range(config.num_hidden_layers):
             layer = LayerPass(stack_template, index)

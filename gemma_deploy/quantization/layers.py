@@ -78,7 +78,7 @@ def quantize_layers(
     """
     config = checkpoint.config
     count, (nsamples, seqlen) = config.num_hidden_layers, ids.shape
-    shape = (nsamples, seqlen, config.hidden_size)
+    shape = (nsamples, seqlen, config.carried)
     claim(folder, key)
     shutil.rmtree(scratch_of(folder), ignore_errors=True)  # of a killed run
     shared = {
@@ -91,7 +91,7 @@ def quantize_layers(
         stack_template = StackTemplate(LayerSetting(config, embed_scale, seqlen, checkpoint.path))
         if done == 0:
             states = HiddenStates(shape, states_file(folder, 0), 0)
-            embed(checkpoint, ids, float(stack_template.stack.embed_tokens.scale_value(torch.float32)), states=states)
+            embed(checkpoint, ids, stack_template.stack, states=states)
         else:
             states = HiddenStates(shape, states_file(folder, done), 0, there=True)
         beside = ReadBeside(config, folder, ids.shape, there=done)
@@ -138,7 +138,7 @@ def hidden_states(checkpoint: WeightSource, shape: tuple[int, int], folder: Path
     """What the last quantized layer gave; `close` deletes it."""
     config = checkpoint.config
     file = states_file(folder, config.num_hidden_layers)
-    return HiddenStates((*shape, config.hidden_size), file, 0, there=True)
+    return HiddenStates((*shape, config.carried), file, 0, there=True)
 
 
 class _Ticks:

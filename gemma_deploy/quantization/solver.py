@@ -15,7 +15,7 @@ from gemma_deploy.quantization.equalize import column_factors, token_gains
 from gemma_deploy.quantization.gptq import gptq
 from gemma_deploy.quantization.moments import BLOCK, Factor, factorize
 from gemma_deploy.quantization.scales import choose_scales
-from gemma_deploy.schemes import is_kept
+from gemma_deploy.schemes import LOW_RANK, is_kept
 
 PIECE_ROWS = 1024  # of a matrix that tokens are multiplied with
 PIECE_ELEMENTS = 1 << 23  # of a matrix at a time; a handful of float32 arrays of this size are alive
@@ -34,7 +34,8 @@ class Settings:
         equalize: choose column factors; else they are 1.
         compensate: move errors onto later columns (GPTQ); else round to nearest.
         activations: inputs are rounded to 8 bits as well, with a scale for each token.
-        kept_w8: kinds of linears that have 8 bits whatever the others have.
+        kept_w8: kinds of linears that have 8 bits whatever the others have; those of low rank have them, and whole
+            rows, in any case.
     """
 
     bits: int = 8
@@ -49,6 +50,8 @@ class Settings:
 
     def linear(self, reader: str) -> Settings:
         """Those of one linear, by its name within the layer."""
+        if is_kept(reader, LOW_RANK):
+            return replace(self, bits=8, groupsize=None)
         return replace(self, bits=8) if is_kept(reader, self.kept_w8) else self
 
     @property

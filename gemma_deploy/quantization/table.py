@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from gemma_deploy.calibration.layer_weights import loaded, refuse_nonfinite, template_stack
+from gemma_deploy.calibration.layer_weights import head_input, refuse_nonfinite, template_stack
 from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.names import COLUMN_SCALE, NORM, NORM_WEIGHT
 from gemma_deploy.quantization.equalize import MOST_ROWS, column_factors
@@ -59,9 +59,9 @@ def scale_table(
         return record
     stack, _ = template_stack(checkpoint.config, embed_scale)
     power, count = torch.zeros(checkpoint.config.hidden_size, dtype=torch.float64), 0
-    with closing(hidden_states(checkpoint, shape, folder)) as states, loaded(stack.norm, checkpoint, NORM):
+    with closing(hidden_states(checkpoint, shape, folder)) as states, head_input(checkpoint, stack) as made:
         for window in range(shape[0]):
-            hidden = stack.norm(torch.from_numpy(states.read(window))[None])
+            hidden = made(states.read(window))
             refuse_nonfinite(hidden, checkpoint.path, NORM, window=window)
             power += hidden[0].double().square().sum(0)
             count += shape[1]

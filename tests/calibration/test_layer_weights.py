@@ -170,6 +170,7 @@ def test_points_have_labels_and_every_linear_a_point():
         "self_attn.o_proj.in": "o_proj input",
         "mlp.gate_proj.in": "gate/up input",
         "mlp.down_proj.in": "down_proj input",
+        "laurel.linear_right.in": "linear_right input",
         "per_layer_input_gate.in": "per_layer_input_gate input",
         "per_layer_projection.in": "per_layer_projection input",
         "out": "layer output",

@@ -58,7 +58,6 @@ def ids():
         for name in MODELS
         for scheme in SCHEMES
         if scheme != "w8a16"  # which the other tests compile
-        if name != "3n" or "gptq" not in scheme  # calibration takes layers of one stream
     ],
 )
 def test_it_compiles_proven(native_library, tmp_path, name, scheme):

@@ -176,8 +176,10 @@ class OnnxRuntime:
         problems = []
         if config.altup is not None:
             which = "a model of several streams (Gemma 3n)"
-        if config.altup is not None and spec.scheme.calibrates:
-            problems.append(f"frontend.quantize.type: {spec.scheme} is not built for {which}: write w8a16 or w4a16_rtn")
+        if config.altup is not None and (spec.scheme.int8_cache or spec.scheme.rounds_activations):
+            problems.append(
+                f"frontend.quantize.type: {spec.scheme} is not built for {which}: write w8a16_gptq or w4a16_gptq"
+            )
         if options_of(spec).cache == WINDOW and options_of(spec).logits == ALL and config.first_sharing is not None:
             problems.append(
                 "backend.compile.cache: window and backend.compile.logits: all contradict each other where layers read "

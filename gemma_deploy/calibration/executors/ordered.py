@@ -1,13 +1,10 @@
-"""What the executors have in common: results in order, and one thread of torch."""
+"""What the executors have in common: results in order."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
-
-import torch
 
 
 def in_order(
@@ -26,14 +23,3 @@ def in_order(
             yield result(begun.popleft())
     while begun:
         yield result(begun.popleft())
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Shards are the parallelism; bits would depend on the number of torch's own threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
