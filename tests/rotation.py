@@ -62,7 +62,7 @@ A_FEW = {
     "tests/test_wheel.py::test_the_installed_program_lists_its_recipes_takes_their_names_and_has_its_pages": 0,
     "tests/params/test_resume.py::test_killed_at_many_moments_the_bytes_are_the_same": 0,
     "tests/calibration/test_store.py::test_a_damaged_result_is_refused_and_made_again": 3,
-    "tests/test_stage_keys.py::test_the_stages_that_read_an_input": 10,
+    "tests/test_stage_keys.py::test_the_stages_that_read_an_input": 6,
     "tests/split/test_split.py::test_a_killed_split_leaves_nothing_that_looks_finished_and_continues": 0,
     "tests/test_whole_or_not.py::test_killed_at_many_moments": 1,
     "tests/test_whole_or_not.py::test_numbers_that_json_cannot_hold_become_null": 0,
@@ -130,6 +130,12 @@ A_FEW = {
     "tests/backends/test_encoder.py::test_a_wrong_graph_is_seen": 5,
     "tests/backends/test_encoder.py::test_a_text_alone_is_what_it_is_in_company": 1,
     "tests/test_embed2.py::test_the_gate_sees_a_wrong_graph": 0,
+    "tests/calibration/test_beside.py::test_a_stopped_run_goes_on_and_makes_lost_files_again": 2,
+    "tests/parity/test_dynamic.py::test_codes_in_the_other_convention": 1,
+    "tests/parity/test_dynamic.py::test_a_window_wider_or_narrower_by_one": 2,
+    "tests/native/test_backend.py::test_a_token_gives_the_same_bits_whatever_its_company": 1,
+    "tests/text/test_as_transformers.py::test_a_tokenizer_inside_a_gguf_file": 5,
+    "tests/chat/test_parser.py::test_what_the_published_templates_write_is_read_back": 3,
 }
 
 
