@@ -18,6 +18,7 @@ COLUMN_SCALE = "model.embed_tokens.column_scale"
 CACHE_FACTOR = "cache_factor"  # ends the name of what channels of keys or values are divided by, in an int8 cache
 CACHE_SCALE = "cache_scale"  # ends the name of the size of one step of each channel's codes, likewise
 COLUMN_FACTOR = "column_factor"  # ends the name of what the columns of linears that read one input were multiplied by
+FIRST_ROW = ".first_row"  # ends the name, in a rank's graph, of the number of its first row of a table, or expert
 LAYERS = "model.layers."
 PER_LAYER_TABLE = "model.embed_tokens_per_layer"  # rows of a vector for each layer
 PER_LAYER_PROJECTION = "model.per_layer_model_projection"

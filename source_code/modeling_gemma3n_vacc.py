@@ -50,12 +50,16 @@ class SparseMLP(nn.Module):
 
     def sparse(self, gate: torch.Tensor) -> torch.Tensor:
         """Gates above the quantile by how much they are; the others are zero."""
-        mean = gate.mean(-1, keepdim=True)
+        mean = self.mean_of(gate)
         if torch.compiler.is_exporting():  # in operators that ONNX has
-            deviation = torch.sqrt((gate - mean).pow(2).mean(-1, keepdim=True))
+            deviation = torch.sqrt(self.mean_of((gate - mean).pow(2)))
         else:
             deviation = torch.std(gate, dim=-1, keepdim=True, unbiased=False)
         return nn.functional.relu(gate - (mean + deviation * self.quantile_in(gate.dtype)))
+
+    def mean_of(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [batch, seq, intermediate] -> [batch, seq, 1]; where gates are divided, something else is put here."""
+        return x.mean(-1, keepdim=True)
 
     def quantile_in(self, dtype: torch.dtype) -> float:
         """The quantile as the run dtype holds it."""

@@ -27,7 +27,7 @@ from gemma_deploy.names import PARAMS
 from gemma_deploy.params import build_plan, write_params
 from gemma_deploy.partition import parts_of
 from gemma_deploy.recipe import Recipe
-from gemma_deploy.testing import TINY_CONFIGS, TINY_PER_LAYER, write_tiny_checkpoint
+from gemma_deploy.testing import TINY_CONFIGS, TINY_EXPERTS, TINY_PER_LAYER, write_tiny_checkpoint
 from gemma_deploy.verifying import verify
 from tests.calibration.make import write_tokenizer
 from tests.exporting import export_in_this_process
@@ -70,11 +70,21 @@ VECTORS = "model.embed_tokens_per_layer.weight"
 SHARED = {**TINY_PER_LAYER, "sliding_window": 6}  # five windows in a prompt
 
 
+SHARING = {"gemma4_text": SHARED, "gemma3n_text": {"sliding_window": 6}}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "tp"), [("fp32", 2), ("int8", 4), ("fp16", 2)])
-def test_ranks_of_a_model_whose_layers_share_keys(tmp_path, dtype, tp):
-    """Two KV heads, repeated among four ranks; a layer reads its own rank's share of another one's cache."""
-    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma4_text", **SHARED)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "tp"),
+    [("gemma4_text", "fp32", 2), ("gemma4_text", "int8", 4), ("gemma4_text", "fp16", 2),
+     ("gemma3n_text", "fp32", 4), ("gemma3n_text", "int8", 2)],
+)  # fmt: skip
+def test_ranks_of_a_model_whose_layers_share_keys(tmp_path, kind, dtype, tp):
+    """Two KV heads, repeated among four ranks; a layer reads its own rank's share of another one's cache.
+
+    Of a 3n, the mean and the deviation of gates are those of all ranks together.
+    """
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", kind, **SHARING[kind])
     write_tokenizer(checkpoint)
     out = tmp_path / "artifact"
     assert compile_recipe(recipe(checkpoint, dtype, tp=tp), out=out).parity.passed
@@ -84,23 +94,80 @@ def test_ranks_of_a_model_whose_layers_share_keys(tmp_path, dtype, tp):
         assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
         rows = load_file(out / "rank1" / "params.safetensors")[VECTORS]
         whole = load_file(tmp_path / "whole" / "params.safetensors")[VECTORS]
-        assert np.array_equal(rows, whole[256:])
+        assert np.array_equal(rows, whole[len(whole) // tp : 2 * len(whole) // tp])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "points", "tp"), [("fp32", [1, 2], 1), ("int8", [2], 2), ("fp16", [1], 1)])
-def test_stages_of_a_model_whose_layers_share_keys(tmp_path, dtype, points, tp):
-    """Vectors of the layers that are not done yet pass from stage to stage; caches do not."""
-    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma4_text", **SHARED)
+@pytest.mark.parametrize(
+    ("dtype", "points", "tp", "seed"), [("fp32", [], 2, 0), ("int8", [1], 4, 0), ("fp16", [], 2, 1)]
+)
+def test_ranks_of_a_model_with_experts(tmp_path, dtype, points, tp, seed):
+    """Each has some of eight experts, of which a token runs through three, wherever they are.
+
+    With the first seed a token chooses between two experts so narrowly that float16 decides, undivided too.
+    """
+    sizes = {"num_hidden_layers": 3, "sliding_window": 6, **TINY_EXPERTS}
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma4_text", seed=seed, **sizes)
     write_tokenizer(checkpoint)
     out = tmp_path / "artifact"
     assert compile_recipe(recipe(checkpoint, dtype, points, tp), out=out).parity.passed
+    verify(out)
+    ledger = json.loads((out / "manifest.json").read_text())["ledger"]
+    assert any(f"experts are divided among {tp} ranks" in entry["what"] for entry in ledger)
+    stack = "model.layers.0.experts.gate_up_proj"
+    folder = "bottom/rank1" if points else "rank1"
+    rows = load_file(out / folder / PARAMS)[stack]
+    assert rows.shape == (8 // tp, 192, 64)
     if dtype == "fp32":
         compile_recipe(recipe(checkpoint, dtype), out=tmp_path / "whole")
         found, expected = run_all(out), run_all(tmp_path / "whole")
         assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
-        tables = [folder for folder in ("bottom", "trunk", "top") if VECTORS in load_file(out / folder / PARAMS)]
+        assert np.array_equal(rows, load_file(tmp_path / "whole" / PARAMS)[stack][4:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "dtype", "points", "tp"),
+    [("gemma4_text", "fp32", [1, 2], 1), ("gemma4_text", "int8", [2], 2), ("gemma4_text", "fp16", [1], 1),
+     ("gemma4_text", "fp32", [3, 5], 1), ("gemma4_text", "fp32", [4], 1), ("gemma4_text", "int8", [2, 4, 6], 2),
+     ("gemma4_text", "fp16", [3, 5], 1), ("gemma3n_text", "fp32", [3, 5], 1), ("gemma3n_text", "int8", [1, 4], 2),
+     ("gemma3n_text", "bf16", [2, 4, 6], 1)],
+)  # fmt: skip
+def test_stages_of_a_model_whose_layers_share_keys(tmp_path, kind, dtype, points, tp):
+    """Vectors of the layers that are not done yet pass from stage to stage, and new keys and values that later read."""
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", kind, **SHARING[kind])
+    write_tokenizer(checkpoint)
+    out = tmp_path / "artifact"
+    assert compile_recipe(recipe(checkpoint, dtype, points, tp), out=out).parity.passed
+    verify(out)
+    if dtype == "fp32":
+        compile_recipe(recipe(checkpoint, dtype), out=tmp_path / "whole")
+        found, expected = run_all(out), run_all(tmp_path / "whole")
+        assert np.array_equal(found, expected)
+        folders = [part.folder for part in Manifest.of(json.loads((out / "manifest.json").read_text())).parts]
+        tables = [folder for folder in folders if VECTORS in load_file(out / folder / PARAMS)]
         assert tables == ["bottom"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SHARING)
+def test_a_stage_that_reads_the_wrong_layers_keys_fails_the_gate(tmp_path, kind, monkeypatch):
+    """The joined graph gives a later stage what the manifest's parts give: keys of another layer are seen."""
+    from gemma_deploy.backends.tvm_vacc.join import _Joiner
+
+    add = _Joiner.add
+
+    def swapped(self, folders, models, entering):
+        made = add(self, folders, models, entering)
+        if "shared.2.value" in self.presents:
+            self.presents["shared.2.value"] = self.presents["shared.0.value"]
+        return made
+
+    checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", kind, **SHARING[kind])
+    write_tokenizer(checkpoint)
+    monkeypatch.setattr(_Joiner, "add", swapped)
+    with pytest.raises(GateError, match=r"layer 4|layers\.4"):
+        compile_recipe(recipe(checkpoint, "fp32", [3, 5]), out=tmp_path / "artifact")
 
 
 def test_what_passes_between_stages_where_layers_add_vectors():
@@ -126,11 +193,30 @@ def test_what_passes_between_stages_where_layers_add_vectors():
     }
 
 
+def test_what_passes_between_stages_where_layers_read_earlier_keys():
+    """Keys and values of new tokens, beside them the cache of old ones; a prompt's last position behind such layers."""
+    config = ModelConfig.from_dict(TINY_CONFIGS["gemma3n_text"], "config.json")
+    contract = GraphContract.of(config, "fp32", 2, prefill=32, context=80)
+    bottom, trunk, top = (contract.of_part(part) for part in parts_of(7, (3, 5), 1))
+    assert [port.shape for port in bottom.outputs("iter0")[:2]] == [(2, 32, 4, 64), (2, 32, 4, 32)]
+    assert [port.shape for port in trunk.outputs("iter0")[:2]] == [(2, 1, 4, 64), (2, 1, 2, 32)]
+    assert [port.shape for port in top.inputs("iter0")[:2]] == [(2, 1, 4, 64), (2, 1, 2, 32)]
+    assert [(port.name, port.shape) for port in trunk.inputs("iter0")[4:]] == [
+        ("shared.2.key", (2, 2, 32, 32)), ("shared.2.value", (2, 2, 32, 32)),
+    ]  # fmt: skip
+    names = [port.name for port in top.inputs("iter1")[4:]]
+    assert names == [f"{what}.{i}.{part}" for what in ("shared", "past_key_values") for i in (2, 3)
+                     for part in ("key", "value")]  # fmt: skip
+    assert [port.name for port in top.outputs("iter1")] == ["logits"]
+
+
 @pytest.mark.parametrize("points", [[3], [1, 5]])
-def test_caches_do_not_pass_between_stages(tmp_path, points):
+def test_codes_of_caches_do_not_pass_between_stages(tmp_path, points):
     checkpoint = write_tiny_checkpoint(tmp_path / "checkpoint", "gemma4_text", **SHARED)
     with pytest.raises(RecipeError, match=rf"split\.points: {points[-1]} is behind layer 2, .*: cut at 2 or before"):
-        compile_recipe(recipe(checkpoint, points=points), out=tmp_path / "artifact")
+        compile_recipe(
+            recipe(checkpoint, "int8", points, 1, "frontend.quantize.type=w8a16+kv8"), out=tmp_path / "artifact"
+        )
     assert not (tmp_path / "artifact").exists()
 
 

@@ -29,6 +29,11 @@ def all_gather(x: torch.Tensor, ranks: int) -> torch.Tensor:
     return result
 
 
+def mean_over_ranks(x: torch.Tensor, *, ranks: int) -> torch.Tensor:
+    """[..., n] of this rank -> [..., 1], the mean of what all ranks have; each has as many."""
+    return all_reduce(x.mean(-1, keepdim=True) / ranks)
+
+
 class ReducedLinear(nn.Module):
     """A linear of which a rank holds some columns.
 
@@ -63,3 +68,24 @@ class RankEmbedding(nn.Module):
         mine = (local >= 0) & (local < self.rows)
         found = self.table(torch.where(mine, local, torch.zeros_like(local)))
         return all_reduce(torch.where(mine[..., None], found, torch.zeros_like(found)))
+
+
+class RankExperts(nn.Module):
+    """Experts of which a rank holds some, whole.
+
+    Args:
+        partial: the rank's experts, which give nothing for a number behind their last; count: how many; in_float32: sum
+            in float32.
+    """
+
+    def __init__(self, partial: nn.Module, count: int, *, in_float32: bool) -> None:
+        super().__init__()
+        self.partial, self.count, self.in_float32 = partial, count, in_float32
+        self.register_buffer("first_row", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        """x: [batch, seq, hidden]; weights, experts: [batch, seq, chosen], of all ranks -> as x."""
+        local = experts - self.first_row
+        mine = (local >= 0) & (local < self.count)
+        made = self.partial(x, weights, torch.where(mine, local, torch.full_like(local, self.count)))
+        return all_reduce(made.float() if self.in_float32 else made).to(made.dtype)

@@ -5,9 +5,11 @@ iter1: input_ids, position_ids [B,1], attention_mask [B,C+1], past_key_values.{i
 logits [B,1,V], present.{i}.key/value [B,Hk,1,D] (the new entries only).
 
 The graphs of a stage (`split.points`) read inputs_embeds [B,S,H] in the place of input_ids, or return hidden_states in
-the place of logits; they have the caches of their own layers, which keep the whole model's numbers. Where layers add
-vectors of tokens, those of the layers that are not done yet pass as well, per_layer_vectors [B,S,layers,size] and
-next_per_layer_vectors. The caches of a rank (`tp`) hold its heads.
+the place of logits, of several streams [B,S,streams,H]; they have the caches of their own layers, which keep the whole
+model's numbers. Where layers add vectors of tokens, those of layers that are not done yet pass, per_layer_vectors
+[B,S,layers,size] and next_per_layer_vectors. What is new of keys and values that a later stage reads enters it as
+shared.{i}.key/value [B,Hk,S,D], and in iter1 a copy of that cache, past_key_values.{i}.key/value; behind a layer that
+reads another's, the last position of a prompt passes alone. The caches of a rank (`tp`) hold its heads.
 
 In dynamic graphs B, the number of new tokens and the number of cache slots are free, so iter1 also takes a prompt in
 chunks. P and C are then the largest lengths the artifact is meant for: the rotary tables have C rows.
@@ -15,6 +17,7 @@ chunks. P and C are then the largest lengths the artifact is meant for: the rota
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -28,6 +31,7 @@ GRAPHS = ("iter0", "iter1")
 PREFILL, DECODE = GRAPHS
 ENTERING, LEAVING = "inputs_embeds", "hidden_states"  # of a stage that does not embed, or has no head
 ENTERING_VECTORS, LEAVING_VECTORS = "per_layer_vectors", "next_per_layer_vectors"  # likewise, where layers add some
+BORROWED, PRESENT, PAST_CACHE = "shared", "present", "past_key_values"  # begin names of keys and values, `.{i}.key`
 # Of an encoder: what leaves the last norm, and the vector of each text; named as sentence-transformers' exports are.
 TOKEN_STATES, TEXT_VECTORS = "last_hidden_state", "sentence_embedding"
 ENCODER = "model"  # its one graph, without `.onnx`; and that of a drafter
@@ -87,6 +91,8 @@ class GraphContract:
             in all of them; else (). (0, 0) of a layer without a cache of its own.
         vector_size: of what layers add of each token; vectors: layers from `first_layer` on, that is, how many vectors
             a stage reads of a token. 0 where layers add none.
+        streams: that hidden states have between stages; 0 where there is one alone, without an axis of its own.
+        sources: of each layer of the whole model, whose keys and values it reads; () where all read their own.
     """
 
     batch: int
@@ -106,6 +112,8 @@ class GraphContract:
     geometry: tuple[tuple[int, int], ...] = ()
     vector_size: int = 0
     vectors: int = 0
+    streams: int = 0
+    sources: tuple[int, ...] = ()
 
     @property
     def graph_names(self) -> tuple[str, ...]:
@@ -143,6 +151,8 @@ class GraphContract:
             hidden_dtype=dtype,
             vector_size=0 if config.per_layer is None else config.per_layer.size,
             vectors=0 if config.per_layer is None else config.per_layer.layers,
+            streams=0 if config.altup is None else config.altup.streams,
+            sources=() if config.first_sharing is None else tuple(layer.keys_of for layer in config.layers),
         )
 
     def of_part(self, part: ArtifactPart) -> GraphContract:
@@ -162,6 +172,16 @@ class GraphContract:
         geometry = tuple((heads // ranks, size) for heads, size in self.geometry)
         return replace(self, kv_heads=self.kv_heads // ranks, geometry=geometry)
 
+    @property
+    def borrowed(self) -> tuple[int, ...]:
+        """Layers of earlier stages whose keys and values those of this one read."""
+        own = self.sources[self.first_layer : self.first_layer + self.layers]
+        return tuple(sorted({source for source in own if source < self.first_layer}))
+
+    def cut_in_front(self, graph: str, layer: int) -> bool:
+        """Whether a layer gets the last position of a prompt alone: one before it reads another's keys and values."""
+        return graph == PREFILL and any(source != number for number, source in enumerate(self.sources[:layer]))
+
     def kv_shape(self, layer: int) -> tuple[int, int]:
         """KV heads and head_dim of a layer, by its number in the whole model."""
         return self.geometry[layer] if self.geometry else (self.kv_heads, self.head_dim)
@@ -169,28 +189,29 @@ class GraphContract:
     def inputs(self, graph: str) -> tuple[Port, ...]:
         """Inputs of `iter0` or `iter1`, in order."""
         batch, seq, keys = self._sizes(graph)
-        ports = [
-            Port("input_ids", "int64", (batch, seq)) if self.embeds else self._hidden(ENTERING, batch, seq),
-            Port("attention_mask", "int64", (batch, keys)),
-            Port("position_ids", "int64", (batch, seq)),
-        ]
+        own = range(self.first_layer, self.first_layer + self.layers)
+        entering = 1 if self.cut_in_front(graph, self.first_layer) else seq
+        ports = [Port("input_ids", "int64", (batch, seq)) if self.embeds else self._hidden(ENTERING, batch, entering)]
         if self.vectors and not self.embeds:
-            ports.insert(1, self._vectors(ENTERING_VECTORS, batch, seq, count=self.vectors))
+            ports.append(self._vectors(ENTERING_VECTORS, batch, entering, count=self.vectors))
+        ports += [Port("attention_mask", "int64", (batch, keys)), Port("position_ids", "int64", (batch, seq))]
+        ports += self._cache(BORROWED, seq, self.borrowed)
         if graph == DECODE:
-            ports += self._cache("past_key_values", PAST if self.dynamic else self.context)
+            ports += self._cache(PAST_CACHE, PAST if self.dynamic else self.context, (*self.borrowed, *own))
         return tuple(ports)
 
     def outputs(self, graph: str) -> tuple[Port, ...]:
         """Outputs of `iter0` or `iter1`, in order."""
         batch, seq, _ = self._sizes(graph)
+        leaving = 1 if self.cut_in_front(graph, self.first_layer + self.layers) else seq
         logits = Port("logits", "float32", (batch, 1, self.vocab_size))
-        ports = [logits if self.heads else self._hidden(LEAVING, batch, seq)]
+        ports = [logits if self.heads else self._hidden(LEAVING, batch, leaving)]
         if self.vectors and not self.heads:
-            ports.append(self._vectors(LEAVING_VECTORS, batch, seq, count=self.vectors - self.layers))
-        return (*ports, *self._cache("present", seq))
+            ports.append(self._vectors(LEAVING_VECTORS, batch, leaving, count=self.vectors - self.layers))
+        return (*ports, *self._cache(PRESENT, seq))
 
     def _hidden(self, name: str, batch: int | str, seq: int | str) -> Port:
-        return Port(name, self.hidden_dtype, (batch, seq, self.hidden_size))
+        return Port(name, self.hidden_dtype, (batch, seq, *[self.streams] * bool(self.streams), self.hidden_size))
 
     def _vectors(self, name: str, batch: int | str, seq: int | str, *, count: int) -> Port:
         return Port(name, self.hidden_dtype, (batch, seq, count, self.vector_size))
@@ -209,10 +230,8 @@ class GraphContract:
             for graph in self.graph_names
         }
         sizes = asdict(self)
-        for name in ("geometry", "vector_size", "vectors"):
-            if not sizes[name]:
-                del sizes[name]
-        return {**sizes, "graphs": graphs}
+        unsaid = {"streams", "sources", *(name for name in ("geometry", "vector_size", "vectors") if not sizes[name])}
+        return {**{name: value for name, value in sizes.items() if name not in unsaid}, "graphs": graphs}
 
     def _sizes(self, graph: str) -> tuple[int | str, int | str, int | str]:
         """Batch, new tokens, columns of the attention mask."""
@@ -220,9 +239,9 @@ class GraphContract:
             return BATCH, SEQUENCE, SEQUENCE if graph == PREFILL else TOTAL
         return (self.batch, self.prefill, self.prefill) if graph == PREFILL else (self.batch, 1, self.context + 1)
 
-    def _cache(self, prefix: str, length: int | str) -> list[Port]:
+    def _cache(self, prefix: str, length: int | str, layers: Iterable[int] | None = None) -> list[Port]:
         batch, ports = BATCH if self.dynamic else self.batch, []
-        for i in range(self.first_layer, self.first_layer + self.layers):
+        for i in range(self.first_layer, self.first_layer + self.layers) if layers is None else layers:
             heads, size = self.kv_shape(i)
             if not heads:
                 continue

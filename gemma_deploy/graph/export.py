@@ -28,12 +28,11 @@ from gemma_deploy.graph.passes.weights import hide_weights
 from gemma_deploy.graph.passes.widen import widen
 from gemma_deploy.graph.skeleton import build_skeleton
 from gemma_deploy.graph.trace import OPSET, trace
-from gemma_deploy.names import EMBEDDING, PER_LAYER_TABLE
+from gemma_deploy.names import FIRST_ROW, PER_LAYER_TABLE
 from gemma_deploy.partition import ArtifactPart, whole
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import Form, Storage
 
-FIRST_ROWS = {f"{table}.first_row" for table in (EMBEDDING, PER_LAYER_TABLE)}  # tables have as many rows
 log = logging.getLogger(__name__)
 
 
@@ -136,10 +135,11 @@ class Traced:
         caches = rounded = 0
         if contract.cache_dtype == "int8":
             caches = quantize_cache(model, contract, graph, layers=self.config.layers)
-        if part.ranks > 1 and contract.embeds:
-            for name in FIRST_ROWS & {*model.graph.initializers}:
-                first, rows = model.graph.initializers[name], self.config.vocab_size // part.ranks
-                first.const_value = ir.tensor([part.rank * rows], dtype=ir.DataType.INT64, name=name)
+        if part.ranks > 1:
+            for name, first in model.graph.initializers.items():
+                if name.endswith(FIRST_ROW):
+                    row = part.rank * (self._rows(name.removesuffix(FIRST_ROW)) // part.ranks)
+                    first.const_value = ir.tensor([row], dtype=ir.DataType.INT64, name=name)
         if self.unrounded is not None:
             rounded = round_activations(model, self.unrounded)
         log.debug(
@@ -150,6 +150,13 @@ class Traced:
         for function in used_functions(model, OPSET):
             model.functions[function.identifier()] = function
         return model
+
+    def _rows(self, module: str) -> int:
+        """Of a table, or the experts of a layer, in all ranks."""
+        layer, vectors = self.config.layer_of(module), self.config.per_layer
+        if layer is not None:
+            return 0 if layer.experts is None else layer.experts.count
+        return vectors.rows if vectors is not None and module == PER_LAYER_TABLE else self.config.vocab_size
 
 
 def parameter_names(pair: nn.Module, config: ModelConfig) -> dict[str, str]:

@@ -153,8 +153,9 @@ def dequantize_cache(opset: int) -> ir.Function:
 def mixture_of_experts(opset: int) -> ir.Function:
     """Gated MLPs of experts, added up with weights.
 
-    x: [B, S, H]; weights: [B, S, k] float32 and experts: [B, S, k] int64, of each token; gate_up: [E, 2I, H], gates
-    first; down: [E, H, I] -> [B, S, H]; attribute approximate: as of Gelu.
+    x: [B, S, H]; weights: [B, S, k] float32 and experts: [B, S, k] int64, of each token, E for none (a rank is told so
+    of other ranks' experts); gate_up: [E, 2I, H], gates first; down: [E, H, I] -> [B, S, H]; attribute approximate: as
+    of Gelu.
     """
     body = Body("x", "weights", "experts", "gate_up", "down")
     return body.function(EXPERTS, [_experts(body, *body.inputs)], opset, attributes=[APPROXIMATE])

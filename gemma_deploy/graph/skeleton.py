@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.checkpoint.config import ModelConfig
-from gemma_deploy.graph.collectives import RankEmbedding, ReducedLinear
+from gemma_deploy.graph.collectives import RankEmbedding, RankExperts, ReducedLinear, mean_over_ranks
 from gemma_deploy.names import LAYERS, PER_LAYER_TABLE, TOKEN_PROJECTION
 from gemma_deploy.partition.ranks import row_blocks, sharding
 from gemma_deploy.patched import one_layer_of_each_template, patched_causal, patched_module, set_parameter
@@ -106,7 +107,7 @@ def build_skeleton(
     if scheme == "fp16":
         _rescale(model, templates, rescaling)
     if ranks > 1:
-        _divide(model, in_float32=scheme == "fp16")
+        _divide(model, templates, ranks, in_float32=scheme == "fp16")
     for rotary in model.model.rotary.values():
         rotary.freeze(*(_zeros((context, rotary.head_dim // 2), torch.float32) for _ in range(2)))
         rotary.in_float32 = scheme == "fp16"
@@ -147,21 +148,22 @@ def _store(
         if layer.altup is not None:
             set_parameter(module, layer.altup.scale, _kept((layer.hidden_size,), torch.float32))
         if layer.experts is not None:
-            _store_experts(module, layer, scheme, weight_dtype, storage)
+            _store_experts(module, layer, scheme, weight_dtype, ranks=ranks, storage=storage)
     _store_table(model, config, scheme, dtype, ranks, storage)
     if config.per_layer is not None and config.per_layer.rows:
         _store_vectors(model, config, scheme, dtype, ranks, storage)
 
 
 def _store_experts(
-    module: nn.Module, layer: LayerSpec, scheme: Form, weight_dtype: torch.dtype, storage: Storage
+    module: nn.Module, layer: LayerSpec, scheme: Form, weight_dtype: torch.dtype, *, ranks: int, storage: Storage
 ) -> None:
     """The same for the experts of a layer and the vectors of their router; its matrix is a linear."""
     assert layer.experts is not None
     stack = patched_module("experts_vacc").Stack
     for name in (layer.experts.router_scale, layer.experts.expert_scale):
         set_parameter(module, name, _kept(module.get_parameter(name).shape, torch.float32))
-    for name, shape in layer.experts.stacks(layer.hidden_size).items():
+    for name, (count, *matrix) in layer.experts.stacks(layer.hidden_size).items():
+        shape = (count // ranks, *matrix)
         owner, _, last = name.rpartition(".")
         if scheme in INT8:
             codes = storage.linear(name)
@@ -195,12 +197,18 @@ def _share(module: str, shape: tuple[int, int], config: ModelConfig, ranks: int)
     return sum(stop - start for start, stop in blocks), shape[1]
 
 
-def _divide(model: nn.Module, in_float32: bool) -> None:
+def _divide(model: nn.Module, templates: Sequence[LayerSpec], ranks: int, *, in_float32: bool) -> None:
     """Put what ranks say to each other around the shares."""
     stored = patched_module("quantization_vacc").StoredLinear
-    for parent in list(model.modules()):
+    for layer, module in zip(templates, model.model.layers, strict=True):
+        if (experts := layer.experts) is not None:
+            own = RankExperts(module.get_submodule(experts.module), experts.count // ranks, in_float32=in_float32)
+            module.set_submodule(experts.module, own)
+    for path, parent in list(model.named_modules()):
+        if getattr(parent, "quantile", None) is not None:  # of gates, of which a rank has some
+            parent.mean_of = partial(mean_over_ranks, ranks=ranks)
         for name, child in list(parent.named_children()):
-            if sharding(f"{name}.weight") == "columns":
+            if sharding(f"{path}.{name}.weight") == "columns":
                 setattr(parent, name, ReducedLinear(stored(child.weight) if in_float32 else child, in_float32))
     table = model.model.embed_tokens
     model.model.embed_tokens = RankEmbedding(table, table.weight.shape[0])

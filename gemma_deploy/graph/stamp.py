@@ -15,6 +15,7 @@ import onnx_ir as ir
 from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.errors import ExportError
 from gemma_deploy.graph.contract import (
+    BORROWED,
     DECODE,
     ENTERING,
     ENTERING_VECTORS,
@@ -279,11 +280,14 @@ class _Stream:
 
     Attributes:
         values: hidden and vectors of all layers, where there are some; mask, cos and sin of each kind of attention.
+        cut: those of them that an earlier stage has cut down to the last position.
     """
 
     def __init__(self, build: Builder, values: dict[str, ir.Value]) -> None:
         self.build, self.values = build, values
         self.made: dict[str, ir.Value] = {}  # keys and values of layers before, of the tokens of this run
+        contract = build.contract
+        self.cut = () if not contract.cut_in_front(build.graph_name, contract.first_layer) else ("hidden", "vectors")
         self.at_last = False
         self.first_vector = 0 if build.contract.embeds else build.contract.first_layer
 
@@ -291,10 +295,11 @@ class _Stream:
         """Inputs of a layer, by border name."""
         inputs = {"hidden": self.values["hidden"]}
         inputs |= {what: self.values[f"{what}.{layer.kind}"] for what in ("cos", "sin", "mask")}
-        source = layer.index if layer.cache_from is None else layer.cache_from
+        source = layer.keys_of
         for part in ("key", "value"):
             if layer.cache_from is not None:
-                inputs[f"shared.{part}"] = self.made[f"{source}.{part}"]
+                entering = self.build.inputs.get(f"{BORROWED}.{source}.{part}")
+                inputs[f"shared.{part}"] = entering or self.made[f"{source}.{part}"]
             if self.build.graph_name == DECODE:
                 inputs[f"past.{part}"] = self.build.inputs[f"past_key_values.{source}.{part}"]
         if layer.per_layer is not None:
@@ -321,5 +326,7 @@ class _Stream:
             return
         self.at_last = True
         for name, value in self.values.items():
+            if name in self.cut:  # by an earlier stage
+                continue
             at, to, axis = np.array([-1]), np.array([np.iinfo(np.int64).max]), [2 if name.startswith("mask.") else 1]
             self.values[name] = self.build.node("Slice", [value, at, to, np.array(axis)], f"{LAST_POSITION}.{name}")

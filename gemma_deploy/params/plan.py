@@ -19,7 +19,7 @@ from gemma_deploy.names import COLUMN_FACTOR, COLUMN_SCALE, EMBEDDING_WEIGHT, PE
 from gemma_deploy.params.panels import padded, padded_scales
 from gemma_deploy.params.quantized import OutputError
 from gemma_deploy.partition import ArtifactPart, whole
-from gemma_deploy.partition.ranks import Blocks, row_blocks, sharding
+from gemma_deploy.partition.ranks import Blocks, is_stack, row_blocks, sharding
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import CodeForm, Form, Storage
 
@@ -197,6 +197,10 @@ def turned(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _of_rank(spec: ParamSpec, config: ModelConfig, part: ArtifactPart) -> ParamSpec:
     """What one rank holds of a tensor."""
     axis = None if spec.source is None else sharding(spec.name, len(spec.shape))
+    if is_stack(spec.name):
+        count, rows = spec.shape[0] // part.ranks, spec.shape[1]  # the source has the rows of all experts in a row
+        blocks: Blocks = ((part.rank * count * rows, (part.rank + 1) * count * rows),)
+        return replace(spec, shape=(count, *spec.shape[1:]), rows=blocks)
     if axis == "rows":
         layer = config.layer_of(spec.name)
         blocks = row_blocks(spec.name, spec.shape[0], layer, rank=part.rank, ranks=part.ranks)

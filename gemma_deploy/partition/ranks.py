@@ -2,7 +2,7 @@
 
 q, k, v, gate, up, the tables and the LM head are divided by rows (outputs), o and down by columns (inputs); their
 partial results are added up (AllReduce). Norms are repeated, and the linears around vectors of tokens. Megatron-LM's
-scheme, https://arxiv.org/abs/1909.08053.
+scheme, https://arxiv.org/abs/1909.08053. Of a mixture a rank has some experts whole, and what they make is added up.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import math
 from functools import cache
 
 from gemma_deploy.architectures import ROWS, Axis, LayerSpec
+from gemma_deploy.architectures.blocks import Experts
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.names import CACHE_FACTOR, HEAD, PER_LAYER_TABLE
 
 Blocks = tuple[tuple[int, int], ...]
+EXPERTS = Experts.down.rpartition(".")[0]
 
 
 @cache
@@ -33,7 +35,7 @@ def sharding(name: str, dimensions: int = 1) -> Axis | None:
     Args:
         dimensions: of a scale: 2 where groups of columns have their own.
     """
-    if name.endswith(f".{CACHE_FACTOR}"):
+    if name.endswith(f".{CACHE_FACTOR}") or is_stack(name):
         return "rows"
     axis = _axes().get(name.rpartition(".")[0].rpartition(".")[2])
     if axis == "rows" and not name.endswith(".column_scale"):
@@ -41,6 +43,11 @@ def sharding(name: str, dimensions: int = 1) -> Axis | None:
     if axis == "columns" and (name.endswith(".weight") or dimensions == 2):
         return "columns"
     return None  # norms, rotary tables, and the scale of a matrix divided by columns: one for each whole row
+
+
+def is_stack(name: str) -> bool:
+    """Whether a tensor holds something of each expert, whose first dimension is divided."""
+    return f".{EXPERTS}." in name
 
 
 def kv_heads_of(kv_heads: int, ranks: int) -> int:
@@ -111,7 +118,7 @@ def repeated_heads(config: ModelConfig, ranks: int) -> str | None:
 def obstacles(config: ModelConfig, ranks: int, align_qkv: bool) -> list[str]:
     """Why a model cannot be divided among `ranks`; empty when it can."""
     heads = config.num_attention_heads
-    problems = ["experts are not divided among ranks in this version"] if config.has_experts and ranks > 1 else []
+    problems = []
     if heads % ranks:
         problems.append(f"{ranks} ranks do not divide the {heads} attention heads")
     for kv in dict.fromkeys(layer.kv_heads for layer in config.layers):
@@ -121,7 +128,13 @@ def obstacles(config: ModelConfig, ranks: int, align_qkv: bool) -> list[str]:
                 "set frontend.model_kwargs.align_qkv: true to repeat some of them"
             )
     widths = dict.fromkeys(("intermediate_size", layer.intermediate_size) for layer in config.layers)
-    for what, count in (*widths, ("vocab_size", config.vocab_size)):
+    rows = {"vocab_size": config.vocab_size}
+    if config.per_layer is not None:
+        rows["vocab_size_per_layer_input"] = config.per_layer.rows
+    for layer in config.templates:
+        if layer.experts is not None:
+            rows["num_experts"] = layer.experts.count
+    for what, count in (*widths, *rows.items()):
         if count % ranks:
             problems.append(f"{ranks} ranks do not divide the {what} {count}")
     return problems

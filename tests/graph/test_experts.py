@@ -67,6 +67,18 @@ def test_floats(case):
     np.testing.assert_allclose(run(EXPERTS, inputs, {}), right, rtol=0, atol=2e-6 * np.abs(right).max())
 
 
+def test_the_number_behind_the_last_expert_adds_nothing(case):
+    """So a rank is told of experts of other ranks: here two of them have three and two."""
+    x, weights, given, (gate_up, down) = case
+    right, parts = expected(*case[:3], gate_up, down), []
+    for first, stop in ((0, 3), (3, 5)):
+        local = np.where((given >= first) & (given < stop), given - first, stop - first)
+        stacks = {"gate_up": (gate_up[first:stop], ir.DataType.FLOAT), "down": (down[first:stop], ir.DataType.FLOAT)}
+        parts.append(run(EXPERTS, common((x, weights, local, None)) | stacks, {}))
+    np.testing.assert_allclose(sum(parts), right, rtol=0, atol=2e-6 * np.abs(right).max())
+    assert all(np.abs(part).max() > 0.1 * np.abs(right).max() for part in parts)
+
+
 @pytest.mark.parametrize(("dtype", "most", "groups"), [("INT8", 127, 1), ("INT8", 127, 2), ("INT4", 7, 2)])
 def test_codes_with_scales_of_rows_or_groups(case, dtype, most, groups):
     rng, inputs, stacks, sizes = np.random.default_rng(5), common(case), [], {}

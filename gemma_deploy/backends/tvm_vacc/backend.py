@@ -89,10 +89,10 @@ class StaticPair:
         sources = [layer.cache_from for layer in config.layers if layer.cache_from is not None]
         first = min(sources, default=config.num_hidden_layers)
         problems += [
-            f"split.points: {point} is behind layer {first}, whose keys and values later layers read, and caches do "
-            f"not pass between stages: cut at {first} or before"
+            f"split.points: {point} is behind layer {first}, whose keys and values later layers read, and codes of "
+            f"{spec.scheme} do not pass between stages: cut at {first} or before, or keep the cache in floats"
             for point in spec.split_points
-            if point > first
+            if point > first and spec.scheme.int8_cache
         ]
         return problems
 
@@ -105,10 +105,6 @@ class StaticPair:
             )
         if spec.scheme.weights == "fp16":
             problems.append(f"backend.dtype: fp16 is not built for {which}: write fp32, bf16 or int8")
-        if spec.ranks > 1:
-            problems.append(f"frontend.model_kwargs.tp: {which} is not divided among ranks in this version: write 1")
-        if spec.split_points:
-            problems.append(f"split.points: {which} is not cut into stages in this version: leave them out")
         return problems
 
     def codes(self, spec: BuildSpec) -> CodeForm:

@@ -90,7 +90,7 @@ class Cutter:
         for name in self.values:
             node = self.values[name].producer()
             if str(name).startswith(LAST_POSITION) and node is not None and node.inputs[0] is not None:
-                found[str(name)] = str(node.inputs[0].name), 2 if ".mask." in str(name) else 1
+                found[str(name)] = _origin(node.inputs[0]), 2 if ".mask." in str(name) else 1
         return found
 
     @functools.cached_property
@@ -250,6 +250,14 @@ class Cutter:
             if node.op_type == "Cast":  # to float16, before the choice is made
                 after += node.outputs[0].consumers()
         return NORMED
+
+
+def _origin(value: ir.Value) -> str:
+    """The name under which a value is made that a stage gave to the next one."""
+    node = value.producer()
+    if node is None or node.op_type != "Identity" or node.inputs[0] is None:
+        return str(value.name)
+    return str(node.inputs[0].name)
 
 
 class Piece:

@@ -1,8 +1,9 @@
 """The graphs of a divided artifact as one graph: ranks side by side, stages behind one another.
 
 `Vastai::AllReduce` becomes Sum over the ranks, `AllGather` Concat; a stage's hidden_states are the next one's
-inputs_embeds. Nodes and parameters are the parts' own. What every rank computes from the same values is computed once;
-what differs is named `rank0.`, `rank1.`, ... So the joined graph gives on one machine what the parts give on many.
+inputs_embeds, and its present keys and values the shared ones of every later stage that reads them. Nodes and
+parameters are the parts' own. What every rank computes from the same values is computed once; what differs is named
+`rank0.`, `rank1.`, ... So the joined graph gives on one machine what the parts give on many.
 """
 
 from __future__ import annotations
@@ -14,12 +15,20 @@ import onnx_ir as ir
 
 from gemma_deploy.backends.tvm_vacc.contract import PartFolders
 from gemma_deploy.errors import ArtifactError
-from gemma_deploy.graph.contract import ENTERING, ENTERING_VECTORS, LEAVING, LEAVING_VECTORS
+from gemma_deploy.graph.contract import (
+    BORROWED,
+    ENTERING,
+    ENTERING_VECTORS,
+    LEAVING,
+    LEAVING_VECTORS,
+    PAST_CACHE,
+    PRESENT,
+)
+from gemma_deploy.names import FIRST_ROW
 from gemma_deploy.partition.ranks import sharding
 from gemma_deploy.runtime.session import load_file
 
 COLLECTIVES = {"AllReduce", "AllGather"}
-FIRST_ROW = ".first_row"
 PASSED = {LEAVING: ENTERING, LEAVING_VECTORS: ENTERING_VECTORS}  # from a stage to the next one
 REBUILD = "compile the artifact again with --force"
 
@@ -29,6 +38,8 @@ class _Joiner:
         self.root, self.name = root, name
         self.nodes: list[ir.Node] = []
         self.inputs: dict[str, ir.Value] = {}
+        self.shares: dict[str, list[ir.Value]] = {}  # of the ranks, of a whole cache
+        self.presents: dict[str, list[ir.Value]] = {}  # of each rank, by the names of those who read them
         self.outputs: dict[str, ir.Value] = {}
         self.initializers: dict[str, ir.Value] = {}
         self.names: set[str] = set()
@@ -58,8 +69,10 @@ class _Joiner:
             name = str(outs[0].name)
             if name in PASSED:
                 leaving[PASSED[name]] = made[0]
-            else:
-                self.outputs[name] = self._output(outs[0], made)
+                continue
+            if name.startswith(f"{PRESENT}."):
+                self.presents[f"{BORROWED}{name.removeprefix(PRESENT)}"] = made
+            self.outputs[name] = self._output(outs[0], made)
         for model in models:
             self.functions.update(model.functions)
             self.opsets.update(model.graph.opset_imports)
@@ -79,16 +92,19 @@ class _Joiner:
         self, ports: Sequence[ir.Value], maps: list[dict[ir.Value, ir.Value]], entering: Mapping[str, ir.Value]
     ) -> None:
         name = str(ports[0].name)
-        if name in PASSED.values():
-            if name not in entering:
+        if name in PASSED.values() or name.startswith(f"{BORROWED}."):
+            given = [entering[name]] * len(ports) if name in entering else self.presents.get(name, [])
+            if len(given) != len(ports):
                 raise ArtifactError(
                     f"a stage takes {name}, which none before it gives", where=str(self.root), next_step=REBUILD
                 )
-            values = [entering[name]] * len(ports)
-        elif name.startswith("past_key_values.") and len(ports) > 1:
-            batch, heads, length, size = _dims(ports[0])
-            whole = self._whole_input(ports[0], (batch, int(heads) * len(ports), length, size))
-            values = self._split(whole, ports)
+            values = given
+        elif name.startswith(f"{PAST_CACHE}.") and len(ports) > 1:
+            if name not in self.shares:
+                batch, heads, length, size = _dims(ports[0])
+                whole = self._whole_input(ports[0], (batch, int(heads) * len(ports), length, size))
+                self.shares[name] = self._split(whole, ports)
+            values = self.shares[name]
         else:
             values = [self.inputs.get(name) or self._whole_input(ports[0], _dims(ports[0]))] * len(ports)
         for port, value, each in zip(ports, values, maps, strict=True):

@@ -79,6 +79,15 @@ def _division(manifest: Manifest, effect: dict[str, Any]) -> list[LedgerEntry]:
                 effect,
             )
         )
+        if any(".experts." in row.name for row in manifest.params):
+            entries.append(
+                LedgerEntry(
+                    f"experts are divided among {ranks} ranks, and what they make is summed",
+                    "experts of every layer",
+                    "model_kwargs.tp; a rank has some of them whole, and an expert of another one adds nothing there",
+                    effect,
+                )
+            )
         if total != heads:
             entries.append(
                 LedgerEntry(

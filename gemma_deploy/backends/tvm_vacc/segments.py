@@ -246,14 +246,16 @@ def _apply(cutter: Cutter, name: str, linear: str, runs: Sequence[Run], together
 def _experts(cutter: Cutter, layer: int, known: Sequence[str], runs: Sequence[Run]) -> list[str]:
     """Run the experts of a layer on one run after the other, and name what they make; nothing where it has none."""
     out = f"model.layers.{layer}.{EXPERTS_MODULE}.out"
-    if out not in cutter.values:
+    shares = [share for share in cutter.linears(out) if share in cutter.values]
+    inputs = dict.fromkeys(name for share in shares for name in cutter.experts_inputs(share) if name not in known)
+    if not shares:
         return []
-    inputs = [name for name in cutter.experts_inputs(out) if name not in known]
-    _between(cutter, layer, known, inputs, runs, attends=False)
+    _between(cutter, layer, known, list(inputs), runs, attends=False)
     for run in runs:
-        run.feeds[out] = cutter.experts(out, run.feeds)
+        for share in shares:
+            run.feeds[share] = cutter.experts(share, run.feeds)
     _drop(inputs, runs)
-    return [out]
+    return shares
 
 
 def _drop(names: Iterable[str], runs: Sequence[Run]) -> None:
