@@ -68,7 +68,7 @@ def recipe_of(checkpoint, backend, quantize, workspace):
         ),
         *(
             pytest.param("gemma4_text", TINY_PER_LAYER, INT4 | {"quantize": scheme}, marks=pytest.mark.slow)
-            for scheme in ("w8a16_gptq", "w4a16", "w4a16_gptq", "w8a8")
+            for scheme in ("w8a16_gptq", "w4a16", "w4a16_gptq", "w8a8", "w4a16_gptq+kv8")
         ),
         ("gemma3n_text", {}, {"type": "onnxruntime", "dtype": "int8"}),
         pytest.param("gemma3n_text", {}, FLOAT_WINDOW, marks=pytest.mark.slow),
@@ -104,6 +104,7 @@ def recipe_of(checkpoint, backend, quantize, workspace):
                 INT4 | {"quantize": "w4a16_gptq"},
                 INT4 | {"quantize": "w8a16_gptq"},
                 INT4 | {"quantize": "w8a8"},
+                INT4 | {"quantize": "w8a16+kv8"},
             )
         ),
     ],
