@@ -45,11 +45,11 @@ def changed_choices(reference: Chooses, test: Chooses, cases: Sequence[Case]) ->
 
 
 def note_of(reference: Chooses, test: Chooses, cases: Sequence[Case]) -> list[str]:
-    """A sentence about a model with experts; none about others."""
+    """A sentence about a model with experts, of a source with its codes; none about other models."""
     differ, count = changed_choices(reference, test, cases)
     if not count:
         return []
-    return [f"{differ} of {count} choices of experts (tokens times layers) are others than the model's"]
+    return [f"{differ} of {count} choices of experts (tokens times layers) are others with the rounded weights"]
 
 
 def _note(path: str, chosen: int, found: Choices) -> Any:

@@ -65,7 +65,7 @@ def test_choices_that_differ_are_those_of_the_stock_routers(checkpoints):
     count = 2 * sum(size + STEPS for lengths in LENGTHS for size in lengths)
     assert 0 < differ < count / 2
     assert changed_choices(*sources, CASES) == (differ, count)
-    said = f"{differ} of {count} choices of experts (tokens times layers) are others than the model's"
+    said = f"{differ} of {count} choices of experts (tokens times layers) are others with the rounded weights"
     assert note_of(*sources, CASES) == [said]
     patched = TorchSource(Checkpoint.open(checkpoints[0]), "patched")
     patched.run(CASES)

@@ -63,7 +63,7 @@ def prove_graph(proof: Proof, result: ParityResult) -> None:
     if manifest.kernels:
         result.lines.append(line_of_14_bits(artifact, manifest.kernels))
     result.measures = measures_of(found)
-    if proof.adapter is None:
+    if proof.adapter is None and models[-1] is not models[1]:
         result.notes += note_of(models[0], models[-1], cases)
     result.effect = effect_of(found[reference, SHIPPED if on_cpu else STRICT], cases)
     if not result.passed:

@@ -35,7 +35,8 @@ def prove_pair(proof: Proof, result: ParityResult) -> None:
     if scheme == "fp16":
         result.lines.append(headroom_line(hf.absmax, strict.rescaling))
     result.measures = measures_of(found)
-    result.notes += note_of(hf, same_weights, cases)
+    if same_weights is not patched:
+        result.notes += note_of(hf, same_weights, cases)
     result.effect = effect_of(found[hf.name, "strict"] if (hf.name, "strict") in found else found[pairs[-1]], cases)
     if not result.passed:
         proof.report("looking for the first layer that differs")
