@@ -2,11 +2,13 @@
 
 usage: shared_layers.py ARTIFACT [--tokens 512] [--repeats 3]
 
-ARTIFACT is one of `backend.type: onnxruntime` of a Gemma 4 E2B or E4B. Both graphs are its own: in the second the last
-token is chosen behind the last layer, as in graphs of other models. Also told: memory behind a prompt as `run` reads it
-in ONNX Runtime (`run_...`, the tokenizer not counted), and of a plain session, beside the file's bytes without the
-table of per-layer vectors: what is its own (`held`), and what is resident with the pages of mapped files that were
-read, which the system may take back (the table's rows are looked up there).
+Weights must be random: ONNX Runtime keeps packed matrices of equal content once, which those of zeros all have.
+
+ARTIFACT is one of `backend.type: onnxruntime` of a Gemma 4 E2B or E4B, with a context of 16 more. Both graphs are
+its own: in the second the last token is chosen behind the last layer, as in graphs of other models. Also told: memory
+behind a prompt as `run` reads it in ONNX Runtime (`run_...`, without tokenizer), and of a plain session, beside the
+file's bytes without the table of per-layer vectors: what is its own (`held`), and what is resident with the pages of
+mapped files that were read, which the system may take back (the table's rows are looked up there).
 """
 
 from __future__ import annotations
