@@ -94,13 +94,17 @@ def recipe_of(checkpoint, backend, quantize, workspace):
         ),
         ("gemma4_text", {**SHALLOW, **TINY_EXPERTS}, {"type": "onnxruntime", "dtype": "int8"}),
         *(
+            # not of 7 layers, where two experts of a token are 4e-7 apart, and float32 sums in another order turn them
+            pytest.param(
+                "gemma4_text", {**SHALLOW, **TINY_EXPERTS}, {"type": "onnxruntime", **one}, marks=pytest.mark.slow
+            )
+            for one in ({"dtype": "fp32"}, {"dtype": "bf16"}, {"dtype": "fp32", "compile": {"logits": "all"}})
+        ),
+        *(
             pytest.param("gemma4_text", TINY_EXPERTS, {"type": "onnxruntime", **one}, marks=pytest.mark.slow)
             for one in (
-                {"dtype": "fp32"},
-                {"dtype": "bf16"},
                 INT4,
                 {"dtype": "int8", "compile": {"prefill": "lean", "cache": "window"}},
-                {"dtype": "fp32", "compile": {"logits": "all"}},
                 INT4 | {"quantize": "w4a16_gptq"},
                 INT4 | {"quantize": "w8a16_gptq"},
                 INT4 | {"quantize": "w8a8"},
