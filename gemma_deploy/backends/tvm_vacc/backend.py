@@ -99,10 +99,10 @@ class StaticPair:
     def _not_for_streams(self, spec: BuildSpec) -> list[str]:
         """What is not built of models whose layers carry several streams along."""
         which, problems = "a model of several streams (Gemma 3n)", []
-        if spec.scheme.int8_cache or spec.scheme.rounds_activations:
-            problems.append(
-                f"frontend.quantize.type: {spec.scheme} is not built for {which}: write w8a16_gptq or w4a16_gptq"
-            )
+        floats_with_codes = spec.scheme.int8_cache and not spec.scheme.codes
+        if spec.scheme.rounds_activations or floats_with_codes:
+            other = "w8a16+kv8" if floats_with_codes else "w8a16_gptq or w4a16_gptq"
+            problems.append(f"frontend.quantize.type: {spec.scheme} is not built for {which}: write {other}")
         if spec.scheme.weights == "fp16":
             problems.append(f"backend.dtype: fp16 is not built for {which}: write fp32, bf16 or int8")
         return problems
