@@ -66,7 +66,7 @@ def program(tmp_path_factory):
     table = root / "gemma_deploy/architectures/__init__.py"
     text = table.read_text()
     text = text.replace("import GEMMA3\n", "import GEMMA3\nfrom gemma_deploy.architectures.gemmax import OTHER\n", 1)
-    table.write_text(text.replace("EMBEDDING_GEMMA)", "EMBEDDING_GEMMA, OTHER)", 1))
+    table.write_text(text.replace("    EMBEDDING_GEMMA2,\n", "    EMBEDDING_GEMMA2,\n    OTHER,\n", 1))
     return root
 
 
