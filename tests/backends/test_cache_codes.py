@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.artifact.weights import ArtifactWeights
-from gemma_deploy.backends.onnxruntime import cache_codes
+from gemma_deploy.backends.onnxruntime import cache_proof
 from gemma_deploy.backends.onnxruntime import exact as exactness
-from gemma_deploy.backends.onnxruntime.cache_codes import cache_lines, float_caches, wrong_codes
+from gemma_deploy.backends.onnxruntime.cache_codes import float_caches
+from gemma_deploy.backends.onnxruntime.cache_proof import cache_lines, wrong_codes
 from gemma_deploy.backends.onnxruntime.in_place import OrtModel, OrtSequence
 from gemma_deploy.backends.onnxruntime.window import windows_of
 from gemma_deploy.calibration.points import cache_scale_names
@@ -233,7 +234,7 @@ def test_the_gate_sees_what_is_wrong_with_a_cache(compiled, kind, tmp_path, monk
     floats = gate(artifact, checkpoint, tmp_path / "floats", float_caches)
     assert floats == [False, False, False]
     with monkeypatch.context() as patch:  # attention that reads keys and values as they were computed
-        patch.setattr(cache_codes, "_read", lambda codes, scale: codes[0] * scale[0] * 1.001)
+        patch.setattr(cache_proof, "_read", lambda codes, scale: codes[0] * scale[0] * 1.001)
         found = [line.passed for line in cache_lines(artifact, checkpoint.config, TOKENS)]
     assert found == [True, True, False]
 

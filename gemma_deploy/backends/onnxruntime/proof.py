@@ -7,7 +7,7 @@ from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.backends.base import Proof
 from gemma_deploy.backends.onnxruntime.adapters import Matrices, arrays_of, values_of
 from gemma_deploy.backends.onnxruntime.bisect import dynamic_divergence, graph_divergence
-from gemma_deploy.backends.onnxruntime.cache_codes import cache_lines
+from gemma_deploy.backends.onnxruntime.cache_proof import cache_lines
 from gemma_deploy.backends.onnxruntime.gates import adapter_gates, dynamic_gates
 from gemma_deploy.backends.onnxruntime.options import LAST
 from gemma_deploy.backends.onnxruntime.source import (
