@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.artifact.weights import ArtifactWeights
+from gemma_deploy.calibration import layer_weights
 from gemma_deploy.calibration.pipeline import Request, make_windows
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import main
@@ -133,7 +134,8 @@ def test_one_layer_is_in_memory_at_a_time_and_no_file_is_left(compiled, tmp_path
             alive.discard(self.name)
             return self.inner.__exit__(*error)
 
-    monkeypatch.setattr(sensitivity, "loaded", Watched)
+    for module in (sensitivity, layer_weights):
+        monkeypatch.setattr(module, "loaded", Watched)
     seen = []
     sensitivity.measure_sensitivity(
         checkpoint,
