@@ -84,6 +84,8 @@ def recipe_of(checkpoint, backend, quantize, workspace):
                 (ONE_OF_THREE, {"dtype": "int8", "quantize": "w4a16"}),
                 ({}, {"dtype": "int8", "quantize": "w8a16+kv8"}),
                 ({}, {"dtype": "int8", "quantize": "w4a16_gptq+kv8"}),
+                ({}, {"dtype": "fp16"}),
+                (ONE_OF_THREE, {"dtype": "fp16"}),
             )
         ),
         pytest.param("gemma3n_text", {}, {"type": "onnxruntime", "dtype": "bf16"}, marks=pytest.mark.slow),
@@ -150,7 +152,6 @@ def test_what_is_not_built_of_e2b_is_said_before_any_work(backend, quantize, wor
 @pytest.mark.parametrize(
     ("backend", "quantize", "words"),
     [
-        ({"type": "tvm_vacc", "dtype": "fp16"}, None, "backend.dtype: fp16"),
         ({"type": "tvm_vacc", "dtype": "bf16"}, "w16kv8", "frontend.quantize.type: w16kv8"),
         ({"type": "onnxruntime", "dtype": "int8"}, "w8a16+kv8", "frontend.quantize.type: w8a16+kv8"),
         ({"type": "onnxruntime", "dtype": "int8"}, "w8a8", "frontend.quantize.type: w8a8"),

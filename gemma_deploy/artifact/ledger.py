@@ -15,7 +15,7 @@ from gemma_deploy.architectures.drafting import CENTROIDS, POST_PROJECTION, PRE_
 from gemma_deploy.artifact.manifest import ContractRecord, LedgerEntry, Manifest
 from gemma_deploy.names import EMBEDDING, TOKEN_PROJECTION
 from gemma_deploy.params.table import ParamRow, lowest_sqnr
-from gemma_deploy.quantization.rescaling import OF_EXPERTS, Rescaling
+from gemma_deploy.quantization.rescaling import OF_EXPERTS, OF_STREAMS, Rescaling
 from gemma_deploy.schemes import QUANTIZERS, Scheme, Storage
 
 
@@ -245,8 +245,12 @@ def _rescaling(rescaling: Rescaling) -> list[LedgerEntry]:
                 {"tensors": len(scaled), "largest_exponent": scaled[most], "largest_exponent_tensor": most},
             )
         )
-    wide = [branch for branch in rescaling.wide if branch != OF_EXPERTS]
-    if len(wide) < len(rescaling.wide):
+    wide = [branch for branch in rescaling.wide if branch not in (OF_EXPERTS, OF_STREAMS)]
+    if OF_STREAMS in rescaling.wide:
+        where = "what mixes streams, projections of streams and their sizes, mean and deviation of sparse gates"
+        why = "sums of squares do not fit float16, and coefficients are small; projections' weights stay float16"
+        entries.append(LedgerEntry("computed in float32", where, why))
+    if OF_EXPERTS in rescaling.wide:
         why = "a rounded router chooses other experts; weights of experts stay float16"
         entries.append(LedgerEntry("computed in float32", "routers and experts, every layer", why))
     if wide:

@@ -237,6 +237,14 @@ def _rescale(model: nn.Module, templates: Sequence[LayerSpec], rescaling: Rescal
         if layer.per_layer is not None and OF_VECTORS in rescaling.wide:
             module.per_layer_in_float32 = True
             module.set_submodule(layer.per_layer.gate, stored(module.get_submodule(layer.per_layer.gate).weight))
+        if layer.altup is not None:
+            module.altup.in_float32 = module.mlp.wide_statistics = True
+    if templates[0].altup is not None:
+        stack = model.model
+        stack.streams_in_float32, stack.divisor = True, 2.0**rescaling.residual
+        for projections in (stack.altup_projections, stack.altup_unembed_projections):
+            for number, projection in enumerate(projections):
+                projections[number] = stored(projection.weight)
     if model.lm_head is not None:
         model.lm_head = stored(model.lm_head.weight)
 

@@ -103,8 +103,8 @@ class StaticPair:
         if spec.scheme.rounds_activations or floats_with_codes:
             other = "w8a16+kv8" if floats_with_codes else "w8a16_gptq or w4a16_gptq"
             problems.append(f"frontend.quantize.type: {spec.scheme} is not built for {which}: write {other}")
-        if spec.scheme.weights == "fp16":
-            problems.append(f"backend.dtype: fp16 is not built for {which}: write fp32, bf16 or int8")
+        if spec.scheme.weights == "fp16" and (spec.ranks > 1 or spec.split_points):
+            problems.append(f"backend.dtype: fp16 is not built for {which} in parts: write fp32, bf16 or int8")
         return problems
 
     def codes(self, spec: BuildSpec) -> CodeForm:
