@@ -167,17 +167,26 @@ def test_codes_are_those_of_a_plain_gptq_on_what_transformers_reads(checkpoint, 
         assert (f"model.layers.{layer}.self_attn.k_proj.weight" in found) == (layer < 4)
         for name in names:
             path = f"model.layers.{layer}.{name}"
-            x = inputs[f"{path}.in"].double().numpy()
-            h, weight = x.T @ x / len(x), checkpoint.rows(f"{path}.weight", 0, found[f"{path}.weight"].shape[0])
-            units = np.broadcast_to(found[f"{path}.scale"].numpy()[:, None], weight.shape)
-            codes, expected = found[f"{path}.weight"].numpy(), numpy_gptq(weight, h, units, 127, 0.1)
-            nearest = np.clip(np.rint(weight / units), -127, 127)
-            same = (codes == expected).all(1) | (codes == nearest).all(1)  # what loses less, row by row
-            assert (codes == nearest).all(1).mean() < 0.5, path  # measured 0 to 0.32
-            # float32 against float64: a value next to a half rounds the other way.
-            assert same.mean() >= 0.9, path
-            lost, least = (energy(weight - some * units, h).sum() for some in (codes, expected))
-            assert lost <= 1.005 * least, path
+            assert compare_codes(checkpoint, found, path, inputs) < 0.5, path  # measured 0 to 0.32
+
+
+def compare_codes(checkpoint, found, path, inputs):
+    """Codes of a linear with NumPy's GPTQ in float64, row by row, and what they lose: the share of rows to nearest.
+
+    Args:
+        found: results of its layer; inputs: of the stock class, by point.
+    """
+    x = inputs[f"{path}.in"].double().numpy()
+    h, weight = x.T @ x / len(x), checkpoint.rows(f"{path}.weight", 0, found[f"{path}.weight"].shape[0])
+    units = np.broadcast_to(found[f"{path}.scale"].numpy()[:, None], weight.shape)
+    codes, expected = found[f"{path}.weight"].numpy(), numpy_gptq(weight, h, units, 127, 0.1)
+    to_nearest = (codes == np.clip(np.rint(weight / units), -127, 127)).all(1)
+    same = (codes == expected).all(1) | to_nearest  # what loses less, row by row
+    # float32 against float64: a value next to a half rounds the other way.
+    assert same.mean() >= 0.9, path
+    lost, least = (energy(weight - some * units, h).sum() for some in (codes, expected))
+    assert lost <= 1.005 * least, path
+    return to_nearest.mean()
 
 
 def test_factors_are_undone_by_what_they_were_folded_into(checkpoint, tmp_path):

@@ -22,8 +22,7 @@ from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.quantization.layers import layer_file, quantize_layers
 from gemma_deploy.quantization.solver import Settings
 from gemma_deploy.testing import write_tiny_checkpoint
-from tests.calibration.test_beside import IDS, SEQLEN, Apart
-from tests.quantization.test_gptq import energy, numpy_gptq
+from tests.calibration.test_beside import IDS, SEQLEN, Apart, compare_codes
 from tests.quantization.test_layers import logits, with_results
 
 LINEARS = re.compile(r"model\.layers\.\d+\..*(_proj|_gate|_projection|linear_left|linear_right)|lm_head")
@@ -154,16 +153,7 @@ def test_codes_are_those_of_a_plain_gptq_on_what_transformers_reads(checkpoint, 
         found = load_file(layer_file(tmp_path, layer))
         assert (f"model.layers.{layer}.self_attn.k_proj.weight" in found) == (layer < 4)
         for name in names:
-            path = f"model.layers.{layer}.{name}"
-            x = inputs[f"{path}.in"].double().numpy()
-            h, weight = x.T @ x / len(x), checkpoint.rows(f"{path}.weight", 0, found[f"{path}.weight"].shape[0])
-            units = np.broadcast_to(found[f"{path}.scale"].numpy()[:, None], weight.shape)
-            codes, expected = found[f"{path}.weight"].numpy(), numpy_gptq(weight, h, units, 127, 0.1)
-            nearest = np.clip(np.rint(weight / units), -127, 127)
-            same = (codes == expected).all(1) | (codes == nearest).all(1)  # what loses less, row by row
-            assert same.mean() >= 0.9, path
-            lost, least = (energy(weight - some * units, h).sum() for some in (codes, expected))
-            assert lost <= 1.005 * least, path
+            compare_codes(checkpoint, found, f"model.layers.{layer}.{name}", inputs)
 
 
 @pytest.mark.slow

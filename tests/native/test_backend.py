@@ -95,14 +95,13 @@ def in_pieces(model, ids, sizes):
     return np.concatenate(rows)
 
 
-@pytest.mark.parametrize("cache", ["bfloat16", "float32", "int8"])
-def test_a_token_gives_the_same_bits_whatever_its_company(compiled, ids, cache):
-    """Three pages of 128 positions and 40 windows: in one piece, in others, with 1 to 3 threads, among other texts."""
-    whole = opened(compiled, cache=cache)
+def compare_in_company(artifact, ids, cuts, **options):
+    """Logits of all tokens in one piece with those of other cuts, (threads, sizes) each, and of mixed steps."""
+    whole = opened(artifact, **options)
     expected = in_pieces(whole, ids, iter([len(ids)]))
     assert np.isfinite(expected).all()
-    for threads, sizes in ((1, [200, 1, 17, 100]), (3, [1, 2, 127, 128, 5]), (2, [256, 60])):
-        model = opened(compiled, cache=cache, threads=threads)
+    for threads, sizes in cuts:
+        model = opened(artifact, threads=threads, **options)
         np.testing.assert_array_equal(in_pieces(model, ids, iter(sizes)), expected)
         model.close()
     first, second = whole.sequence(), whole.sequence()
@@ -112,6 +111,12 @@ def test_a_token_gives_the_same_bits_whatever_its_company(compiled, ids, cache):
     np.testing.assert_array_equal(together[1:], expected[140:150])
     np.testing.assert_array_equal(rows[1:], in_pieces(whole, ids[5:9], iter([4])))
     whole.close()
+
+
+@pytest.mark.parametrize("cache", ["bfloat16", "float32", "int8"])
+def test_a_token_gives_the_same_bits_whatever_its_company(compiled, ids, cache):
+    """Three pages of 128 positions and 40 windows: in one piece, in others, with 1 to 3 threads, among other texts."""
+    compare_in_company(compiled, ids, ((1, [200, 1, 17, 100]), (3, [1, 2, 127, 128, 5]), (2, [256, 60])), cache=cache)
 
 
 def test_ranks_are_those_of_the_logits(compiled, ids):

@@ -9,7 +9,7 @@ from gemma_deploy.compile import compile_recipe
 from gemma_deploy.errors import ArtifactError
 from gemma_deploy.names import PARAMS
 from gemma_deploy.testing import TINY_EXPERTS, TINY_PER_LAYER
-from tests.native.test_backend import MANY, SCHEMES, in_pieces, opened, recipe_of
+from tests.native.test_backend import MANY, SCHEMES, compare_in_company, in_pieces, opened, recipe_of
 
 # Name -> model type and what is changed in the tiny config of that type.
 MODELS = {
@@ -69,20 +69,7 @@ def test_it_compiles_proven(native_library, tmp_path, name, scheme):
 
 def test_a_token_gives_the_same_bits_whatever_its_company(artifact, ids):
     """Two pages of 128 positions and 25 windows: in one piece, in others, with 1 to 3 threads, among other texts."""
-    whole = opened(artifact)
-    expected = in_pieces(whole, ids, iter([len(ids)]))
-    assert np.isfinite(expected).all()
-    for threads, sizes in ((1, [150, 1, 17, 30]), (3, [1, 2, 127, 5, 60])):
-        model = opened(artifact, threads=threads)
-        np.testing.assert_array_equal(in_pieces(model, ids, iter(sizes)), expected)
-        model.close()
-    first, second = whole.sequence(), whole.sequence()
-    rows = whole.logits([(first, ids[:140], 1), (second, ids[5:9], 4)])
-    np.testing.assert_array_equal(rows[0], expected[139])
-    together = whole.logits([(second, ids[9:12], 1), (first, ids[140:150], 10)])
-    np.testing.assert_array_equal(together[1:], expected[140:150])
-    np.testing.assert_array_equal(rows[1:], in_pieces(whole, ids[5:9], iter([4])))
-    whole.close()
+    compare_in_company(artifact, ids, ((1, [150, 1, 17, 30]), (3, [1, 2, 127, 5, 60])))
 
 
 def test_logits_are_the_same_however_many_are_asked_for(artifact, ids):
