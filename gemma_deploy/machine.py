@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,3 +195,16 @@ def leave_pages(file: Path) -> int:
                 went += kib["Rss"] << 10 if advise(start, stop - start, MADV_DONTNEED) == 0 else 0
                 span = ""
     return went
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """For work that is shared out by other means: torch's own threads would fight these, and change bits."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

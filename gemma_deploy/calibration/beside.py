@@ -15,11 +15,12 @@ import torch
 
 from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.calibration.executors import Executor
-from gemma_deploy.calibration.layer_weights import loaded, one_torch_thread, refuse_nonfinite, rows_of
+from gemma_deploy.calibration.layer_weights import loaded, refuse_nonfinite, rows_of
 from gemma_deploy.calibration.points import cache_columns
 from gemma_deploy.calibration.shards import Readable, Shard, StatesByValue
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import ModelConfig, WeightSource
+from gemma_deploy.machine import one_torch_thread
 from gemma_deploy.names import EMBEDDING_WEIGHT, PER_LAYER_TABLE
 
 MADE_TOGETHER = 256  # tokens whose vectors of all layers are in memory

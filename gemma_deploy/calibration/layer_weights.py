@@ -17,6 +17,7 @@ from torch import nn
 from gemma_deploy.calibration.states import HiddenStates
 from gemma_deploy.checkpoint import ModelConfig, WeightSource
 from gemma_deploy.errors import CalibrationError
+from gemma_deploy.machine import one_torch_thread
 from gemma_deploy.names import EMBEDDING_WEIGHT, NORM, STREAM_PROJECTION, STREAM_UNEMBED
 from gemma_deploy.patched import one_layer_of_each_template, patched_stack
 
@@ -82,17 +83,6 @@ def head_input(checkpoint: WeightSource, stack: Any) -> Iterator[Callable[[np.nd
 def rows_of(checkpoint: WeightSource, table: str, tokens: np.ndarray) -> np.ndarray:
     """Rows of a table for some tokens, [tokens, columns] float32."""
     return np.concatenate([checkpoint.rows(table, int(token), int(token) + 1) for token in tokens])
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Shards are the parallelism; bits would depend on the number of torch's own threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

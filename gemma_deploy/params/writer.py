@@ -20,6 +20,7 @@ from pathlib import Path
 
 from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.errors import ParamsError
+from gemma_deploy.machine import one_torch_thread
 from gemma_deploy.params.journal import Journal, read_finished
 from gemma_deploy.params.layout import Layout, lay_out
 from gemma_deploy.params.plan import ParamSpec
@@ -153,7 +154,7 @@ class _Run:
         """Run all jobs; whatever ends this early leaves a journal of what is finished."""
         bad: list[str] = []
         try:
-            with _one_torch_thread(), ThreadPoolExecutor(max(1, workers), "params") as pool:
+            with one_torch_thread(), ThreadPoolExecutor(max(1, workers), "params") as pool:
                 try:
                     pending = {pool.submit(self.run, job, block_bytes) for job in self.jobs}
                     while pending:
@@ -285,19 +286,6 @@ def _reserve(fd: int, size: int) -> None:
         if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
             raise
         os.ftruncate(fd, size)
-
-
-@contextlib.contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """The workers are the parallelism; torch's own threads would only fight them."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

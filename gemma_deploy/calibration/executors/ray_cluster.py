@@ -20,9 +20,9 @@ import torch
 
 from gemma_deploy.calibration.address import require_cluster, unreachable
 from gemma_deploy.calibration.executors.ordered import in_order
-from gemma_deploy.calibration.layer_weights import one_torch_thread
 from gemma_deploy.calibration.shards import LayerPass, LayerSetting, Work, description, stack_of
 from gemma_deploy.errors import CalibrationError, DeployError
+from gemma_deploy.machine import one_torch_thread
 from gemma_deploy.provenance import code_of
 
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 
 from gemma_deploy.calibration.executors.ordered import in_order
-from gemma_deploy.calibration.layer_weights import one_torch_thread
 from gemma_deploy.calibration.shards import LayerPass, Work
+from gemma_deploy.machine import one_torch_thread
 
 
 class Here:
