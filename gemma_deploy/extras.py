@@ -21,6 +21,7 @@ MODULES = {
     "adapters": ("peft",),
     "finetune": ("peft", "trl", "datasets", "accelerate"),
     "bitsandbytes": ("bitsandbytes",),
+    "client": ("httpx2",),
 }
 
 
