@@ -43,12 +43,24 @@ ORDER = (
         "backends",
     ),
     "engine",
-    *("proving", "verifying", "evaluation", "bench", "finetune", "api"),
+    *("proving", "verifying", "evaluation", "bench", "finetune", "serve", "api"),
     *("recipe", "job", "preflight", "stages", "compile", "generation", "options", "commands", "cli", "testing"),
 )
 TORCH_FREE = (
     *("child", "chat", "text"),
-    *("errors", "reading", "recipe", "checkpoint", "partition", "params", "artifact", "runtime", "preflight", "cli"),
+    *(
+        "errors",
+        "reading",
+        "recipe",
+        "checkpoint",
+        "partition",
+        "params",
+        "artifact",
+        "runtime",
+        "preflight",
+        "serve",
+        "cli",
+    ),
 )
 
 

@@ -20,6 +20,7 @@ from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.chat import PLAIN, ChatEvent, ChatFormat, format_named, parse
 from gemma_deploy.chat.messages import for_template
 from gemma_deploy.runtime.generate import GenerationStats, Prompt, check_length, encoded
+from gemma_deploy.runtime.many import ManySequences
 from gemma_deploy.runtime.sampling import Sampling
 from gemma_deploy.runtime.sequence import Session
 from gemma_deploy.text import ChatTemplate, Tokenizer
@@ -169,6 +170,17 @@ class Engine(ABC):
             UsageError: this back end does not look ahead, or not with this sampling or this draft.
             ArtifactError: a graph is missing or damaged.
         """
+
+    def many(self, cache_bytes: int) -> ManySequences | None:
+        """The model opened for many sequences at once; None where one step computes one of them.
+
+        Args:
+            cache_bytes: of all sequences' keys and values together, at most.
+
+        Raises:
+            UsageError: what computes it is not installed. ArtifactError: a file is missing or damaged.
+        """
+        return None
 
     @abstractmethod
     def source(self, kernels: str | None = None, adapter: str | None = None) -> LogitSource:

@@ -41,6 +41,7 @@ int gemma_step(Handle*, const GemmaPiece*, int, float*, float*, int);
 int gemma_step_ranked(Handle*, const GemmaPiece*, int, const gemma::Ranks*, int);
 int gemma_threads(Handle*, uint64_t*);
 int gemma_head(Handle*, const float*, int, float*);
+int gemma_rank(Handle*, const float*, int, const gemma::Ranks*);
 }
 
 namespace {
@@ -134,6 +135,10 @@ void Calls(Handle* model, int count) {
         // As many rows as there is memory for, or a number that is refused.
         if (rows <= 5 || rows > (1 << 20))
           Seen(model, gemma_head(model, Below(9) == 0 ? nullptr : normed.data(), rows, Below(9) == 0 ? nullptr : logits.data()));
+        std::vector<float> sums(5);
+        const gemma::Ranks ranks{Maybe(3), nullptr, nullptr, Below(4) == 0 ? nullptr : sums.data(), nullptr, nullptr};
+        if (rows <= 5 || rows > (1 << 20))
+          Seen(model, gemma_rank(model, Below(9) == 0 ? nullptr : logits.data(), rows, Below(9) == 0 ? nullptr : &ranks));
         uint64_t numbers[4];
         Seen(model, gemma_threads(model, Below(5) == 0 ? nullptr : numbers));
         break;

@@ -27,14 +27,14 @@ SCHEMES = (
 MANY = 1 << 26  # bytes of caches
 
 
-def recipe_of(folder, kind, scheme, *, quantize=None, **changes):
+def recipe_of(folder, kind, scheme, *, quantize=None, context=400, **changes):
     """The recipe of an artifact x of a tiny model, in `folder`; with keys of frontend.quantize."""
     checkpoint = write_tiny_checkpoint(folder / "ck", kind, **changes)
     write_tokenizer(checkpoint)
     floats = scheme in ("fp32", "bf16")
     recipe = {
         "name": "x",
-        "frontend": {"checkpoint": str(checkpoint), "shape": {"input_ids": [[48], [400]]}}
+        "frontend": {"checkpoint": str(checkpoint), "shape": {"input_ids": [[48], [context]]}}
         | ({} if floats else {"quantize": {"type": scheme} | (quantize or {})}),
         "backend": {"type": "native", "dtype": scheme if floats else "int8"},
         "parity": {"prompt_tokens": 40, "decode_tokens": 8},  # five windows of 8
@@ -134,6 +134,15 @@ def test_ranks_are_those_of_the_logits(compiled, ids):
             np.testing.assert_array_equal(found.asked, rows[np.arange(20), asked])
             sums = np.log(np.exp(rows.astype(np.float64)).sum(1))
             np.testing.assert_allclose(found.log_sums, sums, rtol=2e-7)  # a float32's last bit is 1.2e-7
+    room = other.room(20)
+    room[:, :512] = rows
+    given = other.rank(room[:20, :512], top=7, asked=asked)
+    order = np.lexsort((np.broadcast_to(np.arange(512), rows.shape), -rows))[:, :7]
+    np.testing.assert_array_equal(given.ids, order)
+    np.testing.assert_array_equal(given.asked, found.asked)
+    np.testing.assert_array_equal(given.log_sums, found.log_sums)
+    with pytest.raises(ValueError, match="no rows of a room"):
+        other.rank(rows[::2])
     with pytest.raises(DeployError, match="top 513, not 0 to 512"):
         model.ranked([(model.sequence(), ids[:1], 1)], top=513)
     with pytest.raises(DeployError, match="token 512 that is asked for is not in the table"):

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gemma_deploy.backends.native.graph import plan_in
-from gemma_deploy.backends.native.library import Model, level_here, library_path
+from gemma_deploy.backends.native.library import CACHE_BYTES, Model, level_here, library_path
 from gemma_deploy.errors import UsageError
 from gemma_deploy.names import PARAMS
 from gemma_deploy.runtime.cached import CachedSession
 from gemma_deploy.runtime.engine import Engine, Limits, Session
+from gemma_deploy.runtime.many import ManySequences
 from gemma_deploy.runtime.sampling import Sampling
 from gemma_deploy.runtime.speculative import Reader
 from gemma_deploy.text import Tokenizer
@@ -151,6 +152,10 @@ class NativeEngine(Engine):
         with self._opening:
             model = self._opened
         return NativeSession(model, self.tokenizer, sampling, max_length=max_length, endless=endless, lookup=lookup)
+
+    def many(self, cache_bytes: int = CACHE_BYTES) -> ManySequences:
+        """See `Engine`."""
+        return Model(plan_in(self.path), self.path / PARAMS, threads=self.threads, cache_bytes=cache_bytes)
 
     def source(self, kernels: str | None = None, adapter: str | None = None) -> LogitSource:
         """See `Engine`."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gemma_deploy.errors import ArtifactError, DeployError, UsageError
+from gemma_deploy.runtime.many import NoRoomError, Ranked
 
 LIBRARY = "libgemma_deploy.so"
 FOLDER = Path(__file__).parent
@@ -48,22 +49,6 @@ class _Ranks(ctypes.Structure):
         ("asked", ctypes.c_void_p),
         ("asked_logits", ctypes.c_void_p),
     )
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """What was asked of the logits of some tokens, without these.
-
-    Args:
-        ids: [rows, top] int32, tokens with the largest logits, the largest first; logits: [rows, top] float32, theirs.
-        log_sums: [rows] float32: a token's logarithm of probability is its logit less this.
-        asked: [rows] float32, logits of the tokens that were asked for; None where none was.
-    """
-
-    ids: np.ndarray
-    logits: np.ndarray
-    log_sums: np.ndarray
-    asked: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -118,6 +103,7 @@ def _loaded() -> ctypes.CDLL:
         "gemma_step_ranked": (number, (pointer, pointer, number, pointer, number)),
         "gemma_threads": (number, (pointer, pointer)),
         "gemma_head": (number, (pointer, pointer, number, pointer)),
+        "gemma_rank": (number, (pointer, pointer, number, pointer)),
     }  # fmt: skip
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
@@ -274,17 +260,27 @@ class Model:
             DeployError: no memory for their caches is left, or no token is asked for.
         """
         rows = sum(wanted for _, _, wanted in pieces)
-        ids, logits = np.empty((rows, top), np.int32), np.empty((rows, top), np.float32)
-        sums, tokens, found = np.empty(rows, np.float32), None, None
-        if asked is not None:
-            tokens, found = np.array(asked, np.int32), np.empty(rows, np.float32)
-            if len(tokens) != rows:
-                raise ValueError(f"{len(tokens)} tokens are asked for, for {rows} rows")
-        where = (None if one is None else one.ctypes.data for one in (ids, logits, sums, tokens, found))
-        ranks = _Ranks(top, *where)
+        made, ranks, _kept = _ranks(rows, top, asked)
         given = _pieces(pieces)
         self._check(self._library.gemma_step_ranked(self._handle, given[0], len(pieces), ctypes.byref(ranks), rows))
-        return Ranked(ids, logits, sums, found)
+        return made
+
+    def rank(self, logits: np.ndarray, *, top: int = 0, asked: Sequence[int] | np.ndarray | None = None) -> Ranked:
+        """As `ranked`, of logits that are there already.
+
+        Args:
+            logits: [n, V], the first rows of what `room` made and `head` or `logits` filled.
+        """
+        if logits.dtype != np.float32 or logits.strides != (4 * self._stride, 4):
+            raise ValueError("these are no rows of a room for logits")
+        made, ranks, _kept = _ranks(len(logits), top, asked)
+        where = logits.ctypes.data
+        self._check(self._library.gemma_rank(self._handle, where, len(logits), ctypes.byref(ranks)))
+        return made
+
+    def cache_used(self) -> int:
+        """Bytes of the keys and values of all sequences."""
+        return int(self._library.gemma_cache_used(self._handle))
 
     def thread_counts(self) -> ThreadCounts:
         """What became of work that threads share."""
@@ -292,22 +288,25 @@ class Model:
         self._check(self._library.gemma_threads(self._handle, numbers))
         return ThreadCounts(numbers[0], numbers[1], numbers[2], numbers[3] / 1e9)
 
-    def normed(self, pieces: Sequence[tuple[int, Sequence[int], int]]) -> np.ndarray:
+    def normed(self, pieces: Sequence[tuple[int, Sequence[int] | np.ndarray, int]]) -> np.ndarray:
         """As `logits`, what leaves the final norm: [wanted, hidden] float32."""
         rows = sum(wanted for _, _, wanted in pieces)
         made = np.empty((rows, self.hidden), np.float32)
         self._step(pieces, made, None)
         return made
 
-    def head(self, normed: np.ndarray) -> np.ndarray:
-        """Logits of what left the final norm: [n, hidden] -> [n, V] float32."""
+    def head(self, normed: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
+        """Logits of what left the final norm: [n, hidden] -> [n, V] float32, a part of `into` where that is given."""
         rows = np.ascontiguousarray(normed, np.float32)
-        made = np.empty((len(rows), self._stride), np.float32)
+        made = self.room(len(rows)) if into is None else into[: len(rows)]
         self._check(self._library.gemma_head(self._handle, rows.ctypes.data, len(rows), made.ctypes.data))
         return made[:, : self.vocabulary]
 
     def _step(
-        self, pieces: Sequence[tuple[int, Sequence[int], int]], normed: np.ndarray | None, logits: np.ndarray | None
+        self,
+        pieces: Sequence[tuple[int, Sequence[int] | np.ndarray, int]],
+        normed: np.ndarray | None,
+        logits: np.ndarray | None,
     ) -> None:
         given = _pieces(pieces)
         rows = len(normed) if normed is not None else 0 if logits is None else len(logits)
@@ -316,7 +315,7 @@ class Model:
 
     def _check(self, status: int) -> None:
         if status == 2:
-            raise DeployError(
+            raise NoRoomError(
                 "no memory is left for the keys and values of these sequences",
                 next_step="end sequences that are no longer needed, or open the model with room for more",
             )
@@ -325,7 +324,19 @@ class Model:
             raise DeployError(message.decode(errors="replace"), next_step="this is a bug: report it")
 
 
-def _pieces(pieces: Sequence[tuple[int, Sequence[int], int]]) -> tuple[Any, list[np.ndarray]]:
+def _ranks(rows: int, top: int, asked: Sequence[int] | np.ndarray | None) -> tuple[Ranked, _Ranks, np.ndarray | None]:
+    """Room for an answer, as the library sees it, and the tokens that have to live as long."""
+    ids, logits = np.empty((rows, top), np.int32), np.empty((rows, top), np.float32)
+    sums, tokens, found = np.empty(rows, np.float32), None, None
+    if asked is not None:
+        tokens, found = np.array(asked, np.int32), np.empty(rows, np.float32)
+        if len(tokens) != rows:
+            raise ValueError(f"{len(tokens)} tokens are asked for, for {rows} rows")
+    where = (None if one is None else one.ctypes.data for one in (ids, logits, sums, tokens, found))
+    return Ranked(ids, logits, sums, found), _Ranks(top, *where), tokens
+
+
+def _pieces(pieces: Sequence[tuple[int, Sequence[int] | np.ndarray, int]]) -> tuple[Any, list[np.ndarray]]:
     """As the library reads them, and the tokens that have to live as long."""
     tokens = [np.asarray(ids, np.int32) for _, ids, _ in pieces]
     made = (

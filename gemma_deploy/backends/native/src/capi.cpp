@@ -235,3 +235,13 @@ GEMMA_API int gemma_head(Handle* handle, const float* normed, int rows, float* l
     return 0;
   });
 }
+
+// Of logits [rows, gemma_stride] that gemma_step or gemma_head gave, what `ranks` asks for.
+GEMMA_API int gemma_rank(Handle* handle, const float* logits, int rows, const gemma::Ranks* ranks) {
+  return Call(handle, [&] {
+    if (logits == nullptr || rows < 1 || rows > kMostTokens) throw Error("rows: 1 or more");
+    CheckRanks(handle, ranks, rows);
+    handle->model->RankLogits(logits, rows, *ranks);
+    return 0;
+  });
+}

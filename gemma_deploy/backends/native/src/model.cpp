@@ -98,4 +98,10 @@ void Model::Rank(const float* normed, int rows, const Ranks& ranks) {
   }
 }
 
+void Model::RankLogits(const float* logits, int rows, const Ranks& ranks) {
+  pool_.Run(0, [&](Worker& worker) {
+    ranking_.Rank(worker, level_, logits, rows, stride(), plan_.vocabulary, ranks, 0);
+  });
+}
+
 }  // namespace gemma

@@ -53,6 +53,9 @@ class Model {
   // As Head; of logits, which nobody gets, what is asked for.
   void Rank(const float* normed, int rows, const Ranks& ranks);
 
+  // Of logits [rows, stride], what is asked for.
+  void RankLogits(const float* logits, int rows, const Ranks& ranks);
+
   // Numbers between two rows of logits.
   size_t stride() const { return static_cast<size_t>(plan_.head.rows); }
 

@@ -12,13 +12,15 @@ constexpr int kGlance = 128;  // logits that are looked at one by one only where
 
 }  // namespace
 
-void Ranking::Look(const Kernels& level, const float* logits, int begin, int end, int top, Part* part) {
+void Ranking::Look(const Kernels& level, const float* logits, int begin, int end, int top, bool sum, Part* part) {
   const int n = end - begin, whole = n / kLanes * kLanes;
   float largest = level.largest(logits + begin, whole);
   for (int i = begin + whole; i < end; i++) largest = std::max(largest, logits[i]);
   part->largest = largest;
-  part->sum = level.sum_exp(logits + begin, whole, largest);
-  for (int i = begin + whole; i < end; i++) part->sum += std::exp(logits[i] - largest);
+  if (sum) {
+    part->sum = level.sum_exp(logits + begin, whole, largest);
+    for (int i = begin + whole; i < end; i++) part->sum += std::exp(logits[i] - largest);
+  }
   std::vector<One>& best = part->best;
   best.clear();
   if (top == 0) return;
@@ -66,7 +68,7 @@ void Ranking::Rank(Worker& worker, const Kernels& level, const float* logits, in
   if (ranks.top != 0 || ranks.log_sums != nullptr) {
     worker.Each(rows * each, [&](int unit) {
       const int begin = unit % each * kPart, end = std::min(vocabulary, begin + kPart);
-      Look(level, logits + unit / each * stride, begin, end, ranks.top, &parts_[unit]);
+      Look(level, logits + unit / each * stride, begin, end, ranks.top, ranks.log_sums != nullptr, &parts_[unit]);
     });
     worker.Each(rows, [&](int row) { Join(ranks, &parts_[static_cast<size_t>(row) * each], each, first + row); });
   }

@@ -40,7 +40,7 @@ class Ranking {
   };
 
   static bool Before(const One& a, const One& b) { return a.logit > b.logit || (a.logit == b.logit && a.id < b.id); }
-  static void Look(const Kernels& level, const float* logits, int begin, int end, int top, Part* part);
+  static void Look(const Kernels& level, const float* logits, int begin, int end, int top, bool sum, Part* part);
   void Join(const Ranks& ranks, const Part* parts, int count, size_t row);
 
   std::vector<Part> parts_;

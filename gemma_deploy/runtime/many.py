@@ -1,0 +1,83 @@
+"""A model that computes tokens of many sequences in one step: what the server needs of a back end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from gemma_deploy.errors import DeployError
+
+PAGE = 128  # positions of a sequence that share memory with others, or do not
+
+
+class NoRoomError(DeployError):
+    """No memory is left for the keys and values of some sequences; nothing was done."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What was asked of the logits of some tokens, without these.
+
+    Args:
+        ids: [rows, top] int32, tokens with the largest logits, the largest first; logits: [rows, top] float32, theirs.
+        log_sums: [rows] float32: a token's logarithm of probability is its logit less this.
+        asked: [rows] float32, logits of the tokens that were asked for; None where none was.
+    """
+
+    ids: np.ndarray
+    logits: np.ndarray
+    log_sums: np.ndarray
+    asked: np.ndarray | None
+
+
+class ManySequences(Protocol):
+    """A model, and sequences of it by their numbers.
+
+    What a token gives has the same bits whatever tokens are computed beside it, and however its text was cut.
+
+    Attributes:
+        context: positions there are; vocabulary: logits of a token.
+    """
+
+    context: int
+    vocabulary: int
+
+    def sequence(self, like: int = 0) -> int:
+        """A new sequence, empty or with the text of another, whose memory it shares: its number."""
+
+    def drop(self, sequence: int) -> None:
+        """Forget a sequence."""
+
+    def rewind(self, sequence: int, length: int) -> None:
+        """Forget what comes after `length` tokens of a sequence: any page of `PAGE` that ends at or behind its end."""
+
+    def normed(self, pieces: Sequence[tuple[int, Sequence[int] | np.ndarray, int]]) -> np.ndarray:
+        """Compute tokens of several sequences together.
+
+        Args:
+            pieces: number of a sequence, the tokens that follow it, and how many of the last of them are wanted.
+
+        Returns:
+            [wanted, hidden] float32: what leaves the final norm.
+
+        Raises:
+            NoRoomError: and nothing was done.
+        """
+
+    def room(self, rows: int) -> np.ndarray:
+        """Memory for the logits of so many tokens."""
+
+    def head(self, normed: np.ndarray, into: np.ndarray | None = None) -> np.ndarray:
+        """Logits of what left the final norm: [n, hidden] -> [n, V] float32, the first rows of `into`."""
+
+    def rank(self, logits: np.ndarray, *, top: int = 0, asked: Sequence[int] | np.ndarray | None = None) -> Ranked:
+        """Of logits that `head` gave, the largest few and those that are asked for, a token for each row."""
+
+    def cache_used(self) -> int:
+        """Bytes of the keys and values of all sequences."""
+
+    def close(self) -> None:
+        """Give memory back; sequences are gone."""

@@ -1,0 +1,27 @@
+"""The right scheduler for an artifact that is open."""
+
+from __future__ import annotations
+
+from gemma_deploy.runtime.engine import Engine
+from gemma_deploy.serve.request import Scheduling
+from gemma_deploy.serve.scheduler import Scheduler
+from gemma_deploy.serve.single import OneByOne
+
+
+def scheduling_of(
+    engine: Engine, *, together: int = 16, queue: int = 256, context: int = 0, cache_bytes: int
+) -> Scheduling:
+    """Many texts at once where the back end computes many sequences in a step, else one after the other.
+
+    Args:
+        together: texts in a step; queue: requests that wait, at most; context: positions of a text, 0 for all.
+        cache_bytes: of all keys and values together, at most; where texts come one by one each has its own.
+
+    Raises:
+        UsageError: what computes it is not installed. ArtifactError: a file is missing or damaged.
+    """
+    model = engine.many(cache_bytes)
+    if model is None:
+        engine.check_runtime()
+        return OneByOne(engine, queue=queue, context=context)
+    return Scheduler(model, together=together, queue=queue, context=context)

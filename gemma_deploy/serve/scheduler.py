@@ -1,0 +1,342 @@
+"""Many texts at once on a model that computes many sequences in a step: `Scheduler`.
+
+Every step takes the newest token of each text that is being said, and pages of prompts beside them, one prompt after
+the other in turns. No more than `BESIDE` of prompts' tokens go with others' newest ones, so that a long prompt holds
+nobody up for longer than a page takes. Whatever the company, what a token gives has the same bits.
+
+Where memory for keys and values is out, beginnings that nobody uses go first, and then the newest text, which is read
+again when another has ended.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gemma_deploy.errors import DeployError
+from gemma_deploy.runtime.many import PAGE, ManySequences, NoRoomError
+from gemma_deploy.serve.choosing import Chooser
+from gemma_deploy.serve.prefixes import Prefixes, common
+from gemma_deploy.serve.request import (
+    Began,
+    Counts,
+    Ended,
+    Event,
+    Events,
+    Failed,
+    QueueFullError,
+    Request,
+    Said,
+    Scores,
+    check_request,
+)
+
+ALONE = 256  # tokens of prompts in a step where nothing is being said: what the library computes in one pass
+BESIDE = PAGE  # and beside others' newest tokens
+HEAD_ROWS = 16  # whose logits are there at once
+
+
+class _Run:
+    """A request that has a place."""
+
+    def __init__(self, number: int, request: Request, context: int) -> None:
+        self.number, self.request = number, request
+        self.prompt = len(request.ids)
+        self.most = min(request.max_tokens, context - self.prompt)  # tokens to say
+        self.ids = np.zeros(self.prompt + self.most, np.int32)
+        self.ids[: self.prompt] = request.ids
+        self.length, self.read = self.prompt, 0  # tokens that there are, and that the sequence has
+        self.sequence = 0
+        self.chooser = Chooser(request.choice, request.ids, request.stop_ids)
+        self.scores = None if request.prompt_top is None else Scores.empty(self.prompt, request.prompt_top)
+        self.scored = 1  # the prompt's tokens before this one have their scores
+        self.cached, self.began = 0, False
+
+    @property
+    def speaks(self) -> bool:
+        """Whether one token is to be read, the newest that was said."""
+        return self.length > self.prompt and self.read == self.length - 1
+
+    def wanted(self, count: int) -> int:
+        """Of the last of how many of the next tokens what comes out is needed."""
+        end = self.read + count
+        first = end - 1 if end == self.length and self.length < len(self.ids) else end
+        if self.scores is not None and self.scored < self.prompt:
+            first = min(first, max(self.read, self.scored - 1))
+        return end - first
+
+
+@dataclass(frozen=True)
+class _Piece:
+    run: _Run
+    count: int
+    wanted: int
+
+    @property
+    def given(self) -> tuple[int, np.ndarray, int]:
+        """As the model takes it."""
+        run = self.run
+        return run.sequence, run.ids[run.read : run.read + self.count], self.wanted
+
+
+class Scheduler:
+    """See the module; `Scheduling` says what the methods do.
+
+    Args:
+        together: texts that are computed in a step; queue: requests that wait beyond these, at most.
+        context: positions of a text, at most as many as the model has; 0 for these.
+    """
+
+    def __init__(self, model: ManySequences, *, together: int = 16, queue: int = 256, context: int = 0) -> None:
+        self._model, self.together, self._queue = model, together, queue
+        self.context = min(context or model.context, model.context)
+        self.vocabulary = model.vocabulary
+        self._prefixes = Prefixes(model)
+        self._running: deque[_Run] = deque()  # the next whose prompt is read first
+        self._waiting: deque[_Run] = deque()
+        self._cancelled: set[int] = set()
+        self._next = 1
+        self._full = False  # memory was out: nobody begins until somebody has ended
+        self._room = model.room(max(HEAD_ROWS, together))
+        self._prompt_tokens = self._tokens = self._cached = self._steps = self._preempted = 0
+
+    @property
+    def idle(self) -> bool:
+        """See `Scheduling`."""
+        return not self._running and not self._waiting
+
+    def counts(self) -> Counts:
+        """See `Scheduling`."""
+        return Counts(
+            running=len(self._running), waiting=len(self._waiting), prompt_tokens=self._prompt_tokens,
+            tokens=self._tokens, cached_tokens=self._cached, steps=self._steps, preempted=self._preempted,
+            cache_bytes=self._model.cache_used(), kept=len(self._prefixes),
+        )  # fmt: skip
+
+    def add(self, request: Request) -> int:
+        """See `Scheduling`."""
+        check_request(request, self.context, self.vocabulary)
+        if len(self._waiting) >= self._queue + max(0, self.together - len(self._running)):
+            raise QueueFullError(
+                f"{len(self._waiting)} requests are waiting already", next_step="send it again in a moment"
+            )
+        run = _Run(self._next, request, self.context)
+        self._next += 1
+        self._waiting.append(run)
+        return run.number
+
+    def cancel(self, number: int) -> None:
+        """See `Scheduling`."""
+        self._cancelled.add(number)
+
+    def close(self) -> None:
+        """See `Scheduling`."""
+        self._running.clear()
+        self._waiting.clear()
+        self._model.close()
+
+    def step(self) -> Events:
+        """See `Scheduling`."""
+        events: Events = []
+        self._drop_cancelled(events)
+        self._begin()
+        pieces = self._planned()
+        try:
+            normed = self._computed(pieces, events)
+        except DeployError as error:  # of nobody in particular
+            for piece in pieces:
+                self._end(piece.run, Failed(error), events)
+            return events
+        if not len(pieces):
+            return events
+        self._steps += 1
+        self._take(pieces, normed, events)
+        return events
+
+    def _drop_cancelled(self, events: Events) -> None:
+        if not self._cancelled:
+            return
+        for run in [*self._running, *self._waiting]:
+            if run.number in self._cancelled:
+                self._end(run, Ended("cancelled"), events)
+        self._cancelled.clear()
+
+    def _begin(self) -> None:
+        """Give places to those that wait, the first first, but for those whose beginning is being computed already."""
+        if self._full and self._running:
+            return
+        self._full = False
+        later: list[_Run] = []
+        while self._waiting and len(self._running) < self.together and len(later) < self.together:
+            run = self._waiting.popleft()
+            if self._is_coming(run):
+                later.append(run)
+                continue
+            hit = self._prefixes.find(run.ids[: run.length], self._scores_wanted(run))
+            run.sequence = hit.sequence or self._model.sequence()
+            run.read = hit.length
+            if not run.began:
+                run.cached = hit.length
+            if hit.scores is not None and run.scores is not None:
+                known = min(hit.scored, run.prompt)
+                run.scores.put(0, hit.scores.part(0, known))
+                run.scored = max(run.scored, known)
+            self._running.append(run)
+        self._waiting.extendleft(reversed(later))
+
+    @staticmethod
+    def _scores_wanted(run: _Run) -> int | None:
+        return run.request.prompt_top if run.scores is not None and run.scored < run.prompt else None
+
+    def _is_coming(self, run: _Run) -> bool:
+        """Whether a text that is being read will leave a page more of this one's beginning than is known."""
+        reading = [one for one in self._running if one.read < one.prompt]
+        if not reading:
+            return False
+        ids = run.ids[: run.prompt]
+        known = self._prefixes.length(ids)
+        for one in reading:
+            pages = common(one.ids[: one.prompt], ids) // PAGE
+            if pages > one.read // PAGE and pages * PAGE > known:
+                return True
+        return False
+
+    def _planned(self) -> list[_Piece]:
+        speaking = [run for run in self._running if run.speaks]
+        pieces = [_Piece(run, 1, run.wanted(1)) for run in speaking]
+        budget = BESIDE if speaking else ALONE
+        for run in [run for run in self._running if not run.speaks]:
+            if budget <= 0:
+                break
+            count = min(budget, run.length - run.read, PAGE - run.read % PAGE)
+            pieces.append(_Piece(run, count, run.wanted(count)))
+            budget -= count
+            self._running.remove(run)  # the others come first in the next step
+            self._running.append(run)
+        return pieces
+
+    def _computed(self, pieces: list[_Piece], events: Events) -> np.ndarray:
+        """What leaves the final norm, of all that is wanted; texts that there is no memory for leave `pieces`."""
+        many = 1  # beginnings that go at once
+        while pieces:
+            try:
+                return self._model.normed([piece.given for piece in pieces])
+            except NoRoomError as error:
+                if self._prefixes.drop_oldest(many):
+                    many *= 2
+                    continue
+                newest = max(self._running, key=lambda run: run.number)
+                if len(self._running) == 1:
+                    self._end(newest, Failed(error), events)
+                else:
+                    self._set_back(newest)
+                pieces[:] = [piece for piece in pieces if piece.run is not newest]
+        return np.zeros((0, 0), np.float32)
+
+    def _set_back(self, run: _Run) -> None:
+        """Take a text's place; it is read again later."""
+        self._model.drop(run.sequence)
+        run.sequence = run.read = 0
+        self._running.remove(run)
+        self._waiting.appendleft(run)
+        self._full = True
+        self._preempted += 1
+
+    def _take(self, pieces: Sequence[_Piece], normed: np.ndarray, events: Events) -> None:
+        """Go on with what a step gave."""
+        at, speaking, rows = 0, [], []
+        for piece in pieces:
+            run, begin, wanted = piece.run, piece.run.read, piece.wanted
+            run.read += piece.count
+            if begin < run.prompt:
+                self._prompt_tokens += min(run.read, run.prompt) - begin
+            own, at = normed[at : at + wanted], at + wanted
+            try:
+                self._score(run, own, run.read - wanted)
+            except DeployError as error:
+                self._end(run, Failed(error), events)
+                continue
+            if run.read % PAGE == 0 or run.read == run.prompt:
+                known = run.scores if run.scored >= min(run.read, run.prompt) and run.read <= run.prompt else None
+                self._prefixes.keep(run.ids[: run.read], run.sequence, known)
+            if run.read < run.length:
+                continue
+            if not run.began:
+                run.began = True
+                self._cached += run.cached
+                events.append((run.number, Began(run.cached, run.scores)))
+            if run.length == len(run.ids):
+                self._end(run, Ended("length"), events)
+            else:
+                speaking.append(run)
+                rows.append(own[-1])
+        if speaking:
+            self._say(speaking, np.stack(rows), events)
+
+    def _score(self, run: _Run, normed: np.ndarray, first: int) -> None:
+        """Scores of a prompt's tokens, from what its tokens from the `first` on gave."""
+        if run.scores is None or run.scored >= run.prompt:
+            return
+        end = min(first + len(normed) + 1, run.prompt)
+        while run.scored < end:
+            count = min(HEAD_ROWS, end - run.scored)
+            row = run.scored - 1 - first
+            logits = self._model.head(normed[row : row + count], self._room)
+            asked = run.ids[run.scored : run.scored + count]
+            ranked = self._model.rank(logits, top=run.scores.top.shape[1], asked=asked)
+            sums = ranked.log_sums[:, None]
+            _check(ranked.log_sums)
+            assert ranked.asked is not None
+            found = Scores(ranked.asked - ranked.log_sums, ranked.ids, ranked.logits - sums)
+            run.scores.put(run.scored, found)
+            run.scored += count
+
+    def _say(self, runs: Sequence[_Run], normed: np.ndarray, events: Events) -> None:
+        """The next token of some texts."""
+        logits = self._model.head(normed, self._room)
+        ranked = self._model.rank(logits, top=max(1, *(run.request.top or 0 for run in runs)))
+        for row, run in enumerate(runs):
+            try:
+                _check(ranked.log_sums[row : row + 1])
+            except DeployError as error:
+                self._end(run, Failed(error), events)
+                continue
+            token = run.chooser.choose(logits[row], int(ranked.ids[row, 0]))
+            scores, top = None, run.request.top
+            if top is not None:
+                total = ranked.log_sums[row]
+                alternatives = ranked.ids[row : row + 1, :top].copy(), ranked.logits[row : row + 1, :top] - total
+                scores = Scores(logits[row, token : token + 1] - total, *alternatives)
+            if token in run.request.stop_ids:
+                self._end(run, Ended("stop", token, scores), events)
+                continue
+            run.ids[run.length] = token
+            run.length += 1
+            run.chooser.said(token)
+            self._tokens += 1
+            events.append((run.number, Said(token, scores)))
+            if run.length == len(run.ids):
+                self._end(run, Ended("length"), events)
+
+    def _end(self, run: _Run, event: Event, events: Events) -> None:
+        """Give back what a text has, but what the next may begin with."""
+        if run in self._running:
+            if not isinstance(event, Failed) and run.read > run.prompt:
+                self._prefixes.keep(run.ids[: run.read], run.sequence)
+            self._model.drop(run.sequence)
+            self._running.remove(run)
+            self._full = False
+        else:
+            self._waiting.remove(run)
+        events.append((run.number, event))
+
+
+def _check(log_sums: np.ndarray) -> None:
+    if not np.isfinite(log_sums).all():
+        raise DeployError(
+            f"the model gave logits whose sum of exponentials has the logarithm {log_sums[~np.isfinite(log_sums)][0]}",
+            next_step="run `gemma-deploy parity` on the artifact",
+        )
