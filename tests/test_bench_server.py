@@ -8,8 +8,9 @@ import pytest
 from gemma_deploy.bench import picture
 from gemma_deploy.bench import server as measuring
 from gemma_deploy.bench.requests import Answer, Load, summary
-from gemma_deploy.bench.server import Target, measure_server
+from gemma_deploy.bench.server import measure_server
 from gemma_deploy.cli import main
+from gemma_deploy.client import Target
 from gemma_deploy.errors import DeployError, UsageError
 
 httpx2 = pytest.importorskip("httpx2")

@@ -28,7 +28,7 @@ LONGEST_MODULE_LINES = 400
 ORDER = (
     *("names", "dtypes", "errors", "extras", "bounds", "reading", "paths", "writing", "workdir", "child"),
     "provenance",
-    *("machine", "tables", "progress", "estimates"),
+    *("machine", "tables", "progress", "estimates", "client"),
     *("architectures", "schemes", "checkpoint", "chat", "text", "staging", "partition", "patched"),
     *(
         "calibration",

@@ -11,46 +11,19 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gemma_deploy.bench.requests import Answer, Load, summary
-from gemma_deploy.errors import DeployError, UsageError
+from gemma_deploy.client import PROBLEM_CHARACTERS, Target, beginning, connected, model_of, reason, said
+from gemma_deploy.errors import DeployError
 
 if TYPE_CHECKING:
     import httpx2
 
 EVENT_BYTES = 1 << 20  # of one event of a stream, at most
-ERROR_BYTES = 1 << 16  # of an answer that is an error
-PROBLEM_CHARACTERS = 200  # of what a server says of an error
-CONNECT_SECONDS = 10.0
 DONE = "[DONE]"
-
-
-@dataclass(frozen=True)
-class Target:
-    """A server and what it is asked with.
-
-    Args:
-        url: up to `/v1`, or without it; model: "" for the only one that it has.
-        key: for its Authorization, "" for none.
-        vocabulary: ids are drawn below that.
-        seconds: in which a request must send something.
-    """
-
-    url: str
-    model: str = ""
-    key: str = ""
-    vocabulary: int = 256_000
-    seconds: float = 600.0
-
-    @property
-    def base(self) -> str:
-        """Where its endpoints are, without a slash at the end."""
-        base = self.url.rstrip("/")
-        return base if base.endswith("/v1") else f"{base}/v1"
 
 
 def measure_server(
@@ -88,18 +61,9 @@ async def _measured(
     say: Callable[[str], None],
     transport: httpx2.AsyncBaseTransport | None,
 ) -> dict[str, Any]:
-    import httpx2
-
     most = max(load.concurrency for load in loads)
-    options: dict[str, Any] = {
-        "headers": {"Authorization": f"Bearer {target.key}"} if target.key else {},
-        "timeout": httpx2.Timeout(target.seconds, connect=CONNECT_SECONDS),
-        "limits": httpx2.Limits(max_connections=most, max_keepalive_connections=most),
-        "trust_env": False,  # a proxy would be measured too
-        "follow_redirects": False,
-    }
-    async with httpx2.AsyncClient(transport=transport, **options) as client:
-        model = await _model(client, target)
+    async with connected(target, most, transport) as client:
+        model = str((await model_of(client, target))["id"])
         asker = _Asker(client, target, model=model, random=random)
         found = []
         for load in loads:
@@ -114,41 +78,6 @@ async def _measured(
                 )
             found.append(summary(load, await asker.run(load), limits))
     return {"server": target.base, "model": model, "limits_ms": dict(limits), "loads": found}
-
-
-async def _model(client: httpx2.AsyncClient, target: Target) -> str:
-    """The name of the model that is asked for."""
-    import httpx2
-
-    where = f"{target.base}/models"
-    try:
-        answer = await client.get(where)
-        if answer.status_code != 200:
-            raise DeployError(
-                f"the server answers {_said(answer.status_code, answer.content)}",
-                where=where,
-                next_step="name the server's address up to /v1, and its key with --api-key-file",
-            )
-        names = [str(one["id"]) for one in answer.json()["data"]]
-    except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-        raise DeployError(
-            f"no answer: {_reason(error)}", where=where, next_step="start the server, or name its address in --server"
-        ) from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DeployError(
-            "the answer is no list of models",
-            where=where,
-            expected='{"data": [{"id": NAME}, ...]}, as OpenAI\'s servers answer',
-            next_step="name the address of such a server in --server",
-        ) from error
-    if target.model in names or (not target.model and len(names) == 1):
-        return target.model or names[0]
-    raise UsageError(
-        f"the server has no model named {target.model!r}" if target.model else "the server has several models",
-        where=where,
-        expected=", ".join(names[:20]) or "one: it has none",
-        next_step="name one with --model",
-    )
 
 
 class _Asker:
@@ -186,11 +115,11 @@ class _Asker:
         try:
             async with self._client.stream("POST", f"{self._target.base}/completions", json=body) as response:
                 if response.status_code != 200:
-                    answer.problem = _said(response.status_code, await _beginning(response))
+                    answer.problem = said(response.status_code, await beginning(response))
                 else:
                     await self._read(httpx2.EventSource(response, max_event_size=EVENT_BYTES), answer)
         except httpx2.HTTPError as error:
-            answer.problem = _reason(error)
+            answer.problem = reason(error)
         answer.ended = time.perf_counter()
         if not answer.problem and answer.tokens != load.output_tokens:
             answer.problem = f"answered {answer.tokens} tokens instead of {load.output_tokens}"
@@ -217,26 +146,3 @@ class _Asker:
                 answer.problem = "a piece of the stream is not what OpenAI's servers send"
                 return
         answer.problem = "the stream ended early"
-
-
-async def _beginning(response: httpx2.Response) -> bytes:
-    """What a server says of an error, as far as anybody reads it."""
-    content = b""
-    async for part in response.aiter_bytes():
-        content += part
-        if len(content) > ERROR_BYTES:
-            break
-    return content[:ERROR_BYTES]
-
-
-def _said(status: int, content: bytes) -> str:
-    """An answer that is an error, as a sentence."""
-    try:
-        message = json.loads(content)["error"]["message"]
-    except (ValueError, TypeError, KeyError):
-        message = content.decode(errors="replace")
-    return f"{status}: {' '.join(str(message).split())[:PROBLEM_CHARACTERS]}"
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}{f': {error}' if str(error) else ''}"

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from gemma_deploy.errors import UsageError
 from gemma_deploy.names import MIB
 from gemma_deploy.options import NAME, PATH
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from gemma_deploy.bench.server import Target
+    from gemma_deploy.client import Target
 
 BUSY = 0.5  # load average from which on others use what is measured
 EPILOG = """\b
@@ -115,10 +114,10 @@ def command(
     if artifact is not None:
         chosen = {name: options[name] for name in ONE_ARTIFACT}
         return _measure_artifact(artifact, json_file=json_file, plot_file=plot_file, **chosen)
-    from gemma_deploy.bench.server import Target
+    from gemma_deploy.client import Target, key_in
 
     assert server is not None
-    target = Target(server, options["model"] or "", _key_in(options["api_key_file"]), vocabulary=options["vocab_size"])
+    target = Target(server, options["model"] or "", key_in(options["api_key_file"]), vocabulary=options["vocab_size"])
     failed = _measure_server(
         target,
         **{name: options[name] for name in ("input_lens", "output_lens", "concurrencies", "requests")},
@@ -192,27 +191,6 @@ def _measure_artifact(
         if measured["runtime"] == "static":
             reason = f"it takes prompts of {measured['prompt_limit']} tokens"
         click.echo(f"contexts left out: {lengths} ({reason})")
-
-
-def _key_in(file: Path | None) -> str:
-    """The key that a file holds, without what stands around it; "" of no file.
-
-    Raises:
-        UsageError: it cannot be read, or holds no key.
-    """
-    from gemma_deploy.reading import read_text, text_kind
-
-    if file is None:
-        return ""
-    key = read_text(file, text_kind("--api-key-file")).strip()
-    if not key.isascii() or not key.isprintable() or " " in key or not key:
-        raise UsageError(
-            "it holds no key",
-            where=str(file),
-            expected="one word of ASCII letters, digits and signs",
-            next_step="check --api-key-file",
-        )
-    return key
 
 
 def _measure_server(

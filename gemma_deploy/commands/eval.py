@@ -1,7 +1,8 @@
-"""`gemma-deploy eval`: how good an artifact or a checkpoint is, on text or on C-Eval."""
+"""`gemma-deploy eval`: how good an artifact, a checkpoint or what a server computes is, on text or on C-Eval."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from gemma_deploy.options import NAME, PATH, adapter_option
 
 if TYPE_CHECKING:
     from gemma_deploy.checkpoint import AdapterRef
+    from gemma_deploy.client import Target
+    from gemma_deploy.evaluation.tasks import ExamRequest, TextRequest
 
 OF_TASK = {"ppl": ("text", "windows", "seqlen"), "ceval": ("path", "split", "shots", "subjects", "limit")}
 EPILOG = """\b
@@ -22,11 +25,17 @@ Examples:
   gemma-deploy eval /models/gemma-3-270m --task ppl --text book.txt --seqlen 1024
   gemma-deploy eval workspace/NAME --task ceval --path ceval-exam.zip --shots 5
   gemma-deploy eval workspace/NAME --task ceval --path ceval-exam.zip --shots 0 --against hf --limit 20
+  gemma-deploy eval --server http://127.0.0.1:9000 --task ppl --text wikitext2_valid.txt
+
+A server is asked for the log-probabilities of prompts (`echo` with `logprobs` of OpenAI's completions) and for tokens
+(`/tokenize`, or --tokenizer).
 """
+OF_TARGET = ("against", "checkpoint", "adapter", "kernels", "record")
+OF_SERVER = ("model", "tokenizer", "api_key_file")
 
 
 @click.command("eval", epilog=EPILOG)
-@click.argument("target", type=NAME)
+@click.argument("target", type=NAME, required=False)
 @click.option("--task", type=click.Choice(list(OF_TASK)), required=True)
 @click.option(
     "--against",
@@ -59,10 +68,14 @@ Examples:
 )
 @click.option("--json", "json_file", type=PATH, help="Write the result there.")
 @click.option("--record/--no-record", default=True, help="Keep it in the artifact and its report.  [default: record]")
+@click.option("--server", type=NAME, metavar="URL", help="Evaluate what a server computes instead of TARGET.")
+@click.option("--model", type=NAME, metavar="NAME", help="Of the server; its only one if not given.")
+@click.option("--tokenizer", type=PATH, help="Directory of the server's tokenizer.json  [default: its /tokenize]")
+@click.option("--api-key-file", type=PATH, help="Holds the server's key.")
 @click.pass_context
 def command(
     ctx: click.Context,
-    target: str,
+    target: str | None,
     task: str,
     against: str | None,
     checkpoint: str | None,
@@ -78,23 +91,36 @@ def command(
     kernels: str | None,
     json_file: Path | None,
     record: bool,
+    server: str | None,
+    model: str | None,
+    tokenizer: Path | None,
+    api_key_file: Path | None,
 ) -> None:
     """Evaluate TARGET, an artifact, a checkpoint's directory, a .gguf file or `demo`, alone or beside another.
 
     Static artifacts run strict, as their graphs say to the letter, those for ONNX Runtime with the kernels they ship.
     Judges nothing; `parity` does.
     """
-    from gemma_deploy.errors import DeployError
     from gemma_deploy.evaluation import record as records
     from gemma_deploy.evaluation import tasks
     from gemma_deploy.evaluation.models import is_artifact
     from gemma_deploy.progress import shown
     from gemma_deploy.reading import refuse_output
-    from gemma_deploy.writing import finite, write_json
 
     _refuse_options(ctx, task)
+    _check_one(ctx, target, server)
     if json_file is not None:
         refuse_output(json_file, "--json")
+    names = tuple(name.strip() for name in subjects.split(",") if name.strip()) if subjects else ()
+    of_text = tasks.TextRequest(text, windows, seqlen)
+    of_exam = tasks.ExamRequest(path, split or "val", 5 if shots is None else shots, names, limit)
+    if target is None:
+        from gemma_deploy.client import Target, key_in
+
+        assert server is not None
+        asked = Target(server, model or "", key_in(api_key_file))
+        result = _from_server(asked, of_text if task == "ppl" else of_exam, tokenizer)
+        return _finish(result, server, json_file)
     record = record and is_artifact(Path(target))
     if record:
         records.refuse_read_only(Path(target))
@@ -102,14 +128,36 @@ def command(
     pair = tasks.open_pair(target, against, checkpoint, task=task, kernels=kernels, adapters=adapter)
     if task == "ppl":
         with shown("eval", "windows") as tick:
-            result = tasks.run_text(pair, tasks.TextRequest(text, windows, seqlen), tick)
-        _show_text(pair, result)
+            result = tasks.run_text(pair, of_text, tick)
     else:
-        names = tuple(name.strip() for name in subjects.split(",") if name.strip()) if subjects else ()
-        request = tasks.ExamRequest(path, split or "val", 5 if shots is None else shots, names, limit)
         with shown("eval", "questions") as tick:
-            result = tasks.run_exam(pair, request, tick)
-        _show_exam(pair, result)
+            result = tasks.run_exam(pair, of_exam, tick)
+    titles = [pair.target.title] + ([] if pair.reference is None else [pair.reference.title])
+    _finish(result, target, json_file, titles=titles, record=record)
+
+
+def _finish(
+    result: dict[str, Any],
+    target: str,
+    json_file: Path | None,
+    *,
+    titles: Sequence[str] = (),
+    record: bool = False,
+) -> None:
+    """Show a result, write it, and keep it in the artifact.
+
+    Args:
+        titles: of the model, and of what it is compared with; the model's name in the result where there are none.
+
+    Raises:
+        DeployError: some positions have no number.
+    """
+    from gemma_deploy.errors import DeployError
+    from gemma_deploy.evaluation import record as records
+    from gemma_deploy.writing import finite, write_json
+
+    show = _show_text if result["task"] == "ppl" else _show_exam
+    show(titles or [f"{result['target']['path']} at {target}"], result)
     for note in result["notes"]:
         click.echo(f"note: {note}")
     if json_file is not None:
@@ -126,6 +174,37 @@ def command(
         )
 
 
+def _from_server(target: Target, request: TextRequest | ExamRequest, tokenizer: Path | None) -> dict[str, Any]:
+    """The result of what a server computes."""
+    from gemma_deploy import extras
+    from gemma_deploy.evaluation import served
+    from gemma_deploy.evaluation.tasks import TextRequest
+    from gemma_deploy.progress import shown
+
+    extras.require("client", what="`gemma-deploy eval --server`")
+    with served.open_server(target) as model:
+        if isinstance(request, TextRequest):
+            with shown("eval", "windows") as tick:
+                return served.run_text(model, request, tokenizer=tokenizer, progress=tick)
+        with shown("eval", "questions") as tick:
+            return served.run_exam(model, request, tokenizer=tokenizer, progress=tick)
+
+
+def _check_one(ctx: click.Context, target: str | None, server: str | None) -> None:
+    """Refuse neither and both, and options of the other."""
+    from click.core import ParameterSource
+
+    if (target is None) == (server is None):
+        raise click.UsageError("name one thing to evaluate: TARGET, or --server URL")
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in (OF_SERVER if server is None else OF_TARGET)
+        if ctx.get_parameter_source(name) != ParameterSource.DEFAULT
+    ]
+    if given:
+        raise click.UsageError(f"{', '.join(given)}: not {'without --server' if server is None else 'with --server'}")
+
+
 def _refuse_options(ctx: click.Context, task: str) -> None:
     """An option of the other task would be ignored."""
     from click.core import ParameterSource
@@ -136,30 +215,30 @@ def _refuse_options(ctx: click.Context, task: str) -> None:
         raise click.UsageError(f"--task {task} does not take --{', --'.join(given)}; --task {other} does")
 
 
-def _show_text(pair: Any, result: dict[str, Any]) -> None:
-    settings, compared = result["settings"], pair.reference is not None
+def _show_text(titles: Sequence[str], result: dict[str, Any]) -> None:
+    settings, compared = result["settings"], len(titles) > 1
     click.echo(f"text      {settings['text']}")
     click.echo(f"windows   {settings['windowing']}")
     rows = []
     if compared:
         error = _plus(result["perplexity_reference"], result["perplexity_reference_error"], "{:.3f}")
-        rows.append([pair.reference.title, error, "", "", ""])
+        rows.append([titles[1], error, "", "", ""])
     measured = [_plus(result["perplexity"], result["perplexity_error"], "{:.3f}")]
     if compared:
         measured.append(_plus(result["perplexity_change"], result["perplexity_change_error"], "{:+.2%}", "{:.2%}"))
         measured += [_plain(result["kl_mean"], "{:.3g}"), _plain(result["top1"], "{:.2%}")]
-    rows.append([pair.target.title, *measured, *[""] * (4 - len(measured))])
+    rows.append([titles[0], *measured, *[""] * (4 - len(measured))])
     headings = ["model", "perplexity", "change", "mean KL, nats", "top-1"]
     _table(headings if compared else headings[:2], rows if compared else [row[:2] for row in rows])
 
 
-def _show_exam(pair: Any, result: dict[str, Any]) -> None:
+def _show_exam(titles: Sequence[str], result: dict[str, Any]) -> None:
     settings, reference = result["settings"], result.get("reference")
     how = f"{settings['shots']}-shot, the largest logit of A, B, C, D"
     click.echo(f"C-Eval    {settings['split']} of {settings['archive']}, {how}")
-    click.echo(f"target    {pair.target.title}")
+    click.echo(f"target    {titles[0]}")
     if reference is not None:
-        click.echo(f"against   {pair.reference.title}")
+        click.echo(f"against   {titles[1]}")
     of_two = [result, reference] if reference else [result]
     rows = []
     for name in result["subjects"]:

@@ -59,6 +59,18 @@ class Answered:
         """Whether that is the answer."""
         return self.choice(model) == self.asked.answer
 
+    def to_json(self, model: int) -> dict[str, Any]:
+        """The question, and what a model chose."""
+        return {
+            "subject": self.asked.subject,
+            "id": self.asked.number,
+            "answer": self.asked.answer,
+            "choice": self.choice(model),
+            "logits": [float(value) for value in self.logits[model]],
+            "shots": self.asked.shots,
+            "prompt_tokens": len(self.asked.ids),
+        }
+
 
 def read(
     path: Path | None, split: str, shots: int, *, subjects: Sequence[str], limit: int | None
@@ -181,8 +193,21 @@ def answer(models: Sequence[Evaluated], asked: Sequence[Asked], progress: Tick |
                 give_memory_back()
         if progress is not None:
             progress(first + len(found[0]), len(asked))
+    refuse_no_numbers(asked, logits, [str(model.path) for model in models])
+    return [Answered(one, logits[i]) for i, one in enumerate(asked)]
+
+
+def refuse_no_numbers(asked: Sequence[Asked], logits: np.ndarray, names: Sequence[str]) -> None:
+    """Refuse choices that nobody can make.
+
+    Args:
+        logits: [questions, models, 4]; names: of the models.
+
+    Raises:
+        DeployError: some are inf or NaN.
+    """
     bad = [
-        f"{models[m].path}: {asked[i].subject}, id {asked[i].number}"
+        f"{names[m]}: {asked[i].subject}, id {asked[i].number}"
         for i, m in np.argwhere(~np.isfinite(logits).all(axis=2))
     ]
     if bad:
@@ -191,7 +216,6 @@ def answer(models: Sequence[Evaluated], asked: Sequence[Asked], progress: Tick |
             problems=bad[:SHOWN],
             next_step="`gemma-deploy parity ARTIFACT` finds the first layer that is wrong",
         )
-    return [Answered(one, logits[i]) for i, one in enumerate(asked)]
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class Evaluated:
         """
         if self.artifact is not None:
             tokenizer = Tokenizer(self.path)
-            return (lambda text: _without(tokenizer.bos_id, tokenizer.encode(text))), tokenizer.bos_id
+            return (lambda text: without_bos(tokenizer.bos_id, tokenizer.encode(text))), tokenizer.bos_id
         assert self.checkpoint is not None
         bos = self.checkpoint.config.bos_token_id
         if bos is None:
@@ -103,7 +103,7 @@ class Evaluated:
                 next_step="set bos_token_id in config.json (2 in every Gemma)",
             )
         loaded = Tokenizer.of(self.checkpoint)
-        return (lambda text: _without(bos, loaded.encode_more(text))), bos
+        return (lambda text: without_bos(bos, loaded.encode_more(text))), bos
 
     def features(self, prompts: Sequence[Tokens]) -> list[np.ndarray]:
         """Final hidden states [tokens, H] of every prompt; a last batch that is not full is filled and cut again."""
@@ -202,7 +202,7 @@ def positions_at_once(vocab_size: int) -> int:
     return max(1, LOGITS_BYTES // (4 * vocab_size))
 
 
-def _without(bos: int, ids: Sequence[int]) -> list[int]:
+def without_bos(bos: int, ids: Sequence[int]) -> list[int]:
     """A text may spell BOS; a window has one, at its front."""
     return [token for token in ids if token != bos]
 

@@ -7,7 +7,7 @@ A result is plain JSON: `task`, `target`, `against`, `settings` (what was asked,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,13 +115,7 @@ def run_text(pair: Comparison, request: TextRequest, progress: Tick | None = Non
         UsageError: the text is missing or empty, the windows are too long, or vocabularies differ.
     """
     seqlen = min(SEQLEN, pair.longest) if request.seqlen is None else request.seqlen
-    if seqlen > pair.longest:
-        raise UsageError(
-            f"windows of {seqlen} tokens are longer than the {pair.longest} that fit into a prompt",
-            where="--seqlen",
-            expected=f"2 to {pair.longest}",
-            next_step="use shorter windows, or compile with a longer first length in frontend.shape.input_ids",
-        )
+    refuse_long_windows(seqlen, pair.longest)
     text, name = read_text(request.text)
     if pair.reference is not None:
         refuse_other_vocabularies(pair.target, pair.reference, text[:4096])
@@ -133,17 +127,10 @@ def run_text(pair: Comparison, request: TextRequest, progress: Tick | None = Non
     measured = perplexity.measure(pair.target, pair.reference, windows, progress=progress)
     return {
         **_head("ppl", pair),
-        "settings": {
-            "text": name,
-            "text_sha256": sha256_of_text(text),
-            "windows": len(windows.ids),
-            "seqlen": max(map(len, windows.ids)),
-            "windowing": str(windows),
-            **_adapter(pair),
-        },
+        "settings": {**text_settings(text, name, windows), **_adapter(pair)},
         **measured.to_json(),
         "activation_absmax": _ranges(pair),
-        "notes": _text_notes(windows) + _range_notes(pair, seqlen),
+        "notes": text_notes(windows) + _range_notes(pair, seqlen),
     }
 
 
@@ -167,33 +154,78 @@ def run_exam(pair: Comparison, request: ExamRequest, progress: Tick | None = Non
     give_memory_back()
     answered = ceval.answer(pair.models, asked, progress)
     test = len(pair.models) - 1
-    short = [one for one in asked if one.shots < request.shots]
-    notes = []
-    if short:
-        dropped = sum(request.shots - one.shots for one in short)
-        notes.append(
-            f"{len(short)} of {len(asked)} prompts were longer than {pair.longest} tokens: "
-            f"{dropped} examples were left out, from the front"
-        )
     result = {
         **_head("ceval", pair),
-        "settings": {
-            "archive": "bundled sample" if request.path is None else str(request.path),
-            "split": request.split,
-            "shots": request.shots,
-            "subjects": sorted(chosen) if request.subjects else "all",
-            "limit": request.limit,
-            **_adapter(pair),
-        },
+        "settings": {**exam_settings(request, chosen), **_adapter(pair)},
         **ceval.summary(answered, test),
-        "prompts_with_fewer_shots": len(short),
-        "longest_prompt_tokens": max(len(one.ids) for one in asked),
-        "prompts_sha256": hashlib.sha256(repr([one.ids for one in asked]).encode()).hexdigest(),
-        "notes": notes,
+        **prompts_digest(asked, request),
+        "notes": exam_notes(asked, request, pair.longest),
     }
     if pair.reference is not None:
         result |= {"reference": ceval.summary(answered, 0), **ceval.agreement(answered)}
     return result | {"answers": [_answer(one, pair) for one in answered]}
+
+
+def refuse_long_windows(seqlen: int, longest: int) -> None:
+    """Refuse windows that do not fit into a prompt.
+
+    Raises:
+        UsageError: they are too long.
+    """
+    if seqlen > longest:
+        raise UsageError(
+            f"windows of {seqlen} tokens are longer than the {longest} that fit into a prompt",
+            where="--seqlen",
+            expected=f"2 to {longest}",
+            next_step="use shorter windows, or compile with a longer first length in frontend.shape.input_ids",
+        )
+
+
+def text_settings(text: str, name: str, windows: ScoredWindows) -> dict[str, Any]:
+    """What was scored."""
+    return {
+        "text": name,
+        "text_sha256": sha256_of_text(text),
+        "windows": len(windows.ids),
+        "seqlen": max(map(len, windows.ids)),
+        "windowing": str(windows),
+    }
+
+
+def exam_settings(request: ExamRequest, subjects: Iterable[str]) -> dict[str, Any]:
+    """What was asked, of these subjects."""
+    return {
+        "archive": "bundled sample" if request.path is None else str(request.path),
+        "split": request.split,
+        "shots": request.shots,
+        "subjects": sorted(subjects) if request.subjects else "all",
+        "limit": request.limit,
+    }
+
+
+def prompts_digest(asked: Sequence[ceval.Asked], request: ExamRequest) -> dict[str, Any]:
+    """The prompts of an exam: how many lack examples, the longest, and what identifies all of them."""
+    return {
+        "prompts_with_fewer_shots": sum(one.shots < request.shots for one in asked),
+        "longest_prompt_tokens": max(len(one.ids) for one in asked),
+        "prompts_sha256": hashlib.sha256(repr([one.ids for one in asked]).encode()).hexdigest(),
+    }
+
+
+def exam_notes(asked: Sequence[ceval.Asked], request: ExamRequest, longest: int) -> list[str]:
+    """What a reader of an accuracy must know.
+
+    Args:
+        longest: tokens of a prompt at most.
+    """
+    short = [one for one in asked if one.shots < request.shots]
+    if not short:
+        return []
+    dropped = sum(request.shots - one.shots for one in short)
+    return [
+        f"{len(short)} of {len(asked)} prompts were longer than {longest} tokens: "
+        f"{dropped} examples were left out, from the front"
+    ]
 
 
 def _head(task: str, pair: Comparison) -> dict[str, Any]:
@@ -212,16 +244,7 @@ def _adapter(pair: Comparison) -> dict[str, str]:
 
 
 def _answer(one: ceval.Answered, pair: Comparison) -> dict[str, Any]:
-    test = len(pair.models) - 1
-    found: dict[str, Any] = {
-        "subject": one.asked.subject,
-        "id": one.asked.number,
-        "answer": one.asked.answer,
-        "choice": one.choice(test),
-        "logits": [float(value) for value in one.logits[test]],
-        "shots": one.asked.shots,
-        "prompt_tokens": len(one.asked.ids),
-    }
+    found = one.to_json(len(pair.models) - 1)
     return found if pair.reference is None else found | {"choice_of_reference": one.choice(0)}
 
 
@@ -234,7 +257,8 @@ def _ranges(pair: Comparison) -> dict[str, float]:
     return {}
 
 
-def _text_notes(windows: ScoredWindows) -> list[str]:
+def text_notes(windows: ScoredWindows) -> list[str]:
+    """What a reader of a perplexity must know."""
     if len(windows.ids) < windows.asked:
         return [f"the text has {windows.tokens} tokens: {len(windows.ids)} windows instead of {windows.asked}"]
     return []
