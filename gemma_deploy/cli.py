@@ -33,6 +33,7 @@ COMMANDS = {
     "adapter": "Keep a LoRA adapter in an artifact, to be loaded beside it.",
     "run": "Generate text with an artifact.",
     "chat": "Talk with an artifact.",
+    "serve": "Answer requests over HTTP as OpenAI's servers do.",
     "embed": "Make vectors of texts with an artifact of an encoder.",
     "bench": "Measure how fast an artifact is, and what it takes.",
     "inspect": "Show what is in an artifact or a checkpoint.",

@@ -22,6 +22,7 @@ MODULES = {
     "finetune": ("peft", "trl", "datasets", "accelerate"),
     "bitsandbytes": ("bitsandbytes",),
     "client": ("httpx2",),
+    "serve": ("starlette", "uvicorn"),
 }
 
 

@@ -1,0 +1,263 @@
+"""The application: who may ask, what is asked for, and one line in the log for each answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from gemma_deploy.errors import DeployError, UsageError
+from gemma_deploy.runtime.limits import check_tokens
+from gemma_deploy.serve.http.chats import Chat, rendered
+from gemma_deploy.serve.http.completions import Completion
+from gemma_deploy.serve.http.errors import ApiError, told, wrong
+from gemma_deploy.serve.http.fields import (
+    ChatFields,
+    CompletionFields,
+    DetokenizeFields,
+    Generating,
+    TokenizeFields,
+    read,
+)
+from gemma_deploy.serve.http.metrics import exposed
+from gemma_deploy.serve.http.served import Served
+from gemma_deploy.serve.http.streaming import ClientLeft, EventStream, unless_left
+
+log = logging.getLogger(__name__)
+answers = logging.getLogger("gemma_deploy.serve.answers")  # a line for each
+LARGEST_BODY = 8 << 20
+BODY_SECONDS = 30.0  # from the first byte of a body to its last
+LEFT = 499  # as nginx logs it; nobody reads it
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the application answers.
+
+    Args:
+        keys: one of which a request must bring (`Authorization: Bearer KEY`); none: everybody may ask.
+        origins: web pages that browsers let ask; none by default.
+        json_log: a line of JSON for each request in the place of words.
+        largest_body: bytes of a request, at most.
+    """
+
+    keys: Sequence[str] = ()
+    origins: Sequence[str] = ()
+    json_log: bool = False
+    largest_body: int = LARGEST_BODY
+
+
+class Server:
+    """Answers requests to some artifacts.
+
+    Args:
+        served: each under names of its own, the first one for requests that name none.
+    """
+
+    def __init__(self, served: Sequence[Served], settings: Settings | None = None) -> None:
+        self._served, self._settings = tuple(served), settings or Settings()
+        self._names = {name: one for one in self._served for name in one.names}
+        self._keys = [key.encode() for key in self._settings.keys]
+
+    def app(self) -> Starlette:
+        """The ASGI application."""
+        posts = {
+            "/v1/completions": self._completions,
+            "/v1/chat/completions": self._chats,
+            "/tokenize": self._tokenize,
+            "/detokenize": self._detokenize,
+        }
+        gets = {"/v1/models": self._models, "/v1/models/{name:path}": self._model, "/metrics": self._metrics}
+        routes = [Route(path, self._guarded(handler), methods=["POST"]) for path, handler in posts.items()]
+        routes += [Route(path, self._guarded(handler), methods=["GET"]) for path, handler in gets.items()]
+        routes.append(Route("/health", self._health, methods=["GET"]))
+        app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={HTTPException: _no_such_thing})
+        if self._settings.origins:
+            from starlette.middleware.cors import CORSMiddleware
+
+            app.add_middleware(
+                CORSMiddleware, allow_origins=list(self._settings.origins), allow_methods=["GET", "POST"],
+                allow_headers=["Authorization", "Content-Type"],
+            )  # fmt: skip
+        return app
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        for one in self._served:
+            one.start()
+        try:
+            yield
+        finally:
+            for one in self._served:
+                await asyncio.to_thread(one.worker.stop)
+
+    def _guarded(self, handler: Handler) -> Handler:
+        """A handler for those who may ask, whose errors are answers."""
+
+        async def guarded(request: Request) -> Response:
+            try:
+                self._authenticate(request)
+                return await handler(request)
+            except ApiError as error:
+                if error.status != 400:
+                    log.info("%s: %d %s", request.url.path, error.status, error.message)
+                return error.response()
+            except ClientLeft:
+                return Response(status_code=LEFT)
+            except DeployError as error:
+                return told(error).response()
+            except Exception:
+                log.exception("%s: a fault of this program", request.url.path)
+                return ApiError(500, "a fault of this program; its log tells more").response()
+
+        return guarded
+
+    def _authenticate(self, request: Request) -> None:
+        if not self._keys:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        offered = given.strip().encode("utf-8", "surrogateescape") if scheme.lower() == "bearer" else b""
+        matches = [hmac.compare_digest(offered, key) for key in self._keys]  # all of them, whichever fits
+        if not any(matches):
+            raise ApiError(401, "no API key that this server knows: Authorization: Bearer KEY", code="invalid_api_key")
+
+    def _find(self, name: str | None) -> tuple[Served, str]:
+        """What is asked for by a name, and that name."""
+        if name is None:
+            if len(self._served) > 1:
+                raise wrong("model", f"name one of {', '.join(self._names)}")
+            return self._served[0], self._served[0].names[0]
+        if name not in self._names:
+            raise ApiError(404, f"no model {name[:80]!r} is served here", param="model", code="model_not_found")
+        return self._names[name], name
+
+    async def _body(self, request: Request) -> bytes:
+        """What was sent, up to a limit and in a limited time."""
+        most = self._settings.largest_body
+        refusal = ApiError(413, f"the body has more than {most} bytes", code="body_too_large")
+        length = request.headers.get("content-length", "0")
+        if length.isascii() and length.isdigit() and int(length[:20]) > most:
+            raise refusal
+        found = bytearray()
+
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for piece in request.stream():
+                    found.extend(piece)
+                    if len(found) > most:
+                        raise refusal
+        except TimeoutError:
+            raise ApiError(408, f"the body was not here within {BODY_SECONDS:g} s") from None
+        return bytes(found)
+
+    async def _completions(self, request: Request) -> Response:
+        fields = read(CompletionFields, await self._body(request))
+        served, name = self._find(fields.model)
+        return await self._answered(request, Completion(served, fields, name), fields)
+
+    async def _chats(self, request: Request) -> Response:
+        fields = read(ChatFields, await self._body(request))
+        served, name = self._find(fields.model)
+        return await self._answered(request, Chat(served, fields, name), fields)
+
+    async def _answered(self, request: Request, answer: Completion | Chat, fields: Generating) -> Response:
+        def done() -> None:
+            self._tell(answer, fields.model)
+
+        if not fields.stream:
+            try:
+                return JSONResponse(await unless_left(request, answer.whole(), answer.asked))
+            finally:
+                done()
+        try:
+            await unless_left(request, answer.speeches[0].begin(), ())  # so that the status tells whether it can be
+        except BaseException:
+            for one in answer.asked:
+                one.leave()
+            raise
+        return EventStream(answer.chunks(), answer.asked, done)
+
+    def _tell(self, answer: Completion | Chat, name: str | None) -> None:
+        """A line in the log: never the prompt."""
+        speeches = answer.speeches
+        tokens, first = sum(one.tokens for one in speeches), speeches[0].first
+        later = max((one.seconds for one in speeches), default=0.0) - first
+        told = {
+            "id": answer.id,
+            "model": name,
+            "prompt_tokens": answer.prompt_tokens,
+            "cached_tokens": sum(one.cached for one in speeches),
+            "completion_tokens": tokens,
+            "first_token_s": round(first, 4),
+            "tokens_per_s": round((tokens - len(speeches)) / later, 1)
+            if later > 0 and tokens > len(speeches)
+            else None,
+            "finish": ",".join(one.finish or "left" for one in speeches[:8]),
+        }
+        if self._settings.json_log:
+            answers.info("%s", json.dumps(told))
+        else:
+            answers.info("%s", " ".join(f"{key}={value}" for key, value in told.items()))
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [one.card(name) for name, one in self._names.items()]})
+
+    async def _model(self, request: Request) -> Response:
+        served, name = self._find(request.path_params["name"])
+        return JSONResponse(served.card(name))
+
+    async def _tokenize(self, request: Request) -> Response:
+        fields = read(TokenizeFields, await self._body(request))
+        served, _ = self._find(fields.model)
+        if (fields.prompt is None) == (fields.messages is None):
+            raise wrong("prompt", "give a text (prompt) or a conversation (messages)")
+        try:
+            if fields.messages is not None:
+                text = rendered(served, fields.messages, names=fields.chat_template_kwargs)
+                ids = served.encode(text, special=True)
+            else:
+                ids = served.encode(fields.prompt or "", special=bool(fields.parse_special))
+                ids = ids if fields.add_special_tokens in (None, True) else ids[1:]
+        except UsageError as error:
+            raise told(error, "prompt") from None
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": served.context})
+
+    async def _detokenize(self, request: Request) -> Response:
+        fields = read(DetokenizeFields, await self._body(request))
+        served, _ = self._find(fields.model)
+        if fields.tokens:
+            try:
+                check_tokens(fields.tokens, served.vocabulary, "tokens")
+            except UsageError as error:
+                raise told(error, "tokens") from None
+        return JSONResponse({"prompt": served.tokenizer.decode_all(fields.tokens)})
+
+    async def _health(self, request: Request) -> Response:
+        broken = [one.names[0] for one in self._served if one.worker.broken is not None]
+        status = {"status": "ok"} if not broken else {"status": "failed", "models": broken}
+        return JSONResponse(status, 503 if broken else 200)
+
+    async def _metrics(self, request: Request) -> Response:
+        found = {one.names[0]: (one.worker.counts(), one.metrics) for one in self._served}
+        return PlainTextResponse(exposed(found), media_type="text/plain; version=0.0.4")
+
+
+async def _no_such_thing(request: Request, error: Exception) -> Response:
+    """No such path, or not by this method."""
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+    answer: Any = ApiError(error.status_code, message).response()
+    answer.headers.update(error.headers or {})
+    return answer

@@ -1,0 +1,187 @@
+"""`/v1/chat/completions`: conversations are answered, with thinking and tool calls apart from the text."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from gemma_deploy.chat import ChatEvent, ChatParser, ToolCall
+from gemma_deploy.chat.messages import Deltas, for_template, reply_message
+from gemma_deploy.errors import UsageError
+from gemma_deploy.serve.http.completions import usage_of
+from gemma_deploy.serve.http.errors import told, wrong
+from gemma_deploy.serve.http.fields import ChatFields
+from gemma_deploy.serve.http.served import Served
+from gemma_deploy.serve.http.speech import Piece, Speech, Token
+from gemma_deploy.serve.http.streaming import merged
+from gemma_deploy.serve.request import Request
+
+MOST_TOOLS = 256
+
+
+def rendered(
+    served: Served,
+    messages: list[dict[str, Any]],
+    *,
+    tools: list[dict[str, Any]] | None = None,
+    names: Mapping[str, Any] | None = None,
+) -> str:
+    """A conversation as the text that the model is to continue.
+
+    Special tokens that a message spells become tokens, as with transformers' `apply_chat_template`.
+
+    Raises:
+        ApiError: the chat template refuses it.
+    """
+    tokenizer = served.tokenizer
+    try:
+        taken = for_template(messages, tokenizer.chat.source(tools=tools is not None))
+        return tokenizer.render_chat(taken, tools=tools, names=names)
+    except UsageError as error:
+        raise told(error, "messages") from None
+
+
+class Chat:
+    """One request, and its answer; see `Completion`."""
+
+    def __init__(self, served: Served, fields: ChatFields, name: str) -> None:
+        self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        self._served, self._fields, self._name = served, fields, name
+        if not fields.messages:
+            raise wrong("messages", "one message at least")
+        tools = _tools(fields)
+        if fields.response_format is not None and fields.response_format.get("type") != "text":
+            raise wrong("response_format", "this server writes text alone so far", "unsupported")
+        if fields.top_logprobs is not None and not fields.logprobs:
+            raise wrong("top_logprobs", "is given without logprobs: true")
+        stops = fields.stops()
+        self._prompt = rendered(served, fields.messages, tools=tools, names=fields.chat_template_kwargs)
+        try:
+            ids = served.encode(self._prompt, special=True)
+        except UsageError as error:
+            raise told(error, "messages") from None
+        self.prompt_tokens = len(ids)
+        most = fields.max_completion_tokens if fields.max_completion_tokens is not None else fields.max_tokens
+        top = (fields.top_logprobs or 0) if fields.logprobs else None
+        requests = [
+            Request(
+                ids,
+                fields.choice(served.vocabulary, place),
+                served.context if most is None else most,
+                fields.stop_ids(served.stop_ids, served.vocabulary),
+                top,
+            )
+            for place in range(fields.n or 1)
+        ]
+        self.asked = served.ask(requests, "messages")
+        self.speeches = [Speech(served, one, stops=stops, shown=served.engine.markers) for one in self.asked]
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens so far."""
+        return usage_of(self.prompt_tokens, self.speeches, len(self.speeches))
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer at once."""
+        choices = []
+        for index, speech in enumerate(self.speeches):
+            parser, events, logs = self._parser(), list[ChatEvent](), list[Any]()
+            last = Piece("")
+            async for last in speech.pieces():
+                events += parser.feed(last.text)
+                logs += self._logs(last)
+            events += parser.end()
+            choices.append(
+                {
+                    "index": index,
+                    "message": reply_message(events),
+                    "logprobs": {"content": logs} if self._fields.logprobs else None,
+                    "finish_reason": _finish(last, any(isinstance(one, ToolCall) for one in events)),
+                    "stop_reason": last.stop,
+                }
+            )
+        return self._body("chat.completion", choices, usage=self.usage())
+
+    async def chunks(self) -> AsyncIterator[Mapping[str, Any]]:
+        """The answer in pieces."""
+        async for body in merged([self._chunks_of(index, speech) for index, speech in enumerate(self.speeches)]):
+            yield body
+        if self._fields.with_usage:
+            yield self._body("chat.completion.chunk", [], usage=self.usage())
+
+    async def _chunks_of(self, index: int, speech: Speech) -> AsyncIterator[Mapping[str, Any]]:
+        await speech.begin()
+        parser, deltas, called = self._parser(), Deltas(), False
+        yield self._chunk(index, {"role": "assistant", "content": ""}, [])
+        async for piece in speech.pieces():
+            events = parser.feed(piece.text)
+            if piece.finish is not None:
+                events += parser.end()
+            logs = self._logs(piece)
+            for event in events:
+                called = called or isinstance(event, ToolCall)
+                if (delta := deltas.of(event)) is not None:
+                    yield self._chunk(index, delta, logs)
+                    logs = []
+            if piece.finish is not None:
+                yield self._chunk(index, {}, logs, piece, called)
+            elif logs:
+                yield self._chunk(index, {"content": ""}, logs)
+
+    def _chunk(
+        self, index: int, delta: Mapping[str, Any], logs: list[Any], last: Piece | None = None, called: bool = False
+    ) -> dict[str, Any]:
+        choice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": {"content": logs} if self._fields.logprobs and logs else None,
+            "finish_reason": None if last is None else _finish(last, called),
+        }
+        if last is not None:
+            choice["stop_reason"] = last.stop
+        return self._body("chat.completion.chunk", [choice])
+
+    def _parser(self) -> ChatParser:
+        return ChatParser(self._served.engine.chat_format, self._prompt)
+
+    def _logs(self, piece: Piece) -> list[dict[str, Any]]:
+        """Log-probabilities of a piece's token, where it is of the text."""
+        token = piece.token
+        if token is None or token.scores is None or token.id in self.asked[0].request.stop_ids:
+            return []
+        return [self._log(token)]
+
+    def _log(self, token: Token) -> dict[str, Any]:
+        scores = token.scores
+        assert scores is not None
+        top = zip(scores.ids[0].tolist(), scores.top[0].tolist(), strict=True)
+        return {
+            **self._entry(token.id, float(scores.own[0])),
+            "top_logprobs": [self._entry(one, log) for one, log in top],
+        }
+
+    def _entry(self, token: int, log: float) -> dict[str, Any]:
+        return {"token": self._served.text_of(token), "logprob": log, "bytes": self._served.bytes_of(token)}
+
+    def _body(self, kind: str, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
+        body = {"id": self.id, "object": kind, "created": self.created, "model": self._name, "choices": choices}
+        return body if usage is None else {**body, "usage": usage}
+
+
+def _tools(fields: ChatFields) -> list[dict[str, Any]] | None:
+    """Functions that the model may call.
+
+    Raises:
+        ApiError: it is to be forced to call one, which is not built.
+    """
+    choice = fields.tool_choice
+    if choice not in (None, "auto", "none"):
+        raise wrong("tool_choice", "auto or none: nothing makes the model call a function yet", "unsupported")
+    if len(fields.tools or ()) > MOST_TOOLS:
+        raise wrong("tools", f"at most {MOST_TOOLS}")
+    return None if choice == "none" else fields.tools or None
+
+
+def _finish(last: Piece, called: bool) -> str | None:
+    return "tool_calls" if called and last.finish == "stop" else last.finish

@@ -1,0 +1,172 @@
+"""An artifact that is served: its tokenizer, the thread that computes it, and the way back into the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gemma_deploy.errors import UsageError
+from gemma_deploy.runtime.engine import Engine
+from gemma_deploy.serve.http.errors import ApiError, told
+from gemma_deploy.serve.http.metrics import Metrics
+from gemma_deploy.serve.request import Ended, Event, Failed, Request, Scheduling
+from gemma_deploy.serve.worker import Worker
+
+BYTE = len("<0x00>")
+
+
+class Asked:
+    """One text that is being computed: its events, in the event loop.
+
+    Attributes:
+        request: what was asked; started: when, in seconds of `time.perf_counter`.
+    """
+
+    def __init__(self, served: Served, request: Request) -> None:
+        self.request, self.started = request, time.perf_counter()
+        self._served, self._events, self._over = served, asyncio.Queue[Event](), False
+        served.worker.submit(request, self)
+
+    def put(self, event: Event) -> None:
+        """An event more; called in the event loop."""
+        self._events.put_nowait(event)
+
+    async def next(self) -> Event:
+        """The next event.
+
+        Raises:
+            ApiError: it failed.
+        """
+        event = await self._events.get()
+        self._over = isinstance(event, Ended | Failed)
+        if isinstance(event, Failed):
+            raise told(event.error)
+        return event
+
+    def leave(self) -> None:
+        """Nobody waits for it any more."""
+        if not self._over:
+            self._served.worker.cancel(self)
+
+
+class Served:
+    """See the module.
+
+    Args:
+        names: under which it is asked for, its own first; add_bos: put BOS in front of token ids that have none.
+    """
+
+    def __init__(self, engine: Engine, scheduling: Scheduling, names: Sequence[str], *, add_bos: bool = False) -> None:
+        self.engine, self.names, self.add_bos = engine, tuple(names), add_bos
+        self.tokenizer, self.created = engine.tokenizer, int(time.time())
+        self.context, self.vocabulary, self.together = scheduling.context, scheduling.vocabulary, scheduling.together
+        self.stop_ids = frozenset(engine.stop_ids)
+        self.metrics = Metrics()
+        self.worker = Worker(scheduling, self._deliver)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._texts: dict[int, str] = {}
+
+    def start(self) -> None:
+        """Begin to compute; called in the event loop."""
+        self._loop = asyncio.get_running_loop()
+        self.worker.start()
+
+    def ask(self, requests: Sequence[Request], param: str) -> list[Asked]:
+        """Have texts computed.
+
+        Args:
+            param: the field that the prompt came in.
+
+        Raises:
+            ApiError: one of them cannot be; then none is.
+        """
+        if self.worker.broken is not None:
+            raise told(self.worker.broken)
+        asked: list[Asked] = []
+        try:
+            for request in requests:
+                self._check_length(request, param)
+                asked.append(Asked(self, request))
+        except BaseException as error:
+            for one in asked:
+                one.leave()
+            if isinstance(error, UsageError):
+                raise told(error, param) from None
+            raise
+        return asked
+
+    def _check_length(self, request: Request, param: str) -> None:
+        count = len(request.ids)
+        if count + (request.max_tokens > 0) > self.context:
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {self.context} tokens, the answer included, and the prompt "
+                f"has {count}.",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    def _deliver(self, found: Sequence[tuple[Any, Event]]) -> None:
+        """In the thread that computes."""
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_hand_out, found)
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Tokens of a text with one BOS in front.
+
+        Args:
+            special: special tokens that the text spells are taken as such; else they are text like any other.
+
+        Raises:
+            UsageError: the text is no Unicode.
+        """
+        backend = self.tokenizer.backend  # of the event loop alone
+        backend.encode_special_tokens = not special
+        try:
+            ids = self.tokenizer.encode(text)
+        finally:
+            backend.encode_special_tokens = False
+        return ids
+
+    def text_of(self, token: int) -> str:
+        r"""What one token is alone: its text, that of a special one too, `bytes:\xNN` of a part of a character."""
+        found = self._texts.get(token)
+        if found is None:
+            piece = self.tokenizer.backend.id_to_token(token) or ""
+            if len(piece) == BYTE and piece.startswith("<0x") and piece.endswith(">"):
+                found = "bytes:\\x" + piece[3:5].lower()
+            else:
+                found = self.tokenizer.decode_all([token])
+                if piece.startswith("\N{LOWER ONE EIGHTH BLOCK}") and not found.startswith(" "):
+                    found = " " + found  # which some decoders take off at the beginning
+            self._texts[token] = found
+        return found
+
+    def bytes_of(self, token: int) -> list[int] | None:
+        """UTF-8 of one token; None of a part of a character that nobody says."""
+        text = self.text_of(token)
+        if text.startswith("bytes:\\x"):
+            return [int(text[-2:], 16)]
+        return None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())
+
+    def card(self, name: str) -> Mapping[str, Any]:
+        """Of `/v1/models`."""
+        manifest = self.engine.manifest
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "gemma-deploy",
+            "root": self.names[0],
+            "max_model_len": self.context,
+            "backend": manifest.recipe.backend.type,
+            "texts_at_once": self.together,
+        }
+
+
+def _hand_out(found: Sequence[tuple[Asked, Event]]) -> None:
+    for asked, event in found:
+        asked.put(event)
