@@ -32,6 +32,11 @@ class Ranked:
     log_sums: np.ndarray
     asked: np.ndarray | None
 
+    def rows(self, rows: Sequence[int]) -> Ranked:
+        """Those of some of the tokens."""
+        asked = None if self.asked is None else self.asked[rows]
+        return Ranked(self.ids[rows], self.logits[rows], self.log_sums[rows], asked)
+
 
 class ManySequences(Protocol):
     """A model, and sequences of it by their numbers.
@@ -66,6 +71,15 @@ class ManySequences(Protocol):
         Raises:
             NoRoomError: and nothing was done.
         """
+
+    def ranked(
+        self,
+        pieces: Sequence[tuple[int, Sequence[int] | np.ndarray, int]],
+        *,
+        top: int = 0,
+        asked: Sequence[int] | np.ndarray | None = None,
+    ) -> Ranked:
+        """As `normed`, `head` and `rank` one behind the other, with the same bits."""
 
     def room(self, rows: int) -> np.ndarray:
         """Memory for the logits of so many tokens."""

@@ -266,7 +266,7 @@ def test_numbers_that_are_none_fail_the_text_alone(served):
 
     model = Overflowing(plan_in(served), served / PARAMS, threads=1, cache_bytes=MANY)
     answers = Answers(Scheduler(model))
-    first, second = (answers.ask(Request(ids_of(seed, 9), max_tokens=2)) for seed in (1, 2))
+    first, second = (answers.ask(Request(ids_of(seed, 9), Choice(presence=0.1), max_tokens=2)) for seed in (1, 2))
     answers.step()
     assert isinstance(answers.events[first][-1], Failed)
     assert [type(event) for event in answers.events[second]] == [Began, Said]

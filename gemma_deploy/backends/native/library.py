@@ -249,7 +249,11 @@ class Model:
         return np.empty((rows, self._stride), np.float32)
 
     def ranked(
-        self, pieces: Sequence[tuple[int, Sequence[int], int]], *, top: int = 0, asked: Sequence[int] | None = None
+        self,
+        pieces: Sequence[tuple[int, Sequence[int] | np.ndarray, int]],
+        *,
+        top: int = 0,
+        asked: Sequence[int] | np.ndarray | None = None,
     ) -> Ranked:
         """As `logits`, of these only the largest few, some that are asked for, and what makes them probabilities.
 
