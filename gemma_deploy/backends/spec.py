@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from gemma_deploy.architectures import PerLayerTable
@@ -117,3 +119,13 @@ class BuildSpec:
             return False
         linears = self.storage(0).linears
         return linears.bits == 8 and linears.groupsize is None
+
+
+def embedding_scale(hidden_size: int, rounding: str) -> float:
+    """sqrt(hidden_size) in float32, by way of bfloat16 where `rounding` (`BuildSpec.embed_scale`) is "bf16"."""
+    root = np.float32(math.sqrt(hidden_size))
+    if rounding == "bf16":
+        import ml_dtypes
+
+        root = np.float32(root.astype(ml_dtypes.bfloat16))
+    return float(root)

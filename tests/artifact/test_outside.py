@@ -8,7 +8,7 @@ import pytest
 from gemma_deploy.artifact.check import open_whole
 from gemma_deploy.artifact.commit import ArtifactDir
 from gemma_deploy.artifact.opened import Artifact
-from gemma_deploy.backends.onnxruntime.genai_config import genai_config, read_genai_config
+from gemma_deploy.backends.genai_config import genai_config, read_genai_config
 from gemma_deploy.bounds import inside
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.cli import main
@@ -117,7 +117,7 @@ def written(**options):
     return json.loads(json.dumps(genai_config(CONFIG, 64, **options)))
 
 
-@pytest.mark.parametrize("options", [{}, {"chunk_size": 8, "windowed": True}, {"gpu": True}])
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 8, "windowed": (0, 1)}, {"gpu": True}])
 def test_what_compile_writes_is_read(tmp_path, options):
     (tmp_path / "genai_config.json").write_text(json.dumps(written(**options)))
     found = read_genai_config(tmp_path / "genai_config.json")

@@ -9,8 +9,8 @@ import onnxruntime as ort
 import pytest
 
 from gemma_deploy.backends.onnxruntime import head
-from gemma_deploy.backends.onnxruntime.decoder import embedding_scale
 from gemma_deploy.backends.onnxruntime.exact import exact
+from gemma_deploy.backends.spec import embedding_scale
 from gemma_deploy.errors import ExportError
 from tests.backends.make import (
     FILE,

@@ -5,9 +5,9 @@ import onnx_ir as ir
 import pytest
 
 from gemma_deploy.backends.onnxruntime import decoder, encoder
-from gemma_deploy.backends.onnxruntime.decoder import embedding_scale
 from gemma_deploy.backends.onnxruntime.encoder import build_encoder
 from gemma_deploy.backends.onnxruntime.options import Kernels
+from gemma_deploy.backends.spec import embedding_scale
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.params import build_plan, write_params
 from gemma_deploy.runtime.session import open_graph

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 from gemma_deploy import compile as compiler
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends import backend, backend_of
+from gemma_deploy.backends.genai_config import genai_config
 from gemma_deploy.backends.onnxruntime.backend import OnnxRuntime, chosen_kernels
 from gemma_deploy.backends.onnxruntime.decoder import linears_of
 from gemma_deploy.backends.onnxruntime.genai import GenaiModel
-from gemma_deploy.backends.onnxruntime.genai_config import genai_config
 from gemma_deploy.backends.onnxruntime.options import CANDIDATES, Kernels
 from gemma_deploy.backends.onnxruntime.source import bfloat16_line
 from gemma_deploy.checkpoint import ModelConfig

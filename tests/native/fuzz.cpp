@@ -65,10 +65,10 @@ void Die(const char* what, const char* detail = "") {
 // A call's status: 0, or 1 with a message, or 2 where memory for caches is out.
 int Seen(Handle* model, int status) {
   if (status == 0) answered++;
-  if (status == 1) refused++;
+  if (status == 1 || status == 3) refused++;
   if (status == 2) full++;
-  if (status < 0 || status > 2) Die("a status that is none");
-  if (status == 1 && std::strlen(gemma_error(model)) == 0) Die("refused without a message");
+  if (status < 0 || status > 3) Die("a status that is none");
+  if ((status == 1 || status == 3) && std::strlen(gemma_error(model)) == 0) Die("refused without a message");
   return status;
 }
 

@@ -27,7 +27,7 @@ SCHEMES = (
 MANY = 1 << 26  # bytes of caches
 
 
-def recipe_of(folder, kind, scheme, *, quantize=None, context=400, **changes):
+def recipe_of(folder, kind, scheme, *, quantize=None, context=400, type="native", **changes):
     """The recipe of an artifact x of a tiny model, in `folder`; with keys of frontend.quantize."""
     checkpoint = write_tiny_checkpoint(folder / "ck", kind, **changes)
     write_tokenizer(checkpoint)
@@ -36,7 +36,7 @@ def recipe_of(folder, kind, scheme, *, quantize=None, context=400, **changes):
         "name": "x",
         "frontend": {"checkpoint": str(checkpoint), "shape": {"input_ids": [[48], [context]]}}
         | ({} if floats else {"quantize": {"type": scheme} | (quantize or {})}),
-        "backend": {"type": "native", "dtype": scheme if floats else "int8"},
+        "backend": {"type": type, "dtype": scheme if floats else "int8"},
         "parity": {"prompt_tokens": 40, "decode_tokens": 8},  # five windows of 8
         "workspace": {"path": str(folder / "w")},
     }
@@ -381,7 +381,7 @@ def test_what_a_caller_gets_wrong_is_refused(compiled, ids):
         ([(sequence, [512], 1)], "token 512 is not in the table"),
         ([(sequence, [-1], 1)], "token -1 is not in the table"),
         ([(sequence, [1], 1), (sequence, [2], 1)], "is there twice"),
-        ([(sequence, ids + ids, 1)], "more than the context of 400"),
+        ([(sequence, ids + ids, 1)], "longer than the context of 400"),
     ]:
         with pytest.raises(DeployError, match=words):
             model.logits(pieces)

@@ -12,7 +12,7 @@ from gemma_deploy.backends.base import Export, Exported, ExportJob, Proof
 from gemma_deploy.backends.native.graph import GRAPH, MODEL, build_graph
 from gemma_deploy.backends.native.options import NativeOptions, model_problems, not_built
 from gemma_deploy.backends.native.plan import plan_of
-from gemma_deploy.backends.spec import BuildSpec, Options
+from gemma_deploy.backends.spec import BuildSpec, Options, embedding_scale
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.errors import UsageError
 from gemma_deploy.estimates import BASE_BYTES, GRAPH_BYTES, RUNTIME_BYTES, StageEstimate
@@ -114,7 +114,6 @@ class Native:
 
     def export(self, job: ExportJob) -> Export:
         """The plan, in a graph of one operator."""
-        from gemma_deploy.backends.onnxruntime.parts import embedding_scale
         from gemma_deploy.graph.external import serialized
 
         config, rounding = job.config, job.spec.embed_scale
@@ -127,8 +126,8 @@ class Native:
 
     def files(self, spec: BuildSpec, config: ModelConfig) -> Mapping[str, dict[str, Any] | Path]:
         """What onnxruntime-genai reads, and the library, which it takes from the model's folder alone."""
+        from gemma_deploy.backends.genai_config import CONFIG_FILE, genai_config
         from gemma_deploy.backends.native.library import LIBRARY, library_path
-        from gemma_deploy.backends.onnxruntime.genai_config import CONFIG_FILE, genai_config
 
         made = genai_config(config, spec.context)
         options = made["model"]["decoder"]["session_options"]

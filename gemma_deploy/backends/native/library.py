@@ -19,6 +19,7 @@ LIBRARY = "libgemma_deploy.so"
 FOLDER = Path(__file__).parent
 LEVEL_VARIABLE = "GEMMA_DEPLOY_KERNELS"
 MESSAGE_BYTES = 1000
+NO_PAGES, TOO_LONG = 2, 3  # answers of the C ABI that are no faults
 CACHE_BYTES = 8 << 30  # of all sequences together, at most; pages are taken as they are needed
 INSTALL = (
     "install a C++17 compiler (Debian: apt install g++) and the package again from its source, "
@@ -318,14 +319,19 @@ class Model:
         self._check(self._library.gemma_step(self._handle, given[0], len(pieces), *where, rows))
 
     def _check(self, status: int) -> None:
-        if status == 2:
+        if status == NO_PAGES:
             raise NoRoomError(
                 "no memory is left for the keys and values of these sequences",
                 next_step="end sequences that are no longer needed, or open the model with room for more",
             )
         if status:
-            message: bytes = self._library.gemma_error(self._handle)
-            raise DeployError(message.decode(errors="replace"), next_step="this is a bug: report it")
+            message = self._library.gemma_error(self._handle).decode(errors="replace")
+            if status == TOO_LONG:
+                raise UsageError(
+                    message,
+                    next_step="shorten it, or compile with a longer second length in frontend.shape.input_ids",
+                )
+            raise DeployError(message, next_step="this is a bug: report it")
 
 
 def _ranks(rows: int, top: int, asked: Sequence[int] | np.ndarray | None) -> tuple[Ranked, _Ranks, np.ndarray | None]:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.base import Export, Exported, ExportJob, Proof
+from gemma_deploy.backends.genai_config import CONFIG_FILE, genai_config
 from gemma_deploy.backends.onnxruntime.decoder import build_decoder, linears_of
 from gemma_deploy.backends.onnxruntime.drafter import build_drafter
 from gemma_deploy.backends.onnxruntime.encoder import build_encoder
 from gemma_deploy.backends.onnxruntime.experts import expert_modules
-from gemma_deploy.backends.onnxruntime.genai_config import CONFIG_FILE, genai_config
 from gemma_deploy.backends.onnxruntime.lora import adapter_slots
 from gemma_deploy.backends.onnxruntime.options import (
     ALL,
@@ -30,9 +30,8 @@ from gemma_deploy.backends.onnxruntime.options import (
     not_built,
     options_of,
 )
-from gemma_deploy.backends.onnxruntime.parts import embedding_scale
 from gemma_deploy.backends.onnxruntime.window import WINDOW, WINDOW_CACHE, window_problems, windowed_layers
-from gemma_deploy.backends.spec import BuildSpec, Options
+from gemma_deploy.backends.spec import BuildSpec, Options, embedding_scale
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.estimates import BASE_BYTES, GRAPH_BYTES, RUNTIME_BYTES, SESSION_BYTES, StageEstimate
 from gemma_deploy.graph.contract import (
@@ -260,7 +259,7 @@ class OnnxRuntime:
         assert options.prefill is not None
         # genai's Engine, for which logits of all positions are, refuses models with a chunk_size.
         chunk = None if options.logits == ALL else CHUNKS[options.prefill]
-        windowed = options.cache == WINDOW
+        windowed = windowed_layers(config) if options.cache == WINDOW else ()
         return {CONFIG_FILE: genai_config(config, spec.context, chunk, gpu=gpu, windowed=windowed)}
 
     def kernels(self, spec: BuildSpec, config: ModelConfig, unrounded: Sequence[str] | None) -> dict[str, Any] | None:

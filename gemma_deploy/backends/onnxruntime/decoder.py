@@ -27,7 +27,6 @@ from gemma_deploy.backends.onnxruntime.head import screened_head, whole_head
 from gemma_deploy.backends.onnxruntime.lora import Updates
 from gemma_deploy.backends.onnxruntime.options import ALL, Kernels
 from gemma_deploy.backends.onnxruntime.padding import Tokens, real_tokens_first
-from gemma_deploy.backends.onnxruntime.parts import embedding_scale
 from gemma_deploy.backends.onnxruntime.per_layer import (
     by_layer,
     context_of,
@@ -40,6 +39,7 @@ from gemma_deploy.backends.onnxruntime.per_layer import (
 from gemma_deploy.backends.onnxruntime.shared_window import Held, held_positions, query_positions
 from gemma_deploy.backends.onnxruntime.streams import Streams, sparse
 from gemma_deploy.backends.onnxruntime.window import WINDOW_CACHE
+from gemma_deploy.backends.spec import embedding_scale
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.graph.contract import AdapterSlots
 from gemma_deploy.graph.external import Row

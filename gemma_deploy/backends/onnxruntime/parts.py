@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from gemma_deploy.architectures import EXACT_GELU, LayerSpec
@@ -173,13 +171,3 @@ class DecoderParts:
     @property
     def _approximate(self) -> str:
         return "none" if self.config.hidden_activation == EXACT_GELU else "tanh"
-
-
-def embedding_scale(hidden_size: int, rounding: str) -> float:
-    """sqrt(hidden_size) in float32, by way of bfloat16 where `rounding` is "bf16"."""
-    root = np.float32(math.sqrt(hidden_size))
-    if rounding == "bf16":
-        import ml_dtypes
-
-        root = np.float32(root.astype(ml_dtypes.bfloat16))
-    return float(root)

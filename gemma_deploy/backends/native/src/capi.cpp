@@ -35,7 +35,8 @@ int Put(char* text, size_t size, const std::string& what) {
   return 1;
 }
 
-// Runs f on an open model: 0, or 1 with a message that gemma_error gives, or 2 where memory for caches is out.
+// Runs f on an open model: 0, or 1 with a message that gemma_error gives, or 2 where memory for caches is out, or 3, with
+// a message, where a text gets longer than the context.
 template <class F>
 int Call(Handle* handle, const F& f) {
   if (handle == nullptr) return 1;
@@ -43,6 +44,9 @@ int Call(Handle* handle, const F& f) {
   try {
     handle->error.clear();
     return f();
+  } catch (const gemma::TooLong& error) {
+    handle->error = error.what();
+    return 3;
   } catch (const std::exception& error) {
     handle->error = error.what();
     return 1;
@@ -169,8 +173,9 @@ static int Admit(Handle* handle, const GemmaPiece* given, int count, int rows, s
       throw Error("piece " + std::to_string(i) + ": " + std::to_string(p.count) + " tokens, " +
                   std::to_string(p.wanted) + " wanted");
     if (sequence->length() > plan.context - p.count)
-      throw Error("sequence " + std::to_string(p.sequence) + ": " + std::to_string(sequence->length()) + " and " +
-                  std::to_string(p.count) + " tokens, more than the context of " + std::to_string(plan.context));
+      throw gemma::TooLong("a text of " + std::to_string(sequence->length()) + " tokens and " +
+                           std::to_string(p.count) + " more is longer than the context of " +
+                           std::to_string(plan.context) + " tokens");
     for (int t = 0; t < p.count; t++)
       if (p.tokens[t] < 0 || p.tokens[t] >= plan.vocabulary)
         throw Error("piece " + std::to_string(i) + ": token " + std::to_string(p.tokens[t]) + " is not in the table");

@@ -10,4 +10,10 @@ class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// A text is longer than the positions that there are.
+class TooLong : public Error {
+ public:
+  using Error::Error;
+};
+
 }  // namespace gemma

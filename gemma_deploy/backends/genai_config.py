@@ -1,14 +1,13 @@
-"""genai_config.json: what onnxruntime-genai needs to know of the graph, so that it runs the artifact as it is."""
+"""genai_config.json: what onnxruntime-genai needs to know of a graph, so that it runs the artifact as it is."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gemma_deploy.backends.onnxruntime.options import GRAPH
-from gemma_deploy.backends.onnxruntime.window import windowed_layers
 from gemma_deploy.bounds import Count, Size
 from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.errors import ArtifactError
@@ -16,6 +15,7 @@ from gemma_deploy.reading import FileKind, read_object
 from gemma_deploy.runtime.limits import REBUILD
 
 CONFIG_FILE = "genai_config.json"
+GRAPH = "model.onnx"
 LARGEST_VOCABULARY = 1 << 22  # logits of a position are made whatever the graph says; Gemma has 262,208 at most
 LARGEST_WINDOW = 65536  # positions of a cache that is made whatever the prompt; Gemma's windows are below 8192
 FILE_KIND = FileKind(ArtifactError, "what `gemma-deploy compile` wrote", REBUILD, missing=REBUILD, unique_keys=True)
@@ -27,20 +27,20 @@ def genai_config(
     chunk_size: int | None = None,
     *,
     gpu: bool = False,
-    windowed: bool = False,
+    windowed: Sequence[int] = (),
 ) -> dict[str, Any]:
     """The file's content.
 
     Args:
         context_length: positions that the rotary tables cover.
         chunk_size: tokens of a prompt that run together; None for all. gpu: ask for the CUDA provider.
-        windowed: caches of layers with a sliding window hold that alone; the operator moves what is in them.
+        windowed: layers whose caches hold their sliding window alone; the operator moves what is in them.
     """
     window = {
         "window_size": config.sliding_window,
         "slide_key_value_cache": False,
         "slide_inputs": False,
-        "layers": list(windowed_layers(config)),
+        "layers": list(windowed),
     }
     sliding = {"sliding_window": window} if windowed else {}
     return {
