@@ -5,7 +5,7 @@
 
 The text itself guesses what comes next (`run --lookup`), or a smaller model does (`run --draft`). Each FILE is a
 prompt; without any, three are made of this repository's own files: prose that goes on, code that goes on, and a text
-to be repeated. Both ways run on one ONNX Runtime session; a difference of tokens is listed with how far the two
+to be repeated. Both ways run on one model that is open; a difference of tokens is listed with how far the two
 largest logits lay apart.
 """
 
@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from gemma_deploy import paths
-from gemma_deploy.artifact.opened import Artifact
-from gemma_deploy.backends.onnxruntime.draft import Draft
-from gemma_deploy.backends.onnxruntime.in_place import OrtModel, OrtSequence
+from gemma_deploy.engine import open_engine
 from gemma_deploy.runtime import Sampling, Tokenizer
+from gemma_deploy.runtime.draft import Draft
 from gemma_deploy.runtime.lookup import History
-from gemma_deploy.runtime.speculative import Guesser, Speculative, best_of
+from gemma_deploy.runtime.speculative import Decider, Guesser, Speculative, best_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,10 +39,10 @@ def own_prompts() -> dict[str, str]:
     }
 
 
-def plain(model: OrtModel, prompt: list[int], count: int) -> tuple[list[int], list[float], float]:
+def plain(model: Decider, prompt: list[int], count: int) -> tuple[list[int], list[float], float]:
     """A token a step: tokens, by how much each was ahead of the next best, seconds after the first."""
-    sequence, tokens, leads = OrtSequence(model, len(prompt) + count), [], []
-    rows, started = sequence.feed(prompt), 0.0
+    sequence, tokens, leads = model.sequence(len(prompt) + count), [], []
+    rows, started = sequence.read(prompt, 2), 0.0
     while True:
         token, lead = best_of(rows[-1], model.path)
         tokens.append(token)
@@ -52,17 +51,21 @@ def plain(model: OrtModel, prompt: list[int], count: int) -> tuple[list[int], li
             started = time.perf_counter()
         if len(tokens) == count:
             return tokens, leads, time.perf_counter() - started
-        rows = sequence.feed(tokens[-1:])
+        rows = sequence.feed(tokens[-1:], 2)
 
 
-def ahead(
-    model: OrtModel, prompt: list[int], count: int, draft: OrtModel | None
-) -> tuple[list[int], Speculative, float]:
+def ahead(model: Decider, prompt: list[int], count: int, draft: Decider | None) -> tuple[list[int], Speculative, float]:
     """Looking ahead: tokens, what the search did, seconds after the first."""
     room = len(prompt) + count
-    guesser: Guesser = History(prompt)
+    guesser: Guesser = History(prompt, model.most_tokens)
     if draft is not None:
-        guesser = Draft(draft, room, vocab_size=model.vocab_size, sampler=Sampling().sampler())
+        guesser = Draft(
+            draft,
+            room,
+            vocab_size=model.vocab_size,
+            sampler=Sampling().sampler(),
+            most_tokens=model.most_tokens,
+        )
         guesser.follow(prompt)
     greedy = Speculative(model, prompt, room, guesser=guesser)
     tokens = [greedy.first()]
@@ -72,7 +75,7 @@ def ahead(
     return tokens, greedy, time.perf_counter() - started
 
 
-def measure(model: OrtModel, prompt: list[int], count: int, *, repeat: int, draft: OrtModel | None) -> dict[str, Any]:
+def measure(model: Decider, prompt: list[int], count: int, *, repeat: int, draft: Decider | None) -> dict[str, Any]:
     """Both ways, in turns: medians."""
     runs = [(plain(model, prompt, count), ahead(model, prompt, count, draft)) for _ in range(repeat)]
     (tokens, leads, _), (found, greedy, _) = runs[0]
@@ -91,9 +94,9 @@ def measure(model: OrtModel, prompt: list[int], count: int, *, repeat: int, draf
     }
 
 
-def opened(artifact: Path, threads: int) -> OrtModel:
-    """An artifact in ONNX Runtime."""
-    return OrtModel(artifact, Artifact.open(artifact).manifest, threads)
+def opened(artifact: Path, threads: int) -> Decider:
+    """An artifact that may look ahead, in ONNX Runtime or in the native library."""
+    return open_engine(artifact, threads=threads).decider()
 
 
 def main() -> None:

@@ -47,8 +47,8 @@ itself. The text goes to standard output, everything else to standard error.
 @click.option("--chat", is_flag=True, help="Send the text as a user's message through the chat template.")
 @generation_options
 @click.option("--strict", is_flag=True, help="Compute exactly what the graph says (slow; static artifacts).")
-@click.option("--lookup", is_flag=True, help="Guess ahead where text repeats itself (greedy; ONNX Runtime artifacts).")
-@click.option("--draft", type=PATH, help="An artifact of a smaller Gemma that guesses ahead (ONNX Runtime artifacts).")
+@click.option("--lookup", is_flag=True, help="Guess ahead where text repeats itself (greedy; no static artifacts).")
+@click.option("--draft", type=PATH, help="An artifact of a smaller Gemma that guesses ahead (no static ones).")
 @click.option(
     "--adapter", type=NAME, metavar="NAME|DIR", help="A LoRA adapter: kept in the artifact, or peft's directory."
 )
@@ -140,6 +140,6 @@ def _refuse_ahead(artifact: Artifact, sampling: Sampling, *, strict: bool, looku
             f"{asked} is not possible here" if asked.count("--") == 1 else f"{asked} are not possible here",
             where=str(artifact.path),
             problems=problems,
-            expected=f"{'greedy decoding of ' if lookup else ''}an artifact of backend.type onnxruntime",
+            expected=f"{'greedy decoding of ' if lookup else ''}an artifact of backend.type onnxruntime or native",
             next_step="leave one of them out" if lookup and draft is not None else f"leave {asked} out",
         )

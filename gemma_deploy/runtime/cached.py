@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from gemma_deploy.errors import UsageError
+from gemma_deploy.runtime.draft import Draft
 from gemma_deploy.runtime.generate import GenerationStats, check_context
 from gemma_deploy.runtime.limits import check_tokens
 from gemma_deploy.runtime.lookup import History
@@ -25,6 +26,7 @@ class CachedSession(Session):
         max_length: tokens there may be in all. The model's context by default.
         endless: no stop token ends a reply.
         lookup: guess ahead; greedy only.
+        draft: a smaller model that guesses ahead, of the same tokens.
 
     Raises:
         UsageError: what is drawn at random cannot be looked up.
@@ -39,6 +41,7 @@ class CachedSession(Session):
         max_length: int | None = None,
         endless: bool = False,
         lookup: bool = False,
+        draft: Decider | None = None,
     ) -> None:
         super().__init__(tokenizer, model.path, () if endless else model.stop_ids)
         self._decider, self.lookup = model, lookup
@@ -51,6 +54,15 @@ class CachedSession(Session):
             )
         self._sampler = sampling.sampler()
         self.max_length = min(max_length or model.context_length, model.context_length)
+        self._draft: Draft | None = None
+        if draft is not None:
+            self._draft = Draft(
+                draft,
+                self.max_length,
+                vocab_size=model.vocab_size,
+                sampler=self._sampler,
+                most_tokens=model.most_tokens,
+            )
 
     @abstractmethod
     def _new_sequence(self) -> Reader:
@@ -58,7 +70,10 @@ class CachedSession(Session):
 
     def _guesser(self) -> Guesser | None:
         """Who guesses what follows the sequence; None: nobody does."""
-        return History(self._ids) if self.lookup else None
+        if self._draft is not None:
+            self._draft.follow(self._ids)
+            return self._draft
+        return History(self._ids, self._decider.most_tokens) if self.lookup else None
 
     def reset(self) -> None:
         """See `Session`."""
@@ -97,11 +112,12 @@ class CachedSession(Session):
 
     def _one_by_one(self) -> Iterator[Sequence[int]]:
         sequence = self._sequence
-        rows = sequence.read(self._ids[sequence.length :])
+        top = self._sampler.top
+        rows = sequence.read(self._ids[sequence.length :], top)
         while True:
-            token = self._sampler(rows[-1:])[0]
+            token = self._sampler.choose(rows[-1])
             yield [token]
-            rows = sequence.feed([token])
+            rows = sequence.feed([token], top)
 
     def _guessed(self, guesser: Guesser, stats: GenerationStats) -> Iterator[Sequence[int]]:
         ahead = Speculative(

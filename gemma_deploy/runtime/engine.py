@@ -19,6 +19,7 @@ from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.chat import PLAIN, ChatEvent, ChatFormat, format_named, parse
 from gemma_deploy.chat.messages import for_template
+from gemma_deploy.errors import UsageError
 from gemma_deploy.runtime.generate import GenerationStats, Prompt, check_length, encoded
 from gemma_deploy.runtime.many import ManySequences
 from gemma_deploy.runtime.sampling import Sampling
@@ -27,6 +28,7 @@ from gemma_deploy.text import ChatTemplate, Tokenizer
 
 if TYPE_CHECKING:
     from gemma_deploy.parity.sources import LogitSource
+    from gemma_deploy.runtime.speculative import Decider
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,19 @@ class Engine(ABC):
             UsageError: what computes it is not installed. ArtifactError: a file is missing or damaged.
         """
         return None
+
+    def decider(self) -> Decider:
+        """The model itself, opened, that may guess for another one.
+
+        Raises:
+            UsageError: it cannot. ArtifactError: a graph is missing or damaged.
+        """
+        raise UsageError(
+            "a static artifact cannot guess for another: its decode graph takes one token",
+            where=f"{self.path} (--draft)",
+            expected="an artifact of backend.type onnxruntime or native",
+            next_step="compile the draft for onnxruntime or native, or leave --draft out",
+        )
 
     @abstractmethod
     def source(self, kernels: str | None = None, adapter: str | None = None) -> LogitSource:

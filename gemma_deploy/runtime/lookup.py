@@ -14,9 +14,14 @@ LONGEST, SHORTEST = 3, 2  # tokens that must have occurred before
 
 
 class History:
-    """The tokens so far, and what followed the last few of them before; a `Guesser`."""
+    """The tokens so far, and what followed the last few of them before; a `Guesser`.
 
-    def __init__(self, ids: Sequence[int]) -> None:
+    Args:
+        most_tokens: of a step, the newest one and those guessed.
+    """
+
+    def __init__(self, ids: Sequence[int], most_tokens: int = MOST_TOKENS) -> None:
+        self._most = most_tokens - 1  # to guess
         self.ids: list[int] = []
         self._after: dict[tuple[int, ...], int] = {}  # place behind the latest occurrence that something follows
         self._ahead = MOST_TOKENS // 2  # tokens to guess next time
@@ -48,4 +53,5 @@ class History:
     def learn(self, guessed: int, right: int) -> None:
         """Guess more next time where all were right, less where they were not."""
         if guessed:
-            self._ahead = min(MOST_TOKENS - 1, 2 * right + 1) if right < guessed else MOST_TOKENS - 1
+            more = 2 * right + 1
+            self._ahead = min(self._most, more if right < guessed else max(MOST_TOKENS - 1, more))

@@ -15,6 +15,60 @@ SMALLEST = 1e-260  # a temperature by which any float32 can be divided in float6
 
 
 @dataclass(frozen=True)
+class Largest:
+    """The largest logits of a token, in the place of all: what is greedy, or top-k, asks for no others.
+
+    Args:
+        ids: [n] int32, the token of the largest logit first, of equals the lower id; logits: [n] float32, theirs.
+        log_sum: the logarithm of the sum of exp over all logits, finite.
+    """
+
+    ids: np.ndarray
+    logits: np.ndarray
+    log_sum: float
+
+
+Row = np.ndarray | Largest  # logits of one token: [V] float32, or as far as they are asked for
+Rows = np.ndarray | list[Largest]  # of several
+
+
+@dataclass(frozen=True)
+class Chances:
+    """What a token is drawn from: how often each comes.
+
+    Args:
+        ids: [n] tokens, each larger than the one before; None: all that there are.
+        weights: [n] float64, 0 or more.
+    """
+
+    ids: np.ndarray | None
+    weights: np.ndarray
+
+    def of(self, token: int) -> float:
+        """The weight of a token."""
+        if self.ids is None:
+            return float(self.weights[token])
+        place = int(np.searchsorted(self.ids, token))
+        return float(self.weights[place]) if place < len(self.ids) and self.ids[place] == token else 0.0
+
+    def less(self, other: Chances) -> Chances:
+        """What is left of each weight when another's is taken away; where nothing is left, 0."""
+        if self.ids is None and other.ids is None:
+            return Chances(None, np.maximum(self.weights - other.weights, 0))
+        if self.ids is None:
+            left = self.weights.copy()
+            left[other.ids] = np.maximum(left[other.ids] - other.weights, 0)
+            return Chances(None, left)
+        others = np.array([other.of(int(token)) for token in self.ids])
+        return Chances(self.ids, np.maximum(self.weights - others, 0))
+
+
+def certain(token: int) -> Chances:
+    """Of a token that is no other."""
+    return Chances(np.array([token]), np.ones(1))
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen, whoever chooses them.
 
@@ -63,6 +117,11 @@ class Sampler:
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self._random = np.random.default_rng(seed)
 
+    @property
+    def top(self) -> int:
+        """How many of the largest logits are enough to choose by, with the equals of the last; 0: all are needed."""
+        return 1 if self.temperature == 0 else self.top_k
+
     def __call__(self, logits: np.ndarray) -> list[int]:
         """Choose one token per row.
 
@@ -78,22 +137,46 @@ class Sampler:
         _check_finite(logits)
         if self.temperature == 0:
             return [int(token) for token in logits.argmax(axis=-1)]
-        return [self.draw(_softmax(row)) for row in self.filtered(logits)]
+        return [self.draw(Chances(None, _softmax(row))) for row in self.filtered(logits)]
 
-    def probabilities(self, logits: np.ndarray) -> np.ndarray:
-        """What a token is drawn from. [V] float32 -> [V] float64, whose sum is 1.
+    def choose(self, row: Row) -> int:
+        """A token: of the logits of one, all of them or the `top` largest.
 
         Raises:
             DeployError: see `__call__`.
         """
-        _check_finite(logits)
-        return _softmax(self.filtered(logits[None])[0])
+        if not isinstance(row, Largest):
+            return self(row[None])[0]
+        return int(row.ids[0]) if self.temperature == 0 else self.draw(self.chances(row))
 
-    def draw(self, weights: np.ndarray) -> int:
-        """A token id, each as often as its weight says. weights: [V] float64, 0 or more, and not all 0."""
-        edges = np.cumsum(weights)
+    def chances(self, row: Row) -> Chances:
+        """What a token is drawn from where the temperature is not 0; their sum is 1.
+
+        Raises:
+            DeployError: see `__call__`.
+        """
+        if isinstance(row, Largest):
+            return self._chances_of_largest(row)
+        _check_finite(row)
+        return Chances(None, _softmax(self.filtered(row[None])[0]))
+
+    def _chances_of_largest(self, row: Largest) -> Chances:
+        """As `filtered` and `_softmax` give, of the tokens that are kept alone."""
+        scores = self._scores(row.logits)
+        if self.top_k < len(scores):
+            scores = scores[scores >= scores[self.top_k - 1]]
+        if self.top_p < 1:
+            scores = scores[: _nucleus(_softmax(scores), self.top_p)]
+        ids = row.ids[: len(scores)]
+        order = np.argsort(ids)  # edges of `draw` are in the order of tokens
+        return Chances(ids[order], _softmax(scores)[order])
+
+    def draw(self, chances: Chances) -> int:
+        """A token id, each as often as its weight says, which are not all 0."""
+        edges = np.cumsum(chances.weights)
         # The last edge may be a hair below 1 and tokens of probability 0 have edges of zero width: never drawn.
-        return int(np.searchsorted(edges, self._random.random() * edges[-1], side="right"))
+        place = int(np.searchsorted(edges, self._random.random() * edges[-1], side="right"))
+        return place if chances.ids is None else int(chances.ids[place])
 
     def happens(self, probability: float) -> bool:
         """Whether something of this probability comes about; always where it is 1 or more."""
@@ -104,18 +187,22 @@ class Sampler:
 
         Below `SMALLEST` they are given less the largest of their row, which changes no probability.
         """
-        scores = logits.astype(np.float64)
-        if 0 < self.temperature < SMALLEST:  # all but the largest would overflow, and it too
-            with np.errstate(over="ignore"):
-                scores = (scores - scores.max(axis=-1, keepdims=True)) / self.temperature
-        else:
-            scores /= self.temperature or 1.0
+        scores = self._scores(logits)
         if 0 < self.top_k < scores.shape[-1]:
             last_kept = np.partition(scores, -self.top_k, axis=-1)[:, -self.top_k, None]
             scores = np.where(scores < last_kept, -np.inf, scores)
         if self.top_p < 1:
             for row in scores:
                 row[_outside_nucleus(row, self.top_p)] = -np.inf
+        return scores
+
+    def _scores(self, logits: np.ndarray) -> np.ndarray:
+        """Logits with temperature applied. [..., n] -> [..., n] float64."""
+        scores: np.ndarray = logits.astype(np.float64)
+        if 0 < self.temperature < SMALLEST:  # all but the largest would overflow, and it too
+            with np.errstate(over="ignore"):
+                return (scores - scores.max(axis=-1, keepdims=True)) / self.temperature
+        scores /= self.temperature or 1.0
         return scores
 
 
@@ -131,9 +218,12 @@ def _check_finite(logits: np.ndarray) -> None:
 def _outside_nucleus(scores: np.ndarray, top_p: float) -> np.ndarray:
     """Token ids to remove: those before which the more probable ones already reach p. scores: [V]."""
     order = np.argsort(-scores, kind="stable")
-    before = np.cumsum(_softmax(scores)[order])
-    keep = 1 + int(np.searchsorted(before, top_p, side="left"))
-    return np.asarray(order[keep:])
+    return np.asarray(order[_nucleus(_softmax(scores)[order], top_p) :])
+
+
+def _nucleus(probabilities: np.ndarray, top_p: float) -> int:
+    """How many tokens are kept of these, the most probable first: the fewest that reach p."""
+    return 1 + int(np.searchsorted(np.cumsum(probabilities), top_p, side="left"))
 
 
 def _softmax(scores: np.ndarray) -> np.ndarray:

@@ -25,9 +25,9 @@ from typing import Protocol
 import numpy as np
 
 from gemma_deploy.errors import DeployError
-from gemma_deploy.runtime.sampling import Sampler
+from gemma_deploy.runtime.sampling import Chances, Largest, Row, Rows, Sampler, certain
 
-MOST_TOKENS = 8  # in a step, the newest one and those guessed
+MOST_TOKENS = 8  # in a step, the newest one and those guessed: of a model that does not say otherwise
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Guess:
 
     Args:
         tokens: one after another; none where nothing is known.
-        drawn_from: of each that was drawn at random, the probabilities [V] float64 it was drawn from; None: none was.
+        drawn_from: of each that was drawn at random, what it was drawn from; None: none was.
     """
 
     tokens: Sequence[int]
-    drawn_from: Sequence[np.ndarray] | None = None
+    drawn_from: Sequence[Chances] | None = None
 
 
 class Guesser(Protocol):
@@ -65,10 +65,12 @@ class Decider(Protocol):
     Attributes:
         path: of its artifact; stop_ids: tokens that end a text; context_length: positions there are.
         near_tie: largest logits closer than this are not told apart by several tokens in one step.
+        most_tokens: in a step of those that look ahead.
     """
 
     path: Path
     near_tie: float
+    most_tokens: int
     stop_ids: frozenset[int]
     context_length: int
     vocab_size: int
@@ -89,11 +91,16 @@ class Reader(Protocol):
     def ahead(self, wanted: int) -> int:
         """Of so many tokens to read next, as many as can be taken back."""
 
-    def read(self, tokens: Sequence[int]) -> np.ndarray:
-        """Read any number of tokens; logits of the last."""
+    def read(self, tokens: Sequence[int], top: int = 0) -> Rows:
+        """Read any number of tokens; logits of the last.
 
-    def feed(self, tokens: Sequence[int]) -> np.ndarray:
-        """Read a few tokens; logits of each."""
+        Args:
+            top: so many of the largest are enough, with those equal to the last of them; 0: all are wanted. All may be
+                given whatever it says.
+        """
+
+    def feed(self, tokens: Sequence[int], top: int = 0) -> Rows:
+        """Read a few tokens; logits of each; `top` as for `read`."""
 
 
 class Speculative:
@@ -124,20 +131,21 @@ class Speculative:
         self.sampler = sampler if sampler is not None and sampler.temperature > 0 else None
         self.sequence = sequence if sequence is not None else model.sequence(room)
         self.steps = self.guessed = self.right = 0
+        self._top = 1 if self.sampler is None else self.sampler.top
 
     def first(self) -> int:
         """Read the prompt and choose a token."""
-        rows = self.sequence.read(self.ids[self.sequence.length :])
+        rows = self.sequence.read(self.ids[self.sequence.length :], self._top)
         self.guesser.prepare()
         return self._take(self._chosen(rows[-1]))
 
     def next(self) -> list[int]:
         """Tokens of one step, one at least."""
         start, newest = self.sequence.length, self.ids[-1]
-        most = self.sequence.ahead(1 + max(0, min(MOST_TOKENS - 1, self.room - start - 2))) - 1
+        most = self.sequence.ahead(1 + max(0, min(self.model.most_tokens - 1, self.room - start - 2))) - 1
         guess = self.guesser.guess(most) if most else Guess(())
         fed = [newest, *guess.tokens]
-        rows, taken = self.sequence.feed(fed), []
+        rows, taken = self.sequence.feed(fed, self._top), []
         self.steps += 1
         for place, row in enumerate(rows):
             last = place == len(guess.tokens)
@@ -154,7 +162,7 @@ class Speculative:
         self.guesser.learn(len(guess.tokens), right)
         return taken
 
-    def _largest(self, row: np.ndarray, position: int, read: int, *, certain: bool) -> int:
+    def _largest(self, row: Row, position: int, read: int, *, certain: bool) -> int:
         """The token of the largest logit; computed again without company where the second is near."""
         token, lead = best_of(row, self.model.path)
         if not certain and lead < self.model.near_tie:
@@ -163,25 +171,23 @@ class Speculative:
             self.steps += 1
         return token
 
-    def _chosen(self, row: np.ndarray) -> int:
+    def _chosen(self, row: Row) -> int:
         """The token after a place where nothing was guessed."""
         if self.sampler is None:
             return best_of(row, self.model.path)[0]
-        return self.sampler(row[None])[0]
+        return self.sampler.choose(row)
 
-    def _accepted(self, row: np.ndarray, guess: Guess, place: int) -> int:
+    def _accepted(self, row: Row, guess: Guess, place: int) -> int:
         """The token that was guessed, or another: together they are distributed as the model's own."""
         assert self.sampler is not None
-        token, own = guess.tokens[place], self.sampler.probabilities(row)
-        if guess.drawn_from is None:
-            guessed = np.zeros_like(own)
-            guessed[token] = 1
-        else:
-            guessed = guess.drawn_from[place]
-        if self.sampler.happens(own[token] / guessed[token]):
+        token, own = guess.tokens[place], self.sampler.chances(row)
+        guessed = certain(token) if guess.drawn_from is None else guess.drawn_from[place]
+        if self.sampler.happens(own.of(token) / guessed.of(token)):
             return token
-        rest = np.maximum(own - guessed, 0)
-        return self.sampler.draw(rest if rest.any() else own)  # nothing rests where they differ by rounding alone
+        rest = own.less(guessed)
+        return self.sampler.draw(
+            rest if rest.weights.any() else own
+        )  # nothing rests where they differ by rounding alone
 
     def _take(self, token: int) -> int:
         self.ids.append(token)
@@ -189,8 +195,14 @@ class Speculative:
         return token
 
 
-def best_of(logits: np.ndarray, where: Path) -> tuple[int, float]:
-    """The token of the largest of logits [V], and by how much it is ahead of the second. Changes the logits."""
+def best_of(logits: Row, where: Path) -> tuple[int, float]:
+    """The token of the largest of logits [V], and by how much it is ahead of the second. Changes the logits.
+
+    Of one that is known alone the lead is infinite: such rows come from models whose `near_tie` is 0.
+    """
+    if isinstance(logits, Largest):
+        two = logits.logits[:2]
+        return int(logits.ids[0]), float(two[0] - two[1]) if len(two) == 2 else float("inf")
     token = int(logits.argmax())
     largest = float(logits[token])
     if not np.isfinite(largest):

@@ -8,8 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from gemma_deploy.artifact.opened import Artifact
-from gemma_deploy.backends.onnxruntime import draft, genai, window
-from gemma_deploy.backends.onnxruntime.draft import Draft
+from gemma_deploy.backends.onnxruntime import genai, window
 from gemma_deploy.backends.onnxruntime.exact import exact
 from gemma_deploy.backends.onnxruntime.genai import GenaiModel, GenaiSession
 from gemma_deploy.backends.onnxruntime.in_place import OrtModel, OrtSequence
@@ -18,7 +17,8 @@ from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.cli import main
 from gemma_deploy.errors import RecipeError
 from gemma_deploy.recipe import Recipe
-from gemma_deploy.runtime import Sampling, Tokenizer
+from gemma_deploy.runtime import Sampling, Tokenizer, draft
+from gemma_deploy.runtime.draft import Draft
 from gemma_deploy.runtime.generate import GenerationStats
 from gemma_deploy.runtime.lookup import History
 from gemma_deploy.runtime.speculative import Speculative

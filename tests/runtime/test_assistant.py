@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Generat
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
 
 from gemma_deploy.architectures.drafting import TOKEN_ORDERING
-from gemma_deploy.backends.onnxruntime import draft, drafter_proof
+from gemma_deploy.backends.onnxruntime import drafter_proof
 from gemma_deploy.backends.onnxruntime.assistant import Assistant
 from gemma_deploy.backends.onnxruntime.drafter import _Drafter
 from gemma_deploy.checkpoint import Checkpoint
@@ -20,7 +20,7 @@ from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import CheckpointError, GateError, NotBuiltError, RecipeError, UsageError
 from gemma_deploy.parity.drafter import all_reading
 from gemma_deploy.recipe import Recipe
-from gemma_deploy.runtime import Sampling
+from gemma_deploy.runtime import Sampling, draft
 from gemma_deploy.runtime.sampling import Sampler
 from gemma_deploy.runtime.speculative import Guess, Speculative
 from gemma_deploy.testing import TINY_CONFIGS, TINY_PER_LAYER, write_tiny_assistant
@@ -118,7 +118,7 @@ def joined(target, drafter):
     """The graphs of both, opened."""
     engine, other = open_engine(target, threads=1), open_engine(drafter, threads=1)
     session = engine.session(draft=other)
-    return session.model, session._draft
+    return session.model, session._assistant
 
 
 @pytest.mark.parametrize("right", [0, 1, 2, 9], ids=["wrong", "first", "two", "all"])

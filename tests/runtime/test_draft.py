@@ -5,14 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gemma_deploy.backends.onnxruntime import draft
-from gemma_deploy.backends.onnxruntime.draft import Draft
 from gemma_deploy.cli import main
 from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import UsageError
-from gemma_deploy.runtime import Sampling
+from gemma_deploy.runtime import Sampling, draft
+from gemma_deploy.runtime.draft import Draft
 from gemma_deploy.runtime.generate import GenerationStats
-from gemma_deploy.runtime.sampling import Sampler
+from gemma_deploy.runtime.sampling import Largest, Sampler
 from gemma_deploy.runtime.speculative import Guess, Speculative
 from tests.runtime.test_lookup import COUNT, greedy_of_transformers, one_by_one, opened
 
@@ -106,23 +105,32 @@ def test_rows_that_one_vocabulary_has_more_are_padding(genai_artifact, rows):
         token, sure = guesser._chosen(row.copy(), drawn_from)
         assert 0 <= token < min(rows, 500)
         assert sure == pytest.approx(expected[token] / expected.sum(), rel=1e-5)
-        assert [len(one) for one in drawn_from] == [500] * temperature
+        assert [len(one.weights) for one in drawn_from] == [500] * temperature
+
+
+def largest(row, top):
+    order = np.argsort(-row, kind="stable")[:top]
+    return Largest(order.astype(np.int32), row[order], float(np.log(np.exp(row).sum())))
 
 
 class Chain:
     """In the place of a model and its cache: logits depend on the last token alone."""
 
-    path, stop_ids, context_length = None, frozenset(), 100
+    path, stop_ids, context_length, vocab_size, most_tokens = None, frozenset(), 100, 4, 8
 
-    def __init__(self, logits):
-        self.logits, self.length = logits, 0
+    def __init__(self, logits, short=False):
+        self.logits, self.length, self.short = logits, 0, short
+
+    def sequence(self, room):
+        return Chain(self.logits, self.short)
 
     def ahead(self, wanted):
         return wanted
 
-    def read(self, tokens):
+    def read(self, tokens, top=0):
         self.length += len(tokens)
-        return self.logits[list(tokens)].copy()
+        rows = self.logits[list(tokens)].copy()
+        return [largest(row, top) for row in rows] if top and self.short else rows
 
     feed = read
 
@@ -146,18 +154,22 @@ class Certain:
         pass
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (3, 1.0), (0, 0.8)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "short"),
+    [(0, 1.0, ()), (3, 1.0, ()), (0, 0.8, ()), (3, 1.0, "both"), (3, 0.9, "both"), (3, 1.0, "own"), (2, 1.0, "other")],
+)
 @pytest.mark.parametrize("guesses", ["drawn", "certain"])
-def test_what_is_drawn_keeps_the_distribution(monkeypatch, guesses, top_k, top_p):
+def test_what_is_drawn_keeps_the_distribution(guesses, top_k, top_p, short):
     """Three tokens of a chain, chi-squared against the product of its own probabilities."""
-    monkeypatch.setattr("gemma_deploy.backends.onnxruntime.draft.OrtSequence", lambda model, room: Chain(model.logits))
     own, other = 1.5 * np.random.default_rng(11).normal(size=(2, 4, 4)).astype(np.float32)
     sampler = Sampler(1.3, top_k, top_p, seed=7)
     found, right = np.zeros((4, 4, 4)), 0
     for _ in range(RUNS):
-        guesser = Certain() if guesses == "certain" else Draft(Chain(other), 100, vocab_size=4, sampler=sampler)
+        smaller = Chain(other, short in ("both", "other"))
+        guesser = Certain() if guesses == "certain" else Draft(smaller, 100, vocab_size=4, sampler=sampler)
         guesser.follow([0])
-        ahead = Speculative(Chain(own), [0], 100, guesser=guesser, sampler=sampler, sequence=Chain(own))
+        model = Chain(own, short in ("both", "own"))
+        ahead = Speculative(model, [0], 100, guesser=guesser, sampler=sampler)
         tokens = [ahead.first()]
         while len(tokens) < 3:
             tokens += ahead.next()

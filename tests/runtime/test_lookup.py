@@ -146,7 +146,9 @@ def test_a_near_tie_is_decided_by_a_token_alone(genai_artifact, prompts, monkeyp
     monkeypatch.setattr(model, "near_tie", np.inf)
     fed, feed = [], OrtSequence.feed
     monkeypatch.setattr(
-        OrtSequence, "feed", lambda self, tokens, **given: fed.append(len(tokens)) or feed(self, tokens, **given)
+        OrtSequence,
+        "feed",
+        lambda self, tokens, *given, **more: fed.append(len(tokens)) or feed(self, tokens, *given, **more),
     )
     tokens, greedy = looked_up(model, prompts[0], COUNT)
     assert max(fed[1:]) > 1  # guesses were made

@@ -7,6 +7,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from gemma_deploy.errors import DeployError, UsageError
 from gemma_deploy.runtime import Sampler
+from gemma_deploy.runtime.sampling import Chances, Largest, certain
 
 
 @pytest.fixture
@@ -168,3 +169,44 @@ def test_every_bad_setting_is_named_at_once():
     for temperature, top_p in ((np.nan, 1), (np.inf, 1), (1, 1.5), (1, np.nan)):
         with pytest.raises(UsageError):
             Sampler(temperature, 0, top_p)
+
+
+def largest(row, count):
+    order = np.argsort(-row, kind="stable")[:count]
+    return Largest(order.astype(np.int32), row[order], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(0, 0, 1), (0, 7, 0.3), (1, 1, 1), (0.7, 5, 1), (3, 40, 0.95), (1, 40, 0.3), (1e-300, 3, 0.9), (1e300, 9, 1)],
+)
+def test_the_largest_logits_choose_as_all_do(logits, temperature, top_k, top_p):
+    """The same tokens from the same random stream; five logits more than are kept, as equals may come behind them."""
+    whole, short = (Sampler(temperature, top_k, top_p, seed=5) for _ in range(2))
+    assert short.top == (1 if temperature == 0 else top_k)
+    for _ in range(100):
+        for row in logits:
+            assert short.choose(largest(row, short.top + 5)) == whole.choose(row)
+    if temperature == 0:
+        return
+    kept, expected = short.chances(largest(logits[0], top_k + 5)), whole.chances(logits[0])
+    assert expected.ids is None
+    assert list(kept.ids) == np.flatnonzero(expected.weights).tolist()
+    np.testing.assert_allclose(kept.weights, expected.weights[kept.ids], rtol=1e-13)
+
+
+def test_equals_of_the_last_of_the_top_are_kept():
+    row = np.array([0, 3, 1, 2, 2, -1], np.float32)
+    assert Sampler(1, 2).chances(largest(row, 5)).ids.tolist() == [1, 3, 4]
+
+
+def test_chances_of_some_tokens_are_those_of_all_with_zeros():
+    own, other = np.array([0.5, 0, 0.3, 0, 0.2]), np.array([0, 0.1, 0.4, 0.5, 0])
+    for first in (Chances(None, own), Chances(np.array([0, 2, 4]), own[[0, 2, 4]])):
+        for second in (Chances(None, other), Chances(np.array([1, 2, 3]), other[[1, 2, 3]])):
+            left = first.less(second)
+            np.testing.assert_allclose([left.of(token) for token in range(5)], [0.5, 0, 0, 0, 0.2])
+            assert [first.of(token) for token in range(5)] == own.tolist()
+    assert [certain(3).of(token) for token in range(5)] == [0, 0, 0, 1, 0]
+    drawn = {Sampler(1, seed=seed).draw(Chances(np.array([7, 9]), np.array([1.0, 3.0]))) for seed in range(30)}
+    assert drawn == {7, 9}

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemma_deploy.backends.onnxruntime import draft
-from gemma_deploy.backends.onnxruntime.draft import Drawing, check_draft
 from gemma_deploy.backends.onnxruntime.in_place import OrtModel, OrtSequence
 from gemma_deploy.backends.onnxruntime.options import GRAPH
 from gemma_deploy.backends.onnxruntime.window import CACHES
 from gemma_deploy.errors import ArtifactError, UsageError
 from gemma_deploy.graph.contract import ENTERING, SHARED_KV, TOKEN_STATES
-from gemma_deploy.runtime.sampling import Sampler
+from gemma_deploy.runtime import draft
+from gemma_deploy.runtime.draft import Drawing, check_draft
+from gemma_deploy.runtime.sampling import Chances, Sampler
 from gemma_deploy.runtime.session import VERIFY, load_file, open_graph
 from gemma_deploy.runtime.speculative import Guess
 from gemma_deploy.text.files import TOKENIZER
@@ -112,7 +112,7 @@ class Assistant(Drawing):
         if sequence is None or state is None or most < 1 or positions >= self.model.context_length:
             return Guess(())
         tokens: list[int] = []
-        drawn_from: list[np.ndarray] = []
+        drawn_from: list[Chances] = []
         newest = self._ids[positions]
         while True:
             entering = np.concatenate([self.target.embedded(newest), state])

@@ -18,16 +18,16 @@ from gemma_deploy.artifact.adapters import KeptAdapter, open_kept, slots_of
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.onnxruntime.adapters import adapter_named, arrays_of, keep, values_of
 from gemma_deploy.backends.onnxruntime.assistant import Assistant, AssistantModel, refuse_caches, sources_of
-from gemma_deploy.backends.onnxruntime.draft import Draft, check_draft
 from gemma_deploy.backends.onnxruntime.genai import INSTALL, GenaiModel, GenaiSession, genai_installed, require_genai
 from gemma_deploy.backends.onnxruntime.in_place import NEAR_TIE, OrtModel, OrtSequence
 from gemma_deploy.errors import UsageError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.reading import is_dir
 from gemma_deploy.runtime.cached import CachedSession
+from gemma_deploy.runtime.draft import decider_for
 from gemma_deploy.runtime.engine import Engine, Limits, Session
 from gemma_deploy.runtime.sampling import Sampling
-from gemma_deploy.runtime.speculative import Guesser
+from gemma_deploy.runtime.speculative import Decider, Guesser
 from gemma_deploy.text import Tokenizer
 
 if TYPE_CHECKING:
@@ -52,17 +52,15 @@ class OrtSession(CachedSession):
         tokenizer: Tokenizer,
         sampling: Sampling | None = None,
         *,
-        draft: OrtModel | AssistantModel | None = None,
+        draft: Decider | AssistantModel | None = None,
         adapters: Mapping[str, KeptAdapter] = MappingProxyType({}),
         **options: Any,
     ) -> None:
-        super().__init__(model, tokenizer, sampling, **options)
+        joined = draft if isinstance(draft, AssistantModel) else None
+        smaller = draft if not isinstance(draft, AssistantModel) else None
+        super().__init__(model, tokenizer, sampling, draft=smaller, **options)
         self.model, self._adapters = model, adapters
-        self._draft: Draft | Assistant | None = None
-        if isinstance(draft, AssistantModel):
-            self._draft = Assistant(draft, model, sampler=self._sampler)
-        elif draft is not None:
-            self._draft = Draft(draft, self.max_length, vocab_size=model.vocab_size, sampler=self._sampler)
+        self._assistant = None if joined is None else Assistant(joined, model, sampler=self._sampler)
         self.reset()
 
     def _new_sequence(self) -> OrtSequence:
@@ -81,11 +79,10 @@ class OrtSession(CachedSession):
         self._sequence = self._new_sequence()
 
     def _guesser(self) -> Guesser | None:
-        if isinstance(self._draft, Assistant):
-            self._draft.follow(self._ids, self._own)
-        elif self._draft is not None:
-            self._draft.follow(self._ids)
-        return self._draft if self._draft is not None else super()._guesser()
+        if self._assistant is None:
+            return super()._guesser()
+        self._assistant.follow(self._ids, self._own)
+        return self._assistant
 
 
 class OrtEngine(Engine):
@@ -158,23 +155,15 @@ class OrtEngine(Engine):
         with self._opening:
             return self._graph_with_states if states else self._graph
 
-    def _drafting(self, draft: Engine, *, lookup: bool) -> OrtModel | AssistantModel:
-        """The graph of a draft, after a look at whether it can be one."""
-        if lookup:
-            raise UsageError(
-                "lookup and a draft both guess what comes next", where=str(self.path), next_step="leave one of them out"
-            )
-        if not isinstance(draft, OrtEngine):
-            raise UsageError(
-                "a static artifact cannot guess for another: its decode graph takes one token",
-                where=f"{draft.path} (--draft)",
-                expected="an artifact of backend.type onnxruntime",
-                next_step="compile the draft for onnxruntime, or leave --draft out",
-            )
-        if isinstance(draft, AssistantEngine):
+    def _drafting(self, draft: Engine, *, lookup: bool) -> Decider | AssistantModel:
+        """Who guesses, after a look at whether it can."""
+        if isinstance(draft, AssistantEngine) and not lookup:
             return draft.model_for(self)
-        check_draft(draft, self)
-        return draft._opened()
+        return decider_for(draft, self, lookup=lookup)
+
+    def decider(self) -> Decider:
+        """See `Engine`."""
+        return self._opened()
 
     def source(self, kernels: str | None = None, adapter: str | None = None) -> LogitSource:
         """See `Engine`: the graph made exact, or with the kernels it ships."""
@@ -233,6 +222,19 @@ class AssistantEngine(OrtEngine):
         """Refused, see `check_runtime`."""
         self.check_runtime()
         raise AssertionError(self.path)  # pragma: no cover
+
+    def decider(self) -> Decider:
+        """Refused: it is no model by itself.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "this artifact is a drafter that reads keys, values and hidden states of a model in ONNX Runtime",
+            where=f"{self.path} (--draft)",
+            expected="beside a model in another runtime, an artifact of a smaller Gemma with the same tokens",
+            next_step="compile the model that it guesses for with backend.type onnxruntime, or leave --draft out",
+        )
 
     def model_for(self, target: OrtEngine) -> AssistantModel:
         """The graph, joined to the caches of the model that it guesses for.

@@ -79,7 +79,7 @@ class OrtModel:
         if not any(value.name.startswith(CACHES) for value in self.session.get_inputs()):
             raise ArtifactError("its graph has no cache", where=str(self.path / GRAPH), next_step=VERIFY)
         self.vocab_size = int(next(v for v in self.session.get_outputs() if v.name == "logits").shape[2])
-        self.slots = manifest.contract.adapters
+        self.slots, self.most_tokens = manifest.contract.adapters, MOST_TOKENS
         self.adapters: dict[str, Mapping[str, OrtValue]] = {}  # loaded ones, their matrices by input
 
     def embedded(self, token: int) -> np.ndarray:
@@ -131,7 +131,7 @@ class OrtSequence:
         counts = (most_ahead(self.length, window, capacity_of(window), wanted=wanted) for window in self._windows)
         return min(counts, default=wanted)
 
-    def read(self, tokens: Sequence[int]) -> np.ndarray:
+    def read(self, tokens: Sequence[int], top: int = 0) -> np.ndarray:
         """As `feed`, any number of tokens: in pieces, whose activations alone are alive at once."""
         for start in range(0, len(tokens), TOGETHER):
             last = start + TOGETHER >= len(tokens)
@@ -139,10 +139,11 @@ class OrtSequence:
         leave_tables(self.model.path, len(tokens))
         return rows
 
-    def feed(self, tokens: Sequence[int], *, shrink: bool = False) -> np.ndarray:
+    def feed(self, tokens: Sequence[int], top: int = 0, *, shrink: bool = False) -> np.ndarray:
         """Read tokens behind the `length` that count; logits [min(tokens, MOST_TOKENS), V] of the last of them.
 
         Args:
+            top: all are given whatever it says.
             shrink: give memory back that the session took for this step.
         """
         from onnxruntime import RunOptions

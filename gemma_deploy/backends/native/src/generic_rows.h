@@ -133,15 +133,20 @@ struct Rows {
   }
 
   static float SumExp(const float* x, int n, float best) {
-    auto a = V::Set(0.0f), b = a;
-    const auto from = V::Set(best);
+    const auto zero = V::Set(0.0f), from = V::Set(best);
+    auto a = zero, b = zero, odd = zero;
+    const auto exp = [&](const float* at) {
+      const auto less = V::Sub(V::Load(at), from);
+      odd = V::Fma(less, zero, odd);  // Exp makes a number of what is none
+      return Exp<V>(less);
+    };
     int i = 0;
     for (; i + 32 <= n; i += 32) {
-      a = V::Add(a, Exp<V>(V::Sub(V::Load(x + i), from)));
-      b = V::Add(b, Exp<V>(V::Sub(V::Load(x + i + 16), from)));
+      a = V::Add(a, exp(x + i));
+      b = V::Add(b, exp(x + i + 16));
     }
-    if (i < n) a = V::Add(a, Exp<V>(V::Sub(V::Load(x + i), from)));
-    return V::Sum(V::Add(a, b));
+    if (i < n) a = V::Add(a, exp(x + i));
+    return V::Sum(V::Add(V::Add(a, b), odd));
   }
 
   static void SoftCap(float* x, int n, float cap) {

@@ -95,7 +95,7 @@ struct Kernels {
 
   // The largest of n numbers, a multiple of 16; -infinity of none.
   float (*largest)(const float* x, int n);
-  // The sum of exp(x - best) over n numbers, none larger than `best`.
+  // The sum of exp(x - best) over n numbers, none larger than `best`; no finite number where one of them is none.
   float (*sum_exp)(const float* x, int n, float best);
 };
 

@@ -15,7 +15,9 @@ struct Ranks {
   int top;               // so many tokens with the largest logits, at most kMostRanked
   int32_t* ids;          // [rows, top]: the largest first, of equal ones the smaller token
   float* logits;         // [rows, top]: theirs
-  float* log_sums;       // [rows]: log(sum(exp(logit))) over all tokens; logit - log_sum is log(probability)
+  // [rows]: log(sum(exp(logit))) over all tokens; logit - log_sum is log(probability). NaN where a logit is no finite
+  // number; what is said of the largest means nothing then.
+  float* log_sums;
   const int32_t* asked;  // [rows]: a token each
   float* asked_logits;   // [rows]: its logit
 };
@@ -36,12 +38,12 @@ class Ranking {
   struct Part {
     float largest;
     double sum;  // of exp(logit - largest)
-    std::vector<One> best;
+    std::vector<One> glances;  // the largest of so many logits (kGlance), and the first of their tokens
   };
 
   static bool Before(const One& a, const One& b) { return a.logit > b.logit || (a.logit == b.logit && a.id < b.id); }
-  static void Look(const Kernels& level, const float* logits, int begin, int end, int top, bool sum, Part* part);
-  void Join(const Ranks& ranks, const Part* parts, int count, size_t row);
+  static void Look(const Kernels& level, const float* logits, int begin, int end, bool sum, Part* part);
+  static void Join(const Ranks& ranks, const float* logits, int vocabulary, const Part* parts, int count, size_t row);
 
   std::vector<Part> parts_;
 };

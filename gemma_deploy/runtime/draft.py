@@ -1,4 +1,4 @@
-"""Guesses of a smaller model of the same vocabulary: `run --draft ARTIFACT`."""
+"""Guesses of a smaller model of the same vocabulary: `run --draft ARTIFACT`. Whatever computes it: see `Decider`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemma_deploy.backends.onnxruntime.in_place import OrtModel, OrtSequence
 from gemma_deploy.errors import UsageError
-from gemma_deploy.runtime.sampling import Sampler
-from gemma_deploy.runtime.speculative import MOST_TOKENS, Guess, best_of
+from gemma_deploy.runtime.sampling import Chances, Largest, Row, Sampler
+from gemma_deploy.runtime.speculative import MOST_TOKENS, Decider, Guess, best_of
 
 if TYPE_CHECKING:
     from gemma_deploy.runtime.engine import Engine
@@ -27,28 +26,38 @@ class Drawing:
         vocab_size: logits of the model that decides; rows that only one of both has are padding.
         sampler: how that model's tokens are drawn: guesses are drawn likewise.
         where: of the artifact that guesses, for messages.
+        most_tokens: in a step of that model.
     """
 
-    def __init__(self, *, vocab_size: int, sampler: Sampler, where: Path) -> None:
+    def __init__(self, *, vocab_size: int, sampler: Sampler, where: Path, most_tokens: int = MOST_TOKENS) -> None:
         self.vocab_size, self.sampler, self.where = vocab_size, sampler, where
+        self._most = most_tokens - 1  # to guess
         self._ahead = MOST_TOKENS // 2  # tokens to guess next time
 
     def learn(self, guessed: int, right: int) -> None:
         """Guess one more next time where all were right, one less where they were not."""
         if guessed:
-            self._ahead = min(MOST_TOKENS - 1, self._ahead + 1) if right == guessed else max(1, self._ahead - 1)
+            self._ahead = min(self._most, self._ahead + 1) if right == guessed else max(1, self._ahead - 1)
 
-    def _chosen(self, row: np.ndarray, drawn_from: list[np.ndarray]) -> tuple[int, float]:
+    def _chosen(self, row: Row, drawn_from: list[Chances]) -> tuple[int, float]:
         """A token, and how probable it is to this model."""
+        if isinstance(row, Largest):
+            if self.sampler.temperature > 0:
+                return self._drawn(row, drawn_from)
+            return best_of(row, self.where)[0], float(np.exp(row.logits[0] - row.log_sum))
         if len(row) < self.vocab_size:
             row = np.concatenate([row, np.full(self.vocab_size - len(row), -np.inf, row.dtype)])
         row = row[: self.vocab_size]
         if self.sampler.temperature > 0:
-            drawn_from.append(self.sampler.probabilities(row))
-            token = self.sampler.draw(drawn_from[-1])
-            return token, float(drawn_from[-1][token])
+            return self._drawn(row, drawn_from)
         others = float(np.exp(row - row.max()).sum(dtype=np.float64))
         return best_of(row, self.where)[0], 1 / others
+
+    def _drawn(self, row: Row, drawn_from: list[Chances]) -> tuple[int, float]:
+        chances = self.sampler.chances(row)
+        token = self.sampler.draw(chances)
+        drawn_from.append(chances)
+        return token, chances.of(token)
 
 
 class Draft(Drawing):
@@ -59,17 +68,21 @@ class Draft(Drawing):
 
     Args:
         room: tokens there may be, at most; fewer where this model's context is shorter: it guesses no more then.
-        vocab_size, sampler: of the model that decides, see `Drawing`.
+        vocab_size, sampler, most_tokens: of the model that decides, see `Drawing`.
     """
 
-    def __init__(self, model: OrtModel, room: int, *, vocab_size: int, sampler: Sampler) -> None:
-        super().__init__(vocab_size=vocab_size, sampler=sampler, where=model.path)
+    def __init__(
+        self, model: Decider, room: int, *, vocab_size: int, sampler: Sampler, most_tokens: int = MOST_TOKENS
+    ) -> None:
+        super().__init__(vocab_size=vocab_size, sampler=sampler, where=model.path, most_tokens=most_tokens)
         self.model, self.room = model, min(room, model.context_length)
         self._ids: list[int] = []
+        # Rows that this model has more are cut off before anything is chosen: all are needed then.
+        self._top = sampler.top if model.vocab_size <= vocab_size else 0
         self._begin_cache()
 
     def _begin_cache(self) -> None:
-        self.sequence = OrtSequence(self.model, self.room)
+        self.sequence = self.model.sequence(self.room)
         self._read: list[int] = []  # what lies in the cache, guesses among it
         self._settled = 0  # how many of those were no guesses: buffers of a window cannot go back behind them
 
@@ -96,14 +109,14 @@ class Draft(Drawing):
         # All but the last guess are read, and taken back where they are wrong.
         most = max(1, self.sequence.ahead(len(waiting) + most - 1) - len(waiting) + 1)
         tokens: list[int] = []
-        drawn_from: list[np.ndarray] = []
+        drawn_from: list[Chances] = []
         row = self._settle(waiting)
         while True:
             token, sure = self._chosen(row, drawn_from)
             tokens.append(token)
             if len(tokens) == most or sure < LEAST_SURE or token in self.model.stop_ids:
                 return Guess(tokens, drawn_from or None)
-            row = self.sequence.feed([token])[-1]
+            row = self.sequence.feed([token], self._top)[-1]
             self._read.append(token)
 
     def _waiting(self) -> list[int]:
@@ -119,12 +132,30 @@ class Draft(Drawing):
             self.sequence.length = count
         return self._ids[count:]
 
-    def _settle(self, waiting: list[int]) -> np.ndarray:
-        """Read tokens that are no guesses; logits [V] behind the last."""
-        row: np.ndarray = self.sequence.read(waiting)[-1]
+    def _settle(self, waiting: list[int]) -> Row:
+        """Read tokens that are no guesses; logits behind the last."""
+        row = self.sequence.read(waiting, self._top)[-1]
         self._read += waiting
         self._settled = len(self._read)
         return row
+
+
+def decider_for(draft: Engine, model: Engine, *, lookup: bool) -> Decider:
+    """The model that guesses for another, opened, after a look at whether it can.
+
+    Args:
+        lookup: whether the text itself is to guess as well.
+
+    Raises:
+        UsageError: it cannot, or both are to guess. ArtifactError: a file of it is missing or damaged.
+    """
+    if lookup:
+        raise UsageError(
+            "lookup and a draft both guess what comes next", where=str(model.path), next_step="leave one of them out"
+        )
+    found = draft.decider()
+    check_draft(draft, model)
+    return found
 
 
 def check_draft(draft: Engine, model: Engine) -> None:
