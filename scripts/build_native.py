@@ -36,12 +36,14 @@ AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx51
 AMX = ("-mamx-tile", "-mamx-int8")
 # gcc 12 warns of its own headers (bug 105593).
 QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
+# With it gcc 12 keeps second copies of sums of products, in registers that are not there (generic_packed.h).
+SUMS = ("-fno-tree-pre",)
 LEVELS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "level_amx": (*AVX512, *AMX, *QUIET),
         "level_avx2": AVX2,
         "level_avxvnni": (*AVX2, "-mavxvnni"),
-        "level_avx512vnni": (*AVX512, *QUIET),
+        "level_avx512vnni": (*AVX512, *QUIET, *SUMS),
     },
     "aarch64": {"level_neondot": ("-march=armv8.2-a+dotprod",)},
 }

@@ -124,6 +124,22 @@ def test_sums_at_their_bound_do_not_overflow(ops, level, dtype, columns, group, 
     np.testing.assert_allclose(product(ops, level, packed, x), expected, rtol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "columns", "group"),
+    [("uint8", 2112, 0), ("uint8", 640, 64), ("uint4", 2176, 0), ("uint4", 640, 32), ("uint4", 768, 256)],
+)
+def test_rows_in_any_number_have_the_bits_that_they_have_alone(ops, level, dtype, columns, group):
+    """Few rows, as many as are multiplied together at most, one more, rows of several passes; tails of panels."""
+    packed = Packed(dtype, 112, columns, group)
+    x = np.random.default_rng(2).standard_normal((51, columns)).astype(np.float32) * 3
+    alone = np.concatenate([product(ops, level, packed, x[i : i + 1].copy()) for i in range(len(x))])
+    expected = rounded(x) @ packed.dense.T
+    assert (np.abs(alone - expected).max(1) / np.abs(expected).max(1)).max() < 2e-6
+    for count in (2, 4, 5, 12, 13, 16, 17, 25, 51):
+        np.testing.assert_array_equal(product(ops, level, packed, x[:count].copy()), alone[:count])
+    np.testing.assert_array_equal(product(ops, level, packed, x, begin=1, end=6)[:, 16:96], alone[:, 16:96])
+
+
 def test_levels_give_the_same_integers(ops, native_library):
     """Where every sum is a whole number that float32 holds, all levels give the same bits."""
     packed = Packed("uint8", 48, 512)

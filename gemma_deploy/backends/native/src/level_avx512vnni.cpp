@@ -1,12 +1,17 @@
 // x86 with AVX-512 and its VNNI.
 #if defined(__AVX512F__) && defined(__AVX512VNNI__)
+#include "generic_packed.h"
 #include "table.h"
 #include "vector_avx512.h"
 
 namespace gemma {
 namespace {
-const Kernels kTable = TableOf<Avx512>("avx512vnni");
+constexpr Kernels Packed(Kernels table) {
+  table.product = PackedProducts<Avx512>::Run;
+  return table;
 }
+const Kernels kTable = Packed(TableOf<Avx512>("avx512vnni"));
+}  // namespace
 const Kernels* const kAvx512Vnni = &kTable;
 }  // namespace gemma
 #else

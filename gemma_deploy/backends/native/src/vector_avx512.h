@@ -18,6 +18,7 @@ struct Avx512 {
   using B = X;
   static constexpr bool kCentred = false;
   static constexpr int kRows = 6, kPanels = 4;
+  static constexpr int kPackedRows = 12, kFewRows = 4, kMostRows = 16;
 
   static F Set(float x) { return _mm512_set1_ps(x); }
   static F Load(const float* p) { return _mm512_loadu_ps(p); }
@@ -58,6 +59,9 @@ struct Avx512 {
     __builtin_memcpy(&odd, codes + 2 * static_cast<size_t>(k) + 4, 4);
     return X{_mm512_set1_epi32(even), _mm512_set1_epi32(odd)};
   }
+  // The same of four inputs, packed.
+  static void Pack(const int8_t* codes, int k, int8_t* to) { __builtin_memcpy(to, codes + 2 * static_cast<size_t>(k), 8); }
+  static X Packed(const int8_t* p) { return Codes(p, 0); }
 
   static B Split(__m512i w) { return B{_mm512_and_si512(w, _mm512_set1_epi16(255)), _mm512_srli_epi16(w, 8)}; }
   static B LoadBytes(const uint8_t* p) { return Split(_mm512_loadu_si512(p)); }
@@ -68,6 +72,7 @@ struct Avx512 {
   }
   using Acc = __m512i;
   static Acc Begin() { return _mm512_setzero_si512(); }
+  static Acc Begin(int32_t first) { return _mm512_set1_epi32(first); }
   static void Dot(Acc& acc, const B& w, const X& x) {
     acc = _mm512_dpwssd_epi32(_mm512_dpwssd_epi32(acc, w.even, x.even), w.odd, x.odd);
   }
@@ -90,7 +95,8 @@ struct Avx512 {
     const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
   }
-  static void Prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  // gcc takes a function that only calls _mm_prefetch for one without effect, and leaves it out.
+  static void Prefetch(const void* p) { asm volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(p))); }
 };
 
 }  // namespace
