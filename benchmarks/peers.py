@@ -16,6 +16,12 @@ done again: `--steps run` measures anew with what is there, `--again` converts a
 peers.json (`--name` keeps those of other lengths apart). What is imported here needs nothing but Python itself; ours
 needs `gemma-deploy` in the environment of this script for `--recipe` and for artifacts of `backend.type: native`, which
 run in our library; others run in onnxruntime-genai as released. `--also` adds more artifacts of ours as rows.
+
+`--variants` names the peers; without it, all but those that are for one question each: llama.cpp in 4 bits, and
+llama.cpp built for AVX2 alone, beside which `GEMMA_DEPLOY_KERNELS=avx2` makes our library take no more than that:
+
+    GEMMA_DEPLOY_KERNELS=avx2 python benchmarks/peers.py CHECKPOINT --out DIR --ours ARTIFACT \
+        --variants "llama.cpp Q8_0, AVX2 alone"
 """
 
 from __future__ import annotations
@@ -32,7 +38,7 @@ from peer_runtimes.measuring import Bench, Results, convert, guarded, log, quali
 from peer_runtimes.ours import NAME
 from peer_runtimes.processes import PeerError, run
 from peer_runtimes.tables import machine, markdown, summary
-from peer_runtimes.variants import HERE, VARIANTS
+from peer_runtimes.variants import HERE, USUAL, VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("install", "convert", "run", "quality")
@@ -130,7 +136,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ours", type=Path, metavar="ARTIFACT", help="that onnxruntime-genai can load")
     parser.add_argument("--also", type=Path, nargs="+", default=[], metavar="ARTIFACT", help="of ours, one row each")
     parser.add_argument("--recipe", type=Path, help="compiled as ours, and timed; its artifact is --ours when given")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--variants", nargs="+", default=list(USUAL), choices=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--steps", nargs="+", default=STEPS, choices=STEPS)
     parser.add_argument("--again", action="store_true", help="convert what is converted too")
     parser.add_argument("--rounds", type=int, default=5)

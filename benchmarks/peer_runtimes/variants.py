@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -34,13 +34,18 @@ class Environment:
 TILES = "    _tile_loadconfig(&tc);"
 KEEP_STORES = f'    __asm__ volatile("" :: "r"(&tc) : "memory");\n{TILES}'
 
+LLAMACPP = Environment(
+    ((TORCH, "numpy"), ("transformers==4.57.6", "sentencepiece==0.2.3", "gguf==0.19.0", "protobuf==7.36.2")),
+    sdist="llama-cpp-python==0.3.36",
+    environ={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"},
+    edits=(("vendor/llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp", TILES, KEEP_STORES),),
+)
+# For a CPU with AVX2 and nothing later; `GEMMA_DEPLOY_KERNELS=avx2` makes ours take the same.
+AVX2_ALONE = "-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON"
+
 ENVIRONMENTS = {
-    "llamacpp": Environment(
-        ((TORCH, "numpy"), ("transformers==4.57.6", "sentencepiece==0.2.3", "gguf==0.19.0", "protobuf==7.36.2")),
-        sdist="llama-cpp-python==0.3.36",
-        environ={"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"},
-        edits=(("vendor/llama.cpp/ggml/src/ggml-cpu/amx/mmq.cpp", TILES, KEEP_STORES),),
-    ),
+    "llamacpp": LLAMACPP,
+    "llamacpp-avx2": replace(LLAMACPP, environ={"CMAKE_ARGS": f"{AVX2_ALONE} -DLLAVA_BUILD=OFF"}),
     "genai": Environment(
         (
             (TORCH, "numpy"),
@@ -111,19 +116,21 @@ class Variant:
     file: str = ""
 
 
-def llamacpp(kind: str) -> Variant:
-    """A GGUF file of one type."""
+def llamacpp(kind: str, quantized: str = "", environment: str = "llamacpp") -> Variant:
+    """A GGUF file of one type, that the converter writes or that llama.cpp then makes of that (`quantized`)."""
 
     def convert(place: Place) -> list[Command]:
         script = next(place.source.glob("*/vendor/llama.cpp/convert_hf_to_gguf.py"))
-        out = place.out / "model.gguf"
-        return [place.python(script, place.scratch / "hf", "--outfile", out, "--outtype", kind)]
+        out, whole = place.out / "model.gguf", place.scratch / "whole.gguf"
+        file = whole if quantized else out
+        first = place.python(script, place.scratch / "hf", "--outfile", file, "--outtype", kind)
+        return [first, place.python(HERE / "llamacpp_quantize.py", whole, out, quantized)] if quantized else [first]
 
     def prepare(place: Place) -> list[Command]:
         make = place.python(HERE / "llamacpp_vocabulary.py", place.checkpoint, place.scratch / "hf")
         return [["mkdir", str(place.out)], make]
 
-    return Variant("llamacpp", "llamacpp_run.py", convert, prepare, file="model.gguf")
+    return Variant(environment, "llamacpp_run.py", convert, prepare, file="model.gguf")
 
 
 def genai(precision: str, *options: str) -> Variant:
@@ -171,4 +178,11 @@ VARIANTS = {
     "OpenVINO int8": openvino("int8"),
     "OpenVINO fp16": openvino("fp16"),
     "optimum int8": optimum(),
+}
+USUAL = tuple(VARIANTS)
+# Measured where they are asked for.
+VARIANTS |= {
+    "llama.cpp Q8_0, AVX2 alone": llamacpp("q8_0", environment="llamacpp-avx2"),
+    "llama.cpp Q4_0": llamacpp("f16", "Q4_0"),
+    "llama.cpp Q4_K_M": llamacpp("f16", "Q4_K_M"),
 }
