@@ -61,6 +61,51 @@ struct Products {
       }
     }
 
+    // What of a byte is a weight.
+    enum Part { kWhole, kLow, kHigh };
+
+    template <Part part>
+    static typename V::B Weights(const uint8_t* at) {
+      if constexpr (part == kWhole) {
+        return V::LoadBytes(at);
+      } else {
+        typename V::B low, high;
+        V::LoadNibbles(at, low, high);
+        return part == kLow ? low : high;
+      }
+    }
+
+    // Adds the products of the inputs k..k + 4, whose weights lie `at` bytes into the panels.
+    template <Part part, class Accs>
+    void Step(Accs& acc, size_t at, int k) {
+      if constexpr (V::kHalves) {
+        Half<part, 0>(acc, at, k);
+        Half<part, 1>(acc, at, k);
+      } else {
+        typename V::B w[P];
+        for (int p = 0; p < P; p++) w[p] = Weights<part>(panels[p] + at);
+        for (int r = 0; r < R; r++) {
+          const auto x = V::Codes(rows[r]->codes, k - start);
+          for (int p = 0; p < P; p++) V::Dot(acc[r][p], w[p], x);
+        }
+      }
+    }
+
+    // The same for two of these inputs: where registers are few.
+    template <Part part, int half, class Accs>
+    void Half(Accs& acc, size_t at, int k) {
+      typename V::H w[P];
+      for (int p = 0; p < P; p++) w[p] = V::template HalfOf<part, half>(panels[p] + at);
+      for (int r = 0; r < R; r++) {
+        const auto x = V::template HalfCodes<half>(rows[r]->codes, k - start);
+        for (int p = 0; p < P; p++) V::template DotHalf<R>(acc[r][p], w[p], x);
+      }
+    }
+
+    void Ahead(size_t at) {
+      for (int p = 0; p < P; p++) V::Prefetch(panels[p] + at + 2048);
+    }
+
     void Bytes(int begin, int end, int panel) {
       const int piece = m.group != 0 && m.group < kExact ? m.group : kExact;
       for (int k0 = begin; k0 < end; k0 += piece) {
@@ -69,62 +114,49 @@ struct Products {
         for (int r = 0; r < R; r++)
           for (int p = 0; p < P; p++) acc[r][p] = V::Begin();
         for (int k = k0; k < k1; k += 4) {
-          typename V::B w[P];
-          for (int p = 0; p < P; p++) {
-            const uint8_t* at = panels[p] + static_cast<size_t>(k) * kLanes;
-            w[p] = V::LoadBytes(at);
-            V::Prefetch(at + 2048);
-          }
-          for (int r = 0; r < R; r++) {
-            const auto x = V::Codes(rows[r]->codes, k - start);
-            for (int p = 0; p < P; p++) V::Dot(acc[r][p], w[p], x);
-          }
+          const size_t at = static_cast<size_t>(k) * kLanes;
+          Ahead(at);
+          Step<kWhole>(acc, at, k);
         }
         Flush(acc, k0, k1, panel, 128);
       }
     }
 
     // A block of 128 inputs lies as 64 low nibbles and 64 high ones, which belong to different groups where these are
-    // small: two sums are under way then.
+    // small.
     void Nibbles(int begin, int end, int panel) {
       const int piece = m.group == 0 || m.group > kExact ? kExact : m.group;
       if (piece < 2 * kBlock) {
         for (int k0 = begin; k0 < end; k0 += 2 * kBlock)
-          for (int sub = 0; sub < kBlock; sub += piece) NibblePiece(k0, k0 + kBlock, sub, sub + piece, panel, true);
+          for (int sub = 0; sub < kBlock; sub += piece) {
+            NibblePiece<true, false>(k0, k0 + kBlock, sub, sub + piece, panel);
+            NibblePiece<false, true>(k0, k0 + kBlock, sub, sub + piece, panel);
+          }
         return;
       }
-      for (int k0 = begin; k0 < end; k0 += piece) {
-        const int k1 = k0 + piece < end ? k0 + piece : end;
-        NibblePiece(k0, k1, 0, kBlock, panel, false);
-      }
+      for (int k0 = begin; k0 < end; k0 += piece)
+        NibblePiece<true, true>(k0, k0 + piece < end ? k0 + piece : end, 0, kBlock, panel);
     }
 
-    void NibblePiece(int k0, int k1, int from, int to, int panel, bool apart) {
-      typename V::Acc low[R][P], high[R][P];
+    // Low nibbles, high ones or both of the blocks k0..k1, of each those of the inputs from..to and from + 64..to + 64.
+    template <bool low, bool high>
+    void NibblePiece(int k0, int k1, int from, int to, int panel) {
+      typename V::Acc acc[R][P];
       for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++) low[r][p] = high[r][p] = V::Begin();
+        for (int p = 0; p < P; p++) acc[r][p] = V::Begin();
       for (int block = k0; block < k1; block += 2 * kBlock) {
         for (int k = block + from; k < block + to; k += 4) {
-          typename V::B a[P], b[P];
-          for (int p = 0; p < P; p++) {
-            const size_t at = static_cast<size_t>(block) * (kLanes / 2) + static_cast<size_t>(k - block) * kLanes;
-            V::LoadNibbles(panels[p] + at, a[p], b[p]);
-            V::Prefetch(panels[p] + at + 2048);
-          }
-          for (int r = 0; r < R; r++) {
-            const auto x = V::Codes(rows[r]->codes, k - start), z = V::Codes(rows[r]->codes, k + kBlock - start);
-            for (int p = 0; p < P; p++) {
-              V::Dot(low[r][p], a[p], x);
-              V::Dot(apart ? high[r][p] : low[r][p], b[p], z);
-            }
-          }
+          const size_t at = static_cast<size_t>(block) * (kLanes / 2) + static_cast<size_t>(k - block) * kLanes;
+          if constexpr (low) Ahead(at);
+          if constexpr (low) Step<kLow>(acc, at, k);
+          if constexpr (high) Step<kHigh>(acc, at, k + kBlock);
         }
       }
-      if (apart) {
-        Flush(low, k0 + from, k0 + to, panel, 8);
-        Flush(high, k0 + kBlock + from, k0 + kBlock + to, panel, 8);
+      if constexpr (low && high) {
+        Flush(acc, k0, k1, panel, 8);
       } else {
-        Flush(low, k0, k1, panel, 8);
+        const int shift = low ? 0 : kBlock;
+        Flush(acc, k0 + shift + from, k0 + shift + to, panel, 8);
       }
     }
 

@@ -23,7 +23,11 @@ struct Avx2 {
   struct X {
     __m256i even, odd;
   };
-  static constexpr bool kCentred = false;
+  // One of both: weights of two inputs in every lane.
+  struct H {
+    __m256i a, b;
+  };
+  static constexpr bool kCentred = false, kHalves = true;
   static constexpr int kRows = 4, kPanels = 1;
 
   static F Set(float x) { return F{_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -114,6 +118,25 @@ struct Avx2 {
       high.odd[i] = _mm256_srli_epi16(w, 12);
     }
   }
+  // Of a byte all (0), the low nibble (1) or the high one (2); of even bytes or odd ones.
+  template <int part, int odd>
+  static __m256i HalfOf256(const uint8_t* p) {
+    const __m256i w = Half256(p);
+    if constexpr (part == 0) return odd ? _mm256_srli_epi16(w, 8) : _mm256_and_si256(w, _mm256_set1_epi16(255));
+    constexpr int shift = 8 * odd + 4 * (part == 2);
+    if constexpr (shift == 12) return _mm256_srli_epi16(w, 12);
+    return _mm256_and_si256(_mm256_srli_epi16(w, shift), _mm256_set1_epi16(15));
+  }
+  template <int part, int odd>
+  static H HalfOf(const uint8_t* p) {
+    return H{HalfOf256<part, odd>(p), HalfOf256<part, odd>(p + 32)};
+  }
+  template <int odd>
+  static __m256i HalfCodes(const int8_t* codes, int k) {
+    int32_t two;
+    __builtin_memcpy(&two, codes + 2 * static_cast<size_t>(k) + 4 * odd, 4);
+    return _mm256_set1_epi32(two);
+  }
   struct Acc {
     __m256i a, b;
   };
@@ -125,6 +148,18 @@ struct Avx2 {
   static void Dot(Acc& acc, const B& w, const X& x) {
     acc.a = _mm256_add_epi32(acc.a, Pairs(w.even[0], w.odd[0], x));
     acc.b = _mm256_add_epi32(acc.b, Pairs(w.even[1], w.odd[1], x));
+  }
+  // sum += products of pairs. In one piece: compilers else make all products of a block before they add up any, and that
+  // takes more registers than there are.
+  static void AddPairs(__m256i& sum, __m256i w, __m256i x) {
+    __m256i all = sum, pairs;
+    __asm__("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(all), "=&x"(pairs) : "x"(w), "x"(x));
+    sum = all;
+  }
+  template <int rows>
+  static void DotHalf(Acc& acc, const H& w, __m256i x) {
+    AddPairs(acc.a, w.a, x);
+    AddPairs(acc.b, w.b, x);
   }
   static I Total(const Acc& acc) { return I{acc.a, acc.b}; }
 
@@ -164,6 +199,13 @@ struct AvxVnni : Avx2 {
   static void Dot(Acc& acc, const B& w, const X& x) {
     acc.a = _mm256_dpwssd_avx_epi32(_mm256_dpwssd_avx_epi32(acc.a, w.even[0], x.even), w.odd[0], x.odd);
     acc.b = _mm256_dpwssd_avx_epi32(_mm256_dpwssd_avx_epi32(acc.b, w.even[1], x.even), w.odd[1], x.odd);
+  }
+  // A sum takes five cycles here and one in Avx2: of few rows too few are under way.
+  template <int rows>
+  static void DotHalf(Acc& acc, const H& w, __m256i x) {
+    if constexpr (rows < 3) return Avx2::DotHalf<rows>(acc, w, x);
+    acc.a = _mm256_dpwssd_avx_epi32(acc.a, w.a, x);
+    acc.b = _mm256_dpwssd_avx_epi32(acc.b, w.b, x);
   }
 };
 #endif

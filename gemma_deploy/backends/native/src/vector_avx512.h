@@ -16,7 +16,7 @@ struct Avx512 {
     __m512i even, odd;
   };
   using B = X;
-  static constexpr bool kCentred = false;
+  static constexpr bool kCentred = false, kHalves = false;
   static constexpr int kRows = 6, kPanels = 4;
   static constexpr int kPackedRows = 12, kFewRows = 4, kMostRows = 16;
 

@@ -24,7 +24,7 @@ struct NeonDot {
     int8x16_t high, low;
   };
   static constexpr int kRows = 2, kPanels = 1;
-  static constexpr bool kCentred = true;
+  static constexpr bool kCentred = true, kHalves = false;
 
   template <class Op>
   static F Each(Op op) {

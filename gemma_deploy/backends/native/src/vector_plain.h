@@ -23,7 +23,7 @@ struct Plain {
   struct X {
     int16_t v[4];
   };
-  static constexpr bool kCentred = false;
+  static constexpr bool kCentred = false, kHalves = false;
   static constexpr int kRows = 2, kPanels = 1;
 
   template <class Op>
