@@ -140,9 +140,10 @@ def test_rows_in_any_number_have_the_bits_that_they_have_alone(ops, level, dtype
     np.testing.assert_array_equal(product(ops, level, packed, x, begin=1, end=6)[:, 16:96], alone[:, 16:96])
 
 
-def test_levels_give_the_same_integers(ops, native_library):
+@pytest.mark.parametrize(("dtype", "group"), [("uint8", 0), ("uint4", 0), ("uint4", 32)])
+def test_levels_give_the_same_integers(ops, native_library, dtype, group):
     """Where every sum is a whole number that float32 holds, all levels give the same bits."""
-    packed = Packed("uint8", 48, 512)
+    packed = Packed(dtype, 48, 512, group)
     packed.scales[:] = 1
     x = np.random.default_rng(3).integers(-20, 20, (5, 512)).astype(np.float32)
     x[:, 0] = LARGEST  # the scale is 1
