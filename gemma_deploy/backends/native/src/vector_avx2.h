@@ -153,7 +153,7 @@ struct Avx2 {
   // takes more registers than there are.
   static void AddPairs(__m256i& sum, __m256i w, __m256i x) {
     __m256i all = sum, pairs;
-    __asm__("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(all), "=&x"(pairs) : "x"(w), "x"(x));
+    asm("vpmaddwd %2, %3, %1\n\tvpaddd %1, %0, %0" : "+x"(all), "=&x"(pairs) : "x"(w), "x"(x));
     sum = all;
   }
   template <int rows>
