@@ -104,7 +104,7 @@ def unknown_key(root: type[BaseModel], path: Path, above: Path = ()) -> str:
         return f"unknown key; did you mean `{dotted((*above, *path[:-1], close))}`?"
     if close := nearest(key, sorted(everywhere), cutoff=0.8):
         return f"unknown key; did you mean `{dotted((*above, *everywhere[close][0]))}`?"
-    return f"unknown key; known here: {', '.join(known)}"
+    return f"unknown key; known here: {', '.join(known) or 'none'}"
 
 
 def sentence(root: type[BaseModel], error: ErrorDetails, above: Path = ()) -> str:

@@ -53,6 +53,7 @@ GUESSES: dict[Path, tuple[tuple[str, str], ...]] = {
     ),
     ("backend", "type"): (
         (r"ort|onnx.*|genai|cpu", "write backend.type: onnxruntime (the recipe cpu-int8)"),
+        (r"own|kernels?|library|c(pp)?", "write backend.type: native (the recipe native-int8)"),
         (r"vacc|tvm|vamc|vastai|accelerator|static", "write backend.type: tvm_vacc (the recipe accelerator-int8)"),
     ),
     ("frontend", "type"): ((r"hf|safetensors|transformers|pytorch|torch", "write frontend.type: huggingface"),),

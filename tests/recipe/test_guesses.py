@@ -70,10 +70,11 @@ def test_every_key_that_is_advised_is_taken_and_every_recipe_exists():
     settings, names = set(), set()
     for answer in answers:
         settings |= set(re.findall(r"((?:backend|frontend)\.[a-z_.]+): (\{[^}]*\}|[\w.+]+)", answer))
-        names |= set(re.findall(r"\b(?:cpu|accelerator)-[\w-]+", answer))
+        names |= set(re.findall(r"\b(?:cpu|accelerator|native)-[\w-]+", answer))
     assert len(settings) >= 10
     for key, value in settings - {("frontend.checkpoint", "FILE.gguf")}:
         others = [] if key.startswith("backend.dtype") else ["backend.dtype=int8"]
-        assert Recipe.load("cpu-int8", [*others, f"{key}={value}"], env={}), (key, value)
-    assert {"cpu-int8", "cpu-best-int8", "cpu-small-int4", "cpu-long-prompts-w8a8", "accelerator-int8"} == names
+        assert Recipe.load("cpu-int8", [*others, "backend.compile={}", f"{key}={value}"], env={}), (key, value)
+    cpu = {"cpu-int8", "cpu-best-int8", "cpu-small-int4", "cpu-long-prompts-w8a8"}
+    assert cpu | {"accelerator-int8", "native-int8"} == names
     assert all(find_recipe(name) for name in names)
