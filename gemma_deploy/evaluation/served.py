@@ -139,7 +139,7 @@ class Served:
                 "the server gives no log-probabilities of prompts",
                 where=where,
                 expected="choices[].logprobs.token_logprobs of every token of the prompt, for echo with logprobs",
-                next_step="evaluate with a server that answers echo (as vLLM does), or `eval ARTIFACT`",
+                next_step="evaluate with a server that answers echo (`gemma-deploy serve`, vLLM), or `eval ARTIFACT`",
             )
         return found
 
