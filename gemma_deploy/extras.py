@@ -21,8 +21,8 @@ MODULES = {
     "adapters": ("peft",),
     "finetune": ("peft", "trl", "datasets", "accelerate"),
     "bitsandbytes": ("bitsandbytes",),
-    "client": ("httpx2",),
-    "serve": ("starlette", "uvicorn"),
+    "client": ("anyio", "httpx2"),
+    "serve": ("llguidance", "starlette", "uvicorn"),
 }
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from gemma_deploy.errors import UsageError
 from gemma_deploy.runtime.sampling import SMALLEST, Sampling
+from gemma_deploy.serve.guiding import Guide
 
 BLOCK = 512  # logits whose weights are added up together
 MOST_BIAS = 1e6
@@ -78,9 +79,18 @@ class Chooser:
 
     Args:
         prompt: its tokens; stops: tokens that end the text.
+        guide: says which tokens may come next; it goes along with what is said.
     """
 
-    def __init__(self, choice: Choice, prompt: Sequence[int] | np.ndarray, stops: Collection[int]) -> None:
+    def __init__(
+        self,
+        choice: Choice,
+        prompt: Sequence[int] | np.ndarray,
+        stops: Collection[int],
+        *,
+        guide: Guide | None = None,
+    ) -> None:
+        self._guide = guide
         self._choice, self._stops = choice, np.array(sorted(stops), np.int64)
         self._random = np.random.default_rng(choice.seed) if choice.temperature > 0 else None
         self._bias_ids = np.array(list(choice.bias), np.int64)
@@ -99,7 +109,8 @@ class Chooser:
     def _changes(self) -> bool:
         choice = self._choice
         return bool(
-            len(self._bias_ids)
+            self._guide is not None
+            or len(self._bias_ids)
             or choice.repetition != 1
             or self._penalties
             or (self._said < choice.min_tokens and len(self._stops))
@@ -111,15 +122,22 @@ class Chooser:
         Args:
             logits: [V] float32, finite at the largest; left as they are.
             best: the token of the largest.
+
+        Raises:
+            UsageError: the guide cannot go on, or lets nothing through that the choice does.
         """
         if self._changes:
             logits = self._changed(logits)
             best = int(logits.argmax())
+            if logits[best] == -np.inf:
+                raise UsageError("no token is left to choose from", next_step="leave min_tokens out")
         return best if self._random is None else self._drawn(logits, float(logits[best]))
 
     def said(self, token: int) -> None:
         """Keep count of a token of the text."""
         self._said += 1
+        if self._guide is not None:
+            self._guide.said(token)
         if self._penalties:
             self._counts[token] = self._counts.get(token, 0) + 1
         if self._choice.repetition != 1 and token not in self._seen:
@@ -138,6 +156,8 @@ class Chooser:
         changed[self._bias_ids] += self._biases
         if self._said < choice.min_tokens:
             changed[self._stops] = -np.inf
+        if self._guide is not None:
+            changed[~self._guide.allowed()] = -np.inf
         return changed
 
     def _drawn(self, logits: np.ndarray, largest: float) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from gemma_deploy.errors import DeployError, UsageError
 from gemma_deploy.runtime.limits import check_tokens
 from gemma_deploy.serve.choosing import Choice
+from gemma_deploy.serve.guiding import Guide
 
 MOST_TOP = 1024  # alternatives of a token whose log-probabilities can be asked for
 
@@ -26,6 +27,7 @@ class Request:
         stop_ids: tokens that end the text, and are not of it.
         top: so many likeliest tokens come beside each token that is said, with log-probabilities of all; None: none do.
         prompt_top: the same of the prompt's own tokens, the first of which nothing predicts.
+        guide: says which tokens may come next; this request's own.
     """
 
     ids: Sequence[int]
@@ -34,6 +36,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     top: int | None = None
     prompt_top: int | None = None
+    guide: Guide | None = None
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class _Run:
         self.ids[: self.prompt] = request.ids
         self.length, self.read = self.prompt, 0  # tokens that there are, and that the sequence has
         self.sequence = 0
-        self.chooser = Chooser(request.choice, request.ids, request.stop_ids)
+        self.chooser = Chooser(request.choice, request.ids, request.stop_ids, guide=request.guide)
         self.scores = None if request.prompt_top is None else Scores.empty(self.prompt, request.prompt_top)
         self.scored = 1  # the prompt's tokens before this one have their scores
         self.cached, self.began = 0, False
@@ -315,16 +315,17 @@ class Scheduler:
     def _say(self, runs: Sequence[_Run], ranked: Ranked, logits: np.ndarray | None, *, events: Events) -> None:
         """The next token of some texts; without logits the likeliest."""
         for row, run in enumerate(runs):
-            total = ranked.log_sums[row]
+            total, token, own = ranked.log_sums[row], int(ranked.ids[row, 0]), ranked.logits[row, :1]
             try:
                 _check(ranked.log_sums[row : row + 1])
+                if logits is not None:
+                    token = run.chooser.choose(logits[row], token)
+                    own = logits[row, token : token + 1]
+                if token not in run.request.stop_ids:
+                    run.chooser.said(token)
             except DeployError as error:
                 self._end(run, Failed(error), events)
                 continue
-            token, own = int(ranked.ids[row, 0]), ranked.logits[row, :1]
-            if logits is not None:
-                token = run.chooser.choose(logits[row], token)
-                own = logits[row, token : token + 1]
             scores, top = None, run.request.top
             if top is not None:
                 scores = Scores(
@@ -335,7 +336,6 @@ class Scheduler:
                 continue
             run.ids[run.length] = token
             run.length += 1
-            run.chooser.said(token)
             self._tokens += 1
             events.append((run.number, Said(token, scores)))
             if run.length == len(run.ids):

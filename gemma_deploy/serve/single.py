@@ -143,7 +143,7 @@ class _Run:
     def __init__(self, number: int, request: Request, context: int) -> None:
         self.number, self.request = number, request
         self.most = min(request.max_tokens, context - len(request.ids))
-        self.chooser = Chooser(request.choice, request.ids, request.stop_ids)
+        self.chooser = Chooser(request.choice, request.ids, request.stop_ids, guide=request.guide)
         self.session: Session | None = None
         self.scores: Scores | None = None
         self.newest = self.said = 0

@@ -34,7 +34,7 @@ def test_a_seed_gives_the_tokens_of_the_projects_sampler(temperature, top_k, top
     before = row.copy()
     sampler = Sampler(temperature, top_k, top_p, seed=11)
     tokens = chosen(Choice(temperature, top_k, top_p, seed=11), row, 400)
-    weights = sampler.probabilities(row)
+    weights = sampler.chances(row).weights
     edges, aims = np.cumsum(weights), np.random.default_rng(11).random(400)
     assert (weights[tokens] > 0).all()
     assert ((edges - weights)[tokens] - 1e-6 < aims).all()

@@ -19,6 +19,7 @@ from starlette.routing import Route
 
 from gemma_deploy.errors import DeployError, UsageError
 from gemma_deploy.runtime.limits import check_tokens
+from gemma_deploy.serve.guiding import Guide
 from gemma_deploy.serve.http.chats import Chat, rendered
 from gemma_deploy.serve.http.completions import Completion
 from gemma_deploy.serve.http.errors import ApiError, told, wrong
@@ -165,12 +166,14 @@ class Server:
     async def _completions(self, request: Request) -> Response:
         fields = read(CompletionFields, await self._body(request))
         served, name = self._find(fields.model)
-        return await self._answered(request, Completion(served, fields, name), fields)
+        return await self._answered(
+            request, Completion(served, fields, name, guide=await _guide(served, fields)), fields
+        )
 
     async def _chats(self, request: Request) -> Response:
         fields = read(ChatFields, await self._body(request))
         served, name = self._find(fields.model)
-        return await self._answered(request, Chat(served, fields, name), fields)
+        return await self._answered(request, Chat(served, fields, name, guide=await _guide(served, fields)), fields)
 
     async def _answered(self, request: Request, answer: Completion | Chat, fields: Generating) -> Response:
         def done() -> None:
@@ -252,6 +255,17 @@ class Server:
     async def _metrics(self, request: Request) -> Response:
         found = {one.names[0]: (one.worker.counts(), one.metrics) for one in self._served}
         return PlainTextResponse(exposed(found), media_type="text/plain; version=0.0.4")
+
+
+async def _guide(served: Served, fields: Generating) -> Guide | None:
+    """What the answer has to follow."""
+    asked = fields.grammar()
+    if asked is None:
+        return None
+    try:
+        return await asyncio.to_thread(served.guides.guide, asked[0])
+    except UsageError as error:
+        raise told(error, asked[1]) from None
 
 
 async def _no_such_thing(request: Request, error: Exception) -> Response:

@@ -10,6 +10,7 @@ from typing import Any
 from gemma_deploy.chat import ChatEvent, ChatParser, ToolCall
 from gemma_deploy.chat.messages import Deltas, for_template, reply_message
 from gemma_deploy.errors import UsageError
+from gemma_deploy.serve.guiding import Guide
 from gemma_deploy.serve.http.completions import usage_of
 from gemma_deploy.serve.http.errors import told, wrong
 from gemma_deploy.serve.http.fields import ChatFields
@@ -46,14 +47,12 @@ def rendered(
 class Chat:
     """One request, and its answer; see `Completion`."""
 
-    def __init__(self, served: Served, fields: ChatFields, name: str) -> None:
+    def __init__(self, served: Served, fields: ChatFields, name: str, *, guide: Guide | None = None) -> None:
         self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         self._served, self._fields, self._name = served, fields, name
         if not fields.messages:
             raise wrong("messages", "one message at least")
         tools = _tools(fields)
-        if fields.response_format is not None and fields.response_format.get("type") != "text":
-            raise wrong("response_format", "this server writes text alone so far", "unsupported")
         if fields.top_logprobs is not None and not fields.logprobs:
             raise wrong("top_logprobs", "is given without logprobs: true")
         stops = fields.stops()
@@ -72,6 +71,7 @@ class Chat:
                 served.context if most is None else most,
                 fields.stop_ids(served.stop_ids, served.vocabulary),
                 top,
+                guide=None if guide is None else guide.copy(),
             )
             for place in range(fields.n or 1)
         ]

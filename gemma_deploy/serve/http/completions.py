@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_deploy.errors import UsageError
+from gemma_deploy.serve.guiding import Guide
 from gemma_deploy.serve.http.errors import told, wrong
 from gemma_deploy.serve.http.fields import MOST_CHOICES, CompletionFields
 from gemma_deploy.serve.http.served import Served
@@ -64,7 +65,7 @@ class Completion:
     """One request, and its answer.
 
     Args:
-        name: of the model, as it was asked for.
+        name: of the model, as it was asked for; guide: what every text follows.
 
     Raises:
         ApiError: it cannot be answered.
@@ -72,7 +73,7 @@ class Completion:
 
     kind = "text_completion"
 
-    def __init__(self, served: Served, fields: CompletionFields, name: str) -> None:
+    def __init__(self, served: Served, fields: CompletionFields, name: str, *, guide: Guide | None = None) -> None:
         self.id, self.created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
         self._served, self._fields, self._name = served, fields, name
         copies = fields.n or 1
@@ -94,6 +95,7 @@ class Completion:
                 fields.stop_ids(served.stop_ids, served.vocabulary),
                 fields.logprobs,
                 scored,
+                None if guide is None else guide.copy(),
             )
             for prompt in self._prompts
             for place in range(copies)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gemma_deploy.reading import NotJsonError, parse_json
 from gemma_deploy.serve.choosing import Choice
+from gemma_deploy.serve.guiding import Grammar, Kind
 from gemma_deploy.serve.http.errors import ApiError, wrong
 
 log = logging.getLogger(__name__)
@@ -22,15 +23,16 @@ MOST_UNKNOWN = 1000  # names of fields that are remembered
 SHOWN = 40
 # Fields that other servers obey, and that would change the answer: refused, since leaving them out is a wrong answer.
 NOT_BUILT = (
-    "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "prompt_logprobs",
-    "allowed_token_ids", "bad_words", "use_beam_search", "prompt_embeds", "functions", "function_call", "audio",
-    "prediction",
+    "prompt_logprobs", "allowed_token_ids", "bad_words", "use_beam_search", "prompt_embeds", "functions",
+    "function_call", "audio", "prediction",
 )  # fmt: skip
 # Fields of clients that change nothing here.
 WITHOUT_EFFECT = (
     "user", "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
     "skip_special_tokens", "spaces_between_special_tokens", "verbosity", "modalities",
 )  # fmt: skip
+KINDS: tuple[Kind, ...] = ("json", "regex", "choice", "grammar")
+FORMS: Mapping[Kind, type | tuple[type, ...]] = {"json": (dict, str), "regex": str, "choice": list, "grammar": str}
 _unknown: set[str] = set()
 
 Count = Annotated[int, Field(ge=1, le=MOST_CHOICES)]
@@ -72,6 +74,34 @@ class Generating(Fields):
     ignore_eos: bool | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
+    response_format: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: dict[str, Any] | None = None
+
+    def grammar(self) -> tuple[Grammar, str] | None:
+        """What the answer has to follow, and the field that says so; None: nothing.
+
+        Raises:
+            ApiError: several fields say so, or one has a form that nobody knows.
+        """
+        found: dict[str, tuple[Kind, Any]] = {
+            f"guided_{kind}": (kind, value) for kind in KINDS if (value := getattr(self, f"guided_{kind}")) is not None
+        }
+        outputs = self.structured_outputs
+        if outputs is not None:
+            given: list[tuple[Kind, Any]] = [(kind, outputs[kind]) for kind in KINDS if outputs.get(kind) is not None]
+            if len(given) != 1 or not isinstance(given[0][1], FORMS[given[0][0]]):
+                raise wrong("structured_outputs", f"one of {', '.join(KINDS)}")
+            found["structured_outputs"] = given[0]
+        if self.response_format is not None and (schema := _schema(self.response_format)) is not None:
+            found["response_format"] = ("json", schema)
+        if len(found) > 1:
+            first, second, *_ = found
+            raise wrong(second, f"{first} says already what the answer has to follow")
+        return next(((Grammar(*what), field) for field, what in found.items()), None)
 
     def choice(self, vocabulary: int, place: int = 0) -> Choice:
         """How tokens are chosen.
@@ -120,7 +150,8 @@ class Generating(Fields):
         for token in self.stop_token_ids or ():
             if not 0 <= token < vocabulary:
                 raise wrong("stop_token_ids", f"{token} is no token: 0 to {vocabulary - 1}")
-        return frozenset(self.stop_token_ids or ()) | (frozenset() if self.ignore_eos else own)
+        go_on = self.ignore_eos and self.grammar() is None  # behind what a grammar ends with nothing comes
+        return frozenset(self.stop_token_ids or ()) | (frozenset() if go_on else own)
 
     @property
     def with_usage(self) -> bool:
@@ -148,7 +179,6 @@ class ChatFields(Generating):
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -166,6 +196,19 @@ class DetokenizeFields(Fields):
     """`/detokenize`."""
 
     tokens: list[int]
+
+
+def _schema(given: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The JSON schema that `response_format` asks for; None: text."""
+    kind = given.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    named = given.get("json_schema")
+    if kind != "json_schema" or not isinstance(named, dict) or not isinstance(named.get("schema"), dict):
+        raise wrong("response_format", 'type "text", "json_object", or "json_schema" with json_schema: {name, schema}')
+    return cast(Mapping[str, Any], named["schema"])
 
 
 def read(kind: type[Body], body: bytes) -> Body:

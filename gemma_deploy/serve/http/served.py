@@ -9,6 +9,7 @@ from typing import Any
 
 from gemma_deploy.errors import UsageError
 from gemma_deploy.runtime.engine import Engine
+from gemma_deploy.serve.guiding import Guides
 from gemma_deploy.serve.http.errors import ApiError, told
 from gemma_deploy.serve.http.metrics import Metrics
 from gemma_deploy.serve.request import Ended, Event, Failed, Request, Scheduling
@@ -63,6 +64,7 @@ class Served:
         self.tokenizer, self.created = engine.tokenizer, int(time.time())
         self.context, self.vocabulary, self.together = scheduling.context, scheduling.vocabulary, scheduling.together
         self.stop_ids = frozenset(engine.stop_ids)
+        self.guides = Guides(engine.path, self.vocabulary, self.stop_ids)
         self.metrics = Metrics()
         self.worker = Worker(scheduling, self._deliver)
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -1,0 +1,144 @@
+"""Answers that follow a grammar, by llguidance: JSON of a schema, a regular expression, choices, a grammar of Lark."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from gemma_deploy.errors import UsageError
+from gemma_deploy.text.files import TOKENIZER
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+LARGEST = 256 << 10  # characters of a grammar
+MOST_CHOICES = 1000
+# Spaces that a model may write anywhere are what small ones write without end.
+JSON_OPTIONS: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+Kind = Literal["json", "regex", "choice", "grammar"]
+WRONG = "send a simpler one, or mend it"
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer has to follow.
+
+    Args:
+        kind: what `given` is: a JSON schema as an object or text (`json`), a regular expression of Rust's regex crate
+            (`regex`), texts one of which it is (`choice`), a grammar of Lark or GBNF (`grammar`).
+    """
+
+    kind: Kind
+    given: Any
+
+
+class Guides:
+    """Makes guides for one tokenizer, which llguidance reads when the first is asked for.
+
+    Args:
+        folder: with tokenizer.json; vocabulary: logits of a token; stops: tokens that end a text.
+    """
+
+    def __init__(self, folder: Path, vocabulary: int, stops: Collection[int]) -> None:
+        self._folder, self._vocabulary, self._stops = folder, vocabulary, sorted(stops)
+        self._tokenizer: LLTokenizer | None = None
+        self._lock = threading.Lock()
+
+    def guide(self, grammar: Grammar) -> Guide:
+        """One that begins; takes up to a second, of another thread.
+
+        Raises:
+            UsageError: the grammar is damaged, too large, or too costly.
+        """
+        from llguidance import LLMatcher
+
+        with self._lock:
+            tokenizer = self._read()
+        words = _compiled(grammar)
+        if len(words) > LARGEST:
+            raise UsageError(f"the grammar has {len(words)} characters", expected=f"{LARGEST}", next_step=WRONG)
+        matcher = LLMatcher(tokenizer, words, log_level=0)
+        made = Guide(matcher, self._vocabulary)
+        made.copy().allowed()  # what explodes does so at the first token
+        return made
+
+    def _read(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
+        if self._tokenizer is None:
+            file = self._folder / TOKENIZER
+            try:
+                self._tokenizer = LLTokenizer(str(file), n_vocab=self._vocabulary, eos_token=self._stops)
+            except ValueError as error:
+                raise UsageError(
+                    f"llguidance does not read this tokenizer: {str(error)[:200]}",
+                    where=str(file),
+                    next_step="ask for text without a grammar",
+                ) from None
+        return self._tokenizer
+
+
+class Guide:
+    """What one answer may say next."""
+
+    def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
+        self._matcher, self._vocabulary = matcher, vocabulary
+        self._check()
+
+    def copy(self) -> Guide:
+        """Another that stands where this one does."""
+        return Guide(self._matcher.deep_copy(), self._vocabulary)
+
+    def allowed(self) -> np.ndarray:
+        """Which tokens may come next: [V] bool.
+
+        Raises:
+            UsageError: the grammar is too costly.
+        """
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        return np.unpackbits(bits, bitorder="little")[: self._vocabulary].astype(bool)
+
+    def said(self, token: int) -> None:
+        """Go on behind a token that was allowed.
+
+        Raises:
+            UsageError: it was not, or the grammar is too costly.
+        """
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            reason = " ".join(self._matcher.get_error().split())[:300]
+            raise UsageError(f"the grammar cannot be followed: {reason}", next_step=WRONG)
+
+
+def _compiled(grammar: Grammar) -> str:
+    """As llguidance reads it.
+
+    Raises:
+        UsageError: it is none of its kind.
+    """
+    from llguidance import LLMatcher, grammar_from
+
+    given = grammar.given
+    try:
+        if grammar.kind == "json":
+            schema = given if isinstance(given, str) else json.dumps(given)
+            return str(LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS))
+        if grammar.kind == "regex":
+            return str(LLMatcher.grammar_from_regex(given))
+        if grammar.kind == "choice":
+            if not given or len(given) > MOST_CHOICES:
+                raise UsageError(f"{len(given)} choices", expected=f"1 to {MOST_CHOICES}", next_step=WRONG)
+            return str(grammar_from("choice", json.dumps(given)))
+        return str(grammar_from("grammar", given))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UsageError(f"the grammar is none: {str(error)[:300]}", next_step=WRONG) from None
