@@ -9,9 +9,9 @@ transformers:
 
 from __future__ import annotations
 
-import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from gemma_deploy.offering import offering
 
 if TYPE_CHECKING:
     from gemma_deploy.api import evaluate, fine_tune, prove
@@ -44,32 +44,33 @@ __all__ = [
     "open_engine",
     "prove",
 ]
-_WHERE = {
-    "AdapterRef": "checkpoint.adapters.merging",
-    "Artifact": "artifact.opened",
-    "Conversation": "runtime.chat",
-    "DeployError": "errors",
-    "GenerationStats": "runtime.generate",
-    "Recipe": "recipe",
-    "Sampling": "runtime.sampling",
-    "compile_recipe": "compile",
-    "evaluate": "api",
-    "fine_tune": "api",
-    "merge": "merging",
-    "open_embedder": "engine",
-    "open_engine": "engine",
-    "prove": "api",
-}
+_offered = offering(
+    __name__,
+    {
+        "AdapterRef": "gemma_deploy.checkpoint.adapters.merging",
+        "Artifact": "gemma_deploy.artifact.opened",
+        "Conversation": "gemma_deploy.runtime.chat",
+        "DeployError": "gemma_deploy.errors",
+        "GenerationStats": "gemma_deploy.runtime.generate",
+        "Recipe": "gemma_deploy.recipe",
+        "Sampling": "gemma_deploy.runtime.sampling",
+        "compile_recipe": "gemma_deploy.compile",
+        "evaluate": "gemma_deploy.api",
+        "fine_tune": "gemma_deploy.api",
+        "merge": "gemma_deploy.merging",
+        "open_embedder": "gemma_deploy.engine",
+        "open_engine": "gemma_deploy.engine",
+        "prove": "gemma_deploy.api",
+    },
+)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return version("gemma-deploy")
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
-    globals()[name] = found
-    return found
+    if name != "__version__":
+        return _offered(name)
+    from importlib.metadata import version
+
+    return version("gemma-deploy")
 
 
 def __dir__() -> list[str]:

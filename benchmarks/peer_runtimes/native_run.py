@@ -8,28 +8,37 @@ from pathlib import Path
 import numpy as np
 from protocol import Generated, Sizes, main
 
-from gemma_deploy.backends.native.engine import NativeModel
+from gemma_deploy.backends.native.graph import plan_in
+from gemma_deploy.backends.native.library import Model
+from gemma_deploy.names import PARAMS
 
 
 class Native:
     """A model; every text gets a sequence of its own."""
 
     def __init__(self, path: Path, sizes: Sizes) -> None:
-        self.model, self.room = NativeModel(path, (), sizes.threads), sizes.room
+        self.library = Model(plan_in(path), path / PARAMS, threads=sizes.threads)
+        self.room = self.library.room(1)
 
     def generate(self, prompt: list[int], steps: int) -> Generated:
         """Greedy."""
-        sequence = self.model.sequence(self.room)
+        sequence = self.library.sequence()
         started = time.perf_counter()
-        tokens = [int(sequence.read(prompt).argmax())]
+        tokens = [self.after(sequence, prompt)]
         first = time.perf_counter()
         for _ in range(steps):
-            tokens.append(int(sequence.read(tokens[-1:]).argmax()))
-        return Generated(first - started, tokens, time.perf_counter() - first)
+            tokens.append(self.after(sequence, tokens[-1:]))
+        seconds = time.perf_counter() - first
+        self.library.drop(sequence)
+        return Generated(first - started, tokens, seconds)
+
+    def after(self, sequence: int, tokens: list[int]) -> int:
+        """The likeliest token behind these."""
+        return int(self.library.logits([(sequence, tokens, 1)], self.room).argmax())
 
     def together(self, prompts: list[list[int]], steps: int) -> float:
         """Greedy, all texts in each step: seconds of the steps."""
-        library = self.model.library
+        library = self.library
         sequences = [library.sequence() for _ in prompts]
         library.logits([(one, prompt, 1) for one, prompt in zip(sequences, prompts, strict=True)])
         tokens = [prompt[-1] for prompt in prompts]
@@ -44,7 +53,10 @@ class Native:
 
     def logits(self, window: list[int]) -> np.ndarray:
         """Of one prefill."""
-        return self.model.sequence(self.room).feed(window)
+        sequence = self.library.sequence()
+        found = self.library.logits([(sequence, window, len(window))])
+        self.library.drop(sequence)
+        return found
 
 
 if __name__ == "__main__":

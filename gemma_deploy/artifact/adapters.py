@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import ValidationError
 
@@ -20,10 +20,12 @@ from gemma_deploy import reading
 from gemma_deploy.artifact.manifest import FileFacts, Record
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.bounds import Count, Size, lines_of
-from gemma_deploy.checkpoint.adapters.merging import AdapterRef
 from gemma_deploy.errors import ArtifactError, UsageError
 from gemma_deploy.graph.contract import AdapterSlots
 from gemma_deploy.workdir import MARK, is_temporary
+
+if TYPE_CHECKING:
+    from gemma_deploy.checkpoint.adapters.merging import AdapterRef
 
 ADAPTERS = "adapters"  # the folder
 RECORD, FILE = "adapter.json", "adapter.onnx_adapter"

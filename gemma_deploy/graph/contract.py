@@ -19,13 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma_deploy.bounds import Count, Size
-from gemma_deploy.checkpoint.config import ModelConfig
-from gemma_deploy.partition import ArtifactPart
 from gemma_deploy.partition.ranks import kv_heads_of
 from gemma_deploy.schemes import Form
+
+if TYPE_CHECKING:
+    from gemma_deploy.checkpoint.config import ModelConfig
+    from gemma_deploy.partition import ArtifactPart
 
 GRAPHS = ("iter0", "iter1")
 PREFILL, DECODE = GRAPHS
@@ -347,11 +349,7 @@ class DrafterContract(GraphContract):
 
     @classmethod
     def of_drafter(cls, config: ModelConfig, *, context: int) -> DrafterContract:
-        """Contract of a drafter.
-
-        Args:
-            context: positions there are.
-        """
+        """Contract of a drafter for texts of `context` positions."""
         assert config.drafting is not None
         return cls(
             batch=1,

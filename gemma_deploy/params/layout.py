@@ -11,10 +11,12 @@ import json
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, get_args
+from typing import TYPE_CHECKING, Protocol, get_args
 
 from gemma_deploy.dtypes import BY_NAME, StoredDtype
-from gemma_deploy.params.plan import ParamSpec
+
+if TYPE_CHECKING:
+    from gemma_deploy.params.plan import ParamSpec
 
 PAGE_BYTES = 4096
 

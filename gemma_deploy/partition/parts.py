@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.errors import UsageError
 from gemma_deploy.partition.ranks import obstacles
 from gemma_deploy.partition.spans import WHOLE, Span, spans_of
+
+if TYPE_CHECKING:
+    from gemma_deploy.checkpoint import ModelConfig
 
 FOLDER = r"^((bottom|trunk\d*|top)(/rank\d+)?|rank\d+)$"  # what a manifest may name: nothing outside the artifact
 

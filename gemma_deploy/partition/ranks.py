@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import TYPE_CHECKING
 
 from gemma_deploy.architectures import ROWS, Axis, LayerSpec
 from gemma_deploy.architectures.blocks import Experts
-from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.names import CACHE_FACTOR, HEAD, PER_LAYER_TABLE
+
+if TYPE_CHECKING:
+    from gemma_deploy.checkpoint import ModelConfig
 
 Blocks = tuple[tuple[int, int], ...]
 EXPERTS = Experts.down.rpartition(".")[0]

@@ -6,10 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from gemma_deploy.checkpoint import ModelConfig, expected_tensors
 from gemma_deploy.errors import UsageError
 from gemma_deploy.names import LAYERS, PER_LAYER_NORM, PER_LAYER_PROJECTION, PER_LAYER_TABLE, STREAM_PROJECTION
+
+if TYPE_CHECKING:
+    from gemma_deploy.checkpoint import ModelConfig
 
 BOTTOM, TRUNK, TOP, WHOLE = "bottom", "trunk", "top", "whole"
 
@@ -111,6 +114,8 @@ def span_bytes(config: ModelConfig, span: Span, sizes: Mapping[str, int] | None 
         sizes: bytes by tensor name; two a number by default.
     """
     if sizes is None:
+        from gemma_deploy.checkpoint.expected import expected_tensors
+
         sizes = {name: 2 * math.prod(shape) for name, shape in expected_tensors(config).items()}
     held = {
         name: size for name, size in sizes.items() if span.holds(name, config.tie_word_embeddings, own_vectors=True)

@@ -18,12 +18,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma_deploy.architectures import AltUp, Branch, Experts, LayerSpec, PerLayerTable, inner_modules
 from gemma_deploy.bounds import Exponent, Point
-from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.names import FP16_MAX, NORM, PER_LAYER_TABLE, STREAM_PROJECTION, STREAM_UNEMBED, TOKEN_PROJECTION
+
+if TYPE_CHECKING:
+    from gemma_deploy.checkpoint import ModelConfig
 
 OF_VECTORS = "per_layer_input"  # in `Rescaling.wide`
 OF_EXPERTS = "experts"  # in `Rescaling.wide` wherever there are some

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import CheckpointError
 from gemma_deploy.text.stops import stop_tokens
 from gemma_deploy.text.tokenizer import Tokenizer, has_tokenizer
+
+if TYPE_CHECKING:
+    from gemma_deploy.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

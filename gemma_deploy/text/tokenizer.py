@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_deploy import reading
 from gemma_deploy.chat import ChatFormat, choose_format
-from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.errors import ArtifactError, CheckpointError, DeployError, UsageError
 from gemma_deploy.names import CONFIG
 from gemma_deploy.text import gguf
@@ -24,6 +23,8 @@ from gemma_deploy.text.template import ChatTemplate, Message
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
+
+    from gemma_deploy.checkpoint import Checkpoint
 
 
 class Tokenizer:

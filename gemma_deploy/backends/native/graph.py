@@ -5,16 +5,16 @@ ONNX Runtime runs it with the library; `plan_in` reads the plan back for the lib
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-
-from gemma_deploy.errors import ArtifactError
-from gemma_deploy.graph.contract import GraphContract
-from gemma_deploy.graph.external import onnx_type
+from gemma_deploy.backends.native.library import plan_of
 from gemma_deploy.names import PARAMS
-from gemma_deploy.runtime.session import VERIFY, load_file
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from gemma_deploy.graph.contract import GraphContract
 
 DOMAIN, OPERATOR, VERSION = "gemma.deploy", "GemmaDecoder", 1
 MODEL = "model"
@@ -29,6 +29,10 @@ def build_graph(contract: GraphContract, plan: str, file_bytes: int) -> ir.Model
     Args:
         file_bytes: of the parameter file, which is one initializer as a whole.
     """
+    import onnx_ir as ir
+
+    from gemma_deploy.graph.external import onnx_type
+
     inputs, outputs = (
         [
             ir.Value(name=port.name, type=ir.TensorType(onnx_type(port.dtype)), shape=ir.Shape(port.shape))
@@ -62,10 +66,4 @@ def plan_in(folder: Path) -> str:
     Raises:
         ArtifactError: its graph is missing, or holds none.
     """
-    path = folder / GRAPH
-    nodes: Sequence[ir.Node] = list(load_file(path).graph)
-    if len(nodes) == 1 and (nodes[0].domain, nodes[0].op_type) == (DOMAIN, OPERATOR):
-        found = nodes[0].attributes.get("plan")
-        if found is not None and found.type == ir.AttributeType.STRING:
-            return found.as_string()
-    raise ArtifactError(f"is not a graph of one {OPERATOR} with a plan", where=str(path), next_step=VERIFY)
+    return plan_of(folder / GRAPH)

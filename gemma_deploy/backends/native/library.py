@@ -14,6 +14,7 @@ import numpy as np
 
 from gemma_deploy.errors import ArtifactError, DeployError, UsageError
 from gemma_deploy.runtime.many import NoRoomError, Ranked
+from gemma_deploy.runtime.session import VERIFY
 
 LIBRARY = "libgemma_deploy.so"
 FOLDER = Path(__file__).parent
@@ -86,6 +87,7 @@ def _loaded() -> ctypes.CDLL:
     pointer, text, size, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int
     signatures: dict[str, tuple[type | None, tuple[type, ...]]] = {
         "gemma_levels": (text, ()),
+        "gemma_plan": (ctypes.c_int64, (text, text, size, text, size)),
         "gemma_open": (
             pointer, (text, size, text, text, number, ctypes.c_uint64, text, number, text, size),
         ),
@@ -147,6 +149,28 @@ def level_here() -> str:
     return level_wanted() or levels()[0]
 
 
+def plan_of(graph: Path) -> str:
+    """The plan in the graph of an artifact.
+
+    Raises:
+        ArtifactError: the graph is missing, or holds none. UsageError: the library was not built.
+    """
+    message, room = ctypes.create_string_buffer(MESSAGE_BYTES), 0
+    while True:
+        plan = ctypes.create_string_buffer(room)
+        size = int(_loaded().gemma_plan(os.fsencode(graph), plan, room, message, MESSAGE_BYTES))
+        if size < 0:
+            raise _damaged(message, graph)
+        if size <= room:
+            return plan.raw[:size].decode(errors="replace")
+        room = size
+
+
+def _damaged(message: ctypes.Array[ctypes.c_char], file: Path) -> ArtifactError:
+    said = message.value.decode(errors="replace")
+    return ArtifactError(said.removeprefix(f"{file}: "), where=str(file), next_step=VERIFY)
+
+
 class Model:
     """A model that the library has open. One call at a time is computed; any thread may make it.
 
@@ -181,11 +205,7 @@ class Model:
             int(exact), message, MESSAGE_BYTES,
         )  # fmt: skip
         if not self._handle:
-            raise ArtifactError(
-                message.value.decode(errors="replace"),
-                where=str(parameters),
-                next_step="run `gemma-deploy verify` on the artifact, then compile it again",
-            )
+            raise _damaged(message, parameters)
         self.hidden = int(self._library.gemma_hidden(self._handle))
         self.vocabulary = int(self._library.gemma_vocabulary(self._handle))
         self.context = int(self._library.gemma_context(self._handle))

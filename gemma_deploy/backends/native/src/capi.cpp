@@ -6,6 +6,7 @@
 
 #include "mapped.h"
 #include "model.h"
+#include "onnx_plan.h"
 
 #define GEMMA_API extern "C" __attribute__((visibility("default")))
 
@@ -79,6 +80,21 @@ struct GemmaPiece {
   int32_t unused;
   const int32_t* tokens;
 };
+
+// Copies the plan in model.onnx of an artifact to `plan`: its bytes, also where these are more than `room` and nothing was
+// copied. -1, with a message in `error`, where there is none.
+GEMMA_API int64_t gemma_plan(const char* graph, char* plan, size_t room, char* error, size_t error_size) {
+  try {
+    if (graph == nullptr) throw Error("no graph");
+    const gemma::Mapped file(graph);
+    const std::string found = gemma::PlanIn(file.data(), file.size(), graph);
+    if (plan != nullptr && found.size() <= room) std::memcpy(plan, found.data(), found.size());
+    return static_cast<int64_t>(found.size());
+  } catch (const std::exception& what) {
+    Put(error, error_size, what.what());
+    return -1;
+  }
+}
 
 // Opens a model; `cache_form`: bfloat16, float32 or int8, null or "" for the plan's own; `exact`: see Model::exact. Null, with a message in `error`, where it can not be.
 GEMMA_API Handle* gemma_open(const char* plan, size_t plan_size, const char* parameters, const char* level, int threads,

@@ -18,7 +18,7 @@ Mapped::Mapped(const std::string& path) {
   struct stat about;
   if (fstat(file, &about) != 0 || !S_ISREG(about.st_mode) || about.st_size <= 0) {
     close(file);
-    throw Error(path + ": no file with parameters");
+    throw Error(path + ": no file that holds anything");
   }
   size_ = static_cast<uint64_t>(about.st_size);
   void* at = mmap(nullptr, size_, PROT_READ, MAP_SHARED, file, 0);
