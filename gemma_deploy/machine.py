@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from gemma_deploy.reading import exists
 
 MADV_DONTNEED = 4  # of Linux: pages that are mapped and unchanged leave the process
@@ -48,6 +46,8 @@ class Machine:
     @classmethod
     def measure(cls, out: Path) -> Machine:
         """Look at this machine, with `out` as the place to write to."""
+        import psutil
+
         ram, source = psutil.virtual_memory().available, "free memory of the machine"
         for room, limit in _cgroup_rooms(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")):
             if room < ram:
