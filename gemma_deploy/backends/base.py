@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.spec import BuildSpec, Options
-from gemma_deploy.checkpoint import Checkpoint, ModelConfig
 from gemma_deploy.estimates import StageEstimate
 from gemma_deploy.graph.contract import GraphContract
 from gemma_deploy.params.layout import Place
-from gemma_deploy.partition import ArtifactPart
 from gemma_deploy.quantization.budget import Budget
 from gemma_deploy.quantization.rescaling import Rescaling
 from gemma_deploy.schemes import CodeForm
@@ -22,8 +20,10 @@ if TYPE_CHECKING:
     from gemma_deploy.artifact.adapters import KeptAdapter
     from gemma_deploy.artifact.manifest import LedgerEntry
     from gemma_deploy.artifact.opened import Artifact
+    from gemma_deploy.checkpoint import Checkpoint, ModelConfig
     from gemma_deploy.parity.cases import Case
     from gemma_deploy.parity.compare import ParityResult, Report
+    from gemma_deploy.partition import ArtifactPart
     from gemma_deploy.runtime.encoder import EncoderGraph
     from gemma_deploy.runtime.engine import Engine
 

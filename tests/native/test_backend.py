@@ -1,6 +1,8 @@
 """`backend.type: native` from checkpoint to text: proven against transformers, past the window, broken and seen red."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -440,3 +442,42 @@ def test_inspect_and_bench_name_the_level(compiled, monkeypatch, capsys):
     monkeypatch.setenv(library.LEVEL_VARIABLE, "sse9")
     assert main(["inspect", str(compiled), "--json"]) == 0
     assert "no such level" in json.loads(capsys.readouterr().out)["kernels"]["level on this machine"]
+
+
+UNUSED = {
+    *("torch", "transformers", "datasets", "onnx", "onnx_ir", "onnxruntime", "sympy", "google.protobuf"),
+    *("safetensors", "jinja2", "yaml", "psutil", "click", "matplotlib", "huggingface_hub"),
+    *("checkpoint.checkpoint", "checkpoint.config", "params.plan", "params.writer", "backends.native.plan", "recipe"),
+}
+LIBRARY_ALONE = """
+import sys
+from pathlib import Path
+from gemma_deploy.backends.native.graph import plan_in
+from gemma_deploy.backends.native.library import Model
+folder = Path(sys.argv[1])
+model = Model(plan_in(folder), folder / "params.safetensors", threads=1)
+assert model.logits([(model.sequence(), [2, 3], 1)]).any()
+print(*sys.modules)
+"""
+ENGINE = """
+import sys
+from gemma_deploy import open_engine
+assert list(open_engine(sys.argv[1], threads=1).stream("the list", max_new_tokens=2))
+print(*sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "more"),
+    [
+        (LIBRARY_ALONE, {"pydantic", "tokenizers", "importlib.metadata", "artifact", "checkpoint", "text"}),
+        (ENGINE, set()),
+    ],
+    ids=["library", "engine"],
+)
+def test_a_first_token_waits_for_no_import_that_it_does_not_need(compiled, code, more):
+    done = subprocess.run([sys.executable, "-c", code, str(compiled)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    imported = {name.removeprefix("gemma_deploy.") for name in done.stdout.split()}
+    assert {"numpy", "backends.native.library"} <= imported
+    assert imported & (UNUSED | more) == set()

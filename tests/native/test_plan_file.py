@@ -8,7 +8,7 @@ from onnx import TensorProto, helper
 from gemma_deploy.backends.native.graph import DOMAIN, GRAPH, OPERATOR, plan_in
 from gemma_deploy.errors import ArtifactError
 
-PLAN = "model version=1 name=\u00e9\n" + "layer heads=4 kv_heads=2 eps=1e-06\n" * 40
+PLAN = "model version=1 name=\u00e9\n" + "layer heads=4 kv_heads=2 eps=1e-06\n" * 6
 NO_PLAN = "is not a graph of one GemmaDecoder with a plan"
 
 
@@ -21,7 +21,7 @@ def model_of(*nodes):
         helper.make_tensor_value_info(name, kind, ["batch", "sequence"])
         for name, kind in (("ids", TensorProto.INT64), ("logits", TensorProto.FLOAT))
     ]
-    parameters = helper.make_tensor("parameters", TensorProto.UINT8, [300], bytes(300), raw=True)
+    parameters = helper.make_tensor("parameters", TensorProto.UINT8, [9], bytes(9), raw=True)
     graph = helper.make_graph(list(nodes), "model", ports[:1], ports[1:], initializer=[parameters])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid(DOMAIN, 1)])
 
@@ -78,7 +78,7 @@ def test_a_damaged_graph_gives_what_the_onnx_package_reads_or_a_message(native_l
     """Cut at every byte, and with bytes changed at random."""
     whole, rng, read = WHOLE.SerializeToString(), np.random.default_rng(0), 0
     damaged = [whole[:size] for size in range(1, len(whole))]
-    for _ in range(2000):
+    for _ in range(400):
         changed = bytearray(whole)
         for place in rng.integers(0, len(whole), rng.integers(1, 4)):
             changed[place] = rng.choice([0, 1, 2, 7, 127, 128, 255, rng.integers(256)])
@@ -93,4 +93,4 @@ def test_a_damaged_graph_gives_what_the_onnx_package_reads_or_a_message(native_l
         if expected is not None:  # it also refuses names that are no UTF-8, and enums that it does not know
             assert found == expected.decode(errors="replace")
             read += 1
-    assert read > 100
+    assert read > 30

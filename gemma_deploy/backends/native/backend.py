@@ -11,9 +11,7 @@ from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.base import Export, Exported, ExportJob, Proof
 from gemma_deploy.backends.native.graph import GRAPH, MODEL, build_graph
 from gemma_deploy.backends.native.options import NativeOptions, model_problems, not_built
-from gemma_deploy.backends.native.plan import plan_of
 from gemma_deploy.backends.spec import BuildSpec, Options, embedding_scale
-from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.errors import UsageError
 from gemma_deploy.estimates import BASE_BYTES, GRAPH_BYTES, RUNTIME_BYTES, StageEstimate
 from gemma_deploy.graph.contract import BATCH, SEQUENCE, GraphContract, Port, kv_shapes
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
     from gemma_deploy.artifact.adapters import KeptAdapter
     from gemma_deploy.artifact.manifest import LedgerEntry
     from gemma_deploy.artifact.opened import Artifact
+    from gemma_deploy.checkpoint import ModelConfig
     from gemma_deploy.parity.compare import ParityResult
     from gemma_deploy.runtime.encoder import EncoderGraph
     from gemma_deploy.runtime.engine import Engine
@@ -114,6 +113,7 @@ class Native:
 
     def export(self, job: ExportJob) -> Export:
         """The plan, in a graph of one operator."""
+        from gemma_deploy.backends.native.plan import plan_of
         from gemma_deploy.graph.external import serialized
 
         config, rounding = job.config, job.spec.embed_scale

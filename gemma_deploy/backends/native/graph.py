@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma_deploy.backends.native.library import plan_of
+from gemma_deploy.backends.native.library import read_plan
 from gemma_deploy.names import PARAMS
 
 if TYPE_CHECKING:
@@ -66,4 +66,4 @@ def plan_in(folder: Path) -> str:
     Raises:
         ArtifactError: its graph is missing, or holds none.
     """
-    return plan_of(folder / GRAPH)
+    return read_plan(folder / GRAPH)

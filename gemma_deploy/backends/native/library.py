@@ -149,7 +149,7 @@ def level_here() -> str:
     return level_wanted() or levels()[0]
 
 
-def plan_of(graph: Path) -> str:
+def read_plan(graph: Path) -> str:
     """The plan in the graph of an artifact.
 
     Raises:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from gemma_deploy.backends.native.library import FOLDER, INSTALL, LIBRARY
 from gemma_deploy.backends.spec import BuildSpec, Options
-from gemma_deploy.checkpoint import ModelConfig
+
+if TYPE_CHECKING:
+    from gemma_deploy.checkpoint import ModelConfig
 
 HIDDEN_OF, HEAD_OF = 16, 32  # of which hidden_size and head_dim are multiples
 LARGEST_HEAD = 512

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from statistics import NormalDist
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gemma_deploy.architectures import LayerSpec
 from gemma_deploy.calibration.points import cache_factor_names
-from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.dtypes import BY_NAME
 from gemma_deploy.names import (
     CACHE_FACTOR,
@@ -24,6 +24,9 @@ from gemma_deploy.names import (
     STREAM_UNEMBED,
 )
 from gemma_deploy.params.layout import Place
+
+if TYPE_CHECKING:
+    from gemma_deploy.checkpoint import ModelConfig
 
 VERSION = 1
 FORMS = {"uint8": "int8", "uint4": "int4", "float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
