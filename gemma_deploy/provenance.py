@@ -30,6 +30,7 @@ NEUTRAL = frozenset(f"{PACKAGE}.{name}" for name in (*_HANDLING, *_ONE_FORMAT))
 DISTRIBUTIONS = {"yaml": "PyYAML", "onnxruntime_genai": "onnxruntime-genai", "PIL": "pillow"}
 _FROM = re.compile(r"^[ \t]*from[ \t]+([\w.]+)[ \t]+import[ \t]+(\([^)]*\)|[^\n#]+)", re.MULTILINE)
 _WHOLE = re.compile(r"^[ \t]*import[ \t]+([^\n#]+)", re.MULTILINE)
+_OFFERED = re.compile(r'^[ \t]+"(\w+)": "([\w.]+)",$', re.MULTILINE)  # of the table of offering.py
 _TYPES_ONLY = re.compile(r"^if TYPE_CHECKING:\n(?:[ \t]+[^\n]*\n|\n)+", re.MULTILINE)  # never run
 
 
@@ -157,4 +158,12 @@ def _imports(name: str) -> Iterator[str]:
             continue
         yield where
         if where.split(".")[0] == PACKAGE:
-            yield from (f"{where}.{part.split(' as ')[0].strip()}" for part in names.split(",") if part.strip())
+            offered = {} if where == name else _offered(where)  # it may show in its docstring how to ask it
+            parts = (part.split(" as ")[0].strip() for part in names.split(",") if part.strip())
+            yield from (offered.get(part, f"{where}.{part}") for part in parts)
+
+
+def _offered(package: str) -> dict[str, str]:
+    """Where the names are that a package imports when they are asked for."""
+    text = "" if _file_of(package) is None else _bytes_of(package).decode("utf-8")
+    return dict(_OFFERED.findall(text.partition("offering(")[2]))

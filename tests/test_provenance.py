@@ -108,6 +108,23 @@ def test_what_is_imported_for_types_alone_is_not_code(package):
     assert fresh().libraries == ()
 
 
+def test_what_a_package_offers_is_code_where_it_is_asked_for(package):
+    root, fresh = package
+    (root / "package/parts/__init__.py").write_text(
+        "from typing import TYPE_CHECKING\nfrom gemma_deploy.errors import offering\nif TYPE_CHECKING:\n"
+        "    from gemma_deploy.parts.other import x\n    from gemma_deploy.parts.two import g\n\n"
+        '__getattr__ = offering(\n    __name__,\n    {\n        "g": "gemma_deploy.parts.two",\n'
+        '        "x": "gemma_deploy.parts.other",\n    },\n)\n'
+    )
+    (root / "package/work.py").write_text("from gemma_deploy.parts import g\n")
+    before = fresh().sha256
+    assert fresh().modules == ("gemma_deploy", "gemma_deploy.parts", "gemma_deploy.parts.two", "gemma_deploy.work")
+    (root / "package/parts/other.py").write_text("x = 2\n")
+    assert fresh().sha256 == before
+    (root / "package/parts/two.py").write_text("g = 2\n")
+    assert fresh().sha256 != before
+
+
 def test_a_key_changes_with_inputs_reads_code_and_libraries(monkeypatch):
     def key(name="one", inputs=1, reads=None):
         return stage_key(name, code=("gemma_deploy.schemes",), inputs=inputs, reads=reads)
