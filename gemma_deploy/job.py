@@ -129,7 +129,8 @@ class Job:
             CheckpointError: the checkpoint or its tokenizer is damaged; RecipeError, NotBuiltError: it does not go with
                 the recipe.
         """
-        needed = ["build", *(["calibrate"] if recipe.scheme.calibrates or recipe.scheme.weights == "fp16" else [])]
+        rescales = recipe.scheme.weights == "fp16" and backend(recipe.backend.type).rescales_float16
+        needed = ["build", *(["calibrate"] if recipe.scheme.calibrates or rescales else [])]
         extras.require(*needed, what=f"compiling {recipe.name}")
         check_built(recipe)
         checkpoint = Checkpoint.open(
@@ -195,6 +196,11 @@ class Job:
     def scheme(self) -> Scheme:
         """How weights and cache are kept."""
         return self.spec.scheme
+
+    @property
+    def rescales(self) -> bool:
+        """Whether calibration text chooses the powers of two that bring activations into float16."""
+        return self.scheme.weights == "fp16" and self.backend.rescales_float16
 
     @cached_property
     def backend(self) -> Backend:

@@ -168,7 +168,7 @@ def _building_stages(
     machine: Machine,
     request: Request | None,
 ) -> list[StageEstimate]:
-    stages = [_ranges_stage(job, tensors, elements, request)] if job.scheme.weights == "fp16" else []
+    stages = [_ranges_stage(job, tensors, elements, request)] if job.rescales else []
     if job.scheme.calibrated:
         stages.append(_quantize_stage(job, machine))
     elif job.scheme.int8_cache:
@@ -221,7 +221,7 @@ def _widest(config: ModelConfig) -> int:
 
 def _idle_bytes(job: Job) -> int:
     """What the process holds whatever it does: more where torch is imported, and was at work."""
-    looked = job.scheme.calibrates or job.scheme.weights == "fp16"
+    looked = job.scheme.calibrates or job.rescales
     return BASE_BYTES + LEFT_BYTES if looked else WRITER_BYTES
 
 

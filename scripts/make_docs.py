@@ -73,7 +73,7 @@ MEANING: Mapping[str, str] = {
     "frontend.quantize.calib_args.sensitivity": "Measure what each layer costs alone, for the report. null: where "
     "weights are calibrated.",
     "frontend.quantize.calib_args.keep_a16": "`w8a8`: the largest share of the linears, by multiplications, whose "
-    "inputs are not rounded to 8 bits. null: 0.1, and 0.34 with the integer products of ONNX Runtime.",
+    "inputs are not rounded to 8 bits. null: 0.1, and 0.34 with the integer products of ONNX Runtime and of `native`.",
     "frontend.quantize.calib_args.keep_w8": "4 bits: kinds of linears that stay in 8 bits. null: k_proj and v_proj; "
     "`[]`: none.",
     "split.points": "Layers that begin a new stage: [divided models](divided-models.md).",

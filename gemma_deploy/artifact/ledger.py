@@ -27,11 +27,13 @@ class Words:
         to_nearest: behind "backend.dtype int8 (w8a16); ".
         linears_read: of calibrated weights, in front of "norms are float32".
         fixed_steps: codes of an int8 cache have a step for each channel, and no scale of their own.
+        float16_activations: an artifact of float16 weights computes with activations and a cache of float16.
     """
 
     to_nearest: str
     linears_read: str
     fixed_steps: bool = False
+    float16_activations: bool = True
 
 
 def shared_entries(manifest: Manifest, words: Words) -> list[LedgerEntry]:
@@ -134,6 +136,8 @@ def _storage(manifest: Manifest, words: Words, effect: dict[str, Any]) -> Ledger
         ),
     }
     what, why = texts[scheme]
+    if scheme == "fp16" and not words.float16_activations:
+        what, why = f"{matrices} rounded to float16; arithmetic and norms float32", "backend.dtype fp16"
     return LedgerEntry(what, "whole model", why, effect)
 
 

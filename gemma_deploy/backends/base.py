@@ -148,6 +148,10 @@ class Backend(Protocol):
         """Whether an initializer may show several tensors of the parameter file, or some rows of one."""
 
     @property
+    def rescales_float16(self) -> bool:
+        """Whether fp16 speaks of activations too, which calibration text then brings into its range."""
+
+    @property
     def runs_bf16(self) -> bool:
         """Whether its graphs of bfloat16 weights run on this machine, as they are."""
 

@@ -93,7 +93,8 @@ def build_plan(
     Args:
         config: the model; a tied table appears once, under model.embed_tokens.
         scheme: w8a16 stores each matrix as int8 `X.weight` and float32 `X.scale`; fp16 has the eps of every norm and
-            the scale factor of every attention as parameters, [1] each, because rescaling makes them differ by layer.
+            the scale factor of every attention as parameters, [1] each, because rescaling makes them differ by layer;
+            in panels it has none, because activations are float32 there.
             w8a16_folded is w8a16 with one more scale, of each column that the embedding gives, where the table is the
             LM head's matrix as well and has one scale per row. Dense layers behind an encoder are float16 where others
             are codes: 2 % of EmbeddingGemma, and everything passes through them. So is what joins a drafter to its
@@ -115,6 +116,7 @@ def build_plan(
     if config.drafting is not None:
         behind = config.drafting.tensors(config.hidden_size, config.vocab_size)
     layers = config.layers[span.start : span.stop]
+    rescaled = scheme == "fp16" and not form.panels
     specs: list[ParamSpec] = []
     small = coefficients(config)
     for name, shape in expected_tensors(config).items():
@@ -123,7 +125,7 @@ def build_plan(
         module = name.removesuffix(".weight")
         if len(shape) == 1 or name in small:
             specs.append(ParamSpec(name, shape, "float32", "cast", name))
-            if scheme == "fp16" and len(shape) == 1 and name != module:
+            if rescaled and len(shape) == 1 and name != module:
                 eps = config.rms_norm_eps * 4.0 ** -rescaling.of(f"{module}.in")
                 specs.append(ParamSpec(f"{module}.eps", (1,), "float32", "constant", value=eps))
         elif MATRIX_DTYPE[scheme] == "int8" and name not in behind and (codes := storage.of(module)):
@@ -151,7 +153,7 @@ def build_plan(
             specs.append(ParamSpec(name, shape, "float16", "cast", name))
         else:
             specs.append(ParamSpec(name, shape, MATRIX_DTYPE[scheme], "cast", name))
-    if scheme == "fp16":
+    if rescaled:
         specs += [_attention_scale(layer, config.layers, rescaling) for layer in layers]
         bare = [f"{layer.prefix}{layer.value_norm}" for layer in layers if layer.value_norm]
         bare += [f"{layer.prefix}{layer.experts.router_norm}" for layer in layers if layer.experts is not None]

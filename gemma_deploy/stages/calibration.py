@@ -65,12 +65,12 @@ def calibration_request(job: Job) -> Request | None:
             where=str(checkpoint.path),
             next_step="copy tokenizer.json there, or set frontend.quantize.type: w8a16, which looks at no data",
         )
-    if scheme.calibrated or (scheme.int8_cache and scheme.weights != "fp16"):
+    if scheme.calibrated or (scheme.int8_cache and not job.rescales):
         longest = checkpoint.config.max_position_embeddings
         seqlen = dataset.seqlen if dataset.seqlen_given else min(dataset.seqlen, longest)
         request = Request(dataset.name, dataset.path, dataset.nsamples, seqlen, embed_scale=scale)
         return request if dataset.nsamples_given else fit_to_sample(checkpoint, request)
-    if scheme.weights == "fp16":
+    if job.rescales:
         from gemma_deploy.parity.maxima import windows_request
 
         return windows_request(
@@ -86,7 +86,7 @@ def with_text(job: Job) -> tuple[Job, Request | None]:
         See `calibration_request`.
     """
     request = calibration_request(job)
-    if request is None or job.scheme.weights == "fp16":  # float16 looks at a few of them
+    if request is None or job.rescales:  # float16 looks at a few of them
         return job, request
     return job.with_windows(request.nsamples, request.seqlen), request
 

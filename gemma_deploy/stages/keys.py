@@ -78,7 +78,7 @@ def stage_keys(job: Job, dataset: Mapping[str, Any] | None) -> StageKeys:
     text = None if dataset is None else dataset["fingerprint"]
     looked = {"weights": weights, "text": text, "embed_scale": spec.embed_scale}
     ranges = quantize = cache = sensitivity = None
-    if scheme.weights == "fp16":
+    if job.rescales:
         ranges = stage_key("ranges", code=RANGES, inputs=looked | {"context": spec.context})
     if scheme.calibrated:
         choices = {key: value for key, value in asdict(job.quantizer).items() if key != "sensitivity"}

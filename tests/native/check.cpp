@@ -48,7 +48,7 @@ struct Packed {
   std::vector<double> dense;
 };
 
-Packed Pack(int32_t form, int rows, int columns, int group, bool extreme) {
+Packed Pack(int32_t form, int rows, int columns, int group, bool extreme, int inputs) {
   Packed p;
   const int groups = group == 0 ? 1 : columns / group, step = group == 0 ? columns : group;
   p.panels.resize(rows / kLanes * PanelBytes(form, columns));
@@ -76,6 +76,12 @@ Packed Pack(int32_t form, int rows, int columns, int group, bool extreme) {
       } else if (form == kFloat32) {
         std::memcpy(panel + (static_cast<size_t>(k) * kLanes + lane) * 4, &values[at], 4);
         p.dense[at] = values[at];
+      } else if (form == kFloat16) {  // every kind of number that it has: zeros, small ones, both signs
+        const uint16_t half = static_cast<uint16_t>(random_numbers() % 0x7c00 | (random_numbers() % 2) << 15);
+        const int exponent = half >> 10 & 31, mantissa = half & 1023;
+        const double size = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
+        std::memcpy(panel + (static_cast<size_t>(k) * kLanes + lane) * 2, &half, 2);
+        p.dense[at] = half >> 15 ? -size : size;
       } else {
         const float cut = Cut(values[at]);
         uint32_t bits;
@@ -86,24 +92,26 @@ Packed Pack(int32_t form, int rows, int columns, int group, bool extreme) {
       }
     }
   }
-  p.matrix = Matrix{p.panels.data(), reinterpret_cast<const uint8_t*>(p.scales.data()), form, kFloat32, rows, columns, group};
+  p.matrix = Matrix{p.panels.data(), reinterpret_cast<const uint8_t*>(p.scales.data()), form, kFloat32, rows, columns, group, inputs};
   return p;
 }
 
-void CheckProduct(const Kernels& k, int32_t form, int rows, int columns, int group, bool extreme) {
-  const Packed p = Pack(form, rows, columns, group, extreme);
+// `inputs`: of a group of activations of 8 bits; 0: they have 15.
+void CheckProduct(const Kernels& k, int32_t form, int rows, int columns, int group, bool extreme, int inputs = 0) {
+  const Packed p = Pack(form, rows, columns, group, extreme, inputs);
   const int count = 9, spans = Spans(columns);
   std::vector<float> x = Normal(static_cast<size_t>(count) * columns, 10);
   std::fill_n(x.begin(), columns, 0.0f);
   if (extreme) std::fill(x.begin() + columns, x.end(), -3.0f);
   std::vector<int8_t> codes(x.size() * 2);
-  std::vector<float> scales(count * spans), y(static_cast<size_t>(count) * rows);
+  std::vector<float> scales(count * spans * (kSpan / kSums)), y(static_cast<size_t>(count) * rows);
   std::vector<int32_t> sums(static_cast<size_t>(count) * spans * (kSpan / kSums + 1));
   std::vector<Span> all;
   for (int i = 0; i < count * spans; i++) {
     const size_t at = static_cast<size_t>(i / spans) * columns + i % spans * kSpan;
-    all.push_back(Span{x.data() + at, codes.data() + 2 * at, &scales[i], &sums[i * static_cast<size_t>(kSpan / kSums + 1)]});
-    k.round(all.back(), std::min(kSpan, columns - i % spans * kSpan));
+    all.push_back(Span{x.data() + at, codes.data() + 2 * at, &scales[i * (kSpan / kSums)], &sums[i * static_cast<size_t>(kSpan / kSums + 1)]});
+    const int wanted = std::min(kSpan, columns - i % spans * kSpan);
+    inputs == 0 ? k.round(all.back(), wanted) : k.round8(all.back(), wanted, inputs);
   }
   const int panels = rows / kLanes;
   const size_t stride = static_cast<size_t>(rows);
@@ -115,7 +123,7 @@ void CheckProduct(const Kernels& k, int32_t form, int rows, int columns, int gro
       for (int c = 0; c < columns; c++) {
         double v = x[static_cast<size_t>(r) * columns + c];
         if (form >= kInt8) {  // what the codes stand for
-          const float scale = scales[r * spans + c / kSpan];
+          const float scale = scales[(r * spans + c / kSpan) * (kSpan / kSums) + (inputs == 0 ? 0 : c % kSpan / inputs)];
           v = scale == 0 ? 0 : std::nearbyint(static_cast<float>(v) * (1 / scale)) * static_cast<double>(scale);
         }
         const double w = p.dense[static_cast<size_t>(n) * columns + c];
@@ -126,8 +134,9 @@ void CheckProduct(const Kernels& k, int32_t form, int rows, int columns, int gro
     }
   }
   const std::string what = "product, form " + std::to_string(form) + ", " + std::to_string(rows) + " x " +
-                           std::to_string(columns) + ", group " + std::to_string(group) + (extreme ? ", extreme" : "");
-  Expect(k.name, what, worst, 3e-7);  // 2.3e-7 seen, in groups of 32
+                           std::to_string(columns) + ", group " + std::to_string(group) + ", inputs " + std::to_string(inputs) +
+                           (extreme ? ", extreme" : "");
+  Expect(k.name, what, worst, 5e-7);  // 3.7e-7 seen, of plain C++ in groups of 32
   // Alone, and span by span, a row gives the same bits.
   std::vector<float> alone(rows), pieces(y.size());
   k.product(Product{&p.matrix, all.data() + 4 * spans, spans, 1, alone.data(), stride, 0, panels, 0, spans, false});
@@ -301,7 +310,7 @@ int main() {
     const size_t end = std::min(names.find(' ', at), names.size());
     const Kernels& k = *Level(names.substr(at, end - at).c_str());
     at = end + 1;
-    for (int form : {kFloat32, kBFloat16}) CheckProduct(k, form, 80, 704, 0, false);
+    for (int form : {kFloat32, kBFloat16, kFloat16}) CheckProduct(k, form, 80, 704, 0, false);
     for (bool extreme : {false, true}) {
       CheckProduct(k, kInt8, 80, 4672, 0, extreme);
       CheckProduct(k, kInt8, 48, 640, 64, extreme);
@@ -309,6 +318,12 @@ int main() {
       CheckProduct(k, kInt4, 80, 4736, 0, extreme);
       CheckProduct(k, kInt4, 48, 640, 32, extreme);
       CheckProduct(k, kInt4, 48, 640, 128, extreme);
+      for (int inputs : {32, 128, 2048}) {
+        CheckProduct(k, kInt8, 80, 4672, 0, extreme, inputs);
+        CheckProduct(k, kInt8, 48, 640, 64, extreme, inputs);
+        CheckProduct(k, kInt4, 80, 4736, 0, extreme, inputs);
+        CheckProduct(k, kInt4, 48, 640, 32, extreme, inputs);
+      }
     }
     CheckRows(k);
     CheckStreams(k);

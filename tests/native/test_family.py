@@ -58,6 +58,7 @@ def ids():
         for name in MODELS
         for scheme in SCHEMES
         if scheme != "w8a16"  # which the other tests compile
+        and not (name == "3n" and scheme.startswith("w8a8"))  # refused
     ],
 )
 def test_it_compiles_proven(native_library, tmp_path, name, scheme):
@@ -190,7 +191,7 @@ DAMAGED = {
         "of a parameter file of": lambda plan: changed(plan, "table", rows=1 << 23),
         "'group' is 5, which does not divide": lambda plan: changed(plan, "table", group=5),
         "'group' is 0": lambda plan: changed(plan, "table", group=0),
-        "'form' is float16": lambda plan: changed(plan, "table", form="float16"),
+        "'form' is int3": lambda plan: changed(plan, "table", form="int3"),
         "'columns' is 223": lambda plan: changed(plan, "table", columns=223),
         "'scales_at'": lambda plan: changed(plan, "table", scales_at=1 << 40),
     },

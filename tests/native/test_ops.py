@@ -17,7 +17,7 @@ class Matrix(ctypes.Structure):
     _fields_ = (
         ("panels", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("form", ctypes.c_int32),
         ("scale_form", ctypes.c_int32), ("rows", ctypes.c_int32), ("columns", ctypes.c_int32),
-        ("group", ctypes.c_int32),
+        ("group", ctypes.c_int32), ("input_group", ctypes.c_int32),
     )  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def pointer(array):
 class Packed:
     """A random matrix, as the file has it and in float64."""
 
-    def __init__(self, dtype, rows, columns, group=0, *, extreme=False, seed=0):
+    def __init__(self, dtype, rows, columns, group=0, *, inputs=0, extreme=False, seed=0):
         import torch
 
         rng = np.random.default_rng(seed)
@@ -48,9 +48,10 @@ class Packed:
             least = -128 if dtype == "uint8" else -8
             codes = rng.integers(least, -least, (rows, columns)).astype(np.int8)
             if extreme:
-                codes[:] = least
+                codes[:] = least if extreme < 0 else -least - 1
             groups = columns // group if group else 1
             scales = rng.uniform(0.5, 2, (rows, groups)).astype(np.float32)
+            self.scales_in_order = scales.astype(np.float64)
             self.dense = codes * np.repeat(scales, columns // groups, axis=1).astype(np.float64)
             self.scales = panels.pack(torch.from_numpy(scales), "float32", (rows, groups)).numpy()
             block = torch.from_numpy(codes)
@@ -59,7 +60,9 @@ class Packed:
             self.dense, self.scales = block.double().numpy(), np.zeros(1, np.float32)
         packed = panels.pack(block, dtype, (rows, columns)).reshape(-1)
         self.panels = packed.view(torch.uint8).numpy()
-        self.matrix = Matrix(self.panels.ctypes.data, self.scales.ctypes.data, FORMS[dtype], 0, rows, columns, group)
+        self.matrix = Matrix(
+            self.panels.ctypes.data, self.scales.ctypes.data, FORMS[dtype], 0, rows, columns, group, inputs
+        )
         self.codes = dtype in ("uint8", "uint4")
 
 
@@ -72,14 +75,14 @@ def product(ops, level, packed, x, *, begin=0, end=None, exact=0):
     return y
 
 
-def rounded(x):
-    """What the codes of activations stand for."""
+def rounded(x, group=SPAN, most=LARGEST):
+    """What the codes of activations stand for; `group` inputs share a scale."""
     found = np.zeros(x.shape)
-    for start in range(0, x.shape[1], SPAN):
-        span = x[:, start : start + SPAN]
-        scale = (np.abs(span).max(1, keepdims=True) / np.float32(LARGEST)).astype(np.float32)
+    for start in range(0, x.shape[1], group):
+        span = x[:, start : start + group]
+        scale = (np.abs(span).max(1, keepdims=True) / np.float32(most)).astype(np.float32)
         inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
-        found[:, start : start + SPAN] = np.rint(span * inverse).astype(np.float64) * scale
+        found[:, start : start + group] = np.rint(span * inverse).astype(np.float64) * scale
     return found
 
 
@@ -118,7 +121,7 @@ def test_products(ops, level, dtype, rows, columns, group):
 @pytest.mark.parametrize(("dtype", "columns", "group"), [("uint8", 4672, 0), ("uint8", 2048, 2048), ("uint4", 4736, 0)])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_sums_at_their_bound_do_not_overflow(ops, level, dtype, columns, group, sign):
-    packed = Packed(dtype, 16, columns, group, extreme=True)
+    packed = Packed(dtype, 16, columns, group, extreme=-1)
     x = np.full((7, columns), 3.0 * sign, np.float32)
     expected = rounded(x) @ packed.dense.T
     np.testing.assert_allclose(product(ops, level, packed, x), expected, rtol=2e-6)
@@ -138,6 +141,62 @@ def test_rows_in_any_number_have_the_bits_that_they_have_alone(ops, level, dtype
     for count in (2, 4, 5, 12, 13, 16, 17, 25, 51):
         np.testing.assert_array_equal(product(ops, level, packed, x[:count].copy()), alone[:count])
     np.testing.assert_array_equal(product(ops, level, packed, x, begin=1, end=6)[:, 16:96], alone[:, 16:96])
+
+
+CASES8 = [
+    ("uint8", 80, 4672, 0, 2048), ("uint8", 48, 640, 0, 128), ("uint8", 80, 704, 0, 32), ("uint8", 48, 640, 32, 64),
+    ("uint8", 48, 640, 128, 32), ("uint8", 16, 2048, 2048, 2048), ("uint4", 80, 4736, 0, 2048),
+    ("uint4", 80, 640, 0, 64), ("uint4", 48, 640, 32, 128), ("uint4", 48, 768, 64, 32),
+    ("uint4", 48, 640, 128, 128), ("uint4", 48, 768, 256, 512),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "rows", "columns", "group", "inputs"), CASES8)
+def test_products_of_activations_of_8_bits(ops, level, dtype, rows, columns, group, inputs):
+    packed = Packed(dtype, rows, columns, group, inputs=inputs)
+    x = np.random.default_rng(1).standard_normal((13, columns)).astype(np.float32) * 10
+    x[1] = 0
+    x[2, 0] = 1e30
+    x[3] *= 1e-30  # far below any other; below 1e-35 all are zeros
+    x[5, :40] = 0
+    y = product(ops, level, packed, x)
+    expected = rounded(x, inputs, 127) @ packed.dense.T
+    error = np.abs(y - expected).max(1) / (np.abs(expected).max(1) + 1e-30)
+    assert error.max() < 2e-6
+    assert not y[1].any()
+    for row in (4, 12):  # a row's bits depend neither on the rows beside it nor on the panels asked for with its own
+        np.testing.assert_array_equal(product(ops, level, packed, x[row : row + 1].copy())[0], y[row])
+    np.testing.assert_array_equal(product(ops, level, packed, x[6:11].copy()), y[6:11])
+    if rows > 16:
+        np.testing.assert_array_equal(product(ops, level, packed, x, begin=1, end=2)[:, 16:32], y[:, 16:32])
+    exact, right = product(ops, level, packed, x, exact=1), x.astype(np.float64) @ packed.dense.T
+    assert (np.abs(exact - right).max(1) / (np.abs(right).max(1) + 1e-30)).max() < 2e-6
+    tiny = np.full((1, columns), 1e-36, np.float32)
+    tiny[0, 1] = 0
+    assert not product(ops, level, packed, tiny).any()
+
+
+@pytest.mark.parametrize(("dtype", "columns", "group"), [("uint8", 4672, 0), ("uint8", 2048, 2048), ("uint4", 4736, 0)])
+@pytest.mark.parametrize("inputs", [32, 2048])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sums_of_8_bits_at_their_bound_do_not_overflow(ops, level, dtype, columns, group, inputs, sign):
+    """Codes of 0 or 255 by 127, where pairs of products leave 16 bits, and by -127, of all inputs that are summed."""
+    for extreme in (-1, 1):
+        packed = Packed(dtype, 16, columns, group, inputs=inputs, extreme=extreme)
+        x = np.full((7, columns), 3.0 * sign, np.float32)
+        np.testing.assert_allclose(product(ops, level, packed, x), rounded(x, inputs, 127) @ packed.dense.T, rtol=2e-6)
+
+
+def test_levels_give_the_same_integers_of_8_bits(ops, native_library):
+    """Of groups whose scale is a power of two all products and sums are exact in float32: the same bits everywhere."""
+    for dtype, inputs in (("uint8", 64), ("uint8", 2048), ("uint4", 32)):
+        packed = Packed(dtype, 48, 512, inputs=inputs)
+        packed.scales[:] = 1
+        x = np.random.default_rng(3).integers(-20, 20, (7, 512)).astype(np.float32)
+        x[:, ::32] = 127  # all scales are 1
+        right = x.astype(np.float64) @ (packed.dense / packed.scales_in_order).T
+        for name in library.levels():
+            np.testing.assert_array_equal(product(ops, name.encode(), packed, x), right)
 
 
 @pytest.mark.parametrize(("dtype", "group"), [("uint8", 0), ("uint4", 0), ("uint4", 32)])
@@ -224,7 +283,7 @@ class Table(ctypes.Structure):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["float32", "bfloat16", "uint8", "uint4"])
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "float16", "uint8", "uint4"])
 def test_rows_of_a_table_are_read_where_they_lie(ops, form):
     """Groups and pairs of codes are cut anywhere: columns 7 to 75 of groups of 32."""
     import torch
@@ -308,6 +367,7 @@ def test_sizes_that_no_matrix_has_are_refused(ops, native_library):
     assert status(level=b"none") == 1
     wrong = [
         {"rows": 47}, {"rows": 0}, {"columns": 100}, {"columns": 0}, {"group": 48}, {"group": 16}, {"group": 4096},
-        {"form": 9}, {"form": -1}, {"begin": -1}, {"end": 4}, {"begin": 2, "end": 1}, {"count": 0},
+        {"form": 9}, {"form": -1}, {"input_group": 16}, {"input_group": 96},
+        {"input_group": 4096}, {"begin": -1}, {"end": 4}, {"begin": 2, "end": 1}, {"count": 0},
     ]  # fmt: skip
     assert [status(**changes) for changes in wrong] == [2] * len(wrong)

@@ -2,6 +2,7 @@
 // they are compiled for, else in plain C++.
 //
 // Rows must have the bits that vectors give to each alone, and be as near to sums in double precision.
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -11,6 +12,7 @@
 
 #include "generic_rows.h"
 #include "generic_tiles.h"
+#include "generic_tiles8.h"
 #if defined(__AVX512VNNI__)
 #include "vector_amx.h"
 #endif
@@ -52,10 +54,30 @@ struct PlainPlanes : Plain {
   }
 };
 
+// Of activations of 8 bits: one plane.
+struct PlainBytes : Plain {
+  using X = std::array<int8_t, 4>;
+  static void StoreCodes(int8_t* codes, int k, F x) {
+    for (int i = 0; i < 16; i++) codes[k + i] = static_cast<int8_t>(x.v[i]);
+  }
+  static X Codes(const int8_t* codes, int k) { return X{codes[k], codes[k + 1], codes[k + 2], codes[k + 3]}; }
+  static Acc Begin(int32_t from) { return Acc{SetInt(from)}; }
+  static void Dot(Acc& acc, const B& w, const X& x) {
+    for (int i = 0; i < 64; i++) acc.sum.v[i / 4] += w.v[i] * x[i % 4];
+  }
+  static I LoadInt(const int32_t* p) {
+    I x;
+    std::memcpy(x.v, p, sizeof x.v);
+    return x;
+  }
+};
+
 #if defined(__AVX512VNNI__)
 using Vectors = Amx512;
+using Bytes = Avx512Eight;
 #else
 using Vectors = PlainPlanes;
+using Bytes = PlainBytes;
 #endif
 
 // What the instructions do, by Intel's manual; and whether they were allowed to.
@@ -110,8 +132,8 @@ void Fail(const char* what, int32_t form, int group, int rows, double value) {
   std::exit(1);
 }
 
-// `scattered`: rows do not lie at equal distances, as those of experts.
-void Check(int32_t form, int panels, int columns, int group, int rows, bool extreme, bool scattered) {
+// `scattered`: rows do not lie at equal distances, as those of experts; `inputs`: of a group of activations of 8 bits.
+void Check(int32_t form, int panels, int columns, int group, int rows, bool extreme, bool scattered, int inputs = 0) {
   const int outputs = panels * kLanes, groups = group == 0 ? 1 : columns / group, spans = Spans(columns);
   std::vector<uint8_t> bytes(panels * PanelBytes(form, columns));
   for (uint8_t& b : bytes) b = extreme ? 0 : static_cast<uint8_t>(draw());
@@ -119,30 +141,38 @@ void Check(int32_t form, int panels, int columns, int group, int rows, bool extr
   for (float& s : scales) s = 0.5f + static_cast<float>(draw() % 1000) / 1000;
   for (float& v : x) v = extreme ? -3.0f : static_cast<float>(draw() % 20001) / 1000 - 10;
   if (!extreme) std::fill_n(x.begin(), columns, 0.0f);
-  const Matrix m{bytes.data(), reinterpret_cast<const uint8_t*>(scales.data()), form, kFloat32, outputs, columns, group};
+  const Matrix m{bytes.data(), reinterpret_cast<const uint8_t*>(scales.data()), form, kFloat32, outputs, columns, group, inputs};
   const size_t room = static_cast<size_t>(columns) * 2 + (scattered ? 64 : 0);
   std::vector<int8_t> codes(room * rows * 2);
-  std::vector<float> row_scales(static_cast<size_t>(rows) * spans);
+  std::vector<float> row_scales(static_cast<size_t>(rows) * spans * (kSpan / kSums));
   std::vector<int32_t> sums(static_cast<size_t>(rows) * spans * (kSpan / kSums + 1));
   std::vector<Span> all;
   for (int i = 0; i < rows * spans; i++) {
     const size_t row = i / spans, begin = static_cast<size_t>(i % spans) * kSpan;
     const size_t place = scattered ? row * row % (2 * rows) : row;  // 0, 1, 4, 9 ...: some rows share a place with another
-    all.push_back(Span{&x[row * columns + begin], &codes[place * room + 2 * begin], &row_scales[i], &sums[i * static_cast<size_t>(kSpan / kSums + 1)]});
+    all.push_back(Span{&x[row * columns + begin], &codes[place * room + 2 * begin], &row_scales[i * (kSpan / kSums)], &sums[i * static_cast<size_t>(kSpan / kSums + 1)]});
   }
   std::vector<float> one(static_cast<size_t>(rows) * outputs, NAN), many = one;
   const auto product = [&](int first, int count, float* y) {
     return Product{&m, &all[static_cast<size_t>(first) * spans], spans, count, y, static_cast<size_t>(outputs), 0, panels, 0, spans, false};
   };
   const auto round = [&](int row) {
-    for (int s = 0; s < spans; s++)
-      Rows<Vectors>::Round(all[static_cast<size_t>(row) * spans + s], columns - s * kSpan < kSpan ? columns - s * kSpan : kSpan);
+    for (int s = 0; s < spans; s++) {
+      const Span& span = all[static_cast<size_t>(row) * spans + s];
+      const int wanted = columns - s * kSpan < kSpan ? columns - s * kSpan : kSpan;
+      inputs == 0 ? Rows<Vectors>::Round(span, wanted) : Products8<Bytes>::Round(span, wanted, inputs);
+    }
   };
   for (int r = 0; r < rows; r++) round(r);
-  for (int r = 0; r < rows; r++) Products<Vectors>::Run(product(r, 1, &one[static_cast<size_t>(r) * outputs]));
+  for (int r = 0; r < rows; r++) {
+    const Product alone = product(r, 1, &one[static_cast<size_t>(r) * outputs]);
+    inputs == 0 ? Products<Vectors>::Run(alone) : Products8<Bytes>::Run(alone);
+  }
   multiplied = 0;
-  TileProducts<Vectors, PlainTiles>::Run(product(0, rows, many.data()));
-  const bool wanted = rows >= 4 && (group == 0 || group >= (form == kInt8 ? 64 : 128));
+  const Product together = product(0, rows, many.data());
+  inputs == 0 ? TileProducts<Vectors, PlainTiles>::Run(together) : TileProducts8<Bytes, PlainTiles>::Run(together);
+  const int least = inputs == 0 && form == kInt4 ? 128 : 64;
+  const bool wanted = rows >= 4 && (group == 0 || group >= least) && (inputs == 0 || inputs >= 64);
   if ((multiplied > 0) != wanted || configured) Fail("tiles are used where they should not be, or not where they should", form, group, rows, multiplied);
   if (std::memcmp(one.data(), many.data(), one.size() * 4) != 0) Fail("other bits than alone", form, group, rows, 0);
   if (scattered) return;
@@ -156,7 +186,7 @@ void Check(int32_t form, int panels, int columns, int group, int rows, bool extr
         const uint8_t byte = form == kInt8 ? panel[k / 4 * 64 + lane * 4 + k % 4]
                                            : panel[k / 128 * 1024 + k % 64 / 4 * 64 + lane * 4 + k % 4];
         const int code = form == kInt8 ? byte - 128 : (k % 128 < 64 ? byte & 15 : byte >> 4) - 8;
-        const float scale = row_scales[static_cast<size_t>(r) * spans + k / kSpan];
+        const float scale = row_scales[(static_cast<size_t>(r) * spans + k / kSpan) * (kSpan / kSums) + (inputs == 0 ? 0 : k % kSpan / inputs)];
         const double rounded = scale == 0 ? 0 : std::nearbyint(x[static_cast<size_t>(r) * columns + k] * (1 / scale)) * static_cast<double>(scale);
         right += rounded * code * scales[(static_cast<size_t>(n / kLanes) * groups + (group == 0 ? 0 : k / group)) * kLanes + lane];
       }
@@ -180,8 +210,14 @@ int main() {
       Check(kInt4, 3, 640, 0, rows, false, scattered);
       Check(kInt4, 2, 2176, 128, rows, false, scattered);
       Check(kInt4, 2, 256, 64, rows, false, scattered);
+      for (int inputs : {32, 64, 128, 2048}) {
+        Check(kInt8, 3, 704, 0, rows, false, scattered, inputs);
+        Check(kInt8, 2, 2176, 128, rows, false, scattered, inputs);
+        Check(kInt4, 3, 640, 64, rows, false, scattered, inputs);
+      }
     }
-  for (int32_t form : {kInt8, kInt4}) Check(form, 2, 4224, 0, 17, true, false);  // sums at their bound
+  for (int32_t form : {kInt8, kInt4})
+    for (int inputs : {0, 128, 2048}) Check(form, 2, 4224, 0, 17, true, false, inputs);  // sums at their bound
   std::printf("%s\n", sizeof(Vectors::X) > 8 ? "AVX-512" : "plain");
   return 0;
 }

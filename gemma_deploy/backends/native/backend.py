@@ -61,6 +61,7 @@ class Native:
 
     graphs: Sequence[str] = (MODEL,)
     runs_on = "native"
+    rescales_float16 = False
     runs_bf16 = True
     shares_tensors = True
     no_lookup = ""
@@ -80,7 +81,7 @@ class Native:
 
     def model_problems(self, spec: BuildSpec, config: ModelConfig) -> list[str]:
         """See options.py."""
-        return model_problems(config)
+        return model_problems(spec, config)
 
     def graphs_estimate(self) -> StageEstimate:
         """Next to nothing: a text."""
@@ -120,7 +121,14 @@ class Native:
         sizes = config.hidden_size, config.per_layer.size if config.per_layer is not None else 1
         scale, vector_scale = (embedding_scale(size, rounding) for size in sizes)
         places = job.tensors[PARAMS]
-        plan = plan_of(config, places, context=job.spec.context, embed_scale=scale, vector_scale=vector_scale)
+        plan = plan_of(
+            config,
+            places,
+            context=job.spec.context,
+            embed_scale=scale,
+            vector_scale=vector_scale,
+            unrounded=job.unrounded,
+        )
         size = max(place.offset + place.nbytes for place in places)
         return Exported({GRAPH: serialized(build_graph(job.contract, plan, size))})
 

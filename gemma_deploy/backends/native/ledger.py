@@ -6,10 +6,13 @@ from typing import Any
 
 from gemma_deploy.artifact.ledger import LedgerEntry, Words, context_entries, shared_entries
 from gemma_deploy.artifact.manifest import Manifest
+from gemma_deploy.backends.native.plan import INPUT_GROUP
+from gemma_deploy.schemes import Scheme
 
 WORDS = Words(
     to_nearest="what kernels do to activations is listed below",
     linears_read="what kernels do to activations is listed below; ",
+    float16_activations=False,
 )
 
 
@@ -20,16 +23,24 @@ def ledger_of(manifest: Manifest) -> list[LedgerEntry]:
     measures = ("case", "positions", "kl_mean", "top1", "overturned")
     effect = {key: pairs[0][key] for key in measures} if pairs else {}
     entries = [_codes(effect) if manifest.int8_cache else _floats(effect)]
-    if manifest.scheme != "fp32" and manifest.scheme != "bf16":
-        entries.append(
-            LedgerEntry(
-                "activations rounded to 15 bits, a scale for each token and 2048 input channels",
-                "every product with codes",
-                "products of integers; 15 bits round 256 times finer than the 8 of other runtimes",
-                effect,
-            )
-        )
+    if Scheme(manifest.scheme).codes:
+        entries.append(_rounded(manifest, effect))
     return [*shared_entries(manifest, WORDS), *entries, *context_entries(manifest, "model.plan")]
+
+
+def _rounded(manifest: Manifest, effect: dict[str, Any]) -> LedgerEntry:
+    finer = "activations rounded to 15 bits, a scale for each token and 2048 input channels"
+    why = "products of integers; 15 bits round 256 times finer than the 8 of other runtimes"
+    if manifest.activations is None:
+        return LedgerEntry(finer, "every product with codes", why, effect)
+    kept = manifest.activations.kept
+    return LedgerEntry(
+        f"activations rounded to 8 bits, a scale for each token and {INPUT_GROUP} input channels; but before the LM "
+        f"head and {len(kept)} linears ({', '.join(kept) or 'none'}) to 15 bits, a scale for 2048",
+        "every product with codes",
+        "frontend.quantize.type w8a8: half the integer products; what loses most has more bits",
+        effect,
+    )
 
 
 def _floats(effect: dict[str, Any]) -> LedgerEntry:

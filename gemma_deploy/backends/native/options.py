@@ -24,19 +24,20 @@ def not_built(spec: BuildSpec) -> Iterator[str]:
     """What a recipe may ask for and this version does not do, a sentence for each key."""
     if not (FOLDER / LIBRARY).is_file():
         yield f"backend.type: the library of native was not built with this package: {INSTALL}"
-    if spec.scheme.weights == "fp16":
-        yield "backend.dtype: fp16 is not built for backend.type native: write bf16, fp32 or int8"
-    if spec.scheme.rounds_activations:
-        yield "frontend.quantize.type: w8a8 is not built for backend.type native: write w8a16_gptq"
     if spec.ranks > 1 or spec.split_points:
         yield "split.points and model_kwargs.tp: an artifact of backend.type native is not divided: remove them"
     if spec.adapter_rank:
         yield "adapters.rank: adapters beside an artifact of backend.type native are not built: leave it out"
 
 
-def model_problems(config: ModelConfig) -> list[str]:
+def model_problems(spec: BuildSpec, config: ModelConfig) -> list[str]:
     """Of a model that it does not compute, sentences that begin with the key."""
     problems = []
+    if config.altup is not None and spec.scheme.rounds_activations:
+        problems.append(
+            f"frontend.quantize.type: {spec.scheme} is not built for a model of several streams (Gemma 3n): write "
+            "w8a16_gptq or w4a16_gptq"
+        )
     if config.architecture.encoder:
         problems.append("backend.type: native is not built for encoders: write onnxruntime")
     vectors = config.per_layer

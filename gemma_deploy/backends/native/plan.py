@@ -6,7 +6,7 @@ src/plan.h has the form. Names are those of the parameter file.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ from gemma_deploy.dtypes import BY_NAME
 from gemma_deploy.names import (
     CACHE_FACTOR,
     EMBEDDING_WEIGHT,
+    LAYERS,
     NORM,
     PER_LAYER_TABLE,
     STREAM_PROJECTION,
@@ -29,24 +30,32 @@ if TYPE_CHECKING:
     from gemma_deploy.checkpoint import ModelConfig
 
 VERSION = 1
+INPUT_GROUP = 128  # inputs that share a scale where they are rounded to 8 bits
 FORMS = {"uint8": "int8", "uint4": "int4", "float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
 
 
 def plan_of(
-    config: ModelConfig, places: Iterable[Place], *, context: int, embed_scale: float, vector_scale: float
+    config: ModelConfig,
+    places: Iterable[Place],
+    *,
+    context: int,
+    embed_scale: float,
+    vector_scale: float,
+    unrounded: Collection[str] | None = None,
 ) -> str:
     """The plan of a model.
 
     Args:
         places: tensors of the parameter file, in panels; context: positions there are.
         embed_scale: by which rows of the table are multiplied; vector_scale: those of the table of per-layer vectors.
+        unrounded: linears whose inputs have 15 bits where those of the others of all layers have 8; None: all have 15.
     """
     found = {place.name: place for place in places}
     lines = [_model(config, context=context, embed_scale=embed_scale)]
     codes = any(name.endswith(f".{CACHE_FACTOR}") for name in found)
     if codes:
         lines[0] += " cache=int8"
-    lines += _tensors(found)
+    lines += _tensors(found, unrounded)
     lines += [*_vectors(config, vector_scale), *_streams(config)]
     for layer in config.layers:
         lines += [_layer(config, layer, codes=codes), *_beside(config, layer)]
@@ -90,7 +99,7 @@ def _model(config: ModelConfig, *, context: int, embed_scale: float) -> str:
     )
 
 
-def _tensors(found: Mapping[str, Place]) -> Iterator[str]:
+def _tensors(found: Mapping[str, Place], unrounded: Collection[str] | None) -> Iterator[str]:
     """A line for every matrix and every vector."""
     scales = {f"{name.removesuffix('.weight')}.scale" for name, place in found.items() if "int" in place.dtype}
     for name, place in found.items():
@@ -115,6 +124,8 @@ def _tensors(found: Mapping[str, Place]) -> Iterator[str]:
                 "scales": FORMS[scale.dtype],
                 "scales_at": scale.offset,
             }
+            if unrounded is not None and name.startswith(LAYERS) and name.removesuffix(".weight") not in unrounded:
+                values["input_group"] = INPUT_GROUP
         yield _line("matrix", values)
 
 

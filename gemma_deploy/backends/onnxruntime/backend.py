@@ -129,6 +129,7 @@ class OnnxRuntime:
 
     graphs: Sequence[str] = (MODEL,)
     runs_on = "onnxruntime"
+    rescales_float16 = True
     runs_bf16 = False  # ONNX Runtime has no such kernels for a CPU
     shares_tensors = True
     no_lookup = ""

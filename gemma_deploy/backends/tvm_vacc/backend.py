@@ -45,6 +45,7 @@ class StaticPair:
 
     graphs: Sequence[str] = GRAPHS
     runs_on = "onnxruntime"
+    rescales_float16 = True
     runs_bf16 = True  # float32 products on weights that are stored so
     shares_tensors = False
     no_lookup = "this artifact is static: its decode graph takes one token"

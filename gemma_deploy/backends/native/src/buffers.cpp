@@ -7,14 +7,14 @@ void Inputs::Grow(int rows, int columns) {
   stride_ = Padded(columns);
   row_spans_ = Spans(stride_);
   values_.Grow(static_cast<size_t>(rows) * stride_);
-  scales_.Grow(static_cast<size_t>(rows) * row_spans_);
+  scales_.Grow(static_cast<size_t>(rows) * row_spans_ * (kSpan / kSums));
   codes_.Grow(static_cast<size_t>(rows) * stride_ * 2);
   sums_.Grow(static_cast<size_t>(rows) * row_spans_ * (kSpan / kSums + 1));
   spans_.clear();
   for (int r = 0; r < rows; r++) {
     for (int s = 0; s < row_spans_; s++) {
       const size_t i = static_cast<size_t>(r) * row_spans_ + s, at = static_cast<size_t>(r) * stride_ + s * kSpan;
-      spans_.push_back(Span{values_.data() + at, codes_.data() + 2 * at, scales_.data() + i,
+      spans_.push_back(Span{values_.data() + at, codes_.data() + 2 * at, scales_.data() + i * (kSpan / kSums),
                             sums_.data() + i * (kSpan / kSums + 1)});
     }
   }
@@ -22,12 +22,15 @@ void Inputs::Grow(int rows, int columns) {
 
 void Inputs::Pad(int r, int columns) { std::fill(row(r) + columns, row(r) + Padded(columns), 0.0f); }
 
-void Inputs::Round(const Kernels& level, int row, int span, int columns) const {
-  level.round(spans_[static_cast<size_t>(row) * row_spans_ + span], std::min(Padded(columns) - span * kSpan, kSpan));
+void Inputs::Round(const Kernels& level, int row, int span, int columns, int rounding) const {
+  if (rounding == kUnrounded) return;
+  const Span& all = spans_[static_cast<size_t>(row) * row_spans_ + span];
+  const int inputs = std::min(Padded(columns) - span * kSpan, kSpan);
+  rounding == 0 ? level.round(all, inputs) : level.round8(all, inputs, rounding);
 }
 
-void Inputs::RoundRow(const Kernels& level, int row, int columns) const {
-  for (int span = 0; span < Spans(Padded(columns)); span++) Round(level, row, span, columns);
+void Inputs::RoundRow(const Kernels& level, int row, int columns, int rounding) const {
+  for (int span = 0; span < Spans(Padded(columns)); span++) Round(level, row, span, columns, rounding);
 }
 
 void HeadCodes::Grow(int rows, int heads, int head_dim) {

@@ -23,9 +23,9 @@ class Inputs {
 
   // Zeros behind `columns` numbers of a row, as far as a matrix reads.
   void Pad(int row, int columns);
-  // One span, or all, of a row of `columns` numbers.
-  void Round(const Kernels& level, int row, int span, int columns) const;
-  void RoundRow(const Kernels& level, int row, int columns) const;
+  // One span, or all, of a row of `columns` numbers, as RoundingOf the matrices that read it.
+  void Round(const Kernels& level, int row, int span, int columns, int rounding) const;
+  void RoundRow(const Kernels& level, int row, int columns, int rounding) const;
 
  private:
   int stride_ = 0, row_spans_ = 0;

@@ -261,7 +261,7 @@ struct Products {
       const int begin = span * kSpan, end = begin + kSpan < m.columns ? begin + kSpan : m.columns;
       for (int p = work.begin; p < work.end; p++) {
         Expand(m, p, begin, end, panel);
-        const Matrix floats{reinterpret_cast<const uint8_t*>(panel), nullptr, kFloat32, 0, kLanes, end - begin, 0};
+        const Matrix floats{reinterpret_cast<const uint8_t*>(panel), nullptr, kFloat32, 0, kLanes, end - begin, 0, 0};
         for (int row = 0; row < work.count; row++) {
           const Span* x = work.rows + static_cast<size_t>(row) * work.row_spans + (span - work.first);
           Block<1, 1> block{floats, {x}, {floats.panels}, 0, {}};

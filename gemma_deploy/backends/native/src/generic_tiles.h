@@ -40,6 +40,16 @@ struct TileProducts {
     const int count = panel + 1 < work.end ? 2 : 1;
     alignas(64) uint8_t wide[2][kSpan * kLanes];  // of int4
     const uint8_t* panels[2];
+    PanelsOf(m, panel, count, begin, end, wide, panels);
+    for (int row = 0; row < work.count; row += kRows) {
+      const int rows = row + kRows <= work.count ? kRows : work.count - row;
+      Block{work, panels, panel, count, row, rows, span, begin, end, {}}.Run();
+    }
+  }
+
+  // Bytes of inputs begin..end of two panels, or twice of one; nibbles become bytes in `wide`.
+  static void PanelsOf(const Matrix& m, int panel, int count, int begin, int end, uint8_t (*wide)[kSpan * kLanes],
+                       const uint8_t** panels) {
     for (int p = 0; p < 2; p++) {
       const uint8_t* at = m.panels + (panel + p % count) * PanelBytes(m.form, m.columns);
       if (m.form == kInt8) {
@@ -48,10 +58,6 @@ struct TileProducts {
         panels[p] = wide[p % count];
         if (p < count) Widen(at + static_cast<size_t>(begin) * kLanes / 2, end - begin, wide[p]);
       }
-    }
-    for (int row = 0; row < work.count; row += kRows) {
-      const int rows = row + kRows <= work.count ? kRows : work.count - row;
-      Block{work, panels, panel, count, row, rows, span, begin, end, {}}.Run();
     }
   }
 

@@ -49,9 +49,12 @@ constexpr int kMostStreams = 8;
 struct Kernels {
   const char* name;
 
-  // Rounds at most kSpan inputs, a multiple of kSums, to codes. Zeros have the scale 0.
+  // Rounds at most kSpan inputs, a multiple of kSums, to codes of 15 bits. Zeros have the scale 0.
   void (*round)(const Span& span, int inputs);
+  // The same to 8 bits, with a scale for each `group` of inputs, a power of two from kSums to kSpan.
+  void (*round8)(const Span& span, int inputs, int group);
 
+  // Of rows that are rounded as the matrix wants them (RoundingOf).
   void (*product)(const Product& work);
 
   // One row of a matrix [N, K] as floats, times `factor`.

@@ -26,6 +26,8 @@ constexpr int kSums = 32;    // inputs between two entries of an activation row'
 constexpr int kCodeMax = 127 * 128;  // activations are rounded to -kCodeMax .. kCodeMax
 // Inputs whose products are summed as integers: 255 * kCodeMax * 512 is less than 2^31, so that no sum overflows.
 constexpr int kExact = 512;
+// Of 8 bits activations are rounded to -kByteMax .. kByteMax, and a span is summed as integers: 255 * 127 * 2048 < 2^27.
+constexpr int kByteMax = 127;
 constexpr int kPage = 128;   // positions of a page of a cache: also what attention adds up at once
 
 enum Form : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3, kInt4 = 4 };
@@ -39,7 +41,12 @@ struct Matrix {
   int32_t rows;           // N, padded
   int32_t columns;        // K, padded
   int32_t group;          // inputs that share a scale; 0: all of them
+  int32_t input_group;    // of codes: 0 for activations of 15 bits; else these have 8, and a scale for so many inputs
 };
+
+// How what a matrix reads is rounded: not at all, to 15 bits, or to 8 in groups of so many inputs.
+constexpr int kUnrounded = -1;
+constexpr int RoundingOf(const Matrix& m) { return m.form >= kInt8 ? m.input_group : kUnrounded; }
 
 // Bytes of one panel of 16 output features.
 constexpr size_t PanelBytes(int32_t form, int32_t columns) {
@@ -57,11 +64,11 @@ inline Matrix RowsOf(const Matrix& m, int first, int count) {
   return some;
 }
 
-// At most kSpan activations of one row: as floats, and rounded to 15 bits, x ~ scale * code.
+// At most kSpan activations of one row: as floats, and rounded, x ~ scale * code.
 struct Span {
   const float* values;
   int8_t* codes;  // 2 bytes for each input; their order is the level's own
-  float* scale;
+  float* scale;   // of 8 bits [inputs / input_group], else one
   int32_t* sums;  // [inputs / kSums + 1]: sum of the codes before input 32 * i
 };
 

@@ -5,7 +5,7 @@
 
 namespace gemma {
 namespace {
-const Kernels kTable = TableOf<Avx2>("avx2");
+const Kernels kTable = TableOf<Avx2, Avx2Eight>("avx2");
 }
 const Kernels* const kAvx2 = &kTable;
 }  // namespace gemma

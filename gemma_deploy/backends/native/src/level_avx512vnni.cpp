@@ -7,10 +7,10 @@
 namespace gemma {
 namespace {
 constexpr Kernels Packed(Kernels table) {
-  table.product = PackedProducts<Avx512>::Run;
+  table.product = ProductOf<PackedProducts<Avx512>, Products8<Avx512Eight>>;
   return table;
 }
-const Kernels kTable = Packed(TableOf<Avx512>("avx512vnni"));
+const Kernels kTable = Packed(TableOf<Avx512, Avx512Eight>("avx512vnni"));
 }  // namespace
 const Kernels* const kAvx512Vnni = &kTable;
 }  // namespace gemma

@@ -5,7 +5,7 @@
 
 namespace gemma {
 namespace {
-const Kernels kTable = TableOf<AvxVnni>("avxvnni");
+const Kernels kTable = TableOf<AvxVnni, AvxVnniEight>("avxvnni");
 }
 const Kernels* const kAvxVnni = &kTable;
 }  // namespace gemma

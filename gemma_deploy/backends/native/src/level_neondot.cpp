@@ -5,7 +5,7 @@
 
 namespace gemma {
 namespace {
-const Kernels kTable = TableOf<NeonDot>("neondot");
+const Kernels kTable = TableOf<NeonDot, NeonDotEight>("neondot");
 }
 const Kernels* const kNeonDot = &kTable;
 }  // namespace gemma

@@ -4,7 +4,7 @@
 
 namespace gemma {
 namespace {
-const Kernels kTable = TableOf<Plain>("plain");
+const Kernels kTable = TableOf<Plain, PlainEight>("plain");
 }
 const Kernels* const kPlain = &kTable;
 }  // namespace gemma

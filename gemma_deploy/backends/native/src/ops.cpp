@@ -11,20 +11,21 @@
 namespace gemma {
 namespace {
 
-// Rounded rows of activations that own their memory.
+// Rows of activations, rounded to 15 bits or to 8 in groups, that own their memory.
 class Activations {
  public:
-  Activations(const Kernels& level, const float* x, int count, int columns) {
+  Activations(const Kernels& level, const float* x, int count, int columns, int group = 0) {
     const int spans = Spans(columns);
     const size_t all = static_cast<size_t>(count) * spans;
     codes_.resize(all * kSpan * 2);
-    scales_.resize(all);
+    scales_.resize(all * (kSpan / kSums));
     sums_.resize(all * (kSpan / kSums + 1));
     for (size_t i = 0; i < all; i++) {
       const int begin = static_cast<int>(i % spans) * kSpan;
-      rows_.push_back(Span{x + i / spans * columns + begin, &codes_[i * kSpan * 2], &scales_[i],
+      rows_.push_back(Span{x + i / spans * columns + begin, &codes_[i * kSpan * 2], &scales_[i * (kSpan / kSums)],
                            &sums_[i * (kSpan / kSums + 1)]});
-      level.round(rows_.back(), columns - begin < kSpan ? columns - begin : kSpan);
+      const int inputs = columns - begin < kSpan ? columns - begin : kSpan;
+      group == 0 ? level.round(rows_.back(), inputs) : level.round8(rows_.back(), inputs, group);
     }
   }
   const Span* rows() const { return rows_.data(); }
@@ -36,9 +37,10 @@ class Activations {
   std::vector<Span> rows_;
 };
 
+bool Grouped(int group) { return group == 0 || (group >= kSums && group <= kSpan && (group & (group - 1)) == 0); }
+
 bool Fits(const Matrix& m) {
-  const bool grouped = m.group == 0 || (m.group >= kSums && m.group <= kSpan && (m.group & (m.group - 1)) == 0 &&
-                                        m.columns % m.group == 0);
+  const bool grouped = Grouped(m.group) && (m.group == 0 || m.columns % m.group == 0) && Grouped(m.input_group);
   return m.rows > 0 && m.rows % kLanes == 0 && m.columns > 0 && m.columns % (m.form == kInt4 ? 128 : kBlock) == 0 &&
          m.form >= kFloat32 && m.form <= kInt4 && grouped;
 }
@@ -57,7 +59,7 @@ GEMMA_API int gemma_op_product(const char* level, const gemma::Matrix* matrix, c
   const Kernels* k = gemma::Level(level);
   if (k == nullptr) return 1;
   if (!gemma::Fits(*matrix) || count < 1 || begin < 0 || end > matrix->rows / gemma::kLanes || begin > end) return 2;
-  const gemma::Activations a(*k, x, count, matrix->columns);
+  const gemma::Activations a(*k, x, count, matrix->columns, matrix->input_group);
   const int spans = gemma::Spans(matrix->columns);
   for (int i = 0; i < repeat; i++)
     k->product(gemma::Product{matrix, a.rows(), spans, count, y, static_cast<size_t>(matrix->rows), begin, end, 0, spans, exact != 0});

@@ -103,19 +103,19 @@ void Pass::Scale(RowSet& set, int row, float factor) {
   for (int i = 0; i < plan_.hidden; i++) x[i] *= factor;
 }
 
-void Pass::Norm(RowSet& set, int row, const float* weight, bool rounded) {
+void Pass::Norm(RowSet& set, int row, const float* weight, int rounding) {
   level_.rms_norm(&set.x[row * static_cast<size_t>(buffers_.hidden_stride)], weight, set.hidden.row(row), plan_.hidden,
                   plan_.eps);
   set.hidden.Pad(row, plan_.hidden);
-  if (rounded) set.hidden.RoundRow(level_, row, plan_.hidden);
+  set.hidden.RoundRow(level_, row, plan_.hidden, rounding);
 }
 
 void Pass::Attention(Worker& worker, int index) {
   const LayerPlan& l = plan_.layers[index];
   RowSet& set = Set(worker);
   const bool own = l.source == index;
-  const bool codes = HasCodes(l.q) || (own && HasCodes(l.k)) || (l.laurel.rank != 0 && HasCodes(l.laurel.left));
-  Small(worker, rows_, [&](int row) { Norm(set, row, l.input_norm, codes); });
+  const int rounding = RoundingOf({&l.q, own ? &l.k : &l.q, l.laurel.rank != 0 ? &l.laurel.left : &l.q});
+  Small(worker, rows_, [&](int row) { Norm(set, row, l.input_norm, rounding); });
   const Output outputs[] = {{&l.q, buffers_.q.data(), static_cast<size_t>(buffers_.q_stride)},
                             {&l.k, buffers_.k.data(), static_cast<size_t>(buffers_.kv_stride)},
                             {&l.v, buffers_.v.data(), static_cast<size_t>(buffers_.kv_stride)}};
@@ -127,9 +127,9 @@ void Pass::Attention(Worker& worker, int index) {
     AttendRows(worker, index);
   }
   const int size = l.heads * l.head_dim;
-  if (HasCodes(l.o)) {
+  if (RoundingOf(l.o) != kUnrounded) {
     const int spans = Spans(Padded(size));
-    Small(worker, rows_ * spans, [&](int unit) { set.wide.Round(level_, unit / spans, unit % spans, size); });
+    Small(worker, rows_ * spans, [&](int unit) { set.wide.Round(level_, unit / spans, unit % spans, size, RoundingOf(l.o)); });
   }
   const Output out{&l.o, buffers_.out.data(), static_cast<size_t>(buffers_.hidden_stride)};
   Multiply(worker, set.wide, rows_, &out, 1);
@@ -277,7 +277,7 @@ void Pass::Mlp(Worker& worker, int index) {
   Small(worker, rows_, [&](int row) {
     add(row, l.post_attention_norm);
     if (l.laurel.rank != 0) JoinLaurel(set, row, l.laurel);
-    Norm(set, row, l.pre_mlp_norm, HasCodes(l.gate) || HasCodes(l.up));
+    Norm(set, row, l.pre_mlp_norm, RoundingOf({&l.gate, &l.up}));
   });
   const Output outputs[] = {{&l.gate, buffers_.gate.data(), wide}, {&l.up, buffers_.up.data(), wide}};
   Multiply(worker, set.hidden, rows_, outputs, 2);
@@ -292,7 +292,7 @@ void Pass::Mlp(Worker& worker, int index) {
     const size_t at = row * wide + begin;
     if (n > 0) level_.gated(&buffers_.gate[at], &buffers_.up[at], set.wide.row(row) + begin, n, plan_.activation);
     if (span == spans - 1) set.wide.Pad(row, l.width);
-    if (HasCodes(l.down)) set.wide.Round(level_, row, span, l.width);
+    set.wide.Round(level_, row, span, l.width, RoundingOf(l.down));
   });
   const Output out{&l.down, buffers_.out.data(), stride};
   Multiply(worker, set.wide, rows_, &out, 1);
@@ -321,7 +321,7 @@ void Pass::Head(Worker& worker, const float* normed, int rows, float* logits, si
   worker.Each(rows, [&](int i) {
     std::copy_n(normed + static_cast<size_t>(i) * plan_.hidden, plan_.hidden, inputs.row(i));
     inputs.Pad(i, plan_.hidden);
-    if (HasCodes(plan_.head)) inputs.RoundRow(level_, i, plan_.hidden);
+    inputs.RoundRow(level_, i, plan_.hidden, RoundingOf(plan_.head));
   });
   const Output out{&plan_.head, logits, stride};
   Multiply(worker, inputs, rows, &out, 1);

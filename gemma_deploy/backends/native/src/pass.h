@@ -1,6 +1,8 @@
 // Some rows on their way through all layers.
 #pragma once
 
+#include <algorithm>
+#include <initializer_list>
 #include <vector>
 
 #include "buffers.h"
@@ -10,7 +12,12 @@ namespace gemma {
 
 constexpr int kUnits = 6;  // pieces of work for each thread in a product, at least
 
-constexpr bool HasCodes(const Matrix& m) { return m.form >= kInt8; }
+// That of a matrix, or of several that read the same rows, which is one (ReadPlan).
+inline int RoundingOf(std::initializer_list<const Matrix*> readers) {
+  int rounding = kUnrounded;
+  for (const Matrix* m : readers) rounding = std::max(rounding, RoundingOf(*m));
+  return rounding;
+}
 
 // One token of one text.
 struct Token {
@@ -58,8 +65,8 @@ class Pass {
   }
   void Multiply(Worker& worker, const Inputs& inputs, int rows, const Output* outputs, int count);
   void Vectors(Worker& worker);
-  void ReadFloats(RowSet& set, int row, bool rounded);
-  void Norm(RowSet& set, int row, const float* weight, bool rounded);
+  void ReadFloats(RowSet& set, int row, int rounding);
+  void Norm(RowSet& set, int row, const float* weight, int rounding);
   void Attention(Worker& worker, int index);
   void Prepare(Worker& worker, int index);
   void StoreKeyValue(int index, int row, int head);

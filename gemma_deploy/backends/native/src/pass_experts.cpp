@@ -62,12 +62,12 @@ void Pass::Experts(Worker& worker, int index) {
   const ExpertsPlan& e = plan_.layers[index].experts;
   RowSet& set = Set(worker);
   Routing& r = set.routing;
-  Small(worker, rows_, [&](int row) { Norm(set, row, e.router_norm, HasCodes(e.router)); });
+  Small(worker, rows_, [&](int row) { Norm(set, row, e.router_norm, RoundingOf(e.router)); });
   const Output scores{&e.router, buffers_.scores.data(), static_cast<size_t>(buffers_.most_experts)};
   Multiply(worker, set.hidden, rows_, &scores, 1);
   Small(worker, rows_, [&](int row) {
     Choose(r, row, e);
-    Norm(set, row, e.norm, HasCodes(e.gate_up));
+    Norm(set, row, e.norm, RoundingOf(e.gate_up));
   });
   Small(worker, 1, [&](int) { Order(set, e); });
   const size_t both = static_cast<size_t>(2) * e.width, stride = static_cast<size_t>(buffers_.hidden_stride);
@@ -77,7 +77,7 @@ void Pass::Experts(Worker& worker, int index) {
     const float* gate = &buffers_.expert_up[run * both];
     level_.gated(gate, gate + e.width, r.inner.row(run), e.width, plan_.activation);
     r.inner.Pad(run, e.width);
-    if (HasCodes(e.down)) r.inner.RoundRow(level_, run, e.width);
+    r.inner.RoundRow(level_, run, e.width, RoundingOf(e.down));
   });
   MultiplyEach(worker, r, e.down, plan_.hidden, r.inner.spans(), r.inner.row_spans(), buffers_.expert_out.data(),
                stride);

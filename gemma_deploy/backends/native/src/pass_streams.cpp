@@ -21,14 +21,14 @@ float MeanSquare(const float* x, int n) {
 void Pass::Enter(Worker& worker) {
   const StreamsPlan& s = plan_.streams;
   RowSet& set = Set(worker);
-  bool codes = false;
+  int rounding = kUnrounded;
   std::vector<Output> outputs;
   const size_t all = static_cast<size_t>(buffers_.streams_stride), stride = static_cast<size_t>(buffers_.hidden_stride);
   for (int j = 1; j < s.count; j++) {
-    codes = codes || HasCodes(s.enter[j - 1]);
+    rounding = std::max(rounding, RoundingOf(s.enter[j - 1]));
     outputs.push_back(Output{&s.enter[j - 1], &buffers_.brought[j * stride], all});
   }
-  Small(worker, rows_, [&](int row) { ReadFloats(set, row, codes); });
+  Small(worker, rows_, [&](int row) { ReadFloats(set, row, rounding); });
   Multiply(worker, set.hidden, rows_, outputs.data(), s.count - 1);
   Small(worker, rows_, [&](int row) {
     const float* x = &set.x[row * stride];
@@ -53,7 +53,7 @@ void Pass::Leave(Worker& worker) {
     Small(worker, rows_, [&](int row) {
       std::copy_n(Stream(set, row, j), plan_.hidden, set.hidden.row(row));
       set.hidden.Pad(row, plan_.hidden);
-      if (HasCodes(m)) set.hidden.RoundRow(level_, row, plan_.hidden);
+      set.hidden.RoundRow(level_, row, plan_.hidden, RoundingOf(m));
     });
     const Output out{&m, &buffers_.brought[j * stride], all};
     Multiply(worker, set.hidden, rows_, &out, 1);
@@ -125,7 +125,7 @@ void Pass::Laurel(Worker& worker, int index) {
   Small(worker, rows_, [&](int row) {
     std::copy_n(&buffers_.low[row * low], l.rank, set.low.row(row));
     set.low.Pad(row, l.rank);
-    if (HasCodes(l.right)) set.low.RoundRow(level_, row, l.rank);
+    set.low.RoundRow(level_, row, l.rank, RoundingOf(l.right));
   });
   const Output right{&l.right, buffers_.laurel.data(), static_cast<size_t>(buffers_.hidden_stride)};
   Multiply(worker, set.low, rows_, &right, 1);

@@ -6,16 +6,16 @@
 namespace gemma {
 
 // A row of the stream itself as what matrices read.
-void Pass::ReadFloats(RowSet& set, int row, bool rounded) {
+void Pass::ReadFloats(RowSet& set, int row, int rounding) {
   std::copy_n(&set.x[row * static_cast<size_t>(buffers_.hidden_stride)], plan_.hidden, set.hidden.row(row));
   set.hidden.Pad(row, plan_.hidden);
-  if (rounded) set.hidden.RoundRow(level_, row, plan_.hidden);
+  set.hidden.RoundRow(level_, row, plan_.hidden, rounding);
 }
 
 void Pass::Vectors(Worker& worker) {
   const VectorsPlan& v = plan_.vectors;
   RowSet& set = Set(worker);
-  Small(worker, rows_, [&](int row) { ReadFloats(set, row, HasCodes(v.projection)); });
+  Small(worker, rows_, [&](int row) { ReadFloats(set, row, RoundingOf(v.projection)); });
   const size_t stride = static_cast<size_t>(buffers_.vectors_stride);
   const Output out{&v.projection, buffers_.vectors.data(), stride};
   Multiply(worker, set.hidden, rows_, &out, 1);
@@ -39,14 +39,14 @@ void Pass::AddVector(Worker& worker, int index) {
   RowSet& set = Set(worker);
   const int size = plan_.vectors.size;
   const size_t stride = static_cast<size_t>(buffers_.hidden_stride), wide = static_cast<size_t>(buffers_.wide_stride);
-  Small(worker, rows_, [&](int row) { ReadFloats(set, row, HasCodes(a.gate)); });
+  Small(worker, rows_, [&](int row) { ReadFloats(set, row, RoundingOf(a.gate)); });
   const Output gate{&a.gate, buffers_.gate.data(), wide};
   Multiply(worker, set.hidden, rows_, &gate, 1);
   Small(worker, rows_, [&](int row) {
     const float* vector = &buffers_.vectors[row * static_cast<size_t>(buffers_.vectors_stride) + index * size];
     level_.gated(&buffers_.gate[row * wide], vector, set.wide.row(row), size, plan_.activation);
     set.wide.Pad(row, size);
-    if (HasCodes(a.projection)) set.wide.RoundRow(level_, row, size);
+    set.wide.RoundRow(level_, row, size, RoundingOf(a.projection));
   });
   const Output out{&a.projection, buffers_.out.data(), stride};
   Multiply(worker, set.wide, rows_, &out, 1);

@@ -1,7 +1,9 @@
 #include "plan.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 #include <map>
 #include <string>
 
@@ -53,6 +55,17 @@ class Reader : private Tensors {
     };
     agree(l.added.norm != nullptr, "'adds'", plan_.vectors.size != 0, "'vectors'");
     agree(l.altup.norm != nullptr, "'altup'", plan_.streams.count != 0, "'streams'");
+  }
+
+  // Rows are rounded once for all that read them.
+  static void Together(const Line& line, std::initializer_list<const Matrix*> readers) {
+    int rounding = kUnrounded;
+    for (const Matrix* m : readers) {
+      const int own = RoundingOf(*m);
+      if (own != kUnrounded && rounding != kUnrounded && own != rounding)
+        line.Fail("matrices that read the same inputs differ in 'input_group'");
+      rounding = std::max(rounding, own);
+    }
   }
 
   void TakeModel(Line& line) {
@@ -152,6 +165,8 @@ class Reader : private Tensors {
     l.gate = MatrixOf(line, line.Text("gate"), l.width, hidden);
     l.up = MatrixOf(line, line.Text("up"), l.width, hidden);
     l.down = MatrixOf(line, line.Text("down"), hidden, l.width);
+    Together(line, {&l.q, &l.k, &l.v});
+    Together(line, {&l.gate, &l.up});
     l.q_norm = NormOf(line, "q_norm", l.head_dim);
     l.input_norm = Needed(line, NormOf(line, "input_norm", hidden), "input_norm");
     l.pre_mlp_norm = Needed(line, NormOf(line, "pre_mlp_norm", hidden), "pre_mlp_norm");
@@ -221,6 +236,7 @@ class Reader : private Tensors {
       const std::string number = std::to_string(i);
       s.enter.push_back(MatrixOf(line, line.Text("enter" + number), plan_.hidden, plan_.hidden));
       s.leave.push_back(MatrixOf(line, line.Text("leave" + number), plan_.hidden, plan_.hidden));
+      Together(line, {&s.enter[0], &s.enter.back()});
     }
   }
 
@@ -248,6 +264,7 @@ class Reader : private Tensors {
     l.rank = static_cast<int>(line.Whole("rank", 1));
     l.left = MatrixOf(line, line.Text("left"), l.rank, plan_.hidden);
     l.right = MatrixOf(line, line.Text("right"), plan_.hidden, l.rank);
+    Together(line, {&Last(line).q, &Last(line).k, &l.left});
     l.norm = Needed(line, NormOf(line, "norm", plan_.hidden), "norm");
   }
 

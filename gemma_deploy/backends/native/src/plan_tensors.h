@@ -36,6 +36,11 @@ class Tensors {
       if (m.scale_form >= kInt8) line.Fail("'scales' are no floats");
       const uint64_t scales = static_cast<uint64_t>(m.rows) * (m.group == 0 ? 1 : m.columns / m.group);
       m.scales = Place(line, "scales_at", scales * (m.scale_form == kFloat32 ? 4 : 2));
+      if (line.Has("input_group")) {
+        m.input_group = static_cast<int32_t>(line.Whole("input_group", kSums, kSpan));
+        if ((m.input_group & (m.input_group - 1)) != 0)
+          line.Fail("'input_group' is " + std::to_string(m.input_group) + ", no power of two");
+      }
     }
     if (!matrices_.emplace(name, m).second) line.Fail("'" + name + "' is there twice");
   }
@@ -44,11 +49,10 @@ class Tensors {
     const std::string name = line.Text("name");
     RowTable t{};
     t.form = FormOf(line, "form");
-    if (t.form == kFloat16) line.Fail("'form' is float16: no table has it");
     t.rows = static_cast<int32_t>(line.Whole("rows", 1));
     t.columns = Multiple(line, "columns", 2);
     const uint64_t numbers = static_cast<uint64_t>(t.rows) * t.columns;
-    const int bits = t.form == kInt4 ? 4 : t.form == kInt8 ? 8 : t.form == kBFloat16 ? 16 : 32;
+    const int bits = t.form == kInt4 ? 4 : t.form == kInt8 ? 8 : t.form == kFloat32 ? 32 : 16;
     t.values = Place(line, "at", numbers * bits / 8);
     ReadHereAndThere(t.values, numbers * bits / 8);
     if (t.form >= kInt8) {

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstring>
 
+#include "half.h"
 #include "layout.h"
 
 namespace gemma {
@@ -41,8 +42,9 @@ void ReadRow(const RowTable& table, int row, int begin, int count, float factor,
       uint16_t half;
       std::memcpy(&half, halves + static_cast<size_t>(i) * 2, 2);
       const uint32_t bits = static_cast<uint32_t>(half) << 16;
-      std::memcpy(y + i, &bits, 4);
-      y[i] *= factor;
+      float x;
+      std::memcpy(&x, &bits, 4);
+      y[i] = (table.form == kFloat16 ? FromHalf(half) : x) * factor;
     }
   }
 }

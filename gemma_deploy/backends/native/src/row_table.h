@@ -10,7 +10,7 @@ namespace gemma {
 struct RowTable {
   const uint8_t* values;
   const float* scales;  // [rows][columns / group], of codes
-  int32_t form;         // kFloat32, kBFloat16, kInt8 or kInt4
+  int32_t form;         // of layout.h
   int32_t rows, columns;
   int32_t group;  // columns that share a scale
 };

@@ -6,17 +6,27 @@
 
 #include "generic_attention.h"
 #include "generic_product.h"
+#include "generic_product8.h"
 #include "generic_rows.h"
 #include "generic_streams.h"
 
 namespace gemma {
 namespace {
 
-template <class V>
+// Codes by codes of 15 bits or of 8, all else by floats.
+template <class Wide, class Narrow>
+void ProductOf(const Product& work) {
+  const bool narrow = !work.exact && RoundingOf(*work.matrix) > 0;
+  return narrow ? Narrow::Run(work) : Wide::Run(work);
+}
+
+// V: its vector type; E: the same for activations of 8 bits.
+template <class V, class E>
 constexpr Kernels TableOf(const char* name) {
   return Kernels{name,
                  Rows<V>::Round,
-                 Products<V>::Run,
+                 Products8<E>::Round,
+                 ProductOf<Products<V>, Products8<E>>,
                  Products<V>::ReadRow,
                  Rows<V>::RmsNorm,
                  Rows<V>::AddRmsNorm,

@@ -193,6 +193,11 @@ struct Avx2 {
   static void Prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 };
 
+// For activations of 8 bits, which lie as those of 15: vpmaddubsw would saturate on weights of 8 bits.
+struct Avx2Eight : Avx2 {
+  static Acc Begin(int32_t from) { return Acc{_mm256_set1_epi32(from), _mm256_set1_epi32(from)}; }
+};
+
 #if defined(__AVXVNNI__)
 // The same with products of pairs that are added as they are made.
 struct AvxVnni : Avx2 {
@@ -206,6 +211,36 @@ struct AvxVnni : Avx2 {
     if constexpr (rows < 3) return Avx2::DotHalf<rows>(acc, w, x);
     acc.a = _mm256_dpwssd_avx_epi32(acc.a, w.a, x);
     acc.b = _mm256_dpwssd_avx_epi32(acc.b, w.b, x);
+  }
+};
+
+// For activations of 8 bits: one byte each, four products at once.
+struct AvxVnniEight : Avx2 {
+  using X = __m256i;
+  struct B {
+    __m256i a, b;
+  };
+  static void StoreCodes(int8_t* codes, int k, F x) {
+    const __m256i q = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+    const __m256i order = _mm256_permute4x64_epi64(q, 0xd8);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(order), _mm256_extracti128_si256(order, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + k), bytes);
+  }
+  static X Codes(const int8_t* codes, int k) {
+    int32_t four;
+    __builtin_memcpy(&four, codes + k, 4);
+    return _mm256_set1_epi32(four);
+  }
+  static B LoadBytes(const uint8_t* p) { return B{Half256(p), Half256(p + 32)}; }
+  static void LoadNibbles(const uint8_t* p, B& low, B& high) {
+    const __m256i a = Half256(p), b = Half256(p + 32), mask = _mm256_set1_epi8(15);
+    low = B{_mm256_and_si256(a, mask), _mm256_and_si256(b, mask)};
+    high = B{_mm256_and_si256(_mm256_srli_epi16(a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(b, 4), mask)};
+  }
+  static Acc Begin(int32_t from) { return Acc{_mm256_set1_epi32(from), _mm256_set1_epi32(from)}; }
+  static void Dot(Acc& acc, const B& w, const X& x) {
+    acc.a = _mm256_dpbusd_avx_epi32(acc.a, w.a, x);
+    acc.b = _mm256_dpbusd_avx_epi32(acc.b, w.b, x);
   }
 };
 #endif

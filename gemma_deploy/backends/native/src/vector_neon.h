@@ -185,5 +185,31 @@ struct NeonDot {
   static void Prefetch(const void* p) { __builtin_prefetch(p); }
 };
 
+// For activations of 8 bits: one byte each.
+struct NeonDotEight : NeonDot {
+  using X = int8x16_t;
+  struct Acc {
+    int32x4_t v[4];
+  };
+  static void StoreCodes(int8_t* codes, int k, F x) {
+    int32x4_t q[4];
+    for (int i = 0; i < 4; i++) q[i] = vcvtnq_s32_f32(x.v[i]);
+    vst1q_s8(codes + k, Bytes(q));
+  }
+  static X Codes(const int8_t* codes, int k) {
+    int32_t four;
+    __builtin_memcpy(&four, codes + k, 4);
+    return vreinterpretq_s8_s32(vdupq_n_s32(four));
+  }
+  static Acc Begin(int32_t from) {
+    const int32x4_t all = vdupq_n_s32(from);
+    return Acc{{all, all, all, all}};
+  }
+  static void Dot(Acc& acc, const B& w, const X& x) {
+    for (int i = 0; i < 4; i++) acc.v[i] = vdotq_s32(acc.v[i], w.v[i], x);
+  }
+  static I Total(const Acc& acc) { return I{{acc.v[0], acc.v[1], acc.v[2], acc.v[3]}}; }
+};
+
 }  // namespace
 }  // namespace gemma

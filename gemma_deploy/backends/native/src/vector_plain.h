@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "half.h"
 #include "layout.h"
 
 namespace gemma {
@@ -151,17 +152,9 @@ struct Plain {
     std::memcpy(&h, p + 2 * i, 2);
     return h;
   }
-  static float FromHalf(uint16_t h) {
-    const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = h >> 10 & 31, mantissa = h & 1023;
-    if (exponent == 0) {
-      const float x = std::ldexp(static_cast<float>(mantissa), -24);
-      return sign ? -x : x;
-    }
-    return FromBits(sign | (exponent == 31 ? 255u << 23 : (exponent + 112) << 23) | mantissa << 13);
-  }
   // Sixteen float16, or bfloat16, in a row.
   static F LoadHalf(const uint8_t* p) {
-    return Each([&](int i) { return FromHalf(Half(p, i)); });
+    return Each([&](int i) { return gemma::FromHalf(Half(p, i)); });
   }
   static F LoadBfloat(const uint8_t* p) {
     return Each([&](int i) { return FromBits(static_cast<uint32_t>(Half(p, i)) << 16); });
@@ -182,6 +175,11 @@ struct Plain {
     for (int i = 0; i < 16; i++) p[i] = ToBfloat(a.v[i]);
   }
   static void Prefetch(const void*) {}
+};
+
+// For activations of 8 bits, which lie as those of 15.
+struct PlainEight : Plain {
+  static Acc Begin(int32_t from) { return Acc{SetInt(from)}; }
 };
 
 }  // namespace
