@@ -76,7 +76,7 @@ def command(
     from gemma_deploy.artifact.check import open_whole
     from gemma_deploy.engine import open_engine, refuse_encoder
     from gemma_deploy.serve.http.app import Server, Settings
-    from gemma_deploy.serve.http.running import listening, log_answers, loopback, run
+    from gemma_deploy.serve.http.running import listening, log_answers, loopback, open_enough, run, server_of
     from gemma_deploy.serve.http.served import Served
     from gemma_deploy.serve.opening import scheduling_of
 
@@ -87,6 +87,7 @@ def command(
     names = _names(opened, alias)
     for one in opened:
         refuse_encoder(one)
+    open_enough(connections)
     bound = listening(host, port)
     served: list[Served] = []
     for one, called in zip(opened, names, strict=True):
@@ -104,7 +105,7 @@ def command(
     def ready() -> None:
         click.echo(f"serving {', '.join(name for called in names for name in called)} at {shown}")
 
-    if run(Server(served, settings).app(), bound, grace=grace, connections=connections, ready=ready):
+    if run(server_of(Server(served, settings).app(), grace=grace, connections=connections), bound, ready):
         raise click.exceptions.Exit(INTERRUPTED)
 
 

@@ -2,24 +2,84 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import ipaddress
+import json
 import logging
+import resource
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gemma_deploy.errors import UsageError
+from gemma_deploy.serve.http.errors import ApiError
 
 log = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = 30
 LARGEST_HEAD = 64 << 10  # bytes of a request's first line and headers
+HEAD_SECONDS = 15.0  # in which they have to be there
+OTHER_FILES = 100  # open beside connections
+_BUSY = json.dumps(ApiError(503, "too many connections", code="too_many_connections").body()).encode()
+REFUSED = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n"
+    b"Content-Length: " + str(len(_BUSY)).encode() + b"\r\n\r\n" + _BUSY
+)
 SWITCH_SECONDS = 0.0005  # after which the thread that computes gets the interpreter from the one that writes answers
+
+
+class BoundedProtocol(H11Protocol):
+    """Connections that cost little: not too many of them, and none that takes its time with the head of a request.
+
+    Attributes:
+        most: connections there may be.
+    """
+
+    most = 1000
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """See asyncio."""
+        super().connection_made(transport)
+        if len(self.connections) > self.most:
+            transport.write(REFUSED)
+            transport.close()
+        else:
+            self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._wait_no_more()
+        elif self._timer is None:
+            self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio."""
+        self._wait_no_more()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self._timer = self.loop.call_later(HEAD_SECONDS, self._slow)
+
+    def _wait_no_more(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _slow(self) -> None:
+        self._timer = None
+        if not self.transport.is_closing():
+            self.transport.close()
 
 
 class Running(uvicorn.Server):
@@ -36,6 +96,9 @@ class Running(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """See uvicorn, which sends itself the signal again at the end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         before = {one: signal.signal(one, self._told) for one in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -89,15 +152,11 @@ def listening(host: str, port: int) -> socket.socket:
     return bound
 
 
-def run(app: Starlette, bound: socket.socket, *, grace: int, connections: int, ready: Callable[[], None]) -> bool:
-    """Answer requests until a signal.
+def server_of(app: Starlette, *, grace: int, connections: int) -> Running:
+    """What answers requests.
 
     Args:
-        bound: what `listening` gave; ready: called when requests are answered.
-        grace: seconds that answers which are being made have left after the signal; connections: at most.
-
-    Returns:
-        Whether it was interrupted by Ctrl-C.
+        grace: seconds that answers which are being made have left after a signal; connections: at most.
     """
     config = uvicorn.Config(
         app,
@@ -105,15 +164,25 @@ def run(app: Starlette, bound: socket.socket, *, grace: int, connections: int, r
         access_log=False,
         lifespan="on",
         ws="none",
-        http="h11",
+        http=type("Bounded", (BoundedProtocol,), {"most": connections}),
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=connections,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=grace,
         h11_max_incomplete_event_size=LARGEST_HEAD,
     )
-    server = Running(config)
+    return Running(config)
+
+
+def run(server: Running, bound: socket.socket, ready: Callable[[], None]) -> bool:
+    """Answer requests until a signal.
+
+    Args:
+        bound: what `listening` gave; ready: called when requests are answered.
+
+    Returns:
+        Whether it was interrupted by Ctrl-C.
+    """
     switch = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
     ready()  # the socket takes connections already, which wait until the application has begun
@@ -123,3 +192,20 @@ def run(app: Starlette, bound: socket.socket, *, grace: int, connections: int, r
         sys.setswitchinterval(switch)
         bound.close()
     return server.interrupted
+
+
+def open_enough(connections: int) -> None:
+    """Have the system allow files for so many connections, as far as it does.
+
+    Raises:
+        UsageError: it does not.
+    """
+    wanted = connections + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        if hard != resource.RLIM_INFINITY and hard < wanted:
+            raise UsageError(
+                f"--connections {connections}: this process may have {hard} files open",
+                next_step=f"give --connections {max(1, hard - OTHER_FILES)} or fewer, or raise the limit (ulimit -Hn)",
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
