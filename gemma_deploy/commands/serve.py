@@ -76,7 +76,7 @@ def command(
     from gemma_deploy.artifact.check import open_whole
     from gemma_deploy.engine import open_engine, refuse_encoder
     from gemma_deploy.serve.http.app import Server, Settings
-    from gemma_deploy.serve.http.running import listening, log_answers, loopback, open_enough, run, server_of
+    from gemma_deploy.serve.http.running import listening, log_apart, loopback, open_enough, run, server_of
     from gemma_deploy.serve.http.served import Served
     from gemma_deploy.serve.opening import scheduling_of
 
@@ -98,7 +98,7 @@ def command(
         served.append(Served(engine, scheduling, called, add_bos=add_bos))
         if scheduling.together == 1 and batch_size > 1:
             log.warning("%s: its back end computes one text at a time; others wait", called[0])
-    log_answers(as_json=json_log)
+    log_apart(as_json=json_log)
     settings = Settings(keys=keys, origins=allow_origin, json_log=json_log)
     shown = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}/v1"
 

@@ -105,7 +105,7 @@ class Scheduler:
         self._waiting: deque[_Run] = deque()
         self._cancelled: set[int] = set()
         self._next = 1
-        self._full = False  # memory was out: nobody begins until somebody has ended
+        self._places, self._calm = together, 0  # fewer where memory was out, until as many texts have ended since
         self._room = model.room(max(HEAD_ROWS, together))
         self._prompt_tokens = self._tokens = self._cached = self._steps = self._preempted = 0
 
@@ -172,11 +172,8 @@ class Scheduler:
 
     def _begin(self) -> None:
         """Give places to those that wait, the first first, but for those whose beginning is being computed already."""
-        if self._full and self._running:
-            return
-        self._full = False
         later: list[_Run] = []
-        while self._waiting and len(self._running) < self.together and len(later) < self.together:
+        while self._waiting and len(self._running) < self._places and len(later) < self.together:
             run = self._waiting.popleft()
             if self._is_coming(run):
                 later.append(run)
@@ -254,7 +251,7 @@ class Scheduler:
         run.sequence = run.read = 0
         self._running.remove(run)
         self._waiting.appendleft(run)
-        self._full = True
+        self._places, self._calm = len(self._running), 0
         self._preempted += 1
 
     def _take(self, pieces: Sequence[_Piece], found: np.ndarray | Ranked, events: Events) -> None:
@@ -348,7 +345,9 @@ class Scheduler:
                 self._prefixes.keep(run.ids[: run.read], run.sequence)
             self._model.drop(run.sequence)
             self._running.remove(run)
-            self._full = False
+            self._calm += 1
+            if self._calm >= self._places < self.together:
+                self._places, self._calm = self._places + 1, 0
         else:
             self._waiting.remove(run)
         events.append((run.number, event))

@@ -105,6 +105,15 @@ def refused(url):
 
 
 @pytest.mark.slow
+def test_a_log_that_nobody_reads_stops_nobody(process):
+    """A pipe holds 64 KiB, which 300 lines are more than."""
+    with httpx2.Client(timeout=30) as client:
+        for _ in range(500):
+            answer = client.post(f"{process.url}/v1/completions", json=BODY | {"max_tokens": 1})
+            assert answer.status_code == 200
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("process", [("--grace", "1", "--json-log")], indirect=True)
 def test_it_ends_within_the_stated_time_and_ctrl_c_is_told(process):
     with httpx2.stream(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import errno
 import ipaddress
 import json
 import logging
+import logging.handlers
+import queue
 import resource
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +31,8 @@ log = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = 30
 LARGEST_HEAD = 64 << 10  # bytes of a request's first line and headers
 HEAD_SECONDS = 15.0  # in which they have to be there
+MOST_LINES = 10_000  # of the log that wait to be written
+FLUSH_SECONDS = 2.0  # in which the last ones are, where somebody reads them
 OTHER_FILES = 100  # open beside connections
 _BUSY = json.dumps(ApiError(503, "too many connections", code="too_many_connections").body()).encode()
 REFUSED = (
@@ -112,12 +118,36 @@ class Running(uvicorn.Server):
         self.should_exit = True
 
 
-def log_answers(*, as_json: bool) -> None:
-    """Write lines of answers to standard error as they are, with the time before those that are words."""
+class _Dropping(logging.handlers.QueueHandler):
+    """Lines for another thread to write; where nobody reads them they are left out, and the server goes on."""
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """See logging."""
+        with contextlib.suppress(queue.Full):
+            self.queue.put_nowait(record)
+
+
+def log_apart(*, as_json: bool) -> None:
+    """Have another thread write the log, so that nobody waits where it is not read.
+
+    Lines of answers go to standard error as they are, with the time before those that are words; others as before.
+    """
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s" if as_json else "%(asctime)s %(message)s"))
-    answers = logging.getLogger("gemma_deploy.serve.answers")
-    answers.handlers, answers.propagate = [handler], False
+    answers, root = logging.getLogger("gemma_deploy.serve.answers"), logging.getLogger()
+    answers.propagate = False
+    for logger, handlers in ((answers, [handler]), (root, list(root.handlers))):
+        lines: queue.Queue[logging.LogRecord] = queue.Queue(MOST_LINES)
+        logging.handlers.QueueListener(lines, *handlers).start()  # a daemon, for which the end waits a moment
+        atexit.register(_wait_for, lines)
+        logger.handlers = [_Dropping(lines)]
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each client that has left
+
+
+def _wait_for(lines: queue.Queue[logging.LogRecord]) -> None:
+    end = time.monotonic() + FLUSH_SECONDS
+    while lines.unfinished_tasks and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def loopback(host: str) -> bool:
