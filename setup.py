@@ -13,6 +13,7 @@ sys.path.insert(0, str(HERE / "scripts"))
 from build_native import LIBRARY, build, sources  # noqa: E402
 
 DATA = {f"gemma_deploy._data.{name}": name for name in ("source_code", "calib", "build_in") if Path(name).is_dir()}
+KINDS = ("html", "j2", "js", "css", "svg", "cpp", "h", "map")
 NATIVE = "gemma_deploy.backends.native.library"
 # `linux_aarch64`, say, where the library is made for another platform (scripts/build_wheels.py).
 PLATFORM = os.environ.get("GEMMA_DEPLOY_PLATFORM")
@@ -56,7 +57,7 @@ setup(
     packages=[*find_packages(include=["gemma_deploy*"]), *DATA],
     package_dir=DATA,
     package_data={
-        "gemma_deploy": ["py.typed", "demo/*", "**/*.html", "**/*.j2", "**/*.cpp", "**/*.h", "**/*.map"],
+        "gemma_deploy": ["py.typed", "demo/*", *(f"**/*.{kind}" for kind in KINDS)],
         **{name: ["**/*"] for name in DATA},
     },
     exclude_package_data={"": ["__pycache__/*", "*.pyc"]},

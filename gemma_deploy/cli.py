@@ -35,6 +35,7 @@ COMMANDS = {
     "chat": "Talk with an artifact.",
     "serve": "Answer requests over HTTP as OpenAI's servers do.",
     "embed": "Make vectors of texts with an artifact of an encoder.",
+    "webui": "Serve a web page to chat with the models of a server.",
     "bench": "Measure how fast an artifact is, and what it takes.",
     "inspect": "Show what is in an artifact or a checkpoint.",
     "verify": "Check every hash, graph and table of an artifact.",

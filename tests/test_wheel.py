@@ -64,6 +64,8 @@ def test_it_puts_one_package_into_site_packages(installed):
     assert (installed / "gemma_deploy" / "py.typed").exists()
     modules = {str(file.relative_to(ROOT)) for file in (ROOT / "gemma_deploy").rglob("*.py")}
     assert modules <= {str(file.relative_to(installed)) for file in installed.rglob("*.py")}
+    page = "gemma_deploy/serve/page"
+    assert {file.name for file in (ROOT / page).iterdir()} == {file.name for file in (installed / page).iterdir()}
 
 
 def test_the_installed_package_finds_its_own_data(installed, tmp_path):

@@ -64,6 +64,14 @@ def streamed(client, path, **body):
     return [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
 
 
+def test_the_page_is_at_the_root_and_a_path_that_is_not_there_is_told(client):
+    page = client.get("/")
+    assert page.status_code == 200
+    assert page.headers["content-security-policy"].startswith("default-src 'none'; script-src 'self'")
+    assert client.get("/main.js").headers["content-type"].startswith("text/javascript")
+    assert "error" in client.get("/page/").json()
+
+
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 TEXT = "the window of a layer sees"
 

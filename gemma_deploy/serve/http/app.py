@@ -34,6 +34,7 @@ from gemma_deploy.serve.http.fields import (
 from gemma_deploy.serve.http.metrics import exposed
 from gemma_deploy.serve.http.served import Served
 from gemma_deploy.serve.http.streaming import ClientLeft, EventStream, unless_left
+from gemma_deploy.serve.webui import page_routes
 
 log = logging.getLogger(__name__)
 answers = logging.getLogger("gemma_deploy.serve.answers")  # a line for each
@@ -83,7 +84,7 @@ class Server:
         gets = {"/v1/models": self._models, "/v1/models/{name:path}": self._model, "/metrics": self._metrics}
         routes = [Route(path, self._guarded(handler), methods=["POST"]) for path, handler in posts.items()]
         routes += [Route(path, self._guarded(handler), methods=["GET"]) for path, handler in gets.items()]
-        routes.append(Route("/health", self._health, methods=["GET"]))
+        routes += [Route("/health", self._health, methods=["GET"]), *page_routes()]
         app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={HTTPException: _no_such_thing})
         if self._settings.origins:
             from starlette.middleware.cors import CORSMiddleware
