@@ -74,8 +74,9 @@ def command(
 
     extras.require("serve", what="`gemma-deploy serve`")
     from gemma_deploy.artifact.check import open_whole
-    from gemma_deploy.engine import open_engine, refuse_encoder
+    from gemma_deploy.engine import open_embedder, open_engine
     from gemma_deploy.serve.http.app import Server, Settings
+    from gemma_deploy.serve.http.embeddings import ServedEncoder
     from gemma_deploy.serve.http.running import listening, log_apart, loopback, open_enough, run, server_of
     from gemma_deploy.serve.http.served import Served
     from gemma_deploy.serve.opening import scheduling_of
@@ -85,12 +86,14 @@ def command(
         _refuse_open(host)
     opened = [open_whole(one, hashes=True) for one in artifact]
     names = _names(opened, alias)
-    for one in opened:
-        refuse_encoder(one)
     open_enough(connections)
     bound = listening(host, port)
     served: list[Served] = []
+    encoders: list[ServedEncoder] = []
     for one, called in zip(opened, names, strict=True):
+        if one.manifest.model.sentence is not None:
+            encoders.append(ServedEncoder(open_embedder(one, threads=threads), one, called))
+            continue
         engine = open_engine(one, threads=threads)
         scheduling = scheduling_of(
             engine, together=batch_size, queue=queue, context=max_context or 0, cache_bytes=cache_mib * MIB
@@ -105,7 +108,9 @@ def command(
     def ready() -> None:
         click.echo(f"serving {', '.join(name for called in names for name in called)} at {shown}")
 
-    if run(server_of(Server(served, settings).app(), grace=grace, connections=connections), bound, ready):
+    if run(
+        server_of(Server(served, settings, encoders=encoders).app(), grace=grace, connections=connections), bound, ready
+    ):
         raise click.exceptions.Exit(INTERRUPTED)
 
 

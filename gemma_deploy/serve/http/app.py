@@ -7,9 +7,9 @@ import contextlib
 import hmac
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -22,6 +22,7 @@ from gemma_deploy.runtime.limits import check_tokens
 from gemma_deploy.serve.guiding import Guide
 from gemma_deploy.serve.http.chats import Chat, rendered
 from gemma_deploy.serve.http.completions import Completion
+from gemma_deploy.serve.http.embeddings import EmbeddingFields, ServedEncoder
 from gemma_deploy.serve.http.errors import ApiError, told, wrong
 from gemma_deploy.serve.http.fields import (
     ChatFields,
@@ -41,6 +42,7 @@ answers = logging.getLogger("gemma_deploy.serve.answers")  # a line for each
 LARGEST_BODY = 8 << 20
 BODY_SECONDS = 30.0  # from the first byte of a body to its last
 LEFT = 499  # as nginx logs it; nobody reads it
+One = TypeVar("One")
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -65,12 +67,15 @@ class Server:
     """Answers requests to some artifacts.
 
     Args:
-        served: each under names of its own, the first one for requests that name none.
+        served: artifacts that make text, each under names of its own; encoders: those that make vectors.
     """
 
-    def __init__(self, served: Sequence[Served], settings: Settings | None = None) -> None:
+    def __init__(
+        self, served: Sequence[Served], settings: Settings | None = None, *, encoders: Sequence[ServedEncoder] = ()
+    ) -> None:
         self._served, self._settings = tuple(served), settings or Settings()
         self._names = {name: one for one in self._served for name in one.names}
+        self._encoders = {name: one for one in encoders for name in one.names}
         self._keys = [key.encode() for key in self._settings.keys]
 
     def app(self) -> Starlette:
@@ -78,6 +83,7 @@ class Server:
         posts = {
             "/v1/completions": self._completions,
             "/v1/chat/completions": self._chats,
+            "/v1/embeddings": self._embeddings,
             "/tokenize": self._tokenize,
             "/detokenize": self._detokenize,
         }
@@ -136,14 +142,8 @@ class Server:
             raise ApiError(401, "no API key that this server knows: Authorization: Bearer KEY", code="invalid_api_key")
 
     def _find(self, name: str | None) -> tuple[Served, str]:
-        """What is asked for by a name, and that name."""
-        if name is None:
-            if len(self._served) > 1:
-                raise wrong("model", f"name one of {', '.join(self._names)}")
-            return self._served[0], self._served[0].names[0]
-        if name not in self._names:
-            raise ApiError(404, f"no model {name[:80]!r} is served here", param="model", code="model_not_found")
-        return self._names[name], name
+        """What makes text under a name, and that name."""
+        return _found(self._names, name, self._encoders, "makes vectors of texts: /v1/embeddings")
 
     async def _body(self, request: Request) -> bytes:
         """What was sent, up to a limit and in a limited time."""
@@ -175,6 +175,11 @@ class Server:
         fields = read(ChatFields, await self._body(request))
         served, name = self._find(fields.model)
         return await self._answered(request, Chat(served, fields, name, guide=await _guide(served, fields)), fields)
+
+    async def _embeddings(self, request: Request) -> Response:
+        fields = read(EmbeddingFields, await self._body(request))
+        encoder, name = _found(self._encoders, fields.model, self._names, "makes text: /v1/completions")
+        return JSONResponse(await encoder.answer(fields, name))
 
     async def _answered(self, request: Request, answer: Completion | Chat, fields: Generating) -> Response:
         def done() -> None:
@@ -216,11 +221,13 @@ class Server:
             answers.info("%s", " ".join(f"{key}={value}" for key, value in told.items()))
 
     async def _models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [one.card(name) for name, one in self._names.items()]})
+        every: dict[str, Served | ServedEncoder] = {**self._names, **self._encoders}
+        return JSONResponse({"object": "list", "data": [one.card(name) for name, one in every.items()]})
 
     async def _model(self, request: Request) -> Response:
-        served, name = self._find(request.path_params["name"])
-        return JSONResponse(served.card(name))
+        every: dict[str, Served | ServedEncoder] = {**self._names, **self._encoders}
+        one, name = _found(every, request.path_params["name"], {}, "")
+        return JSONResponse(one.card(name))
 
     async def _tokenize(self, request: Request) -> Response:
         fields = read(TokenizeFields, await self._body(request))
@@ -256,6 +263,23 @@ class Server:
     async def _metrics(self, request: Request) -> Response:
         found = {one.names[0]: (one.worker.counts(), one.metrics) for one in self._served}
         return PlainTextResponse(exposed(found), media_type="text/plain; version=0.0.4")
+
+
+def _found(models: Mapping[str, One], name: str | None, others: Collection[str], what: str) -> tuple[One, str]:
+    """What is asked for by a name, and that name.
+
+    Args:
+        others: names of what answers other requests, and `what` that does.
+    """
+    if name is None and len(set(map(id, models.values()))) == 1:
+        name = next(iter(models))
+    if name is None:
+        raise wrong("model", f"name one of {', '.join(models) or 'those that do this, of which none is served here'}")
+    if name in others:
+        raise wrong("model", f"{name} {what}")
+    if name not in models:
+        raise ApiError(404, f"no model {name[:80]!r} is served here", param="model", code="model_not_found")
+    return models[name], name
 
 
 async def _guide(served: Served, fields: Generating) -> Guide | None:
