@@ -47,9 +47,9 @@ struct Products {
     }
 
     // Adds sums of the inputs begin..end to `inner`, less what codes that are not centred are too high, times the scales
-    // of the group.
+    // of the group. Never called: sums would go through memory, which groups of 32 inputs feel.
     template <class Accs>
-    void Flush(const Accs& acc, int begin, int end, int panel, int offset) {
+    __attribute__((always_inline)) inline void Flush(const Accs& acc, int begin, int end, int panel, int offset) {
       for (int r = 0; r < R; r++) {
         const int32_t low = V::kCentred ? 0 : offset * (rows[r]->sums[(end - start) / kSums] - rows[r]->sums[(begin - start) / kSums]);
         const I less = V::SetInt(low);
@@ -264,10 +264,14 @@ struct Products {
         const Matrix floats{reinterpret_cast<const uint8_t*>(panel), nullptr, kFloat32, 0, kLanes, end - begin, 0, 0};
         for (int row = 0; row < work.count; row++) {
           const Span* x = work.rows + static_cast<size_t>(row) * work.row_spans + (span - work.first);
-          Block<1, 1> block{floats, {x}, {floats.panels}, 0, {}};
-          block.Run(0, end - begin, 0);
+          F sum = V::Set(0.0f);
+          for (int k = 0; k < end - begin; k += kBlock) {  // sums of few, and of these: a long one would lose more
+            Block<1, 1> block{floats, {x}, {floats.panels}, 0, {}};
+            block.Run(k, k + kBlock, 0);
+            sum = V::Add(sum, block.inner[0][0]);
+          }
           float* y = work.y + row * work.stride + static_cast<size_t>(p) * kLanes;
-          V::Store(y, span == 0 ? block.inner[0][0] : V::Add(V::Load(y), block.inner[0][0]));
+          V::Store(y, span == 0 ? sum : V::Add(V::Load(y), sum));
         }
       }
     }
