@@ -112,7 +112,8 @@ def test_products(ops, level, dtype, rows, columns, group):
     if packed.codes:
         exact = product(ops, level, packed, x, exact=1)
         right = x.astype(np.float64) @ packed.dense.T
-        assert (np.abs(exact - right).max(1) / (np.abs(right).max(1) + 1e-30)).max() < 2e-6
+        # 2.6e-7 seen, and 6e-7 to 1.1e-6 of sums of all inputs one behind another.
+        assert (np.abs(exact - right).max(1) / (np.abs(right).max(1) + 1e-30)).max() < 5e-7
     row = np.zeros(columns, np.float32)
     assert ops.gemma_op_read_row(level, ctypes.byref(packed.matrix), rows - 1, ctypes.c_float(2), pointer(row)) == 0
     np.testing.assert_allclose(row, 2 * packed.dense[-1], rtol=1e-6, atol=1e-6)
