@@ -1,6 +1,7 @@
 // Attention to one page of a cache, for any vector type V of sixteen lanes (vector_*.h).
 #pragma once
 
+#include "each.h"
 #include "generic_rows.h"
 
 namespace gemma {
@@ -26,7 +27,7 @@ struct FloatPairs {
 template <class V>
 struct Attentions {
   using F = typename V::F;
-  static constexpr int kTogether = 4;  // queries
+  static constexpr int C = V::kColumns;  // of a page at a time: blocks of positions, or of channels
 
   // R queries that see something of the page, from `first` to `last` in all.
   template <int R>
@@ -36,22 +37,39 @@ struct Attentions {
     int first, last;
     alignas(64) float weights[R][kPage];  // scores at first
 
+    // Scores of blocks of 16 positions, C at a time.
     template <class Pairs>
     void FloatScores() {
+      int block = first / 16;
+      for (; block + C <= last / 16 + 1; block += C) BlockScores<Pairs, C>(block);
+      for (; block <= last / 16; block++) BlockScores<Pairs, 1>(block);
+    }
+
+    template <class Pairs, int n>
+    __attribute__((noinline)) void BlockScores(int block) {
       const int half = work.head_dim / 2;
-      for (int block = first / 16; block <= last / 16; block++) {
-        const uint8_t* keys = work.page.keys + static_cast<size_t>(block) * half * Pairs::kBytes;
-        F even[R], odd[R];
-        for (int r = 0; r < R; r++) even[r] = odd[r] = V::Set(0.0f);
-        for (int i = 0; i < half; i++) {
-          const F a = Pairs::First(keys + i * Pairs::kBytes), b = Pairs::Second(keys + i * Pairs::kBytes);
-          for (int r = 0; r < R; r++) {
-            even[r] = V::Fma(V::Set(queries[r].q[2 * i]), a, even[r]);
-            odd[r] = V::Fma(V::Set(queries[r].q[2 * i + 1]), b, odd[r]);
-          }
-        }
-        for (int r = 0; r < R; r++) Score(r, block, V::Add(even[r], odd[r]));
+      const size_t size = static_cast<size_t>(half) * Pairs::kBytes;
+      F even[R * n], odd[R * n];
+      const float* q[R];
+      Each<R>([&](auto r) GEMMA_INLINE { q[r] = queries[r].q; });
+      Each<R * n>([&](auto i) GEMMA_INLINE { even[i] = odd[i] = V::Set(0.0f); });
+      const uint8_t* keys = work.page.keys + block * size;
+      for (int i = 0; i < half; i++, keys += Pairs::kBytes) {
+        F a[n];
+        Each<n>([&](auto c) GEMMA_INLINE { a[c] = Pairs::First(keys + c * size); });
+        Each<R>([&](auto r) GEMMA_INLINE {
+          const F x = V::Set(q[r][2 * i]);
+          Each<n>([&](auto c) GEMMA_INLINE { even[r * n + c] = V::Fma(x, a[c], even[r * n + c]); });
+        });
+        Each<n>([&](auto c) GEMMA_INLINE { a[c] = Pairs::Second(keys + c * size); });
+        Each<R>([&](auto r) GEMMA_INLINE {
+          const F x = V::Set(q[r][2 * i + 1]);
+          Each<n>([&](auto c) GEMMA_INLINE { odd[r * n + c] = V::Fma(x, a[c], odd[r * n + c]); });
+        });
       }
+      Each<R>([&](auto r) GEMMA_INLINE {
+        Each<n>([&](auto c) GEMMA_INLINE { Score(r, block + c, V::Add(even[r * n + c], odd[r * n + c])); });
+      });
     }
 
     void CodeScores() {
@@ -99,21 +117,39 @@ struct Attentions {
       }
     }
 
+    // 16 channels at a time, or C times as many.
     template <class Pairs>
     void FloatValues() {
-      for (int d = 0; d < work.head_dim; d += 16) {
-        const uint8_t* values = work.page.values + static_cast<size_t>(d) / 16 * (kPage / 2) * Pairs::kBytes;
-        F even[R], odd[R];
-        for (int r = 0; r < R; r++) even[r] = odd[r] = V::Set(0.0f);
-        for (int i = first / 2; i <= last / 2; i++) {
-          const F a = Pairs::First(values + i * Pairs::kBytes), b = Pairs::Second(values + i * Pairs::kBytes);
-          for (int r = 0; r < R; r++) {
-            even[r] = V::Fma(V::Set(weights[r][2 * i]), a, even[r]);
-            odd[r] = V::Fma(V::Set(weights[r][2 * i + 1]), b, odd[r]);
-          }
-        }
-        for (int r = 0; r < R; r++) V::Store(queries[r].values + d, V::Add(even[r], odd[r]));
+      int d = 0;
+      for (; d + 16 * C <= work.head_dim; d += 16 * C) ChannelValues<Pairs, C>(d);
+      for (; d < work.head_dim; d += 16) ChannelValues<Pairs, 1>(d);
+    }
+
+    template <class Pairs, int n>
+    __attribute__((noinline)) void ChannelValues(int d) {
+      constexpr size_t kSize = kPage / 2 * Pairs::kBytes;
+      F even[R * n], odd[R * n];
+      Each<R * n>([&](auto i) GEMMA_INLINE { even[i] = odd[i] = V::Set(0.0f); });
+      const uint8_t* values = work.page.values + static_cast<size_t>(d) / 16 * kSize;
+      const float* at = weights[0];
+      for (int i = first / 2; i <= last / 2; i++) {
+        F a[n];
+        Each<n>([&](auto c) GEMMA_INLINE { a[c] = Pairs::First(values + i * Pairs::kBytes + c * kSize); });
+        Each<R>([&](auto r) GEMMA_INLINE {
+          const F x = V::Set(at[r * kPage + 2 * i]);
+          Each<n>([&](auto c) GEMMA_INLINE { even[r * n + c] = V::Fma(x, a[c], even[r * n + c]); });
+        });
+        Each<n>([&](auto c) GEMMA_INLINE { a[c] = Pairs::Second(values + i * Pairs::kBytes + c * kSize); });
+        Each<R>([&](auto r) GEMMA_INLINE {
+          const F x = V::Set(at[r * kPage + 2 * i + 1]);
+          Each<n>([&](auto c) GEMMA_INLINE { odd[r * n + c] = V::Fma(x, a[c], odd[r * n + c]); });
+        });
       }
+      Each<R>([&](auto r) GEMMA_INLINE {
+        Each<n>([&](auto c) GEMMA_INLINE {
+          V::Store(queries[r].values + d + 16 * c, V::Add(even[r * n + c], odd[r * n + c]));
+        });
+      });
     }
 
     // Weights take the scales of the values, and are rounded as activations are.
@@ -180,7 +216,8 @@ struct Attentions {
 
   static void Attend(const Attention& work) {
     int i = 0;
-    for (; i + kTogether <= work.count; i += kTogether) Together<kTogether>(work, work.queries + i);
+    for (; i + V::kQueries <= work.count; i += V::kQueries) Together<V::kQueries>(work, work.queries + i);
+    for (; i + 4 <= work.count; i += 4) Together<4>(work, work.queries + i);
     for (; i < work.count; i++) Together<1>(work, work.queries + i);
   }
 

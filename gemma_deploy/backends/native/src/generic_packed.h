@@ -8,25 +8,11 @@
 // V says how many rows its registers hold sums of: kFewRows with 4 panels, kPackedRows with 2, kMostRows with one.
 #pragma once
 
-#include <utility>
-
+#include "each.h"
 #include "generic_product.h"
-
-#define GEMMA_INLINE __attribute__((always_inline))
 
 namespace gemma {
 namespace {
-
-template <class F, int... i>
-GEMMA_INLINE inline void EachOf(std::integer_sequence<int, i...>, const F& f) {
-  (f(std::integral_constant<int, i>()), ...);
-}
-
-// f(0), ... f(n - 1), each a constant: arrays that nothing else indexes lie in registers.
-template <int n, class F>
-GEMMA_INLINE inline void Each(const F& f) {
-  EachOf(std::make_integer_sequence<int, n>(), f);
-}
 
 // How a panel's bytes hold weights.
 enum class Held { kBytes, kLow, kHigh };
@@ -154,10 +140,13 @@ struct PackedProducts {
   template <int R>
   static void Pack(const Packed& x) {
     const int offset = V::kCentred ? 0 : x.work.matrix->form == kInt8 ? -128 : -8;
+    for (int r = 0; r < R; r += 8) {
+      const int8_t* rows[8];
+      for (int i = 0; i < 8; i++) rows[i] = x.RowSpan(r + i < R ? r + i : R - 1).codes;
+      V::Pack(rows, R - r < 8 ? R - r : 8, x.inputs, x.codes + kGroupBytes * r, R * kGroupBytes);
+    }
     for (int r = 0; r < R; r++) {
       const Span& row = x.RowSpan(r);
-      int8_t* to = x.codes + kGroupBytes * r;
-      for (int k = 0; k < x.inputs; k += 4, to += R * kGroupBytes) V::Pack(row.codes, k, to);
       for (int k = 0; k < x.inputs; k += x.piece) {
         const int last = k + x.piece < x.inputs ? k + x.piece : x.inputs;
         x.less[k / x.piece * R + r] = offset * (row.sums[last / kSums] - row.sums[k / kSums]);

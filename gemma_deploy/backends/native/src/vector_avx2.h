@@ -29,6 +29,7 @@ struct Avx2 {
   };
   static constexpr bool kCentred = false, kHalves = true;
   static constexpr int kRows = 4, kPanels = 1;
+  static constexpr int kQueries = 4, kColumns = 1;
 
   static F Set(float x) { return F{_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
   static F Load(const float* p) { return F{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }

@@ -19,6 +19,7 @@ struct Avx512 {
   static constexpr bool kCentred = false, kHalves = false;
   static constexpr int kRows = 6, kPanels = 4;
   static constexpr int kPackedRows = 12, kFewRows = 4, kMostRows = 16;
+  static constexpr int kQueries = 6, kColumns = 2;
 
   static F Set(float x) { return _mm512_set1_ps(x); }
   static F Load(const float* p) { return _mm512_loadu_ps(p); }
@@ -59,8 +60,28 @@ struct Avx512 {
     __builtin_memcpy(&odd, codes + 2 * static_cast<size_t>(k) + 4, 4);
     return X{_mm512_set1_epi32(even), _mm512_set1_epi32(odd)};
   }
-  // The same of four inputs, packed.
-  static void Pack(const int8_t* codes, int k, int8_t* to) { __builtin_memcpy(to, codes + 2 * static_cast<size_t>(k), 8); }
+  // Packs the codes of at most eight rows: of every four inputs 8 bytes of each row behind another, `stride` bytes from those
+  // of the four before. `inputs` is a multiple of 32; there are eight pointers.
+  static void Pack(const int8_t* const* rows, int count, int inputs, int8_t* to, size_t stride) {
+    const __mmask8 some = static_cast<__mmask8>((1 << count) - 1);
+    for (int at = 0; at < 2 * inputs; at += 64, to += 8 * stride) {
+      const auto load = [&](int r) { return _mm512_loadu_si512(rows[r] + at); };
+      // Pairs of rows, of even inputs' groups and of odd ones; then four rows, then all.
+      const auto four = [](__m512i a, __m512i b, int8_t* at, size_t step, __m512i c, __m512i d, __mmask8 some) {
+        const __m512i x = _mm512_shuffle_i64x2(a, b, 0x88), y = _mm512_shuffle_i64x2(a, b, 0xdd);
+        const __m512i z = _mm512_shuffle_i64x2(c, d, 0x88), w = _mm512_shuffle_i64x2(c, d, 0xdd);
+        _mm512_mask_storeu_epi64(at, some, _mm512_shuffle_i64x2(x, z, 0x88));
+        _mm512_mask_storeu_epi64(at + 2 * step, some, _mm512_shuffle_i64x2(y, w, 0x88));
+        _mm512_mask_storeu_epi64(at + 4 * step, some, _mm512_shuffle_i64x2(x, z, 0xdd));
+        _mm512_mask_storeu_epi64(at + 6 * step, some, _mm512_shuffle_i64x2(y, w, 0xdd));
+      };
+      const __m512i a = load(0), b = load(1), c = load(2), d = load(3), e = load(4), f = load(5), g = load(6), h = load(7);
+      four(_mm512_unpacklo_epi64(a, b), _mm512_unpacklo_epi64(c, d), to, stride, _mm512_unpacklo_epi64(e, f),
+           _mm512_unpacklo_epi64(g, h), some);
+      four(_mm512_unpackhi_epi64(a, b), _mm512_unpackhi_epi64(c, d), to + stride, stride, _mm512_unpackhi_epi64(e, f),
+           _mm512_unpackhi_epi64(g, h), some);
+    }
+  }
   static X Packed(const int8_t* p) { return Codes(p, 0); }
 
   static B Split(__m512i w) { return B{_mm512_and_si512(w, _mm512_set1_epi16(255)), _mm512_srli_epi16(w, 8)}; }

@@ -25,6 +25,7 @@ struct NeonDot {
   };
   static constexpr int kRows = 2, kPanels = 1;
   static constexpr bool kCentred = true, kHalves = false;
+  static constexpr int kQueries = 4, kColumns = 1;
 
   template <class Op>
   static F Each(Op op) {

@@ -26,6 +26,7 @@ struct Plain {
   };
   static constexpr bool kCentred = false, kHalves = false;
   static constexpr int kRows = 2, kPanels = 1;
+  static constexpr int kQueries = 4, kColumns = 1;
 
   template <class Op>
   static F Each(Op op) {
