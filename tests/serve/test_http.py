@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -289,6 +290,29 @@ def test_what_is_served_and_how_it_is(client):
     assert lines['gemma_deploy_requests_running{model="tiny"}'] == "0"
     first = "gemma_deploy_time_to_first_token_seconds"
     assert lines[f'{first}_bucket{{model="tiny",le="+Inf"}}'] == lines[f'{first}_count{{model="tiny"}}']
+
+
+def test_a_text_that_no_context_takes_is_refused_before_it_is_divided(client, engine, monkeypatch):
+    monkeypatch.setattr(type(engine.tokenizer), "encode", lambda self, text: pytest.fail("it was divided"))
+    answer = client.post(COMPLETIONS, json={"prompt": "x" * 1_000_000})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+    assert "maximum context length is 800" in answer.json()["error"]["message"]
+
+
+def test_the_interface_describes_itself(client):
+    found = client.get("/openapi.json").json()
+    assert found["openapi"].startswith("3.")
+    for path, methods in found["paths"].items():
+        for method, operation in methods.items():
+            assert client.request(method, path, content=b"{").status_code in (200, 400)
+            if method == "post":
+                name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
+                assert found["components"]["schemas"][name]["properties"]
+    fields = found["components"]["schemas"]["CompletionFields"]["properties"]
+    assert {"prompt", "max_tokens", "logit_bias", "guided_json"} <= set(fields)
+    text = json.dumps(found)
+    for name in set(re.findall(r"#/components/schemas/(\w+)", text)):
+        assert name in found["components"]["schemas"]
 
 
 WRONG = [

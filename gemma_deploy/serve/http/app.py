@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -22,6 +23,7 @@ from gemma_deploy.runtime.limits import check_tokens
 from gemma_deploy.serve.guiding import Guide
 from gemma_deploy.serve.http.chats import Chat, rendered
 from gemma_deploy.serve.http.completions import Completion
+from gemma_deploy.serve.http.described import description
 from gemma_deploy.serve.http.embeddings import EmbeddingFields, ServedEncoder
 from gemma_deploy.serve.http.errors import ApiError, told, wrong
 from gemma_deploy.serve.http.fields import (
@@ -87,7 +89,12 @@ class Server:
             "/tokenize": self._tokenize,
             "/detokenize": self._detokenize,
         }
-        gets = {"/v1/models": self._models, "/v1/models/{name:path}": self._model, "/metrics": self._metrics}
+        gets = {
+            "/v1/models": self._models,
+            "/v1/models/{name:path}": self._model,
+            "/metrics": self._metrics,
+            "/openapi.json": self._described,
+        }
         routes = [Route(path, self._guarded(handler), methods=["POST"]) for path, handler in posts.items()]
         routes += [Route(path, self._guarded(handler), methods=["GET"]) for path, handler in gets.items()]
         routes += [Route("/health", self._health, methods=["GET"]), *page_routes()]
@@ -259,6 +266,9 @@ class Server:
         broken = [one.names[0] for one in self._served if one.worker.broken is not None]
         status = {"status": "ok"} if not broken else {"status": "failed", "models": broken}
         return JSONResponse(status, 503 if broken else 200)
+
+    async def _described(self, request: Request) -> Response:
+        return JSONResponse(description(version("gemma-deploy")))
 
     async def _metrics(self, request: Request) -> Response:
         found = {one.names[0]: (one.worker.counts(), one.metrics) for one in self._served}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from gemma_deploy.serve.request import Ended, Event, Failed, Request, Scheduling
 from gemma_deploy.serve.worker import Worker
 
 BYTE = len("<0x00>")
+LONG = 1 << 16  # characters of a text that may be too long for any context
 
 
 class Asked:
@@ -123,15 +125,27 @@ class Served:
             special: special tokens that the text spells are taken as such; else they are text like any other.
 
         Raises:
-            UsageError: the text is no Unicode.
+            UsageError: the text is no Unicode, or so long that no tokens of this model could be few enough; that is
+                seen before it is divided, which holds all others up.
         """
         backend = self.tokenizer.backend  # of the event loop alone
+        if len(text) > LONG and len(text) > self.context * self._longest:
+            raise UsageError(
+                f"the text has {len(text)} characters; this model's maximum context length is {self.context} tokens",
+                expected=f"at most {self._longest} characters for each",
+                next_step="send a shorter one",
+            )
         backend.encode_special_tokens = not special
         try:
             ids = self.tokenizer.encode(text)
         finally:
             backend.encode_special_tokens = False
         return ids
+
+    @functools.cached_property
+    def _longest(self) -> int:
+        """Characters of a text that one token stands for at most: the longest, of what normalizers make one of four."""
+        return 4 * max(map(len, self.tokenizer.backend.get_vocab()), default=1)
 
     def text_of(self, token: int) -> str:
         r"""What one token is alone: its text, that of a special one too, `bytes:\xNN` of a part of a character."""
