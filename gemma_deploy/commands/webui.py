@@ -31,7 +31,7 @@ def command(api_base_url: str, port: int, host: str) -> None:
     from gemma_deploy.extras import require
 
     require("client", "serve", what="`gemma-deploy webui`")
-    from gemma_deploy.serve.http.running import listening, loopback, run
+    from gemma_deploy.serve.http.running import listening, loopback, run, server_of
     from gemma_deploy.serve.passing import LOOPBACK
     from gemma_deploy.serve.webui import webui_app
 
@@ -41,5 +41,6 @@ def command(api_base_url: str, port: int, host: str) -> None:
     shown = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}/"
     if not local:
         click.echo(f"warning: whoever reaches {shown} can ask {api_base_url} as this machine can", err=True)
-    if run(app, bound, grace=GRACE_SECONDS, connections=CONNECTIONS, ready=lambda: click.echo(f"open {shown}")):
+    server = server_of(app, grace=GRACE_SECONDS, connections=CONNECTIONS)
+    if run(server, bound, lambda: click.echo(f"open {shown}")):
         raise click.exceptions.Exit(INTERRUPTED)

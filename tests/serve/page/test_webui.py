@@ -382,9 +382,10 @@ def test_a_port_that_is_taken_is_told(capsys):
 
 
 def test_a_host_that_others_reach_is_warned_of(monkeypatch, capsys):
-    from gemma_deploy.serve.http import running
-
-    monkeypatch.setattr(running, "run", lambda app, bound, **_: bound.close())
+    uvicorn = pytest.importorskip("uvicorn")
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: None)
     for host, warned in (("127.0.0.1", False), ("0.0.0.0", True)):
         assert main(["webui", "--api-base-url", BASE, "--host", host, "--port", "0"]) == 0
-        assert ("can ask http://127.0.0.1:9000/v1 as this machine can" in capsys.readouterr().err) == warned
+        said = capsys.readouterr()
+        assert said.out.startswith(f"open http://{host}:")
+        assert ("can ask http://127.0.0.1:9000/v1 as this machine can" in said.err) == warned
