@@ -37,15 +37,12 @@ struct Products8 {
     }
   }
 
-  // R rows times P panels, over the inputs of one span.
+  // R rows times P panels, over the inputs of one span: steps are those of 15 bits, sums end where scales do.
   template <int R, int P>
-  struct Block {
+  struct Block : Products<E>::template Block<R, P> {
+    using Steps = typename Products<E>::template Block<R, P>;
     using Accs = typename E::Acc[R][P];
-    const Matrix& m;
-    const Span* rows[R];
-    const uint8_t* panels[P];
-    int start;      // the span's first input, of all
-    F inner[R][P];  // sums of the span
+    using Steps::inner, Steps::m, Steps::rows, Steps::start;
 
     // Sums begin with what codes that are not centred make too high.
     void Begin(Accs& acc, int begin, int end, int offset) const {
@@ -53,13 +50,6 @@ struct Products8 {
         const int32_t* before = rows[r]->sums;
         const int32_t low = E::kCentred ? 0 : offset * (before[(end - start) / kSums] - before[(begin - start) / kSums]);
         for (int p = 0; p < P; p++) acc[r][p] = E::Begin(-low);
-      }
-    }
-
-    void Dots(Accs& acc, const typename E::B (&w)[P], int k) const {
-      for (int r = 0; r < R; r++) {
-        const auto x = E::Codes(rows[r]->codes, k - start);
-        for (int p = 0; p < P; p++) E::Dot(acc[r][p], w[p], x);
       }
     }
 
@@ -74,49 +64,52 @@ struct Products8 {
       }
     }
 
+    // A row alone waits for memory; several take as long as their products, and these longer beside other loads.
+    void Ahead(size_t at) {
+      if constexpr (R == 1) Steps::Ahead(at);
+    }
+
     void Bytes(int begin, int end, int panel) {
       Accs acc;
       Begin(acc, begin, end, 128);
       for (int k = begin; k < end; k += 4) {
-        typename E::B w[P];
-        for (int p = 0; p < P; p++) {
-          const uint8_t* at = panels[p] + static_cast<size_t>(k) * kLanes;
-          w[p] = E::LoadBytes(at);
-          E::Prefetch(at + 2048);
-        }
-        Dots(acc, w, k);
+        const size_t at = static_cast<size_t>(k) * kLanes;
+        Ahead(at);
+        this->template Step<Steps::kWhole>(acc, at, k);
       }
       Flush(acc, begin, panel);
     }
 
     // Inputs of one block of 128, all low nibbles or all high ones; or those of whole blocks.
+    template <bool low, bool high>
     void Nibbles(int begin, int end, int panel) {
       Accs acc;
       Begin(acc, begin, end, 8);
-      const bool whole = end - begin > kBlock, upper = begin % (2 * kBlock) >= kBlock;
+      constexpr int kShift = low ? 0 : kBlock;
       for (int block = begin / (2 * kBlock) * (2 * kBlock); block < end; block += 2 * kBlock) {
-        const int first = whole ? block : begin - upper * kBlock, last = whole ? block + kBlock : end - upper * kBlock;
+        const int first = low && high ? block : begin - kShift, last = low && high ? block + kBlock : end - kShift;
         for (int k = first; k < last; k += 4) {
-          typename E::B low[P], high[P];
-          for (int p = 0; p < P; p++) {
-            const uint8_t* at = panels[p] + static_cast<size_t>(block) * (kLanes / 2) + static_cast<size_t>(k - block) * kLanes;
-            E::LoadNibbles(at, low[p], high[p]);
-            E::Prefetch(at + 2048);
-          }
-          if (whole || !upper) Dots(acc, low, k);
-          if (whole || upper) Dots(acc, high, k + kBlock);
+          const size_t at = static_cast<size_t>(block) * (kLanes / 2) + static_cast<size_t>(k - block) * kLanes;
+          if constexpr (low) Ahead(at);
+          if constexpr (low) this->template Step<Steps::kLow>(acc, at, k);
+          if constexpr (high) this->template Step<Steps::kHigh>(acc, at, k + kBlock);
         }
       }
       Flush(acc, begin, panel);
     }
 
     void Run(int begin, int end, int panel) {
-      for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++) inner[r][p] = E::Set(0.0f);
+      this->Clear();
       const int piece = m.group != 0 && m.group < m.input_group ? m.group : m.input_group;
       for (int k = begin; k < end; k += piece) {
         const int stop = k + piece < end ? k + piece : end;
-        m.form == kInt8 ? Bytes(k, stop, panel) : Nibbles(k, stop, panel);
+        if (m.form == kInt8) {
+          Bytes(k, stop, panel);
+        } else if (stop - k > kBlock) {
+          Nibbles<true, true>(k, stop, panel);
+        } else {
+          k % (2 * kBlock) < kBlock ? Nibbles<true, false>(k, stop, panel) : Nibbles<false, true>(k, stop, panel);
+        }
       }
     }
   };
@@ -125,7 +118,7 @@ struct Products8 {
   static void Piece(const Product& work, int row, int panel, int span) {
     const Matrix& m = *work.matrix;
     const int begin = span * kSpan, end = begin + kSpan < m.columns ? begin + kSpan : m.columns;
-    Block<R, P> block{m, {}, {}, begin, {}};
+    Block<R, P> block{{m, {}, {}, begin, {}}};
     for (int r = 0; r < R; r++)
       block.rows[r] = work.rows + static_cast<size_t>(row + r) * work.row_spans + (span - work.first);
     for (int p = 0; p < P; p++) block.panels[p] = m.panels + (panel + p) * PanelBytes(m.form, m.columns);

@@ -217,6 +217,7 @@ struct AvxVnni : Avx2 {
 
 // For activations of 8 bits: one byte each, four products at once.
 struct AvxVnniEight : Avx2 {
+  static constexpr bool kHalves = false;
   using X = __m256i;
   struct B {
     __m256i a, b;
