@@ -1,6 +1,7 @@
 """`backend.type: native` from checkpoint to text: proven against transformers, past the window, broken and seen red."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ from gemma_deploy.runtime.generate import GenerationStats
 from gemma_deploy.runtime.sampling import Sampling
 from gemma_deploy.testing import TINY_EXPERTS, TINY_PER_LAYER, write_tiny_checkpoint
 from tests.calibration.make import write_tokenizer
+from tests.native.conftest import ROOT
 
 KINDS = ("gemma", "gemma2", "gemma3_text", "vaultgemma", "gemma4_text", "gemma4_unified_text")
 SCHEMES = (
@@ -485,3 +487,28 @@ def test_a_first_token_waits_for_no_import_that_it_does_not_need(compiled, code,
     imported = {name.removeprefix("gemma_deploy.") for name in done.stdout.split()}
     assert {"numpy", "backends.native.library"} <= imported
     assert imported & (UNUSED | more) == set()
+
+
+def test_a_c_program_makes_the_tokens_that_we_make(compiled, ids, tmp_path):
+    """`examples/native_generate.c`, linked with the library that lies in the artifact."""
+    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    if compiler is None:
+        pytest.skip("no C compiler is installed")
+    made, source = tmp_path / "native_generate", ROOT / "examples" / "native_generate.c"
+    words = [compiler, "-std=c99", "-Wall", "-Wextra", "-Werror", source, compiled / library.LIBRARY, "-o", made]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    def says(*given):
+        done = subprocess.run([made, *map(str, given)], capture_output=True, text=True)
+        return done.returncode, done.stdout.split(), done.stderr
+
+    prompt = ids[:40]  # five windows
+    session, found, tokens = open_engine(compiled, threads=1).session(), [], prompt
+    for _ in range(12):
+        found.append(int(session.read(tokens).argmax()))
+        tokens = found[-1:]
+    assert says(compiled, 12, 2, *prompt) == (0, [str(token) for token in found], "")
+    assert says(compiled, 1, 1, 512) == (1, [], "piece 0: token 512 is not in the table\n")
+    assert says(tmp_path, 1, 1, 2)[2] == f"{tmp_path}/model.onnx: No such file or directory\n"
+    assert "ARTIFACT COUNT" in says(compiled)[2]
