@@ -120,8 +120,10 @@ def _nbytes(tensor: onnx.TensorProto) -> int:
 
 
 def _shows_whole_rows(params: Sequence[ParamRow], span: tuple[str | None, int, int]) -> bool:
-    """Whether a span of the parameter file is rows of one tensor, or several tensors that lie behind one another."""
+    """Whether a span of the parameter file is rows of one tensor, several one behind another, or all of it."""
     location, offset, length = span
+    if offset == 0 and length == max((row.offset + row.nbytes for row in params), default=-1):
+        return location == PARAMS  # an operator that computes the whole model takes it as it is
     for row in params:  # some rows of one matrix
         inside = row.offset <= offset and offset + length <= row.offset + row.nbytes
         row_bytes = max(1, row.nbytes // row.shape[0])

@@ -89,7 +89,8 @@ MEANING: Mapping[str, str] = {
     "backend.merge_params": "Both graphs share `params.safetensors`. `false` is not built.",
     "backend.compile": "The back end's own keys, below, and the vendor's.",
     "adapters.rank": "Largest rank of LoRA adapters that are loaded beside the artifact and changed without reloading "
-    "it: [adapters](adapters.md#beside-an-artifact). Without the section the graph takes none. `onnxruntime` alone.",
+    "it: [adapters](adapters.md#beside-an-artifact). Without the section an artifact takes none. `onnxruntime` and "
+    "`native`.",
     "parity.text": "UTF-8 file that prompts of the gate come from. null: the bundled C4 sample.",
     "parity.prompt_tokens": "Tokens of a prompt, at least. More where the sliding window asks for it and P allows it.",
     "parity.decode_tokens": "Decode steps that are compared after each prompt.",

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from gemma_deploy.checkpoint.adapters.merging import AdapterRef
 
 ADAPTERS = "adapters"  # the folder
-RECORD, FILE = "adapter.json", "adapter.onnx_adapter"
+RECORD = "adapter.json"
+FILES = {"native": "adapter.safetensors"}  # by back end, what its runtime loads; of any other ONNX Runtime's own format
+FILE = "adapter.onnx_adapter"
 FORMAT_VERSION: Literal[1] = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 AGAIN = "make it again: gemma-deploy adapter ARTIFACT ADAPTER_DIR --name {}"
@@ -63,16 +65,12 @@ class KeptRecord(Record):
 
 @dataclass(frozen=True)
 class KeptAdapter:
-    """An adapter in an artifact, with its record."""
+    """An adapter in an artifact, with its record and the file that a runtime loads."""
 
     name: str
     path: Path
     record: KeptRecord
-
-    @property
-    def file(self) -> Path:
-        """What a runtime loads."""
-        return self.path / FILE
+    file: Path
 
     def check(self) -> None:
         """See that the runtime's file is the one that was written.
@@ -108,7 +106,7 @@ def slots_of(artifact: Artifact) -> AdapterSlots:
         raise UsageError(
             "takes no adapter at run time",
             where=str(artifact.path),
-            expected="an artifact of backend.type onnxruntime whose recipe has `adapters: {rank: N}`",
+            expected="an artifact of backend.type onnxruntime or native whose recipe has `adapters: {rank: N}`",
             next_step="compile it with that section, or merge the adapter into it: "
             "gemma-deploy compile RECIPE -s frontend.adapter=ADAPTER_DIR",
         )
@@ -145,6 +143,11 @@ def beside_of(artifact: Artifact, adapters: Sequence[AdapterRef]) -> Path | None
             next_step="check the path (--adapter)",
         )
     return path
+
+
+def file_of(artifact: Artifact) -> str:
+    """Name of the file of a kept adapter that the artifact's runtime loads."""
+    return FILES.get(artifact.manifest.recipe.backend.type, FILE)
 
 
 def folder_of(artifact: Artifact, name: str) -> Path:
@@ -203,7 +206,7 @@ def open_kept(artifact: Artifact, name: str) -> KeptAdapter:
             where=str(folder),
             next_step=AGAIN.format(name),
         )
-    return KeptAdapter(name, folder, record)
+    return KeptAdapter(name, folder, record, folder / file_of(artifact))
 
 
 def kept_files(artifact: Artifact) -> Iterator[tuple[str, str]]:
@@ -225,10 +228,10 @@ def kept_problems(artifact: Artifact) -> list[str]:
             problems.append(f"{ADAPTERS}/{name}: {error.what}")
             continue
         if problem := found.problem():
-            problems.append(f"{ADAPTERS}/{name}/{FILE}: {problem}")
+            problems.append(f"{ADAPTERS}/{name}/{found.file.name}: {problem}")
     problems += [
         f"{ADAPTERS}/{name}/{file} does not belong to the adapter"
         for name, file in kept_files(artifact)
-        if file not in (RECORD, FILE, MARK)
+        if file not in (RECORD, file_of(artifact), MARK)
     ]
     return problems

@@ -232,7 +232,8 @@ class GraphContract:
             for graph in self.graph_names
         }
         sizes = asdict(self)
-        unsaid = {"streams", "sources", *(name for name in ("geometry", "vector_size", "vectors") if not sizes[name])}
+        where_there = ("geometry", "vector_size", "vectors", "adapters")  # the last of contracts that know adapters
+        unsaid = {"streams", "sources", *(name for name in where_there if not sizes.get(name))}
         return {**{name: value for name, value in sizes.items() if name not in unsaid}, "graphs": graphs}
 
     def _sizes(self, graph: str) -> tuple[int | str, int | str, int | str]:

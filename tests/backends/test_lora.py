@@ -5,8 +5,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from gemma_deploy.backends.keeping import adapter_slots
 from gemma_deploy.backends.onnxruntime.exact import exact
-from gemma_deploy.backends.onnxruntime.lora import adapter_slots
 from tests.backends.make import KINDS, expected_logits, off, open_session, reference, run, step
 from tests.backends.peft_make import adapted, inputs_of
 

@@ -14,7 +14,7 @@ from gemma_deploy.backends.native.options import NativeOptions, model_problems, 
 from gemma_deploy.backends.spec import BuildSpec, Options, embedding_scale
 from gemma_deploy.errors import UsageError
 from gemma_deploy.estimates import BASE_BYTES, GRAPH_BYTES, RUNTIME_BYTES, StageEstimate
-from gemma_deploy.graph.contract import BATCH, SEQUENCE, GraphContract, Port, kv_shapes
+from gemma_deploy.graph.contract import BATCH, SEQUENCE, AdapterSlots, GraphContract, Port, kv_shapes
 from gemma_deploy.names import PARAMS
 from gemma_deploy.quantization.budget import INTEGER_PRODUCTS
 from gemma_deploy.schemes import CodeForm
@@ -37,9 +37,11 @@ class NativeContract(GraphContract):
 
     Args:
         panels: how matrices lie in the parameter file (params/panels.py).
+        adapters: what texts may be computed with of a LoRA adapter; None: nothing.
     """
 
     panels: bool = True
+    adapters: AdapterSlots | None = None
 
     @property
     def graph_names(self) -> tuple[str, ...]:
@@ -97,7 +99,10 @@ class Native:
 
     def contract(self, spec: BuildSpec, config: ModelConfig) -> NativeContract:
         """Lengths are free; P is the longest prompt that is compared, C the positions there are."""
+        from gemma_deploy.backends.native.adapters import slots_for
+
         kv_heads, head_dim, geometry = kv_shapes(config)
+        dtype = "bfloat16" if spec.scheme.weights == "bf16" else "float32"  # of adapters
         return NativeContract(
             batch=1,
             prefill=spec.prefill,
@@ -108,6 +113,7 @@ class Native:
             geometry=geometry,
             vocab_size=config.vocab_size,
             cache_dtype="bfloat16",
+            adapters=slots_for(config, spec.adapter_rank, dtype) if spec.adapter_rank else None,
             dynamic=True,
             hidden_size=config.hidden_size,
         )
@@ -177,16 +183,10 @@ class Native:
     def keep_adapter(
         self, artifact: Artifact, directory: Path, name: str | None = None, *, force: bool = False
     ) -> KeptAdapter:
-        """It takes none.
+        """See `Backend`: as safetensors."""
+        from gemma_deploy.backends.native.adapters import keep
 
-        Raises:
-            UsageError: always.
-        """
-        raise UsageError(
-            "artifacts of backend.type native take no adapters",
-            where=str(artifact.path),
-            next_step="merge the adapter (`gemma-deploy merge`), or compile for onnxruntime",
-        )
+        return keep(artifact, directory, name, force=force)
 
     def rounds(self, manifest: Manifest) -> bool:
         """Never: exact arithmetic leaves no rounding but that of the weights."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.native.graph import plan_in
 from gemma_deploy.backends.native.library import CACHE_BYTES, Model, level_here, library_path
 from gemma_deploy.names import PARAMS
@@ -22,6 +24,8 @@ from gemma_deploy.runtime.speculative import Reader
 from gemma_deploy.text import Tokenizer
 
 if TYPE_CHECKING:
+    from gemma_deploy.artifact.adapters import KeptAdapter
+    from gemma_deploy.graph.contract import AdapterSlots
     from gemma_deploy.parity.sources import LogitSource
 
 KERNELS = ("shipped", "strict")
@@ -36,8 +40,8 @@ class NativeSequence:
     Logits that it gives are its own memory: they are there until it reads on.
     """
 
-    def __init__(self, model: Model) -> None:
-        self._model, self._number, self._length = model, model.sequence(), 0
+    def __init__(self, model: Model, adapter: int = 0) -> None:
+        self._model, self._number, self._length = model, model.sequence(adapter=adapter), 0
         self._logits = model.room(0)
 
     def __del__(self) -> None:
@@ -105,26 +109,63 @@ class NativeModel:
     def __init__(self, path: Path, stop_ids: Collection[int], threads: int) -> None:
         started = time.perf_counter()
         self.path, self.stop_ids = path.resolve(), frozenset(stop_ids)
-        self.library = Model(plan_in(self.path), self.path / PARAMS, threads=threads)
+        self._plan = plan_in(self.path)
+        self.library = Model(self._plan, self.path / PARAMS, threads=threads)
+        self._adapters: dict[KeptAdapter, int] = {}
         self.context_length, self.vocab_size = self.library.context, self.library.vocabulary
         self.load_seconds = time.perf_counter() - started
 
-    def sequence(self, room: int) -> NativeSequence:
-        """A new one; pages are taken as it grows."""
-        return NativeSequence(self.library)
+    def sequence(self, room: int, adapter: int = 0) -> NativeSequence:
+        """A new one; pages are taken as it grows. `adapter`: what `number_of` gives."""
+        return NativeSequence(self.library, adapter)
+
+    def number_of(self, kept: KeptAdapter, slots: AdapterSlots | None) -> int:
+        """An adapter's number in the library, which loads it where it has not.
+
+        Raises:
+            ArtifactError: its file has changed, or does not fit the artifact.
+        """
+        from gemma_deploy.backends.native.adapters import FORMS, packed, read_kept
+
+        if kept not in self._adapters:
+            matrices, form = read_kept(kept, slots), slots.dtype if slots is not None else FORMS[0]
+            self._adapters[kept] = self.library.load_adapter(*packed(matrices, self._plan, form))
+        return self._adapters[kept]
 
 
 class NativeSession(CachedSession):
-    """One sequence in the library."""
+    """One sequence in the library.
+
+    Args:
+        slots: what the artifact takes of an adapter; adapters: those that may be used, by name.
+    """
 
     def __init__(
-        self, model: NativeModel, tokenizer: Tokenizer, sampling: Sampling | None = None, **options: Any
+        self,
+        model: NativeModel,
+        tokenizer: Tokenizer,
+        sampling: Sampling | None = None,
+        *,
+        slots: AdapterSlots | None = None,
+        adapters: Mapping[str, KeptAdapter] = MappingProxyType({}),
+        **options: Any,
     ) -> None:
         super().__init__(model, tokenizer, sampling, **options)
+        self._model, self._slots, self._adapters, self._number = model, slots, adapters, 0
         self.reset()
 
     def _new_sequence(self) -> Reader:
-        return self._decider.sequence(self.max_length)
+        return self._model.sequence(self.max_length, self._number)
+
+    def _change_adapter(self, adapter: str | None) -> None:
+        from gemma_deploy.backends.keeping import adapter_named
+
+        kept = None if adapter is None else adapter_named(adapter, self._adapters, self.path)
+        self._number = 0 if kept is None else self._model.number_of(kept, self._slots)
+        self.cancel()
+        self._ids, self._answer = self.ids, ()
+        self._adapter = adapter
+        self._sequence = self._new_sequence()
 
 
 class NativeEngine(Engine):
@@ -132,6 +173,10 @@ class NativeEngine(Engine):
 
     runtime = "native"
     kernel_names: Sequence[str] = KERNELS
+
+    def __init__(self, artifact: Artifact, *, threads: int = 0) -> None:
+        super().__init__(artifact, threads=threads)
+        self._adapters: dict[str, KeptAdapter] = {}
 
     def check_runtime(self) -> None:
         """See `Engine`."""
@@ -177,6 +222,8 @@ class NativeEngine(Engine):
             endless=endless,
             lookup=lookup,
             draft=smaller,
+            slots=self.manifest.contract.adapters,
+            adapters=self._adapters,
         )
 
     def decider(self) -> NativeModel:
@@ -190,6 +237,18 @@ class NativeEngine(Engine):
 
     def source(self, kernels: str | None = None, adapter: str | None = None) -> LogitSource:
         """See `Engine`."""
-        from gemma_deploy.backends.native.source import NativeSource
+        from gemma_deploy.backends.keeping import adapter_named
+        from gemma_deploy.backends.native.adapters import read_kept
+        from gemma_deploy.backends.native.source import Kernels, NativeSource
 
-        return NativeSource(self.path, "strict" if kernels == "strict" else "shipped", threads=self.threads)
+        kept = None if adapter is None else adapter_named(adapter, self._adapters, self.path)
+        matrices = None if kept is None else read_kept(kept, self.manifest.contract.adapters)
+        chosen: Kernels = "strict" if kernels == "strict" else "shipped"
+        return NativeSource(self.path, chosen, threads=self.threads, adapter=matrices)
+
+    def load_adapter(self, adapter: str | Path) -> str:
+        """See `Engine`."""
+        from gemma_deploy.backends.keeping import loaded
+        from gemma_deploy.backends.native.adapters import keep
+
+        return loaded(self.artifact, adapter, self._adapters, keeping=keep)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemma_deploy.parity.gates import GATES, Gate
+from gemma_deploy.parity.gates import ADAPTER_LIMIT, BFLOAT16_KL, FOLDED_LIMIT, GATES, PEFT, Gate, near, relative
 from gemma_deploy.schemes import QUANTIZERS
 
 # What the kernels round: activations to 15 bits, keys and values to bfloat16. Real 270M, 64 positions behind its
@@ -27,6 +27,24 @@ def native_gates(scheme: str, int8_cache: bool = False) -> tuple[Gate, ...]:
         *GATES[scheme],
         Gate((reference, "shipped"), "bad_test", 0),
         Gate((reference, "shipped"), "kl_mean", limit, ("text",), pooled=True),
+        Gate(("strict", "shipped"), "kl_mean", kernels, ("text",), pooled=True),
+        Gate(("strict", "shipped"), "overturned", MOST_OVERTURNED, ("text",)),
+    )
+
+
+def native_adapter_gates(scheme: str, int8_cache: bool = False) -> tuple[Gate, ...]:
+    """The gates of an artifact with an adapter beside its weights; the reference is PEFT's model, nothing merged.
+
+    With float32 products the artifact repeats PEFT on the weights it holds; how near it comes to PEFT on the
+    checkpoint has the limits of its scheme, as without an adapter.
+    """
+    quantizer, kernels = QUANTIZERS.get(scheme), KERNELS_KL + CACHE_KL * int8_cache
+    own = (PEFT if scheme == "fp32" else f"{PEFT} {scheme}", "strict")
+    folded = quantizer is not None and quantizer.calibrated
+    limit = kernels + (quantizer.kl_limit if quantizer else BFLOAT16_KL if scheme == "bf16" else 0)
+    return (
+        *relative(FOLDED_LIMIT if folded else ADAPTER_LIMIT, own),
+        *near((PEFT, "shipped"), limit),
         Gate(("strict", "shipped"), "kl_mean", kernels, ("text",), pooled=True),
         Gate(("strict", "shipped"), "overturned", MOST_OVERTURNED, ("text",)),
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_deploy.backends.native.binding import SIGNATURES, Piece, Ranks
 from gemma_deploy.errors import ArtifactError, DeployError, UsageError
 from gemma_deploy.runtime.many import NoRoomError, Ranked
 from gemma_deploy.runtime.session import VERIFY
@@ -26,31 +27,6 @@ INSTALL = (
     "install a C++17 compiler (Debian: apt install g++) and the package again from its source, "
     "or a wheel of this platform"
 )
-
-
-class _Piece(ctypes.Structure):
-    """GemmaPiece of capi.cpp."""
-
-    _fields_ = (
-        ("sequence", ctypes.c_int32),
-        ("count", ctypes.c_int32),
-        ("wanted", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
-        ("tokens", ctypes.c_void_p),
-    )
-
-
-class _Ranks(ctypes.Structure):
-    """Ranks of src/ranking.h."""
-
-    _fields_ = (
-        ("top", ctypes.c_int32),
-        ("ids", ctypes.c_void_p),
-        ("logits", ctypes.c_void_p),
-        ("log_sums", ctypes.c_void_p),
-        ("asked", ctypes.c_void_p),
-        ("asked_logits", ctypes.c_void_p),
-    )
 
 
 @dataclass(frozen=True)
@@ -84,31 +60,7 @@ def library_path() -> Path:
 @functools.cache
 def _loaded() -> ctypes.CDLL:
     library = ctypes.CDLL(str(library_path()))
-    pointer, text, size, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int
-    signatures: dict[str, tuple[type | None, tuple[type, ...]]] = {
-        "gemma_levels": (text, ()),
-        "gemma_plan": (ctypes.c_int64, (text, text, size, text, size)),
-        "gemma_open": (
-            pointer, (text, size, text, text, number, ctypes.c_uint64, text, number, text, size),
-        ),
-        "gemma_close": (None, (pointer,)),
-        "gemma_error": (text, (pointer,)),
-        "gemma_level": (text, (pointer,)),
-        "gemma_stride": (ctypes.c_uint64, (pointer,)),
-        "gemma_hidden": (number, (pointer,)),
-        "gemma_vocabulary": (number, (pointer,)),
-        "gemma_context": (number, (pointer,)),
-        "gemma_cache_used": (ctypes.c_uint64, (pointer,)),
-        "gemma_sequence_new": (number, (pointer, number)),
-        "gemma_sequence_free": (number, (pointer, number)),
-        "gemma_sequence_rewind": (number, (pointer, number, number)),
-        "gemma_step": (number, (pointer, pointer, number, pointer, pointer, number)),
-        "gemma_step_ranked": (number, (pointer, pointer, number, pointer, number)),
-        "gemma_threads": (number, (pointer, pointer)),
-        "gemma_head": (number, (pointer, pointer, number, pointer)),
-        "gemma_rank": (number, (pointer, pointer, number, pointer)),
-    }  # fmt: skip
-    for name, (result, arguments) in signatures.items():
+    for name, (result, arguments) in SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, list(arguments)
     return library
@@ -227,12 +179,38 @@ class Model:
         name: bytes = self._library.gemma_level(self._handle)
         return name.decode()
 
-    def sequence(self, like: int = 0) -> int:
-        """A new sequence, empty or with the text of another: its number."""
+    def sequence(self, like: int = 0, *, adapter: int = 0) -> int:
+        """A new sequence, empty or with the text of another: its number.
+
+        Args:
+            like: one whose text it begins with, and whose adapter it goes on with.
+            adapter: that an empty one is computed with (`load_adapter`); 0: with none.
+        """
         made: int = self._library.gemma_sequence_new(self._handle, like)
         if not made:
             self._check(1)
+        if adapter:
+            self._check(self._library.gemma_sequence_adapt(self._handle, made, adapter))
         return made
+
+    def load_adapter(self, text: str, panels: np.ndarray) -> int:
+        """An adapter that sequences may be computed with: its number.
+
+        Args:
+            text, panels: what `packed` of adapters.py makes; the library keeps a copy.
+
+        Raises:
+            DeployError: they do not fit the model.
+        """
+        data, lines = np.ascontiguousarray(panels).view(np.uint8), text.encode()
+        made: int = self._library.gemma_adapter_load(self._handle, lines, len(lines), data.ctypes.data, data.size)
+        if not made:
+            self._check(1)
+        return made
+
+    def drop_adapter(self, adapter: int) -> None:
+        """Forget an adapter; sequences that were begun with it go on with it."""
+        self._check(self._library.gemma_adapter_free(self._handle, adapter))
 
     def drop(self, sequence: int) -> None:
         """Forget a sequence."""
@@ -354,7 +332,7 @@ class Model:
             raise DeployError(message, next_step="this is a bug: report it")
 
 
-def _ranks(rows: int, top: int, asked: Sequence[int] | np.ndarray | None) -> tuple[Ranked, _Ranks, np.ndarray | None]:
+def _ranks(rows: int, top: int, asked: Sequence[int] | np.ndarray | None) -> tuple[Ranked, Ranks, np.ndarray | None]:
     """Room for an answer, as the library sees it, and the tokens that have to live as long."""
     ids, logits = np.empty((rows, top), np.int32), np.empty((rows, top), np.float32)
     sums, tokens, found = np.empty(rows, np.float32), None, None
@@ -363,14 +341,14 @@ def _ranks(rows: int, top: int, asked: Sequence[int] | np.ndarray | None) -> tup
         if len(tokens) != rows:
             raise ValueError(f"{len(tokens)} tokens are asked for, for {rows} rows")
     where = (None if one is None else one.ctypes.data for one in (ids, logits, sums, tokens, found))
-    return Ranked(ids, logits, sums, found), _Ranks(top, *where), tokens
+    return Ranked(ids, logits, sums, found), Ranks(top, *where), tokens
 
 
 def _pieces(pieces: Sequence[tuple[int, Sequence[int] | np.ndarray, int]]) -> tuple[Any, list[np.ndarray]]:
     """As the library reads them, and the tokens that have to live as long."""
     tokens = [np.asarray(ids, np.int32) for _, ids, _ in pieces]
     made = (
-        _Piece(sequence, len(ids), wanted, 0, ids.ctypes.data)
+        Piece(sequence, len(ids), wanted, 0, ids.ctypes.data)
         for (sequence, _, wanted), ids in zip(pieces, tokens, strict=True)
     )
-    return (_Piece * len(pieces))(*made), tokens
+    return (Piece * len(pieces))(*made), tokens

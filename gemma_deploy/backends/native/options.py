@@ -26,8 +26,6 @@ def not_built(spec: BuildSpec) -> Iterator[str]:
         yield f"backend.type: the library of native was not built with this package: {INSTALL}"
     if spec.ranks > 1 or spec.split_points:
         yield "split.points and model_kwargs.tp: an artifact of backend.type native is not divided: remove them"
-    if spec.adapter_rank:
-        yield "adapters.rank: adapters beside an artifact of backend.type native are not built: leave it out"
 
 
 def model_problems(spec: BuildSpec, config: ModelConfig) -> list[str]:

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from gemma_deploy.backends.base import Proof
-from gemma_deploy.backends.native.gates import native_gates
+from gemma_deploy.backends.native.adapters import read_kept
+from gemma_deploy.backends.native.gates import native_adapter_gates, native_gates
 from gemma_deploy.backends.native.source import SHIPPED, STRICT, NativeSource
 from gemma_deploy.parity.compare import ParityResult, compare_sources, effect_of, judged, measures_of
+from gemma_deploy.parity.reference import TorchSource
 from gemma_deploy.parity.sources import LogitSource
-from gemma_deploy.parity.torch_sources import torch_sources
+from gemma_deploy.parity.torch_sources import adapted_sources, torch_sources
 
 
 def prove_plan(proof: Proof, result: ParityResult) -> None:
     """Compare and judge; see `Backend.prove`."""
     artifact, opened, manifest, cases = proof.artifact, proof.checkpoint, proof.manifest, proof.cases
-    models = torch_sources(opened, artifact, manifest)
-    gates, reference = native_gates(manifest.scheme, manifest.int8_cache), models[0].name
-    all_sources: list[LogitSource] = [*models, NativeSource(artifact, STRICT), NativeSource(artifact, SHIPPED)]
+    models: tuple[TorchSource, ...]
+    adapter = None
+    if proof.adapter is None:
+        models = torch_sources(opened, artifact, manifest)
+        gates = native_gates(manifest.scheme, manifest.int8_cache)
+    else:
+        models = adapted_sources(opened, artifact, manifest, directory=proof.adapter.directory)
+        gates = native_adapter_gates(manifest.scheme, manifest.int8_cache)
+        adapter = read_kept(proof.adapter.kept, manifest.contract.adapters)
+    reference = models[0].name
+    ours = (NativeSource(artifact, kernels, adapter=adapter) for kernels in (STRICT, SHIPPED))
+    all_sources: list[LogitSource] = [*models, *ours]
     sources = {source.name: source for source in all_sources}
     pairs = list(dict.fromkeys([*(gate.pair for gate in gates), (reference, STRICT), (STRICT, SHIPPED)]))
     found = compare_sources(sources, pairs, cases, vocab_size=opened.config.vocab_size, report=proof.report)

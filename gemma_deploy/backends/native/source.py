@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from gemma_deploy.backends.native.adapters import packed
 from gemma_deploy.backends.native.graph import plan_in
 from gemma_deploy.backends.native.library import Model
 from gemma_deploy.names import PARAMS
@@ -26,20 +27,30 @@ class NativeSource:
     Args:
         path: the artifact's directory.
         kernels: `strict`: float32 products and caches, nothing rounded; `shipped`: what a user runs.
+        adapter: its matrices, where it is computed with one.
     """
 
-    def __init__(self, path: Path, kernels: Kernels = STRICT, *, threads: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        kernels: Kernels = STRICT,
+        *,
+        threads: int = 0,
+        adapter: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         self.name: str = kernels
         self.progress: Tick | None = None
         self.unit = "sequences"
         folder, strict = Path(path).resolve(), kernels == STRICT
+        plan = plan_in(folder)
         self._model = Model(
-            plan_in(folder),
+            plan,
             folder / PARAMS,
             threads=threads,
             cache="float32" if strict else "",
             exact=strict,
         )
+        self._adapter = 0 if adapter is None else self._model.load_adapter(*packed(adapter, plan))
 
     def run(self, cases: Sequence[Case]) -> Features:
         """What leaves the final norm, [prompt + steps, H] of every row."""
@@ -48,7 +59,7 @@ class NativeSource:
         for case in cases:
             found.append([])
             for prompt, forced in zip(case.prompts, case.forced, strict=True):
-                sequence = self._model.sequence()
+                sequence = self._model.sequence(adapter=self._adapter)
                 made = [self._model.normed([(sequence, prompt, len(prompt))])]
                 made += [self._model.normed([(sequence, [token], 1)]) for token in forced]
                 self._model.drop(sequence)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.base import Export, Exported, ExportJob, Proof
 from gemma_deploy.backends.genai_config import CONFIG_FILE, genai_config
+from gemma_deploy.backends.keeping import adapter_slots
 from gemma_deploy.backends.onnxruntime.decoder import build_decoder, linears_of
 from gemma_deploy.backends.onnxruntime.drafter import build_drafter
 from gemma_deploy.backends.onnxruntime.encoder import build_encoder
 from gemma_deploy.backends.onnxruntime.experts import expert_modules
-from gemma_deploy.backends.onnxruntime.lora import adapter_slots
 from gemma_deploy.backends.onnxruntime.options import (
     ALL,
     CANDIDATES,
@@ -115,10 +115,7 @@ class OrtContract(GraphContract):
 
     def to_json(self) -> dict[str, Any]:
         """Sizes, ports and `not_for`, for the manifest."""
-        values = super().to_json() | {"not_for": list(self.not_for)}
-        if self.adapters is None:
-            del values["adapters"]
-        return values
+        return super().to_json() | {"not_for": list(self.not_for)}
 
     def _positions(self, layer: int, length: int | str) -> int | str:
         return WINDOW_CACHE if layer in self.windowed else length

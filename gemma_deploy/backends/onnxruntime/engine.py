@@ -14,15 +14,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from gemma_deploy.artifact.adapters import KeptAdapter, open_kept, slots_of
+from gemma_deploy.artifact.adapters import KeptAdapter, slots_of
 from gemma_deploy.artifact.opened import Artifact
-from gemma_deploy.backends.onnxruntime.adapters import adapter_named, arrays_of, keep, values_of
+from gemma_deploy.backends.keeping import adapter_named, loaded
+from gemma_deploy.backends.onnxruntime.adapters import arrays_of, keep, values_of
 from gemma_deploy.backends.onnxruntime.assistant import Assistant, AssistantModel, refuse_caches, sources_of
 from gemma_deploy.backends.onnxruntime.genai import INSTALL, GenaiModel, GenaiSession, genai_installed, require_genai
 from gemma_deploy.backends.onnxruntime.in_place import NEAR_TIE, OrtModel, OrtSequence
 from gemma_deploy.errors import UsageError
 from gemma_deploy.machine import give_memory_back
-from gemma_deploy.reading import is_dir
 from gemma_deploy.runtime.cached import CachedSession
 from gemma_deploy.runtime.draft import decider_for
 from gemma_deploy.runtime.engine import Engine, Limits, Session
@@ -175,18 +175,7 @@ class OrtEngine(Engine):
 
     def load_adapter(self, adapter: str | Path) -> str:
         """See `Engine`."""
-        slots_of(self.artifact)
-        given = str(adapter)
-        if is_dir(given):
-            kept, name = keep(self.artifact, Path(given)), Path(given).resolve().name
-        else:
-            kept, name = open_kept(self.artifact, given), given
-        kept.check()
-        known = self._adapters.get(name)
-        if known is not None and known != kept:
-            name = kept.name
-        self._adapters[name] = kept
-        return name
+        return loaded(self.artifact, adapter, self._adapters, keeping=keep)
 
 
 class AssistantEngine(OrtEngine):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemma_deploy.parity.gates import GATES, PEFT, Gate, relative
+from gemma_deploy.parity.gates import ADAPTER_LIMIT, BFLOAT16_KL, FOLDED_LIMIT, GATES, PEFT, Gate, near, relative
 from gemma_deploy.schemes import QUANTIZERS
 
 # Logits by which a token may lead in float32 products and yet lose to the kernels: microsoft/onnxruntime#29849 saw the
@@ -11,13 +11,6 @@ from gemma_deploy.schemes import QUANTIZERS
 MOST_OVERTURNED = 2.0
 # What a screened head (head.py) may lose besides: 0.0149 on 2,044 positions of WikiText-2, real 270M.
 SCREEN_LIMIT = 0.025
-# PEFT beside the weights of an artifact, which repeats it. Real 270M with a random adapter of rank 16, int8, 288
-# positions behind its window: 2.4e-6, and 1.9e-5 at one where PEFT itself is 8.6e-6 from float64, the graph 7.2e-6 and
-# float32 products of merged weights 1.4e-5. Tiny models up to 6.4e-6.
-ADAPTER_LIMIT = 5e-5
-FOLDED_LIMIT = 1e-4  # where factors of calibration were taken out of the weights in float32: tiny models up to 1.5e-5
-BFLOAT16_KL = 0.01  # that of int8, which rounds weights more coarsely; tiny models up to 1.0e-4
-
 
 # What an int8 cache with fixed steps may add to the mean KL: 0.0037 on 2,044 positions of WikiText-2, real 270M. One
 # position may give 0.008 of the mean of 1,022: with steps 1.15 times as large it was 0.0116 +- 0.0079, 1.3 times 0.0029
@@ -64,15 +57,10 @@ def adapter_gates(scheme: str, screened: bool = False, *, int8_cache: bool = Fal
     quantizer = QUANTIZERS.get(scheme)
     same = f"{PEFT} {scheme}", "strict"
     if quantizer is None:
-        return (*relative(ADAPTER_LIMIT, same), *_near((PEFT, "strict"), BFLOAT16_KL))
+        return (*relative(ADAPTER_LIMIT, same), *near((PEFT, "strict"), BFLOAT16_KL))
     return (
         *relative(FOLDED_LIMIT if quantizer.calibrated else ADAPTER_LIMIT, same),
-        *_near((PEFT, "strict"), quantizer.kl_limit),
-        *_near((PEFT, "shipped"), quantizer.kernels_kl_limit + more),
+        *near((PEFT, "strict"), quantizer.kl_limit),
+        *near((PEFT, "shipped"), quantizer.kernels_kl_limit + more),
         Gate(("strict", "shipped"), "overturned", MOST_OVERTURNED, ("text",)),
     )
-
-
-def _near(pair: tuple[str, str], limit: float) -> tuple[Gate, ...]:
-    """Finite logits, and a mean KL on text."""
-    return Gate(pair, "bad_test", 0), Gate(pair, "kl_mean", limit, ("text",), pooled=True)

@@ -19,7 +19,8 @@ import numpy as np
 from gemma_deploy import extras
 from gemma_deploy.artifact.adapters import KeptAdapter
 from gemma_deploy.backends.genai_config import CONFIG_FILE, read_genai_config
-from gemma_deploy.backends.onnxruntime.adapters import adapter_named, values_of
+from gemma_deploy.backends.keeping import adapter_named
+from gemma_deploy.backends.onnxruntime.adapters import values_of
 from gemma_deploy.backends.onnxruntime.looked_up import leave_tables
 from gemma_deploy.errors import NO_MEMORY, ArtifactError, DeployError, UsageError
 from gemma_deploy.graph.contract import AdapterSlots

@@ -12,7 +12,6 @@ import numpy as np
 import onnx_ir as ir
 
 from gemma_deploy.backends.onnxruntime.nodes import Nodes
-from gemma_deploy.checkpoint.config import ModelConfig
 from gemma_deploy.dtypes import BY_NAME
 from gemma_deploy.graph.contract import AdapterSlots, Port
 
@@ -53,16 +52,6 @@ class Updates:
         value.shape = ir.Shape(port.shape)
         self.inputs.append(value)
         return value
-
-
-def adapter_slots(config: ModelConfig, rank: int, dtype: str) -> AdapterSlots:
-    """What a graph with adapters takes: matrices of every linear of every layer, up to a rank."""
-    linears = {
-        f"{layer.prefix}{linear.name}": (linear.in_features, linear.out_features)
-        for layer in config.layers
-        for linear in layer.linears
-    }
-    return AdapterSlots(rank, dtype, linears)
 
 
 def _empty(port: Port, dtype: ir.DataType) -> ir.Tensor[np.ndarray]:

@@ -111,6 +111,10 @@ void Buffers::Grow(const Plan& plan, int wanted) {
   for (auto& table : sines) table.Grow(n * half_stride);
 }
 
+void Buffers::GrowLow(int rows, int rank) {
+  for (Inputs& one : beside) one.Grow(rows, rank);
+}
+
 void Buffers::GrowPages(const Plan& plan, int pages) {
   size_t heads = 0, numbers = 0;
   for (const LayerPlan& layer : plan.layers) {

@@ -1,6 +1,7 @@
 // The numbers that a pass of some rows through a model works on.
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "array.h"
@@ -20,6 +21,7 @@ class Inputs {
   float* row(int r) { return values_.data() + static_cast<size_t>(r) * stride_; }
   const Span* spans() const { return spans_.data(); }
   int row_spans() const { return row_spans_; }
+  int stride() const { return stride_; }  // floats from a row to the next
 
   // Zeros behind `columns` numbers of a row, as far as a matrix reads.
   void Pad(int row, int columns);
@@ -91,6 +93,7 @@ struct Buffers {
   Array<float> low, laurel;                         // [rows][most_rank], [rows][hidden_stride]
   Array<float> brought;                             // [rows][streams][hidden_stride]: projections of streams
   Array<float> vectors;                             // [rows][vectors_stride]: those of all layers
+  std::array<Inputs, 3> beside;                        // what adapters make of rows before the second product
   Array<float> best, sums, found;                   // of a single row: [heads][pages], and [heads][pages][head_dim]
   std::vector<Array<float>> own;                    // of each thread, for attention of several rows
   std::vector<Array<float>> cosines, sines;         // for each set of frequencies: [rows][half_stride]
@@ -100,6 +103,8 @@ struct Buffers {
 
   Buffers(const Plan& plan, int threads);
   void Grow(const Plan& plan, int rows);
+  // Room for what matrices of up to such a rank make of rows, beside as many matrices of the model as read the same.
+  void GrowLow(int rows, int rank);
   // Room for what a single row finds in so many pages.
   void GrowPages(const Plan& plan, int pages);
 };

@@ -135,6 +135,7 @@ bool Sequence::Rewind(int length) {
 std::unique_ptr<Sequence> Sequence::Fork() const {
   auto copy = std::make_unique<Sequence>(*layout_, pool_);
   copy->length_ = length_;
+  copy->adapter_ = adapter_;
   copy->pages_ = pages_;
   for (const auto& kind : pages_)
     for (PagePool::Block* block : kind)

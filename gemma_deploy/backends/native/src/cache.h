@@ -3,8 +3,10 @@
 
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
+#include "adapter.h"
 #include "plan.h"
 
 namespace gemma {
@@ -16,6 +18,10 @@ class Cache {
 
   int length() const { return length_; }
 
+  // What its tokens are computed with beside the model; null: nothing. Keys and values belong to it.
+  const Adapter* adapter() const { return adapter_.get(); }
+  void Adapt(std::shared_ptr<const Adapter> adapter) { adapter_ = std::move(adapter); }
+
   // Positions index * kPage and on of one KV head. A layer that reads another's keys and values gets that one's.
   virtual Page PageOf(int layer, int kv_head, int index) = 0;
   // So many positions more are written.
@@ -23,6 +29,7 @@ class Cache {
 
  protected:
   int length_ = 0;
+  std::shared_ptr<const Adapter> adapter_;
 };
 
 // The first position that a query sees, behind a window of that many positions, itself included; 0: it sees all.

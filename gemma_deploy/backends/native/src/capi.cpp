@@ -21,6 +21,7 @@ struct Handle {
   std::unique_ptr<gemma::Mapped> parameters;
   std::unique_ptr<gemma::Model> model;
   std::map<int, std::unique_ptr<Sequence>> sequences;
+  std::map<int, std::shared_ptr<const gemma::Adapter>> adapters;
   int next = 1;
   gemma::Array<float> normed;
   std::string error;
@@ -146,6 +147,42 @@ GEMMA_API int gemma_sequence_new(Handle* handle, int like) {
     return 0;
   });
   return id;
+}
+
+// An adapter (adapter.h), of which nothing that the caller passes is kept; its number, at least 1, or 0 for an error.
+GEMMA_API int gemma_adapter_load(Handle* handle, const char* text, size_t size, const uint8_t* data, uint64_t bytes) {
+  int id = 0;
+  Call(handle, [&] {
+    if (text == nullptr || (data == nullptr && bytes != 0)) throw Error("no text or no data of an adapter");
+    auto made = std::make_shared<const gemma::Adapter>(text, size, data, bytes, handle->model->plan());
+    id = handle->next++;
+    handle->adapters[id] = std::move(made);
+    return 0;
+  });
+  return id;
+}
+
+// Forgets an adapter. Sequences that were begun with it go on with it, and what it takes is free when the last is gone.
+GEMMA_API int gemma_adapter_free(Handle* handle, int id) {
+  return Call(handle, [&] {
+    if (handle->adapters.erase(id) == 0) throw Error("no adapter " + std::to_string(id));
+    return 0;
+  });
+}
+
+// Has a sequence without text computed with an adapter, or with none where that is 0; so are sequences that are made
+// like it.
+GEMMA_API int gemma_sequence_adapt(Handle* handle, int id, int adapter) {
+  return Call(handle, [&] {
+    Sequence* sequence = Find(handle, id);
+    const auto found = handle->adapters.find(adapter);
+    if (adapter != 0 && found == handle->adapters.end()) throw Error("no adapter " + std::to_string(adapter));
+    if (sequence->length() != 0)
+      throw Error("sequence " + std::to_string(id) + " has " + std::to_string(sequence->length()) +
+                  " tokens, which were computed with another adapter or with none");
+    sequence->Adapt(adapter == 0 ? nullptr : found->second);
+    return 0;
+  });
 }
 
 GEMMA_API int gemma_sequence_free(Handle* handle, int id) {

@@ -25,7 +25,7 @@ struct Products {
   static void Finish(const Product& work, int row, int panel, int span, F inner, float row_scale) {
     const Matrix& m = *work.matrix;
     float* y = work.y + row * work.stride + static_cast<size_t>(panel) * kLanes;
-    const F before = span == 0 ? V::Set(0.0f) : V::Load(y);
+    const F before = span == 0 && !work.added ? V::Set(0.0f) : V::Load(y);
     F sum = V::Fma(inner, V::Set(row_scale), before);
     if (m.form >= kInt8 && m.group == 0 && span == Spans(m.columns) - 1)
       sum = V::Mul(sum, LoadScale(m.scales, static_cast<size_t>(panel) * kLanes, m.scale_form));

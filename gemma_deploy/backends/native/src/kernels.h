@@ -22,6 +22,7 @@ struct Product {
   int begin, end;  // panels; y begins at panel 0
   int first, last;  // spans
   bool exact;      // of codes: float32 products of what they stand for and of rows that are not rounded
+  bool added = false;  // of floats: to what y holds
 };
 
 // One query of one head: attends to positions first..last of a page, and says what it found there.

@@ -56,6 +56,10 @@ void Model::One(const std::vector<Token>& tokens, const std::vector<int>& wanted
   for (int row : wanted) last.push_back(tokens[row]);
   for (const std::vector<Token>& some : {tokens, last})
     if (some.size() == 1) buffers_->GrowPages(plan_, some[0].position / kPage + 1);
+  int rank = 0;
+  for (const Token& token : tokens)
+    if (token.cache->adapter() != nullptr) rank = std::max(rank, token.cache->adapter()->most_rank());
+  if (rank > 0) buffers_->GrowLow(static_cast<int>(tokens.size()), rank);
   Pass all(this, buffers_.get(), tokens), rest(this, buffers_.get(), last);
   all.Divide();
   rest.Divide();

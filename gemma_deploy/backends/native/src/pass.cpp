@@ -7,6 +7,7 @@ namespace gemma {
 namespace {
 
 constexpr int kBlockRows = 16;  // rows that attend together
+constexpr int kAdaptedRows = 64;  // rows that read an adapter together
 constexpr size_t kUnitBytes = 512 << 10;  // of weights that few rows read in a piece, at most
 
 void Times(float* x, const float* factors, int n) {
@@ -21,17 +22,35 @@ void Pass::Divide() {
         tokens_[blocks_.back().first].cache != tokens_[r].cache)
       blocks_.push_back(Rows{r, 0});
     blocks_.back().count++;
+    const Adapter* adapter = tokens_[r].cache->adapter();
+    if (adapter == nullptr) continue;
+    const bool new_one = adapted_.empty() || adapted_.back().adapter != adapter ||
+                         adapted_.back().first + adapted_.back().count != r || adapted_.back().count == kAdaptedRows;
+    if (new_one) adapted_.push_back(Adapted{adapter, r, 0});
+    adapted_.back().count++;
   }
 }
 
-void Pass::Multiply(Worker& worker, const Inputs& inputs, int rows, const Output* outputs, int count) {
+void Pass::Multiply(Worker& worker, int layer, const Inputs& inputs, int rows, const Output* outputs, int count) {
   int panels = 0;
   for (int i = 0; i < count; i++) panels += outputs[i].matrix->rows / kLanes;
   const int share = (panels + worker.count() * kUnits - 1) / (worker.count() * kUnits);
   const Matrix& any = *outputs[0].matrix;
   const size_t most = rows > kBlockRows ? share : kUnitBytes / PanelBytes(any.form, any.columns);
   const int step = worker.count() == 1 ? panels : std::max(4, (std::min(share, static_cast<int>(most)) + 3) / 4 * 4);
-  worker.Each((panels + step - 1) / step, [&](int unit) {
+  const int whole = (panels + step - 1) / step, low = layer < 0 ? 0 : static_cast<int>(adapted_.size()) * count;
+  worker.Each(whole + low, [&](int unit) {
+    if (unit >= whole) {
+      const Adapted& some = adapted_[(unit - whole) / count];
+      const int i = (unit - whole) % count;
+      const LowRank& beside = some.adapter->at(layer, outputs[i].linear);
+      if (beside.rank == 0) return;
+      Inputs& made = buffers_.beside[i];
+      const Span* from = inputs.spans() + static_cast<size_t>(some.first) * inputs.row_spans();
+      return level_.product(Product{&beside.down, from, inputs.row_spans(), some.count, made.row(some.first),
+                                    static_cast<size_t>(made.stride()), 0, beside.rank / kLanes, 0,
+                                    Spans(beside.down.columns), false});
+    }
     int begin = unit * step, left = std::min(step, panels - begin);
     for (int i = 0; i < count && left > 0; i++) {
       const Matrix& m = *outputs[i].matrix;
@@ -46,6 +65,20 @@ void Pass::Multiply(Worker& worker, const Inputs& inputs, int rows, const Output
       left -= end - begin;
       begin = 0;
     }
+  });
+  if (low > 0) AddLow(worker, layer, outputs, count);
+}
+
+void Pass::AddLow(Worker& worker, int layer, const Output* outputs, int count) {
+  worker.Each(static_cast<int>(adapted_.size()) * count, [&](int unit) {
+    const Adapted& some = adapted_[unit / count];
+    const Output& out = outputs[unit % count];
+    const LowRank& beside = some.adapter->at(layer, out.linear);
+    if (beside.rank == 0) return;
+    const Inputs& made = buffers_.beside[unit % count];
+    const Span* from = made.spans() + static_cast<size_t>(some.first) * made.row_spans();
+    level_.product(Product{&beside.up, from, made.row_spans(), some.count, out.y + some.first * out.stride, out.stride, 0,
+                           beside.up.rows / kLanes, 0, Spans(beside.up.columns), false, true});
   });
 }
 
@@ -116,10 +149,10 @@ void Pass::Attention(Worker& worker, int index) {
   const bool own = l.source == index;
   const int rounding = RoundingOf({&l.q, own ? &l.k : &l.q, l.laurel.rank != 0 ? &l.laurel.left : &l.q});
   Small(worker, rows_, [&](int row) { Norm(set, row, l.input_norm, rounding); });
-  const Output outputs[] = {{&l.q, buffers_.q.data(), static_cast<size_t>(buffers_.q_stride)},
-                            {&l.k, buffers_.k.data(), static_cast<size_t>(buffers_.kv_stride)},
-                            {&l.v, buffers_.v.data(), static_cast<size_t>(buffers_.kv_stride)}};
-  Multiply(worker, set.hidden, rows_, outputs, !own ? 1 : l.has_v ? 3 : 2);
+  const Output outputs[] = {{&l.q, buffers_.q.data(), static_cast<size_t>(buffers_.q_stride), kQ},
+                            {&l.k, buffers_.k.data(), static_cast<size_t>(buffers_.kv_stride), kK},
+                            {&l.v, buffers_.v.data(), static_cast<size_t>(buffers_.kv_stride), kV}};
+  Multiply(worker, index, set.hidden, rows_, outputs, !own ? 1 : l.has_v ? 3 : 2);
   Prepare(worker, index);
   if (alone_) {
     AttendAlone(worker, index);
@@ -131,8 +164,8 @@ void Pass::Attention(Worker& worker, int index) {
     const int spans = Spans(Padded(size));
     Small(worker, rows_ * spans, [&](int unit) { set.wide.Round(level_, unit / spans, unit % spans, size, RoundingOf(l.o)); });
   }
-  const Output out{&l.o, buffers_.out.data(), static_cast<size_t>(buffers_.hidden_stride)};
-  Multiply(worker, set.wide, rows_, &out, 1);
+  const Output out{&l.o, buffers_.out.data(), static_cast<size_t>(buffers_.hidden_stride), kO};
+  Multiply(worker, index, set.wide, rows_, &out, 1);
 }
 
 // Norms and turns queries; with several rows, keys and values are stored as well.
@@ -279,8 +312,8 @@ void Pass::Mlp(Worker& worker, int index) {
     if (l.laurel.rank != 0) JoinLaurel(set, row, l.laurel);
     Norm(set, row, l.pre_mlp_norm, RoundingOf({&l.gate, &l.up}));
   });
-  const Output outputs[] = {{&l.gate, buffers_.gate.data(), wide}, {&l.up, buffers_.up.data(), wide}};
-  Multiply(worker, set.hidden, rows_, outputs, 2);
+  const Output outputs[] = {{&l.gate, buffers_.gate.data(), wide, kGate}, {&l.up, buffers_.up.data(), wide, kUp}};
+  Multiply(worker, index, set.hidden, rows_, outputs, 2);
   if (l.sparse)
     worker.Each(rows_, [&](int row) {
       float* gate = &buffers_.gate[row * wide];
@@ -294,8 +327,8 @@ void Pass::Mlp(Worker& worker, int index) {
     if (span == spans - 1) set.wide.Pad(row, l.width);
     set.wide.Round(level_, row, span, l.width, RoundingOf(l.down));
   });
-  const Output out{&l.down, buffers_.out.data(), stride};
-  Multiply(worker, set.wide, rows_, &out, 1);
+  const Output out{&l.down, buffers_.out.data(), stride, kDown};
+  Multiply(worker, index, set.wide, rows_, &out, 1);
   if (l.experts.count != 0) Experts(worker, index);
   Small(worker, rows_, [&](int row) {
     if (l.experts.count == 0) {
@@ -324,7 +357,7 @@ void Pass::Head(Worker& worker, const float* normed, int rows, float* logits, si
     inputs.RoundRow(level_, i, plan_.hidden, RoundingOf(plan_.head));
   });
   const Output out{&plan_.head, logits, stride};
-  Multiply(worker, inputs, rows, &out, 1);
+  Multiply(worker, -1, inputs, rows, &out, 1);
   if (plan_.cap == 0) return;
   const int panels = plan_.head.rows / kLanes, step = 1024, units = (panels + step - 1) / step;
   worker.Each(units * rows, [&](int unit) {

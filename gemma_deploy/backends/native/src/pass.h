@@ -51,6 +51,11 @@ class Pass {
     const Matrix* matrix;
     float* y;
     size_t stride;
+    Linear linear = kLinears;  // which of the layer's
+  };
+  struct Adapted {  // rows of texts with the same adapter, one after another
+    const Adapter* adapter;
+    int first, count;
   };
   struct Rows {  // of one text, one after another
     int first, count;
@@ -63,7 +68,9 @@ class Pass {
     if (!alone_) return worker.Each(n, f);
     for (int i = 0; i < n; i++) f(i);
   }
-  void Multiply(Worker& worker, const Inputs& inputs, int rows, const Output* outputs, int count);
+  // Of a layer, with what adapters add; -1: of none.
+  void Multiply(Worker& worker, int layer, const Inputs& inputs, int rows, const Output* outputs, int count);
+  void AddLow(Worker& worker, int layer, const Output* outputs, int count);
   void Vectors(Worker& worker);
   void ReadFloats(RowSet& set, int row, int rounding);
   void Norm(RowSet& set, int row, const float* weight, int rounding);
@@ -105,6 +112,7 @@ class Pass {
   const bool alone_, codes_;  // a single row; caches of codes
   const bool exact_;
   std::vector<Rows> blocks_;
+  std::vector<Adapted> adapted_;
 };
 
 }  // namespace gemma

@@ -64,7 +64,7 @@ void Pass::Experts(Worker& worker, int index) {
   Routing& r = set.routing;
   Small(worker, rows_, [&](int row) { Norm(set, row, e.router_norm, RoundingOf(e.router)); });
   const Output scores{&e.router, buffers_.scores.data(), static_cast<size_t>(buffers_.most_experts)};
-  Multiply(worker, set.hidden, rows_, &scores, 1);
+  Multiply(worker, -1, set.hidden, rows_, &scores, 1);
   Small(worker, rows_, [&](int row) {
     Choose(r, row, e);
     Norm(set, row, e.norm, RoundingOf(e.gate_up));

@@ -29,7 +29,7 @@ void Pass::Enter(Worker& worker) {
     outputs.push_back(Output{&s.enter[j - 1], &buffers_.brought[j * stride], all});
   }
   Small(worker, rows_, [&](int row) { ReadFloats(set, row, rounding); });
-  Multiply(worker, set.hidden, rows_, outputs.data(), s.count - 1);
+  Multiply(worker, -1, set.hidden, rows_, outputs.data(), s.count - 1);
   Small(worker, rows_, [&](int row) {
     const float* x = &set.x[row * stride];
     const float size = std::sqrt(MeanSquare(x, plan_.hidden));
@@ -56,7 +56,7 @@ void Pass::Leave(Worker& worker) {
       set.hidden.RoundRow(level_, row, plan_.hidden, RoundingOf(m));
     });
     const Output out{&m, &buffers_.brought[j * stride], all};
-    Multiply(worker, set.hidden, rows_, &out, 1);
+    Multiply(worker, -1, set.hidden, rows_, &out, 1);
   }
   Small(worker, rows_, [&](int row) {
     float* x = &set.x[row * stride];
@@ -121,14 +121,14 @@ void Pass::Laurel(Worker& worker, int index) {
   RowSet& set = Set(worker);
   const size_t low = static_cast<size_t>(buffers_.most_rank);
   const Output left{&l.left, buffers_.low.data(), low};
-  Multiply(worker, set.hidden, rows_, &left, 1);
+  Multiply(worker, -1, set.hidden, rows_, &left, 1);
   Small(worker, rows_, [&](int row) {
     std::copy_n(&buffers_.low[row * low], l.rank, set.low.row(row));
     set.low.Pad(row, l.rank);
     set.low.RoundRow(level_, row, l.rank, RoundingOf(l.right));
   });
   const Output right{&l.right, buffers_.laurel.data(), static_cast<size_t>(buffers_.hidden_stride)};
-  Multiply(worker, set.low, rows_, &right, 1);
+  Multiply(worker, -1, set.low, rows_, &right, 1);
 }
 
 // What attention read is still in set.hidden.

@@ -18,7 +18,7 @@ void Pass::Vectors(Worker& worker) {
   Small(worker, rows_, [&](int row) { ReadFloats(set, row, RoundingOf(v.projection)); });
   const size_t stride = static_cast<size_t>(buffers_.vectors_stride);
   const Output out{&v.projection, buffers_.vectors.data(), stride};
-  Multiply(worker, set.hidden, rows_, &out, 1);
+  Multiply(worker, -1, set.hidden, rows_, &out, 1);
   const int layers = static_cast<int>(plan_.layers.size());
   worker.Each(rows_ * layers, [&](int unit) {
     const int row = unit / layers, begin = unit % layers * v.size, id = tokens_[row].id;
@@ -41,7 +41,7 @@ void Pass::AddVector(Worker& worker, int index) {
   const size_t stride = static_cast<size_t>(buffers_.hidden_stride), wide = static_cast<size_t>(buffers_.wide_stride);
   Small(worker, rows_, [&](int row) { ReadFloats(set, row, RoundingOf(a.gate)); });
   const Output gate{&a.gate, buffers_.gate.data(), wide};
-  Multiply(worker, set.hidden, rows_, &gate, 1);
+  Multiply(worker, -1, set.hidden, rows_, &gate, 1);
   Small(worker, rows_, [&](int row) {
     const float* vector = &buffers_.vectors[row * static_cast<size_t>(buffers_.vectors_stride) + index * size];
     level_.gated(&buffers_.gate[row * wide], vector, set.wide.row(row), size, plan_.activation);
@@ -49,7 +49,7 @@ void Pass::AddVector(Worker& worker, int index) {
     set.wide.RoundRow(level_, row, size, RoundingOf(a.projection));
   });
   const Output out{&a.projection, buffers_.out.data(), stride};
-  Multiply(worker, set.wide, rows_, &out, 1);
+  Multiply(worker, -1, set.wide, rows_, &out, 1);
   if (plan_.streams.count != 0) {
     Small(worker, rows_, [&](int row) {  // to all streams but the first
       float* y = set.hidden.row(row);

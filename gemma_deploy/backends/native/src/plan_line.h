@@ -16,7 +16,9 @@ constexpr long kLargest = 1L << 24;  // of any size in a plan
 // A word, and pairs that are taken out as they are read, so that what is left over can be told.
 class Line {
  public:
-  Line(const std::string& text, int number) : number_(number) {
+  Line(const std::string& text, int number) : Line("plan", text, number) {}
+  // A line of something else than a plan.
+  Line(const char* what, const std::string& text, int number) : what_(what), number_(number) {
     size_t at = 0;
     while (at < text.size()) {
       size_t end = text.find(' ', at);
@@ -38,7 +40,7 @@ class Line {
   const std::string& word() const { return word_; }
 
   [[noreturn]] void Fail(const std::string& what) const {
-    throw Error("plan, line " + std::to_string(number_) + ": " + what);
+    throw Error(std::string(what_) + ", line " + std::to_string(number_) + ": " + what);
   }
 
   std::string Text(const std::string& key) {
@@ -75,6 +77,7 @@ class Line {
   }
 
  private:
+  const char* what_;
   int number_;
   std::string word_;
   std::map<std::string, std::string> pairs_;
