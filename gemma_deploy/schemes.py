@@ -122,6 +122,7 @@ class CodeForm:
         transposed: those of linears [in, out] instead of [out, in], and signed: the right operand of an integer
         product.
         panels: matrices of floats as well, and their scales, lie in panels of 16 rows (params/panels.py).
+        planes: those of the LM head lie in two planes, their high and their low halves.
         experts_transposed: those of experts [experts, in, out], and their scales [experts, groups, out]; of 8 bits
             signed, of 4 as `unsigned` says, pairs along the outputs.
         cache_scales: codes of an int8 cache have steps that are fixed beforehand, one for each channel; else channels
@@ -131,6 +132,7 @@ class CodeForm:
     unsigned: bool = False
     transposed: bool = False
     panels: bool = False
+    planes: bool = False
     experts_transposed: bool = False
     cache_scales: bool = False
 

@@ -127,6 +127,9 @@ MEANING: Mapping[str, str] = {
     "per row, else `lean`.",
     "onnxruntime.head": "`screened` multiplies the high half of every code of the table first, and whole rows for the "
     "likeliest tokens. null: `whole`.",
+    "native.head": "`screened` multiplies the high half of every code of the table first, and whole rows for the "
+    "likeliest tokens: [how](kernels.md#a-screened-head). null: `whole`.",
+    "native.candidates": "Rows that a screened head reads whole for a token. null: 8192.",
     "onnxruntime.cache": "`window`: sliding layers keep their window alone. null: `full`.",
     "onnxruntime.block": "Input channels that share a scale of the activations in block products. null: 128.",
     "onnxruntime.logits": "Logits of each row's last token or of every token. null: `last`.",

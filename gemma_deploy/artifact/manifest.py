@@ -179,6 +179,7 @@ class ContractRecord(Open):
         adapters: what it takes of a LoRA adapter at run time; None: nothing.
         geometry: KV heads and head_dim of each layer of the model, 0 where it has no cache; None where all are alike.
         panels: whether matrices lie in panels in the parameter file (params/panels.py); None: no.
+        candidates: of a head whose codes lie in two planes, how many rows are read whole for a token; None: all.
     """
 
     batch: Size
@@ -193,6 +194,7 @@ class ContractRecord(Open):
     adapters: AdapterSlots | None = None
     geometry: tuple[tuple[Count, Count], ...] | None = None
     panels: bool | None = None
+    candidates: Size | None = None
     graphs: dict[Graph, GraphRecord]
 
     @model_serializer(mode="wrap")

@@ -152,6 +152,12 @@ class ArtifactWeights:
             for first, last in spec.rows or ((0, shape[0]),):
                 low, high = max(first, start), min(last, stop)
                 if low < high:
+                    if spec.planes and "int" in row.dtype:
+                        found[low - start : high - start] = _read_planes(file, row, (low, high), shape)
+                        continue
+                    if spec.planes:
+                        found[low - start : high - start] = _read(file, row, low, high, False).reshape(-1, *shape[1:])
+                        continue
                     if spec.panels is not None:
                         found[low - start : high - start] = _read_panels(file, row, (low, high), shape)
                         continue
@@ -168,6 +174,7 @@ def _form_of(manifest: Manifest) -> CodeForm:
     return CodeForm(
         transposed=kernels is not None and kernels.integer,
         panels=bool(manifest.contract.panels),
+        planes=manifest.contract.candidates is not None,
         experts_transposed=kernels is not None,
     )
 
@@ -203,6 +210,19 @@ def _read_panels(file: Path, row: ParamRow, rows: tuple[int, int], shape: tuple[
         found = panels.unpack(elements, row.dtype, row.shape[1])
     begin = first * panels.ROWS
     return found[start - begin : stop - begin, : math.prod(shape[1:])].reshape(stop - start, *shape[1:])
+
+
+def _read_planes(file: Path, row: ParamRow, rows: tuple[int, int], shape: tuple[int, ...]) -> np.ndarray:
+    """The same of codes that lie in two planes."""
+    start, stop = rows
+    first, last = start // panels.ROWS, -(-stop // panels.ROWS)
+    nbytes = panels.ROWS * row.shape[1] // 2
+    high, low = (
+        np.fromfile(file, np.uint8, (last - first) * nbytes, offset=row.offset + plane + first * nbytes)
+        for plane in (0, row.nbytes // 2)
+    )
+    begin = first * panels.ROWS
+    return panels.unpack_planes(high, low, row.shape[1])[start - begin : stop - begin, : shape[1]]
 
 
 def _read(file: Path, row: ParamRow, start: int, stop: int, transposed: bool) -> np.ndarray:

@@ -49,7 +49,8 @@ def weight_bytes(artifact: Artifact, rows: int = 1) -> int:
 
     Every tensor but those of which it reads a row (rotary tables, the table of per-layer vectors); of experts those
     that tokens of `rows` sequences are given, which may all be other ones; and the token table only as LM head, so not
-    at all where the head is a tensor of its own.
+    at all where the head is a tensor of its own. Of a screened head the high half of every code, and the low halves of
+    one sequence's candidates.
 
     Raises:
         CheckpointError: the artifact's config.json is missing or damaged.
@@ -57,14 +58,18 @@ def weight_bytes(artifact: Artifact, rows: int = 1) -> int:
     skipped = [ROTARY, f"{PER_LAYER_TABLE}."]
     if not artifact.manifest.model.tie_word_embeddings:
         skipped.append(TABLE)
+    config, candidates = config_of(artifact), artifact.manifest.contract.candidates
     given = {
         f"{layer.prefix}{stack}": (min(layer.experts.count, rows * layer.experts.chosen), layer.experts.count)
-        for layer in config_of(artifact).layers
+        for layer in config.layers
         if layer.experts is not None
         for stack in layer.experts.stacks(layer.hidden_size)
     }
     read = 0
     for row in artifact.manifest.table.rows:
+        if candidates is not None and row.name == config.head_weight:
+            read += row.nbytes // 2 + min(candidates, row.shape[0]) * row.shape[1] // 2
+            continue
         if not row.name.startswith(tuple(skipped)):
             chosen, count = given.get(row.name.removesuffix(".scale"), (1, 1))
             read += row.nbytes * chosen // count

@@ -154,7 +154,9 @@ def kernel_facts(artifact: Artifact) -> dict[str, Any]:
         level = open_engine(artifact).level
     except UsageError as error:
         level = error.what
-    return {"kernels": {"level on this machine": level}} if level else {}
+    candidates = artifact.manifest.contract.candidates
+    head = {"head": f"screened, {candidates} rows whole"} if candidates is not None else {}
+    return {"kernels": {"level on this machine": level} | head} if level else {}
 
 
 def encoder_facts(head: SentenceHead | None) -> dict[str, Any]:

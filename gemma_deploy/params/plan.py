@@ -47,6 +47,7 @@ class ParamSpec:
         columns: [start, stop) of the source's columns. Scales are those of whole rows.
         transposed: the file has columns where the source has rows, of every matrix of a stack; `shape` is the file's.
         panels: the shape before padding, where the file has panels of 16 rows (panels.py); `shape` is the file's.
+        planes: codes lie in two planes of their halves, or these are scales of such, which lie row by row.
         output_error: of a matrix that a calibrated quantizer made.
     """
 
@@ -62,6 +63,7 @@ class ParamSpec:
     transposed: bool = False
     output_error: OutputError | None = None
     panels: tuple[int, ...] | None = None
+    planes: bool = False
 
     @property
     def plain(self) -> tuple[int, ...]:
@@ -141,7 +143,10 @@ def build_plan(
                 CODE_DTYPES[codes.bits, form.unsigned and not (transposed and codes.bits == 8)],
                 turned(shape) if transposed else shape,
             )
-            specs.append(ParamSpec(name, lies, dtype, kinds[0], name, transposed=transposed, output_error=made))
+            planes = form.planes and name == config.head_weight
+            specs.append(
+                ParamSpec(name, lies, dtype, kinds[0], name, transposed=transposed, output_error=made, planes=planes)
+            )
             source = scales if made or name in taken else name
             of_scales, turns = codes.scale_shape(shape), stack and transposed and codes.groupsize is not None
             lies = turned(of_scales) if turns else of_scales
@@ -186,9 +191,10 @@ def _in_panels(specs: Sequence[ParamSpec]) -> Iterator[ParamSpec]:
         if spec.name.startswith(PER_LAYER_TABLE):
             yield spec
         elif matrix := coded.get(spec.name):
-            yield replace(spec, shape=padded_scales(spec.shape, matrix.shape, matrix.dtype), panels=spec.shape)
+            lies = padded_scales(spec.shape, matrix.shape, matrix.dtype, planes=matrix.planes)
+            yield replace(spec, shape=lies, panels=spec.shape, planes=matrix.planes)
         else:
-            yield replace(spec, shape=padded(spec.shape, spec.dtype), panels=spec.shape)
+            yield replace(spec, shape=padded(spec.shape, spec.dtype, planes=spec.planes), panels=spec.shape)
 
 
 def turned(shape: tuple[int, ...]) -> tuple[int, ...]:

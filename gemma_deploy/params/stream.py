@@ -24,6 +24,7 @@ from gemma_deploy.quantization.rtn import quantize_rows_, row_scales, sqnr_db
 if TYPE_CHECKING:
     import torch
 
+READ_BYTES = 1 << 20
 RAW_DTYPES = ("bfloat16", "float16", "float32")  # the others (GGUF blocks, float64) are read as float32
 
 
@@ -70,6 +71,7 @@ class Sink:
         """Begin at `offset` of the open file `fd`."""
         self.fd, self.spec, self.offset, self.wrote = fd, spec, offset, wrote
         self.digest, self.done, self.transposed = hashlib.sha256(), 0, 0
+        self.low = spec.nbytes // 2  # where the next bytes of the second plane go
         self.waiting: list[torch.Tensor] = []  # rows of a panel that is not full
         self.taken = 0  # numbers
 
@@ -102,23 +104,45 @@ class Sink:
         rows = torch.cat([*self.waiting, block]) if self.waiting else block
         full = len(rows) if self.taken == math.prod(self.spec.plain) else len(rows) // panels.ROWS * panels.ROWS
         self.waiting = [] if full == len(rows) else [rows[full:].clone()]
-        if full:
+        if full and self.spec.planes and block.is_floating_point():
+            self.write(panels.padded_rows(rows[:full], self.spec.shape))
+        elif full and self.spec.planes:
+            high, low = panels.pack_planes(rows[:full].contiguous(), self.spec.shape)
+            self.write(high)
+            self.low = self._put(low, self.low)
+        elif full:
             self.write(panels.pack(rows[:full].contiguous(), self.spec.dtype, self.spec.shape))
 
     def write(self, block: torch.Tensor) -> None:
         """Append a contiguous block."""
         import torch
 
+        self.digest.update(block.reshape(-1).view(torch.uint8).numpy().data)
+        self.done = self._put(block, self.done)
+
+    def _put(self, block: torch.Tensor, at: int) -> int:
+        """Write a contiguous block `at` bytes behind the tensor's first: where it ends."""
+        import torch
+
         data = block.reshape(-1).view(torch.uint8).numpy().data
-        self.digest.update(data)
         self.wrote(len(data))
         while data:
-            count = os.pwrite(self.fd, data, self.offset + self.done)
-            self.done, data = self.done + count, data[count:]
+            count = os.pwrite(self.fd, data, self.offset + at)
+            at, data = at + count, data[count:]
+        return at
+
+    def _hash_second_plane(self) -> None:
+        """From the file, as it comes behind the first one there; a device that keeps nothing gives nothing."""
+        while data := os.pread(self.fd, min(READ_BYTES, self.low - self.done), self.offset + self.done):
+            self.digest.update(data)
+            self.done += len(data)
+        self.done = self.low
 
     def row(self, sqnr: float | None = None, energy: float | None = None) -> ParamRow:
         """The finished tensor's table row."""
         spec = self.spec
+        if spec.planes and "int" in spec.dtype:
+            self._hash_second_plane()
         assert self.done == spec.nbytes, f"{spec.name}: wrote {self.done} of {spec.nbytes} bytes"
         digest = self.digest.hexdigest()
         return ParamRow(spec.name, spec.dtype, spec.shape, self.offset, self.done, digest, spec.kind, sqnr, energy)

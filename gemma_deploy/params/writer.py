@@ -103,7 +103,7 @@ def refuse_bad_tensors(checkpoint: WeightSource, plan: Sequence[ParamSpec], *, b
         ParamsError: as `write_params`, where a value is NaN or infinite.
     """
     bad: list[str] = []
-    buffers, nowhere = Buffers(), os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    buffers, nowhere = Buffers(), os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     try:
         for job in _jobs(plan, lay_out(plan)):
             try:

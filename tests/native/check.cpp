@@ -304,6 +304,8 @@ void CheckAttention(const Kernels& k, int32_t form, int head_dim, float cap) {
 
 }  // namespace
 
+#include "check_screen.h"
+
 int main() {
   std::string names = LevelNames();
   for (size_t at = 0; at < names.size();) {
@@ -325,6 +327,8 @@ int main() {
         CheckProduct(k, kInt4, 48, 640, 32, extreme, inputs);
       }
     }
+    for (int group : {0, 32, 64, 128, 2048})
+      for (int count : {1, 7}) CheckScreen(k, 48, 4096, group, count);
     CheckRows(k);
     CheckStreams(k);
     for (int form : {kFloat32, kBFloat16, kInt8}) {

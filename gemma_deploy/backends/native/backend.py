@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.base import Export, Exported, ExportJob, Proof
 from gemma_deploy.backends.native.graph import GRAPH, MODEL, build_graph
-from gemma_deploy.backends.native.options import NativeOptions, model_problems, not_built
+from gemma_deploy.backends.native.options import NativeOptions, candidates_of, contradictions, model_problems, not_built
 from gemma_deploy.backends.spec import BuildSpec, Options, embedding_scale
 from gemma_deploy.errors import UsageError
 from gemma_deploy.estimates import BASE_BYTES, GRAPH_BYTES, RUNTIME_BYTES, StageEstimate
@@ -38,10 +38,12 @@ class NativeContract(GraphContract):
     Args:
         panels: how matrices lie in the parameter file (params/panels.py).
         adapters: what texts may be computed with of a LoRA adapter; None: nothing.
+        candidates: of a screened head, rows of the table that are read whole for a token; None: all are.
     """
 
     panels: bool = True
     adapters: AdapterSlots | None = None
+    candidates: int | None = None
 
     @property
     def graph_names(self) -> tuple[str, ...]:
@@ -74,8 +76,8 @@ class Native:
     proof_code: Sequence[str] = ("gemma_deploy.backends.native.proof",)
 
     def contradictions(self, spec: BuildSpec) -> Iterator[tuple[tuple[str, ...], str]]:
-        """None: there are no options."""
-        return iter(())
+        """See options.py."""
+        return contradictions(spec)
 
     def not_built(self, spec: BuildSpec) -> Iterator[str]:
         """See options.py."""
@@ -94,8 +96,8 @@ class Native:
         return RUNTIME_BYTES
 
     def codes(self, spec: BuildSpec) -> CodeForm:
-        """Unsigned, in panels."""
-        return CodeForm(unsigned=True, panels=True)
+        """Unsigned, in panels; those of a head that is screened in two planes."""
+        return CodeForm(unsigned=True, panels=True, planes=candidates_of(spec) is not None)
 
     def contract(self, spec: BuildSpec, config: ModelConfig) -> NativeContract:
         """Lengths are free; P is the longest prompt that is compared, C the positions there are."""
@@ -116,6 +118,7 @@ class Native:
             adapters=slots_for(config, spec.adapter_rank, dtype) if spec.adapter_rank else None,
             dynamic=True,
             hidden_size=config.hidden_size,
+            candidates=candidates_of(spec),
         )
 
     def export(self, job: ExportJob) -> Export:
@@ -134,6 +137,7 @@ class Native:
             embed_scale=scale,
             vector_scale=vector_scale,
             unrounded=job.unrounded,
+            candidates=candidates_of(job.spec),
         )
         size = max(place.offset + place.nbytes for place in places)
         return Exported({GRAPH: serialized(build_graph(job.contract, plan, size))})

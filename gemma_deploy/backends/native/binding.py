@@ -54,6 +54,7 @@ SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "gemma_step": (number, (pointer, pointer, number, pointer, pointer, number)),
     "gemma_step_ranked": (number, (pointer, pointer, number, pointer, number)),
     "gemma_threads": (number, (pointer, pointer)),
+    "gemma_screened": (number, (pointer, pointer)),
     "gemma_head": (number, (pointer, pointer, number, pointer)),
     "gemma_rank": (number, (pointer, pointer, number, pointer)),
 }  # fmt: skip

@@ -25,6 +25,17 @@ def ledger_of(manifest: Manifest) -> list[LedgerEntry]:
     entries = [_codes(effect) if manifest.int8_cache else _floats(effect)]
     if Scheme(manifest.scheme).codes:
         entries.append(_rounded(manifest, effect))
+    if (candidates := manifest.contract.candidates) is not None:
+        entries.append(
+            LedgerEntry(
+                f"logits of all but the {candidates} likeliest tokens are those of the high half of every code, less "
+                "half the variance that this predicts",
+                "the LM head",
+                "backend.compile.head screened: half as much is read; the likeliest, and every token that may be the "
+                "likeliest, are computed from whole codes, so that greedy tokens are those of the whole table",
+                effect,
+            )
+        )
     return [*shared_entries(manifest, WORDS), *entries, *context_entries(manifest, "model.plan")]
 
 

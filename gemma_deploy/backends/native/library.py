@@ -45,6 +45,22 @@ class ThreadCounts:
     waited: float
 
 
+@dataclass(frozen=True)
+class ScreenCounts:
+    """What a screened head read, since a model was opened; all 0 of another head.
+
+    Args:
+        tokens: whose logits were computed; rows: of the table, read whole for them.
+        proofs: tokens whose largest logit was not certain with the candidates; more: rows that were read for these
+            besides.
+    """
+
+    tokens: int
+    rows: int
+    proofs: int
+    more: int
+
+
 def library_path() -> Path:
     """Where the library lies.
 
@@ -290,6 +306,12 @@ class Model:
         numbers = (ctypes.c_uint64 * 4)()
         self._check(self._library.gemma_threads(self._handle, numbers))
         return ThreadCounts(numbers[0], numbers[1], numbers[2], numbers[3] / 1e9)
+
+    def screen_counts(self) -> ScreenCounts:
+        """What a screened head read."""
+        numbers = (ctypes.c_uint64 * 4)()
+        self._check(self._library.gemma_screened(self._handle, numbers))
+        return ScreenCounts(*numbers)
 
     def normed(self, pieces: Sequence[tuple[int, Sequence[int] | np.ndarray, int]]) -> np.ndarray:
         """As `logits`, what leaves the final norm: [wanted, hidden] float32."""

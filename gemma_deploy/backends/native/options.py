@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from gemma_deploy.backends.native.library import FOLDER, INSTALL, LIBRARY
 from gemma_deploy.backends.spec import BuildSpec, Options
+from gemma_deploy.bounds import Size
 
 if TYPE_CHECKING:
     from gemma_deploy.checkpoint import ModelConfig
@@ -16,8 +17,37 @@ LARGEST_HEAD = 512
 MOST_STREAMS = 8
 
 
+CANDIDATES = 8192  # of a screened head, unless the recipe says another number
+COMPILE = ("backend", "compile")  # where the options stand in a recipe
+
+
 class NativeOptions(Options):
-    """`backend.compile` of a recipe: nothing is to be chosen."""
+    """`backend.compile` of a recipe; what is not given, or null, is chosen.
+
+    Args:
+        head: `whole` rows of the table, or `screened`: by half of every code first, then whole rows of the likeliest.
+        candidates: of a screened head, rows that are read whole for a token.
+    """
+
+    head: Literal["whole", "screened"] | None = None
+    candidates: Size | None = None
+
+
+def candidates_of(spec: BuildSpec) -> int | None:
+    """Rows of the table that are read whole for a token; None for a head of whole rows."""
+    given = spec.options
+    assert isinstance(given, NativeOptions)
+    return (given.candidates or CANDIDATES) if given.head == "screened" else None
+
+
+def contradictions(spec: BuildSpec) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What the options mean together with the scheme."""
+    given = spec.options
+    assert isinstance(given, NativeOptions)
+    if given.head == "screened" and not (spec.scheme.codes and spec.storage(0).table):
+        yield (*COMPILE, "head"), "screened needs a token table of 8-bit codes (frontend.quantize.table int8)"
+    if given.candidates is not None and given.head != "screened":
+        yield (*COMPILE, "candidates"), "means nothing to a head of whole rows: set head: screened, or remove the key"
 
 
 def not_built(spec: BuildSpec) -> Iterator[str]:

@@ -42,6 +42,7 @@ def plan_of(
     embed_scale: float,
     vector_scale: float,
     unrounded: Collection[str] | None = None,
+    candidates: int | None = None,
 ) -> str:
     """The plan of a model.
 
@@ -49,13 +50,16 @@ def plan_of(
         places: tensors of the parameter file, in panels; context: positions there are.
         embed_scale: by which rows of the table are multiplied; vector_scale: those of the table of per-layer vectors.
         unrounded: linears whose inputs have 15 bits where those of the others of all layers have 8; None: all have 15.
+        candidates: of a head in two planes, rows that are read whole for a token; None: it has none.
     """
     found = {place.name: place for place in places}
     lines = [_model(config, context=context, embed_scale=embed_scale)]
     codes = any(name.endswith(f".{CACHE_FACTOR}") for name in found)
     if codes:
         lines[0] += " cache=int8"
-    lines += _tensors(found, unrounded)
+    if candidates is not None:
+        lines[0] += f" candidates={candidates}"
+    lines += _tensors(found, unrounded, planes=config.head_weight if candidates is not None else "")
     lines += [*_vectors(config, vector_scale), *_streams(config)]
     for layer in config.layers:
         lines += [_layer(config, layer, codes=codes), *_beside(config, layer)]
@@ -99,8 +103,8 @@ def _model(config: ModelConfig, *, context: int, embed_scale: float) -> str:
     )
 
 
-def _tensors(found: Mapping[str, Place], unrounded: Collection[str] | None) -> Iterator[str]:
-    """A line for every matrix and every vector."""
+def _tensors(found: Mapping[str, Place], unrounded: Collection[str] | None, *, planes: str) -> Iterator[str]:
+    """A line for every matrix and every vector; `planes`: the matrix that lies in two planes."""
     scales = {f"{name.removesuffix('.weight')}.scale" for name, place in found.items() if "int" in place.dtype}
     for name, place in found.items():
         if name in scales:
@@ -109,7 +113,8 @@ def _tensors(found: Mapping[str, Place], unrounded: Collection[str] | None) -> I
             yield _line("vector", {"name": name, "size": place.shape[0], "at": place.offset})
             continue
         rows, columns = place.shape
-        values = {"name": name, "form": FORMS[place.dtype], "rows": rows, "columns": columns, "at": place.offset}
+        form = "planes" if name == planes else FORMS[place.dtype]
+        values = {"name": name, "form": form, "rows": rows, "columns": columns, "at": place.offset}
         if name == f"{PER_LAYER_TABLE}.weight":
             if BY_NAME[place.dtype].bits <= 8:
                 scale = found[f"{PER_LAYER_TABLE}.scale"]

@@ -16,13 +16,13 @@ def prove_plan(proof: Proof, result: ParityResult) -> None:
     """Compare and judge; see `Backend.prove`."""
     artifact, opened, manifest, cases = proof.artifact, proof.checkpoint, proof.manifest, proof.cases
     models: tuple[TorchSource, ...]
-    adapter = None
+    adapter, screened = None, manifest.contract.candidates is not None
     if proof.adapter is None:
         models = torch_sources(opened, artifact, manifest)
-        gates = native_gates(manifest.scheme, manifest.int8_cache)
+        gates = native_gates(manifest.scheme, manifest.int8_cache, screened=screened)
     else:
         models = adapted_sources(opened, artifact, manifest, directory=proof.adapter.directory)
-        gates = native_adapter_gates(manifest.scheme, manifest.int8_cache)
+        gates = native_adapter_gates(manifest.scheme, manifest.int8_cache, screened=screened)
         adapter = read_kept(proof.adapter.kept, manifest.contract.adapters)
     reference = models[0].name
     ours = (NativeSource(artifact, kernels, adapter=adapter) for kernels in (STRICT, SHIPPED))

@@ -7,6 +7,7 @@
 #include "array.h"
 #include "kernels.h"
 #include "plan.h"
+#include "screening.h"
 
 namespace gemma {
 
@@ -100,6 +101,7 @@ struct Buffers {
   std::vector<const float*> frequencies;            // sets that differ
   std::vector<int> halves;                          // how many each has
   std::vector<int> set_of_layer;
+  Screening screening;                              // of the head
 
   Buffers(const Plan& plan, int threads);
   void Grow(const Plan& plan, int rows);

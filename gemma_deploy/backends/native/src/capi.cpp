@@ -285,6 +285,18 @@ GEMMA_API int gemma_threads(Handle* handle, uint64_t* numbers) {
   });
 }
 
+// What a screened head read (ScreenCounts): tokens, rows of the table that were read whole for them, tokens for which it
+// took more than the candidates, and how many more; `numbers` has room for four. All are 0 for another head.
+GEMMA_API int gemma_screened(Handle* handle, uint64_t* numbers) {
+  return Call(handle, [&] {
+    if (numbers == nullptr) throw Error("no room for the numbers");
+    const gemma::ScreenCounts counts = handle->model->screened();
+    const uint64_t all[] = {counts.tokens, counts.rows, counts.proofs, counts.more};
+    std::memcpy(numbers, all, sizeof all);
+    return 0;
+  });
+}
+
 // Logits [rows, gemma_stride] of what left the final norm, [rows, hidden].
 GEMMA_API int gemma_head(Handle* handle, const float* normed, int rows, float* logits) {
   return Call(handle, [&] {

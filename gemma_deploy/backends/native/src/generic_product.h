@@ -279,23 +279,32 @@ struct Products {
 
   // Inputs begin..end of a panel of codes as floats, [end - begin][16].
   static void Expand(const Matrix& m, int panel, int begin, int end, float* floats) {
-    const uint8_t* codes = m.panels + panel * PanelBytes(m.form, m.columns);
     const size_t groups = m.group == 0 ? 1 : m.columns / m.group;
     for (int k = begin; k < end; k++) {
       const size_t group = panel * groups + (m.group == 0 ? 0 : k / m.group);
       alignas(64) float scales[kLanes];
-      V::Store(scales, LoadScale(m.scales, group * kLanes, m.scale_form));
-      for (int n = 0; n < kLanes; n++) floats[(k - begin) * kLanes + n] = Element(m, codes, n, k) * scales[n];
+      if (m.form == kPlanes) {
+        for (int n = 0; n < kLanes; n++) scales[n] = ScaleOf(m, panel * kLanes + n, m.group == 0 ? 0 : k / m.group);
+      } else {
+        V::Store(scales, LoadScale(m.scales, group * kLanes, m.scale_form));
+      }
+      for (int n = 0; n < kLanes; n++) floats[(k - begin) * kLanes + n] = Element(m, panel * kLanes + n, k) * scales[n];
     }
   }
 
-  static float Element(const Matrix& m, const uint8_t* panel, int lane, int k) {
+  static float Element(const Matrix& m, int row, int k) {
+    const int lane = row % kLanes;
+    const uint8_t* panel = m.panels + row / kLanes * PanelBytes(m.form, m.columns);
     switch (m.form) {
       case kInt8:
         return static_cast<float>(static_cast<int>(panel[static_cast<size_t>(k / 4) * 64 + lane * 4 + k % 4]) - 128);
-      case kInt4: {
+      case kInt4:
+      case kPlanes: {
         const size_t at = static_cast<size_t>(k / 128) * 1024 + static_cast<size_t>(k % 64 / 4) * 64 + lane * 4 + k % 4;
-        return static_cast<float>((k % 128 < 64 ? panel[at] & 15 : panel[at] >> 4) - 8);
+        const int code = (k % 128 < 64 ? panel[at] & 15 : panel[at] >> 4) - 8;
+        if (m.form == kInt4) return static_cast<float>(code);
+        const uint8_t low = LowHalves(m, row)[k / 64 * 32 + k % 32];
+        return static_cast<float>(16 * code + (k % 64 < 32 ? low & 15 : low >> 4));
       }
       default:
         return 0.0f;
@@ -308,16 +317,27 @@ struct Products {
     return all[lane];
   }
 
+  // The scale of a group of a row.
+  static float ScaleOf(const Matrix& m, int row, int group) {
+    const size_t groups = m.group == 0 ? 1 : static_cast<size_t>(m.columns / m.group), lane = static_cast<size_t>(row % kLanes);
+    const size_t in_panels = (row / kLanes * groups + static_cast<size_t>(group)) * kLanes + lane;
+    return RowScale(m, m.form == kPlanes ? static_cast<size_t>(row) * groups + static_cast<size_t>(group) : in_panels);
+  }
+
+  static float RowScale(const Matrix& m, size_t at) {
+    if (m.scale_form == kFloat32) return reinterpret_cast<const float*>(m.scales)[at];
+    uint8_t all[2 * kLanes] = {m.scales[2 * at], m.scales[2 * at + 1]};
+    return LaneOf(LoadScale(all, 0, m.scale_form), 0);
+  }
+
   static void ReadRow(const Matrix& m, int row, float factor, float* y) {
     const int panel = row / kLanes, lane = row % kLanes;
     const uint8_t* codes = m.panels + panel * PanelBytes(m.form, m.columns);
     if (m.form >= kInt8) {
       const int group = m.group == 0 ? m.columns : m.group;
-      const size_t groups = m.group == 0 ? 1 : m.columns / m.group;
       for (int k0 = 0; k0 < m.columns; k0 += group) {
-        const size_t at = m.group == 0 ? static_cast<size_t>(panel) : panel * groups + k0 / group;
-        const float scale = LaneOf(LoadScale(m.scales, at * kLanes, m.scale_form), lane);
-        for (int k = k0; k < k0 + group; k++) y[k] = Element(m, codes, lane, k) * scale * factor;
+        const float scale = ScaleOf(m, row, k0 / group);
+        for (int k = k0; k < k0 + group; k++) y[k] = Element(m, row, k) * scale * factor;
       }
       return;
     }

@@ -25,6 +25,30 @@ struct Product {
   bool added = false;  // of floats: to what y holds
 };
 
+// A row of activations as a screened head (screening.h) takes it. Groups are those of the matrix's scales, or one for all.
+struct Screened {
+  const Span* spans;         // of the row
+  const int16_t* codes;      // [columns]: the same codes in their order
+  const int8_t *high, *low;  // [columns]: the same in two bytes, 128 * high + low, low from -64 to 63
+  // [groups]: a half of a code is 0 to 15. What its mean gives, half the variance of what all together give (both where
+  // scales are 1), and the most by which they give another sum than their mean.
+  const float *middle, *spread, *most;
+};
+
+// Of a half variance, that logits are lowered by: larger ones say nothing of a logit, and would cost it digits.
+constexpr float kMostSpread = 16;
+
+// y[r][16 * panel + i] = row r times output feature i of planes, from their high halves: as if low ones were their mean,
+// less half the variance of that. A ceiling is what a product of whole codes does not exceed.
+struct Screen {
+  const Matrix* matrix;
+  const Screened* rows;
+  int count;
+  float *y, *ceilings;
+  size_t stride;   // of both, in floats
+  int begin, end;  // panels
+};
+
 // One query of one head: attends to positions first..last of a page, and says what it found there.
 struct Query {
   const float* q;  // [D], scaled
@@ -57,6 +81,11 @@ struct Kernels {
 
   // Of rows that are rounded as the matrix wants them (RoundingOf).
   void (*product)(const Product& work);
+
+  // Panels begin..end of planes, their high halves alone.
+  void (*screen)(const Screen& work);
+  // Makes of what `screen` gave for `count` output features of a row, y[outputs[i]], products of whole codes.
+  void (*refine)(const Matrix& matrix, const Screened& row, const int32_t* outputs, int count, float* y);
 
   // One row of a matrix [N, K] as floats, times `factor`.
   void (*read_row)(const Matrix& matrix, int row, float factor, float* y);

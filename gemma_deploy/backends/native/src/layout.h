@@ -8,9 +8,12 @@
 //   bfloat16  [K/2][16 n][2 k]
 //   float16   [K][16 n]
 //   float32   [K][16 n]
+//   planes    8 bits in two halves, for a head that is screened (screening.h): panels of code + 128 >> 4 as those of
+//             int4, and behind those of all rows the low halves row by row, [N][K/64][32] bytes: low nibble of input k,
+//             high nibble of input k + 32; K is padded to a multiple of 128
 // A vector kernel reads a panel as one stream, and 64 inputs of an int8 panel are a B tile of AMX.
 //
-// Scales: one for each row, [N], or for each group of inputs, [N/16][groups][16]. A group is 32 to 2048 inputs, a power
+// Scales: one for each row, [N], or for each group of inputs, [N/16][groups][16]; of planes [N][groups]. A group is 32 to 2048 inputs, a power
 // of two.
 #pragma once
 
@@ -30,7 +33,7 @@ constexpr int kExact = 512;
 constexpr int kByteMax = 127;
 constexpr int kPage = 128;   // positions of a page of a cache: also what attention adds up at once
 
-enum Form : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3, kInt4 = 4 };
+enum Form : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3, kInt4 = 4, kPlanes = 5 };
 
 // A matrix as it lies in a parameter file.
 struct Matrix {
@@ -48,13 +51,19 @@ struct Matrix {
 constexpr int kUnrounded = -1;
 constexpr int RoundingOf(const Matrix& m) { return m.form >= kInt8 ? m.input_group : kUnrounded; }
 
-// Bytes of one panel of 16 output features.
+// Bytes of one panel of 16 output features; of planes those of its high halves.
 constexpr size_t PanelBytes(int32_t form, int32_t columns) {
   const size_t inputs = static_cast<size_t>(columns) * kLanes;
-  return form == kInt4 ? inputs / 2 : form == kInt8 ? inputs : form == kFloat32 ? inputs * 4 : inputs * 2;
+  return form >= kInt4 ? inputs / 2 : form == kInt8 ? inputs : form == kFloat32 ? inputs * 4 : inputs * 2;
 }
 
-// Rows first..first + count of a matrix, of whole panels.
+// The low halves of a row of planes.
+inline const uint8_t* LowHalves(const Matrix& m, int row) {
+  const size_t half = static_cast<size_t>(m.columns) / 2;
+  return m.panels + (static_cast<size_t>(m.rows) + static_cast<size_t>(row)) * half;
+}
+
+// Rows first..first + count of a matrix, of whole panels; not of planes.
 inline Matrix RowsOf(const Matrix& m, int first, int count) {
   Matrix some = m;
   some.panels += first / kLanes * PanelBytes(m.form, m.columns);

@@ -27,6 +27,8 @@ Model::Model(const std::string& plan, const uint8_t* parameters, uint64_t bytes,
 
 Model::~Model() = default;
 
+ScreenCounts Model::screened() const { return buffers_->screening.counts(); }
+
 void Model::Step(const std::vector<Piece>& pieces, float* normed, float* logits) {
   std::vector<Token> tokens;
   std::vector<bool> wanted;

@@ -11,6 +11,7 @@
 #include "plan.h"
 #include "pool.h"
 #include "ranking.h"
+#include "screening.h"
 
 namespace gemma {
 
@@ -39,6 +40,7 @@ class Model {
   const Kernels& level() const { return level_; }
   int threads() const { return pool_.size(); }
   PoolCounts counts() const { return pool_.counts(); }
+  ScreenCounts screened() const;
   // Whether codes are computed with in float32, nothing rounded: for a proof, not for speed.
   bool exact() const { return exact_; }
 

@@ -5,6 +5,7 @@
 
 #include "levels.h"
 #include "row_table.h"
+#include "screening.h"
 
 #define GEMMA_API extern "C" __attribute__((visibility("default")))
 
@@ -41,8 +42,8 @@ bool Grouped(int group) { return group == 0 || (group >= kSums && group <= kSpan
 
 bool Fits(const Matrix& m) {
   const bool grouped = Grouped(m.group) && (m.group == 0 || m.columns % m.group == 0) && Grouped(m.input_group);
-  return m.rows > 0 && m.rows % kLanes == 0 && m.columns > 0 && m.columns % (m.form == kInt4 ? 128 : kBlock) == 0 &&
-         m.form >= kFloat32 && m.form <= kInt4 && grouped;
+  return m.rows > 0 && m.rows % kLanes == 0 && m.columns > 0 && m.columns % (m.form >= kInt4 ? 128 : kBlock) == 0 &&
+         m.form >= kFloat32 && m.form <= kPlanes && grouped;
 }
 
 }  // namespace
@@ -59,10 +60,30 @@ GEMMA_API int gemma_op_product(const char* level, const gemma::Matrix* matrix, c
   const Kernels* k = gemma::Level(level);
   if (k == nullptr) return 1;
   if (!gemma::Fits(*matrix) || count < 1 || begin < 0 || end > matrix->rows / gemma::kLanes || begin > end) return 2;
+  if (matrix->form == gemma::kPlanes && exact == 0) return 2;  // gemma_op_screened
   const gemma::Activations a(*k, x, count, matrix->columns, matrix->input_group);
   const int spans = gemma::Spans(matrix->columns);
   for (int i = 0; i < repeat; i++)
     k->product(gemma::Product{matrix, a.rows(), spans, count, y, static_cast<size_t>(matrix->rows), begin, end, 0, spans, exact != 0});
+  return 0;
+}
+
+// y [count, rows] = x [count, columns] times planes, screened, with so many threads; what was read: see gemma_screened.
+GEMMA_API int gemma_op_screened(const char* level, const gemma::Matrix* matrix, const float* x, int count, float* y,
+                                int vocabulary, int candidates, int threads, uint64_t* counts) {
+  const Kernels* k = gemma::Level(level);
+  if (k == nullptr) return 1;
+  if (!gemma::Fits(*matrix) || matrix->form != gemma::kPlanes || count < 1) return 2;
+  if (vocabulary > matrix->rows || vocabulary <= matrix->rows - gemma::kLanes || candidates < 1 || threads < 1) return 2;
+  const gemma::Activations a(*k, x, count, matrix->columns);
+  gemma::Pool pool(threads);
+  gemma::Screening screening;
+  pool.Run(0, [&](gemma::Worker& worker) {
+    screening.Run(worker, *k, *matrix, a.rows(), gemma::Spans(matrix->columns), count, vocabulary, candidates, y);
+  });
+  const gemma::ScreenCounts found = screening.counts();
+  const uint64_t all[] = {found.tokens, found.rows, found.proofs, found.more};
+  std::memcpy(counts, all, sizeof all);
   return 0;
 }
 

@@ -356,8 +356,13 @@ void Pass::Head(Worker& worker, const float* normed, int rows, float* logits, si
     inputs.Pad(i, plan_.hidden);
     inputs.RoundRow(level_, i, plan_.hidden, RoundingOf(plan_.head));
   });
-  const Output out{&plan_.head, logits, stride};
-  Multiply(worker, -1, inputs, rows, &out, 1);
+  if (plan_.candidates != 0 && !exact_) {
+    buffers_.screening.Run(worker, level_, plan_.head, inputs.spans(), inputs.row_spans(), rows, plan_.vocabulary,
+                           plan_.candidates, logits);
+  } else {
+    const Output out{&plan_.head, logits, stride};
+    Multiply(worker, -1, inputs, rows, &out, 1);
+  }
   if (plan_.cap == 0) return;
   const int panels = plan_.head.rows / kLanes, step = 1024, units = (panels + step - 1) / step;
   worker.Each(units * rows, [&](int unit) {

@@ -83,7 +83,8 @@ class Reader : private Tensors {
     plan_.embed_factor = line.Number("embed");
     plan_.cap = line.Number("cap");
     plan_.cache_form = line.Has("cache") ? FormOf(line, "cache") : kBFloat16;
-    if (plan_.cache_form == kFloat16 || plan_.cache_form == kInt4) line.Fail("'cache' has a form that caches have not");
+    if (plan_.cache_form == kFloat16 || plan_.cache_form >= kInt4) line.Fail("'cache' has a form that caches have not");
+    plan_.candidates = line.Has("candidates") ? static_cast<int>(line.Whole("candidates", 1)) : 0;
     offset_ = line.Number("offset");
     names_ = {line.Text("table"), line.Text("head"), line.Text("norm")};
   }
@@ -269,8 +270,11 @@ class Reader : private Tensors {
   }
 
   void TakeEnds(Line& line) {
-    plan_.table = MatrixOf(line, names_[0], plan_.vocabulary, plan_.hidden);
-    plan_.head = MatrixOf(line, names_[1], plan_.vocabulary, plan_.hidden);
+    plan_.table = MatrixOf(line, names_[0], plan_.vocabulary, plan_.hidden, true);
+    plan_.head = MatrixOf(line, names_[1], plan_.vocabulary, plan_.hidden, true);
+    if ((plan_.head.form == kPlanes) != (plan_.candidates != 0))
+      line.Fail(plan_.candidates != 0 ? "there are 'candidates', and the head is not in planes"
+                                      : "the head is in planes, and there are no 'candidates'");
     plan_.final_norm = Shifted(VectorNamed(line, names_[2], plan_.hidden), plan_.hidden);
   }
 

@@ -95,6 +95,7 @@ struct Plan {
   float eps, embed_factor, cap;
   int32_t cache_form;  // of keys and values, where nobody says another
   Matrix table, head;
+  int candidates;  // of a head in planes: rows that are read whole for a token, at least; else 0
   const float* final_norm;
   VectorsPlan vectors;
   StreamsPlan streams;

@@ -25,8 +25,9 @@ class Tensors {
     Matrix m{};
     m.form = FormOf(line, "form");
     m.rows = Multiple(line, "rows", kLanes);
-    m.columns = Multiple(line, "columns", m.form == kInt4 ? 2 * kBlock : kBlock);
-    m.panels = Place(line, "at", m.rows / kLanes * PanelBytes(m.form, m.columns));
+    m.columns = Multiple(line, "columns", m.form >= kInt4 ? 2 * kBlock : kBlock);
+    const uint64_t planes = m.form == kPlanes ? 2 : 1;
+    m.panels = Place(line, "at", planes * (m.rows / kLanes) * PanelBytes(m.form, m.columns));
     if (m.form >= kInt8) {
       m.group = static_cast<int32_t>(line.Whole("group", 0, kSpan));
       const bool power = (m.group & (m.group - 1)) == 0;
@@ -40,6 +41,7 @@ class Tensors {
         m.input_group = static_cast<int32_t>(line.Whole("input_group", kSums, kSpan));
         if ((m.input_group & (m.input_group - 1)) != 0)
           line.Fail("'input_group' is " + std::to_string(m.input_group) + ", no power of two");
+        if (m.form == kPlanes) line.Fail("'input_group' is there, of a matrix in planes");
       }
     }
     if (!matrices_.emplace(name, m).second) line.Fail("'" + name + "' is there twice");
@@ -49,6 +51,7 @@ class Tensors {
     const std::string name = line.Text("name");
     RowTable t{};
     t.form = FormOf(line, "form");
+    if (t.form == kPlanes) line.Fail("'form' is one that no table has");
     t.rows = static_cast<int32_t>(line.Whole("rows", 1));
     t.columns = Multiple(line, "columns", 2);
     const uint64_t numbers = static_cast<uint64_t>(t.rows) * t.columns;
@@ -72,12 +75,13 @@ class Tensors {
       line.Fail("'" + name + "' is there twice");
   }
 
-  // The matrix that a line names, of `rows` outputs and `columns` inputs, both before padding.
-  Matrix MatrixOf(const Line& line, const std::string& name, int rows, int columns) const {
+  // The matrix that a line names, of `rows` outputs and `columns` inputs, both before padding; `planes`: it may be so.
+  Matrix MatrixOf(const Line& line, const std::string& name, int rows, int columns, bool planes = false) const {
     const auto found = matrices_.find(name);
     if (found == matrices_.end()) line.Fail("no matrix '" + name + "'");
     const Matrix& m = found->second;
-    const int block = m.form == kInt4 ? 2 * kBlock : kBlock;
+    if (m.form == kPlanes && !planes) line.Fail("'" + name + "' is in planes, which only table and head are");
+    const int block = m.form >= kInt4 ? 2 * kBlock : kBlock;
     if (m.rows != (rows + kLanes - 1) / kLanes * kLanes || m.columns != (columns + block - 1) / block * block)
       line.Fail("'" + name + "' is " + std::to_string(m.rows) + " x " + std::to_string(m.columns) + ", not " +
                 std::to_string(rows) + " x " + std::to_string(columns));
@@ -120,7 +124,8 @@ class Tensors {
                                                           {"float16", kFloat16},
                                                           {"bfloat16", kBFloat16},
                                                           {"int8", kInt8},
-                                                          {"int4", kInt4}};
+                                                          {"int4", kInt4},
+                                                          {"planes", kPlanes}};
     const std::string name = line.Text(key);
     const auto found = kForms.find(name);
     if (found == kForms.end()) line.Fail("'" + key + "' is " + name);

@@ -8,6 +8,7 @@
 #include "generic_product.h"
 #include "generic_product8.h"
 #include "generic_rows.h"
+#include "generic_screen.h"
 #include "generic_streams.h"
 
 namespace gemma {
@@ -27,6 +28,8 @@ constexpr Kernels TableOf(const char* name) {
                  Rows<V>::Round,
                  Products8<E>::Round,
                  ProductOf<Products<V>, Products8<E>>,
+                 Screens<V>::Run,
+                 Screens<V>::Refine,
                  Products<V>::ReadRow,
                  Rows<V>::RmsNorm,
                  Rows<V>::AddRmsNorm,

@@ -163,6 +163,47 @@ struct Avx2 {
     AddPairs(acc.b, w.b, x);
   }
   static I Total(const Acc& acc) { return I{acc.a, acc.b}; }
+  // Four inputs of a panel's rows: halves of codes, of the inputs k..k + 3 and of those 64 behind them, and bytes.
+  struct Halves {
+    __m256i a, b;
+  };
+  using ByteCodes = __m256i;
+  using ByteAcc = I;
+  static void LoadHalves(const uint8_t* p, Halves& low, Halves& high) {
+    const __m256i a = Half256(p), b = Half256(p + 32), mask = _mm256_set1_epi8(15);
+    low = Halves{_mm256_and_si256(a, mask), _mm256_and_si256(b, mask)};
+    high = Halves{_mm256_and_si256(_mm256_srli_epi16(a, 4), mask), _mm256_and_si256(_mm256_srli_epi16(b, 4), mask)};
+  }
+  static ByteCodes FourBytes(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return _mm256_set1_epi32(four);
+  }
+  static ByteAcc BeginBytes() { return SetInt(0); }
+  // Two products of at most 15 and 127 do not saturate 16 bits.
+  static __m256i Fours(__m256i acc, __m256i w, __m256i x) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+  }
+  static void DotBytes(ByteAcc& acc, const Halves& w, ByteCodes x) {
+    acc.a = Fours(acc.a, w.a, x);
+    acc.b = Fours(acc.b, w.b, x);
+  }
+  static I TotalBytes(const ByteAcc& high, const ByteAcc& low) {
+    return I{_mm256_add_epi32(_mm256_slli_epi32(high.a, 7), low.a), _mm256_add_epi32(_mm256_slli_epi32(high.b, 7), low.b)};
+  }
+  // Adds products of 64 inputs with halves of codes (planes of layout.h): of the first 32, and of the others.
+  static void LowDots(const uint8_t* p, const int16_t* x, I& first, I& second) {
+    const auto sixteen = [&](__m256i to, __m256i w, const int16_t* at) {
+      return _mm256_add_epi32(to, _mm256_madd_epi16(w, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))));
+    };
+    const __m128i* halves = reinterpret_cast<const __m128i*>(p);
+    const __m256i a = _mm256_cvtepu8_epi16(_mm_loadu_si128(halves)), mask = _mm256_set1_epi16(15);
+    const __m256i b = _mm256_cvtepu8_epi16(_mm_loadu_si128(halves + 1));
+    first.a = sixteen(first.a, _mm256_and_si256(a, mask), x);
+    first.b = sixteen(first.b, _mm256_and_si256(b, mask), x + 16);
+    second.a = sixteen(second.a, _mm256_srli_epi16(a, 4), x + 32);
+    second.b = sixteen(second.b, _mm256_srli_epi16(b, 4), x + 48);
+  }
 
   static F LoadHalf(const uint8_t* p) {
     const __m128i* h = reinterpret_cast<const __m128i*>(p);
@@ -212,6 +253,10 @@ struct AvxVnni : Avx2 {
     if constexpr (rows < 3) return Avx2::DotHalf<rows>(acc, w, x);
     acc.a = _mm256_dpwssd_avx_epi32(acc.a, w.a, x);
     acc.b = _mm256_dpwssd_avx_epi32(acc.b, w.b, x);
+  }
+  static void DotBytes(ByteAcc& acc, const Halves& w, ByteCodes x) {
+    acc.a = _mm256_dpbusd_avx_epi32(acc.a, w.a, x);
+    acc.b = _mm256_dpbusd_avx_epi32(acc.b, w.b, x);
   }
 };
 

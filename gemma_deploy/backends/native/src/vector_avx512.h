@@ -98,6 +98,29 @@ struct Avx512 {
     acc = _mm512_dpwssd_epi32(_mm512_dpwssd_epi32(acc, w.even, x.even), w.odd, x.odd);
   }
   static I Total(const Acc& acc) { return acc; }
+  // Four inputs of sixteen panels' rows: halves of codes, of the inputs k..k + 3 and of those 64 behind them, and bytes.
+  using Halves = __m512i;
+  using ByteCodes = __m512i;
+  using ByteAcc = __m512i;
+  static void LoadHalves(const uint8_t* p, Halves& low, Halves& high) {
+    const __m512i w = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
+    low = _mm512_and_si512(w, mask);
+    high = _mm512_and_si512(_mm512_srli_epi16(w, 4), mask);
+  }
+  static ByteCodes FourBytes(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+  }
+  static ByteAcc BeginBytes() { return _mm512_setzero_si512(); }
+  static void DotBytes(ByteAcc& acc, Halves w, ByteCodes x) { acc = _mm512_dpbusd_epi32(acc, w, x); }
+  static I TotalBytes(ByteAcc high, ByteAcc low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 7), low); }
+  // Adds products of 64 inputs with halves of codes (planes of layout.h): of the first 32, and of the others.
+  static void LowDots(const uint8_t* p, const int16_t* x, I& first, I& second) {
+    const __m512i both = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    first = _mm512_dpwssd_epi32(first, _mm512_and_si512(both, _mm512_set1_epi16(15)), _mm512_loadu_si512(x));
+    second = _mm512_dpwssd_epi32(second, _mm512_srli_epi16(both, 4), _mm512_loadu_si512(x + 32));
+  }
 
   static F LoadHalf(const uint8_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

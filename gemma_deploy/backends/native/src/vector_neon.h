@@ -160,6 +160,45 @@ struct NeonDot {
     return sum;
   }
 
+  // Four inputs of a panel's rows: halves of codes, of the inputs k..k + 3 and of those 64 behind them, and bytes.
+  using Halves = B;
+  using ByteCodes = int8x16_t;
+  using ByteAcc = I;
+  static void LoadHalves(const uint8_t* p, Halves& low, Halves& high) {
+    for (int i = 0; i < 4; i++) {
+      const uint8x16_t both = vld1q_u8(p + 16 * i);
+      low.v[i] = vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15)));
+      high.v[i] = vreinterpretq_s8_u8(vshrq_n_u8(both, 4));
+    }
+  }
+  static ByteCodes FourBytes(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return vreinterpretq_s8_s32(vdupq_n_s32(four));
+  }
+  static ByteAcc BeginBytes() { return SetInt(0); }
+  static void DotBytes(ByteAcc& acc, const Halves& w, ByteCodes x) {
+    for (int i = 0; i < 4; i++) acc.v[i] = vdotq_s32(acc.v[i], w.v[i], x);
+  }
+  static I TotalBytes(const ByteAcc& high, const ByteAcc& low) {
+    I sum;
+    for (int i = 0; i < 4; i++) sum.v[i] = vaddq_s32(vshlq_n_s32(high.v[i], 7), low.v[i]);
+    return sum;
+  }
+  // Adds products of 64 inputs with halves of codes (planes of layout.h): of the first 32, and of the others.
+  static void LowDots(const uint8_t* p, const int16_t* x, I& first, I& second) {
+    const auto eight = [](int32x4_t& to, uint8x8_t w, const int16_t* at) {
+      const int16x8_t codes = vreinterpretq_s16_u16(vmovl_u8(w)), with = vld1q_s16(at);
+      to = vmlal_s16(to, vget_low_s16(codes), vget_low_s16(with));
+      to = vmlal_s16(to, vget_high_s16(codes), vget_high_s16(with));
+    };
+    for (int i = 0; i < 4; i++) {
+      const uint8x8_t both = vld1_u8(p + 8 * i);
+      eight(first.v[i], vand_u8(both, vdup_n_u8(15)), x + 8 * i);
+      eight(second.v[i], vshr_n_u8(both, 4), x + 32 + 8 * i);
+    }
+  }
+
   static F LoadHalf(const uint8_t* p) {
     return Each([&](int i) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p + 8 * i))); });
   }

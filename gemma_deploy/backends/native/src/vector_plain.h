@@ -142,6 +142,32 @@ struct Plain {
     }
   }
   static I Total(const Acc& acc) { return acc.sum; }
+  // Four inputs of a panel's rows: halves of codes, of the inputs k..k + 3 and of those 64 behind them, and bytes.
+  using Halves = B;
+  struct ByteCodes {
+    int8_t v[4];
+  };
+  using ByteAcc = I;
+  static void LoadHalves(const uint8_t* p, Halves& low, Halves& high) { LoadNibbles(p, low, high); }
+  static ByteCodes FourBytes(const int8_t* p) {
+    ByteCodes x;
+    std::memcpy(x.v, p, sizeof x.v);
+    return x;
+  }
+  static ByteAcc BeginBytes() { return SetInt(0); }
+  static void DotBytes(ByteAcc& acc, const Halves& w, const ByteCodes& x) {
+    for (int i = 0; i < 16; i++)
+      for (int j = 0; j < 4; j++) acc.v[i] += w.v[4 * i + j] * x.v[j];
+  }
+  static I TotalBytes(ByteAcc high, const ByteAcc& low) {
+    for (int i = 0; i < 16; i++) high.v[i] = high.v[i] * 128 + low.v[i];
+    return high;
+  }
+  // Adds products of 64 inputs with halves of codes (planes of layout.h): of the first 32, and of the others.
+  static void LowDots(const uint8_t* p, const int16_t* x, I& first, I& second) {
+    for (int i = 0; i < 32; i++) first.v[i % 16] += (p[i] & 15) * x[i];
+    for (int i = 0; i < 32; i++) second.v[i % 16] += (p[i] >> 4) * x[i + 32];
+  }
 
   static float FromBits(uint32_t bits) {
     float x;
