@@ -80,6 +80,7 @@ def command(
     from gemma_deploy.serve.http.running import listening, log_apart, loopback, open_enough, run, server_of
     from gemma_deploy.serve.http.served import Served
     from gemma_deploy.serve.opening import scheduling_of
+    from gemma_deploy.serve.visitors import LOOPBACK
 
     keys = _keys(api_key_file) if api_key_file is not None else ()
     if not keys and not insecure and not loopback(host):
@@ -102,7 +103,9 @@ def command(
         if scheduling.together == 1 and batch_size > 1:
             log.warning("%s: its back end computes one text at a time; others wait", called[0])
     log_apart(as_json=json_log)
-    settings = Settings(keys=keys, origins=allow_origin, json_log=json_log)
+    # Who brings a key is known; who may ask from elsewhere may use any name.
+    hosts = None if keys or insecure else frozenset((*LOOPBACK, host))
+    settings = Settings(keys=keys, hosts=hosts, origins=allow_origin, json_log=json_log)
     shown = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}/v1"
 
     def ready() -> None:

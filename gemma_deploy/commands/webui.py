@@ -32,7 +32,7 @@ def command(api_base_url: str, port: int, host: str) -> None:
 
     require("client", "serve", what="`gemma-deploy webui`")
     from gemma_deploy.serve.http.running import listening, loopback, run, server_of
-    from gemma_deploy.serve.passing import LOOPBACK
+    from gemma_deploy.serve.visitors import LOOPBACK
     from gemma_deploy.serve.webui import webui_app
 
     local = loopback(host)

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from gemma_deploy.client import CONNECT_SECONDS, Target
 from gemma_deploy.errors import UsageError
+from gemma_deploy.serve.visitors import OTHER_SITE, UNKNOWN_NAME, foreign
 
 if TYPE_CHECKING:
     import httpx2
@@ -31,7 +32,6 @@ SILENT_SECONDS = 900.0  # in which a server says something: a long prompt on a C
 MOST_REQUESTS = 64  # at a time
 ENDPOINTS = {"/v1/models": "GET", "/v1/chat/completions": "POST"}
 KINDS = ("application/json", "text/event-stream")
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 def base_of(url: str) -> str:
@@ -122,13 +122,11 @@ class PassThrough:
 
     def _check(self, scope: Scope, given: Mapping[str, str]) -> None:
         host, origin = given.get("host", ""), given.get("origin")
-        if self._hosts is not None and _without_port(host) not in self._hosts:
-            raise Refused(421, "this address is not known by that name: open the page as the command said")
-        if (origin is not None and urlsplit(origin).netloc != host) or given.get("sec-fetch-site", "none") not in (
-            "same-origin",
-            "none",
-        ):
-            raise Refused(403, "requests from pages of other sites are not passed on")
+        status = foreign(host, origin, hosts=self._hosts)
+        if status == UNKNOWN_NAME:
+            raise Refused(status, "this address is not known by that name: open the page as the command said")
+        if status == OTHER_SITE or given.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+            raise Refused(OTHER_SITE, "requests from pages of other sites are not passed on")
         if scope["path"] not in ENDPOINTS or scope["method"] != ENDPOINTS[scope["path"]]:
             raise Refused(404, f"passed on are {', '.join(f'{verb} {path}' for path, verb in ENDPOINTS.items())}")
         if scope["method"] == "POST" and given.get("content-type", "").partition(";")[0].strip() != KINDS[0]:
@@ -178,11 +176,6 @@ class _Left(Exception):
 async def _left(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _without_port(host: str) -> str:
-    name, colon, port = host.rpartition(":")
-    return name if colon and port.isdecimal() else host
 
 
 async def _body(receive: Receive, given: Mapping[str, str]) -> bytes:

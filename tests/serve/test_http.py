@@ -466,6 +466,26 @@ def test_web_pages_may_ask_where_it_is_allowed(engine, client):
         assert "access-control-allow-origin" not in answer.headers
 
 
+def test_pages_of_other_sites_may_not_ask(engine):
+    """Under a name that means 127.0.0.1 to a browser, or with a POST that needs no leave."""
+    hosts, asked = frozenset(("127.0.0.1", "localhost")), {"prompt": "a", "max_tokens": 1}
+    with client_of(engine, settings=Settings(hosts=hosts, origins=("https://a.example",))) as client:
+        for headers, status in [
+            ({"host": "127.0.0.1:9000"}, 200),
+            ({"host": "localhost"}, 200),
+            ({"host": "evil.example:9000"}, 421),
+            ({"host": ""}, 421),
+            ({"host": "127.0.0.1:9000", "origin": "http://127.0.0.1:9000"}, 200),
+            ({"host": "127.0.0.1:9000", "origin": "http://127.0.0.1:8000"}, 403),
+            ({"host": "127.0.0.1:9000", "origin": "null"}, 403),
+            ({"host": "127.0.0.1:9000", "origin": "https://a.example"}, 200),
+        ]:
+            answer = client.post(COMPLETIONS, json=asked, headers=headers)
+            assert answer.status_code == status, headers
+            assert client.get("/v1/models", headers=headers).status_code == status, headers
+            assert status == 200 or answer.json()["error"]["message"]
+
+
 def test_a_fault_of_the_engine_is_told_and_health_with_it(engine, monkeypatch):
     with client_of(engine) as client:
         monkeypatch.setattr(

@@ -37,6 +37,7 @@ from gemma_deploy.serve.http.fields import (
 from gemma_deploy.serve.http.metrics import exposed
 from gemma_deploy.serve.http.served import Served
 from gemma_deploy.serve.http.streaming import ClientLeft, EventStream, unless_left
+from gemma_deploy.serve.visitors import UNKNOWN_NAME, foreign
 from gemma_deploy.serve.webui import page_routes
 
 log = logging.getLogger(__name__)
@@ -54,12 +55,14 @@ class Settings:
 
     Args:
         keys: one of which a request must bring (`Authorization: Bearer KEY`); none: everybody may ask.
-        origins: web pages that browsers let ask; none by default.
+        hosts: names by which it may be asked, None for any; see visitors.py.
+        origins: web pages of elsewhere that may ask; none by default.
         json_log: a line of JSON for each request in the place of words.
         largest_body: bytes of a request, at most.
     """
 
     keys: Sequence[str] = ()
+    hosts: Collection[str] | None = None
     origins: Sequence[str] = ()
     json_log: bool = False
     largest_body: int = LARGEST_BODY
@@ -140,10 +143,21 @@ class Server:
         return guarded
 
     def _authenticate(self, request: Request) -> None:
+        """Refuse pages of other sites, and who has no key.
+
+        Raises:
+            ApiError: with 421, 403 or 401.
+        """
+        given, settings = request.headers, self._settings
+        status = foreign(given.get("host", ""), given.get("origin"), hosts=settings.hosts, origins=settings.origins)
+        if status == UNKNOWN_NAME:
+            raise ApiError(status, "this server is not known by that name: ask 127.0.0.1, or start it with a key")
+        if status:
+            raise ApiError(status, "pages of other sites may not ask: --allow-origin names those that may")
         if not self._keys:
             return
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        offered = given.strip().encode("utf-8", "surrogateescape") if scheme.lower() == "bearer" else b""
+        scheme, _, key = given.get("authorization", "").partition(" ")
+        offered = key.strip().encode("utf-8", "surrogateescape") if scheme.lower() == "bearer" else b""
         matches = [hmac.compare_digest(offered, key) for key in self._keys]  # all of them, whichever fits
         if not any(matches):
             raise ApiError(401, "no API key that this server knows: Authorization: Bearer KEY", code="invalid_api_key")

@@ -9,7 +9,7 @@ import pytest
 
 from gemma_deploy.cli import main
 from gemma_deploy.errors import UsageError
-from gemma_deploy.serve import passing
+from gemma_deploy.serve import passing, visitors
 from gemma_deploy.serve.passing import base_of
 
 httpx2 = pytest.importorskip("httpx2")
@@ -173,7 +173,7 @@ def test_what_is_not_the_pages_is_refused_before_the_server_hears_of_it(name):
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.1:9600", "localhost:9600", "[::1]:9600", "[::1]"])
 def test_loopback_names_are_known(host):
-    client = browser(Server(), hosts=frozenset(passing.LOOPBACK))
+    client = browser(Server(), hosts=frozenset(visitors.LOOPBACK))
     assert client.get("/v1/models", headers={"host": host}).status_code == 200
 
 
