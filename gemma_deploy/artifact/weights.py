@@ -156,7 +156,8 @@ class ArtifactWeights:
                         found[low - start : high - start] = _read_planes(file, row, (low, high), shape)
                         continue
                     if spec.planes:
-                        found[low - start : high - start] = _read(file, row, low, high, False).reshape(-1, *shape[1:])
+                        scales = _read(file, row, low, high, False)[:, : math.prod(shape[1:])]  # not those of padding
+                        found[low - start : high - start] = scales.reshape(-1, *shape[1:])
                         continue
                     if spec.panels is not None:
                         found[low - start : high - start] = _read_panels(file, row, (low, high), shape)

@@ -264,7 +264,7 @@ def test_a_damaged_plan_is_refused(whole_and_screened):
 
 KINDS = [
     ("gemma2", "w8a16", None),
-    ("gemma4_text", "w8a16_gptq", "int8"),
+    ("gemma4_text", "w8a16_gptq", "int8_g64"),
     ("gemma3_text", "w4a16_gptq+kv8", "int8_g32"),
 ]
 
