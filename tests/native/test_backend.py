@@ -82,6 +82,14 @@ def test_it_compiles_proven(native_library, tmp_path, kind, scheme):
     assert {f"{reference} = shipped", "strict = shipped", "checkpoint = stored weights"} <= lines
 
 
+@pytest.mark.parametrize("kind", ["gemma3_text", pytest.param("gemma4_text", marks=pytest.mark.slow)])
+def test_a_table_by_rows_whose_columns_are_folded_compiles_proven(native_library, tmp_path, kind):
+    """Calibration moves factors of columns from the table to the last norm; what is looked up takes them back."""
+    result = compile_recipe(recipe_of(tmp_path, kind, "w8a16_gptq", quantize={"table": "int8"}))
+    assert result.parity.passed
+    assert " columns=" in plan_in(result.path)
+
+
 def opened(artifact, plan=None, **options):
     return Model(plan or plan_in(artifact), artifact / PARAMS, **{"threads": 2, "cache_bytes": MANY, **options})
 

@@ -17,6 +17,7 @@ from gemma_deploy.calibration.points import cache_factor_names
 from gemma_deploy.dtypes import BY_NAME
 from gemma_deploy.names import (
     CACHE_FACTOR,
+    COLUMN_SCALE,
     EMBEDDING_WEIGHT,
     LAYERS,
     NORM,
@@ -59,6 +60,8 @@ def plan_of(
         lines[0] += " cache=int8"
     if candidates is not None:
         lines[0] += f" candidates={candidates}"
+    if COLUMN_SCALE in found:
+        lines[0] += f" columns={COLUMN_SCALE}"
     lines += _tensors(found, unrounded, planes=config.head_weight if candidates is not None else "")
     lines += [*_vectors(config, vector_scale), *_streams(config)]
     for layer in config.layers:

@@ -98,7 +98,8 @@ void Pass::Begin(Worker& worker) {
   RowSet& set = Set(worker);
   Small(worker, rows_, [&](int row) {
     float* x = &set.x[row * static_cast<size_t>(buffers_.hidden_stride)];
-    level_.read_row(plan_.table, tokens_[row].id, plan_.embed_factor, x);
+    level_.read_row(plan_.table, tokens_[row].id, plan_.columns != nullptr ? 1.0f : plan_.embed_factor, x);
+    if (plan_.columns != nullptr) Times(x, plan_.columns, plan_.hidden);
   });
   if (plan_.vectors.size != 0) Vectors(worker);
   if (plan_.streams.count != 0) Enter(worker);

@@ -86,7 +86,7 @@ class Reader : private Tensors {
     if (plan_.cache_form == kFloat16 || plan_.cache_form >= kInt4) line.Fail("'cache' has a form that caches have not");
     plan_.candidates = line.Has("candidates") ? static_cast<int>(line.Whole("candidates", 1)) : 0;
     offset_ = line.Number("offset");
-    names_ = {line.Text("table"), line.Text("head"), line.Text("norm")};
+    names_ = {line.Text("table"), line.Text("head"), line.Text("norm"), line.Has("columns") ? line.Text("columns") : ""};
   }
 
   // What a norm multiplies by: its weight and what the generation adds to it.
@@ -275,6 +275,7 @@ class Reader : private Tensors {
     if ((plan_.head.form == kPlanes) != (plan_.candidates != 0))
       line.Fail(plan_.candidates != 0 ? "there are 'candidates', and the head is not in planes"
                                       : "the head is in planes, and there are no 'candidates'");
+    plan_.columns = names_[3].empty() ? nullptr : VectorNamed(line, names_[3], plan_.hidden);
     plan_.final_norm = Shifted(VectorNamed(line, names_[2], plan_.hidden), plan_.hidden);
   }
 

@@ -97,6 +97,7 @@ struct Plan {
   Matrix table, head;
   int candidates;  // of a head in planes: rows that are read whole for a token, at least; else 0
   const float* final_norm;
+  const float* columns;  // what rows of the table are multiplied by as they are looked up, in the place of embed_factor
   VectorsPlan vectors;
   StreamsPlan streams;
   std::vector<LayerPlan> layers;
