@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gemma_deploy.parity.gates import ADAPTER_LIMIT, BFLOAT16_KL, FOLDED_LIMIT, GATES, PEFT, Gate, near, relative
 from gemma_deploy.schemes import QUANTIZERS
 
@@ -17,6 +19,10 @@ ROUNDED_KL = 0.002
 # What a screened head may add. Real 270M, 2,560 positions of WikiText-2: 3.8e-4 with 8,192 rows read whole; 128 others,
 # of which one has activations 15 times as large as usual: 8.3e-4.
 SCREEN_KL = 0.002
+# Float32 products of calibrated codes of 4 bits: on random tokens such a model enlarges what float32 rounds. Real 270M,
+# 732 random tokens, last hidden states against transformers in float64: 3.9e-6 here, 6.1e-6 transformers in float32, from
+# which the logits here are 2.0e-5 apart; on text 2.2e-6.
+FOUR_BITS_LIMIT = 4e-5
 
 
 def native_gates(scheme: str, int8_cache: bool = False, *, screened: bool = False) -> tuple[Gate, ...]:
@@ -30,8 +36,12 @@ def native_gates(scheme: str, int8_cache: bool = False, *, screened: bool = Fals
     if quantizer is not None and quantizer.activations:
         kernels += ROUNDED_KL
     limit = kernels + (quantizer.kl_limit if quantizer else 0)
+    shared = GATES[scheme]
+    if quantizer is not None and quantizer.bits == 4 and quantizer.calibrated:
+        own = (f"patched {scheme}", "strict")
+        shared = tuple(replace(gate, limit=FOUR_BITS_LIMIT) if gate.pair == own else gate for gate in shared)
     return (
-        *GATES[scheme],
+        *shared,
         Gate((reference, "shipped"), "bad_test", 0),
         Gate((reference, "shipped"), "kl_mean", limit, ("text",), pooled=True),
         Gate(("strict", "shipped"), "kl_mean", kernels, ("text",), pooled=True),
