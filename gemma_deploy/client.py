@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,26 +47,44 @@ class Target:
         return f"{self.root}/v1"
 
 
-@asynccontextmanager
-async def connected(
-    target: Target, connections: int, transport: httpx2.AsyncBaseTransport | None = None
-) -> AsyncIterator[httpx2.AsyncClient]:
-    """A client of at most so many connections.
+def new_client(
+    *,
+    seconds: float,
+    connections: int,
+    kept: int,
+    key: str = "",
+    transport: httpx2.AsyncBaseTransport | None = None,
+) -> httpx2.AsyncClient:
+    """A client that follows no redirects and takes nothing from the environment, no proxy above all.
 
     Args:
+        seconds: in which a server must send something; connections: at most; kept: of these open between requests.
+        key: for its Authorization, "" for none.
         transport: instead of a network.
     """
     import httpx2
 
-    async with httpx2.AsyncClient(
+    return httpx2.AsyncClient(
         transport=transport,
-        headers={"Authorization": f"Bearer {target.key}"} if target.key else {},
-        timeout=httpx2.Timeout(target.seconds, connect=CONNECT_SECONDS),
-        limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
-        trust_env=False,  # no proxy between
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        timeout=httpx2.Timeout(seconds, connect=CONNECT_SECONDS, pool=CONNECT_SECONDS),
+        limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=kept),
+        trust_env=False,
         follow_redirects=False,
-    ) as client:
-        yield client
+    )
+
+
+def connected(
+    target: Target, connections: int, transport: httpx2.AsyncBaseTransport | None = None
+) -> httpx2.AsyncClient:
+    """A client for a server, to be entered and left: at most so many connections.
+
+    Args:
+        transport: instead of a network.
+    """
+    return new_client(
+        seconds=target.seconds, connections=connections, kept=connections, key=target.key, transport=transport
+    )
 
 
 async def model_of(client: httpx2.AsyncClient, target: Target) -> dict[str, Any]:

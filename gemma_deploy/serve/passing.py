@@ -12,7 +12,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Mutable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from gemma_deploy.client import CONNECT_SECONDS, Target
+from gemma_deploy import client as clients
+from gemma_deploy.client import Target
 from gemma_deploy.errors import UsageError
 from gemma_deploy.serve.visitors import OTHER_SITE, UNKNOWN_NAME, foreign
 
@@ -30,6 +31,7 @@ BODY_SECONDS = 30.0  # in which a request has come whole
 SENT_SECONDS = 60.0  # in which a browser takes a piece of an answer
 SILENT_SECONDS = 900.0  # in which a server says something: a long prompt on a CPU takes minutes
 MOST_REQUESTS = 64  # at a time
+KEPT = 8  # connections that stay open between requests
 ENDPOINTS = {"/v1/models": "GET", "/v1/chat/completions": "POST"}
 KINDS = ("application/json", "text/event-stream")
 
@@ -153,20 +155,12 @@ class PassThrough:
 
 
 def new_client(transport: httpx2.AsyncBaseTransport | None = None) -> httpx2.AsyncClient:
-    """The client of a `PassThrough`: no redirects, nothing from the environment, bounded waits and connections.
+    """The client of a `PassThrough`.
 
     Args:
         transport: instead of a network.
     """
-    import httpx2
-
-    return httpx2.AsyncClient(
-        transport=transport,
-        timeout=httpx2.Timeout(SILENT_SECONDS, connect=CONNECT_SECONDS, pool=CONNECT_SECONDS),
-        limits=httpx2.Limits(max_connections=MOST_REQUESTS, max_keepalive_connections=8),
-        follow_redirects=False,
-        trust_env=False,
-    )
+    return clients.new_client(seconds=SILENT_SECONDS, connections=MOST_REQUESTS, kept=KEPT, transport=transport)
 
 
 class _Left(Exception):
