@@ -16,6 +16,7 @@ from gemma_deploy.errors import UsageError
 from gemma_deploy.runtime.embedding import Embedder
 from gemma_deploy.serve.http.errors import ApiError, told, wrong
 from gemma_deploy.serve.http.fields import Fields
+from gemma_deploy.serve.http.served import card
 
 MOST_TEXTS = 2048  # of one request, as OpenAI has it
 MOST_WAITING = 64  # requests
@@ -57,16 +58,9 @@ class ServedEncoder:
 
     def card(self, name: str) -> Mapping[str, Any]:
         """Of `/v1/models`."""
-        return {
-            "id": name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "gemma-deploy",
-            "root": self.names[0],
-            "max_model_len": self._embedder.longest,
-            "backend": self._backend,
-            "dimensions": self._embedder.dimensions,
-        }
+        longest = self._embedder.longest
+        known = card(name, root=self.names[0], created=self._created, longest=longest, backend=self._backend)
+        return {**known, "dimensions": self._embedder.dimensions}
 
     async def answer(self, fields: EmbeddingFields, name: str) -> dict[str, Any]:
         """Vectors of the texts, in their order.

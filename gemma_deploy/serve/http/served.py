@@ -170,17 +170,26 @@ class Served:
 
     def card(self, name: str) -> Mapping[str, Any]:
         """Of `/v1/models`."""
-        manifest = self.engine.manifest
-        return {
-            "id": name,
-            "object": "model",
-            "created": self.created,
-            "owned_by": "gemma-deploy",
-            "root": self.names[0],
-            "max_model_len": self.context,
-            "backend": manifest.recipe.backend.type,
-            "texts_at_once": self.together,
-        }
+        backend = self.engine.manifest.recipe.backend.type
+        known = card(name, root=self.names[0], created=self.created, longest=self.context, backend=backend)
+        return {**known, "texts_at_once": self.together}
+
+
+def card(name: str, *, root: str, created: int, longest: int, backend: str) -> dict[str, Any]:
+    """What `/v1/models` tells of any model.
+
+    Args:
+        name: under which it was asked for; root: its own; created: seconds since 1970; longest: tokens of a text.
+    """
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "gemma-deploy",
+        "root": root,
+        "max_model_len": longest,
+        "backend": backend,
+    }
 
 
 def _hand_out(found: Sequence[tuple[Asked, Event]]) -> None:
