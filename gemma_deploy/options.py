@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -46,6 +47,30 @@ def adapter_option(what: str) -> Callable[[Command], Command]:
     return click.option(
         "--adapter", type=NAME, multiple=True, callback=_references, metavar="DIR[:WEIGHT]", help=f"{what} Repeatable."
     )
+
+
+def server_options(what: str) -> Callable[[Command], Command]:
+    """`--server URL`, `--model NAME` and `--api-key-file FILE`.
+
+    Args:
+        what: a sentence that says what becomes of a server here.
+    """
+
+    def with_options(command: Command) -> Command:
+        key = click.option("--api-key-file", type=PATH, help="Holds the server's key.")
+        model = click.option("--model", type=NAME, metavar="NAME", help="Of the server; its only one if not given.")
+        return click.option("--server", type=NAME, metavar="URL", help=what)(model(key(command)))
+
+    return with_options
+
+
+def given_of(ctx: click.Context, names: Collection[str]) -> list[str]:
+    """The options among these parameters of a command that somebody gave, in the order of the command."""
+    return [
+        param.opts[0]
+        for param in ctx.command.params
+        if param.name in names and ctx.get_parameter_source(param.name) is not ParameterSource.DEFAULT
+    ]
 
 
 def _references(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> Any:

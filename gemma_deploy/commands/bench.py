@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from gemma_deploy.names import MIB
-from gemma_deploy.options import NAME, PATH
+from gemma_deploy.options import PATH, given_of, server_options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -85,15 +84,13 @@ def good(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) ->
 @click.option(
     "--plot", "plot_file", type=PATH, help="Draw speed over context length there, or over requests at a time."
 )
-@click.option("--server", type=NAME, metavar="URL", help="Measure a server instead of ARTIFACT.")
-@click.option("--model", type=NAME, metavar="NAME", help="Of the server; its only one if not given.")
+@server_options("Measure a server instead of ARTIFACT.")
 @click.option("--input-lens", callback=lengths, metavar="N,N", default="512", show_default=True)
 @click.option("--output-lens", callback=lengths, metavar="N,N", default="128", show_default=True)
 @click.option("--concurrencies", callback=lengths, metavar="N,N", default="1,4,8,16", show_default=True)
 @click.option("--requests", type=click.IntRange(min=0), default=0, help="Of each; 0 takes four for each at a time.")
 @click.option("--vocab-size", type=click.IntRange(min=2), default=256_000, show_default=True, help="Ids are below it.")
 @click.option("--goodput", callback=good, multiple=True, metavar="NAME:MS", help="Such as ttft:500.")
-@click.option("--api-key-file", type=PATH, help="Holds the server's key.")
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -133,11 +130,7 @@ def _check_one(ctx: click.Context, artifact: Path | None, server: str | None) ->
     if (artifact is None) == (server is None):
         raise click.UsageError("name one thing to measure: ARTIFACT, or --server URL")
     others = ONE_SERVER if server is None else ONE_ARTIFACT
-    given = [
-        param.opts[0]
-        for param in ctx.command.params
-        if param.name in others and ctx.get_parameter_source(param.name) is not ParameterSource.DEFAULT
-    ]
+    given = given_of(ctx, others)
     if given:
         raise click.UsageError(f"{', '.join(given)}: of {'a server' if server is None else 'an artifact'} only")
     empty = [

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gemma_deploy.options import NAME, PATH, adapter_option
+from gemma_deploy.options import NAME, PATH, adapter_option, given_of, server_options
 
 if TYPE_CHECKING:
     from gemma_deploy.checkpoint import AdapterRef
@@ -68,10 +68,8 @@ OF_SERVER = ("model", "tokenizer", "api_key_file")
 )
 @click.option("--json", "json_file", type=PATH, help="Write the result there.")
 @click.option("--record/--no-record", default=True, help="Keep it in the artifact and its report.  [default: record]")
-@click.option("--server", type=NAME, metavar="URL", help="Evaluate what a server computes instead of TARGET.")
-@click.option("--model", type=NAME, metavar="NAME", help="Of the server; its only one if not given.")
+@server_options("Evaluate what a server computes instead of TARGET.")
 @click.option("--tokenizer", type=PATH, help="Directory of the server's tokenizer.json  [default: its /tokenize]")
-@click.option("--api-key-file", type=PATH, help="Holds the server's key.")
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -192,27 +190,17 @@ def _from_server(target: Target, request: TextRequest | ExamRequest, tokenizer: 
 
 def _check_one(ctx: click.Context, target: str | None, server: str | None) -> None:
     """Refuse neither and both, and options of the other."""
-    from click.core import ParameterSource
-
     if (target is None) == (server is None):
         raise click.UsageError("name one thing to evaluate: TARGET, or --server URL")
-    given = [
-        f"--{name.replace('_', '-')}"
-        for name in (OF_SERVER if server is None else OF_TARGET)
-        if ctx.get_parameter_source(name) != ParameterSource.DEFAULT
-    ]
-    if given:
+    if given := given_of(ctx, OF_SERVER if server is None else OF_TARGET):
         raise click.UsageError(f"{', '.join(given)}: not {'without --server' if server is None else 'with --server'}")
 
 
 def _refuse_options(ctx: click.Context, task: str) -> None:
     """An option of the other task would be ignored."""
-    from click.core import ParameterSource
-
     (other,) = OF_TASK.keys() - {task}
-    given = [name for name in OF_TASK[other] if ctx.get_parameter_source(name) != ParameterSource.DEFAULT]
-    if given:
-        raise click.UsageError(f"--task {task} does not take --{', --'.join(given)}; --task {other} does")
+    if given := given_of(ctx, OF_TASK[other]):
+        raise click.UsageError(f"--task {task} does not take {', '.join(given)}; --task {other} does")
 
 
 def _show_text(titles: Sequence[str], result: dict[str, Any]) -> None:
