@@ -39,6 +39,11 @@ class ChatParser:
             begins, ends = prompt.rfind(channel.begin), max(prompt.rfind(channel.end), prompt.rfind(form.turn))
             self.feed(prompt[begins:] if begins > ends else "")  # is of the prompt: not said again
 
+    @property
+    def thinks(self) -> bool:
+        """Whether what came last is of the model's thinking, or of the marker that begins it."""
+        return self._state in (self._in_header, self._in_thinking)
+
     def feed(self, piece: str) -> list[ChatEvent]:
         """Add a piece of the reply; what is known because of it."""
         self._held, self._place = self._held[self._place :] + piece, 0

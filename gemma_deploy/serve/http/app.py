@@ -28,6 +28,7 @@ from gemma_deploy.serve.http.embeddings import EmbeddingFields, ServedEncoder
 from gemma_deploy.serve.http.errors import ApiError, told, wrong
 from gemma_deploy.serve.http.fields import (
     ChatFields,
+    Choosing,
     CompletionFields,
     DetokenizeFields,
     Generating,
@@ -35,6 +36,8 @@ from gemma_deploy.serve.http.fields import (
     read,
 )
 from gemma_deploy.serve.http.metrics import exposed
+from gemma_deploy.serve.http.response_fields import ResponseFields, renamed
+from gemma_deploy.serve.http.responses import ModelResponse
 from gemma_deploy.serve.http.served import Served
 from gemma_deploy.serve.http.streaming import ClientLeft, EventStream, unless_left
 from gemma_deploy.serve.visitors import UNKNOWN_NAME, foreign
@@ -46,6 +49,7 @@ LARGEST_BODY = 8 << 20
 BODY_SECONDS = 30.0  # from the first byte of a body to its last
 LEFT = 499  # as nginx logs it; nobody reads it
 One = TypeVar("One")
+Answer = Completion | Chat | ModelResponse
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -88,6 +92,7 @@ class Server:
         posts = {
             "/v1/completions": self._completions,
             "/v1/chat/completions": self._chats,
+            "/v1/responses": self._responses,
             "/v1/embeddings": self._embeddings,
             "/tokenize": self._tokenize,
             "/detokenize": self._detokenize,
@@ -197,12 +202,22 @@ class Server:
         served, name = self._find(fields.model)
         return await self._answered(request, Chat(served, fields, name, guide=await _guide(served, fields)), fields)
 
+    async def _responses(self, request: Request) -> Response:
+        fields = read(ResponseFields, await self._body(request))
+        served, name = self._find(fields.model)
+        chat_fields = fields.chat()
+        try:
+            chat = Chat(served, chat_fields, name, guide=await _guide(served, chat_fields))
+        except ApiError as error:
+            raise renamed(error) from None
+        return await self._answered(request, ModelResponse(chat, fields, name), fields)
+
     async def _embeddings(self, request: Request) -> Response:
         fields = read(EmbeddingFields, await self._body(request))
         encoder, name = _found(self._encoders, fields.model, self._names, "makes text: /v1/completions")
         return JSONResponse(await encoder.answer(fields, name))
 
-    async def _answered(self, request: Request, answer: Completion | Chat, fields: Generating) -> Response:
+    async def _answered(self, request: Request, answer: Answer, fields: Choosing) -> Response:
         def done() -> None:
             self._tell(answer, fields.model)
 
@@ -217,9 +232,9 @@ class Server:
             for one in answer.asked:
                 one.leave()
             raise
-        return EventStream(answer.chunks(), answer.asked, done)
+        return EventStream(answer.chunks(), answer.asked, done, named=isinstance(answer, ModelResponse))
 
-    def _tell(self, answer: Completion | Chat, name: str | None) -> None:
+    def _tell(self, answer: Answer, name: str | None) -> None:
         """A line in the log: never the prompt."""
         speeches = answer.speeches
         tokens, first = sum(one.tokens for one in speeches), speeches[0].first

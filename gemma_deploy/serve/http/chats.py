@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from gemma_deploy.chat import ChatEvent, ChatParser, ToolCall
@@ -20,6 +21,21 @@ from gemma_deploy.serve.http.streaming import merged
 from gemma_deploy.serve.request import Request
 
 MOST_TOOLS = 256
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What came of one piece of a text.
+
+    Args:
+        events: that are certain now; logs: log-probabilities of the token, where it is of the text.
+        thought: whether the token is of the model's thinking, its markers among it.
+    """
+
+    piece: Piece
+    events: list[ChatEvent]
+    logs: list[dict[str, Any]]
+    thought: bool
 
 
 def rendered(
@@ -86,12 +102,11 @@ class Chat:
         """The answer at once."""
         choices = []
         for index, speech in enumerate(self.speeches):
-            parser, events, logs = self._parser(), list[ChatEvent](), list[Any]()
-            last = Piece("")
-            async for last in speech.pieces():
-                events += parser.feed(last.text)
-                logs += self._logs(last)
-            events += parser.end()
+            events, logs, last = list[ChatEvent](), list[Any](), Piece("")
+            async for heard in self.heard(speech):
+                events += heard.events
+                logs += heard.logs
+                last = heard.piece
             choices.append(
                 {
                     "index": index,
@@ -112,14 +127,11 @@ class Chat:
 
     async def _chunks_of(self, index: int, speech: Speech) -> AsyncIterator[Mapping[str, Any]]:
         await speech.begin()
-        parser, deltas, called = self._parser(), Deltas(), False
+        deltas, called = Deltas(), False
         yield self._chunk(index, {"role": "assistant", "content": ""}, [])
-        async for piece in speech.pieces():
-            events = parser.feed(piece.text)
-            if piece.finish is not None:
-                events += parser.end()
-            logs = self._logs(piece)
-            for event in events:
+        async for heard in self.heard(speech):
+            piece, logs = heard.piece, heard.logs
+            for event in heard.events:
                 called = called or isinstance(event, ToolCall)
                 if (delta := deltas.of(event)) is not None:
                     yield self._chunk(index, delta, logs)
@@ -142,8 +154,20 @@ class Chat:
             choice["stop_reason"] = last.stop
         return self._body("chat.completion.chunk", [choice])
 
-    def _parser(self) -> ChatParser:
-        return ChatParser(self._served.engine.chat_format, self._prompt)
+    async def heard(self, speech: Speech) -> AsyncIterator[Heard]:
+        """One of the texts, taken apart.
+
+        Raises:
+            ApiError: it fails on the way.
+        """
+        parser = ChatParser(self._served.engine.chat_format, self._prompt)
+        async for piece in speech.pieces():
+            before = parser.thinks
+            events = parser.feed(piece.text)
+            thought = before or parser.thinks
+            if piece.finish is not None:
+                events += parser.end()
+            yield Heard(piece, events, self._logs(piece), thought)
 
     def _logs(self, piece: Piece) -> list[dict[str, Any]]:
         """Log-probabilities of a piece's token, where it is of the text."""

@@ -6,11 +6,13 @@ from typing import Any
 
 from gemma_deploy.serve.http.embeddings import EmbeddingFields
 from gemma_deploy.serve.http.fields import ChatFields, CompletionFields, DetokenizeFields, Fields, TokenizeFields
+from gemma_deploy.serve.http.response_fields import ResponseFields
 
 SCHEMAS = "#/components/schemas/"
 POSTS: dict[str, tuple[type[Fields], str]] = {
     "/v1/completions": (CompletionFields, "Go on with texts, or read them."),
     "/v1/chat/completions": (ChatFields, "Answer a conversation."),
+    "/v1/responses": (ResponseFields, "Answer a conversation with items."),
     "/v1/embeddings": (EmbeddingFields, "Vectors of texts."),
     "/tokenize": (TokenizeFields, "Token ids of a text or a conversation."),
     "/detokenize": (DetokenizeFields, "The text of token ids."),

@@ -54,12 +54,10 @@ class StreamOptions(Fields):
     include_usage: bool | None = None
 
 
-class Generating(Fields):
-    """What completions and chat have in common."""
+class Choosing(Fields):
+    """How any answer is made."""
 
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Count | None = None
     seed: Annotated[int, Field(ge=-MOST_SEED, le=MOST_SEED)] | None = None
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -69,17 +67,24 @@ class Generating(Fields):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    max_tokens: Tokens | None = None
     min_tokens: Tokens | None = None
     ignore_eos: bool | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
-    response_format: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     structured_outputs: dict[str, Any] | None = None
+
+
+class Generating(Choosing):
+    """What completions and chat have in common."""
+
+    stream_options: StreamOptions | None = None
+    n: Count | None = None
+    max_tokens: Tokens | None = None
+    response_format: dict[str, Any] | None = None
 
     def grammar(self) -> tuple[Grammar, str] | None:
         """What the answer has to follow, and the field that says so; None: nothing.

@@ -25,25 +25,33 @@ class ClientLeft(Exception):
     """Nobody waits for the answer."""
 
 
-def event(body: Mapping[str, Any]) -> bytes:
+def event(body: Mapping[str, Any], name: str | None = None) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 class EventStream(StreamingResponse):
-    """Events, and `[DONE]` behind them.
+    """Events, and `[DONE]` behind them where they have no names.
 
     Args:
         asked: what is computed for them, and is no more where the client leaves or stops reading.
         done: called at the end, whatever that is.
+        named: whether the type of a body is the name of its event; such streams tell what fails themselves.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, bodies: AsyncIterator[Mapping[str, Any]], asked: Sequence[Asked], done: Callable[[], None]
+        self,
+        bodies: AsyncIterator[Mapping[str, Any]],
+        asked: Sequence[Asked],
+        done: Callable[[], None],
+        *,
+        named: bool = False,
     ) -> None:
-        super().__init__(_events(bodies), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        events = _named(bodies) if named else _events(bodies)
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._asked, self._done = asked, done
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,6 +79,11 @@ async def _events(bodies: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[byt
         yield event(error.body())
         return
     yield b"data: [DONE]\n\n"
+
+
+async def _named(bodies: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[bytes]:
+    async for body in bodies:
+        yield event(body, body["type"])
 
 
 async def merged(sources: Sequence[AsyncIterator[T]]) -> AsyncIterator[T]:
