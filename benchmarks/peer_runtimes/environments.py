@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tarfile
@@ -60,10 +61,28 @@ def install(name: str, out: Path, torch_index: str | None) -> None:
         tree = source / archive.name.removesuffix(".tar.gz")
         for file, old, new in wanted.edits:
             edit(tree / file, old, new)
-        run([*pip, "install", "-q", "-c", str(held), str(tree)], log, wanted.environ)
+        if wanted.program:
+            build(wanted.program, tree / "vendor" / "llama.cpp", venv, log)
+        else:
+            run([*pip, "install", "-q", "-c", str(held), str(tree)], log, wanted.environ)
     for package in wanted.remove:
         run([*pip, "uninstall", "-q", "-y", package], log)
     (venv / INSTALLED).touch()
+
+
+def build(program: str, tree: Path, venv: Path, log: Path) -> None:
+    """A program of llama.cpp for this CPU, into an environment.
+
+    Raises:
+        PeerError: the compiler failed.
+    """
+    words = ("GGML_NATIVE=ON", "BUILD_SHARED_LIBS=OFF", "CMAKE_BUILD_TYPE=Release")
+    without = ("LLAMA_CURL", "LLAMA_OPENSSL", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_USE_PREBUILT_UI")
+    options = [f"-D{word}" for word in (*words, *(f"{one}=OFF" for one in without))]
+    place = tree / "build"
+    run(["cmake", "-S", str(tree), "-B", str(place), *options], log)
+    run(["cmake", "--build", str(place), "--target", program, "-j", str(os.cpu_count())], log)
+    shutil.copy2(place / "bin" / program, venv / "bin" / program)
 
 
 def edit(file: Path, old: str, new: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from peer_runtimes.environments import folder, python_of, source_of
 from peer_runtimes.ours import NAME, compile_ours, run_ours
 from peer_runtimes.processes import PeerError, Ran, exclusive, json_of, read_all, run
-from peer_runtimes.variants import HERE, VARIANTS, Command, Place
+from peer_runtimes.variants import HERE, VARIANTS, Command, Place, Variant
 
 log = logging.getLogger("peers")
 Record = dict[str, Any]
@@ -98,8 +98,12 @@ def guarded(name: str, step: str, work: Callable[[], Record]) -> Record:
     return record
 
 
-def convert(bench: Bench, name: str) -> Record:
-    """Convert once, the checkpoint in the page cache: seconds, peak RSS, bytes of the artifact."""
+def convert(bench: Bench, name: str, variant: Variant | None = None) -> Record:
+    """Convert once, the checkpoint in the page cache: seconds, peak RSS, bytes of the artifact.
+
+    Args:
+        variant: that of VARIANTS with this name unless given.
+    """
     out = bench.artifact(name)
     scratch = bench.place / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -109,7 +113,7 @@ def convert(bench: Bench, name: str) -> Record:
             raise PeerError("no recipe was given to compile it with")
         commands, prepare = [compile_ours(bench.recipe, bench.checkpoint, out)], []
     else:
-        variant = VARIANTS[name]
+        variant = variant or VARIANTS[name]
         python_of(variant.environment, bench.out)
         if out.exists():
             shutil.rmtree(out)

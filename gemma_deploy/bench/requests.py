@@ -75,11 +75,11 @@ class Answer:
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
-    """Mean, median and 99th percentile; None of nothing."""
+    """Mean, median, 95th and 99th percentile; None of nothing."""
     if not values:
         return None
-    mean, median, high = np.mean(values), *np.percentile(values, (50, 99))
-    return {"mean": float(mean), "median": float(median), "p99": float(high)}
+    median, high, highest = np.percentile(values, (50, 95, 99))
+    return {"mean": float(np.mean(values)), "median": float(median), "p95": float(high), "p99": float(highest)}
 
 
 def summary(load: Load, answers: Sequence[Answer], limits: Mapping[str, float]) -> dict[str, Any]:
