@@ -20,8 +20,7 @@ from starlette.routing import Route
 
 from gemma_deploy.errors import DeployError, UsageError
 from gemma_deploy.runtime.limits import check_tokens
-from gemma_deploy.serve.guiding import Guide
-from gemma_deploy.serve.http.chats import Chat, rendered
+from gemma_deploy.serve.http.chats import Chat, chat_of, rendered
 from gemma_deploy.serve.http.completions import Completion
 from gemma_deploy.serve.http.described import description
 from gemma_deploy.serve.http.embeddings import EmbeddingFields, ServedEncoder
@@ -31,7 +30,6 @@ from gemma_deploy.serve.http.fields import (
     Choosing,
     CompletionFields,
     DetokenizeFields,
-    Generating,
     TokenizeFields,
     read,
 )
@@ -193,21 +191,20 @@ class Server:
     async def _completions(self, request: Request) -> Response:
         fields = read(CompletionFields, await self._body(request))
         served, name = self._find(fields.model)
-        return await self._answered(
-            request, Completion(served, fields, name, guide=await _guide(served, fields)), fields
-        )
+        guide = await served.guide(fields.grammar())
+        return await self._answered(request, Completion(served, fields, name, guide=guide), fields)
 
     async def _chats(self, request: Request) -> Response:
         fields = read(ChatFields, await self._body(request))
         served, name = self._find(fields.model)
-        return await self._answered(request, Chat(served, fields, name, guide=await _guide(served, fields)), fields)
+        return await self._answered(request, await chat_of(served, fields, name), fields)
 
     async def _responses(self, request: Request) -> Response:
         fields = read(ResponseFields, await self._body(request))
         served, name = self._find(fields.model)
         chat_fields = fields.chat()
         try:
-            chat = Chat(served, chat_fields, name, guide=await _guide(served, chat_fields))
+            chat = await chat_of(served, chat_fields, name)
         except ApiError as error:
             raise renamed(error) from None
         return await self._answered(request, ModelResponse(chat, fields, name), fields)
@@ -319,17 +316,6 @@ def _found(models: Mapping[str, One], name: str | None, others: Collection[str],
     if name not in models:
         raise ApiError(404, f"no model {name[:80]!r} is served here", param="model", code="model_not_found")
     return models[name], name
-
-
-async def _guide(served: Served, fields: Generating) -> Guide | None:
-    """What the answer has to follow."""
-    asked = fields.grammar()
-    if asked is None:
-        return None
-    try:
-        return await asyncio.to_thread(served.guides.guide, asked[0])
-    except UsageError as error:
-        raise told(error, asked[1]) from None
 
 
 async def _no_such_thing(request: Request, error: Exception) -> Response:

@@ -18,9 +18,8 @@ from gemma_deploy.serve.http.fields import ChatFields
 from gemma_deploy.serve.http.served import Served
 from gemma_deploy.serve.http.speech import Piece, Speech, Token
 from gemma_deploy.serve.http.streaming import merged
+from gemma_deploy.serve.http.tools import CHOICE, tool_use
 from gemma_deploy.serve.request import Request
-
-MOST_TOOLS = 256
 
 
 @dataclass(frozen=True)
@@ -60,19 +59,45 @@ def rendered(
         raise told(error, "messages") from None
 
 
-class Chat:
-    """One request, and its answer; see `Completion`."""
+async def chat_of(served: Served, fields: ChatFields, name: str) -> Chat:
+    """A conversation that is being answered.
 
-    def __init__(self, served: Served, fields: ChatFields, name: str, *, guide: Guide | None = None) -> None:
+    Args:
+        name: of the model, as it was asked for.
+
+    Raises:
+        ApiError: it cannot be.
+    """
+    if not fields.messages:
+        raise wrong("messages", "one message at least")
+    if fields.top_logprobs is not None and not fields.logprobs:
+        raise wrong("top_logprobs", "is given without logprobs: true")
+    use, engine = tool_use(fields), served.engine
+    prompt = rendered(served, fields.messages, tools=use.shown, names=fields.chat_template_kwargs)
+    begun = ChatParser(engine.chat_format, prompt).thinks
+    may = bool((fields.chat_template_kwargs or {}).get("enable_thinking"))
+    asked = fields.grammar()
+    calls = use.grammar(engine.chat_format, engine.markers, thinking="began" if begun else "may" if may else "")
+    if calls is not None:
+        if asked is not None and asked[1] != "response_format":  # which is about text, and there is none
+            raise wrong(asked[1], f"{CHOICE} says already what the answer has to follow")
+        asked = calls, CHOICE
+    return Chat(served, fields, name, prompt=prompt, guide=await served.guide(asked))
+
+
+class Chat:
+    """One request, and its answer; see `Completion`.
+
+    Args:
+        prompt: the conversation as text.
+    """
+
+    def __init__(
+        self, served: Served, fields: ChatFields, name: str, *, prompt: str, guide: Guide | None = None
+    ) -> None:
         self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         self._served, self._fields, self._name = served, fields, name
-        if not fields.messages:
-            raise wrong("messages", "one message at least")
-        tools = _tools(fields)
-        if fields.top_logprobs is not None and not fields.logprobs:
-            raise wrong("top_logprobs", "is given without logprobs: true")
-        stops = fields.stops()
-        self._prompt = rendered(served, fields.messages, tools=tools, names=fields.chat_template_kwargs)
+        stops, self._prompt = fields.stops(), prompt
         try:
             ids = served.encode(self._prompt, special=True)
         except UsageError as error:
@@ -85,7 +110,7 @@ class Chat:
                 ids,
                 fields.choice(served.vocabulary, place),
                 served.context if most is None else most,
-                fields.stop_ids(served.stop_ids, served.vocabulary),
+                fields.stop_ids(served.stop_ids, served.vocabulary, guided=guide is not None),
                 top,
                 guide=None if guide is None else guide.copy(),
             )
@@ -191,20 +216,6 @@ class Chat:
     def _body(self, kind: str, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
         body = {"id": self.id, "object": kind, "created": self.created, "model": self._name, "choices": choices}
         return body if usage is None else {**body, "usage": usage}
-
-
-def _tools(fields: ChatFields) -> list[dict[str, Any]] | None:
-    """Functions that the model may call.
-
-    Raises:
-        ApiError: it is to be forced to call one, which is not built.
-    """
-    choice = fields.tool_choice
-    if choice not in (None, "auto", "none"):
-        raise wrong("tool_choice", "auto or none: nothing makes the model call a function yet", "unsupported")
-    if len(fields.tools or ()) > MOST_TOOLS:
-        raise wrong("tools", f"at most {MOST_TOOLS}")
-    return None if choice == "none" else fields.tools or None
 
 
 def _finish(last: Piece, called: bool) -> str | None:

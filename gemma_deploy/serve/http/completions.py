@@ -92,7 +92,7 @@ class Completion:
                 prompt.ids,
                 fields.choice(served.vocabulary, place),
                 DEFAULT_TOKENS if fields.max_tokens is None else fields.max_tokens,
-                fields.stop_ids(served.stop_ids, served.vocabulary),
+                fields.stop_ids(served.stop_ids, served.vocabulary, guided=guide is not None),
                 fields.logprobs,
                 scored,
                 None if guide is None else guide.copy(),

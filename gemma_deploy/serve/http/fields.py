@@ -28,7 +28,7 @@ NOT_BUILT = (
 )  # fmt: skip
 # Fields of clients that change nothing here.
 WITHOUT_EFFECT = (
-    "user", "store", "metadata", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
+    "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key",
     "skip_special_tokens", "spaces_between_special_tokens", "verbosity", "modalities",
 )  # fmt: skip
 KINDS: tuple[Kind, ...] = ("json", "regex", "choice", "grammar")
@@ -146,8 +146,11 @@ class Generating(Choosing):
             raise wrong("stop", f"at most {MOST_STOPS} texts of 1 to {LONGEST_STOP} characters")
         return found
 
-    def stop_ids(self, own: frozenset[int], vocabulary: int) -> frozenset[int]:
+    def stop_ids(self, own: frozenset[int], vocabulary: int, *, guided: bool) -> frozenset[int]:
         """Tokens that end the answer, the model's `own` among them where they count.
+
+        Args:
+            guided: the answer follows a grammar.
 
         Raises:
             ApiError: one is no token.
@@ -155,7 +158,7 @@ class Generating(Choosing):
         for token in self.stop_token_ids or ():
             if not 0 <= token < vocabulary:
                 raise wrong("stop_token_ids", f"{token} is no token: 0 to {vocabulary - 1}")
-        go_on = self.ignore_eos and self.grammar() is None  # behind what a grammar ends with nothing comes
+        go_on = self.ignore_eos and not guided  # behind what a grammar ends with nothing comes
         return frozenset(self.stop_token_ids or ()) | (frozenset() if go_on else own)
 
     @property
@@ -184,6 +187,7 @@ class ChatFields(Generating):
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 

@@ -72,7 +72,8 @@ class ResponseFields(Choosing):
             top_logprobs=self.top_logprobs if self.with_logs else None,
             response_format=self._form(),
             tools=[_tool(place, one) for place, one in enumerate(self.tools)] if self.tools else None,
-            tool_choice=_tool_choice(self.tool_choice),
+            tool_choice=self.tool_choice,
+            parallel_tool_calls=self.parallel_tool_calls,
             chat_template_kwargs=self._names(),
         )
 
@@ -112,9 +113,3 @@ def _tool(place: int, given: Mapping[str, Any]) -> dict[str, Any]:
                     "this server runs nothing itself", "unsupported")  # fmt: skip
     function = {key: given[key] for key in ("name", "description", "parameters") if given.get(key) is not None}
     return {"type": "function", "function": function}
-
-
-def _tool_choice(given: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
-    if isinstance(given, dict) and given.get("type") == "function":
-        return {"type": "function", "function": {"name": given.get("name")}}
-    return given

@@ -10,7 +10,7 @@ from typing import Any
 
 from gemma_deploy.errors import UsageError
 from gemma_deploy.runtime.engine import Engine
-from gemma_deploy.serve.guiding import Guides
+from gemma_deploy.serve.guiding import Grammar, Guide, Guides
 from gemma_deploy.serve.http.errors import ApiError, told
 from gemma_deploy.serve.http.metrics import Metrics
 from gemma_deploy.serve.request import Ended, Event, Failed, Request, Scheduling
@@ -100,6 +100,22 @@ class Served:
                 raise told(error, param) from None
             raise
         return asked
+
+    async def guide(self, asked: tuple[Grammar, str] | None) -> Guide | None:
+        """What an answer has to follow.
+
+        Args:
+            asked: a grammar, and the field that it came in.
+
+        Raises:
+            ApiError: the grammar is damaged or too costly.
+        """
+        if asked is None:
+            return None
+        try:
+            return await asyncio.to_thread(self.guides.guide, asked[0])
+        except UsageError as error:
+            raise told(error, asked[1]) from None
 
     def _check_length(self, request: Request, param: str) -> None:
         count = len(request.ids)
