@@ -180,11 +180,11 @@ def open_kept(artifact: Artifact, name: str) -> KeptAdapter:
         UsageError: there is none of that name.
         ArtifactError: its record is damaged, or it was made for another artifact.
     """
-    folder = folder_of(artifact, name)
-    if not reading.is_dir(folder):
-        held = ", ".join(kept_names(artifact)) or "none"
+    folder, names = artifact.path / ADAPTERS / name, kept_names(artifact)
+    if name not in names or not reading.is_dir(folder):
+        held = ", ".join(names) or "none"
         raise UsageError(
-            f"there is no adapter {name!r}",
+            f"there is no adapter {name[:100]!r}",
             where=str(artifact.path),
             expected=f"a directory that peft's save_pretrained wrote, or one of those kept here: {held}",
             next_step="check the path, or make it: gemma-deploy adapter ARTIFACT ADAPTER_DIR --name NAME",

@@ -77,11 +77,7 @@ def keep(
         UsageError: the artifact takes no adapters, or none of that rank; another adapter has that name.
         ArtifactError: the artifact cannot be written to.
     """
-    slots = slots_of(artifact)
-    adapter = Adapter.open(directory, config_of(artifact), names=(artifact.manifest.checkpoint.path,))
-    for note in adapter.notes:
-        log.warning("%s", note)
-    matrices, fingerprint = folded(inputs_of(adapter, slots), artifact), adapter.fingerprint()
+    matrices, fingerprint = converted(artifact, directory)
     name = name or f"{_plain(directory)}-{fingerprint[:8]}"
     with _AdapterDir(folder_of(artifact, name), artifact, fingerprint, force=force) as work:
         if not work.finished:
@@ -100,6 +96,19 @@ def keep(
             write_json(work.path / RECORD, record.model_dump(mode="json"))
             work.publish()
     return open_kept(artifact, name)
+
+
+def converted(artifact: Artifact, directory: Path) -> tuple[Matrices, str]:
+    """An adapter as what an artifact takes, and the fingerprint of what its directory holds.
+
+    Raises:
+        CheckpointError, NotBuiltError, UsageError: see `keep`.
+    """
+    slots = slots_of(artifact)
+    adapter = Adapter.open(directory, config_of(artifact), names=(artifact.manifest.checkpoint.path,))
+    for note in adapter.notes:
+        log.warning("%s", note)
+    return folded(inputs_of(adapter, slots), artifact), adapter.fingerprint()
 
 
 class _AdapterDir(WorkDir):

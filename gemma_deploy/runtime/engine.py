@@ -21,7 +21,7 @@ from gemma_deploy.chat import PLAIN, ChatEvent, ChatFormat, format_named, parse
 from gemma_deploy.chat.messages import for_template
 from gemma_deploy.errors import UsageError
 from gemma_deploy.runtime.generate import GenerationStats, Prompt, check_length, encoded
-from gemma_deploy.runtime.many import ManySequences
+from gemma_deploy.runtime.many import ManySequences, Packed
 from gemma_deploy.runtime.sampling import Sampling
 from gemma_deploy.runtime.sequence import Session
 from gemma_deploy.text import ChatTemplate, Tokenizer
@@ -184,6 +184,18 @@ class Engine(ABC):
         """
         return None
 
+    def packed_adapter(self, adapter: str | Path) -> Packed:
+        """An adapter as what `many` gives takes it; nothing is written. Any thread may ask.
+
+        Args:
+            adapter: as `load_adapter` takes it.
+
+        Raises:
+            UsageError, ArtifactError, CheckpointError, NotBuiltError: see `load_adapter`.
+        """
+        slots_of(self.artifact)
+        raise AssertionError(adapter)  # pragma: no cover: who computes many sequences has its own
+
     def decider(self) -> Decider:
         """The model itself, opened, that may guess for another one.
 
@@ -226,6 +238,14 @@ class Engine(ABC):
         """
         slots_of(self.artifact)  # says what an artifact without them needs
         raise AssertionError(adapter)  # pragma: no cover: a back end that has slots loads them
+
+    def unload_adapter(self, adapter: str) -> None:
+        """Forget an adapter, and give its memory back; no session may use it any more.
+
+        Args:
+            adapter: what `load_adapter` gave.
+        """
+        raise AssertionError(adapter)  # pragma: no cover: a back end that loads them forgets them
 
     def stream(
         self,

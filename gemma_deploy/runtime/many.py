@@ -11,6 +11,7 @@ import numpy as np
 from gemma_deploy.errors import DeployError
 
 PAGE = 128  # positions of a sequence that share memory with others, or do not
+Packed = tuple[str, np.ndarray]  # an adapter as a model takes it: what the matrices are, and all of them, uint8
 
 
 class NoRoomError(DeployError):
@@ -50,8 +51,18 @@ class ManySequences(Protocol):
     context: int
     vocabulary: int
 
-    def sequence(self, like: int = 0) -> int:
-        """A new sequence, empty or with the text of another, whose memory it shares: its number."""
+    def load_adapter(self, text: str, panels: np.ndarray) -> int:
+        """Have an adapter (`Packed`) at hand that sequences may be computed with: its number, which no other gets."""
+
+    def drop_adapter(self, adapter: int) -> None:
+        """Forget an adapter; its memory is free when no sequence is left that was begun with it."""
+
+    def sequence(self, like: int = 0, *, adapter: int = 0) -> int:
+        """A new sequence, empty or with the text of another, whose memory it shares: its number.
+
+        Args:
+            adapter: that an empty one is computed with, 0: with none. One like another goes on with that one's.
+        """
 
     def drop(self, sequence: int) -> None:
         """Forget a sequence."""

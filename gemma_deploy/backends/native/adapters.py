@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma_deploy.artifact.adapters import RECORD_FILE, KeptAdapter, slots_of
+from gemma_deploy import reading
+from gemma_deploy.artifact.adapters import RECORD_FILE, KeptAdapter, open_kept, slots_of
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends import keeping
 from gemma_deploy.backends.keeping import Matrices, adapter_slots, misfits, some_of
@@ -93,6 +94,18 @@ def read_kept(kept: KeptAdapter, slots: AdapterSlots | None) -> Matrices:
             next_step=RECORD_FILE.next_step,
         )
     return matrices
+
+
+def matrices_of(artifact: Artifact, adapter: str | Path) -> Matrices:
+    """The matrices of a kept adapter, or of a directory that peft wrote, which is not kept.
+
+    Raises:
+        UsageError, ArtifactError, CheckpointError, NotBuiltError: see `Engine.load_adapter`.
+    """
+    slots = slots_of(artifact)
+    if reading.is_dir(adapter):
+        return keeping.converted(artifact, Path(adapter))[0]
+    return read_kept(open_kept(artifact, str(adapter)), slots)
 
 
 def packed(matrices: Mapping[str, np.ndarray], plan: str, form: str = FORMS[0]) -> tuple[str, np.ndarray]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gemma_deploy.artifact.adapters import slots_of
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.native.graph import plan_in
 from gemma_deploy.backends.native.library import CACHE_BYTES, Model, level_here, library_path
@@ -18,7 +19,7 @@ from gemma_deploy.names import PARAMS
 from gemma_deploy.runtime.cached import CachedSession
 from gemma_deploy.runtime.draft import decider_for
 from gemma_deploy.runtime.engine import Engine, Limits, Session
-from gemma_deploy.runtime.many import ManySequences
+from gemma_deploy.runtime.many import ManySequences, Packed
 from gemma_deploy.runtime.sampling import Largest, Rows, Sampling
 from gemma_deploy.runtime.speculative import Reader
 from gemma_deploy.text import Tokenizer
@@ -132,6 +133,11 @@ class NativeModel:
             self._adapters[kept] = self.library.load_adapter(*packed(matrices, self._plan, form))
         return self._adapters[kept]
 
+    def forget(self, kept: KeptAdapter) -> None:
+        """Have the library forget an adapter, where it has it."""
+        if (number := self._adapters.pop(kept, 0)) != 0:
+            self.library.drop_adapter(number)
+
 
 class NativeSession(CachedSession):
     """One sequence in the library.
@@ -235,6 +241,13 @@ class NativeEngine(Engine):
         """See `Engine`."""
         return Model(plan_in(self.path), self.path / PARAMS, threads=self.threads, cache_bytes=cache_bytes)
 
+    def packed_adapter(self, adapter: str | Path) -> Packed:
+        """See `Engine`."""
+        from gemma_deploy.backends.native.adapters import matrices_of, packed
+
+        matrices = matrices_of(self.artifact, adapter)
+        return packed(matrices, plan_in(self.path), slots_of(self.artifact).dtype)
+
     def source(self, kernels: str | None = None, adapter: str | None = None) -> LogitSource:
         """See `Engine`."""
         from gemma_deploy.backends.keeping import adapter_named
@@ -252,3 +265,9 @@ class NativeEngine(Engine):
         from gemma_deploy.backends.native.adapters import keep
 
         return loaded(self.artifact, adapter, self._adapters, keeping=keep)
+
+    def unload_adapter(self, adapter: str) -> None:
+        """See `Engine`."""
+        kept, opened = self._adapters.pop(adapter), self.__dict__.get("_opened")
+        if opened is not None and kept not in self._adapters.values():
+            opened.forget(kept)

@@ -177,6 +177,13 @@ class OrtEngine(Engine):
         """See `Engine`."""
         return loaded(self.artifact, adapter, self._adapters, keeping=keep)
 
+    def unload_adapter(self, adapter: str) -> None:
+        """See `Engine`."""
+        del self._adapters[adapter]
+        for opened in ("_graph", "_graph_with_states"):
+            if (model := self.__dict__.get(opened)) is not None:
+                model.adapters.pop(adapter, None)
+
 
 class AssistantEngine(OrtEngine):
     """The artifact of a drafter: nothing but a draft."""
@@ -253,6 +260,13 @@ class GenaiEngine(OrtEngine):
         """See `Engine`."""
         opened = self.__dict__.get("_model")
         return super().load_seconds + (opened.load_seconds if opened is not None else 0.0)
+
+    def unload_adapter(self, adapter: str) -> None:
+        """See `Engine`."""
+        kept = self._adapters[adapter]
+        super().unload_adapter(adapter)
+        if "_model" in self.__dict__ and kept not in self._adapters.values():
+            self._model.unload_adapter(kept)
 
     def session(
         self,

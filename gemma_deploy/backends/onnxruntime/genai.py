@@ -105,6 +105,13 @@ class GenaiModel:
             self._adapters.load(str(kept.file), kept.name)
         self._loaded.add(kept.name)
 
+    def unload_adapter(self, kept: KeptAdapter) -> None:
+        """Have genai forget a kept adapter, where it has it; no generator may use it."""
+        if kept.name in self._loaded:
+            with _explained(kept.file):
+                self._adapters.unload(kept.name)
+            self._loaded.remove(kept.name)
+
     def generator(
         self, sampling: Sampling, max_length: int, min_length: int = 0, *, adapter: KeptAdapter | None = None
     ) -> Any:
