@@ -24,4 +24,4 @@ def scheduling_of(
     if model is None:
         engine.check_runtime()
         return OneByOne(engine, queue=queue, context=context)
-    return Scheduler(model, together=together, queue=queue, context=context)
+    return Scheduler(model, together=together, queue=queue, context=context, packed=engine.packed_adapter)

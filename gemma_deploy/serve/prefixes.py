@@ -1,4 +1,4 @@
-"""Beginnings of texts that are kept for those that begin alike: a tree of pages, the least recently used go first."""
+"""Beginnings of texts that are kept for those that begin alike: trees of pages, the least recently used go first."""
 
 from __future__ import annotations
 
@@ -41,31 +41,32 @@ class Hit:
 
 
 class Prefixes:
-    """The tree.
+    """The trees: one of the model alone, and one of each adapter, whose keys and values are other ones.
 
     Every page of a text is a sequence of its own, whose memory it shares with all that go on from there, so that what
     a window would have given back is there too: a text is taken over to the token up to which it is the same.
     """
 
     def __init__(self, model: ManySequences) -> None:
-        self._model, self._root = model, _Node(None, np.zeros(0, np.int32))
+        self._model, self._roots = model, dict[int, _Node]()
         self._used: OrderedDict[_Node, None] = OrderedDict()  # the least recently used first; children before parents
 
     def __len__(self) -> int:
         return len(self._used)
 
-    def length(self, ids: np.ndarray) -> int:
+    def length(self, ids: np.ndarray, *, adapter: int = 0) -> int:
         """How many of a text's first tokens are known."""
-        return self._walk(ids, None)[2]
+        return self._walk(ids, None, self._root(adapter))[2]
 
-    def find(self, ids: np.ndarray, top: int | None = None) -> Hit:
+    def find(self, ids: np.ndarray, top: int | None = None, *, adapter: int = 0) -> Hit:
         """Take over what is known of a text, but its last token, which has to be read again for what follows it.
 
         Args:
             ids: [n] int32; top: its tokens' scores are asked for too, with so many alternatives: what is known without
                 them is not taken.
+            adapter: number of the adapter that it is computed with, 0: with none.
         """
-        path, node, length = self._walk(ids, top)
+        path, node, length = self._walk(ids, top, self._root(adapter))
         # The score of a token comes from reading the one before it.
         taken = min(length, len(ids)) - 1 if top is not None else min(length, len(ids) - 1)
         if taken < LEAST:
@@ -84,13 +85,14 @@ class Prefixes:
             at += count
         return Hit(sequence, taken, scores, length)
 
-    def keep(self, ids: np.ndarray, sequence: int, scores: Scores | None = None) -> None:
+    def keep(self, ids: np.ndarray, sequence: int, scores: Scores | None = None, *, adapter: int = 0) -> None:
         """Keep a text's beginning, where everything before its last page is kept; the sequence stays the caller's.
 
         Args:
             ids: [n] int32, all that the sequence has read; scores: of these tokens, where they are known.
+            adapter: as of `find`.
         """
-        node = self._root
+        node = self._root(adapter)
         whole = (len(ids) - 1) // PAGE * PAGE
         for at in range(0, whole, PAGE):
             child = node.children.get(ids[at : at + PAGE].tobytes())
@@ -119,10 +121,24 @@ class Prefixes:
             self._model.drop(node.sequence)
         return dropped > 0
 
-    def _walk(self, ids: np.ndarray, top: int | None) -> tuple[list[_Node], _Node, int]:
+    def forget(self, adapter: int) -> None:
+        """Give back all that was computed with an adapter."""
+        left = [self._root(adapter)]
+        del self._roots[adapter]
+        while left:
+            node = left.pop()
+            left += node.children.values()
+            if node.parent is not None:
+                del self._used[node]
+                self._model.drop(node.sequence)
+
+    def _root(self, adapter: int) -> _Node:
+        return self._roots.setdefault(adapter, _Node(None, np.zeros(0, np.int32)))
+
+    def _walk(self, ids: np.ndarray, top: int | None, root: _Node) -> tuple[list[_Node], _Node, int]:
         """Nodes that make up the longest beginning that is known, the last of them, and its length."""
         path: list[_Node] = []
-        node, at = self._root, 0
+        node, at = root, 0
         while at < len(ids):
             child = node.children.get(ids[at : at + PAGE].tobytes())
             if child is None or not _has(child, top):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 
 from gemma_deploy.errors import DeployError, UsageError
 from gemma_deploy.runtime.limits import check_tokens
+from gemma_deploy.runtime.many import Packed
 from gemma_deploy.serve.choosing import Choice
 from gemma_deploy.serve.guiding import Guide
 
@@ -28,6 +30,7 @@ class Request:
         top: so many likeliest tokens come beside each token that is said, with log-probabilities of all; None: none do.
         prompt_top: the same of the prompt's own tokens, the first of which nothing predicts.
         guide: says which tokens may come next; this request's own.
+        adapter: number of the adapter it is computed with (`Scheduling.load`), 0: with none.
     """
 
     ids: Sequence[int]
@@ -37,6 +40,7 @@ class Request:
     top: int | None = None
     prompt_top: int | None = None
     guide: Guide | None = None
+    adapter: int = 0
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,7 @@ class Failed:
 
 Event = Began | Said | Ended | Failed
 Events = list[tuple[int, Event]]  # with the number that `add` gave
+Prepared = str | Packed  # an adapter: by its name in an engine, or all that there is of it
 
 
 class QueueFullError(UsageError):
@@ -135,6 +140,7 @@ class Counts:
         prompt_tokens, tokens: of prompts read and of texts said; cached_tokens: of prompts, known from earlier ones.
         steps: of the model; preempted: requests set back because memory was out.
         cache_bytes: of keys and values that are held; kept: texts' beginnings among them that nobody uses now.
+        adapters: that are loaded.
     """
 
     running: int = 0
@@ -146,10 +152,11 @@ class Counts:
     preempted: int = 0
     cache_bytes: int = 0
     kept: int = 0
+    adapters: int = 0
 
 
 class Scheduling(Protocol):
-    """Who decides what is computed next. One thread makes all calls.
+    """Who decides what is computed next. One thread makes all calls but `prepare`.
 
     Attributes:
         context: positions of a text, its prompt included; vocabulary: tokens there are.
@@ -164,7 +171,31 @@ class Scheduling(Protocol):
         """Take a request: its number.
 
         Raises:
-            UsageError: it cannot be answered (`check_request`). QueueFullError: not now.
+            UsageError: it cannot be answered (`check_request`, or its adapter is gone). QueueFullError: not now.
+        """
+
+    def prepare(self, adapter: str | Path) -> Prepared:
+        """Read an adapter, and convert it; from any thread.
+
+        Args:
+            adapter: as `Engine.load_adapter` takes it.
+
+        Raises:
+            UsageError, ArtifactError, CheckpointError, NotBuiltError: as `Engine.load_adapter`.
+        """
+
+    def load(self, prepared: Prepared) -> int:
+        """Have an adapter at hand that `prepare` gave: a number for `Request.adapter` that no other gets.
+
+        Raises:
+            UsageError: there are too many.
+        """
+
+    def unload(self, adapter: int) -> None:
+        """Take no further request with an adapter; it goes when those that there are have ended.
+
+        Raises:
+            NoAdapterError: it is not loaded.
         """
 
     def cancel(self, number: int) -> None:

@@ -4,6 +4,9 @@ Every step takes the newest token of each text that is being said, and pages of 
 the other in turns. No more than `BESIDE` of prompts' tokens go with others' newest ones, so that a long prompt holds
 nobody up for longer than a page takes. Whatever the company, what a token gives has the same bits.
 
+Each text is computed with an adapter of its own, or with none; nothing that was computed with one is taken over by
+another.
+
 Where memory for keys and values is out, beginnings that nobody uses go first, and then the newest text, which is read
 again when another has ended.
 """
@@ -11,14 +14,14 @@ again when another has ended.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from gemma_deploy.errors import DeployError
-from gemma_deploy.runtime.many import PAGE, ManySequences, NoRoomError, Ranked
-from gemma_deploy.serve.choosing import Chooser
+from gemma_deploy.runtime.many import PAGE, ManySequences, NoRoomError, Packed, Ranked
+from gemma_deploy.serve.adapting import Adapters
 from gemma_deploy.serve.prefixes import Prefixes, common
 from gemma_deploy.serve.request import (
     Began,
@@ -27,65 +30,18 @@ from gemma_deploy.serve.request import (
     Event,
     Events,
     Failed,
+    Prepared,
     QueueFullError,
     Request,
     Said,
     Scores,
     check_request,
 )
+from gemma_deploy.serve.runs import Piece, Run
 
 ALONE = 256  # tokens of prompts in a step where nothing is being said: what the library computes in one pass
 BESIDE = PAGE  # and beside others' newest tokens
 HEAD_ROWS = 16  # whose logits are there at once
-
-
-class _Run:
-    """A request that has a place."""
-
-    def __init__(self, number: int, request: Request, context: int) -> None:
-        self.number, self.request = number, request
-        self.prompt = len(request.ids)
-        self.most = min(request.max_tokens, context - self.prompt)  # tokens to say
-        self.ids = np.zeros(self.prompt + self.most, np.int32)
-        self.ids[: self.prompt] = request.ids
-        self.length, self.read = self.prompt, 0  # tokens that there are, and that the sequence has
-        self.sequence = 0
-        self.chooser = Chooser(request.choice, request.ids, request.stop_ids, guide=request.guide)
-        self.scores = None if request.prompt_top is None else Scores.empty(self.prompt, request.prompt_top)
-        self.scored = 1  # the prompt's tokens before this one have their scores
-        self.cached, self.began = 0, False
-
-    @property
-    def speaks(self) -> bool:
-        """Whether one token is to be read, the newest that was said."""
-        return self.length > self.prompt and self.read == self.length - 1
-
-    def wanted(self, count: int) -> int:
-        """Of the last of how many of the next tokens what comes out is needed."""
-        end = self.read + count
-        first = end - 1 if end == self.length and self.length < len(self.ids) else end
-        if self.scores is not None and self.scored < self.prompt:
-            first = min(first, max(self.read, self.scored - 1))
-        return end - first
-
-
-@dataclass(frozen=True)
-class _Piece:
-    run: _Run
-    count: int
-    wanted: int
-
-    @property
-    def takes_likeliest(self) -> bool:
-        """Whether nothing but the likeliest tokens are needed, if anything is."""
-        run = self.run
-        return self.wanted == 0 or (run.chooser.greedy and (run.scores is None or run.scored >= run.prompt))
-
-    @property
-    def given(self) -> tuple[int, np.ndarray, int]:
-        """As the model takes it."""
-        run = self.run
-        return run.sequence, run.ids[run.read : run.read + self.count], self.wanted
 
 
 class Scheduler:
@@ -94,15 +50,25 @@ class Scheduler:
     Args:
         together: texts that are computed in a step; queue: requests that wait beyond these, at most.
         context: positions of a text, at most as many as the model has; 0 for these.
+        packed: reads an adapter; without it there are none.
     """
 
-    def __init__(self, model: ManySequences, *, together: int = 16, queue: int = 256, context: int = 0) -> None:
+    def __init__(
+        self,
+        model: ManySequences,
+        *,
+        together: int = 16,
+        queue: int = 256,
+        context: int = 0,
+        packed: Callable[[str | Path], Packed] | None = None,
+    ) -> None:
+        self._packed, self._adapters = packed, Adapters(self._forget)
         self._model, self.together, self._queue = model, together, queue
         self.context = min(context or model.context, model.context)
         self.vocabulary = model.vocabulary
         self._prefixes = Prefixes(model)
-        self._running: deque[_Run] = deque()  # the next whose prompt is read first
-        self._waiting: deque[_Run] = deque()
+        self._running: deque[Run] = deque()  # the next whose prompt is read first
+        self._waiting: deque[Run] = deque()
         self._cancelled: set[int] = set()
         self._next = 1
         self._places, self._calm = together, 0  # fewer where memory was out, until as many texts have ended since
@@ -119,7 +85,7 @@ class Scheduler:
         return Counts(
             running=len(self._running), waiting=len(self._waiting), prompt_tokens=self._prompt_tokens,
             tokens=self._tokens, cached_tokens=self._cached, steps=self._steps, preempted=self._preempted,
-            cache_bytes=self._model.cache_used(), kept=len(self._prefixes),
+            cache_bytes=self._model.cache_used(), kept=len(self._prefixes), adapters=len(self._adapters),
         )  # fmt: skip
 
     def add(self, request: Request) -> int:
@@ -129,10 +95,32 @@ class Scheduler:
             raise QueueFullError(
                 f"{len(self._waiting)} requests are waiting already", next_step="send it again in a moment"
             )
-        run = _Run(self._next, request, self.context)
+        run = Run(self._next, request, self.context)
+        self._adapters.take(run.adapter)
         self._next += 1
         self._waiting.append(run)
         return run.number
+
+    def prepare(self, adapter: str | Path) -> Prepared:
+        """See `Scheduling`."""
+        assert self._packed is not None
+        return self._packed(adapter)
+
+    def load(self, prepared: Prepared) -> int:
+        """See `Scheduling`."""
+        assert not isinstance(prepared, str)
+        self._adapters.refuse_more()
+        number = self._model.load_adapter(*prepared)
+        self._adapters.add(number)
+        return number
+
+    def unload(self, adapter: int) -> None:
+        """See `Scheduling`."""
+        self._adapters.unload(adapter)
+
+    def _forget(self, adapter: int) -> None:
+        self._prefixes.forget(adapter)
+        self._model.drop_adapter(adapter)
 
     def cancel(self, number: int) -> None:
         """See `Scheduling`."""
@@ -172,14 +160,14 @@ class Scheduler:
 
     def _begin(self) -> None:
         """Give places to those that wait, the first first, but for those whose beginning is being computed already."""
-        later: list[_Run] = []
+        later: list[Run] = []
         while self._waiting and len(self._running) < self._places and len(later) < self.together:
             run = self._waiting.popleft()
             if self._is_coming(run):
                 later.append(run)
                 continue
-            hit = self._prefixes.find(run.ids[: run.length], self._scores_wanted(run))
-            run.sequence = hit.sequence or self._model.sequence()
+            hit = self._prefixes.find(run.ids[: run.length], self._scores_wanted(run), adapter=run.adapter)
+            run.sequence = hit.sequence or self._model.sequence(adapter=run.adapter)
             run.read = hit.length
             if not run.began:
                 run.cached = hit.length
@@ -191,37 +179,37 @@ class Scheduler:
         self._waiting.extendleft(reversed(later))
 
     @staticmethod
-    def _scores_wanted(run: _Run) -> int | None:
+    def _scores_wanted(run: Run) -> int | None:
         return run.request.prompt_top if run.scores is not None and run.scored < run.prompt else None
 
-    def _is_coming(self, run: _Run) -> bool:
+    def _is_coming(self, run: Run) -> bool:
         """Whether a text that is being read will leave a page more of this one's beginning than is known."""
-        reading = [one for one in self._running if one.read < one.prompt]
+        reading = [one for one in self._running if one.read < one.prompt and one.adapter == run.adapter]
         if not reading:
             return False
         ids = run.ids[: run.prompt]
-        known = self._prefixes.length(ids)
+        known = self._prefixes.length(ids, adapter=run.adapter)
         for one in reading:
             pages = common(one.ids[: one.prompt], ids) // PAGE
             if pages > one.read // PAGE and pages * PAGE > known:
                 return True
         return False
 
-    def _planned(self) -> list[_Piece]:
+    def _planned(self) -> list[Piece]:
         speaking = [run for run in self._running if run.speaks]
-        pieces = [_Piece(run, 1, run.wanted(1)) for run in speaking]
+        pieces = [Piece(run, 1, run.wanted(1)) for run in speaking]
         budget = BESIDE if speaking else ALONE
         for run in [run for run in self._running if not run.speaks]:
             if budget <= 0:
                 break
             count = min(budget, run.length - run.read, PAGE - run.read % PAGE)
-            pieces.append(_Piece(run, count, run.wanted(count)))
+            pieces.append(Piece(run, count, run.wanted(count)))
             budget -= count
             self._running.remove(run)  # the others come first in the next step
             self._running.append(run)
-        return pieces
+        return sorted(pieces, key=lambda piece: piece.run.adapter)  # rows that read one adapter beside each other
 
-    def _computed(self, pieces: list[_Piece], events: Events) -> np.ndarray | Ranked:
+    def _computed(self, pieces: list[Piece], events: Events) -> np.ndarray | Ranked:
         """What leaves the final norm, of all that is wanted; texts that there is no memory for leave `pieces`.
 
         Where the likeliest tokens are all that is asked for, these: one call is faster than three.
@@ -245,7 +233,7 @@ class Scheduler:
                 pieces[:] = [piece for piece in pieces if piece.run is not newest]
         return np.zeros((0, 0), np.float32)
 
-    def _set_back(self, run: _Run) -> None:
+    def _set_back(self, run: Run) -> None:
         """Take a text's place; it is read again later."""
         self._model.drop(run.sequence)
         run.sequence = run.read = 0
@@ -254,9 +242,9 @@ class Scheduler:
         self._places, self._calm = len(self._running), 0
         self._preempted += 1
 
-    def _take(self, pieces: Sequence[_Piece], found: np.ndarray | Ranked, events: Events) -> None:
+    def _take(self, pieces: Sequence[Piece], found: np.ndarray | Ranked, events: Events) -> None:
         """Go on with what a step gave."""
-        at, speaking, rows = 0, list[_Run](), list[int]()
+        at, speaking, rows = 0, list[Run](), list[int]()
         for piece in pieces:
             run, begin, wanted = piece.run, piece.run.read, piece.wanted
             run.read += piece.count
@@ -271,7 +259,7 @@ class Scheduler:
                     continue
             if run.read % PAGE == 0 or run.read == run.prompt:
                 known = run.scores if run.scored >= min(run.read, run.prompt) and run.read <= run.prompt else None
-                self._prefixes.keep(run.ids[: run.read], run.sequence, known)
+                self._prefixes.keep(run.ids[: run.read], run.sequence, known, adapter=run.adapter)
             if run.read < run.length:
                 continue
             if not run.began:
@@ -291,7 +279,7 @@ class Scheduler:
             logits = self._model.head(found[rows], self._room)
             self._say(speaking, self._model.rank(logits, top=_alternatives(speaking)), logits, events=events)
 
-    def _score(self, run: _Run, normed: np.ndarray, first: int) -> None:
+    def _score(self, run: Run, normed: np.ndarray, first: int) -> None:
         """Scores of a prompt's tokens, from what its tokens from the `first` on gave."""
         if run.scores is None or run.scored >= run.prompt:
             return
@@ -309,7 +297,7 @@ class Scheduler:
             run.scores.put(run.scored, found)
             run.scored += count
 
-    def _say(self, runs: Sequence[_Run], ranked: Ranked, logits: np.ndarray | None, *, events: Events) -> None:
+    def _say(self, runs: Sequence[Run], ranked: Ranked, logits: np.ndarray | None, *, events: Events) -> None:
         """The next token of some texts; without logits the likeliest."""
         for row, run in enumerate(runs):
             total, token, own = ranked.log_sums[row], int(ranked.ids[row, 0]), ranked.logits[row, :1]
@@ -338,11 +326,11 @@ class Scheduler:
             if run.length == len(run.ids):
                 self._end(run, Ended("length"), events)
 
-    def _end(self, run: _Run, event: Event, events: Events) -> None:
+    def _end(self, run: Run, event: Event, events: Events) -> None:
         """Give back what a text has, but what the next may begin with."""
         if run in self._running:
             if not isinstance(event, Failed) and run.read > run.prompt:
-                self._prefixes.keep(run.ids[: run.read], run.sequence)
+                self._prefixes.keep(run.ids[: run.read], run.sequence, adapter=run.adapter)
             self._model.drop(run.sequence)
             self._running.remove(run)
             self._calm += 1
@@ -350,10 +338,11 @@ class Scheduler:
                 self._places, self._calm = self._places + 1, 0
         else:
             self._waiting.remove(run)
+        self._adapters.give_back(run.adapter)
         events.append((run.number, event))
 
 
-def _alternatives(runs: Iterable[_Run]) -> int:
+def _alternatives(runs: Iterable[Run]) -> int:
     """How many of the likeliest tokens some texts need."""
     return max((run.request.top or 1 for run in runs), default=1)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from gemma_deploy.errors import DeployError
 from gemma_deploy.runtime.engine import Engine, Session
+from gemma_deploy.serve.adapting import Adapters
 from gemma_deploy.serve.choosing import Chooser
 from gemma_deploy.serve.request import (
     Began,
@@ -17,6 +19,7 @@ from gemma_deploy.serve.request import (
     Event,
     Events,
     Failed,
+    Prepared,
     QueueFullError,
     Request,
     Said,
@@ -43,6 +46,7 @@ class OneByOne:
         self._cancelled: set[int] = set()
         self._run: _Run | None = None
         self._counts = Counts()
+        self._adapters, self._loaded = Adapters(self._forget), dict[int, str]()  # number -> its name in the engine
 
     @property
     def idle(self) -> bool:
@@ -57,9 +61,36 @@ class OneByOne:
             raise QueueFullError(
                 f"{len(self._waiting)} requests are waiting already", next_step="send it again in a moment"
             )
-        number, self._next = self._next, self._next + 1
+        self._adapters.take(request.adapter)
+        number = self._number()
         self._waiting.append((number, request))
         return number
+
+    def _number(self) -> int:
+        number, self._next = self._next, self._next + 1
+        return number
+
+    def prepare(self, adapter: str | Path) -> Prepared:
+        """See `Scheduling`; a directory is kept in the artifact on the way."""
+        return self._engine.load_adapter(adapter)
+
+    def load(self, prepared: Prepared) -> int:
+        """See `Scheduling`."""
+        assert isinstance(prepared, str)
+        self._adapters.refuse_more()
+        number = self._number()
+        self._loaded[number] = prepared
+        self._adapters.add(number)
+        return number
+
+    def unload(self, adapter: int) -> None:
+        """See `Scheduling`."""
+        self._adapters.unload(adapter)
+
+    def _forget(self, adapter: int) -> None:
+        name = self._loaded.pop(adapter)
+        if name not in self._loaded.values():
+            self._engine.unload_adapter(name)
 
     def cancel(self, number: int) -> None:
         """See `Scheduling`."""
@@ -67,7 +98,9 @@ class OneByOne:
 
     def counts(self) -> Counts:
         """See `Scheduling`."""
-        return replace(self._counts, running=int(self._run is not None), waiting=len(self._waiting))
+        return replace(
+            self._counts, running=int(self._run is not None), waiting=len(self._waiting), adapters=len(self._adapters)
+        )
 
     def close(self) -> None:
         """See `Scheduling`."""
@@ -80,6 +113,7 @@ class OneByOne:
         for number, request in list(self._waiting):
             if number in self._cancelled:
                 self._waiting.remove((number, request))
+                self._adapters.give_back(request.adapter)
                 events.append((number, Ended("cancelled")))
         if self._run is not None and self._run.number in self._cancelled:
             self._end(Ended("cancelled"), events)
@@ -99,6 +133,7 @@ class OneByOne:
         first = run.session is None
         if first:
             run.session = self._engine.session(max_length=min(self.context, len(run.request.ids) + run.most + 1))
+            run.session.use(self._loaded.get(run.request.adapter))
             logits = run.read_prompt()
             self._count(prompt_tokens=len(run.request.ids))
             events.append((run.number, Began(0, run.scores)))
@@ -125,7 +160,9 @@ class OneByOne:
     def _end(self, event: Event, events: Events) -> None:
         assert self._run is not None
         events.append((self._run.number, event))
+        adapter, self._run.session = self._run.request.adapter, None  # which is gone before its adapter
         self._run = None
+        self._adapters.give_back(adapter)
 
     def _count(self, prompt_tokens: int = 0, tokens: int = 0, steps: int = 0) -> None:
         old = self._counts

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 from gemma_deploy.errors import DeployError, UsageError
-from gemma_deploy.serve.request import Counts, Ended, Event, Failed, Request, Scheduling, check_request
+from gemma_deploy.serve.request import Counts, Ended, Event, Failed, Prepared, Request, Scheduling, check_request
 
 log = logging.getLogger(__name__)
 Deliver = Callable[[Sequence[tuple[Any, Event]]], None]
@@ -27,6 +30,7 @@ class Worker:
         self._wake = threading.Condition()
         self._asked: list[tuple[Request, Any]] = []
         self._left: list[Any] = []
+        self._changes: deque[tuple[Callable[[], int], Future[int]]] = deque()
         self._ending = False
         self._counts = scheduling.counts()
         self._broken: DeployError | None = None
@@ -50,18 +54,50 @@ class Worker:
         """
         check_request(request, self._scheduling.context, self._scheduling.vocabulary)
         with self._wake:
-            if self._broken is not None:
-                raise self._broken
-            if self._ending:
-                raise DeployError("the server is ending", next_step="send it to another one")
+            self._refuse_at_the_end()
             self._asked.append((request, listener))
             self._wake.notify()
+
+    def _refuse_at_the_end(self) -> None:
+        if self._broken is not None:
+            raise self._broken
+        if self._ending:
+            raise DeployError("the server is ending", next_step="send it to another one")
 
     def cancel(self, listener: Any) -> None:
         """End a request with the next step; from any thread. Nothing where it has ended."""
         with self._wake:
             self._left.append(listener)
             self._wake.notify()
+
+    def prepare(self, adapter: str | Path) -> Prepared:
+        """See `Scheduling`; in the caller's thread."""
+        return self._scheduling.prepare(adapter)
+
+    def load(self, prepared: Prepared) -> Future[int]:
+        """See `Scheduling`; between two steps.
+
+        Raises:
+            DeployError: nothing is computed any more.
+        """
+        return self._change(lambda: self._scheduling.load(prepared))
+
+    def unload(self, adapter: int) -> Future[int]:
+        """See `Scheduling`; behind all that was submitted before. Raises as `load`."""
+
+        def unloaded() -> int:
+            self._scheduling.unload(adapter)
+            return adapter
+
+        return self._change(unloaded)
+
+    def _change(self, change: Callable[[], int]) -> Future[int]:
+        future: Future[int] = Future()
+        with self._wake:
+            self._refuse_at_the_end()
+            self._changes.append((change, future))
+            self._wake.notify()
+        return future
 
     def counts(self) -> Counts:
         """As after the last step."""
@@ -86,25 +122,40 @@ class Worker:
         with self._wake:
             self._broken = error
             waiting, self._asked = [listener for _, listener in self._asked], []
+        for _, future in self._changes:
+            if not future.done():
+                future.set_exception(error)
         self._deliver([(one, Failed(error)) for one in (*self._listeners.values(), *waiting)])
         self._listeners.clear()
         self._scheduling.close()
 
+    def _make_change(self) -> None:
+        change, future = self._changes[0]
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(change())
+            except DeployError as error:
+                future.set_exception(error)
+        self._changes.popleft()
+
     def _one(self) -> bool:
         """One step; False where it was the last."""
         with self._wake:
-            while not (self._asked or self._left or self._ending) and self._scheduling.idle:
+            while not (self._asked or self._left or self._changes or self._ending) and self._scheduling.idle:
                 self._wake.wait()
             if self._ending:
                 return False
             asked, self._asked = self._asked, []
             left, self._left = self._left, []
+            changes = len(self._changes)
         found: list[tuple[Any, Event]] = []
         for request, listener in asked:
             try:
                 self._listeners[self._scheduling.add(request)] = listener
             except UsageError as error:
                 found.append((listener, Failed(error)))
+        for _ in range(changes):
+            self._make_change()
         gone = {id(one) for one in left}
         for number, listener in self._listeners.items():
             if id(listener) in gone:

@@ -1,15 +1,21 @@
 """Artifacts of the other back ends: one text after the other, with the tokens of their own sessions."""
 
+import shutil
+
 import numpy as np
 import pytest
 
+from gemma_deploy.artifact.opened import Artifact
+from gemma_deploy.backends.onnxruntime.engine import OrtEngine
 from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import UsageError
 from gemma_deploy.runtime.generate import GenerationStats
+from gemma_deploy.serve.adapting import NoAdapterError
 from gemma_deploy.serve.choosing import Choice
 from gemma_deploy.serve.opening import scheduling_of
 from gemma_deploy.serve.request import Began, Ended, Failed, QueueFullError, Request, Said
 from gemma_deploy.serve.single import OneByOne
+from tests.runtime.test_adapters import PROMPT, root  # noqa: F401
 
 
 @pytest.fixture(scope="module", params=["static", "onnxruntime"])
@@ -88,3 +94,52 @@ def test_numbers_that_are_none_fail_the_text_alone(engine, monkeypatch):
     first, second = answered(scheduling, Request([2, 5], max_tokens=3), Request([2, 5], max_tokens=3))
     assert isinstance(first[-1], Failed)
     assert len(tokens(second)) == 3
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime-genai", "onnxruntime"])
+def test_each_text_has_the_adapter_that_it_names(root, tmp_path, runtime):  # noqa: F811
+    artifact = shutil.copytree(root / "workspace" / "tiny", tmp_path / "tiny")
+    engine = open_engine(artifact, threads=1) if runtime != "onnxruntime" else OrtEngine(Artifact.open(artifact))
+    assert engine.runtime == runtime
+    scheduling, expected = scheduling_of(engine, cache_bytes=1), {}
+    numbers = {name: scheduling.load(scheduling.prepare(root / name)) for name in ("pirate", "poet")} | {None: 0}
+    twin = scheduling.load(scheduling.prepare(root / "poet"))
+    for name in numbers:
+        stats = GenerationStats()
+        list(engine.stream(PROMPT, max_new_tokens=12, adapter=name, stats=stats))
+        expected[name] = stats.tokens
+    assert len({tuple(one) for one in expected.values()}) == 3
+    stops = frozenset(engine.stop_ids)
+
+    def request(number):
+        return Request(PROMPT, max_tokens=12, stop_ids=stops, adapter=number)
+
+    asked = {name: scheduling.add(request(number)) for name, number in numbers.items()}
+    later = scheduling.add(request(twin))
+    events = {number: [] for number in (*asked.values(), later)}
+    for number, event in scheduling.step():
+        events[number].append(event)
+    for name in ("pirate", "poet"):
+        scheduling.unload(numbers[name])
+        with pytest.raises(NoAdapterError):
+            scheduling.add(request(numbers[name]))
+    assert scheduling.counts().adapters == 1
+    while not scheduling.idle:
+        for number, event in scheduling.step():
+            events[number].append(event)
+    for name, number in asked.items():
+        assert tokens(events[number]) == expected[name]
+    assert tokens(events[later]) == expected["poet"]
+    with pytest.raises(UsageError, match="no adapter 'pirate' is loaded"):
+        engine.session().use("pirate")
+    engine.session().use("poet")  # the twin has it
+    scheduling.unload(twin)
+    with pytest.raises(UsageError, match="no adapter 'poet' is loaded"):
+        engine.session().use("poet")
+    again = scheduling.load(scheduling.prepare(root / "poet"))
+    assert tokens(answered(scheduling, request(again))[0]) == expected["poet"]
+
+
+def test_an_artifact_without_the_section_takes_no_adapter(engine):
+    with pytest.raises(UsageError, match="takes no adapter at run time"):
+        scheduling_of(engine, cache_bytes=1).prepare("anything")
