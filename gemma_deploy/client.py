@@ -116,8 +116,9 @@ async def model_of(client: httpx2.AsyncClient, target: Target) -> dict[str, Any]
             expected='{"data": [{"id": NAME}, ...]}, as OpenAI\'s servers answer',
             next_step="name the address of such a server in --server",
         ) from error
-    if not target.model and len(models) == 1:
-        return next(iter(models.values()))
+    alone = [one for one in models.values() if not one.get("parent")]  # others are adapters of these
+    if not target.model and len(alone) == 1:
+        return alone[0]
     if target.model in models:
         return models[target.model]
     raise UsageError(

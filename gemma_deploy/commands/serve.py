@@ -16,6 +16,7 @@ from gemma_deploy.options import NAME, PATH
 if TYPE_CHECKING:
     from gemma_deploy.artifact.opened import Artifact
     from gemma_deploy.serve.http.served import Served
+    from gemma_deploy.serve.request import Scheduling
 
 log = logging.getLogger(__name__)
 LARGEST_KEYS = 1 << 16  # bytes of a file of keys
@@ -26,6 +27,7 @@ Examples:
   gemma-deploy serve workspace/NAME --alias gpt-4o-mini --batch-size 8 --max-context 4096
   gemma-deploy serve workspace/ONE workspace/OTHER --port 8000
   gemma-deploy serve workspace/NAME --host 0.0.0.0 --api-key-file keys.txt
+  gemma-deploy serve workspace/NAME --adapter pirate --adapter poet=runs/poet/adapter
 
 Artifacts of `backend.type: native` answer many requests at once, all others one after the other. SIGTERM ends it when
 what is being answered is done.
@@ -44,6 +46,17 @@ what is being answered is done.
 @click.option("--api-key-file", type=PATH, help="Keys, one a line; a request must bring one of them.")
 @click.option("--insecure", is_flag=True, help="Answer everybody on another host than this machine without a key.")
 @click.option("--alias", type=NAME, multiple=True, help="Another name for the artifact. Repeatable.")
+@click.option(
+    "--adapter",
+    type=NAME,
+    multiple=True,
+    metavar="NAME[=DIR]",
+    help="A LoRA adapter that requests may name, as ARTIFACT:NAME: a directory of peft's, or one that the artifact "
+    "keeps. Of several artifacts' one ARTIFACT:NAME=DIR. Repeatable.",
+)
+@click.option(
+    "--allow-adapters", type=PATH, metavar="DIR", help="Let requests load adapters from below DIR, and unload them."
+)
 @click.option("--add-bos", is_flag=True, help="Put BOS in front of prompts of token ids that have none.")
 @click.option("--allow-origin", type=NAME, multiple=True, help="A web page's origin that browsers let ask. Repeatable.")
 @click.option("--connections", type=click.IntRange(1, 60_000), default=1000, show_default=True, help="At most.")
@@ -63,6 +76,8 @@ def command(
     api_key_file: Path | None,
     insecure: bool,
     alias: tuple[str, ...],
+    adapter: tuple[str, ...],
+    allow_adapters: Path | None,
     add_bos: bool,
     allow_origin: tuple[str, ...],
     connections: int,
@@ -85,8 +100,11 @@ def command(
     keys = _keys(api_key_file) if api_key_file is not None else ()
     if not keys and not insecure and not loopback(host):
         _refuse_open(host)
+    if allow_adapters is not None:
+        _check_allowed(allow_adapters, keyless=not keys and not loopback(host))
     opened = [open_whole(one, hashes=True) for one in artifact]
     names = _names(opened, alias)
+    adapters = _adapters(adapter, opened, names)
     open_enough(connections)
     bound = listening(host, port)
     served: list[Served] = []
@@ -99,17 +117,19 @@ def command(
         scheduling = scheduling_of(
             engine, together=batch_size, queue=queue, context=max_context or 0, cache_bytes=cache_mib * MIB
         )
-        served.append(Served(engine, scheduling, called, add_bos=add_bos))
+        numbers = {name: _loaded(scheduling, place) for name, place in adapters[called[0]].items()}
+        served.append(Served(engine, scheduling, called, add_bos=add_bos, adapters=numbers))
         if scheduling.together == 1 and batch_size > 1:
             log.warning("%s: its back end computes one text at a time; others wait", called[0])
     log_apart(as_json=json_log)
     # Who brings a key is known; who may ask from elsewhere may use any name.
     hosts = None if keys or insecure else frozenset((*LOOPBACK, host))
-    settings = Settings(keys=keys, hosts=hosts, origins=allow_origin, json_log=json_log)
+    settings = Settings(keys=keys, hosts=hosts, origins=allow_origin, json_log=json_log, adapters=allow_adapters)
     shown = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}/v1"
 
     def ready() -> None:
-        click.echo(f"serving {', '.join(name for called in names for name in called)} at {shown}")
+        known = [*(name for one in served for name in one.called()), *(name for one in encoders for name in one.names)]
+        click.echo(f"serving {', '.join(known)} at {shown}")
 
     if run(
         server_of(Server(served, settings, encoders=encoders).app(), grace=grace, connections=connections), bound, ready
@@ -173,3 +193,73 @@ def _names(opened: Sequence[Artifact], alias: Sequence[str]) -> list[list[str]]:
             f"several artifacts are called {', '.join(twice)}", next_step="compile one of them under another name"
         )
     return names
+
+
+def _check_allowed(folder: Path, *, keyless: bool) -> None:
+    """See that requests may load adapters from a directory.
+
+    Raises:
+        UsageError: there is none, or who reaches the server from elsewhere could do it without a key.
+    """
+    from gemma_deploy import reading
+    from gemma_deploy.errors import UsageError
+
+    if keyless:
+        raise UsageError(
+            "--allow-adapters: others than this machine could load adapters without a key",
+            next_step="give --api-key-file, or leave --allow-adapters out",
+        )
+    if not reading.is_dir(folder):
+        raise UsageError(
+            reading.why_absent(folder) or "is no directory",
+            where=str(folder),
+            expected="a directory below which adapters lie",
+            next_step="check the path (--allow-adapters)",
+        )
+
+
+def _adapters(
+    given: Sequence[str], opened: Sequence[Artifact], names: Sequence[Sequence[str]]
+) -> dict[str, dict[str, str]]:
+    """By each artifact's own name, its adapters: what they are called, and where they are.
+
+    Raises:
+        UsageError: one has no name, or that of another; it is not said of which artifact it is; that makes no text.
+    """
+    from gemma_deploy.errors import UsageError
+    from gemma_deploy.serve.http.adapters import check_name
+
+    every = {name for called in names for name in called}
+    found: dict[str, dict[str, str]] = {called[0]: {} for called in names}
+    for one in given:
+        left, equals, place = one.partition("=")
+        model, _, name = left.rpartition(":")
+        which = [called for called in names if model in called] if model else list(names)
+        if len(which) != 1:
+            raise UsageError(
+                f"--adapter {one}: of which artifact?",
+                expected=f"ARTIFACT:NAME=DIR, ARTIFACT one of {', '.join(sorted(every))}",
+                next_step="say it",
+            )
+        check_name(name, which[0], every)
+        adapters = found[which[0][0]]
+        if name in adapters:
+            raise UsageError(f"--adapter {one}: another one is called {name}", next_step="give it another name")
+        if equals and not place:
+            raise UsageError(f"--adapter {one}: the directory is missing", next_step="name one, or leave the = out")
+        adapters[name] = place or name
+    for artifact, called in zip(opened, names, strict=True):
+        if found[called[0]] and artifact.manifest.model.sentence is not None:
+            raise UsageError(
+                "an artifact that makes vectors takes no adapters",
+                where=str(artifact.path),
+                next_step="leave --adapter out",
+            )
+    return found
+
+
+def _loaded(scheduling: Scheduling, place: str) -> int:
+    """The number of an adapter, loaded."""
+    from gemma_deploy import reading
+
+    return scheduling.load(scheduling.prepare(reading.expand(place)))

@@ -61,3 +61,25 @@ def saying(reply):
     """A grammar that nothing but one reply follows, its markers as special tokens."""
     parts = [one if MARKERS.fullmatch(one) else json.dumps(one) for one in MARKERS.split(reply) if one]
     return "start: " + " ".join(parts)
+
+
+@pytest.fixture(scope="session")
+def adaptable(native_library, once):  # noqa: F811
+    """A folder with an artifact in float32 that takes adapters (w/x), and two of rank 16 that PEFT wrote; read only."""
+
+    def make(root):
+        from gemma_deploy.compile import compile_recipe
+        from gemma_deploy.recipe import Recipe
+        from tests.backends.peft_make import adapted
+        from tests.native.test_adapters import eager_model
+        from tests.native.test_backend import recipe_of
+
+        root.mkdir()
+        recipe_of(root, "gemma3_text", "fp32", context=CONTEXT, max_position_embeddings=1024)
+        file = root / "recipe.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"adapters": {"rank": 16}}))
+        compile_recipe(Recipe.load(file), parity=False)
+        for name, seed in (("pirate", 1), ("poet", 2)):
+            adapted(eager_model(root / "ck"), seed, rank=16).save_pretrained(root / "runs" / name)
+
+    return once("served-adapters", make)

@@ -12,18 +12,16 @@ pytest.importorskip("uvicorn")
 
 from gemma_deploy.errors import UsageError
 from gemma_deploy.serve.http import app, running, streaming
-from gemma_deploy.serve.http.served import Served
-from gemma_deploy.serve.opening import scheduling_of
-from tests.serve.test_http import COMPLETIONS, engine  # noqa: F401
+from tests.serve.test_http import COMPLETIONS, engine, served_of  # noqa: F401
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 
 
 @contextmanager
-def running_server(engine, connections=50):  # noqa: F811
+def running_server(engine, connections=50, *, settings=None, **options):  # noqa: F811
     """(host, port), and what is served there."""
-    served = Served(engine, scheduling_of(engine, cache_bytes=1 << 26), ["tiny"])
-    server = running.server_of(app.Server([served]).app(), grace=2, connections=connections)
+    served = served_of(engine, **options)
+    server = running.server_of(app.Server([served], settings).app(), grace=2, connections=connections)
     bound = running.listening("127.0.0.1", 0)
     thread = threading.Thread(target=running.run, args=(server, bound, lambda: None))
     address = bound.getsockname()

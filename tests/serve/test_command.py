@@ -104,6 +104,28 @@ def refused(url):
         return True
 
 
+def test_adapters_are_served_without_torch(adaptable, tmp_path):
+    """One of the command line, one that is loaded later; the directory is not written to."""
+    artifact, runs = adaptable / "w" / "x", adaptable / "runs"
+    before = sorted(artifact.rglob("*"))
+    process = Process(artifact, "--adapter", f"pirate={runs / 'pirate'}", "--allow-adapters", runs)
+    try:
+        assert process.names == ["x", "x:pirate"]
+        url, texts = process.url, []
+        loaded = httpx2.post(f"{url}/v1/load_lora_adapter", json={"lora_name": "poet", "lora_path": "poet"}, timeout=60)
+        assert loaded.json()["id"] == "x:poet"
+        for model in ("x", "x:pirate", "x:poet"):
+            body = {"prompt": [2, 50, 60], "max_tokens": 9, "temperature": 0, "logprobs": 0, "model": model}
+            answer = httpx2.post(f"{url}/v1/completions", json=body, timeout=60).json()
+            texts.append(answer["choices"][0]["logprobs"]["token_logprobs"])
+        assert texts[0] != texts[1] != texts[2] != texts[0]
+    finally:
+        code, said = process.end()
+    assert code == 0
+    assert "model=x:poet " in said
+    assert sorted(artifact.rglob("*")) == before
+
+
 @pytest.mark.slow
 def test_a_log_that_nobody_reads_stops_nobody(process):
     """A pipe holds 64 KiB, which 300 lines are more than."""
@@ -137,6 +159,15 @@ def test_it_ends_within_the_stated_time_and_ctrl_c_is_told(process):
         (["ALSO"], "called x"),
         (["--port", "PORT"], "is taken"),
         (["--batch-size", "0"], "--batch-size"),
+        (["--adapter", "pirate=KEYS"], "takes no adapter at run time"),
+        (["--adapter", "y:pirate=KEYS"], "of which artifact?"),
+        (["--adapter", "x:-=KEYS"], "'-' is no name"),
+        (["--adapter", "runs/pirate"], "'runs/pirate' is no name"),
+        (["--adapter", "a=KEYS", "--adapter", "x:a=KEYS"], "another one is called a"),
+        (["--adapter", "a="], "the directory is missing"),
+        (["--alias", "x:a", "--adapter", "a=KEYS"], "a model is called x:a already"),
+        (["--allow-adapters", "nowhere"], "--allow-adapters"),
+        (["--host", "::", "--insecure", "--allow-adapters", "."], "--allow-adapters"),
     ],
 )
 def test_what_is_not_served_is_told_before_it_is_opened(served, tmp_path, capsys, words, said):

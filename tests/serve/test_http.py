@@ -36,9 +36,14 @@ def engine(served):
     return found
 
 
-def client_of(engine, *, names=("tiny",), settings=None, add_bos=False, **options):
+def served_of(engine, *, names=("tiny",), add_bos=False, adapters=None, **options):
     scheduling = scheduling_of(engine, **{"cache_bytes": 1 << 26, **options})
-    return TestClient(Server([Served(engine, scheduling, names, add_bos=add_bos)], settings).app())
+    numbers = {name: scheduling.load(one) for name, one in (adapters or {}).items()}
+    return Served(engine, scheduling, names, add_bos=add_bos, adapters=numbers)
+
+
+def client_of(engine, *, settings=None, **options):
+    return TestClient(Server([served_of(engine, **options)], settings).app())
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -20,6 +21,7 @@ from starlette.routing import Route
 
 from gemma_deploy.errors import DeployError, UsageError
 from gemma_deploy.runtime.limits import check_tokens
+from gemma_deploy.serve.http.adapters import LoadFields, Loading, UnloadFields
 from gemma_deploy.serve.http.chats import Chat, chat_of, rendered
 from gemma_deploy.serve.http.completions import Completion
 from gemma_deploy.serve.http.described import description
@@ -61,6 +63,7 @@ class Settings:
         origins: web pages of elsewhere that may ask; none by default.
         json_log: a line of JSON for each request in the place of words.
         largest_body: bytes of a request, at most.
+        adapters: a directory from which adapters may be loaded by request; None: from none.
     """
 
     keys: Sequence[str] = ()
@@ -68,6 +71,7 @@ class Settings:
     origins: Sequence[str] = ()
     json_log: bool = False
     largest_body: int = LARGEST_BODY
+    adapters: Path | None = None
 
 
 class Server:
@@ -83,6 +87,7 @@ class Server:
         self._served, self._settings = tuple(served), settings or Settings()
         self._names = {name: one for one in self._served for name in one.names}
         self._encoders = {name: one for one in encoders for name in one.names}
+        self._loading = Loading(self._settings.adapters, {*self._names, *self._encoders})
         self._keys = [key.encode() for key in self._settings.keys]
 
     def app(self) -> Starlette:
@@ -94,6 +99,8 @@ class Server:
             "/v1/embeddings": self._embeddings,
             "/tokenize": self._tokenize,
             "/detokenize": self._detokenize,
+            "/v1/load_lora_adapter": self._load,
+            "/v1/unload_lora_adapter": self._unload,
         }
         gets = {
             "/v1/models": self._models,
@@ -167,7 +174,18 @@ class Server:
 
     def _find(self, name: str | None) -> tuple[Served, str]:
         """What makes text under a name, and that name."""
+        base, _, adapter = (name or "").rpartition(":")
+        if name not in self._names and base in self._names and adapter in self._names[base].adapters:
+            return self._names[base].adapters[adapter], f"{base}:{adapter}"
+        return self._find_model(name)
+
+    def _find_model(self, name: str | None) -> tuple[Served, str]:
+        """The same of models alone."""
         return _found(self._names, name, self._encoders, "makes vectors of texts: /v1/embeddings")
+
+    def _every(self) -> Mapping[str, Served | ServedEncoder]:
+        """All that is served, adapters too, by name."""
+        return {**{name: found for one in self._served for name, found in one.called().items()}, **self._encoders}
 
     async def _body(self, request: Request) -> bytes:
         """What was sent, up to a limit and in a limited time."""
@@ -254,12 +272,10 @@ class Server:
             answers.info("%s", " ".join(f"{key}={value}" for key, value in told.items()))
 
     async def _models(self, request: Request) -> Response:
-        every: dict[str, Served | ServedEncoder] = {**self._names, **self._encoders}
-        return JSONResponse({"object": "list", "data": [one.card(name) for name, one in every.items()]})
+        return JSONResponse({"object": "list", "data": [one.card(name) for name, one in self._every().items()]})
 
     async def _model(self, request: Request) -> Response:
-        every: dict[str, Served | ServedEncoder] = {**self._names, **self._encoders}
-        one, name = _found(every, request.path_params["name"], {}, "")
+        one, name = _found(self._every(), request.path_params["name"], {}, "")
         return JSONResponse(one.card(name))
 
     async def _tokenize(self, request: Request) -> Response:
@@ -288,6 +304,14 @@ class Server:
                 raise told(error, "tokens") from None
         return JSONResponse({"prompt": served.tokenizer.decode_all(fields.tokens)})
 
+    async def _load(self, request: Request) -> Response:
+        fields = read(LoadFields, await self._body(request))
+        return JSONResponse(await self._loading.load(self._find_model(fields.model)[0], fields))
+
+    async def _unload(self, request: Request) -> Response:
+        fields = read(UnloadFields, await self._body(request))
+        return JSONResponse(await self._loading.unload(self._find_model(fields.model)[0], fields))
+
     async def _health(self, request: Request) -> Response:
         broken = [one.names[0] for one in self._served if one.worker.broken is not None]
         status = {"status": "ok"} if not broken else {"status": "failed", "models": broken}
@@ -297,7 +321,13 @@ class Server:
         return JSONResponse(description(version("gemma-deploy")))
 
     async def _metrics(self, request: Request) -> Response:
-        found = {one.names[0]: (one.worker.counts(), one.metrics) for one in self._served}
+        found = {
+            one.names[0]: (
+                one.worker.counts(),
+                {name: each.metrics for name, each in (("", one), *one.adapters.items())},
+            )
+            for one in self._served
+        }
         return PlainTextResponse(exposed(found), media_type="text/plain; version=0.0.4")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gemma_deploy.serve.http.adapters import LoadFields, UnloadFields
 from gemma_deploy.serve.http.embeddings import EmbeddingFields
 from gemma_deploy.serve.http.fields import ChatFields, CompletionFields, DetokenizeFields, Fields, TokenizeFields
 from gemma_deploy.serve.http.response_fields import ResponseFields
@@ -16,6 +17,8 @@ POSTS: dict[str, tuple[type[Fields], str]] = {
     "/v1/embeddings": (EmbeddingFields, "Vectors of texts."),
     "/tokenize": (TokenizeFields, "Token ids of a text or a conversation."),
     "/detokenize": (DetokenizeFields, "The text of token ids."),
+    "/v1/load_lora_adapter": (LoadFields, "Load an adapter, where that is allowed."),
+    "/v1/unload_lora_adapter": (UnloadFields, "Unload an adapter, where that is allowed."),
 }
 GETS = {
     "/v1/models": "What is served.",

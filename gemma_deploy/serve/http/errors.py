@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from starlette.responses import JSONResponse
 
 from gemma_deploy.errors import DeployError, UsageError
+from gemma_deploy.serve.adapting import NoAdapterError
 from gemma_deploy.serve.request import QueueFullError
 
 RETRY_SECONDS = 1
@@ -46,12 +47,17 @@ def wrong(param: str | None, message: str, code: str | None = None) -> ApiError:
     return ApiError(400, message if param is None else f"{param}: {message}", param=param, code=code)
 
 
+def words_of(error: DeployError) -> str:
+    """What is wrong, without what lies where on this machine."""
+    expected = [f"expected: {error.expected}"] if error.expected else []
+    return "; ".join([error.what, *error.problems, *expected])
+
+
 def told(error: DeployError, param: str | None = None) -> ApiError:
     """What this program refuses, or cannot do, as an answer."""
-    words = [error.what, *error.problems]
-    if error.expected:
-        words.append(f"expected: {error.expected}")
-    message = "; ".join(words)
+    message = words_of(error)
+    if isinstance(error, NoAdapterError):
+        return ApiError(404, message, param="model", code="model_not_found")
     if isinstance(error, QueueFullError):
         return ApiError(429, message, code="queue_full")
     if isinstance(error, UsageError):

@@ -55,6 +55,7 @@ GAUGES = {
     "requests_waiting": "Texts that wait.",
     "cache_bytes": "Bytes of keys and values.",
     "prefixes_kept": "Beginnings of texts that are kept.",
+    "adapters_loaded": "Adapters that requests may name.",
 }
 COUNTERS = {
     "prompt_tokens_total": "Tokens of prompts that were read.",
@@ -71,6 +72,7 @@ def _values(counts: Counts) -> Mapping[str, int]:
         "requests_waiting": counts.waiting,
         "cache_bytes": counts.cache_bytes,
         "prefixes_kept": counts.kept,
+        "adapters_loaded": counts.adapters,
         "prompt_tokens_total": counts.prompt_tokens,
         "prompt_tokens_cached_total": counts.cached_tokens,
         "generation_tokens_total": counts.tokens,
@@ -79,25 +81,38 @@ def _values(counts: Counts) -> Mapping[str, int]:
     }
 
 
-def exposed(models: Mapping[str, tuple[Counts, Metrics]]) -> str:
-    """All artifacts, by name, as the text that Prometheus reads."""
+def exposed(models: Mapping[str, tuple[Counts, Mapping[str, Metrics]]]) -> str:
+    """All artifacts, by name, as the text that Prometheus reads.
+
+    Args:
+        models: of each artifact its counts, and what came of requests by adapter, "" for those without.
+    """
     lines: list[str] = []
-    labels = {
-        name: 'model="' + name.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n") + '"' for name in models
-    }
     for kind, table in (("gauge", GAUGES), ("counter", COUNTERS)):
         for key, words in table.items():
             lines += [f"# HELP gemma_deploy_{key} {words}", f"# TYPE gemma_deploy_{key} {kind}"]
-            lines += [f"gemma_deploy_{key}{{{labels[one]}}} {_values(found[0])[key]}" for one, found in models.items()]
+            lines += [
+                f"gemma_deploy_{key}{{{_label('model', one)}}} {_values(counts)[key]}"
+                for one, (counts, _) in models.items()
+            ]
+    requests = {
+        _label("model", one) + ("," + _label("adapter", adapter) if adapter else ""): metrics
+        for one, (_, by_adapter) in models.items()
+        for adapter, metrics in by_adapter.items()
+    }
     name = "gemma_deploy_requests_finished_total"
     lines += [f"# HELP {name} Texts that ended, by the reason.", f"# TYPE {name} counter"]
-    for one, (_, metrics) in models.items():
-        lines += [f'{name}{{{labels[one]},reason="{reason}"}} {count}' for reason, count in metrics.finished.items()]
+    for label, metrics in requests.items():
+        lines += [f'{name}{{{label},reason="{reason}"}} {count}' for reason, count in metrics.finished.items()]
     for name, words, which in (
         ("gemma_deploy_time_to_first_token_seconds", "From the request to its first token.", "first"),
         ("gemma_deploy_inter_token_seconds", "From one token to the next.", "between"),
     ):
         lines += [f"# HELP {name} {words}", f"# TYPE {name} histogram"]
-        for one, (_, metrics) in models.items():
-            lines += getattr(metrics, which).lines(name, labels[one])
+        for label, metrics in requests.items():
+            lines += getattr(metrics, which).lines(name, label)
     return "\n".join(lines) + "\n"
+
+
+def _label(key: str, value: str) -> str:
+    return key + '="' + value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n") + '"'

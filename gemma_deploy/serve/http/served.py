@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from gemma_deploy.errors import UsageError
@@ -59,9 +62,24 @@ class Served:
 
     Args:
         names: under which it is asked for, its own first; add_bos: put BOS in front of token ids that have none.
+        adapters: those that are loaded, by name, with the numbers that `Scheduling.load` gave.
+
+    Attributes:
+        adapters: by name, each as what is served with it; changing: held by who adds or takes away one of them.
+        number: of the adapter that it is computed with, 0: with none; parent: name of the model alone, for an adapter.
     """
 
-    def __init__(self, engine: Engine, scheduling: Scheduling, names: Sequence[str], *, add_bos: bool = False) -> None:
+    number, parent = 0, ""
+
+    def __init__(
+        self,
+        engine: Engine,
+        scheduling: Scheduling,
+        names: Sequence[str],
+        *,
+        add_bos: bool = False,
+        adapters: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         self.engine, self.names, self.add_bos = engine, tuple(names), add_bos
         self.tokenizer, self.created = engine.tokenizer, int(time.time())
         self.context, self.vocabulary, self.together = scheduling.context, scheduling.vocabulary, scheduling.together
@@ -71,6 +89,27 @@ class Served:
         self.worker = Worker(scheduling, self._deliver)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._texts: dict[int, str] = {}
+        self.changing = asyncio.Lock()
+        self.adapters: dict[str, Served] = {}
+        for name, number in adapters.items():
+            self.add_adapter(name, number)
+
+    def add_adapter(self, name: str, number: int) -> Served:
+        """An adapter more, in the place of one of that name: what is served with it, as NAME:ADAPTER.
+
+        Args:
+            number: what `Scheduling.load` gave.
+        """
+        made = copy.copy(self)
+        made.names, made.number, made.parent = tuple(f"{one}:{name}" for one in self.names), number, self.names[0]
+        made.adapters, made.metrics, made.created = {}, Metrics(), int(time.time())
+        self.adapters[name] = made
+        return made
+
+    def called(self) -> Mapping[str, Served]:
+        """The model and all its adapters, by all their names."""
+        every = [self, *self.adapters.values()]
+        return {name: one for one in every for name in one.names}
 
     def start(self) -> None:
         """Begin to compute; called in the event loop."""
@@ -92,7 +131,7 @@ class Served:
         try:
             for request in requests:
                 self._check_length(request, param)
-                asked.append(Asked(self, request))
+                asked.append(Asked(self, replace(request, adapter=self.number)))
         except BaseException as error:
             for one in asked:
                 one.leave()
@@ -188,7 +227,7 @@ class Served:
         """Of `/v1/models`."""
         backend = self.engine.manifest.recipe.backend.type
         known = card(name, root=self.names[0], created=self.created, longest=self.context, backend=backend)
-        return {**known, "texts_at_once": self.together}
+        return {**known, "texts_at_once": self.together, **({"parent": self.parent} if self.parent else {})}
 
 
 def card(name: str, *, root: str, created: int, longest: int, backend: str) -> dict[str, Any]:
