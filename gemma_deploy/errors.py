@@ -95,6 +95,16 @@ class ArtifactError(DeployError):
     """An artifact is damaged, incomplete or was written by another version."""
 
 
+START_AGAIN = (
+    "put the artifact in order (`gemma-deploy verify`) and start again; to replace one that is in use, make the new "
+    "one in another directory and rename it, as `gemma-deploy compile --force` does"
+)
+
+
+class ChangedError(ArtifactError):
+    """An artifact's weights were written to while they were in use: nothing more can be computed with them."""
+
+
 class PreflightError(DeployError):
     """This machine lacks memory, disk or a file for the job."""
 

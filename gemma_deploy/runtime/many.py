@@ -101,6 +101,9 @@ class ManySequences(Protocol):
     def rank(self, logits: np.ndarray, *, top: int = 0, asked: Sequence[int] | np.ndarray | None = None) -> Ranked:
         """Of logits that `head` gave, the largest few and those that are asked for, a token for each row."""
 
+    def held(self) -> int:
+        """Sequences that there are."""
+
     def cache_used(self) -> int:
         """Bytes of the keys and values of all sequences."""
 

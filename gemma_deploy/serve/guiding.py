@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from gemma_deploy.errors import UsageError
+from gemma_deploy.reading import open_regular
 from gemma_deploy.text.files import TOKENIZER
 
 if TYPE_CHECKING:
@@ -46,9 +47,14 @@ class Guides:
     """
 
     def __init__(self, folder: Path, vocabulary: int, stops: Collection[int]) -> None:
-        self._folder, self._vocabulary, self._stops = folder, vocabulary, sorted(stops)
+        self._path, self._vocabulary, self._stops = folder / TOKENIZER, vocabulary, sorted(stops)
+        self._file = open_regular(self._path)  # another artifact may have its name when it is read
         self._tokenizer: LLTokenizer | None = None
         self._lock = threading.Lock()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
 
     def guide(self, grammar: Grammar) -> Guide:
         """One that begins; takes up to a second, of another thread.
@@ -72,13 +78,14 @@ class Guides:
         from llguidance import LLTokenizer
 
         if self._tokenizer is None:
-            file = self._folder / TOKENIZER
             try:
-                self._tokenizer = LLTokenizer(str(file), n_vocab=self._vocabulary, eos_token=self._stops)
+                self._tokenizer = LLTokenizer(
+                    f"/proc/self/fd/{self._file.fileno()}", n_vocab=self._vocabulary, eos_token=self._stops
+                )
             except ValueError as error:
                 raise UsageError(
                     f"llguidance does not read this tokenizer: {str(error)[:200]}",
-                    where=str(file),
+                    where=str(self._path),
                     next_step="ask for text without a grammar",
                 ) from None
         return self._tokenizer

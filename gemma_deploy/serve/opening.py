@@ -22,6 +22,6 @@ def scheduling_of(
     """
     model = engine.many(cache_bytes)
     if model is None:
-        engine.check_runtime()
+        engine.session(max_length=2)  # opens its graphs now: what has their names later may be another artifact's
         return OneByOne(engine, queue=queue, context=context)
     return Scheduler(model, together=together, queue=queue, context=context, packed=engine.packed_adapter)

@@ -14,7 +14,7 @@ MOST = 4096  # beginnings that are kept, however little memory they take
 LEAST = 16  # tokens that are worth taking over
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Node:
     """A text's beginning that ends with these tokens: a page of them, or less, and then nothing follows."""
 
@@ -102,7 +102,8 @@ class Prefixes:
         last = ids[whole:]
         kept = node.children.get(last.tobytes())
         if kept is None:
-            kept = node.children[last.tobytes()] = _Node(node, last.copy(), self._model.sequence(sequence))
+            key = last.tobytes()  # whose memory the tokens share
+            kept = node.children[key] = _Node(node, np.frombuffer(key, np.int32), self._model.sequence(sequence))
         known = None if scores is None else scores.part(whole, len(ids))
         if known is not None and (kept.scores is None or kept.scores.top.shape[1] < known.top.shape[1]):
             kept.scores = known.copy()

@@ -139,7 +139,8 @@ class Counts:
         running: requests being computed; waiting: requests that are not yet.
         prompt_tokens, tokens: of prompts read and of texts said; cached_tokens: of prompts, known from earlier ones.
         steps: of the model; preempted: requests set back because memory was out.
-        cache_bytes: of keys and values that are held; kept: texts' beginnings among them that nobody uses now.
+        cache_bytes: of keys and values that are held; kept: texts' beginnings among them that later texts may take
+            over; held: sequences that there are, one for each of these and for each text that is computed.
         adapters: that are loaded.
     """
 
@@ -153,6 +154,7 @@ class Counts:
     cache_bytes: int = 0
     kept: int = 0
     adapters: int = 0
+    held: int = 0
 
 
 class Scheduling(Protocol):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma_deploy.errors import DeployError
+from gemma_deploy.errors import ChangedError, DeployError
 from gemma_deploy.runtime.many import PAGE, ManySequences, NoRoomError, Packed, Ranked
 from gemma_deploy.serve.adapting import Adapters
 from gemma_deploy.serve.prefixes import Prefixes, common
@@ -85,7 +85,8 @@ class Scheduler:
         return Counts(
             running=len(self._running), waiting=len(self._waiting), prompt_tokens=self._prompt_tokens,
             tokens=self._tokens, cached_tokens=self._cached, steps=self._steps, preempted=self._preempted,
-            cache_bytes=self._model.cache_used(), kept=len(self._prefixes), adapters=len(self._adapters),
+            cache_bytes=self._model.cache_used(), kept=len(self._prefixes), held=self._model.held(),
+            adapters=len(self._adapters),
         )  # fmt: skip
 
     def add(self, request: Request) -> int:
@@ -140,6 +141,8 @@ class Scheduler:
         pieces = self._planned()
         try:
             found = self._computed(pieces, events)
+        except ChangedError:
+            raise
         except DeployError as error:  # of nobody in particular
             for piece in pieces:
                 self._end(piece.run, Failed(error), events)

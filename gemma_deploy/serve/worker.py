@@ -10,11 +10,12 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from gemma_deploy.errors import DeployError, UsageError
+from gemma_deploy.errors import ChangedError, DeployError, UsageError
 from gemma_deploy.serve.request import Counts, Ended, Event, Failed, Prepared, Request, Scheduling, check_request
 
 log = logging.getLogger(__name__)
 Deliver = Callable[[Sequence[tuple[Any, Event]]], None]
+LOOK_SECONDS = 1.0  # from one look at the weights to the next while nothing is computed
 
 
 class Worker:
@@ -23,10 +24,11 @@ class Worker:
     Args:
         scheduling: which nobody else calls from now on.
         deliver: called in that thread after each step, with what was given to `submit` for each event.
+        check: called before each step, raises a `ChangedError` where there can be no more.
     """
 
-    def __init__(self, scheduling: Scheduling, deliver: Deliver) -> None:
-        self._scheduling, self._deliver = scheduling, deliver
+    def __init__(self, scheduling: Scheduling, deliver: Deliver, *, check: Callable[[], None] = lambda: None) -> None:
+        self._scheduling, self._deliver, self._check = scheduling, deliver, check
         self._wake = threading.Condition()
         self._asked: list[tuple[Request, Any]] = []
         self._left: list[Any] = []
@@ -116,6 +118,9 @@ class Worker:
             while self._one():
                 pass
             error = DeployError("the server was ended", next_step="send it again")
+        except ChangedError as problem:
+            log.error("nothing is computed any more: %s", problem)
+            error = problem
         except BaseException as problem:  # a fault of this program: told to everybody, once
             log.exception("the engine's thread ended")
             error = DeployError(f"the engine ended: {type(problem).__name__}: {problem}", next_step="start it again")
@@ -141,13 +146,14 @@ class Worker:
     def _one(self) -> bool:
         """One step; False where it was the last."""
         with self._wake:
-            while not (self._asked or self._left or self._changes or self._ending) and self._scheduling.idle:
-                self._wake.wait()
+            if not (self._asked or self._left or self._changes or self._ending) and self._scheduling.idle:
+                self._wake.wait(LOOK_SECONDS)
             if self._ending:
                 return False
             asked, self._asked = self._asked, []
             left, self._left = self._left, []
             changes = len(self._changes)
+        self._check()
         found: list[tuple[Any, Event]] = []
         for request, listener in asked:
             try:

@@ -30,8 +30,8 @@ BODY = {"prompt": [2, 50, 60], "max_tokens": 700, "ignore_eos": True, "temperatu
 class Process:
     """The program, with a port of its own."""
 
-    def __init__(self, *words):
-        command = [sys.executable, "-c", PROGRAM, "serve", *map(str, words), "--port", "0", "--threads", "1"]
+    def __init__(self, *words, port=0):
+        command = [sys.executable, "-c", PROGRAM, "serve", *map(str, words), "--port", str(port), "--threads", "1"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
         line = self.process.stdout.readline()

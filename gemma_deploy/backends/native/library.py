@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gemma_deploy.backends.native.binding import SIGNATURES, Piece, Ranks
-from gemma_deploy.errors import ArtifactError, DeployError, UsageError
+from gemma_deploy.errors import START_AGAIN, ArtifactError, ChangedError, DeployError, UsageError
 from gemma_deploy.runtime.many import NoRoomError, Ranked
 from gemma_deploy.runtime.session import VERIFY
 
@@ -21,7 +21,7 @@ LIBRARY = "libgemma_deploy.so"
 FOLDER = Path(__file__).parent
 LEVEL_VARIABLE = "GEMMA_DEPLOY_KERNELS"
 MESSAGE_BYTES = 1000
-NO_PAGES, TOO_LONG = 2, 3  # answers of the C ABI that are no faults
+NO_PAGES, TOO_LONG, CUT = 2, 3, 4  # answers of the C ABI that are no faults
 CACHE_BYTES = 8 << 30  # of all sequences together, at most; pages are taken as they are needed
 INSTALL = (
     "install a C++17 compiler (Debian: apt install g++) and the package again from its source, "
@@ -165,7 +165,7 @@ class Model:
         cache: str = "",
         exact: bool = False,
     ) -> None:
-        self._library, self._handle = _loaded(), None
+        self._library, self._handle, self._held = _loaded(), None, 0
         message, text = ctypes.create_string_buffer(MESSAGE_BYTES), plan.encode()
         count = threads or len(os.sched_getaffinity(0))
         self._handle = self._library.gemma_open(
@@ -178,6 +178,7 @@ class Model:
         self.vocabulary = int(self._library.gemma_vocabulary(self._handle))
         self.context = int(self._library.gemma_context(self._handle))
         self._stride = int(self._library.gemma_stride(self._handle))
+        self._parameters = parameters
 
     def close(self) -> None:
         """End its threads and give its memory back; sequences are gone."""
@@ -205,6 +206,7 @@ class Model:
         made: int = self._library.gemma_sequence_new(self._handle, like)
         if not made:
             self._check(1)
+        self._held += 1
         if adapter:
             self._check(self._library.gemma_sequence_adapt(self._handle, made, adapter))
         return made
@@ -231,6 +233,7 @@ class Model:
     def drop(self, sequence: int) -> None:
         """Forget a sequence."""
         self._check(self._library.gemma_sequence_free(self._handle, sequence))
+        self._held -= 1
 
     def rewind(self, sequence: int, length: int) -> None:
         """Forget what comes after `length` tokens of a sequence.
@@ -297,6 +300,10 @@ class Model:
         self._check(self._library.gemma_rank(self._handle, where, len(logits), ctypes.byref(ranks)))
         return made
 
+    def held(self) -> int:
+        """Sequences that there are."""
+        return self._held
+
     def cache_used(self) -> int:
         """Bytes of the keys and values of all sequences."""
         return int(self._library.gemma_cache_used(self._handle))
@@ -350,6 +357,12 @@ class Model:
                 raise UsageError(
                     message,
                     next_step="shorten it, or compile with a longer second length in frontend.shape.input_ids",
+                )
+            if status == CUT:
+                raise ChangedError(
+                    "the weights were cut short, or can no longer be read",
+                    where=str(self._parameters),
+                    next_step=START_AGAIN,
                 )
             raise DeployError(message, next_step="this is a bug: report it")
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
@@ -142,7 +142,7 @@ class Server:
                 if error.status != 400:
                     log.info("%s: %d %s", request.url.path, error.status, error.message)
                 return error.response()
-            except ClientLeft:
+            except (ClientLeft, ClientDisconnect):
                 return Response(status_code=LEFT)
             except DeployError as error:
                 return told(error).response()

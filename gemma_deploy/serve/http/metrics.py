@@ -56,6 +56,7 @@ GAUGES = {
     "cache_bytes": "Bytes of keys and values.",
     "prefixes_kept": "Beginnings of texts that are kept.",
     "adapters_loaded": "Adapters that requests may name.",
+    "sequences_held": "Beginnings that are kept and texts that are computed.",
 }
 COUNTERS = {
     "prompt_tokens_total": "Tokens of prompts that were read.",
@@ -73,6 +74,7 @@ def _values(counts: Counts) -> Mapping[str, int]:
         "cache_bytes": counts.cache_bytes,
         "prefixes_kept": counts.kept,
         "adapters_loaded": counts.adapters,
+        "sequences_held": counts.held,
         "prompt_tokens_total": counts.prompt_tokens,
         "prompt_tokens_cached_total": counts.cached_tokens,
         "generation_tokens_total": counts.tokens,

@@ -11,6 +11,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from gemma_deploy.artifact.watch import Watch
 from gemma_deploy.errors import UsageError
 from gemma_deploy.runtime.engine import Engine
 from gemma_deploy.serve.guiding import Grammar, Guide, Guides
@@ -86,7 +87,7 @@ class Served:
         self.stop_ids = frozenset(engine.stop_ids)
         self.guides = Guides(engine.path, self.vocabulary, self.stop_ids)
         self.metrics = Metrics()
-        self.worker = Worker(scheduling, self._deliver)
+        self.worker = Worker(scheduling, self._deliver, check=Watch(engine.artifact).check)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._texts: dict[int, str] = {}
         self.changing = asyncio.Lock()

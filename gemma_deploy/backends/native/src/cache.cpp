@@ -43,9 +43,11 @@ PagePool::Block* PagePool::Take(int kind) {
   // Pages of another kind that nobody uses make room.
   for (size_t other = 0; other < free_.size() && reserved_ + bytes > limit_; other++) {
     while (!free_[other].empty() && reserved_ + bytes > limit_) {
-      std::free(free_[other].back()->data);
-      free_[other].back()->data = nullptr;
+      Block* block = free_[other].back();
+      std::free(block->data);
+      block->data = nullptr;
       free_[other].pop_back();
+      empty_.push_back(block);
       reserved_ -= kinds_[other].bytes;
     }
   }
@@ -53,10 +55,16 @@ PagePool::Block* PagePool::Take(int kind) {
   uint8_t* data = static_cast<uint8_t*>(std::aligned_alloc(kLine, bytes));  // bytes are a multiple of 64
   if (data == nullptr) return nullptr;
   std::memset(data, 0, bytes);
-  all_.push_back(std::make_unique<Block>(Block{data, kind, 1}));
+  if (empty_.empty()) {
+    all_.push_back(std::make_unique<Block>());
+    empty_.push_back(all_.back().get());
+  }
+  Block* block = empty_.back();
+  empty_.pop_back();
+  *block = Block{data, kind, 1};
   reserved_ += bytes;
   used_ += bytes;
-  return all_.back().get();
+  return block;
 }
 
 void PagePool::Release(Block* block) {

@@ -83,6 +83,7 @@ class PagePool {
   std::vector<CacheKind> kinds_;
   std::vector<std::vector<Block*>> free_;
   std::vector<std::unique_ptr<Block>> all_;
+  std::vector<Block*> empty_;  // of these, without memory
   uint64_t limit_, used_ = 0, reserved_ = 0;
 };
 

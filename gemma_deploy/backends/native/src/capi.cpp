@@ -17,6 +17,11 @@ using gemma::Sequence;
 
 constexpr int kMostTokens = 1 << 20;
 
+// The file of the parameters is no longer what was opened.
+struct Cut : Error {
+  using Error::Error;
+};
+
 struct Handle {
   std::unique_ptr<gemma::Mapped> parameters;
   std::unique_ptr<gemma::Model> model;
@@ -37,8 +42,8 @@ int Put(char* text, size_t size, const std::string& what) {
   return 1;
 }
 
-// Runs f on an open model: 0, or 1 with a message that gemma_error gives, or 2 where memory for caches is out, or 3, with
-// a message, where a text gets longer than the context.
+// Runs f on an open model: 0, or 1 with a message that gemma_error gives, or 2 where memory for caches is out, or, with a
+// message, 3 where a text gets longer than the context, and 4 where the file of the parameters was cut short.
 template <class F>
 int Call(Handle* handle, const F& f) {
   if (handle == nullptr) return 1;
@@ -49,10 +54,18 @@ int Call(Handle* handle, const F& f) {
   } catch (const gemma::TooLong& error) {
     handle->error = error.what();
     return 3;
+  } catch (const Cut& error) {
+    handle->error = error.what();
+    return 4;
   } catch (const std::exception& error) {
     handle->error = error.what();
     return 1;
   }
+}
+
+// Behind whatever reads parameters.
+void CheckWhole(const gemma::Mapped& file) {
+  if (file.cut()) throw Cut("was cut short, or cannot be read any more, while it was open");
 }
 
 Sequence* Find(Handle* handle, int id) {
@@ -89,6 +102,7 @@ GEMMA_API int64_t gemma_plan(const char* graph, char* plan, size_t room, char* e
     if (graph == nullptr) throw Error("no graph");
     const gemma::Mapped file(graph);
     const std::string found = gemma::PlanIn(file.data(), file.size(), graph);
+    CheckWhole(file);
     if (plan != nullptr && found.size() <= room) std::memcpy(plan, found.data(), found.size());
     return static_cast<int64_t>(found.size());
   } catch (const std::exception& what) {
@@ -116,6 +130,7 @@ GEMMA_API Handle* gemma_open(const char* plan, size_t plan_size, const char* par
     handle->model = std::make_unique<gemma::Model>(
         std::string(plan, plan_size), handle->parameters->data(), handle->parameters->size(), *kernels, threads,
         cache_bytes, forms.at(form), exact != 0);
+    CheckWhole(*handle->parameters);
     return handle.release();
   } catch (const std::exception& what) {
     Put(error, error_size, what.what());
@@ -252,6 +267,7 @@ GEMMA_API int gemma_step(Handle* handle, const GemmaPiece* given, int count, flo
     std::vector<gemma::Piece> pieces;
     const int status = Admit(handle, given, count, rows, &pieces);
     if (status == 0) handle->model->Step(pieces, normed, logits);
+    CheckWhole(*handle->parameters);
     return status;
   });
 }
@@ -269,6 +285,7 @@ GEMMA_API int gemma_step_ranked(Handle* handle, const GemmaPiece* given, int cou
     handle->normed.Grow(static_cast<size_t>(wanted) * handle->model->plan().hidden);
     handle->model->Step(pieces, handle->normed.data(), nullptr);
     handle->model->Rank(handle->normed.data(), wanted, *ranks);
+    CheckWhole(*handle->parameters);
     return 0;
   });
 }
@@ -302,6 +319,7 @@ GEMMA_API int gemma_head(Handle* handle, const float* normed, int rows, float* l
   return Call(handle, [&] {
     if (normed == nullptr || logits == nullptr || rows < 1 || rows > kMostTokens) throw Error("rows: 1 or more");
     handle->model->Head(normed, rows, logits);
+    CheckWhole(*handle->parameters);
     return 0;
   });
 }

@@ -5,7 +5,10 @@
 
 namespace gemma {
 
-// A file, mapped and only read.
+struct Watched;
+
+// A file, mapped and only read. Where somebody cuts it short meanwhile, or its disk fails, what is mapped becomes zeros and
+// `cut` says so; without that the system would end the process (SIGBUS).
 class Mapped {
  public:
   explicit Mapped(const std::string& path);
@@ -15,10 +18,12 @@ class Mapped {
 
   const uint8_t* data() const { return data_; }
   uint64_t size() const { return size_; }
+  bool cut() const;
 
  private:
   const uint8_t* data_ = nullptr;
   uint64_t size_ = 0;
+  Watched* watched_ = nullptr;
 };
 
 // Tells the system that these bytes are read here and there, so that it fetches no others from the disk.
