@@ -41,6 +41,7 @@ GRAMMARS: tuple[dict[str, Any], ...] = (
     {"guided_choice": ["yes", "no", "perhaps"]},
     {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
 )
+BRIEF = ("stop", *{name for one in GRAMMARS for name in one})  # what may end an answer early
 GAUGES = ("requests_running", "requests_waiting", "cache_bytes", "prefixes_kept", "sequences_held", "preemptions_total")
 
 
@@ -200,7 +201,11 @@ async def soak(arguments: argparse.Namespace) -> int:
             path, body = body_of(
                 draw, model, vocabulary=arguments.vocabulary, longest=longest, openings=openings, talks=talks
             )
-            leave = draw.uniform(0, arguments.leave) if draw.random() < 0.25 else None
+            leave = None
+            if draw.random() < 0.25:  # of an answer that takes longer than that
+                leave = draw.uniform(0, arguments.leave)
+                body = {name: value for name, value in body.items() if name not in BRIEF}
+                body |= {"max_tokens": longest // 4, "ignore_eos": True}
             task = asyncio.create_task(one.one(path, body, leave))
             tasks.add(task)
             task.add_done_callback(lambda done: (tasks.discard(done), places.release()))
@@ -239,7 +244,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--together", type=int, default=24, help="requests under way, at most")
     parser.add_argument("--longest", type=int, default=1024, help="tokens of a text, the answer included")
-    parser.add_argument("--leave", type=float, default=4.0, help="seconds in which those who leave do so")
+    parser.add_argument("--leave", type=float, default=1.0, help="seconds in which those who leave do so")
     parser.add_argument("--warm", type=int, default=2, help="tenths of the requests that warm up")
     parser.add_argument("--grow", type=float, default=0.02, help="part that memory may grow by behind the warm-up")
     parser.add_argument("--seed", type=int, default=0)

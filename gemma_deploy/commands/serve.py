@@ -105,7 +105,7 @@ def command(
     opened = [open_whole(one, hashes=True) for one in artifact]
     names = _names(opened, alias)
     adapters = _adapters(adapter, opened, names)
-    open_enough(connections)
+    at_a_time = open_enough(connections)
     bound = listening(host, port)
     served: list[Served] = []
     encoders: list[ServedEncoder] = []
@@ -131,9 +131,8 @@ def command(
         known = [*(name for one in served for name in one.called()), *(name for one in encoders for name in one.names)]
         click.echo(f"serving {', '.join(known)} at {shown}")
 
-    if run(
-        server_of(Server(served, settings, encoders=encoders).app(), grace=grace, connections=connections), bound, ready
-    ):
+    app = Server(served, settings, encoders=encoders).app()
+    if run(server_of(app, grace=grace, connections=connections, at_a_time=at_a_time), bound, ready):
         raise click.exceptions.Exit(INTERRUPTED)
 
 

@@ -111,5 +111,8 @@ def test_more_files_than_a_process_may_open_are_told(monkeypatch):
         running.open_enough(1000)
     found = []
     monkeypatch.setattr(resource, "setrlimit", lambda which, limits: found.append(limits))
-    running.open_enough(300)
-    assert found == [(400, 500)]
+    assert running.open_enough(300) == (500 - 400) // 3  # that many at a time, and as many being refused
+    assert found == [(500, 500)]
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (64, resource.RLIM_INFINITY))
+    assert running.open_enough(300) == running.AT_A_TIME
+    assert found[1][0] == 400 + 3 * running.AT_A_TIME

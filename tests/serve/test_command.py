@@ -30,10 +30,10 @@ BODY = {"prompt": [2, 50, 60], "max_tokens": 700, "ignore_eos": True, "temperatu
 class Process:
     """The program, with a port of its own."""
 
-    def __init__(self, *words, port=0):
+    def __init__(self, *words, port=0, **options):
         command = [sys.executable, "-c", PROGRAM, "serve", *map(str, words), "--port", str(port), "--threads", "1"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self.process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+        self.process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes, **options)
         line = self.process.stdout.readline()
         found = re.search(r"serving (.*) at (http://\S+)/v1", line)
         assert found, line + self.process.communicate()[1]

@@ -34,6 +34,9 @@ HEAD_SECONDS = 15.0  # in which they have to be there
 MOST_LINES = 10_000  # of the log that wait to be written
 FLUSH_SECONDS = 2.0  # in which the last ones are, where somebody reads them
 OTHER_FILES = 100  # open beside connections
+AT_A_TIME = 256  # connections that are taken before those that came with the last are looked at
+BACKLOG = 4096  # that wait in the kernel, which may have fewer: beyond it clients hear nothing for seconds
+TURNS = 3  # of them that are open at once, those that are being refused with them
 _BUSY = json.dumps(ApiError(503, "too many connections", code="too_many_connections").body()).encode()
 REFUSED = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n"
@@ -112,6 +115,12 @@ class Running(uvicorn.Server):
             for one, handler in before.items():
                 signal.signal(one, handler)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn, whose one number is both how many are accepted in one go and how many wait in the kernel."""
+        await super().startup(sockets)
+        for one in sockets or ():
+            one.listen(BACKLOG)
+
     def _told(self, number: int, frame: object) -> None:
         self.interrupted = self.interrupted or number == signal.SIGINT
         self.force_exit = self.should_exit and number == signal.SIGINT
@@ -166,7 +175,7 @@ def listening(host: str, port: int) -> socket.socket:
     host = host.strip("[]")
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        bound = socket.create_server((host, port), family=family, backlog=2048)
+        bound = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         taken = error.errno == errno.EADDRINUSE
         raise UsageError(
@@ -182,11 +191,12 @@ def listening(host: str, port: int) -> socket.socket:
     return bound
 
 
-def server_of(app: Starlette, *, grace: int, connections: int) -> Running:
+def server_of(app: Starlette, *, grace: int, connections: int, at_a_time: int = AT_A_TIME) -> Running:
     """What answers requests.
 
     Args:
-        grace: seconds that answers which are being made have left after a signal; connections: at most.
+        grace: seconds that answers which are being made have left after a signal; connections: at most; at_a_time:
+            what `open_enough` gives.
     """
     config = uvicorn.Config(
         app,
@@ -197,6 +207,7 @@ def server_of(app: Starlette, *, grace: int, connections: int) -> Running:
         http=type("Bounded", (BoundedProtocol,), {"most": connections}),
         server_header=False,
         proxy_headers=False,
+        backlog=at_a_time,  # asyncio accepts as many in one go, without closing any
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=grace,
         h11_max_incomplete_event_size=LARGEST_HEAD,
@@ -224,18 +235,23 @@ def run(server: Running, bound: socket.socket, ready: Callable[[], None]) -> boo
     return server.interrupted
 
 
-def open_enough(connections: int) -> None:
-    """Have the system allow files for so many connections, as far as it does.
+def open_enough(connections: int) -> int:
+    """Have the system allow files for so many connections, and for those that are refused, as far as it does.
+
+    Returns:
+        How many may be accepted at a time.
 
     Raises:
         UsageError: it does not.
     """
-    wanted = connections + OTHER_FILES
+    most = connections + OTHER_FILES + TURNS * AT_A_TIME
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        if hard != resource.RLIM_INFINITY and hard < wanted:
+    if soft != resource.RLIM_INFINITY and soft < most:
+        if hard != resource.RLIM_INFINITY and hard < connections + OTHER_FILES:
             raise UsageError(
                 f"--connections {connections}: this process may have {hard} files open",
                 next_step=f"give --connections {max(1, hard - OTHER_FILES)} or fewer, or raise the limit (ulimit -Hn)",
             )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return max(1, (most - connections - OTHER_FILES) // TURNS)
