@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -309,7 +310,7 @@ def test_the_interface_describes_itself(client):
     assert found["openapi"].startswith("3.")
     for path, methods in found["paths"].items():
         for method, operation in methods.items():
-            assert client.request(method, path, content=b"{").status_code in (200, 400)
+            assert client.request(method, path.format(name="tiny"), content=b"{").status_code in (200, 400)
             if method == "post":
                 name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]
                 assert found["components"]["schemas"][name]["properties"]
@@ -318,6 +319,83 @@ def test_the_interface_describes_itself(client):
     text = json.dumps(found)
     for name in set(re.findall(r"#/components/schemas/(\w+)", text)):
         assert name in found["components"]["schemas"]
+
+
+def test_answers_have_the_fields_that_are_described(client):
+    """Those of what this artifact answers."""
+    paths = client.get("/openapi.json").json()["paths"]
+    asked = {
+        COMPLETIONS: {"prompt": TEXT, "max_tokens": 1},
+        CHAT: {"messages": MESSAGES, "max_tokens": 1},
+        "/v1/responses": {"input": TEXT, "max_output_tokens": 1},
+        "/tokenize": {"prompt": TEXT},
+        "/detokenize": {"tokens": [70]},
+    }
+    for path, methods in paths.items():
+        for method, operation in methods.items():
+            content = operation["responses"]["200"].get("content")
+            if content is None or (method == "post" and path not in asked):
+                continue
+            answer = client.request(method, path.format(name="tiny"), json=asked.get(path)).json()
+            described = set(content["application/json"]["schema"]["properties"])
+            # A response repeats its request besides, and this one is cut.
+            assert described - {"completed_at"} <= set(answer), path
+            assert path == "/v1/responses" or described == set(answer), path
+
+
+class Reading(HTMLParser):
+    """Elements with what they have, and the text of all."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_manual_tells_all_that_is_described_and_has_no_script(client):
+    answer = client.get("/docs")
+    assert answer.headers["content-type"].startswith("text/html")
+    policy = answer.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; style-src 'self'; ")
+    assert "script" not in policy
+    page = Reading(answer.text)
+    assert {tag for tag, _ in page.tags} & {"script", "style", "img", "iframe", "form"} == set()
+    assert not [name for _, given in page.tags for name in given if name.startswith("on") or name == "style"]
+    ids = {given["id"] for _, given in page.tags if "id" in given}
+    for _, given in page.tags:
+        where = given.get("href")
+        assert where is None or where[1:] in ids or client.get(where).status_code == 200, where
+    described = client.get("/openapi.json").json()
+    words = [path for path in described["paths"]]
+    for methods in described["paths"].values():
+        for operation in methods.values():
+            words += [operation["summary"], *(one["description"] for one in operation["responses"].values())]
+    for name, schema in described["components"]["schemas"].items():
+        if name not in ("Error", "StreamOptions"):
+            words += [*schema["properties"], *(one["description"] for one in schema["properties"].values())]
+    assert len(words) > 150
+    assert [one for one in words if one not in page.text] == []
+    assert "integer, 1 or more, at most 256" in page.text  # n
+
+
+def test_the_manual_needs_no_key_and_hostile_words_stay_text(engine):
+    from gemma_deploy.serve.http.described import description
+    from gemma_deploy.serve.http.manual import manual
+
+    with client_of(engine, settings=Settings(keys=("first-key",))) as client:
+        assert client.get("/docs").status_code == 200
+        assert client.get("/openapi.json").status_code == 401
+    described = description("<script>alert(1)</script>")
+    described["paths"]["/<img src=x onerror=y>"] = {
+        "get": {"summary": "<b>", "responses": {"200": {"description": "<i>"}}}
+    }
+    assert {tag for tag, _ in Reading(manual(described)).tags} & {"script", "img", "i"} == set()
 
 
 WRONG = [

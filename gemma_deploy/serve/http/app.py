@@ -35,6 +35,7 @@ from gemma_deploy.serve.http.fields import (
     TokenizeFields,
     read,
 )
+from gemma_deploy.serve.http.manual import manual_route
 from gemma_deploy.serve.http.metrics import exposed
 from gemma_deploy.serve.http.response_fields import ResponseFields, renamed
 from gemma_deploy.serve.http.responses import ModelResponse
@@ -88,6 +89,7 @@ class Server:
         self._names = {name: one for one in self._served for name in one.names}
         self._encoders = {name: one for one in encoders for name in one.names}
         self._loading = Loading(self._settings.adapters, {*self._names, *self._encoders})
+        self._description = description(version("gemma-deploy"))
         self._keys = [key.encode() for key in self._settings.keys]
 
     def app(self) -> Starlette:
@@ -110,7 +112,7 @@ class Server:
         }
         routes = [Route(path, self._guarded(handler), methods=["POST"]) for path, handler in posts.items()]
         routes += [Route(path, self._guarded(handler), methods=["GET"]) for path, handler in gets.items()]
-        routes += [Route("/health", self._health, methods=["GET"]), *page_routes()]
+        routes += [Route("/health", self._health, methods=["GET"]), manual_route(self._description), *page_routes()]
         app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={HTTPException: _no_such_thing})
         if self._settings.origins:
             from starlette.middleware.cors import CORSMiddleware
@@ -318,7 +320,7 @@ class Server:
         return JSONResponse(status, 503 if broken else 200)
 
     async def _described(self, request: Request) -> Response:
-        return JSONResponse(description(version("gemma-deploy")))
+        return JSONResponse(self._description)
 
     async def _metrics(self, request: Request) -> Response:
         found = {
