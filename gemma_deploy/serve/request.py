@@ -82,10 +82,12 @@ class Began:
 
     Args:
         cached: so many of its tokens were known from earlier texts; scores: of its tokens, where they were asked for.
+        begun: when it began to be computed, in seconds of `time.perf_counter`.
     """
 
     cached: int
     scores: Scores | None = None
+    begun: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ class Run:
     Attributes:
         ids: [prompt + most] int32, its tokens, of which there are `length`, and `read` are in its sequence.
         scored: so many of the prompt's tokens have their scores; cached: were known before; began: `Began` was told.
+        begun: when it had a place for the first time, in seconds of `time.perf_counter`; 0: not yet.
     """
 
     def __init__(self, number: int, request: Request, context: int) -> None:
@@ -32,7 +33,7 @@ class Run:
         self.chooser = Chooser(request.choice, request.ids, request.stop_ids, guide=request.guide)
         self.scores = None if request.prompt_top is None else Scores.empty(self.prompt, request.prompt_top)
         self.scored = 1  # the prompt's tokens before this one have their scores
-        self.cached, self.began = 0, False
+        self.cached, self.began, self.begun = 0, False, 0.0
 
     @property
     def speaks(self) -> bool:

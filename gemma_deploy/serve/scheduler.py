@@ -13,6 +13,7 @@ again when another has ended.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -171,7 +172,7 @@ class Scheduler:
                 continue
             hit = self._prefixes.find(run.ids[: run.length], self._scores_wanted(run), adapter=run.adapter)
             run.sequence = hit.sequence or self._model.sequence(adapter=run.adapter)
-            run.read = hit.length
+            run.read, run.begun = hit.length, run.begun or time.perf_counter()
             if not run.began:
                 run.cached = hit.length
             if hit.scores is not None and run.scores is not None:
@@ -268,7 +269,7 @@ class Scheduler:
             if not run.began:
                 run.began = True
                 self._cached += run.cached
-                events.append((run.number, Began(run.cached, run.scores)))
+                events.append((run.number, Began(run.cached, run.scores, run.begun)))
             if run.length == len(run.ids):
                 self._end(run, Ended("length"), events)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
@@ -136,7 +137,7 @@ class OneByOne:
             run.session.use(self._loaded.get(run.request.adapter))
             logits = run.read_prompt()
             self._count(prompt_tokens=len(run.request.ids))
-            events.append((run.number, Began(0, run.scores)))
+            events.append((run.number, Began(0, run.scores, run.begun)))
         else:
             assert run.session is not None
             logits = run.session.read([run.newest])
@@ -184,6 +185,7 @@ class _Run:
         self.session: Session | None = None
         self.scores: Scores | None = None
         self.newest = self.said = 0
+        self.begun = time.perf_counter()
 
     def read_prompt(self) -> np.ndarray:
         """Logits of what follows it; token by token where their scores are asked for."""

@@ -52,6 +52,8 @@ def test_texts_come_one_after_the_other_as_from_a_session(engine):
     assert tokens(first) == expected.tokens
     assert len(tokens(drawn)) == 5
     assert [type(event) for event in read] == [Began, Ended]
+    times = [one[0].begun for one in (first, scored, drawn, read)]
+    assert times == sorted(set(times))
     session, own = engine.session(endless=True), []
     for token, after in zip(prompt, [*prompt[1:], None], strict=True):
         row = session.read([token]).astype(np.float64)

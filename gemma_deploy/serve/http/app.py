@@ -256,12 +256,14 @@ class Server:
         speeches = answer.speeches
         tokens, first = sum(one.tokens for one in speeches), speeches[0].first
         later = max((one.seconds for one in speeches), default=0.0) - first
+        waits = [one.queued for one in speeches if one.queued is not None]
         told = {
             "id": answer.id,
             "model": name,
             "prompt_tokens": answer.prompt_tokens,
             "cached_tokens": sum(one.cached for one in speeches),
             "completion_tokens": tokens,
+            "queue_s": round(max(waits), 4) if waits else None,
             "first_token_s": round(first, 4),
             "tokens_per_s": round((tokens - len(speeches)) / later, 1)
             if later > 0 and tokens > len(speeches)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from gemma_deploy.serve.request import Counts
 
+QUEUE_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 FIRST_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 NEXT_SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 
@@ -38,10 +39,12 @@ class Metrics:
     """What came of the requests to an artifact.
 
     Args:
-        finished: how many by the reason of their end; first: seconds to a first token; between: from token to token.
+        finished: how many by the reason of their end.
+        queue: seconds until a text began to be computed; first: to a first token; between: from token to token.
     """
 
     finished: dict[str, int] = field(default_factory=dict)
+    queue: Histogram = field(default_factory=lambda: Histogram(QUEUE_SECONDS))
     first: Histogram = field(default_factory=lambda: Histogram(FIRST_SECONDS))
     between: Histogram = field(default_factory=lambda: Histogram(NEXT_SECONDS))
 
@@ -107,6 +110,7 @@ def exposed(models: Mapping[str, tuple[Counts, Mapping[str, Metrics]]]) -> str:
     for label, metrics in requests.items():
         lines += [f'{name}{{{label},reason="{reason}"}} {count}' for reason, count in metrics.finished.items()]
     for name, words, which in (
+        ("gemma_deploy_time_in_queue_seconds", "From the request to the begin of its computation.", "queue"),
         ("gemma_deploy_time_to_first_token_seconds", "From the request to its first token.", "first"),
         ("gemma_deploy_inter_token_seconds", "From one token to the next.", "between"),
     ):

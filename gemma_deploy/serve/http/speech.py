@@ -64,6 +64,11 @@ class Speech:
         """Tokens of the prompt that were known before."""
         return self.began.cached if self.began is not None else 0
 
+    @property
+    def queued(self) -> float | None:
+        """Seconds that it waited until it began to be computed; None: it has not."""
+        return None if self.began is None else self.began.begun - self.asked.started
+
     async def begin(self) -> Began:
         """Wait until the prompt has been read.
 
@@ -74,6 +79,7 @@ class Speech:
             event = await self.asked.next()
             assert isinstance(event, Began), event
             self.began = event
+            self._served.metrics.queue.add(event.begun - self.asked.started)
         return self.began
 
     async def pieces(self) -> AsyncIterator[Piece]:
