@@ -13,6 +13,7 @@ from gemma_deploy.cli import main
 from gemma_deploy.compile import compile_recipe
 from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import ArtifactError, DeployError, NotBuiltError, UsageError
+from gemma_deploy.parity.cases import Case
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.verifying import verify
 from tests.backends.make import off
@@ -235,6 +236,29 @@ def test_what_cannot_be_computed_beside_is_refused(root, tmp_path):
             engine.load_adapter(tmp_path / name)
 
 
+def test_beside_codes_sessions_servers_and_the_proof_of_what_is_shipped_read_bfloat16(native_library, tmp_path):
+    """All three with the same bits; the exact proof has what the file holds."""
+    engine = open_engine(compiled(tmp_path, "gemma3_text", "w8a16"), threads=1)
+    name = engine.load_adapter(tmp_path / "pirate")
+    session, model = engine.session(endless=True), engine.many(1 << 26)
+    session.use(name)
+    text, panels = engine.packed_adapter(tmp_path / "pirate")
+    assert "form=float32" not in text
+    sequence = model.sequence(adapter=model.load_adapter(text, panels))
+    found = session.read(PROMPT[:60])
+    np.testing.assert_array_equal(found, model.head(model.normed([(sequence, PROMPT[:60], 1)]))[0])
+    case = Case("text", (tuple(PROMPT[:60]),), ((),))
+    rows = {kernels: engine.source(kernels, name) for kernels in ("shipped", "strict")}
+    last = {kernels: source.head(source.run([case])[0][0])[-1] for kernels, source in rows.items()}
+    np.testing.assert_array_equal(found, last["shipped"])
+    matrices = adapters.matrices_of(engine.artifact, tmp_path / "pirate")
+    exact = opened(engine.path, cache="float32", exact=True)
+    whole = exact.load_adapter(*packed(matrices, plan_in(engine.path)))
+    expected = exact.logits([(exact.sequence(adapter=whole), PROMPT[:60], 1)])[0]
+    np.testing.assert_array_equal(last["strict"], expected)
+    assert 0 < off(found, expected) < 0.05
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "scheme"),
@@ -251,7 +275,7 @@ def test_the_gate_fails_with_a_wrong_scaling(native_library, tmp_path, monkeypat
     path, right = compiled(tmp_path, "gemma3_text", "w8a16"), adapters.packed
     from gemma_deploy.backends.native import source
 
-    monkeypatch.setattr(source, "packed", lambda matrices, plan: right(wrong(matrices), plan))
+    monkeypatch.setattr(source, "packed", lambda matrices, plan, form: right(wrong(matrices), plan, form))
     assert main(["parity", str(path), "--adapter", str(tmp_path / "pirate")]) == 1
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from gemma_deploy import reading
 from gemma_deploy.artifact.adapters import RECORD_FILE, KeptAdapter, open_kept, slots_of
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends import keeping
 from gemma_deploy.backends.keeping import Matrices, adapter_slots, misfits, some_of
@@ -106,6 +107,16 @@ def matrices_of(artifact: Artifact, adapter: str | Path) -> Matrices:
     if reading.is_dir(adapter):
         return keeping.converted(artifact, Path(adapter))[0]
     return read_kept(open_kept(artifact, str(adapter)), slots)
+
+
+def form_of(manifest: Manifest) -> str:
+    """One of `FORMS`: to what the kernels of an artifact round adapters.
+
+    Beside weights of codes, to bfloat16: several adapters in a step are read from memory like weights, and half as much
+    of it shows, while what is lost is far less than what codes lose.
+    """
+    slots = manifest.contract.adapters
+    return FORMS[1] if slots is None or manifest.whole_scheme.codes else slots.dtype
 
 
 def packed(matrices: Mapping[str, np.ndarray], plan: str, form: str = FORMS[0]) -> tuple[str, np.ndarray]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemma_deploy.artifact.adapters import slots_of
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.native.graph import plan_in
 from gemma_deploy.backends.native.library import CACHE_BYTES, Model, level_here, library_path
@@ -26,7 +26,6 @@ from gemma_deploy.text import Tokenizer
 
 if TYPE_CHECKING:
     from gemma_deploy.artifact.adapters import KeptAdapter
-    from gemma_deploy.graph.contract import AdapterSlots
     from gemma_deploy.parity.sources import LogitSource
 
 KERNELS = ("shipped", "strict")
@@ -120,17 +119,17 @@ class NativeModel:
         """A new one; pages are taken as it grows. `adapter`: what `number_of` gives."""
         return NativeSequence(self.library, adapter)
 
-    def number_of(self, kept: KeptAdapter, slots: AdapterSlots | None) -> int:
+    def number_of(self, kept: KeptAdapter, manifest: Manifest) -> int:
         """An adapter's number in the library, which loads it where it has not.
 
         Raises:
             ArtifactError: its file has changed, or does not fit the artifact.
         """
-        from gemma_deploy.backends.native.adapters import FORMS, packed, read_kept
+        from gemma_deploy.backends.native.adapters import form_of, packed, read_kept
 
         if kept not in self._adapters:
-            matrices, form = read_kept(kept, slots), slots.dtype if slots is not None else FORMS[0]
-            self._adapters[kept] = self.library.load_adapter(*packed(matrices, self._plan, form))
+            matrices = read_kept(kept, manifest.contract.adapters)
+            self._adapters[kept] = self.library.load_adapter(*packed(matrices, self._plan, form_of(manifest)))
         return self._adapters[kept]
 
     def forget(self, kept: KeptAdapter) -> None:
@@ -143,7 +142,7 @@ class NativeSession(CachedSession):
     """One sequence in the library.
 
     Args:
-        slots: what the artifact takes of an adapter; adapters: those that may be used, by name.
+        manifest: of the artifact; adapters: those that may be used, by name.
     """
 
     def __init__(
@@ -152,12 +151,12 @@ class NativeSession(CachedSession):
         tokenizer: Tokenizer,
         sampling: Sampling | None = None,
         *,
-        slots: AdapterSlots | None = None,
+        manifest: Manifest,
         adapters: Mapping[str, KeptAdapter] = MappingProxyType({}),
         **options: Any,
     ) -> None:
         super().__init__(model, tokenizer, sampling, **options)
-        self._model, self._slots, self._adapters, self._number = model, slots, adapters, 0
+        self._model, self._manifest, self._adapters, self._number = model, manifest, adapters, 0
         self.reset()
 
     def _new_sequence(self) -> Reader:
@@ -167,7 +166,7 @@ class NativeSession(CachedSession):
         from gemma_deploy.backends.keeping import adapter_named
 
         kept = None if adapter is None else adapter_named(adapter, self._adapters, self.path)
-        self._number = 0 if kept is None else self._model.number_of(kept, self._slots)
+        self._number = 0 if kept is None else self._model.number_of(kept, self._manifest)
         self.cancel()
         self._ids, self._answer = self.ids, ()
         self._adapter = adapter
@@ -228,7 +227,7 @@ class NativeEngine(Engine):
             endless=endless,
             lookup=lookup,
             draft=smaller,
-            slots=self.manifest.contract.adapters,
+            manifest=self.manifest,
             adapters=self._adapters,
         )
 
@@ -243,21 +242,20 @@ class NativeEngine(Engine):
 
     def packed_adapter(self, adapter: str | Path) -> Packed:
         """See `Engine`."""
-        from gemma_deploy.backends.native.adapters import matrices_of, packed
+        from gemma_deploy.backends.native.adapters import form_of, matrices_of, packed
 
-        matrices = matrices_of(self.artifact, adapter)
-        return packed(matrices, plan_in(self.path), slots_of(self.artifact).dtype)
+        return packed(matrices_of(self.artifact, adapter), plan_in(self.path), form_of(self.manifest))
 
     def source(self, kernels: str | None = None, adapter: str | None = None) -> LogitSource:
         """See `Engine`."""
         from gemma_deploy.backends.keeping import adapter_named
-        from gemma_deploy.backends.native.adapters import read_kept
+        from gemma_deploy.backends.native.adapters import form_of, read_kept
         from gemma_deploy.backends.native.source import Kernels, NativeSource
 
         kept = None if adapter is None else adapter_named(adapter, self._adapters, self.path)
         matrices = None if kept is None else read_kept(kept, self.manifest.contract.adapters)
         chosen: Kernels = "strict" if kernels == "strict" else "shipped"
-        return NativeSource(self.path, chosen, threads=self.threads, adapter=matrices)
+        return NativeSource(self.path, chosen, threads=self.threads, adapter=matrices, form=form_of(self.manifest))
 
     def load_adapter(self, adapter: str | Path) -> str:
         """See `Engine`."""

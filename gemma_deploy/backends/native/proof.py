@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gemma_deploy.backends.base import Proof
-from gemma_deploy.backends.native.adapters import read_kept
+from gemma_deploy.backends.native.adapters import form_of, read_kept
 from gemma_deploy.backends.native.gates import native_adapter_gates, native_gates
 from gemma_deploy.backends.native.source import SHIPPED, STRICT, NativeSource
 from gemma_deploy.parity.compare import ParityResult, compare_sources, effect_of, judged, measures_of
@@ -25,7 +25,8 @@ def prove_plan(proof: Proof, result: ParityResult) -> None:
         gates = native_adapter_gates(manifest.scheme, manifest.int8_cache, screened=screened)
         adapter = read_kept(proof.adapter.kept, manifest.contract.adapters)
     reference = models[0].name
-    ours = (NativeSource(artifact, kernels, adapter=adapter) for kernels in (STRICT, SHIPPED))
+    form = form_of(manifest)
+    ours = (NativeSource(artifact, kernels, adapter=adapter, form=form) for kernels in (STRICT, SHIPPED))
     all_sources: list[LogitSource] = [*models, *ours]
     sources = {source.name: source for source in all_sources}
     pairs = list(dict.fromkeys([*(gate.pair for gate in gates), (reference, STRICT), (STRICT, SHIPPED)]))

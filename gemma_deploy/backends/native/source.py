@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from gemma_deploy.backends.native.adapters import packed
+from gemma_deploy.backends.native.adapters import FORMS, packed
 from gemma_deploy.backends.native.graph import plan_in
 from gemma_deploy.backends.native.library import Model
 from gemma_deploy.names import PARAMS
@@ -27,7 +27,7 @@ class NativeSource:
     Args:
         path: the artifact's directory.
         kernels: `strict`: float32 products and caches, nothing rounded; `shipped`: what a user runs.
-        adapter: its matrices, where it is computed with one.
+        adapter: its matrices, where it is computed with one; form: to which shipped kernels round these.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class NativeSource:
         *,
         threads: int = 0,
         adapter: Mapping[str, np.ndarray] | None = None,
+        form: str = FORMS[0],
     ) -> None:
         self.name: str = kernels
         self.progress: Tick | None = None
@@ -50,7 +51,8 @@ class NativeSource:
             cache="float32" if strict else "",
             exact=strict,
         )
-        self._adapter = 0 if adapter is None else self._model.load_adapter(*packed(adapter, plan))
+        form = FORMS[0] if strict else form
+        self._adapter = 0 if adapter is None else self._model.load_adapter(*packed(adapter, plan, form))
 
     def run(self, cases: Sequence[Case]) -> Features:
         """What leaves the final norm, [prompt + steps, H] of every row."""
