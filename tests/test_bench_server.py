@@ -78,6 +78,18 @@ def test_nothing_but_failures_has_no_times():
     assert found["output_tok_s"] == 0
 
 
+def test_a_token_without_text_is_a_piece_and_the_end_is_none(monkeypatch):
+    kept = []
+    monkeypatch.setattr(measuring, "summary", lambda load, answers, limits: kept.extend(answers) or {})
+    tokens = [{"choices": [{"text": text, "finish_reason": None}]} for text in ("", "a", "")]
+    end = {"choices": [{"text": "", "finish_reason": "length"}], "usage": {"completion_tokens": 3}}
+    Server(events(*tokens, end, "[DONE]")).measure(Load(5, 3, 1, 1))
+    assert [len(one.pieces) for one in kept] == [3]
+    only = {"choices": [{"text": "", "finish_reason": "length"}], "usage": {"completion_tokens": 1}}
+    Server(events(only, "[DONE]")).measure(Load(5, 1, 1, 1))
+    assert [(len(one.pieces), one.problem) for one in kept[1:]] == [(1, "")]
+
+
 def test_requests_are_of_the_lengths_and_no_prompt_comes_twice():
     server = Server()
     found = server.measure(Load(7, 3, 2, 5), Load(4, 1, 1, 2), target=Target(f"{URL}/v1/", key="k", vocabulary=50))

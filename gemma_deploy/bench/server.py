@@ -137,7 +137,7 @@ class _Asker:
                 if (error := told.get("error")) is not None:
                     answer.problem = str(error.get("message", error))[:PROBLEM_CHARACTERS]
                     return
-                if any(choice.get("text") is not None for choice in told.get("choices", ())):
+                if any(_is_piece(choice, answer) for choice in told.get("choices", ())):
                     answer.pieces.append(time.perf_counter())
                 if (usage := told.get("usage")) is not None:
                     answer.tokens = int(usage["completion_tokens"])
@@ -146,3 +146,9 @@ class _Asker:
                 answer.problem = "a piece of the stream is not what OpenAI's servers send"
                 return
         answer.problem = "the stream ended early"
+
+
+def _is_piece(choice: Mapping[str, Any], answer: Answer) -> bool:
+    """Whether a token came: some have no text, but what only says why the answer ended is none."""
+    text = choice.get("text")
+    return text is not None and bool(text or choice.get("finish_reason") is None or not answer.pieces)

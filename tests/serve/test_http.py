@@ -136,6 +136,17 @@ def test_a_stream_is_the_whole_in_pieces(client):
     assert "usage" not in streamed(client, COMPLETIONS, prompt="a", max_tokens=2)[-1]
 
 
+def test_a_stream_has_a_piece_for_each_token_that_has_no_text(client, engine):
+    eos = engine.stop_ids[0]
+    common = {"max_tokens": 7, "logit_bias": {str(eos): 100}, "ignore_eos": True, "temperature": 0}
+    parts = [event["choices"][0] for event in streamed(client, COMPLETIONS, prompt=TEXT, **common)]
+    assert [(one["text"], one["finish_reason"]) for one in parts] == [("", None)] * 7 + [("", "length")]
+    said = [event["choices"][0] for event in streamed(client, CHAT, messages=MESSAGES, **common)]
+    assert [one["delta"].get("content") for one in said] == [""] * 8 + [None]  # the first names the role
+    held = streamed(client, COMPLETIONS, prompt=TEXT, max_tokens=7, temperature=0, stop=["no text has this"] * 2)
+    assert len(held) == 8
+
+
 def test_echo_gives_the_prompt_and_its_log_probabilities(client, engine):
     ids = [int(one) for one in (2, *range(40, 340))]  # past a page and many windows
     found = post(client, COMPLETIONS, prompt=ids, max_tokens=1, echo=True, logprobs=1, temperature=0)["choices"][0]

@@ -155,15 +155,15 @@ class Chat:
         deltas, called = Deltas(), False
         yield self._chunk(index, {"role": "assistant", "content": ""}, [])
         async for heard in self.heard(speech):
-            piece, logs = heard.piece, heard.logs
+            piece, logs, counted = heard.piece, heard.logs, not self._fields.ignore_eos
             for event in heard.events:
                 called = called or isinstance(event, ToolCall)
                 if (delta := deltas.of(event)) is not None:
                     yield self._chunk(index, delta, logs)
-                    logs = []
+                    logs, counted = [], True
             if piece.finish is not None:
                 yield self._chunk(index, {}, logs, piece, called)
-            elif logs:
+            elif logs or not counted:  # who measures counts pieces
                 yield self._chunk(index, {"content": ""}, logs)
 
     def _chunk(

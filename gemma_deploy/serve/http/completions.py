@@ -134,10 +134,8 @@ class Completion:
         before, logs = self._before(index, speech)
         if self._fields.echo:
             yield self._body([self._choice(index, before, [], logs, 0)])
-        async for piece in speech.pieces():
-            shown = piece.token is not None and self._fields.logprobs is not None
-            if piece.text or piece.finish is not None or shown:
-                yield self._body([self._choice(index, piece.text, [piece], None, len(before))])
+        async for piece in speech.pieces():  # also one without text: who measures counts pieces
+            yield self._body([self._choice(index, piece.text, [piece], None, len(before))])
 
     def _before(self, index: int, speech: Speech) -> tuple[str, dict[str, list[Any]] | None]:
         """What stands before the answer: with `echo` the prompt, and its log-probabilities."""
