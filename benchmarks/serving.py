@@ -44,7 +44,7 @@ from gemma_deploy.bench.requests import Load
 
 STEPS = ("install", "convert", "run")
 ROOM = 64  # tokens of context beyond those of a request
-WAVES = 2  # requests for each that runs at a time
+LEAST = 2  # requests of a load
 PREFIX, TAIL, PREFIXES = 1000, 24, 5
 LEVELS = ("avx", "amx", "f16c", "fma")
 
@@ -74,7 +74,7 @@ def main() -> None:
                 results.save()
     if "run" in arguments.steps:
         loads = [
-            Load(arguments.input_tokens, arguments.output_tokens, count, WAVES * count)
+            Load(arguments.input_tokens, arguments.output_tokens, count, max(LEAST, arguments.waves * count))
             for count in arguments.concurrencies
         ]
         found = {"machine": about(), "threads": arguments.threads, "checkpoint": checkpoint.name}
@@ -258,6 +258,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--input-tokens", type=int, default=512)
     parser.add_argument("--output-tokens", type=int, default=128)
     parser.add_argument("--concurrencies", nargs="+", type=int, default=[1, 8, 16])
+    parser.add_argument("--waves", type=int, default=1, help="requests for each that runs at a time")
     parser.add_argument("--rounds", type=int, default=5, help="at most")
     parser.add_argument("--minutes", type=float, default=8.0, help="no round is begun that would not end by then")
     return parser.parse_args()
