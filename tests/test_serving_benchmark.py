@@ -89,3 +89,32 @@ def test_ratios_are_medians_of_rounds():
     assert found["ours_over_it"] == 2.0  # of 2, 3 and 1.5
     assert found["ttft_p95_ours_over_it"] == pytest.approx(1 / 3)  # of 1/4, 1/3 and 9/10
     assert found["ours_more_ms_a_token"] == pytest.approx(1000 * (1 / 100 - 1 / 50))  # of -10, -66.7 and -5.6
+
+
+def test_runs_of_a_harness_are_compared_by_question():
+    from harnesses import compared
+
+    ours = {"seconds": 10.0, "evaluation_s": 4.0, "scores": {"acc": 0.5}, "samples": [[-1.0, -2.0], [-5.0, -3.0]]}
+    other = {"seconds": 40.0, "evaluation_s": 10.0, "scores": {"acc": 1.0}, "samples": [[-1.5, -2.0], [-3.0, -4.0]]}
+    found = compared(ours, other)
+    assert (found["seconds"], found["evaluation_s"], found["accuracy"]) == (0.25, 0.4, [0.5, 1.0])
+    assert found["same_choice"] == 0.5
+    assert found["log_likelihoods_apart"] == {"mean": pytest.approx(3.5 / 4), "largest": 2.0}
+
+
+def test_questions_of_a_harness_are_those_of_eval(tmp_path):
+    from harnesses import questions
+
+    from gemma_deploy.calibration.sources import SOURCES
+    from gemma_deploy.evaluation import ceval
+    from gemma_deploy.evaluation.prompts import prompt
+
+    sample = SOURCES["ceval"].sample
+    found = questions(sample, 3)
+    subjects = ceval.read(sample, "val", 5, subjects=(), limit=None)
+    assert len(found) == 3
+    every = {prompt(name, examples, row) for name, (examples, rows) in subjects.items() for row in rows}
+    assert {one["prompt"] for one in found} <= every
+    assert len({one["prompt"] for one in found}) == 3
+    with pytest.raises(SystemExit, match="were asked for"):
+        questions(sample, 100_000)

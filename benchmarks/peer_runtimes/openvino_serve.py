@@ -20,7 +20,7 @@ import numpy as np
 import openvino
 import openvino_genai
 
-BLOCKS_GIB = 2  # of keys and values
+BLOCKS_GIB = 1  # of keys and values
 
 
 def opened(path: Path, threads: int, together: int) -> Any:

@@ -81,7 +81,7 @@ def vllm(kind: str) -> Callable[[Start], Command]:
 def vllm_environ(start: Start) -> dict[str, str]:
     """As many threads as the others have: unless told so it leaves one core to its server."""
     cores = f"0-{start.threads - 1}" if start.threads > 1 else "0"
-    return {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"}
+    return {"VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 def vllm_int8() -> Variant:

