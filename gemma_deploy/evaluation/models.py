@@ -225,7 +225,7 @@ def _open_artifact(path: Path, kernels: str | None, adapters: Sequence[AdapterRe
         artifact.manifest.scheme,
         1 if dynamic else contract.batch,
         None if dynamic else contract.prefill,
-        contract.prefill,
+        engine.limits.prompt if dynamic else contract.prefill,
         contract.vocab_size,
         artifact.manifest.embed_scale,
         source,

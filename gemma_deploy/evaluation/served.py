@@ -60,7 +60,7 @@ class Served:
         self.longest = longest - 1 if isinstance(longest, int) and longest > 1 else LONGEST
 
     def tokens(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a text by `/tokenize`.
+        """Ids of a text by `/tokenize`; special tokens that it spells are tokens, as a tokenizer here has them.
 
         Args:
             special: with what the tokenizer puts around it.
@@ -69,7 +69,7 @@ class Served:
             DeployError: the server has none.
         """
         where = f"{self._target.root}/tokenize"
-        body = {"model": self.name, "prompt": text, "add_special_tokens": special}
+        body = {"model": self.name, "prompt": text, "add_special_tokens": special, "parse_special": True}
         try:
             return [int(one) for one in self._portal.call(self._post, where, body)["tokens"]]
         except (TypeError, KeyError, ValueError) as error:
