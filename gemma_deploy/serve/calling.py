@@ -17,7 +17,7 @@ from typing import Any
 
 from gemma_deploy.chat import ChatFormat
 from gemma_deploy.errors import UsageError
-from gemma_deploy.serve.guiding import Grammar
+from gemma_deploy.serve.guiding import JSON_OPTIONS, Grammar
 
 DEEPEST = 32  # schemas inside each other; a call may have twice as many objects and lists
 MOST_LENGTH = 10_000  # items of a list and characters of a text that are counted
@@ -44,13 +44,20 @@ class Function:
 
 
 def call_grammar(
-    functions: Sequence[Function], form: ChatFormat, tokens: Mapping[int, str], *, several: bool, thinking: str = ""
+    functions: Sequence[Function],
+    form: ChatFormat,
+    tokens: Mapping[int, str],
+    *,
+    several: bool,
+    thinking: str = "",
+    otherwise: Schema | None = None,
 ) -> Grammar:
     """The grammar.
 
     Args:
         functions: one at least; tokens: the markers of the form, by their ids; several: more than one call may follow.
         thinking: "" where none comes before the calls, "may" where it may, "began" where the prompt begins it.
+        otherwise: JSON schema of what may be said in the place of calls.
 
     Raises:
         UsageError: the form has no calls, or a function cannot be called in it.
@@ -75,6 +82,9 @@ def call_grammar(
         calls.append(f"{_literal(f'call:{function.name}')} {rules.arguments()}")
     rules.add("call", f"{ids[form.call.begin]} ( {' | '.join(calls)} ) {ids[form.call.end]}")
     start = "call+" if several else "call"
+    if otherwise is not None:
+        rules.add("answer", f"%json {json.dumps({'x-guidance': JSON_OPTIONS, **otherwise})}")
+        start = f"( {start} | answer )"
     if thinking and form.channel is not None:
         channel = form.channel
         rules.add("THOUGHT", _without([channel.begin, channel.end, form.call.begin]))

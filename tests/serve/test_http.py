@@ -604,20 +604,20 @@ def test_a_line_for_each_answer_and_never_the_prompt(engine, caplog):
 
 
 def test_seconds_of_waiting_are_told(engine, caplog):
-    """With one place the second of two texts begins when the first has ended, behind its first token."""
+    """Of several texts the longest; when they begin is what `test_scheduler` is about."""
     caplog.set_level("INFO", "gemma_deploy.serve")
     with client_of(engine, settings=Settings(json_log=True), together=1) as client:
         post(client, COMPLETIONS, prompt=[TEXT, TEXT], max_tokens=30, ignore_eos=True)
         post(client, COMPLETIONS, prompt=TEXT, max_tokens=1)
         metrics = client.get("/metrics").text
     two, one = (json.loads(record.getMessage()) for record in caplog.records if record.name.endswith("answers"))
-    assert two["queue_s"] > two["first_token_s"] > 0
+    assert two["queue_s"] > 0
     assert 0 <= one["queue_s"] <= one["first_token_s"]
     lines = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
     name = "gemma_deploy_time_in_queue_seconds"
     assert lines[f'{name}_count{{model="tiny"}}'] == lines[f'{name}_bucket{{model="tiny",le="+Inf"}}'] == "3"
     told = two["queue_s"] + one["queue_s"]
-    assert told - 1e-3 < float(lines[f'{name}_sum{{model="tiny"}}']) < 2 * told  # the first of the two is in it as well
+    assert told - 1e-3 < float(lines[f'{name}_sum{{model="tiny"}}']) < 2 * told + 1e-3  # the first of the two as well
 
 
 class Waiting:

@@ -1,5 +1,7 @@
 """Many texts at once: the bits of each alone, whoever is beside it; places, memory and turns."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -333,3 +335,20 @@ def test_scores_and_tokens_are_those_of_transformers(native_library, tmp_path): 
         np.testing.assert_allclose(own[1:], expected, rtol=0, atol=TO_TRANSFORMERS)
         best = logs[len(prompt) - 1 : -1].max(1)
         assert (best - logs[np.arange(len(prompt) - 1, len(own) - 1), tokens] < TO_TRANSFORMERS).all()
+
+
+def test_a_text_begins_when_it_has_a_place_for_the_first_time(served, monkeypatch):
+    """By a clock that counts steps: the second of two texts begins with the step behind the last of the first."""
+    answers = Answers(Scheduler(model_of(served), together=1))
+    clock = SimpleNamespace(perf_counter=lambda: float(answers.steps))
+    monkeypatch.setattr("gemma_deploy.serve.scheduler.time", clock)
+    first, second = (answers.ask(Request(ids_of(seed, 300), max_tokens=7)) for seed in (1, 2))
+    answers.steps = 10
+    ended = None
+    while not answers.scheduler.idle:
+        step = answers.steps
+        if any(number == first and isinstance(event, Ended) for number, event in answers.step()):
+            ended = step
+    began = [answers.events[number][0].begun for number in (first, second)]
+    assert began == [10.0, ended + 1.0]
+    assert ended > 15

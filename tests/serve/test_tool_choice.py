@@ -156,6 +156,27 @@ def test_a_form_of_text_asks_nothing_of_a_call(client):
     assert checked(post(client, CHAT, **body, **HOT)["choices"][0]["message"]["tool_calls"]) == ["nothing"]
 
 
+def test_where_a_model_may_call_its_text_alone_has_a_form(client, speaker):
+    """JSON or calls, whichever the model begins with, here because a bias says so."""
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    tools = [one for one in TOOLS if one["function"]["name"] == "nothing"]
+    begin = speaker.tokenizer.backend.token_to_id(GEMMA4.call.begin)
+    said = []
+    for bias in (100, -100):
+        body = {"response_format": form, "logit_bias": {str(begin): bias}, "seed": 1, "max_tokens": 40}
+        body["parallel_tool_calls"] = False
+        message = post(client, CHAT, messages=MESSAGES, tools=tools, **body)["choices"][0]["message"]
+        said.append(message)
+    assert set(checked(said[0]["tool_calls"])) == {"nothing"}
+    assert said[0]["content"] is None
+    assert said[1]["content"] in ('{"a": 1}', '{"a": 2}')
+    assert "tool_calls" not in said[1]
+    damaged = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "objekt"}}}
+    answer = client.post(CHAT, json={"messages": MESSAGES, "tools": tools, "response_format": damaged})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "response_format")
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [

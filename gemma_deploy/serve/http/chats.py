@@ -77,11 +77,14 @@ async def chat_of(served: Served, fields: ChatFields, name: str) -> Chat:
     begun = ChatParser(engine.chat_format, prompt).thinks
     may = bool((fields.chat_template_kwargs or {}).get("enable_thinking"))
     asked = fields.grammar()
-    calls = use.grammar(engine.chat_format, engine.markers, thinking="began" if begun else "may" if may else "")
+    thinking = "began" if begun else "may" if may else ""
+    of_text = asked is not None and asked[1] == "response_format"  # a call is none
+    schema = asked[0].given if asked is not None and of_text else None
+    calls = use.grammar(engine.chat_format, engine.markers, thinking=thinking, schema=schema)
     if calls is not None:
-        if asked is not None and asked[1] != "response_format":  # which is about text, and there is none
+        if asked is not None and not of_text:
             raise wrong(asked[1], f"{CHOICE} says already what the answer has to follow")
-        asked = calls, CHOICE
+        asked = calls, CHOICE if use.forced is not None else "response_format"
     return Chat(served, fields, name, prompt=prompt, guide=await served.guide(asked))
 
 

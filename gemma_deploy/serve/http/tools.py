@@ -31,16 +31,24 @@ class ToolUse:
     forced: tuple[Function, ...] | None = None
     several: bool = True
 
-    def grammar(self, form: ChatFormat, tokens: Mapping[int, str], *, thinking: str) -> Grammar | None:
-        """What the answer has to follow; the arguments as `call_grammar`.
+    def grammar(
+        self, form: ChatFormat, tokens: Mapping[int, str], *, thinking: str, schema: Mapping[str, Any] | None = None
+    ) -> Grammar | None:
+        """What the answer has to follow because of functions; the arguments as `call_grammar`.
+
+        Args:
+            schema: what text has to follow, where the model is free to call or to say it.
 
         Raises:
             ApiError: the model has no form of calls, or a function cannot be called in it.
         """
-        if self.forced is None:
+        functions, otherwise = self.forced, None
+        if functions is None and schema is not None and self.shown and form.call is not None:
+            functions, otherwise = _named(self.shown, None), schema
+        if functions is None:
             return None
         try:
-            return call_grammar(self.forced, form, tokens, several=self.several, thinking=thinking)
+            return call_grammar(functions, form, tokens, several=self.several, thinking=thinking, otherwise=otherwise)
         except UsageError as error:
             raise told(error, CHOICE) from None
 
@@ -54,9 +62,9 @@ def tool_use(fields: ChatFields) -> ToolUse:
     choice, tools = fields.tool_choice, fields.tools or []
     if len(tools) > MOST_TOOLS:
         raise wrong("tools", f"at most {MOST_TOOLS}")
-    if choice in (None, "auto", "none"):
-        return ToolUse(None if choice == "none" else tools or None)
     several = fields.parallel_tool_calls is not False
+    if choice in (None, "auto", "none"):
+        return ToolUse(None if choice == "none" else tools or None, None, several)
     if choice == "required":
         return ToolUse(tools, _named(tools, None), several)
     kind = choice.get("type") if isinstance(choice, dict) else None
