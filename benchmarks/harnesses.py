@@ -47,6 +47,7 @@ from gemma_deploy.evaluation.prompts import CHOICES, prompt
 
 STEPS = ("install", "served", "hf", "generated", "chat", "exam", "perf")
 BATCH, SHOTS = 16, 5
+HF_BATCH = 4  # it keeps the logits of all positions: 16 texts of 1,200 tokens are 10 GB, and as much again
 
 
 def main() -> None:
@@ -117,7 +118,8 @@ class Harnesses:
     def hf(self) -> dict[str, Any]:
         """The same in the harness's own back end."""
         model = f"pretrained={self.checkpoint},dtype=bfloat16,add_bos_token=True"
-        return self._lm_eval("hf", "ceval_chosen", ["--model", "hf", "--model_args", model, "--device", "cpu"])
+        words = ["--model", "hf", "--model_args", model, "--device", "cpu"]
+        return self._lm_eval("hf", "ceval_chosen", words, batch=HF_BATCH)
 
     def generated(self) -> dict[str, Any]:
         """Texts through our server."""
