@@ -61,7 +61,7 @@ class DeployError(Exception):
         return _rebuilt, (type(self), self.__dict__.copy())
 
     def __str__(self) -> str:
-        where = _CONTROLS.sub(lambda found: repr(found[0])[1:-1], self.where or "")
+        where = plain(self.where or "")
         lines = [f"{where}: {self.what}" if where else self.what]
         lines += [f"  - {problem}" for problem in self.problems]
         if self.expected:
@@ -69,6 +69,11 @@ class DeployError(Exception):
         if self.next_step:
             lines.append(f"  next: {self.next_step}")
         return "\n".join(lines)
+
+
+def plain(text: str) -> str:
+    """A text of somebody else's on one line: control characters are spelled out."""
+    return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def _rebuilt(kind: type[DeployError], fields: dict[str, Any]) -> DeployError:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 LARGEST = 256 << 10  # characters of a grammar
+MOST_STEP_SECONDS = 0.25  # of a processor for a token, which all others wait for as well
+READ_TOGETHER = 2  # grammars, so that cores are left for what is being computed
 MOST_CHOICES = 1000
 # Spaces that a model may write anywhere are what small ones write without end.
 JSON_OPTIONS: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -44,6 +48,9 @@ class Guides:
 
     Args:
         folder: with tokenizer.json; vocabulary: logits of a token; stops: tokens that end a text.
+
+    Attributes:
+        readers: threads for `guide`.
     """
 
     def __init__(self, folder: Path, vocabulary: int, stops: Collection[int]) -> None:
@@ -51,6 +58,7 @@ class Guides:
         self._file = open_regular(self._path)  # another artifact may have its name when it is read
         self._tokenizer: LLTokenizer | None = None
         self._lock = threading.Lock()
+        self.readers = ThreadPoolExecutor(READ_TOGETHER, "gemma-deploy-grammar")
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
@@ -108,8 +116,9 @@ class Guide:
         Raises:
             UsageError: the grammar is too costly.
         """
+        started = time.thread_time()
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self._check()
+        self._check(started)
         return np.unpackbits(bits, bitorder="little")[: self._vocabulary].astype(bool)
 
     def said(self, token: int) -> None:
@@ -118,13 +127,18 @@ class Guide:
         Raises:
             UsageError: it was not, or the grammar is too costly.
         """
+        started = time.thread_time()
         self._matcher.consume_token(token)
-        self._check()
+        self._check(started)
 
-    def _check(self) -> None:
+    def _check(self, started: float | None = None) -> None:
         if self._matcher.is_error():
             reason = " ".join(self._matcher.get_error().split())[:300]
             raise UsageError(f"the grammar cannot be followed: {reason}", next_step=WRONG)
+        if started is not None and time.thread_time() - started > MOST_STEP_SECONDS:
+            raise UsageError(
+                f"the grammar is too costly: a token took more than {MOST_STEP_SECONDS:g} s", next_step=WRONG
+            )
 
 
 def _compiled(grammar: Grammar) -> str:

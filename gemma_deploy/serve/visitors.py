@@ -22,9 +22,17 @@ def foreign(host: str, origin: str | None, *, hosts: Collection[str] | None, ori
     """
     if hosts is not None and _without_port(host) not in hosts:
         return UNKNOWN_NAME
-    if origin is not None and origin not in origins and urlsplit(origin).netloc != host:
+    if origin is not None and origin not in origins and _place(origin) != host:
         return OTHER_SITE
     return 0
+
+
+def _place(origin: str) -> str | None:
+    """Its name and port; None of what is no address."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _without_port(host: str) -> str:

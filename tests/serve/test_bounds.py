@@ -1,5 +1,6 @@
 """Clients that are slow, many, or read nothing: real sockets, the server in a thread of this process."""
 
+import contextlib
 import json
 import socket
 import threading
@@ -72,6 +73,7 @@ def test_more_connections_than_there_may_be_are_refused_politely(engine):  # noq
         idle = [socket.create_connection(address) for _ in range(3)]
         for _ in range(20):
             with socket.create_connection(address) as more:
+                more.sendall(asked(prompt="a" * 100_000))  # which nobody reads
                 said = answer_of(more)
                 assert said.startswith(b"HTTP/1.1 503")
                 assert b"Retry-After" in said
@@ -88,7 +90,7 @@ def test_who_reads_nothing_costs_a_bounded_buffer_and_is_given_up(engine, monkey
         stalled = socket.socket()
         stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         stalled.connect(address)
-        stalled.sendall(asked(prompt=[2, 50], max_tokens=700, ignore_eos=True, n=200, stream=True, logprobs=20))
+        stalled.sendall(asked(prompt=[2, 50], max_tokens=700, ignore_eos=True, n=200, stream=True, logprobs=3))
         end = time.monotonic() + 30
         while served.worker.counts().running == 0:
             assert time.monotonic() < end
@@ -103,6 +105,55 @@ def test_who_reads_nothing_costs_a_bounded_buffer_and_is_given_up(engine, monkey
         stalled.close()
 
 
+@pytest.mark.parametrize(
+    ("body", "times"),
+    [
+        ({"n": 20, "max_tokens": 200, "logprobs": 5}, 1),
+        ({"n": 20, "max_tokens": 200, "logprobs": 5, "stream": True}, 1),
+        ({"max_tokens": 0}, 2000),
+    ],
+    ids=["whole", "streamed", "many"],
+)
+def test_a_connection_whose_client_reads_nothing_ends(engine, monkeypatch, body, times):  # noqa: F811
+    """Also of an answer that is sent already: it waits in the server for as long as the client does not read."""
+    listening = running.listening
+
+    def little(*where):
+        bound = listening(*where)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # what the system keeps
+        return bound
+
+    monkeypatch.setattr(running, "listening", little)
+    monkeypatch.setattr(running, "READ_SECONDS", 0.3)
+    monkeypatch.setattr(streaming, "SEND_SECONDS", 0.3)
+    with running_server(engine, connections=1) as (address, _):
+        stalled = socket.socket()
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stalled.connect(address)
+        one = asked(prompt=[2, 50], ignore_eos=True, **body).replace(b"Connection: close\r\n", b"")
+        stalled.settimeout(2)
+        with contextlib.suppress(OSError):
+            stalled.sendall(one * times)
+        end = time.monotonic() + 20
+        while True:  # there is one place
+            with socket.create_connection(address) as other:
+                other.sendall(asked(prompt="a", max_tokens=2))
+                if answer_of(other).startswith(b"HTTP/1.1 200"):
+                    break
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        stalled.close()
+
+
+def test_a_request_with_two_lengths_is_refused_and_nothing_behind_it_read(engine):  # noqa: F811
+    text = b"4\r\nabcd\r\n0\r\n\r\nGET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    with running_server(engine) as (address, _), socket.create_connection(address) as both:
+        both.sendall(HEAD + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n" + text)
+        said = answer_of(both)
+    assert said.startswith(b"HTTP/1.1 400")
+    assert said.count(b"HTTP/1.1") == 1
+
+
 def test_more_files_than_a_process_may_open_are_told(monkeypatch):
     import resource
 
@@ -111,8 +162,8 @@ def test_more_files_than_a_process_may_open_are_told(monkeypatch):
         running.open_enough(1000)
     found = []
     monkeypatch.setattr(resource, "setrlimit", lambda which, limits: found.append(limits))
-    assert running.open_enough(300) == (500 - 400) // 3  # that many at a time, and as many being refused
+    assert running.open_enough(300) == (500 - 400) // running.TURNS  # that many at a time, and as many being refused
     assert found == [(500, 500)]
     monkeypatch.setattr(resource, "getrlimit", lambda which: (64, resource.RLIM_INFINITY))
     assert running.open_enough(300) == running.AT_A_TIME
-    assert found[1][0] == 400 + 3 * running.AT_A_TIME
+    assert found[1][0] == 400 + running.TURNS * running.AT_A_TIME

@@ -1,5 +1,6 @@
 """OpenAI's interface: answers, streams and errors, in front of the tiny artifact that `test_scheduler` proves."""
 
+import asyncio
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from gemma_deploy.engine import open_engine
 from gemma_deploy.names import PARAMS
 from gemma_deploy.runtime.generate import GenerationStats
 from gemma_deploy.runtime.sampling import Sampling
+from gemma_deploy.serve.http import app
 from gemma_deploy.serve.http.app import Server, Settings
 from gemma_deploy.serve.http.served import Served
 from gemma_deploy.serve.opening import scheduling_of
@@ -578,6 +580,48 @@ def test_pages_of_other_sites_may_not_ask(engine):
             assert answer.status_code == status, headers
             assert client.get("/v1/models", headers=headers).status_code == status, headers
             assert status == 200 or answer.json()["error"]["message"]
+
+
+def test_an_origin_that_is_no_address_is_another_site(client, caplog):
+    for origin in ("http://[::1", "http://a]b[", "null", "\xff"):
+        answer = client.get("/v1/models", headers={"origin": origin.encode("latin-1")})
+        assert answer.status_code == 403, origin
+    assert "Traceback" not in caplog.text
+
+
+def test_a_path_makes_no_lines_in_the_log(client, caplog):
+    with caplog.at_level("INFO", logger=app.__name__):
+        assert client.get("/v1/models/a%0D%1b[2Jerror:%00").status_code == 404
+    assert r"a\r\x1b[2Jerror:\x00: 404" in caplog.text
+    assert not {"\x00", "\x1b", "\r"} & set(caplog.text)
+
+
+def test_log_probabilities_that_would_take_gigabytes_are_refused(client):
+    body = {"prompt": TEXT, "n": 256, "max_tokens": 700, "logprobs": 20}
+    chat = {"messages": MESSAGES, "n": 256, "logprobs": True, "top_logprobs": 20}
+    for path, given in ((COMPLETIONS, body), (CHAT, chat), (COMPLETIONS, body | {"stream": True})):
+        answer = client.post(path, json=given)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "logprobs")
+
+
+def test_who_leaves_while_it_sends_is_no_fault(engine, caplog):
+    async def leave(app):
+        scope = {
+            "type": "http", "method": "POST", "path": COMPLETIONS, "headers": [], "query_string": b"",
+            "http_version": "1.1", "scheme": "http", "server": ("x", 1),
+        }  # fmt: skip
+        pieces = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+
+        async def receive():
+            return next(pieces)
+
+        async def send(message):
+            pass
+
+        await app(scope, receive, send)
+
+    asyncio.run(leave(client_of(engine).app))
+    assert "Traceback" not in caplog.text
 
 
 def test_a_fault_of_the_engine_is_told_and_health_with_it(engine, monkeypatch):

@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from gemma_deploy.errors import DeployError, UsageError
+from gemma_deploy.errors import DeployError, UsageError, plain
 from gemma_deploy.runtime.limits import check_tokens
 from gemma_deploy.serve.http.adapters import LoadFields, Loading, UnloadFields
 from gemma_deploy.serve.http.chats import Chat, chat_of, rendered
@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 answers = logging.getLogger("gemma_deploy.serve.answers")  # a line for each
 LARGEST_BODY = 8 << 20
 BODY_SECONDS = 30.0  # from the first byte of a body to its last
+SHOWN_PATH = 200  # characters in the log
 LEFT = 499  # as nginx logs it; nobody reads it
 One = TypeVar("One")
 Answer = Completion | Chat | ModelResponse
@@ -142,14 +143,14 @@ class Server:
                 return await handler(request)
             except ApiError as error:
                 if error.status != 400:
-                    log.info("%s: %d %s", request.url.path, error.status, error.message)
+                    log.info("%s: %d %s", _path(request), error.status, plain(error.message))
                 return error.response()
             except (ClientLeft, ClientDisconnect):
                 return Response(status_code=LEFT)
             except DeployError as error:
                 return told(error).response()
             except Exception:
-                log.exception("%s: a fault of this program", request.url.path)
+                log.exception("%s: a fault of this program", _path(request))
                 return ApiError(500, "a fault of this program; its log tells more").response()
 
         return guarded
@@ -350,6 +351,11 @@ def _found(models: Mapping[str, One], name: str | None, others: Collection[str],
     if name not in models:
         raise ApiError(404, f"no model {name[:80]!r} is served here", param="model", code="model_not_found")
     return models[name], name
+
+
+def _path(request: Request) -> str:
+    """As a line of the log may show it."""
+    return plain(request.scope["path"])[:SHOWN_PATH]
 
 
 async def _no_such_thing(request: Request, error: Exception) -> Response:

@@ -18,10 +18,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gemma_deploy.errors import UsageError
@@ -30,13 +31,15 @@ from gemma_deploy.serve.http.errors import ApiError
 log = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = 30
 LARGEST_HEAD = 64 << 10  # bytes of a request's first line and headers
+REFUSED_SECONDS = 1.0  # that a client has to read that it is refused
+READ_SECONDS = 60.0  # in which a client has to read something, where something waits for it
 HEAD_SECONDS = 15.0  # in which they have to be there
 MOST_LINES = 10_000  # of the log that wait to be written
 FLUSH_SECONDS = 2.0  # in which the last ones are, where somebody reads them
 OTHER_FILES = 100  # open beside connections
 AT_A_TIME = 256  # connections that are taken before those that came with the last are looked at
 BACKLOG = 4096  # that wait in the kernel, which may have fewer: beyond it clients hear nothing for seconds
-TURNS = 3  # of them that are open at once, those that are being refused with them
+TURNS = 4  # of them that are open at once, those that are being refused with them
 _BUSY = json.dumps(ApiError(503, "too many connections", code="too_many_connections").body()).encode()
 REFUSED = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n"
@@ -49,23 +52,39 @@ class BoundedProtocol(H11Protocol):
     """Connections that cost little: not too many of them, and none that takes its time with the head of a request.
 
     Attributes:
-        most: connections there may be.
+        most: connections there may be; refused: those beyond that are still open.
     """
 
     most = 1000
+    refused: ClassVar[set[BoundedProtocol]] = set()
     _timer: asyncio.TimerHandle | None = None
+    _looking: asyncio.TimerHandle
+    _waited, _read = 0, False  # bytes that waited for the client at the last look; whether it has read much since
 
     def connection_made(self, transport: Any) -> None:
         """See asyncio."""
         super().connection_made(transport)
+        self._looking = self.loop.call_later(READ_SECONDS, self._look)
         if len(self.connections) > self.most:
-            transport.write(REFUSED)
-            transport.close()
+            self._refuse()
         else:
             self._wait()
 
+    def _refuse(self) -> None:
+        """Say so, and wait for a moment: where a client's bytes were not read, closing takes the answer from it."""
+        self.connections.discard(self)
+        self.transport.write(REFUSED)
+        if len(self.refused) >= AT_A_TIME:
+            self.transport.close()
+            return
+        self.refused.add(self)
+        self.transport.write_eof()
+        self._timer = self.loop.call_later(REFUSED_SECONDS, self._slow)
+
     def data_received(self, data: bytes) -> None:
         """See asyncio."""
+        if self in self.refused:
+            return
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._wait_no_more()
@@ -75,7 +94,23 @@ class BoundedProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio."""
         self._wait_no_more()
+        self._looking.cancel()
+        self.refused.discard(self)
         super().connection_lost(exc)
+
+    def resume_writing(self) -> None:
+        """See asyncio."""
+        self._read = True
+        super().resume_writing()
+
+    def _look(self) -> None:
+        """Give up whom an answer waits for as before; one that is sent, or a connection that is closed, too."""
+        waits = self.transport.get_write_buffer_size()
+        if self._waited and waits >= self._waited and not self._read:
+            self.transport.abort()
+            return
+        self._waited, self._read = waits, False
+        self._looking = self.loop.call_later(READ_SECONDS, self._look)
 
     def _wait(self) -> None:
         self._timer = self.loop.call_later(HEAD_SECONDS, self._slow)
@@ -89,6 +124,21 @@ class BoundedProtocol(H11Protocol):
         self._timer = None
         if not self.transport.is_closing():
             self.transport.close()
+
+
+def one_length(app: ASGIApp) -> ASGIApp:
+    """An application that refuses requests with two lengths: a proxy may believe the other (RFC 9112, 6.1)."""
+
+    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+        names = {name for name, _ in scope.get("headers", ())}
+        if {b"content-length", b"transfer-encoding"} <= names:
+            refusal = ApiError(400, "the request has both Content-Length and Transfer-Encoding").response()
+            refusal.headers["Connection"] = "close"
+            await refusal(scope, receive, send)
+            return
+        await app(scope, receive, send)
+
+    return checked
 
 
 class Running(uvicorn.Server):
@@ -199,12 +249,12 @@ def server_of(app: Starlette, *, grace: int, connections: int, at_a_time: int = 
             what `open_enough` gives.
     """
     config = uvicorn.Config(
-        app,
+        one_length(app),
         log_config=None,
         access_log=False,
         lifespan="on",
         ws="none",
-        http=type("Bounded", (BoundedProtocol,), {"most": connections}),
+        http=type("Bounded", (BoundedProtocol,), {"most": connections, "refused": set()}),
         server_header=False,
         proxy_headers=False,
         backlog=at_a_time,  # asyncio accepts as many in one go, without closing any

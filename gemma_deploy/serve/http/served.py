@@ -21,6 +21,7 @@ from gemma_deploy.serve.request import Ended, Event, Failed, Request, Scheduling
 from gemma_deploy.serve.worker import Worker
 
 BYTE = len("<0x00>")
+MOST_SCORES = 1 << 19  # log-probabilities of one request, each some 100 bytes before it is sent
 LONG = 1 << 16  # characters of a text that may be too long for any context
 
 
@@ -128,6 +129,7 @@ class Served:
         """
         if self.worker.broken is not None:
             raise told(self.worker.broken)
+        self._check_scores(requests)
         asked: list[Asked] = []
         try:
             for request in requests:
@@ -141,6 +143,22 @@ class Served:
             raise
         return asked
 
+    def _check_scores(self, requests: Sequence[Request]) -> None:
+        """Refuse log-probabilities that would take gigabytes."""
+        asked = 0
+        for one in requests:
+            if one.top is not None:
+                asked += min(one.max_tokens, max(0, self.context - len(one.ids))) * max(1, one.top)
+            if one.prompt_top is not None:
+                asked += len(one.ids) * max(1, one.prompt_top)
+        if asked > MOST_SCORES:
+            raise ApiError(
+                400,
+                f"logprobs: {asked} log-probabilities are asked for, and one request may have {MOST_SCORES}: ask for "
+                "fewer tokens, texts or alternatives",
+                param="logprobs",
+            )
+
     async def guide(self, asked: tuple[Grammar, str] | None) -> Guide | None:
         """What an answer has to follow.
 
@@ -153,7 +171,8 @@ class Served:
         if asked is None:
             return None
         try:
-            return await asyncio.to_thread(self.guides.guide, asked[0])
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self.guides.readers, self.guides.guide, asked[0])
         except UsageError as error:
             raise told(error, asked[1]) from None
 
