@@ -67,7 +67,9 @@ def main() -> None:
     bench.write_tasks(arguments.archive.resolve(), arguments.questions)
     for step in [step for step in STEPS[1:] if step in arguments.steps]:
         found[step] = guarded(step, "harness", getattr(bench, step))
-        if "samples" in found.get("served", {}) and "samples" in found.get("hf", {}):
+        sides = [found.get(side, {}).get("samples", []) for side in ("served", "hf")]
+        found.pop("served over hf", None)
+        if sides[0] and len(sides[0]) == len(sides[1]):  # an earlier run may have had other questions
             found["served over hf"] = compared(found["served"], found["hf"])
         file.write_text(json.dumps(found, indent=1, ensure_ascii=False))
     for name, one in found.items():

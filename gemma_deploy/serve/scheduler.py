@@ -42,6 +42,7 @@ from gemma_deploy.serve.runs import Piece, Run
 
 ALONE = 256  # tokens of prompts in a step where nothing is being said: what the library computes in one pass
 BESIDE = PAGE  # and beside others' newest tokens
+WORTH_WAITING = 32  # tokens that another text is reading already; a page is waited for at most
 HEAD_ROWS = 16  # whose logits are there at once
 
 
@@ -187,15 +188,18 @@ class Scheduler:
         return run.request.prompt_top if run.scores is not None and run.scored < run.prompt else None
 
     def _is_coming(self, run: Run) -> bool:
-        """Whether a text that is being read will leave a page more of this one's beginning than is known."""
+        """Whether a text that is being read will soon leave much more of this one's beginning than is known.
+
+        What they have in common is kept with the page that it ends in, or with the other's prompt.
+        """
         reading = [one for one in self._running if one.read < one.prompt and one.adapter == run.adapter]
         if not reading:
             return False
         ids = run.ids[: run.prompt]
         known = self._prefixes.length(ids, adapter=run.adapter)
         for one in reading:
-            pages = common(one.ids[: one.prompt], ids) // PAGE
-            if pages > one.read // PAGE and pages * PAGE > known:
+            alike = common(one.ids[: one.prompt], ids)
+            if one.read < min(-(-alike // PAGE) * PAGE, one.prompt) and alike >= known + WORTH_WAITING:
                 return True
         return False
 

@@ -136,7 +136,7 @@ def test_nothing_is_taken_over_from_another_adapter_or_from_the_model_alone(arti
     answers.step()
     assert (scheduler.counts().running, scheduler.counts().waiting) == (2, 1)
     answers.all()
-    assert [answers.events[number][0].cached for number in numbers_of] == [0, 0, 256]  # pages
+    assert [answers.events[number][0].cached for number in numbers_of] == [0, 0, 299]
 
 
 @pytest.mark.parametrize("pages", [400, 14])

@@ -193,6 +193,19 @@ def test_those_that_begin_alike_wait_for_the_first_and_compute_the_rest(served):
     assert answers.scheduler.counts().prompt_tokens == 401 + 4 * 17 + 1
 
 
+def test_what_several_begin_with_is_read_once_to_the_token(served):
+    """As an evaluation asks: examples, a question, and its choices, each with the scores of all tokens."""
+    answers = Answers(Scheduler(model_of(served), together=8))
+    question = ids_of(2, 300)  # two pages and 44 tokens
+    numbers = [answers.ask(Request([*question, seed], max_tokens=1, prompt_top=1)) for seed in range(3, 7)]
+    long = answers.ask(Request([*question[:200], *ids_of(3, 500)], max_tokens=1))
+    answers.all()
+    # A score comes from reading the token before it, so that the last common one is read again.
+    assert [answers.events[number][0].cached for number in numbers] == [0, 299, 299, 299]
+    assert answers.events[long][0].cached == 200
+    assert answers.scheduler.counts().prompt_tokens == 301 + 3 * 2 + 500
+
+
 def test_who_leaves_gives_memory_back_in_one_step(served):
     model = model_of(served)
     answers = Answers(Scheduler(model, together=2))
