@@ -8,6 +8,7 @@ folder. Children started here look where this process looks, but never in the cu
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import queue
@@ -26,6 +27,7 @@ from gemma_deploy.errors import DeployError
 
 PIPE = subprocess.PIPE
 TimeoutExpired = subprocess.TimeoutExpired
+ENDING_SECONDS = 20  # before a child that was asked to end is killed
 _LENGTH = struct.Struct("<Q")  # in front of every request and answer of a `Worker`
 
 
@@ -136,6 +138,58 @@ class Worker:
             self._requests.close()
         self._process.wait()
         self._answers.close()
+
+
+class OtherPython:
+    """A script in another Python, without this one's packages: requests and answers are lines of JSON.
+
+    Args:
+        python: the interpreter; script: what it runs, which looks for modules beside itself and in its own packages.
+        arguments: of the script; variables: of its environment; log: what it prints besides answers.
+    """
+
+    def __init__(self, python: str, script: str, *arguments: str, variables: Mapping[str, str], log: BinaryIO) -> None:
+        own = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+        places = {"PYTHONPATH": os.path.dirname(os.path.abspath(script)), "PYTHONSAFEPATH": "1"}
+        self._process = subprocess.Popen(
+            [python, "-P", script, *arguments],
+            env={**own, **variables, **places},
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,  # it has children of its own, which end with it
+        )
+
+    def ask(self, request: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The answer to a request; without one, what it says by itself.
+
+        Raises:
+            EOFError: it has ended.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        if request is not None:
+            try:
+                print(json.dumps(request), file=self._process.stdin, flush=True)
+            except BrokenPipeError as error:
+                raise EOFError from error
+        line = self._process.stdout.readline()
+        if not line:
+            raise EOFError
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def stop(self) -> None:
+        """End it and its children."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGTERM)
+        try:
+            self._process.wait(ENDING_SECONDS)
+        except TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
 
 def serve(handle: Callable[[Any], Any]) -> NoReturn:

@@ -183,6 +183,6 @@ def _build(
             stage.child_rss_bytes, stage.skipped, stage.beside = peak or 0, peak is None, graphs.is_beside
             stage.bytes = sum((out / file).stat().st_size for file in job.graph_files)
     with clock.stage("files"):
-        beside = write_model_files(job, out)
+        beside = write_model_files(job, out, places)
     manifest = describe(job, out, keys=keys, dataset=dataset, table=table, rescaling=rescaling, quantized=quantized)
     return manifest, {*table.files, *job.graph_files, *beside}

@@ -23,6 +23,8 @@ from gemma_deploy.names import (
 )
 
 Bits = Literal[4, 8]
+Naming = Literal["own", "compressed-tensors"]
+ScaleDtype = Literal["float32", "float16", "bfloat16"]
 SMALLEST_BLOCK = 16  # of MatMulNBits
 # What stays in 8 bits where the other linears have 4: few rows, which every query head reads. Real 270M, all linears in
 # groups of 32 to nearest, 8 windows of WikiText-2: perplexity +57.5 %; without v_proj +33.8 %, without k_proj +53.5 %,
@@ -48,10 +50,12 @@ class Codes:
     Args:
         bits: of a code.
         groupsize: input channels that share a scale; None for one scale per row.
+        scales: the type that every scale is a number of, and has in the file.
     """
 
     bits: Bits = 8
     groupsize: Size | None = None
+    scales: ScaleDtype = "float32"
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Scales of a matrix [rows, columns], or of several: [..., rows], or [..., rows, groups]."""
@@ -102,7 +106,7 @@ class Storage:
 
     def to_json(self) -> dict[str, Any]:
         """For the manifest."""
-        values = asdict(self) | {"kept_w8": list(self.kept_w8)}
+        values = asdict(self, dict_factory=_without_default_scales) | {"kept_w8": list(self.kept_w8)}
         return values if self.per_layer else {key: value for key, value in values.items() if key != "per_layer"}
 
     @classmethod
@@ -111,6 +115,10 @@ class Storage:
         table = None if values["table"] is None else Codes(**values["table"])
         vectors = Codes(**values["per_layer"]) if values.get("per_layer") else None
         return cls(Codes(**values["linears"]), table, tuple(values.get("kept_w8", ())), vectors)
+
+
+def _without_default_scales(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in pairs if (key, value) != ("scales", "float32")}
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,9 @@ class CodeForm:
             signed, of 4 as `unsigned` says, pairs along the outputs.
         cache_scales: codes of an int8 cache have steps that are fixed beforehand, one for each channel; else channels
             are divided by factors, and steps are made with the codes.
+        floats: what matrices are that are no codes where others are.
+        rotary: the tables of cosines and sines are in the file.
+        naming: what tensors are called in the file (params/naming.py).
     """
 
     unsigned: bool = False
@@ -135,6 +146,9 @@ class CodeForm:
     planes: bool = False
     experts_transposed: bool = False
     cache_scales: bool = False
+    floats: Literal["float16", "bfloat16"] = "float16"
+    rotary: bool = True
+    naming: Naming = "own"
 
 
 # Names in recipes (`frontend.quantize.table`).

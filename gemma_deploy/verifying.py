@@ -40,7 +40,7 @@ def verify(path: Path, *, deep: bool = True, progress: Callable[[int, int], None
     tables = artifact.manifest.table.files
     for name, table in tables.items():
         if deep and (path / name).is_file():
-            problems += damaged_rows(path / name, table, progress=progress)
+            problems += damaged_rows(path / name, table, naming=artifact.manifest.naming, progress=progress)
             checked.append(f"{len(table.rows)} tensors of {name}, sha256 each")
     for folder in artifact.manifest.folders:
         for name in artifact.manifest.contract.graphs:

@@ -55,7 +55,11 @@ def byte_problems(artifact: Artifact) -> list[str]:
     """Which files that are there, and which tensors, are not byte for byte what was written."""
     rows: list[str] = []
     for name, table in artifact.manifest.table.files.items():
-        rows += damaged_rows(artifact.path / name, table) if (artifact.path / name).is_file() else []
+        rows += (
+            damaged_rows(artifact.path / name, table, naming=artifact.manifest.naming)
+            if (artifact.path / name).is_file()
+            else []
+        )
     return list(dict.fromkeys([*file_problems(artifact, missing=False), *rows]))
 
 

@@ -33,7 +33,7 @@ from gemma_deploy.graph.contract import AdapterSlots, Port
 from gemma_deploy.params.table import ParamRow, ParamTable
 from gemma_deploy.partition.parts import FOLDER
 from gemma_deploy.quantization.rescaling import Rescaling
-from gemma_deploy.schemes import Scheme, Storage
+from gemma_deploy.schemes import Naming, Scheme, Storage
 
 FORMAT_VERSION = 2  # 2: parts, and the file of every row
 Ranks = Annotated[int, Field(ge=1, le=1024)]
@@ -180,6 +180,7 @@ class ContractRecord(Open):
         geometry: KV heads and head_dim of each layer of the model, 0 where it has no cache; None where all are alike.
         panels: whether matrices lie in panels in the parameter file (params/panels.py); None: no.
         candidates: of a head whose codes lie in two planes, how many rows are read whole for a token; None: all.
+        naming: what tensors are called in the parameter file (params/naming.py); None: as here.
     """
 
     batch: Size
@@ -195,6 +196,7 @@ class ContractRecord(Open):
     geometry: tuple[tuple[Count, Count], ...] | None = None
     panels: bool | None = None
     candidates: Size | None = None
+    naming: Naming | None = None
     graphs: dict[Graph, GraphRecord]
 
     @model_serializer(mode="wrap")
@@ -353,6 +355,11 @@ class Manifest(Record):
     def measured(self, stage: str, key: str, **results: Any) -> Manifest:
         """The same with what a stage measured, and its key."""
         return self.but(keys=self.keys | {stage: key}, **results)
+
+    @property
+    def naming(self) -> Naming:
+        """What tensors are called in the parameter file."""
+        return self.contract.naming or "own"
 
     @cached_property
     def table(self) -> ParamTable:

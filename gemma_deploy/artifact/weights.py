@@ -171,12 +171,14 @@ class ArtifactWeights:
 
 
 def _form_of(manifest: Manifest) -> CodeForm:
-    kernels = manifest.kernels
+    kernels, naming = manifest.kernels, manifest.contract.naming
     return CodeForm(
         transposed=kernels is not None and kernels.integer,
         panels=bool(manifest.contract.panels),
         planes=manifest.contract.candidates is not None,
         experts_transposed=kernels is not None,
+        rotary=naming is None,
+        naming=naming or "own",
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gemma_deploy.artifact.manifest import Manifest
-from gemma_deploy.backends.spec import BuildSpec, Options
+from gemma_deploy.backends.spec import BuildSpec, CodeDefaults, Options
 from gemma_deploy.estimates import StageEstimate
 from gemma_deploy.graph.contract import GraphContract
 from gemma_deploy.params.layout import Place
@@ -120,8 +120,8 @@ class Backend(Protocol):
         """The keys of `backend.compile` that it reads."""
 
     @property
-    def table_in_groups(self) -> bool:
-        """Whether the token table has groups of columns unless a recipe says otherwise."""
+    def code_defaults(self) -> CodeDefaults:
+        """What it wants of codes where a recipe says nothing."""
 
     @property
     def unrounded_inputs(self) -> Budget:
@@ -185,6 +185,9 @@ class Backend(Protocol):
 
     def files(self, spec: BuildSpec, config: ModelConfig) -> Mapping[str, dict[str, Any] | Path]:
         """Files beside the graphs, by name: what is written as JSON, or a file that is copied."""
+
+    def config_keys(self, spec: BuildSpec, config: ModelConfig) -> Mapping[str, Any]:
+        """What config.json says beside what the checkpoint's does, for the runtime that reads it."""
 
     def kernels(self, spec: BuildSpec, config: ModelConfig, unrounded: Sequence[str] | None) -> dict[str, Any] | None:
         """For the manifest: which kernels a graph names, where it names any."""

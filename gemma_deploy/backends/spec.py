@@ -15,6 +15,7 @@ from gemma_deploy.schemes import (
     KEPT_PER_LAYER,
     PER_LAYER_TABLES,
     Codes,
+    ScaleDtype,
     Scheme,
     Storage,
     dividing_group,
@@ -50,6 +51,23 @@ def read_options(kind: type[AnyOptions], given: Mapping[str, Any]) -> AnyOptions
 
 
 @dataclass(frozen=True)
+class CodeDefaults:
+    """What a back end wants of codes where a recipe says nothing, and of their scales in any case.
+
+    Args:
+        table: form of token table and LM head, one of `schemes.TABLES`; None for the scheme's.
+        table_in_groups: the scheme's has groups of columns where it would have a scale for each row.
+        keep_w8: kinds of linears that keep 8 bits where the others have 4; None for the scheme's.
+        scales: the type that every scale is a number of.
+    """
+
+    table: str | None = None
+    table_in_groups: bool = False
+    keep_w8: tuple[str, ...] | None = None
+    scales: ScaleDtype = "float32"
+
+
+@dataclass(frozen=True)
 class BuildSpec:
     """One artifact to be made.
 
@@ -66,7 +84,7 @@ class BuildSpec:
         table: form of token table and LM head, one of `schemes.TABLES`; None for the default.
         per_layer_table: form of the table of per-layer vectors, one of `schemes.PER_LAYER_TABLES`; None for int8.
         keep_w8: kinds of linears that keep 8 bits where the others have 4; None for the default.
-        table_in_groups: the default table has groups of columns, as the back end's kernels want them.
+        code_defaults: what the back end wants of codes.
         adapter_rank: the largest rank of a LoRA adapter that is loaded beside the artifact; None: it takes none.
         own_storage: what matrices are stored as, where it follows a checkpoint's own codes.
     """
@@ -87,7 +105,7 @@ class BuildSpec:
     table: str | None = None
     per_layer_table: str | None = None
     keep_w8: tuple[str, ...] | None = None
-    table_in_groups: bool = False
+    code_defaults: CodeDefaults = CodeDefaults()
     adapter_rank: int | None = None
     own_storage: Storage | None = None
 
@@ -99,12 +117,14 @@ class BuildSpec:
         """
         if not self.scheme.codes:
             return Storage()
-        table = self.table
-        if table is None and self.table_in_groups:
+        wanted, table = self.code_defaults, self.table or self.code_defaults.table
+        if table is None and wanted.table_in_groups:
             table = dividing_table(hidden_size)
+        kept_w8 = wanted.keep_w8 if self.keep_w8 is None else self.keep_w8
         made = self.own_storage or storage_of(
-            self.scheme.weights, hidden_size, self.groupsize, table=table, kept_w8=self.keep_w8
+            self.scheme.weights, hidden_size, self.groupsize, table=table, kept_w8=kept_w8
         )
+        made = replace(made, linears=replace(made.linears, scales=wanted.scales))
         if per_layer is None:
             return made
         kept = () if made.linears.bits == 8 else KEPT_PER_LAYER

@@ -3,6 +3,7 @@
 float32 tensors first, then 16-bit, then int8, so that each is aligned to its element without holes (which the format
 forbids). The format has no signed 4-bit integers: pairs of them, the first in the low half as ONNX packs them, are
 bytes [rows, columns / 2]. The header is padded with spaces so that the data start on a page.
+Names are those of naming.py.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, get_args
 
 from gemma_deploy.dtypes import BY_NAME, StoredDtype
+from gemma_deploy.params.naming import entries
+from gemma_deploy.schemes import Naming
 
 if TYPE_CHECKING:
     from gemma_deploy.params.plan import ParamSpec
@@ -57,10 +60,10 @@ class Placed(Protocol):
     def nbytes(self) -> int: ...  # noqa: D102
 
 
-def lay_out(plan: Sequence[ParamSpec]) -> Layout:
+def lay_out(plan: Sequence[ParamSpec], naming: Naming = "own") -> Layout:
     """Place the plan's tensors."""
     ordered = sorted(plan, key=lambda spec: -BY_NAME[spec.dtype].bits)
-    header = _header(ordered)
+    header = _header(ordered, naming)
     offsets, end = {}, len(header)
     for spec in ordered:
         offsets[spec.name] = end
@@ -68,31 +71,27 @@ def lay_out(plan: Sequence[ParamSpec]) -> Layout:
     return Layout(header, offsets, end)
 
 
-def places(plan: Sequence[ParamSpec]) -> tuple[Place, ...]:
+def places(plan: Sequence[ParamSpec], naming: Naming = "own") -> tuple[Place, ...]:
     """Every tensor of the plan and where it will lie, in the plan's order."""
-    offsets = lay_out(plan).offsets
+    offsets = lay_out(plan, naming).offsets
     return tuple(Place(spec.name, spec.dtype, spec.shape, offsets[spec.name], spec.nbytes) for spec in plan)
 
 
-def header_bytes(rows: Iterable[Placed]) -> bytes | None:
+def header_bytes(rows: Iterable[Placed], naming: Naming = "own") -> bytes | None:
     """The header a file with these tensors in this order must have; None when a dtype is unknown."""
     rows = list(rows)
-    return _header(rows) if all(row.dtype in get_args(StoredDtype) for row in rows) else None
+    return _header(rows, naming) if all(row.dtype in get_args(StoredDtype) for row in rows) else None
 
 
-def _header(ordered: Sequence[Placed]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for item in ordered:
-        shape = list(item.shape)
-        if BY_NAME[item.dtype].packed:
-            shape[-1] //= 2
-        entries[item.name] = {
-            "dtype": BY_NAME[item.dtype].safetensors,
-            "shape": shape,
-            "data_offsets": [end, end + item.nbytes],
-        }
-        end += item.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % PAGE_BYTES)
-    return struct.pack("<Q", len(text)) + text
+def _header(ordered: Sequence[Placed], naming: Naming) -> bytes:
+    """Everything in front of the first tensor that lies in the file: what follows from the others is there already."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end, content, sizes = 0, b"", iter(ordered)
+    for entry in entries(ordered, naming):
+        size = next(sizes).nbytes if entry.content is None else len(entry.content)
+        content += entry.content or b""
+        shape, end = list(entry.shape), end + size
+        header[entry.name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": [end - size, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + len(content) + 8) % PAGE_BYTES)
+    return struct.pack("<Q", len(text)) + text + content

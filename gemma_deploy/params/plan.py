@@ -150,12 +150,13 @@ def build_plan(
             source = scales if made or name in taken else name
             of_scales, turns = codes.scale_shape(shape), stack and transposed and codes.groupsize is not None
             lies = turned(of_scales) if turns else of_scales
-            specs.append(ParamSpec(scales, lies, "float32", kinds[1], source, transposed=turns))
+            kind = "cast" if kinds[1] == "stored" and codes.scales != "float32" else kinds[1]
+            specs.append(ParamSpec(scales, lies, codes.scales, kind, source, transposed=turns))
             folded = scheme == "w8a16_folded" and codes.groupsize is None and config.head_reads_table
             if folded and name == EMBEDDING_WEIGHT and span.start == 0:
                 specs.append(ParamSpec(COLUMN_SCALE, shape[1:], "float32", "stored", COLUMN_SCALE))
         elif MATRIX_DTYPE[scheme] == "int8":
-            specs.append(ParamSpec(name, shape, "float16", "cast", name))
+            specs.append(ParamSpec(name, shape, form.floats, "cast", name))
         else:
             specs.append(ParamSpec(name, shape, MATRIX_DTYPE[scheme], "cast", name))
     if rescaled:
@@ -169,7 +170,7 @@ def build_plan(
             names = (cache_scale_names if form.cache_scales else cache_factor_names)(layer).values()
             specs += [ParamSpec(name, channels, "float32", "stored", name) for name in names]
     widths = {layer.kind: layer.head_dim // 2 for layer in layers}
-    for layer_type, rope in ((kind, rope) for kind, rope in config.rope.items() if kind in widths):
+    for layer_type, rope in ((kind, rope) for kind, rope in config.rope.items() if kind in widths and form.rotary):
         if form.panels:
             name = f"model.rotary_emb.{layer_type}.inv_freq"
             specs.append(ParamSpec(name, (widths[layer_type],), ROTARY_DTYPE, "constant", rope=rope))

@@ -240,7 +240,7 @@ def _write_codes(
 ) -> list[ParamRow]:
     import torch
 
-    from gemma_deploy.quantization.scales import SEARCHED_QMAX, choose_scales  # imports torch
+    from gemma_deploy.quantization.scales import SEARCHED_QMAX, as_dtype, choose_scales  # imports torch
 
     weight, scales = sinks
     qmax = (1 << (BY_NAME[weight.spec.dtype].bits - 1)) - 1
@@ -261,9 +261,11 @@ def _write_codes(
             chosen = row_scales(absmax.float() if groups == 1 else in_float32.view(grouped).abs().amax(1))
         else:
             chosen = choose_scales(in_float32.view(grouped), qmax)[:, 0].contiguous()
+        chosen = as_dtype(chosen, scales.spec.dtype)
         powers = quantize_rows_(in_float32.view(grouped), chosen, q.view(grouped), scratch=scratch, qmax=qmax)
         signal[part], error[part] = (power.view(-1, groups).sum(1) for power in powers)
         apart = scales.spec.panels is not None or scales.spec.transposed
+        chosen = _narrow(chosen, scales.spec, buffers)
         scales.write_rows(chosen.view(-1, groups) if apart else chosen, buffers)
         weight.write_rows(_columns(q, weight.spec, buffers), buffers)
     energy = float(signal.numpy().sum())

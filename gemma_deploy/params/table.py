@@ -19,6 +19,7 @@ from gemma_deploy.bounds import Bytes, Inside, Size
 from gemma_deploy.dtypes import DtypeName
 from gemma_deploy.names import PARAMS
 from gemma_deploy.params.layout import header_bytes
+from gemma_deploy.schemes import Naming
 
 HASH_BLOCK_BYTES = 1 << 20
 
@@ -115,19 +116,24 @@ def hash_span(path: Path, offset: int, nbytes: int) -> str:
 
 
 def damaged_rows(
-    path: Path, table: ParamTable, *, workers: int = 2, progress: Callable[[int, int], None] | None = None
+    path: Path,
+    table: ParamTable,
+    *,
+    naming: Naming = "own",
+    workers: int = 2,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Read the whole file and say what differs from the table: nothing, when it is sound.
 
     Args:
         path: the parameter file.
-        table: its rows.
+        table: its rows; naming: what tensors are called in the file.
         workers: threads.
         progress: called with (bytes checked, bytes in all) after each tensor.
     """
     size = path.stat().st_size
     problems = [] if size == table.file_bytes else [f"{path.name} has {size} bytes, expected {table.file_bytes}"]
-    header = header_bytes(table.rows)
+    header = header_bytes(table.rows, naming)
     if header is None or hash_span(path, 0, len(header)) != hashlib.sha256(header).hexdigest():
         problems.append(f"{path.name}: the header differs from the parameter table")
     done = 0

@@ -28,6 +28,7 @@ from gemma_deploy.params.stream import BadTensorError, Buffers, WriteJob, run_jo
 from gemma_deploy.params.table import ParamRow, ParamTable, hash_span, in_file_order
 from gemma_deploy.progress import Tick
 from gemma_deploy.provenance import code_of
+from gemma_deploy.schemes import Naming
 from gemma_deploy.writing import sync
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ def write_params(
     progress: Tick | None = None,
     journal: Path,
     block_bytes: int = BLOCK_BYTES,
+    naming: Naming = "own",
 ) -> ParamTable:
     """Write every tensor of the plan and return the table of what was written.
 
@@ -64,12 +66,13 @@ def write_params(
         progress: called from this thread with (bytes written, bytes in all).
         journal: file that remembers what is finished; keep it beside `out_path` or in the workspace.
         block_bytes: source bytes per row block.
+        naming: what tensors are called in the file.
 
     Raises:
         ParamsError: NaN or infinity in a weight (all tensors are named), disk full, not writable, or the checkpoint
             changed on the way.
     """
-    layout = lay_out(plan)
+    layout = lay_out(plan, naming)
     fingerprint = checkpoint.weights_fingerprint()
     with _disk_errors(out_path, layout), contextlib.closing(Journal(journal, _key(plan, layout, fingerprint))) as log:
         if _is_finished(log.file, out_path, layout):
@@ -88,10 +91,15 @@ def write_params(
 
 
 def finished_table(
-    checkpoint: WeightSource, plan: Sequence[ParamSpec], out_path: Path, *, journal: Path
+    checkpoint: WeightSource,
+    plan: Sequence[ParamSpec],
+    out_path: Path,
+    *,
+    journal: Path,
+    naming: Naming = "own",
 ) -> ParamTable | None:
     """The table of a file that `write_params` would leave alone, else None. Reads no tensor and changes nothing."""
-    layout = lay_out(plan)
+    layout = lay_out(plan, naming)
     rows, record = read_finished(journal, _key(plan, layout, checkpoint.weights_fingerprint()))
     return in_file_order(rows) if _is_finished(record, out_path, layout) else None
 

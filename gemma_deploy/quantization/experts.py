@@ -128,7 +128,7 @@ def _solved(
     if observer.count:
         tokens = torch.cat(kept) if kept else None
         return solve([weight], observer.take(), settings, tokens=tokens).weights[0]
-    scale = choose_scales(weight, settings.qmax, settings.groupsize)
+    scale = choose_scales(weight, settings.qmax, settings.groupsize, dtype=settings.scales)
     grouped = weight.reshape(scale.numel(), -1).clone()
     codes = torch.empty(grouped.shape, dtype=torch.int8)
     quantize_rows_(grouped, scale.reshape(-1), codes, scratch=torch.empty_like(grouped), qmax=settings.qmax)

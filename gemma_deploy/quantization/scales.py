@@ -11,7 +11,12 @@ SHRINK = torch.linspace(1.0, 0.55, 19).tolist()
 
 
 def choose_scales(
-    weight: torch.Tensor, qmax: int, groupsize: int | None = None, *, power: torch.Tensor | None = None
+    weight: torch.Tensor,
+    qmax: int,
+    groupsize: int | None = None,
+    *,
+    power: torch.Tensor | None = None,
+    dtype: str = "float32",
 ) -> torch.Tensor:
     """Scales [rows, groups] float32.
 
@@ -20,13 +25,14 @@ def choose_scales(
         qmax: largest code. Up to `SEARCHED_QMAX` the scale is the one of least squared error among shrunk ones.
         groupsize: divides the columns; None: one group.
         power: [columns] weights of the squared errors; equal when absent.
+        dtype: the type that every scale is a number of.
     """
     rows, columns = weight.shape
     grouped = weight.reshape(rows, -1, groupsize or columns)
     absmax = grouped.abs().amax(2)
     largest = row_scales(absmax.reshape(-1), qmax).view_as(absmax)
     if qmax > SEARCHED_QMAX:
-        return largest
+        return as_dtype(largest, dtype)
     best, least = largest, torch.full_like(largest, float("inf"))
     codes, error = torch.empty_like(grouped), torch.empty_like(grouped)  # once: fresh pages cost as much as the work
     for shrink in SHRINK:
@@ -38,4 +44,16 @@ def choose_scales(
         lost = error.sum(2)
         better = lost < least
         best, least = torch.where(better, scale, best), torch.where(better, lost, least)
-    return best
+    return as_dtype(best, dtype)
+
+
+def as_dtype(scale: torch.Tensor, dtype: str) -> torch.Tensor:
+    """The nearest numbers of a type, float32: a file of that type then holds what codes were chosen for.
+
+    Those that round to zero are the type's smallest instead.
+    """
+    if dtype == "float32":
+        return scale
+    kind: torch.dtype = getattr(torch, dtype)
+    smallest = torch.finfo(kind).smallest_normal
+    return scale.clamp_min(smallest).to(kind).float()

@@ -15,7 +15,7 @@ from gemma_deploy.quantization.equalize import column_factors, token_gains
 from gemma_deploy.quantization.gptq import gptq
 from gemma_deploy.quantization.moments import BLOCK, Factor, factorize
 from gemma_deploy.quantization.scales import choose_scales
-from gemma_deploy.schemes import LOW_RANK, is_kept
+from gemma_deploy.schemes import LOW_RANK, ScaleDtype, is_kept
 
 PIECE_ROWS = 1024  # of a matrix that tokens are multiplied with
 PIECE_ELEMENTS = 1 << 23  # of a matrix at a time; a handful of float32 arrays of this size are alive
@@ -36,6 +36,7 @@ class Settings:
         activations: inputs are rounded to 8 bits as well, with a scale for each token.
         kept_w8: kinds of linears that have 8 bits whatever the others have; those of low rank have them, and whole
             rows, in any case.
+        scales: the type that every scale is a number of.
     """
 
     bits: int = 8
@@ -47,6 +48,7 @@ class Settings:
     compensate: bool = True
     activations: bool = False
     kept_w8: tuple[str, ...] = ()
+    scales: ScaleDtype = "float32"
 
     def linear(self, reader: str) -> Settings:
         """Those of one linear, by its name within the layer."""
@@ -195,7 +197,11 @@ def _piece(
     """Codes [columns, rows] in the order of rounding, scales, and (signal, loss, loss to nearest, rows to nearest)."""
     qmax, ordered = settings.qmax, weight.T[order].contiguous()
     scale = choose_scales(
-        weight * factors, qmax, settings.groupsize, power=_in_place(factor.diagonal, order) / factors**2
+        weight * factors,
+        qmax,
+        settings.groupsize,
+        power=_in_place(factor.diagonal, order) / factors**2,
+        dtype=settings.scales,
     )
     units = _units(scale, order).div_(factors[order, None])
     codes, loss = _nearest(ordered, units, factor, qmax)
@@ -205,7 +211,8 @@ def _piece(
         better = factor.energy(torch.addcmul(ordered, compensated, units, value=-1))
         worse = loss < better
         codes, loss, kept = torch.where(worse, codes, compensated), torch.minimum(loss, better), worse.sum()
-    plain = choose_scales(weight, qmax, settings.groupsize, power=_in_place(factor.diagonal, order))
+    power = _in_place(factor.diagonal, order)
+    plain = choose_scales(weight, qmax, settings.groupsize, power=power, dtype=settings.scales)
     nearest = _nearest(ordered, _units(plain, order), factor, qmax)[1]
     signal = factor.energy(ordered)
     return codes, scale, torch.stack([x.sum().double() for x in (signal, loss, nearest, kept)])

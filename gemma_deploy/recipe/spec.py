@@ -40,6 +40,6 @@ def spec_of(recipe: RecipeSections) -> BuildSpec:
         table=None if quantize is None else quantize.table,
         per_layer_table=None if quantize is None else quantize.per_layer_table,
         keep_w8=keep,
-        table_in_groups=chosen.table_in_groups,
+        code_defaults=chosen.code_defaults,
         adapter_rank=None if recipe.adapters is None else recipe.adapters.rank,
     )

@@ -178,6 +178,7 @@ def solver_settings(job: Job) -> Settings:
         compensate=quantizer.compensate,
         activations=quantizer.activations,
         kept_w8=storage.kept_w8,
+        scales=storage.linears.scales,
     )
 
 

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gemma_deploy.checkpoint.index import INDEX_NAME
 from gemma_deploy.names import CONFIG, GENERATION_CONFIG
+from gemma_deploy.params.naming import index_of
 from gemma_deploy.text.saving import write_tokenizer
 
 if TYPE_CHECKING:
     from gemma_deploy.job import Job
+    from gemma_deploy.params.layout import Place
 
 
-def write_model_files(job: Job, out: Path) -> list[str]:
+def write_model_files(job: Job, out: Path, tensors: Mapping[str, Sequence[Place]]) -> list[str]:
     """config.json, generation_config.json, the back end's own and the tokenizer, as files of the artifact's own.
+
+    Args:
+        tensors: of each parameter file, by its path in the artifact.
 
     Returns:
         Their names.
     """
     config = job.config
-    (out / CONFIG).write_text(json.dumps(job.checkpoint.config_dict(), indent=2, sort_keys=True) + "\n")
+    said = {**job.checkpoint.config_dict(), **job.backend.config_keys(job.spec, config)}
+    (out / CONFIG).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n")
     generation = {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.eos_token_ids),
@@ -34,5 +42,9 @@ def write_model_files(job: Job, out: Path) -> list[str]:
             shutil.copyfile(content, out / name)
         else:
             (out / name).write_text(json.dumps(content, indent=2) + "\n")
+    if job.code_form.naming != "own":
+        index = index_of(tensors, job.code_form.naming)
+        (out / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        own = {**own, INDEX_NAME: index}
     written = write_tokenizer(job.checkpoint, out, link=False)
     return [CONFIG, GENERATION_CONFIG, *own, *written]

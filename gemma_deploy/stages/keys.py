@@ -141,7 +141,7 @@ def _beside(job: Job) -> dict[str, Any]:
     """What the files beside graphs and parameters say."""
     config = job.config
     return {
-        "config": job.checkpoint.config_dict(),
+        "config": {**job.checkpoint.config_dict(), **job.backend.config_keys(job.spec, config)},
         "tokens": [config.bos_token_id, config.eos_token_ids, config.pad_token_id],
         "text": job.checkpoint.text_fingerprint(),
         "backend": {

@@ -46,7 +46,7 @@ def places_of(job: Job, source: WeightSource, rescaling: Rescaling | None = None
     """Where every tensor of each parameter file will lie, in the order of the file."""
     plans = plans_of(job, source, rescaling)
     return {
-        part.file(PARAMS): tuple(sorted(places(plan), key=lambda place: place.offset))
+        part.file(PARAMS): tuple(sorted(places(plan, job.code_form.naming), key=lambda place: place.offset))
         for part, plan in zip(job.parts, plans, strict=True)
     }
 
@@ -81,6 +81,7 @@ def write_parameters(
             plan,
             out / part.file(PARAMS),
             journal=out / part.file("params.journal"),
+            naming=job.code_form.naming,
             workers=job.workers.writers,
             progress=None if progress is None else shifted(progress, before, total),
         )

@@ -11,7 +11,7 @@ from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.base import Export, Exported, ExportJob, Proof
 from gemma_deploy.backends.native.graph import GRAPH, MODEL, build_graph
 from gemma_deploy.backends.native.options import NativeOptions, candidates_of, contradictions, model_problems, not_built
-from gemma_deploy.backends.spec import BuildSpec, Options, embedding_scale
+from gemma_deploy.backends.spec import BuildSpec, CodeDefaults, Options, embedding_scale
 from gemma_deploy.errors import UsageError
 from gemma_deploy.estimates import BASE_BYTES, GRAPH_BYTES, RUNTIME_BYTES, StageEstimate
 from gemma_deploy.graph.contract import BATCH, SEQUENCE, AdapterSlots, GraphContract, Port, kv_shapes
@@ -71,7 +71,7 @@ class Native:
     no_lookup = ""
     options: type[Options] = NativeOptions
     unrounded_inputs = INTEGER_PRODUCTS
-    table_in_groups = True
+    code_defaults = CodeDefaults(table_in_groups=True)
     code: Sequence[str] = ("gemma_deploy.backends.native.graph", "gemma_deploy.backends.native.plan")
     proof_code: Sequence[str] = ("gemma_deploy.backends.native.proof",)
 
@@ -141,6 +141,10 @@ class Native:
         )
         size = max(place.offset + place.nbytes for place in places)
         return Exported({GRAPH: serialized(build_graph(job.contract, plan, size))})
+
+    def config_keys(self, spec: BuildSpec, config: ModelConfig) -> Mapping[str, Any]:
+        """The checkpoint's own say all."""
+        return {}
 
     def files(self, spec: BuildSpec, config: ModelConfig) -> Mapping[str, dict[str, Any] | Path]:
         """What onnxruntime-genai reads, and the library, which it takes from the model's folder alone."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ from gemma_deploy.backends.onnxruntime.options import (
     options_of,
 )
 from gemma_deploy.backends.onnxruntime.window import WINDOW, WINDOW_CACHE, window_problems, windowed_layers
-from gemma_deploy.backends.spec import BuildSpec, Options, embedding_scale
+from gemma_deploy.backends.spec import BuildSpec, CodeDefaults, Options, embedding_scale
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.estimates import BASE_BYTES, GRAPH_BYTES, RUNTIME_BYTES, SESSION_BYTES, StageEstimate
 from gemma_deploy.graph.contract import (
@@ -132,7 +132,7 @@ class OnnxRuntime:
     no_lookup = ""
     options: type[Options] = OrtOptions
     unrounded_inputs = INTEGER_PRODUCTS
-    table_in_groups = True  # its kernels have scales per group in any case
+    code_defaults = CodeDefaults(table_in_groups=True)  # its kernels have scales per group in any case
     code: Sequence[str] = tuple(
         f"gemma_deploy.backends.onnxruntime.{module}" for module in ("decoder", "drafter", "encoder", "options")
     )
@@ -248,6 +248,10 @@ class OnnxRuntime:
             )
         log.debug("%s built: %d nodes", GRAPH, len(model.graph))
         return Exported({GRAPH: serialized(model)})
+
+    def config_keys(self, spec: BuildSpec, config: ModelConfig) -> Mapping[str, Any]:
+        """The checkpoint's own say all."""
+        return {}
 
     def files(self, spec: BuildSpec, config: ModelConfig) -> dict[str, dict[str, Any]]:
         """What onnxruntime-genai reads; it runs no encoders and no drafters."""

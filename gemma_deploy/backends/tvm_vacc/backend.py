@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from pydantic import ConfigDict
 
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.base import Export, ExportJob, Proof
-from gemma_deploy.backends.spec import BuildSpec, Options
+from gemma_deploy.backends.spec import BuildSpec, CodeDefaults, Options
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.estimates import (
     EXPORT_BYTES,
@@ -50,7 +50,7 @@ class StaticPair:
     shares_tensors = False
     no_lookup = "this artifact is static: its decode graph takes one token"
     options: type[Options] = VaccOptions
-    table_in_groups = False
+    code_defaults = CodeDefaults()
     unrounded_inputs = FLOAT_PRODUCTS
     code: Sequence[str] = ("gemma_deploy.graph.worker",)
     proof_code: Sequence[str] = ("gemma_deploy.backends.tvm_vacc.proof",)
@@ -146,6 +146,10 @@ class StaticPair:
             None if job.unrounded is None else tuple(job.unrounded),
         )
         return worker.export_apart(task)
+
+    def config_keys(self, spec: BuildSpec, config: ModelConfig) -> Mapping[str, Any]:
+        """The checkpoint's own say all."""
+        return {}
 
     def files(self, spec: BuildSpec, config: ModelConfig) -> dict[str, dict[str, Any]]:
         """No files beside graphs and parameters."""

@@ -1,0 +1,1 @@
+"""Checkpoints in compressed-tensors form, which vLLM loads."""
