@@ -34,6 +34,7 @@ COMMANDS = {
     "run": "Generate text with an artifact.",
     "chat": "Talk with an artifact.",
     "serve": "Answer requests over HTTP as OpenAI's servers do.",
+    "serve-command": "Print the command that serves an artifact, vLLM's where it is for vLLM.",
     "embed": "Make vectors of texts with an artifact of an encoder.",
     "webui": "Serve a web page to chat with the models of a server.",
     "bench": "Measure how fast an artifact is, and what it takes.",
@@ -90,7 +91,7 @@ class LazyGroup(click.Group):
         """Import `gemma_deploy.commands.<name>` and take its `command`."""
         if cmd_name not in COMMANDS:
             return None
-        return importlib.import_module(f"gemma_deploy.commands.{cmd_name}").command
+        return importlib.import_module(f"gemma_deploy.commands.{cmd_name.replace('-', '_')}").command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

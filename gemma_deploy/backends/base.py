@@ -112,6 +112,22 @@ class Proof:
     adapter: BesideAdapter | None = None
 
 
+@dataclass(frozen=True)
+class Serving:
+    """How an artifact is to be served.
+
+    Args:
+        host, port: to listen on; tensor: devices that share a layer; pipeline: groups of them that share layers.
+        ray: devices of several machines of a Ray cluster.
+    """
+
+    host: str
+    port: int
+    tensor: int = 1
+    pipeline: int = 1
+    ray: bool = False
+
+
 class Backend(Protocol):
     """One kind of target: its options, refusals, graphs, files, ledger, proof, and how its artifacts are opened."""
 
@@ -204,6 +220,13 @@ class Backend(Protocol):
 
     def engine(self, artifact: Artifact, *, threads: int = 0, strict: bool = False, one_reply: bool = False) -> Engine:
         """An artifact, open; see `open_engine` of gemma_deploy/engine.py."""
+
+    def serve_command(self, artifact: Artifact, how: Serving) -> list[str]:
+        """The words of the command that serves an artifact.
+
+        Raises:
+            UsageError: it is not served that way.
+        """
 
     def encoder(self, artifact: Artifact, *, threads: int = 0, strict: bool = False) -> EncoderGraph:
         """The graph of an encoder's artifact, open.

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from gemma_deploy.checkpoint.index import INDEX_NAME
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
     from gemma_deploy.params.layout import Place
 
 
-def write_model_files(job: Job, out: Path, tensors: Mapping[str, Sequence[Place]]) -> list[str]:
+def write_model_files(job: Job, out: Path, tensors: Mapping[str, Sequence[Place]] = MappingProxyType({})) -> list[str]:
     """config.json, generation_config.json, the back end's own and the tokenizer, as files of the artifact's own.
 
     Args:
-        tensors: of each parameter file, by its path in the artifact.
+        tensors: of each parameter file, by its path in the artifact, for an index of names that are not this program's.
 
     Returns:
         Their names.

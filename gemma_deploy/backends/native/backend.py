@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_deploy.artifact.manifest import Manifest
-from gemma_deploy.backends.base import Export, Exported, ExportJob, Proof
+from gemma_deploy.backends.base import Export, ExportJob, Exported, Proof, Serving
+from gemma_deploy.backends.serving import own_server
 from gemma_deploy.backends.native.graph import GRAPH, MODEL, build_graph
 from gemma_deploy.backends.native.options import NativeOptions, candidates_of, contradictions, model_problems, not_built
 from gemma_deploy.backends.spec import BuildSpec, CodeDefaults, Options, embedding_scale
@@ -177,6 +178,10 @@ class Native:
         from gemma_deploy.backends.native.engine import NativeEngine
 
         return NativeEngine(artifact, threads=threads)
+
+    def serve_command(self, artifact: Artifact, how: Serving) -> list[str]:
+        """This program's own server."""
+        return own_server(artifact, how)
 
     def encoder(self, artifact: Artifact, *, threads: int = 0, strict: bool = False) -> EncoderGraph:
         """There is none.

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_deploy.artifact.manifest import Manifest
-from gemma_deploy.backends.base import Export, Exported, ExportJob, Proof
+from gemma_deploy.backends.base import Export, ExportJob, Exported, Proof, Serving
+from gemma_deploy.backends.serving import own_server
 from gemma_deploy.backends.genai_config import CONFIG_FILE, genai_config
 from gemma_deploy.backends.keeping import adapter_slots
 from gemma_deploy.backends.onnxruntime.decoder import build_decoder, linears_of
@@ -295,6 +296,10 @@ class OnnxRuntime:
         from gemma_deploy.backends.onnxruntime.engine import open_engine
 
         return open_engine(artifact, threads=threads, strict=strict)
+
+    def serve_command(self, artifact: Artifact, how: Serving) -> list[str]:
+        """This program's own server."""
+        return own_server(artifact, how)
 
     def encoder(self, artifact: Artifact, *, threads: int = 0, strict: bool = False) -> EncoderGraph:
         """The graph of an encoder: as it is, or computed exactly."""

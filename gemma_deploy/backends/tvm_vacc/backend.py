@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ConfigDict
 
 from gemma_deploy.artifact.manifest import Manifest
-from gemma_deploy.backends.base import Export, ExportJob, Proof
+from gemma_deploy.backends.base import Export, ExportJob, Proof, Serving
+from gemma_deploy.backends.serving import own_server
 from gemma_deploy.backends.spec import BuildSpec, CodeDefaults, Options
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.estimates import (
@@ -176,6 +177,10 @@ class StaticPair:
         from gemma_deploy.backends.tvm_vacc.engine import StaticEngine
 
         return StaticEngine(artifact, threads=threads, strict=strict, one_reply=one_reply)
+
+    def serve_command(self, artifact: Artifact, how: Serving) -> list[str]:
+        """This program's own server."""
+        return own_server(artifact, how)
 
     def encoder(self, artifact: Artifact, *, threads: int = 0, strict: bool = False) -> EncoderGraph:
         """The one graph of an encoder, in ONNX Runtime."""

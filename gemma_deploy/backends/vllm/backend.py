@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_deploy.artifact.manifest import Manifest
-from gemma_deploy.backends.base import Export, Exported, ExportJob, Proof
+from gemma_deploy.backends.base import Export, Exported, ExportJob, Proof, Serving
 from gemma_deploy.backends.spec import BuildSpec, CodeDefaults, Options
 from gemma_deploy.backends.vllm.options import VllmOptions, contradictions, model_problems, not_built
 from gemma_deploy.errors import UsageError
@@ -143,6 +143,17 @@ class Vllm:
             UsageError: always.
         """
         raise _is_for_vllm(artifact)
+
+    def serve_command(self, artifact: Artifact, how: Serving) -> list[str]:
+        """Words of `vllm serve`."""
+        manifest = artifact.manifest
+        words = ["vllm", "serve", str(artifact.path), "--served-model-name", manifest.name]
+        words += ["--max-model-len", str(manifest.contract.context), "--host", how.host, "--port", str(how.port)]
+        if how.tensor > 1:
+            words += ["--tensor-parallel-size", str(how.tensor)]
+        if how.pipeline > 1:
+            words += ["--pipeline-parallel-size", str(how.pipeline)]
+        return [*words, "--distributed-executor-backend", "ray"] if how.ray else words
 
     def encoder(self, artifact: Artifact, *, threads: int = 0, strict: bool = False) -> EncoderGraph:
         """There is none.
