@@ -51,7 +51,7 @@ def stored(artifact):
     assert set(index.values()) == {"params.safetensors"}
     with safe_open(artifact / "params.safetensors", "pt") as file:
         assert set(file.keys()) == set(index)
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: it is no dict
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return {name: (one.float() if one.is_floating_point() else one).numpy() for name, one in tensors.items()}
 
 

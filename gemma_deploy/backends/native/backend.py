@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_deploy.artifact.manifest import Manifest
-from gemma_deploy.backends.base import Export, ExportJob, Exported, Proof, Serving
-from gemma_deploy.backends.serving import own_server
+from gemma_deploy.backends.base import Export, Exported, ExportJob, Proof, Serving
 from gemma_deploy.backends.native.graph import GRAPH, MODEL, build_graph
 from gemma_deploy.backends.native.options import NativeOptions, candidates_of, contradictions, model_problems, not_built
+from gemma_deploy.backends.serving import own_server
 from gemma_deploy.backends.spec import BuildSpec, CodeDefaults, Options, embedding_scale
 from gemma_deploy.errors import UsageError
 from gemma_deploy.estimates import BASE_BYTES, GRAPH_BYTES, RUNTIME_BYTES, StageEstimate

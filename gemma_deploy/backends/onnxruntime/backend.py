@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_deploy.artifact.manifest import Manifest
-from gemma_deploy.backends.base import Export, ExportJob, Exported, Proof, Serving
-from gemma_deploy.backends.serving import own_server
+from gemma_deploy.backends.base import Export, Exported, ExportJob, Proof, Serving
 from gemma_deploy.backends.genai_config import CONFIG_FILE, genai_config
 from gemma_deploy.backends.keeping import adapter_slots
 from gemma_deploy.backends.onnxruntime.decoder import build_decoder, linears_of
@@ -32,6 +31,7 @@ from gemma_deploy.backends.onnxruntime.options import (
     options_of,
 )
 from gemma_deploy.backends.onnxruntime.window import WINDOW, WINDOW_CACHE, window_problems, windowed_layers
+from gemma_deploy.backends.serving import own_server
 from gemma_deploy.backends.spec import BuildSpec, CodeDefaults, Options, embedding_scale
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.estimates import BASE_BYTES, GRAPH_BYTES, RUNTIME_BYTES, SESSION_BYTES, StageEstimate
