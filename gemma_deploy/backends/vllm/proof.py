@@ -19,10 +19,9 @@ def prove_checkpoint(proof: Proof, result: ParityResult) -> None:
     longest = max(len(case.sequence(row)) for case in cases for row in range(len(case.prompts)))
     unfit = unfit_for_this_machine(manifest)
     models = torch_sources(opened, artifact, manifest)
-    exact = "bfloat16" if manifest.scheme == "bf16" else "float32"
     shipped = "float32" if manifest.scheme == "fp32" else "bfloat16"
     with ExitStack() as open_sources:
-        ours = [VllmSource(artifact, STRICT, dtype=exact, longest=longest)]
+        ours = [VllmSource(artifact, STRICT, dtype="float32", longest=longest)]
         if unfit is None:
             ours.append(VllmSource(artifact, SHIPPED, dtype=shipped, longest=longest))
         else:
