@@ -354,9 +354,8 @@ class Architecture:
     Args:
         name: for people; model_type: in config.json.
         multimodal: model types whose language model it is; text_defaults: what their `text_config` may leave out;
-            text_type: its model type, where that is another; around: keys beside it that are read as well.
-        transformers_type: the model type under which transformers has its class; causal_class: that class, or that of
-            an encoder.
+            text_type: its model type, where it is another; around: keys beside it that are read.
+        transformers_type: the model type under which transformers has its class; causal_class: that class.
         genai_type: `model.type` of genai_config.json.
         activation_key: of config.json.
         norm_offset: norms multiply by this plus their weight.
@@ -366,12 +365,12 @@ class Architecture:
         read: the generation's own keys of a config.json; layers: their number, or 1 where that is wrong.
         layer: the layer of a number; branches: all that some layer has.
         per_layer: the vectors that layers add, and their table; None where they add none.
-        token_size: of an encoder whose hidden states are projected behind the last norm, to how many channels; None:
-            they are not.
+        token_size: channels that an encoder's hidden states are projected to behind the last norm; None: they are not.
         listed: sizes that config.json may say as a list, one for each layer.
         part_keys: of config.json, by which the patched classes have some layers and no others.
         positions_first: whether heads are normed as [batch, positions, heads, head_dim].
         causal_text: what `use_bidirectional_attention` may say, because text stays causal with it.
+        vllm: whether vLLM's `causal_class` was seen to compute it.
     """
 
     name: str
@@ -398,3 +397,4 @@ class Architecture:
     causal_text: tuple[str, ...] = ()
     text_type: str = ""
     around: tuple[str, ...] = ()
+    vllm: bool = False

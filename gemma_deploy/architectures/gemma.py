@@ -69,6 +69,7 @@ GEMMA = Architecture(
     model_type="gemma",
     transformers_type="gemma",
     causal_class="GemmaForCausalLM",
+    vllm=True,
     genai_type="gemma",
     activation_key=ACTIVATION_KEY,
     patched=Patched(

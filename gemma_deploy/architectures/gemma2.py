@@ -75,6 +75,7 @@ GEMMA2 = Architecture(
     model_type="gemma2",
     transformers_type="gemma2",
     causal_class="Gemma2ForCausalLM",
+    vllm=True,
     genai_type="gemma2",
     activation_key=ACTIVATION_KEY,
     patched=Patched(

@@ -125,6 +125,7 @@ GEMMA3 = Architecture(
     model_type="gemma3_text",
     transformers_type="gemma3_text",
     causal_class="Gemma3ForCausalLM",
+    vllm=True,
     genai_type="gemma3_text",
     activation_key=ACTIVATION_KEY,
     patched=Patched(

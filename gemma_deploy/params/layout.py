@@ -12,10 +12,10 @@ import json
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, get_args
+from typing import TYPE_CHECKING, get_args
 
 from gemma_deploy.dtypes import BY_NAME, StoredDtype
-from gemma_deploy.params.naming import entries
+from gemma_deploy.params.naming import Placed, entries
 from gemma_deploy.schemes import Naming
 
 if TYPE_CHECKING:
@@ -42,22 +42,6 @@ class Place:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-
-
-class Placed(Protocol):
-    """What the header needs to know of a tensor."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-
-    @property
-    def dtype(self) -> str: ...  # noqa: D102
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
-
-    @property
-    def nbytes(self) -> int: ...  # noqa: D102
 
 
 def lay_out(plan: Sequence[ParamSpec], naming: Naming = "own") -> Layout:

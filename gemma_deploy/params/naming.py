@@ -9,13 +9,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from gemma_deploy.dtypes import BY_NAME
 from gemma_deploy.schemes import Naming
-
-if TYPE_CHECKING:
-    from gemma_deploy.params.layout import Placed
 
 WORD = 32  # bits of an element of packed codes
 
@@ -33,6 +30,22 @@ class Entry:
     dtype: str
     shape: tuple[int, ...]
     content: bytes | None = None
+
+
+class Placed(Protocol):
+    """What the header needs to know of a tensor."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def dtype(self) -> str: ...  # noqa: D102
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+
+    @property
+    def nbytes(self) -> int: ...  # noqa: D102
 
 
 def entries(tensors: Sequence[Placed], naming: Naming) -> Iterator[Entry]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from gemma_deploy.backends.spec import BuildSpec
-from gemma_deploy.backends.vllm.options import CLASSES
 from gemma_deploy.checkpoint import ModelConfig
 from gemma_deploy.checkpoint.quantized.settings import COMPRESSED, COMPRESSED_STATUS, KEY
 from gemma_deploy.names import HEAD
@@ -19,7 +18,7 @@ DTYPE = "bfloat16"
 def config_keys(spec: BuildSpec, config: ModelConfig) -> dict[str, Any]:
     """What config.json says beside what the checkpoint's does."""
     dtype = "float32" if spec.scheme.weights == "fp32" else DTYPE
-    keys: dict[str, Any] = {"architectures": [CLASSES[config.model_type]], "torch_dtype": dtype, "dtype": dtype}
+    keys: dict[str, Any] = {"architectures": [config.architecture.causal_class], "torch_dtype": dtype, "dtype": dtype}
     if not spec.scheme.codes:
         return keys
     storage, rounds = spec.storage(config.hidden_size), spec.scheme.rounds_activations

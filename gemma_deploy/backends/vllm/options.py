@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from gemma_deploy.architectures import ROWS
 from gemma_deploy.backends.spec import BuildSpec, Options
 
 if TYPE_CHECKING:
     from gemma_deploy.checkpoint import ModelConfig
 
-# Whose classes in vLLM compute one decoder layer as transformers does, by model_type; the class that config.json names.
-CLASSES = {"gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM"}
 # Linears that vLLM keeps in one matrix, which has one form of codes.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-WORDS = ("backend", "compile")
 
 
 class VllmOptions(Options):
@@ -57,6 +55,7 @@ def not_built(spec: BuildSpec) -> Iterator[str]:
 
 def model_problems(spec: BuildSpec, config: ModelConfig) -> list[str]:
     """Of a model that is not built, sentences that begin with the key."""
-    if config.model_type not in CLASSES:
-        return [f"backend.type: vllm is not built for {config.model_type}: it is for {', '.join(CLASSES)}"]
-    return []
+    if config.architecture.vllm:
+        return []
+    names = [row.name for row in ROWS if row.vllm]
+    return [f"backend.type: vllm is not built for {config.architecture.name}: it is for {', '.join(names)}"]

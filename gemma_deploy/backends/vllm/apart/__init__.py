@@ -1,0 +1,1 @@
+"""What runs in the Python of vLLM; nothing here is imported by this program."""
