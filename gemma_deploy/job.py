@@ -228,6 +228,13 @@ class Job:
         return self.backend.codes(self.spec)
 
     @cached_property
+    def front(self) -> bytes:
+        """What stands in the parameter file in front of its tensors, beside their table."""
+        made = self.backend.front(self.spec, self.checkpoint, self.name)
+        give_memory_back()  # of the tokenizer
+        return made
+
+    @cached_property
     def contract(self) -> GraphContract:
         """What the graphs take and give."""
         return self.backend.contract(self.spec, self.config)

@@ -193,6 +193,13 @@ class Backend(Protocol):
     def codes(self, spec: BuildSpec) -> CodeForm:
         """How codes of the scheme lie in the parameter file: signed or not, transposed or not."""
 
+    def front(self, spec: BuildSpec, checkpoint: Checkpoint, name: str) -> bytes:
+        """What stands in the parameter file in front of its tensors, where its form has such a place; else b"".
+
+        Args:
+            name: of the artifact.
+        """
+
     def contract(self, spec: BuildSpec, config: ModelConfig) -> GraphContract:
         """Names, dtypes and shapes of the whole model's inputs and outputs."""
 

@@ -17,6 +17,16 @@ def own_server(artifact: Artifact, how: Serving) -> list[str]:
     Raises:
         UsageError: several devices are asked for.
     """
+    refuse_devices(artifact, how)
+    return ["gemma-deploy", "serve", str(artifact.path), "--host", how.host, "--port", str(how.port)]
+
+
+def refuse_devices(artifact: Artifact, how: Serving) -> None:
+    """Of what one process serves.
+
+    Raises:
+        UsageError: several devices are asked for.
+    """
     if how.tensor > 1 or how.pipeline > 1 or how.ray:
         raise UsageError(
             f"backend.type {artifact.manifest.recipe.backend.type} is served by one process",
@@ -24,5 +34,3 @@ def own_server(artifact: Artifact, how: Serving) -> list[str]:
             expected="no --tensor-parallel-size, --pipeline-parallel-size or --ray",
             next_step="compile it for backend.type vllm, which divides a model over devices",
         )
-    address = ["--host", how.host, "--port", str(how.port)]
-    return ["gemma-deploy", "serve", str(artifact.path), *address]

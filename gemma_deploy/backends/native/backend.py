@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gemma_deploy.artifact.adapters import KeptAdapter
     from gemma_deploy.artifact.manifest import LedgerEntry
     from gemma_deploy.artifact.opened import Artifact
-    from gemma_deploy.checkpoint import ModelConfig
+    from gemma_deploy.checkpoint import Checkpoint, ModelConfig
     from gemma_deploy.parity.compare import ParityResult
     from gemma_deploy.runtime.encoder import EncoderGraph
     from gemma_deploy.runtime.engine import Engine
@@ -99,6 +99,10 @@ class Native:
     def codes(self, spec: BuildSpec) -> CodeForm:
         """Unsigned, in panels; those of a head that is screened in two planes."""
         return CodeForm(unsigned=True, panels=True, planes=candidates_of(spec) is not None)
+
+    def front(self, spec: BuildSpec, checkpoint: Checkpoint, name: str) -> bytes:
+        """Nothing."""
+        return b""
 
     def contract(self, spec: BuildSpec, config: ModelConfig) -> NativeContract:
         """Lengths are free; P is the longest prompt that is compared, C the positions there are."""

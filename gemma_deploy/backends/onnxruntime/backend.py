@@ -33,7 +33,7 @@ from gemma_deploy.backends.onnxruntime.options import (
 from gemma_deploy.backends.onnxruntime.window import WINDOW, WINDOW_CACHE, window_problems, windowed_layers
 from gemma_deploy.backends.serving import own_server
 from gemma_deploy.backends.spec import BuildSpec, CodeDefaults, Options, embedding_scale
-from gemma_deploy.checkpoint import ModelConfig
+from gemma_deploy.checkpoint import Checkpoint, ModelConfig
 from gemma_deploy.estimates import BASE_BYTES, GRAPH_BYTES, RUNTIME_BYTES, SESSION_BYTES, StageEstimate
 from gemma_deploy.graph.contract import (
     BATCH,
@@ -196,6 +196,10 @@ class OnnxRuntime:
             experts_transposed=True,
             cache_scales=spec.scheme.int8_cache,
         )
+
+    def front(self, spec: BuildSpec, checkpoint: Checkpoint, name: str) -> bytes:
+        """Nothing."""
+        return b""
 
     def contract(self, spec: BuildSpec, config: ModelConfig) -> GraphContract:
         """Batch and lengths are free; P is the longest prompt that is compared, C the positions there are."""

@@ -12,7 +12,7 @@ from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.base import Export, ExportJob, Proof, Serving
 from gemma_deploy.backends.serving import own_server
 from gemma_deploy.backends.spec import BuildSpec, CodeDefaults, Options
-from gemma_deploy.checkpoint import ModelConfig
+from gemma_deploy.checkpoint import Checkpoint, ModelConfig
 from gemma_deploy.estimates import (
     EXPORT_BYTES,
     EXPORT_SECONDS,
@@ -112,6 +112,10 @@ class StaticPair:
     def codes(self, spec: BuildSpec) -> CodeForm:
         """Signed codes, [out, in]."""
         return CodeForm()
+
+    def front(self, spec: BuildSpec, checkpoint: Checkpoint, name: str) -> bytes:
+        """Nothing."""
+        return b""
 
     def contract(self, spec: BuildSpec, config: ModelConfig) -> GraphContract:
         """Of `ranks` ranks joined, with all their KV heads; of an encoder, P or, where it is dynamic, C tokens."""
