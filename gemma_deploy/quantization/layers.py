@@ -37,6 +37,7 @@ from gemma_deploy.quantization.layer_walk import LayerWalk
 from gemma_deploy.quantization.moments import NotPositiveError
 from gemma_deploy.quantization.moments_pass import scratch_of
 from gemma_deploy.quantization.results import claim, layer_file, read_record, resume_at, states_file, write_result
+from gemma_deploy.quantization.scales import as_dtype
 from gemma_deploy.quantization.solver import QuantizedWeight, Settings, Solved, solve
 
 
@@ -180,11 +181,13 @@ def _quantize_layer(
             own = [settings.linear(reader) for reader in group.readers]
             # Where nothing in front can absorb factors, there are none.
             how = settings if group.norm or group.maker else replace(settings, equalize=False)
+            # A factor of rows goes into scales that have a type already: of a power of two they stay numbers of it.
+            how = replace(how, powers_of_two=bool(group.maker) and settings.scales != "float32")
             found = solve(weights, seen.moments.take(), how, shared=shared_rows(spec, group), tokens=tokens, own=own)
             for reader, module, weight in zip(group.readers, modules, found.weights, strict=True):
                 solved[reader] = weight
                 module.weight.data = weight.dequantized()
-            _fold(layer, group, spec, norm_offset, found, solved, norms)
+            _fold(layer, group, spec, norm_offset, found, solved, norms, settings.scales)
             if group.maker:
                 inside.divided(group.observed, found.factors)
             record["groups"][group.observed] = _describe(found)
@@ -219,11 +222,12 @@ def _fold(
     found: Solved,
     solved: dict[str, QuantizedWeight],
     norms: dict[str, torch.Tensor],
+    scales: str,
 ) -> None:
     """Divide what makes the input by the factors: a norm's gain, or the scales of rows of the linear before.
 
     Args:
-        norm_offset: what the norm's gain is more than its weight.
+        norm_offset: what the norm's gain is more than its weight; scales: their type.
     """
     if group.norm:
         weight = layer.get_submodule(group.norm).weight
@@ -235,7 +239,7 @@ def _fold(
         if shared is not None:
             rows[shared] = found.factors
         maker = solved[group.maker]
-        solved[group.maker] = replace(maker, scale=maker.scale / rows[:, None])
+        solved[group.maker] = replace(maker, scale=as_dtype(maker.scale / rows[:, None], scales))
         layer.get_submodule(group.maker).weight.data = solved[group.maker].dequantized()
 
 

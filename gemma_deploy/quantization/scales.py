@@ -50,10 +50,12 @@ def choose_scales(
 def as_dtype(scale: torch.Tensor, dtype: str) -> torch.Tensor:
     """The nearest numbers of a type, float32: a file of that type then holds what codes were chosen for.
 
-    Those that round to zero are the type's smallest instead.
+    Those that round to zero are the type's smallest instead: of float16, whose range ends among small weights, one with
+    few bits.
     """
     if dtype == "float32":
         return scale
     kind: torch.dtype = getattr(torch, dtype)
-    smallest = torch.finfo(kind).smallest_normal
+    limits = torch.finfo(kind)
+    smallest = limits.smallest_normal * (limits.eps if dtype == "float16" else 1)
     return scale.clamp_min(smallest).to(kind).float()

@@ -31,7 +31,7 @@ class Settings:
         percdamp: see `factorize`.
         act_order: round channels of large power first.
         blocksize: see `gptq`.
-        equalize: choose column factors; else they are 1.
+        equalize: choose column factors; else they are 1. powers_of_two: round them to such.
         compensate: move errors onto later columns (GPTQ); else round to nearest.
         activations: inputs are rounded to 8 bits as well, with a scale for each token.
         kept_w8: kinds of linears that have 8 bits whatever the others have; those of low rank have them, and whole
@@ -45,6 +45,7 @@ class Settings:
     act_order: bool = True
     blocksize: int = 128
     equalize: bool = True
+    powers_of_two: bool = False
     compensate: bool = True
     activations: bool = False
     kept_w8: tuple[str, ...] = ()
@@ -145,6 +146,8 @@ def solve(
             weighted = (tokens.square() * token_gains(weights, tokens)[:, None]).mean(0)
             power *= weighted / _in_place(factor.diagonal, order).clamp_min(1e-30)
         factors = column_factors(weights, power, shared, groupsize=settings.groupsize, tokens=tokens)
+        if settings.powers_of_two:
+            factors = factors.log2().round().exp2()
     each = own or [settings] * len(weights)
     solved = [_matrix(weight, factor, order, factors, one) for weight, one in zip(weights, each, strict=True)]
     equalized = settings.equalize

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from gemma_deploy.checkpoint.stored import Stored
 
 
+SCALE_ROWS = 4096  # looked at together
+
+
 class MisfitError(Exception):
     """Tensors that do not make a matrix together; the message names them."""
 
@@ -184,7 +187,20 @@ class CodedMatrix(QuantizedWeight):
             if least == largest == 1 << (self.bits - 1):
                 return f"it has codes of {self.bits} bits, the artifact {form.bits}"
             return f"its zero points reach from {least} to {largest}, and {form.bits} bits do not hold the differences"
+        if form.scales != "float32" and not self._scales_are(form.scales):
+            return f"its scales are no numbers of {form.scales}"
         return None
+
+    def _scales_are(self, dtype: str) -> bool:
+        """Whether every scale is a number of a type of 16 bits."""
+        for start in range(0, self.shape[0], SCALE_ROWS):
+            scales = self.scales(start, min(start + SCALE_ROWS, self.shape[0]))
+            if dtype == "bfloat16" and np.any(scales.view(np.uint32) & 0xFFFF):
+                return False
+            with np.errstate(over="ignore"):
+                if dtype == "float16" and np.any(scales.astype(np.float16) != scales):
+                    return False
+        return True
 
     def taken_codes(self, start: int, stop: int) -> np.ndarray:
         """What an artifact stores of the codes that `why_not` has nothing against, int8 [stop - start, in]."""
