@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 # Dtypes of tensors in a parameter file.
-StoredDtype = Literal["float32", "float16", "bfloat16", "int8", "int4", "uint8", "uint4"]
+StoredDtype = Literal["float32", "float16", "bfloat16", "int8", "int4", "uint8", "uint4", "q8_0", "q4_0"]
 # Those, and the dtypes of a graph's inputs and outputs.
 DtypeName = Literal[
-    "float32", "float16", "bfloat16", "float64", "int64", "int32", "int8", "uint8", "int4", "uint4", "bool"
-]
+    "float32", "float16", "bfloat16", "float64", "int64", "int32", "int8", "uint8", "int4", "uint4", "bool",
+    "q8_0", "q4_0",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Dtype:
         onnx: its number there.
         safetensors: its name there; of elements of 4 bits, which that format lacks, the name of their bytes.
         numpy: an array of the elements, or of their bits where NumPy has no such type; little-endian.
+        block: bytes of a block of `BLOCK` codes and their scale (params/blocks.py); 0 of elements that lie alone.
     """
 
     name: str
@@ -33,16 +35,21 @@ class Dtype:
     onnx: int
     safetensors: str
     numpy: str
+    block: int = 0
 
     @property
     def packed(self) -> bool:
         """Whether two elements share a byte."""
-        return self.bits == 4
+        return self.bits == 4 and not self.block
 
     @property
     def itemsize(self) -> int:
         """Bytes of an element that is not packed."""
         return self.bits // 8
+
+    def nbytes(self, count: int) -> int:
+        """Bytes of so many elements."""
+        return count // BLOCK * self.block if self.block else count * self.bits // 8
 
     @property
     def onnxruntime(self) -> str:
@@ -69,7 +76,10 @@ ROWS = (
     Dtype("uint4", 4, 21, "U8", "u1"),
     Dtype("bool", 8, 9, "BOOL", "?"),
 )
-BY_NAME = {row.name: row for row in ROWS}
+# Of llama.cpp: codes in runs of 32 columns, each behind its float16 scale.
+BLOCK = 32
+BLOCKS = (Dtype("q8_0", 8, 0, "", "u1", 34), Dtype("q4_0", 4, 0, "", "u1", 18))
+BY_NAME = {row.name: row for row in (*ROWS, *BLOCKS)}
 BY_ONNX = {row.onnx: row for row in ROWS}
 BY_ONNXRUNTIME = {row.onnxruntime: row for row in ROWS}
 BY_SAFETENSORS = {row.safetensors: row for row in ROWS if not row.packed}

@@ -9,6 +9,8 @@ from __future__ import annotations
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 PARAMS = "params.safetensors"
+GGUF = "model.gguf"  # the parameter file, as llama.cpp reads it
+PARAMETER_FILES = (PARAMS, GGUF)
 MANIFEST = "manifest.json"
 
 # Modules of a model, without and with the name of their weight; a layer is LAYERS and its number.

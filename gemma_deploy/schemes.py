@@ -23,7 +23,7 @@ from gemma_deploy.names import (
 )
 
 Bits = Literal[4, 8]
-Naming = Literal["own", "compressed-tensors"]
+Naming = Literal["own", "compressed-tensors", "gguf"]
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
 SMALLEST_BLOCK = 16  # of MatMulNBits
 # What stays in 8 bits where the other linears have 4: few rows, which every query head reads. Real 270M, all linears in
@@ -137,7 +137,8 @@ class CodeForm:
             are divided by factors, and steps are made with the codes.
         floats: what matrices are that are no codes where others are.
         rotary: the tables of cosines and sines are in the file.
-        naming: what tensors are called in the file (params/naming.py).
+        naming: what tensors are called in the file (params/naming.py), and of gguf what lies around them: codes in
+            blocks behind their scales (params/blocks.py), gains of norms as what they multiply by.
     """
 
     unsigned: bool = False
@@ -149,6 +150,11 @@ class CodeForm:
     floats: Literal["float16", "bfloat16"] = "float16"
     rotary: bool = True
     naming: Naming = "own"
+
+    @property
+    def blocks(self) -> bool:
+        """Whether codes lie in blocks, each behind its scale."""
+        return self.naming == "gguf"
 
 
 # Names in recipes (`frontend.quantize.table`).

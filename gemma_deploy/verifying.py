@@ -15,6 +15,7 @@ from gemma_deploy.backends import backend_of
 from gemma_deploy.dtypes import BY_ONNX
 from gemma_deploy.names import HEAD, MANIFEST, PARAMS
 from gemma_deploy.params import ParamRow, ParamTable, damaged_rows
+from gemma_deploy.params.naming import file_name
 from gemma_deploy.partition.ranks import sharding
 from gemma_deploy.workdir import MARK
 
@@ -143,7 +144,7 @@ def _table_problems(artifact: Artifact) -> list[str]:
     layers, tied = model.num_hidden_layers, model.tie_word_embeddings
     parts = [(part.folder, part.layers, part.ranks) for part in manifest.parts] or [("", (0, layers), 1)]
     for folder, span, ranks in parts:
-        file = (Path(folder) / PARAMS).as_posix()
+        file = (Path(folder) / file_name(manifest.naming)).as_posix()
         embeds, heads = span[0] == 0, span[1] == layers
         expected = int(embeds) + int(heads and not (tied and embeds))
         shape = (model.vocab_size // ranks, model.hidden_size)

@@ -81,7 +81,7 @@ GEMMA = Architecture(
         classifier="GemmaForSequenceClassification",
         layer_types=False,
     ),
-    gguf=Gguf("gemma", {**GGUF_BLOCKS, "ffn_norm": "post_attention_layernorm"}, gguf_config),
+    gguf=Gguf("gemma", {**GGUF_BLOCKS, "ffn_norm": "post_attention_layernorm"}, gguf_config, written=True),
     read=read,
     layer=layer,
     branches=BRANCHES,

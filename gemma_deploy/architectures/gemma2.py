@@ -86,7 +86,7 @@ GEMMA2 = Architecture(
         causal="Gemma2ForCausalLM",
         classifier="Gemma2ForSequenceClassification",
     ),
-    gguf=Gguf("gemma2", {**GGUF_BLOCKS, **GGUF_FOUR_NORMS}, gguf_config),
+    gguf=Gguf("gemma2", {**GGUF_BLOCKS, **GGUF_FOUR_NORMS}, gguf_config, written=True),
     read=read,
     layer=layer,
     branches=BRANCHES,

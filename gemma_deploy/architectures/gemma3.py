@@ -140,6 +140,8 @@ GEMMA3 = Architecture(
         "gemma3",
         {**GGUF_BLOCKS, **GGUF_FOUR_NORMS, **GGUF_HEAD_NORMS},
         gguf_config,
+        written=True,
+        with_head=True,
     ),
     read=read,
     layer=layer,

@@ -51,6 +51,7 @@ class Gguf:
         whole: the same for names that are not made that way, from end to end; outside: for those outside layers.
         stacked: tensors that hold several matrices -> where those are, before `.N.weight`.
         said: tensors that are no weights, but say what config.json says.
+        written: such files are made as well; with_head: llama.cpp reads an LM head beside the token table.
     """
 
     name: str
@@ -60,6 +61,8 @@ class Gguf:
     outside: Mapping[str, str] = field(default_factory=dict)
     stacked: Mapping[str, str] = field(default_factory=dict)
     said: tuple[str, ...] = ()
+    written: bool = False
+    with_head: bool = False
 
     def hf_name(self, name: str) -> str:
         """The Hugging Face name of a tensor; one that llama.cpp does not use for this generation stays as it is."""
@@ -74,3 +77,17 @@ class Gguf:
             if kind == "weight" and part in self.blocks:
                 return f"{LAYERS}{number}.{self.blocks[part]}.weight"
         return name
+
+    def own_name(self, name: str) -> str:
+        """The inverse of `hf_name`, of a tensor that is no part of another.
+
+        Raises:
+            KeyError: llama.cpp has no name for it.
+        """
+        outside = {**OUTSIDE, **self.outside}
+        number, _, rest = name.removeprefix(LAYERS).partition(".")
+        names = {f"{one}.weight": f"{part}.weight" for part, one in self.blocks.items()}
+        names |= {one: part for part, one in self.whole.items()}
+        if name.startswith(LAYERS):
+            return f"{BLOCK}{number}.{names[rest]}"
+        return {one: own for own, one in outside.items()}[name]

@@ -12,7 +12,7 @@ from gemma_deploy import reading
 from gemma_deploy.artifact.manifest import FORMAT_VERSION, Manifest
 from gemma_deploy.bounds import lines_of
 from gemma_deploy.errors import ArtifactError, NoArtifactError, UsageError
-from gemma_deploy.names import CONFIG, MANIFEST, PARAMS
+from gemma_deploy.names import CONFIG, MANIFEST, PARAMETER_FILES
 from gemma_deploy.workdir import is_temporary
 
 MOST_NAMES = 20  # of a workspace
@@ -54,7 +54,7 @@ class Artifact:
             )
         file = path / MANIFEST
         if not reading.exists(file):
-            if reading.exists(path / CONFIG) and not reading.exists(path / PARAMS):
+            if reading.exists(path / CONFIG) and not any(reading.exists(path / name) for name in PARAMETER_FILES):
                 raise _is_a_checkpoint(path)
             if held := _artifacts_in(path):
                 raise ArtifactError(

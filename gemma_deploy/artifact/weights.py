@@ -21,8 +21,9 @@ from gemma_deploy.checkpoint.expected import expected_tensors
 from gemma_deploy.checkpoint.index import read_json
 from gemma_deploy.checkpoint.shapes import as_matrix
 from gemma_deploy.dtypes import BY_NAME
-from gemma_deploy.names import COLUMN_FACTOR, CONFIG, PARAMS
-from gemma_deploy.params import panels
+from gemma_deploy.names import COLUMN_FACTOR, CONFIG
+from gemma_deploy.params import blocks, panels
+from gemma_deploy.params.naming import file_name
 from gemma_deploy.params.plan import COLUMN_SCALE, ParamSpec, build_plan
 from gemma_deploy.params.rescaled import exponent_of, rescaled
 from gemma_deploy.params.table import ParamRow
@@ -66,7 +67,7 @@ class ArtifactWeights:
         self._coded: dict[str, str] = {}  # scale -> matrix
         self._pieces: dict[str, list[tuple[Path, ParamRow, ParamSpec]]] = {}
         for part in parts:
-            file = part.file(PARAMS)
+            file = part.file(file_name(form.naming))
             plan = build_plan(
                 self.config,
                 scheme,
@@ -80,6 +81,8 @@ class ArtifactWeights:
                 if spec.source is not None:
                     row = rows[file, spec.name]
                     self._pieces.setdefault(spec.name, []).append((artifact / file, row, spec))
+                    if BY_NAME[row.dtype].block:
+                        self._coded[spec.name] = spec.name
                     if spec.name.endswith(".scale") and spec.name not in self.tensors:
                         module = spec.name.removesuffix(".scale")
                         codes = storage.of(module)
@@ -90,6 +93,9 @@ class ArtifactWeights:
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) as float32, codes times their scale, powers of two of a float16 artifact undone."""
         info: TensorInfo = self.tensors[name]
+        if name in self._coded and name not in self._scales:
+            codes, scales = self._blocks(name, start, stop)
+            return _times(codes, scales)
         values = self._gather(name, info.shape, start, stop)
         if exponent_of(name, values.ndim, self._rescaling):
             values = rescaled(
@@ -99,9 +105,7 @@ class ArtifactWeights:
         if scale not in self._scales:
             return values
         scales = self._gather(scale, self._scales[scale], start, stop).reshape(stop - start, -1)
-        grouped = values.reshape(*scales.shape, -1)
-        dequantized: np.ndarray = (grouped * scales[..., None]).reshape(values.shape)
-        return dequantized
+        return _times(values, scales)
 
     def code_names(self) -> tuple[str, ...]:
         """Names of the matrices that are codes, in file order."""
@@ -109,6 +113,8 @@ class ArtifactWeights:
 
     def codes(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """A matrix of `code_names` as it is stored: int8 [rows, columns], float32 [rows, groups]."""
+        if name in self._coded:
+            return self._blocks(name, 0, self.tensors[name].shape[0])
         shape, scale = self.tensors[name].shape, f"{name.removesuffix('.weight')}.scale"
         scales = self._gather(scale, self._scales[scale], 0, shape[0]).reshape(shape[0], -1)
         return self._gather(name, shape, 0, shape[0]).astype(np.int8), scales
@@ -127,7 +133,8 @@ class ArtifactWeights:
 
     def dtype(self, name: str) -> str:
         """Type of a tensor's numbers in the file; codes are int8 or int4, whatever their zero point."""
-        return self._pieces[name][0][1].dtype.removeprefix("u")
+        dtype = self._pieces[name][0][1].dtype
+        return f"int{BY_NAME[dtype].bits}" if BY_NAME[dtype].block else dtype.removeprefix("u")
 
     def embedding_scale(self) -> np.ndarray | None:
         """[hidden] by which embedded rows are multiplied, sqrt(hidden_size) included; None where that is one number."""
@@ -143,6 +150,13 @@ class ArtifactWeights:
         names = [name for name in self._pieces if name.endswith(f".{COLUMN_FACTOR}")]
         sizes = [self._pieces[name][0][1].shape for name in names]
         return {name: self._gather(name, size, 0, size[0]) for name, size in zip(names, sizes, strict=True)}
+
+    def _blocks(self, name: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Codes and scales of a matrix whose codes lie behind their scales."""
+        ((file, row, _),) = self._pieces[name]
+        size = row.nbytes // row.shape[0]
+        stored = np.fromfile(file, np.uint8, (stop - start) * size, offset=row.offset + start * size)
+        return blocks.decode(stored.reshape(stop - start, size), row.dtype)
 
     def _gather(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
         """Rows of a tensor from all files that hold some of it, as float32; NaN where none does."""
@@ -165,9 +179,16 @@ class ArtifactWeights:
                     span, dimensions = (at + low - first, at + high - first), len(shape)
                     part = _rows_of(file, row, *span, transposed=spec.transposed, dimensions=dimensions)
                     columns = slice(*spec.columns) if spec.columns else slice(None)
+                    part = part - np.float32(spec.added) if spec.added else part
                     found[(slice(low - start, high - start), *((columns,) if len(shape) > 1 else ()))] = part
                 at += last - first
         return found
+
+
+def _times(values: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Codes [rows, ...] times scales [rows, groups], float32."""
+    dequantized: np.ndarray = (values.reshape(*scales.shape, -1) * scales[..., None]).reshape(values.shape)
+    return dequantized
 
 
 def _form_of(manifest: Manifest) -> CodeForm:

@@ -59,12 +59,18 @@ class CodeDefaults:
         table_in_groups: the scheme's has groups of columns where it would have a scale for each row.
         keep_w8: kinds of linears that keep 8 bits where the others have 4; None for the scheme's.
         scales: the type that every scale is a number of.
+        groupsize: input channels that share a scale, in every matrix of codes; None for the scheme's.
     """
 
     table: str | None = None
     table_in_groups: bool = False
     keep_w8: tuple[str, ...] | None = None
     scales: ScaleDtype = "float32"
+    groupsize: int | None = None
+
+    def applied(self, codes: Codes) -> Codes:
+        """Codes as they have to be here."""
+        return replace(codes, scales=self.scales, groupsize=self.groupsize or codes.groupsize)
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,9 @@ class BuildSpec:
         made = self.own_storage or storage_of(
             self.scheme.weights, hidden_size, self.groupsize, table=table, kept_w8=kept_w8
         )
-        made = replace(made, linears=replace(made.linears, scales=wanted.scales))
+        made = replace(made, linears=wanted.applied(made.linears))
+        if made.table is not None:
+            made = replace(made, table=wanted.applied(made.table))
         if per_layer is None:
             return made
         kept = () if made.linears.bits == 8 else KEPT_PER_LAYER

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gemma_deploy.names import MANIFEST, MIB, PARAMS
+from gemma_deploy.names import MANIFEST, MIB, PARAMETER_FILES
 from gemma_deploy.options import NAME, adapter_option
 
 if TYPE_CHECKING:
@@ -42,7 +42,9 @@ def command(path: str, adapter: tuple[AdapterRef, ...], params: bool, as_json: b
     from gemma_deploy.checkpoint import Checkpoint, resolve_checkpoint
     from gemma_deploy.reading import exists
 
-    is_artifact = any(exists(Path(path) / name) for name in (MANIFEST, PARAMS))  # PARAMS alone: an unfinished one
+    is_artifact = any(
+        exists(Path(path) / name) for name in (MANIFEST, *PARAMETER_FILES)
+    )  # those alone: an unfinished one
     artifact = Artifact.open(path) if is_artifact else None
     if artifact is not None:
         if adapter:

@@ -14,7 +14,7 @@ Examples:
   gemma-deploy serve-command workspace/NAME --tensor-parallel-size 2 --port 8000
   gemma-deploy serve-command workspace/NAME --pipeline-parallel-size 2 --ray
 
-Of an artifact of backend.type vllm it is vLLM's command; all others are served by `gemma-deploy serve`. Runs nothing.
+Of backend.type vllm it is vLLM's command, of gguf llama.cpp's; others are served by `gemma-deploy serve`. Runs nothing.
 """
 
 

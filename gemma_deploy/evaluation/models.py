@@ -23,7 +23,7 @@ from gemma_deploy.checkpoint import AdapterRef, Checkpoint
 from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import CheckpointError, UsageError
 from gemma_deploy.machine import give_memory_back
-from gemma_deploy.names import CONFIG, MANIFEST, PARAMS
+from gemma_deploy.names import CONFIG, MANIFEST, PARAMETER_FILES
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.parity.sources import LogitSource
 from gemma_deploy.reading import exists, expand
@@ -116,7 +116,7 @@ class Evaluated:
 
 def is_artifact(path: Path) -> bool:
     """Whether a directory is one, finished or not."""
-    return any(exists(path / name) for name in (MANIFEST, PARAMS))
+    return any(exists(path / name) for name in (MANIFEST, *PARAMETER_FILES))
 
 
 def open_model(

@@ -3,7 +3,7 @@
 float32 tensors first, then 16-bit, then int8, so that each is aligned to its element without holes (which the format
 forbids). The format has no signed 4-bit integers: pairs of them, the first in the low half as ONNX packs them, are
 bytes [rows, columns / 2]. The header is padded with spaces so that the data start on a page.
-Names are those of naming.py.
+Names are those of naming.py. A file for llama.cpp has another header (gguf.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
 
 from gemma_deploy.dtypes import BY_NAME, StoredDtype
+from gemma_deploy.params import gguf
 from gemma_deploy.params.naming import Placed, entries
 from gemma_deploy.schemes import Naming
 
@@ -44,20 +45,26 @@ class Place:
     nbytes: int
 
 
-def lay_out(plan: Sequence[ParamSpec], naming: Naming = "own") -> Layout:
-    """Place the plan's tensors."""
+def lay_out(plan: Sequence[ParamSpec], naming: Naming = "own", *, front: bytes = b"") -> Layout:
+    """Place the plan's tensors.
+
+    Args:
+        front: metadata that stand in front of them, of a file for llama.cpp (`gguf.pack`).
+    """
     ordered = sorted(plan, key=lambda spec: -BY_NAME[spec.dtype].bits)
-    header = _header(ordered, naming)
+    aligned = gguf.ALIGNMENT if naming == "gguf" else 1
+    header = gguf.header(ordered, front) if naming == "gguf" else _header(ordered, naming)
     offsets, end = {}, len(header)
     for spec in ordered:
+        end = -(-end // aligned) * aligned
         offsets[spec.name] = end
         end += spec.nbytes
     return Layout(header, offsets, end)
 
 
-def places(plan: Sequence[ParamSpec], naming: Naming = "own") -> tuple[Place, ...]:
+def places(plan: Sequence[ParamSpec], naming: Naming = "own", *, front: bytes = b"") -> tuple[Place, ...]:
     """Every tensor of the plan and where it will lie, in the plan's order."""
-    offsets = lay_out(plan, naming).offsets
+    offsets = lay_out(plan, naming, front=front).offsets
     return tuple(Place(spec.name, spec.dtype, spec.shape, offsets[spec.name], spec.nbytes) for spec in plan)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gemma_deploy.dtypes import BY_NAME
+from gemma_deploy.names import GGUF, PARAMS
 from gemma_deploy.schemes import Naming
 
 WORD = 32  # bits of an element of packed codes
@@ -46,6 +47,11 @@ class Placed(Protocol):
 
     @property
     def nbytes(self) -> int: ...  # noqa: D102
+
+
+def file_name(naming: Naming) -> str:
+    """The parameter file of a part."""
+    return GGUF if naming == "gguf" else PARAMS
 
 
 def entries(tensors: Sequence[Placed], naming: Naming) -> Iterator[Entry]:

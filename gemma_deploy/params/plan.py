@@ -30,6 +30,8 @@ CODE_DTYPES: dict[tuple[int, bool], StoredDtype] = {
     (8, False): "int8", (4, False): "int4", (8, True): "uint8", (4, True): "uint4",
 }  # fmt: skip
 # Norm weights are float32 everywhere: the norm computes in float32.
+# Codes with their scales, by bits.
+BLOCK_DTYPES: dict[int, StoredDtype] = {8: "q8_0", 4: "q4_0"}
 MATRIX_DTYPE: dict[Form, StoredDtype] = {
     "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "w8a16": "int8", "w8a16_folded": "int8",
 }  # fmt: skip
@@ -49,6 +51,7 @@ class ParamSpec:
         panels: the shape before padding, where the file has panels of 16 rows (panels.py); `shape` is the file's.
         planes: codes lie in two planes of their halves, or these are scales of such, which lie row by row.
         output_error: of a matrix that a calibrated quantizer made.
+        added: to every number, before it is stored.
     """
 
     name: str
@@ -64,6 +67,7 @@ class ParamSpec:
     output_error: OutputError | None = None
     panels: tuple[int, ...] | None = None
     planes: bool = False
+    added: float = 0.0
 
     @property
     def plain(self) -> tuple[int, ...]:
@@ -73,7 +77,7 @@ class ParamSpec:
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        return math.prod(self.shape) * BY_NAME[self.dtype].bits // 8
+        return BY_NAME[self.dtype].nbytes(math.prod(self.shape))
 
 
 def build_plan(
@@ -118,7 +122,7 @@ def build_plan(
     if config.drafting is not None:
         behind = config.drafting.tensors(config.hidden_size, config.vocab_size)
     layers = config.layers[span.start : span.stop]
-    rescaled = scheme == "fp16" and not form.panels
+    rescaled = scheme == "fp16" and not form.panels and not form.blocks
     specs: list[ParamSpec] = []
     small = coefficients(config)
     for name, shape in expected_tensors(config).items():
@@ -126,7 +130,9 @@ def build_plan(
             continue
         module = name.removesuffix(".weight")
         if len(shape) == 1 or name in small:
-            specs.append(ParamSpec(name, shape, "float32", "cast", name))
+            gain = form.blocks and name.endswith("norm.weight")
+            added = config.architecture.norm_offset if gain else 0.0
+            specs.append(ParamSpec(name, shape, "float32", "cast", name, added=added))
             if rescaled and len(shape) == 1 and name != module:
                 eps = config.rms_norm_eps * 4.0 ** -rescaling.of(f"{module}.in")
                 specs.append(ParamSpec(f"{module}.eps", (1,), "float32", "constant", value=eps))
@@ -136,6 +142,10 @@ def build_plan(
             kinds: tuple[Kind, Kind] = ("stored", "stored") if made else (nearest, "scale")
             if name in taken:
                 kinds = "taken_over", "taken_over"
+            if form.blocks:
+                dtype = BLOCK_DTYPES[codes.bits]
+                specs.append(ParamSpec(name, shape, dtype, kinds[0], name, output_error=made))
+                continue
             scales = f"{module}.scale"
             stack = len(shape) == 3
             transposed = form.experts_transposed if stack else form.transposed and ".layers." in name
@@ -150,7 +160,7 @@ def build_plan(
             source = scales if made or name in taken else name
             of_scales, turns = codes.scale_shape(shape), stack and transposed and codes.groupsize is not None
             lies = turned(of_scales) if turns else of_scales
-            kind = "cast" if kinds[1] == "stored" and codes.scales != "float32" else kinds[1]
+            kind = "cast" if kinds[1] != "scale" and codes.scales != "float32" else kinds[1]
             specs.append(ParamSpec(scales, lies, codes.scales, kind, source, transposed=turns))
             folded = scheme == "w8a16_folded" and codes.groupsize is None and config.head_reads_table
             if folded and name == EMBEDDING_WEIGHT and span.start == 0:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gemma_deploy.checkpoint import WeightSource
-from gemma_deploy.dtypes import BY_NAME
-from gemma_deploy.params import panels
+from gemma_deploy.dtypes import BLOCK, BY_NAME
+from gemma_deploy.params import blocks, panels
 from gemma_deploy.params.constants import constant_rows
 from gemma_deploy.params.plan import ParamSpec
 from gemma_deploy.params.table import ParamRow
@@ -169,7 +169,8 @@ def run_job(
     if spec.kind == "constant":
         return [_write_constant(sinks[0], buffers, block_bytes)]
     if spec.kind in ("stored", "taken_over"):
-        return [_write_stored(sinks[0], source, buffers, block_bytes)]
+        write = _write_stored_blocks if BY_NAME[spec.dtype].block else _write_stored
+        return [write(sinks[0], source, buffers, block_bytes)]
     checked = _checked_blocks(source, spec, buffers, block_bytes)
     if spec.kind in ("int8_per_channel", "int4_per_group"):
         return _write_codes(sinks, checked, buffers)
@@ -195,8 +196,30 @@ def _write_stored(sink: Sink, source: WeightSource, buffers: Buffers, block_byte
             raise BadTensorError(f"{info.name}: a scale in rows {start} to {stop - 1} is NaN or infinite")
         block = _columns(block, spec, buffers)
         sink.write_rows(block, buffers)
-    error = spec.output_error
+    return _row_of(sink)
+
+
+def _row_of(sink: Sink) -> ParamRow:
+    """Of what was quantized before."""
+    error = sink.spec.output_error
     return sink.row(error.sqnr_db, float(f"{error.energy:.7g}")) if error else sink.row()
+
+
+def _write_stored_blocks(sink: Sink, source: WeightSource, buffers: Buffers, block_bytes: int) -> ParamRow:
+    """Codes and their scales, which the source has apart, together."""
+    import torch
+
+    spec = sink.spec
+    name = spec.source or spec.name
+    scales = f"{name.removesuffix('.weight')}.scale"
+    rows, columns = spec.shape
+    for start, stop in _spans(rows, columns, block_bytes):
+        codes, chosen = (torch.from_numpy(source.raw_rows(one, start, stop)) for one in (name, scales))
+        chosen = chosen.float()
+        if not torch.equal(chosen, chosen.half().float()):
+            raise BadTensorError(f"{scales}: a scale in rows {start} to {stop - 1} is no number of float16")
+        sink.write(blocks.encode(codes, chosen, spec.dtype))
+    return _row_of(sink)
 
 
 def as_stored(block: torch.Tensor, spec: ParamSpec) -> torch.Tensor:
@@ -221,8 +244,10 @@ def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     return (low & 15) | (high << 4)
 
 
-def _write_cast(sink: Sink, blocks: Iterator[tuple[torch.Tensor, torch.Tensor]], buffers: Buffers) -> ParamRow:
-    for block, _ in blocks:
+def _write_cast(sink: Sink, checked: Iterator[tuple[torch.Tensor, torch.Tensor]], buffers: Buffers) -> ParamRow:
+    for block, _ in checked:
+        if sink.spec.added:
+            block = block.float() + sink.spec.added
         sink.write_rows(_narrow(_columns(block, sink.spec, buffers), sink.spec, buffers), buffers)
     return sink.row()
 
@@ -236,21 +261,25 @@ def _columns(block: torch.Tensor, spec: ParamSpec, buffers: Buffers) -> torch.Te
 
 
 def _write_codes(
-    sinks: list[Sink], blocks: Iterator[tuple[torch.Tensor, torch.Tensor]], buffers: Buffers
+    sinks: list[Sink], checked: Iterator[tuple[torch.Tensor, torch.Tensor]], buffers: Buffers
 ) -> list[ParamRow]:
     import torch
 
     from gemma_deploy.quantization.scales import SEARCHED_QMAX, as_dtype, choose_scales  # imports torch
 
-    weight, scales = sinks
-    qmax = (1 << (BY_NAME[weight.spec.dtype].bits - 1)) - 1
+    weight, scales = sinks[0], sinks[-1]  # one, where codes lie behind their scales
+    kind = BY_NAME[weight.spec.dtype]
+    qmax = (1 << (kind.bits - 1)) - 1
     # Of a row; each is quantized like a row.
-    lies = scales.spec.plain
-    groups = lies[-2] if scales.spec.transposed else math.prod(lies[len(weight.spec.plain) - 1 :])
-    rows = math.prod(lies) // groups
+    if kind.block:
+        rows, groups = weight.spec.shape[0], weight.spec.shape[1] // BLOCK
+    else:
+        lies = scales.spec.plain
+        groups = lies[-2] if scales.spec.transposed else math.prod(lies[len(weight.spec.plain) - 1 :])
+        rows = math.prod(lies) // groups
     signal, error = torch.empty(rows).double(), torch.empty(rows).double()  # of each row, however blocks were cut
     start = 0
-    for block, absmax in blocks:
+    for block, absmax in checked:
         part = slice(start, start := start + len(block))
         grouped = (len(block) * groups, block.shape[1] // groups)
         in_float32 = block if block.dtype == torch.float32 else buffers.take("wide", tuple(block.shape), torch.float32)
@@ -261,16 +290,20 @@ def _write_codes(
             chosen = row_scales(absmax.float() if groups == 1 else in_float32.view(grouped).abs().amax(1))
         else:
             chosen = choose_scales(in_float32.view(grouped), qmax)[:, 0].contiguous()
-        chosen = as_dtype(chosen, scales.spec.dtype)
+        chosen = as_dtype(chosen, "float16" if kind.block else scales.spec.dtype)
         powers = quantize_rows_(in_float32.view(grouped), chosen, q.view(grouped), scratch=scratch, qmax=qmax)
         signal[part], error[part] = (power.view(-1, groups).sum(1) for power in powers)
+        if kind.block:
+            weight.write(blocks.encode(q, chosen.view(-1, groups), kind.name))
+            continue
         apart = scales.spec.panels is not None or scales.spec.transposed
         chosen = _narrow(chosen, scales.spec, buffers)
         scales.write_rows(chosen.view(-1, groups) if apart else chosen, buffers)
         weight.write_rows(_columns(q, weight.spec, buffers), buffers)
     energy = float(signal.numpy().sum())
     sqnr = sqnr_db(energy, float(error.numpy().sum()))
-    return [weight.row(None if sqnr is None else round(sqnr, 4), float(f"{energy:.7g}")), scales.row()]
+    made = weight.row(None if sqnr is None else round(sqnr, 4), float(f"{energy:.7g}"))
+    return [made] if kind.block else [made, scales.row()]
 
 
 def _narrow(block: torch.Tensor, spec: ParamSpec, buffers: Buffers) -> torch.Tensor:
@@ -302,7 +335,8 @@ def _checked_blocks(
     integer = torch.int32 if dtype.itemsize == 4 else torch.int16
     mask = torch.iinfo(integer).max
     finite = int(torch.tensor(torch.finfo(dtype).max, dtype=dtype).view(integer))
-    largest = torch.finfo(torch.float32 if "int" in spec.dtype else getattr(torch, spec.dtype)).max
+    floats = not ("int" in spec.dtype or BY_NAME[spec.dtype].block)
+    largest = torch.finfo(getattr(torch, spec.dtype) if floats else torch.float32).max
     cols = math.prod(info.shape[1:])
     bad = _BadRows(name, spec.dtype, largest)
     for start, stop in _row_spans(spec.rows or ((0, info.shape[0]),), cols * dtype.itemsize, block_bytes):

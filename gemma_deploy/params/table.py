@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +19,7 @@ from pydantic import Field
 from gemma_deploy.bounds import Bytes, Inside, Size
 from gemma_deploy.dtypes import DtypeName
 from gemma_deploy.names import PARAMS
+from gemma_deploy.params import gguf
 from gemma_deploy.params.layout import header_bytes
 from gemma_deploy.schemes import Naming
 
@@ -133,8 +135,7 @@ def damaged_rows(
     """
     size = path.stat().st_size
     problems = [] if size == table.file_bytes else [f"{path.name} has {size} bytes, expected {table.file_bytes}"]
-    header = header_bytes(table.rows, naming)
-    if header is None or hash_span(path, 0, len(header)) != hashlib.sha256(header).hexdigest():
+    if not (_gguf_header_matches(path, table) if naming == "gguf" else _header_matches(path, table, naming)):
         problems.append(f"{path.name}: the header differs from the parameter table")
     done = 0
     with ThreadPoolExecutor(workers) as pool:
@@ -146,6 +147,29 @@ def damaged_rows(
             if progress:
                 progress(done, table.file_bytes)
     return problems
+
+
+def _header_matches(path: Path, table: ParamTable, naming: Naming) -> bool:
+    header = header_bytes(table.rows, naming)
+    return header is not None and hash_span(path, 0, len(header)) == hashlib.sha256(header).hexdigest()
+
+
+def _gguf_header_matches(path: Path, table: ParamTable) -> bool:
+    """What stands around metadata, which have a row, follows from the other rows; so do zeros between tensors."""
+    ahead, *rows = table.rows
+    with open(path, "rb", buffering=0) as file:
+        front = os.pread(file.fileno(), ahead.nbytes, ahead.offset)
+        if ahead.scheme != gguf.FRONT_KIND or hashlib.sha256(front).hexdigest() != ahead.sha256:
+            return True  # that is told of the row
+        expected = gguf.header(rows, front)
+        if os.pread(file.fileno(), len(expected), 0) != expected or rows[0].offset != len(expected):
+            return False
+        ends = [row.offset + row.nbytes for row in rows[:-1]]
+        gaps = [(end, row.offset) for end, row in zip(ends, rows[1:], strict=True)]
+        return all(
+            stop == gguf.aligned(start) and not any(os.pread(file.fileno(), stop - start, start))
+            for start, stop in gaps
+        )
 
 
 def in_file_order(rows: Sequence[ParamRow]) -> ParamTable:

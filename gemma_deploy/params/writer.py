@@ -21,6 +21,7 @@ from pathlib import Path
 from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.errors import ParamsError
 from gemma_deploy.machine import one_torch_thread
+from gemma_deploy.params import gguf
 from gemma_deploy.params.journal import Journal, read_finished
 from gemma_deploy.params.layout import Layout, lay_out
 from gemma_deploy.params.plan import ParamSpec
@@ -51,6 +52,7 @@ def write_params(
     journal: Path,
     block_bytes: int = BLOCK_BYTES,
     naming: Naming = "own",
+    front: bytes = b"",
 ) -> ParamTable:
     """Write every tensor of the plan and return the table of what was written.
 
@@ -66,17 +68,17 @@ def write_params(
         progress: called from this thread with (bytes written, bytes in all).
         journal: file that remembers what is finished; keep it beside `out_path` or in the workspace.
         block_bytes: source bytes per row block.
-        naming: what tensors are called in the file.
+        naming: what tensors are called in the file; front: what stands in front of them there (layout.py).
 
     Raises:
         ParamsError: NaN or infinity in a weight (all tensors are named), disk full, not writable, or the checkpoint
             changed on the way.
     """
-    layout = lay_out(plan, naming)
+    layout, ahead = lay_out(plan, naming, front=front), _front_rows(front)
     fingerprint = checkpoint.weights_fingerprint()
     with _disk_errors(out_path, layout), contextlib.closing(Journal(journal, _key(plan, layout, fingerprint))) as log:
         if _is_finished(log.file, out_path, layout):
-            return in_file_order([row for rows in log.finished.values() for row in rows])
+            return in_file_order([*ahead, *(row for rows in log.finished.values() for row in rows)])
         run = _Run(checkpoint, plan, layout, out_path=out_path, log=log)
         if not _is_finished(log.file, run.partial, layout):
             run.prepare()
@@ -87,7 +89,7 @@ def write_params(
                     where=str(checkpoint.path),
                     next_step="leave it alone and start again",
                 )
-        return run.commit()
+        return in_file_order([*ahead, *run.commit().rows])
 
 
 def finished_table(
@@ -97,11 +99,12 @@ def finished_table(
     *,
     journal: Path,
     naming: Naming = "own",
+    front: bytes = b"",
 ) -> ParamTable | None:
     """The table of a file that `write_params` would leave alone, else None. Reads no tensor and changes nothing."""
-    layout = lay_out(plan, naming)
+    layout = lay_out(plan, naming, front=front)
     rows, record = read_finished(journal, _key(plan, layout, checkpoint.weights_fingerprint()))
-    return in_file_order(rows) if _is_finished(record, out_path, layout) else None
+    return in_file_order([*_front_rows(front), *rows]) if _is_finished(record, out_path, layout) else None
 
 
 def refuse_bad_tensors(checkpoint: WeightSource, plan: Sequence[ParamSpec], *, block_bytes: int = BLOCK_BYTES) -> None:
@@ -253,6 +256,13 @@ def _bad_tensors(checkpoint: WeightSource, bad: Sequence[str], *, all_of_them: b
         expected="finite numbers within the range of the stored dtype",
         next_step="copy or download the checkpoint again; what is only too large for float16 fits bf16 or int8",
     )
+
+
+def _front_rows(front: bytes) -> list[ParamRow]:
+    """The row of metadata, where there are any: `verify` compares them by it."""
+    sha256, size = hashlib.sha256(front).hexdigest(), len(front)
+    row = ParamRow(gguf.FRONT_NAME, "uint8", (size,), gguf.FRONT_OFFSET, size, sha256, gguf.FRONT_KIND)
+    return [row] if front else []
 
 
 class _StoppedError(Exception):

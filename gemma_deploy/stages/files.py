@@ -43,7 +43,7 @@ def write_model_files(job: Job, out: Path, tensors: Mapping[str, Sequence[Place]
             shutil.copyfile(content, out / name)
         else:
             (out / name).write_text(json.dumps(content, indent=2) + "\n")
-    if job.code_form.naming != "own":
+    if job.code_form.naming == "compressed-tensors":
         index = index_of(tensors, job.code_form.naming)
         (out / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
         own = {**own, INDEX_NAME: index}

@@ -163,6 +163,7 @@ def _asked(job: Job) -> dict[str, Any]:
         "split_points": spec.split_points,
         "ranks": spec.ranks,
         "factors": spec.adapter_rank is not None,
+        **({"front": hashlib.sha256(job.front).hexdigest()} if job.front else {}),
     }
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from gemma_deploy.checkpoint import WeightSource
 from gemma_deploy.job import Job
-from gemma_deploy.names import PARAMS
 from gemma_deploy.params import ParamRow, ParamSpec, ParamTable, build_plan, write_params
 from gemma_deploy.params.layout import Place, places
+from gemma_deploy.params.naming import file_name
 from gemma_deploy.params.quantized import QuantizedCheckpoint
 from gemma_deploy.params.rescaled import RescaledCheckpoint
 from gemma_deploy.params.taken_over import TakenOver
@@ -44,9 +44,11 @@ def plans_of(job: Job, source: WeightSource, rescaling: Rescaling | None = None)
 
 def places_of(job: Job, source: WeightSource, rescaling: Rescaling | None = None) -> dict[str, tuple[Place, ...]]:
     """Where every tensor of each parameter file will lie, in the order of the file."""
-    plans = plans_of(job, source, rescaling)
+    plans, naming = plans_of(job, source, rescaling), job.code_form.naming
     return {
-        part.file(PARAMS): tuple(sorted(places(plan, job.code_form.naming), key=lambda place: place.offset))
+        part.file(file_name(naming)): tuple(
+            sorted(places(plan, naming, front=job.front), key=lambda place: place.offset)
+        )
         for part, plan in zip(job.parts, plans, strict=True)
     }
 
@@ -74,18 +76,20 @@ def write_parameters(
     if job.taken_over:
         source = TakenOver(source, job.checkpoint.quantized, job.taken_over)
     rows: list[ParamRow] = []
+    name = file_name(job.code_form.naming)
     for part, plan in zip(job.parts, plans, strict=True):
         before = sum(row.nbytes for row in rows)
         table = write_params(
             source,
             plan,
-            out / part.file(PARAMS),
+            out / part.file(name),
             journal=out / part.file("params.journal"),
             naming=job.code_form.naming,
+            front=job.front,
             workers=job.workers.writers,
             progress=None if progress is None else shifted(progress, before, total),
         )
-        rows += table.moved(part.file(PARAMS)).rows
+        rows += table.moved(part.file(name)).rows
     return ParamTable(tuple(rows))
 
 
