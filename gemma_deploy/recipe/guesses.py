@@ -18,7 +18,7 @@ FOUR_BITS = (
     "4 bits are frontend.quantize.type: w4a16_gptq (or w4a16, which is worse), with backend.dtype: int8; "
     "the recipe cpu-small-int4 has them"
 )
-GGUF = "a .gguf file is a checkpoint: frontend.checkpoint: FILE.gguf; backend.dtype says what it becomes"
+GGUF_FILE = "a .gguf file is a checkpoint: frontend.checkpoint: FILE.gguf; backend.dtype says what it becomes"
 FLOAT = "write backend.dtype: {}, and no frontend.quantize"
 SIZES = r"(bits?|[01]|k[sml]?|xs|nl|g\d+)?"  # what ggml and others put behind the bits
 # Key -> (what a guess looks like, what to write), the first that fits counts. Guesses are in small letters, without
@@ -31,7 +31,7 @@ GUESSES: dict[Path, tuple[tuple[str, str], ...]] = {
          "(the recipe cpu-best-int8)"),
         (rf"([uqiw]|u?int)?8{SIZES}|w8a16", "write backend.dtype: int8"),
         (r"fp8.*|float8.*|e[45]m[23].*", "floats of 8 bits are not built; write backend.dtype: int8"),
-        (r"gguf|ggml", GGUF),
+        (r"gguf|ggml", GGUF_FILE),
         (r"f(loat)?(32)?|single", "write backend.dtype: fp32"),
         (r"f(loat)?16|half", "write backend.dtype: fp16"),
         (r"bfloat(16)?|brain.*", "write backend.dtype: bf16"),
@@ -46,7 +46,7 @@ GUESSES: dict[Path, tuple[tuple[str, str], ...]] = {
          "(calibrated, least loss) or w8a8 (activations too); the recipes cpu-int8, cpu-best-int8, "
          "cpu-long-prompts-w8a8"),
         (r"fp8.*|float8.*|e[45]m[23].*", "floats of 8 bits are not built; w8a16 has integers of 8 bits"),
-        (r"gguf|ggml", GGUF),
+        (r"gguf|ggml", GGUF_FILE),
         (r"f(loat|p)?32|none|no", FLOAT.format("fp32")),
         (r"f(loat|p)?16|half|w16(a16)?", FLOAT.format("fp16")),
         (r"bf(loat)?16|bf16", FLOAT.format("bf16")),

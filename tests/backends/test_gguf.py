@@ -280,15 +280,16 @@ def test_what_llama_cpp_cannot_hold_is_refused_before_any_work(tmp_path, capsys,
 
 
 def test_without_llama_cpp_the_proof_says_where_to_get_it(monkeypatch, made):
+    file = made("w8a16")[0] / "model.gguf"
     monkeypatch.delenv(ENGINE.variable, raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"llama\.cpp is not installed here") as told:
         ENGINE.python()
     assert ENGINE.variable in str(told.value.next_step)
     monkeypatch.setenv(ENGINE.variable, sys.executable)  # which has no llama-cpp-python
-    source = LlamaSource(made("w8a16")[0] / "model.gguf", longest=8)
+    source = LlamaSource(file, longest=8)
     with pytest.raises(DeployError, match="ended before it answered"):
-        source.run([Case("text", (np.array([2, 5]),), ((),))])
+        source.run([Case("text", ((2, 5),), ((),))])
 
 
 @pytest.mark.skipif(not os.environ.get(ENGINE.variable), reason=f"{ENGINE.variable} names no Python with llama.cpp")
