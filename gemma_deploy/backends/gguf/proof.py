@@ -10,7 +10,7 @@ from gemma_deploy.backends.gguf.source import ENGINE, LLAMA, LlamaSource
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.names import GGUF
 from gemma_deploy.parity.compare import ParityResult, compare_sources, effect_of, judged, measures_of
-from gemma_deploy.parity.reference import TorchSource
+from gemma_deploy.parity.reference import TorchSource, Weighting
 from gemma_deploy.parity.sources import LogitSource
 from gemma_deploy.parity.torch_sources import torch_sources
 
@@ -21,7 +21,7 @@ def prove_file(proof: Proof, result: ParityResult) -> None:
     opened, manifest, cases, file = proof.checkpoint, proof.manifest, proof.cases, proof.artifact / GGUF
     longest = max(len(case.sequence(row)) for case in cases for row in range(len(case.prompts)))
     models = torch_sources(opened, proof.artifact, manifest)
-    weighting = "bf16" if manifest.scheme == "bf16" else "fp32"
+    weighting: Weighting = "bf16" if manifest.scheme == "bf16" else "fp32"
     strict = TorchSource(Checkpoint.open(file), "patched", weighting, embed_scale=manifest.embed_scale, name=STRICT)
     with closing(LlamaSource(file, longest=longest)) as llama:
         all_sources: list[LogitSource] = [*models, strict, llama]
