@@ -13,7 +13,7 @@ sys.path.insert(0, str(HERE / "scripts"))
 from build_native import LIBRARY, build, sources  # noqa: E402
 
 DATA = {f"gemma_deploy._data.{name}": name for name in ("source_code", "calib", "build_in") if Path(name).is_dir()}
-KINDS = ("html", "j2", "js", "css", "svg", "cpp", "h", "map")
+KINDS = ("html", "j2", "js", "css", "svg", "cpp", "h", "map", "yaml")
 NATIVE = "gemma_deploy.backends.native.library"
 # `linux_aarch64`, say, where the library is made for another platform (scripts/build_wheels.py).
 PLATFORM = os.environ.get("GEMMA_DEPLOY_PLATFORM")

@@ -19,6 +19,7 @@ from gemma_deploy.backends.spec import BuildSpec
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig, resolve_checkpoint
 from gemma_deploy.graph.contract import GraphContract
 from gemma_deploy.machine import give_memory_back
+from gemma_deploy.params.plan import ParamSpec, build_plan
 from gemma_deploy.params.taken_over import storage_like, taken_over
 from gemma_deploy.partition import ArtifactPart, division_problems, parts_of
 from gemma_deploy.partition.ranks import input_channels, repeated_heads
@@ -137,7 +138,7 @@ class Job:
             resolve_checkpoint(recipe.frontend.checkpoint), recipe.merged_adapters, encoder=True
         )
         spec = _spec_for(recipe, checkpoint)
-        check_against_model(recipe, checkpoint.config.max_position_embeddings, _model_problems(spec, checkpoint.config))
+        check_against_model(recipe, checkpoint.config.max_position_embeddings, model_problems(spec, checkpoint.config))
         text = check_text(checkpoint)
         give_memory_back()  # of the tokenizer
         for note in dict.fromkeys((*checkpoint.notes, *checkpoint.config.warnings, *text.notes)):
@@ -239,6 +240,24 @@ class Job:
         """What the graphs take and give."""
         return self.backend.contract(self.spec, self.config)
 
+    @cached_property
+    def plans(self) -> tuple[tuple[ParamSpec, ...], ...]:
+        """What the parameter file of each part holds."""
+        return tuple(self.plan_of(part) for part in self.parts)
+
+    def plan_of(self, part: ArtifactPart) -> tuple[ParamSpec, ...]:
+        """What the parameter file of a part would hold, one of this artifact or of a model divided otherwise."""
+        return build_plan(
+            self.config,
+            self.scheme.form,
+            self.spec.context,
+            part=part,
+            storage=self.storage,
+            int8_cache=self.scheme.int8_cache,
+            form=self.code_form,
+            factors=self.spec.adapter_rank is not None,
+        )
+
     @property
     def graph_files(self) -> list[str]:
         """Every .onnx file, by its path in the artifact."""
@@ -337,7 +356,7 @@ def _drafter_problems(spec: BuildSpec) -> list[str]:
     return problems
 
 
-def _model_problems(spec: BuildSpec, config: ModelConfig) -> list[str]:
+def model_problems(spec: BuildSpec, config: ModelConfig) -> list[str]:
     """What of a spec does not go with a model, a sentence for each key."""
     if config.architecture.encoder and (problems := _encoder_problems(spec)):
         return problems

@@ -70,6 +70,14 @@ def _load() -> float:
         return 0.0
 
 
+def total_bytes() -> int:
+    """Memory of this machine, or what a group that this process is in may take of it."""
+    import psutil
+
+    limits = [limit for _, limit in _cgroup_rooms(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))]
+    return min([psutil.virtual_memory().total, *limits])
+
+
 def _cgroup_rooms(membership: Path, mount: Path) -> Iterator[tuple[int, int]]:
     """(bytes left, limit) of every memory cgroup above this process, versions 1 and 2.
 

@@ -45,7 +45,6 @@ from gemma_deploy.estimates import (
 )
 from gemma_deploy.job import Job
 from gemma_deploy.machine import Machine, gib, nearest_existing, size
-from gemma_deploy.params.plan import build_plan
 from gemma_deploy.parity.cases import prompt_length
 from gemma_deploy.parity.compare import BLOCK_BYTES as LOGIT_BYTES
 from gemma_deploy.parity.compare import PROMPT_POSITIONS
@@ -179,19 +178,7 @@ def _building_stages(
 
 def parameter_bytes(job: Job) -> int:
     """Exact bytes of the tensors in all parameter files, rotary tables included, headers excluded."""
-    plans = (
-        build_plan(
-            job.config,
-            job.scheme.form,
-            job.spec.context,
-            part=part,
-            storage=job.storage,
-            int8_cache=job.scheme.int8_cache,
-            factors=job.spec.adapter_rank is not None,
-        )
-        for part in job.parts
-    )
-    return sum(spec.nbytes for plan in plans for spec in plan)
+    return sum(spec.nbytes for plan in job.plans for spec in plan)
 
 
 def _params_stage(
@@ -214,7 +201,7 @@ def _files_stage(job: Job) -> StageEstimate:
     return StageEstimate("files", "config, tokenizer", _idle_bytes(job), sum(sizes) + RECORD_BYTES, 0.1)
 
 
-def _widest(config: ModelConfig) -> int:
+def widest_stream(config: ModelConfig) -> int:
     """Width of the widest MLP, and of what other streams there are beside the computed one, twice."""
     return max(layer.intermediate_size for layer in config.templates) + 2 * (config.carried - config.hidden_size)
 
@@ -231,7 +218,7 @@ def _ranges_stage(job: Job, tensors: Mapping[str, TensorInfo], elements: int, re
     texts = request.nsamples if request else TEXT_WINDOWS
     windows = texts + 1  # and one of random tokens
     layers = sum(prod(tensor.shape) for name, tensor in tensors.items() if ".layers." in name)
-    activations = 4 * windows * seqlen * (3 * _widest(config) + 2 * config.num_attention_heads * seqlen)
+    activations = 4 * windows * seqlen * (3 * widest_stream(config) + 2 * config.num_attention_heads * seqlen)
     flops = 2.0 * layers * windows * seqlen
     seconds = IMPORT_SECONDS + flops / FLOPS_PER_S + 4 * elements / STREAM_BYTES_PER_S
     ram = BASE_BYTES + TOKENIZER_BYTES + BLOCK_BYTES + activations
@@ -247,7 +234,7 @@ def _quantize_stage(job: Job, machine: Machine) -> StageEstimate:
     shapes = max(templates, key=lambda shapes: sum(map(prod, shapes)))
     elements, widest = sum(prod(shape) for shape in shapes), max(shape[1] for shape in shapes)
     piece = min(PIECE_ELEMENTS, max(prod(shape) for shape in shapes))
-    activations = 4 * seqlen * (3 * _widest(config) + 2 * config.num_attention_heads * seqlen)
+    activations = 4 * seqlen * (3 * widest_stream(config) + 2 * config.num_attention_heads * seqlen)
     # Twice the moments: the factorization's products. The codes of the layer are kept beside its weights.
     held = 5 * elements + 2 * 4 * widest**2 + PIECE_ARRAYS * 4 * piece + activations
     if (
@@ -302,7 +289,7 @@ def _parity_stage(job: Job, tensors: Mapping[str, TensorInfo], elements: int) ->
     # Graph: batch x P positions, a case at a time; torch: the text and the random case together, without padding.
     positions = max(batch * width, 2 * batch * (tokens + steps))
     # MLP or attention, one after the other; then the logits of all sources, when activations are gone.
-    activations = 4 * positions * max(3 * _widest(config), 2 * config.num_attention_heads * width)
+    activations = 4 * positions * max(3 * widest_stream(config), 2 * config.num_attention_heads * width)
     compared = 2 * batch * (min(tokens, max(PROMPT_POSITIONS.values())) + steps)
     logits = LOGIT_SOURCES * min(LOGIT_BYTES, 4 * config.vocab_size * compared)
     left = LEFT_BYTES * min(config.vocab_size, LARGE_VOCABULARY) // LARGE_VOCABULARY

@@ -45,7 +45,8 @@ ORDER = (
     ),
     "engine",
     *("proving", "verifying", "evaluation", "bench", "finetune", "serve", "api"),
-    *("recipe", "job", "preflight", "stages", "compile", "generation", "options", "commands", "cli", "testing"),
+    *("recipe", "job", "preflight", "planning", "stages", "compile", "generation"),
+    *("options", "commands", "cli", "testing"),
 )
 TORCH_FREE = (
     *("child", "chat", "text"),

@@ -112,7 +112,7 @@ def measure(
         "context_length": room.context,
         "prompt_limit": room.prompt,
         "samples": {"prefill_tok_s": prefill, "decode_tok_s": decode, "cold": cold},
-        "machine": {"processor": _processor(), "cpus": os.cpu_count(), "load_average_before": load_average},
+        "machine": {"processor": processor(), "cpus": os.cpu_count(), "load_average_before": load_average},
         "versions": {name: _version(name) for name in LIBRARIES},
     }
 
@@ -145,7 +145,8 @@ def _median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _processor() -> str:
+def processor() -> str:
+    """What this machine's processor calls itself, "" where it does not say."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

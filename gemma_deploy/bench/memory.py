@@ -6,11 +6,17 @@ second / bandwidth is the share that is used of it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol
+
 from gemma_deploy import child
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.artifact.weights import config_of
 from gemma_deploy.errors import DeployError
 from gemma_deploy.names import PER_LAYER_TABLE
+
+if TYPE_CHECKING:
+    from gemma_deploy.checkpoint import ModelConfig
 
 ROTARY, TABLE = "model.rotary_emb.", "model.embed_tokens."
 BANDWIDTH = """
@@ -55,18 +61,56 @@ def weight_bytes(artifact: Artifact, rows: int = 1) -> int:
     Raises:
         CheckpointError: the artifact's config.json is missing or damaged.
     """
-    skipped = [ROTARY, f"{PER_LAYER_TABLE}."]
-    if not artifact.manifest.model.tie_word_embeddings:
-        skipped.append(TABLE)
-    config, candidates = config_of(artifact), artifact.manifest.contract.candidates
-    given = {
+    manifest = artifact.manifest
+    tied, candidates = manifest.model.tie_word_embeddings, manifest.contract.candidates
+    return bytes_read(manifest.table.rows, config_of(artifact), rows=rows, candidates=candidates, tied=tied)
+
+
+class Stored(Protocol):
+    """A tensor in a parameter file, or one that will be in it."""
+
+    @property
+    def name(self) -> str:
+        """Its path in the model."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it lies in the file."""
+
+    @property
+    def nbytes(self) -> int:
+        """In the file."""
+
+
+def experts_read(config: ModelConfig, rows: int) -> dict[str, tuple[int, int]]:
+    """Stacks of experts, by their paths: how many experts tokens of `rows` sequences are given, and how many it has."""
+    return {
         f"{layer.prefix}{stack}": (min(layer.experts.count, rows * layer.experts.chosen), layer.experts.count)
         for layer in config.layers
         if layer.experts is not None
         for stack in layer.experts.stacks(layer.hidden_size)
     }
-    read = 0
-    for row in artifact.manifest.table.rows:
+
+
+def bytes_read(
+    tensors: Iterable[Stored],
+    config: ModelConfig,
+    *,
+    rows: int = 1,
+    candidates: int | None = None,
+    tied: bool | None = None,
+) -> int:
+    """As `weight_bytes`, of tensors of a model that may not be written yet.
+
+    Args:
+        candidates: of a screened head; None for one of whole rows.
+        tied: the LM head is the token table; None: as the config says.
+    """
+    skipped = [ROTARY, f"{PER_LAYER_TABLE}."]
+    if not (config.tie_word_embeddings if tied is None else tied):
+        skipped.append(TABLE)
+    given, read = experts_read(config, rows), 0
+    for row in tensors:
         if candidates is not None and row.name == config.head_weight:
             read += row.nbytes // 2 + min(candidates, row.shape[0]) * row.shape[1] // 2
             continue
