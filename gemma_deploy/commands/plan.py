@@ -83,6 +83,8 @@ def command(
         )
     opened = Checkpoint.open(checkpoint)
     wanted = longest(opened.config.max_position_embeddings, Wanted(prompt, context, batch))
+    if wanted.context < context:
+        click.echo(f"note: the model was made for {wanted.context} positions, and no more are planned for", err=True)
     plan = make_plan(opened, found, wanted, backends=backend, precisions=precision)
     console().print(table_of(shown.HEADINGS, shown.table_rows(plan), words=("devices",)))
     for line in shown.lines(plan):

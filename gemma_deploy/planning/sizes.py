@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gemma_deploy.architectures import LayerSpec
+from gemma_deploy.backends.vllm.backend import VLLM_BYTES
 from gemma_deploy.bench.memory import ROTARY, TABLE, bytes_read, experts_read
 from gemma_deploy.dtypes import BY_NAME
+from gemma_deploy.estimates import RUNTIME_BYTES
 from gemma_deploy.job import Job
 from gemma_deploy.names import MIB, PER_LAYER_TABLE
 from gemma_deploy.params.plan import ParamSpec
@@ -43,12 +45,12 @@ class Holding:
     computes_masked: bool = False
 
 
-# `own_bytes` are peaks of `bench` less the rest, of the 270M and a gemma-2b (docs/plan.md).
+# `own_bytes` of the first two: peaks of the 270M less the rest (`bench` 471 MB; README.md 466 MiB). Others: as for gates.
 HOLDINGS = {
     "native": Holding(page=128, step=256, own_bytes=160 * MIB),
     "onnxruntime": Holding(step=512, packed=1.15, own_bytes=160 * MIB, computes_masked=True),
-    "tvm_vacc": Holding(reads_all=True, own_bytes=448 * MIB, computes_masked=True),
-    "vllm": Holding(step=2048, own_bytes=3 << 30, repeats_prompt=True),
+    "tvm_vacc": Holding(reads_all=True, own_bytes=RUNTIME_BYTES, computes_masked=True),
+    "vllm": Holding(step=2048, own_bytes=VLLM_BYTES, repeats_prompt=True),
 }
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from gemma_deploy.backends.native import library
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.partition import ArtifactPart, whole
 from gemma_deploy.planning.choices import Choice, Wanted, open_choice
@@ -41,6 +42,8 @@ def tiny(tmp_path_factory):
 
 
 def job_of(checkpoint, backend, precision, **division):
+    if backend == "native" and not (library.FOLDER / library.LIBRARY).is_file():
+        pytest.skip("the library of backend.type native was not built")
     job = open_choice(checkpoint, Choice(backend, precision, **division), WANTED)
     assert not isinstance(job, str), job
     return job
