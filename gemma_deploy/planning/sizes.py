@@ -45,7 +45,7 @@ class Holding:
     computes_masked: bool = False
 
 
-# `own_bytes` of the first two: peaks of the 270M less the rest (`bench` 471 MB; README.md 466 MiB). Others: as for gates.
+# `own_bytes` of the first two: peaks of the 270M less the rest (`bench` 471 MB; README.md 466 MiB). Others: gates.
 HOLDINGS = {
     "native": Holding(page=128, step=256, own_bytes=160 * MIB),
     "onnxruntime": Holding(step=512, packed=1.15, own_bytes=160 * MIB, computes_masked=True),
