@@ -22,7 +22,7 @@ from gemma_deploy.extras import extra_of, missing
 # One row per command: its file in gemma_deploy/commands/ and the line shown by `--help`.
 COMMANDS = {
     "recipes": "List the built-in recipes: what each is for, what it needs.",
-    "plan": "Say what fits on a device, how fast it may be, and where to start.",
+    "plan": "Say what fits on a device, how fast, and where to start.",
     "compile": "Compile a recipe into a verified artifact.",
     "finetune": "Train a LoRA adapter or a whole model on a file of examples.",
     "calibrate": "Tokenize calibration samples and measure activation ranges.",
