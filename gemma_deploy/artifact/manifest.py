@@ -18,6 +18,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    field_serializer,
     field_validator,
     model_serializer,
 )
@@ -329,6 +330,10 @@ class Manifest(Record):
     ledger: tuple[LedgerEntry, ...]
     files: dict[Inside, FileFacts]
     keys: dict[str, str] = {}
+
+    @field_serializer("storage")
+    def _without_usual_scales(self, storage: Storage | None) -> dict[str, Any] | None:
+        return None if storage is None else storage.to_json()
 
     @field_validator("scheme")
     @classmethod
