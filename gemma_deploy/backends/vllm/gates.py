@@ -9,8 +9,8 @@ from gemma_deploy.backends.vllm.source import SHIPPED, STRICT
 from gemma_deploy.parity.gates import GATES, Gate, relative
 from gemma_deploy.schemes import QUANTIZERS
 
-# What activations, keys and values in bfloat16 add. See docs/scale.md.
-BFLOAT16_KL = 0.02
+# What activations, keys and values in bfloat16 add. Real 270M, 288 positions behind its window: 9.4e-4.
+BFLOAT16_KL = 0.003
 FLOAT_KL = 1e-4  # where activations stay float32
 # Codes times scales in float32, products in another order.
 EXACT = 1e-4
