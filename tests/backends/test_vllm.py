@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.artifact.weights import ArtifactWeights
-from gemma_deploy.backends.vllm.source import VARIABLE, VllmSource, python
+from gemma_deploy.backends.vllm.source import ENGINE, VARIABLE, VllmSource
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import main
 from gemma_deploy.errors import DeployError, UsageError
@@ -198,11 +198,11 @@ def test_without_vllm_the_proof_says_where_to_get_it(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="vLLM is not installed here") as told:
-        python()
+        ENGINE.python()
     assert VARIABLE in str(told.value.next_step)
     monkeypatch.setenv(VARIABLE, "/nowhere/python")
     with pytest.raises(UsageError, match="names no program"):
-        python()
+        ENGINE.python()
 
 
 def test_what_the_other_python_said_last_is_told(made, monkeypatch):

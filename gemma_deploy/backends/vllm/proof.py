@@ -6,7 +6,7 @@ from contextlib import ExitStack, closing
 
 from gemma_deploy.backends.base import Proof
 from gemma_deploy.backends.vllm.gates import unfit_for_this_machine, vllm_gates
-from gemma_deploy.backends.vllm.source import SHIPPED, STRICT, VllmSource, python
+from gemma_deploy.backends.vllm.source import ENGINE, SHIPPED, STRICT, VllmSource
 from gemma_deploy.parity.compare import ParityResult, compare_sources, effect_of, judged, measures_of
 from gemma_deploy.parity.sources import LogitSource
 from gemma_deploy.parity.torch_sources import torch_sources
@@ -14,7 +14,7 @@ from gemma_deploy.parity.torch_sources import torch_sources
 
 def prove_checkpoint(proof: Proof, result: ParityResult) -> None:
     """Compare and judge; see `Backend.prove`."""
-    python()  # before any work
+    ENGINE.python()  # before any work
     artifact, opened, manifest, cases = proof.artifact, proof.checkpoint, proof.manifest, proof.cases
     longest = max(len(case.sequence(row)) for case in cases for row in range(len(case.prompts)))
     unfit = unfit_for_this_machine(manifest)

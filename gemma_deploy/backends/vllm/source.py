@@ -37,11 +37,6 @@ ENGINE = Engine(
 )
 
 
-def python() -> str:
-    """The interpreter that has vLLM; see `Engine.python`."""
-    return ENGINE.python()
-
-
 class VllmSource:
     """See the module.
 
