@@ -45,8 +45,8 @@ class Vllm(Elsewhere):
         return model_problems(spec, config)
 
     def proof_bytes(self, spec: BuildSpec, elements: int) -> int:
-        """The model in vLLM, activations in the width that it is told; or in transformers, in float32."""
-        return 4 * elements + VLLM_BYTES
+        """The model in transformers, in float32, and beside it in vLLM, as wide as it is told; both stay open."""
+        return (4 + (4 if spec.scheme.weights == "fp32" else 2)) * elements + VLLM_BYTES
 
     def codes(self, spec: BuildSpec) -> CodeForm:
         """As compressed-tensors has them: with a zero point in the middle, packed; of w8a8 signed."""
