@@ -28,7 +28,9 @@ class Shares:
 
     Args:
         bandwidth: of it, while decoding, by what is multiplied.
-        layer_s: seconds of a step for every layer, whatever its size.
+        layer_s: seconds of a step for every layer, whatever its size, in one thread.
+        layer_rate: operations a second of float32 where that was measured, of a back end whose threads share that work
+            too; None: one thread does it.
         products: of the rate of products, by what is multiplied; attention: of the rate of float32.
         channel: operations at that rate for each number that matrices read or make: norms, rounding, activations.
         where: they were measured.
@@ -40,11 +42,17 @@ class Shares:
     attention: float
     channel: float
     where: str
+    layer_rate: float | None = None
+
+    def layer_seconds(self, floats: float) -> float:
+        """Of a step for every layer, where float32 has so many operations a second."""
+        return self.layer_s if self.layer_rate is None else self.layer_s * self.layer_rate / floats
 
 
 WHOLE = dict.fromkeys((CODES, WHOLE_CODES, INT4, HALVES, FLOATS), 1.0)
 BOUND = Shares(WHOLE, 0.0, WHOLE, 1.0, 0.0, "")
 ON_TWO_CORES = "docs/plan.md, Shares: two cores of an AMD EPYC with AVX-512 and VNNI"
+ONE_THREAD = 0.123 * TERA  # float32 of the thread that shares were measured with
 # (back end, kind of device) -> shares.
 MEASURED: dict[tuple[str, str], Shares] = {
     ("native", CPU): Shares(
@@ -54,6 +62,7 @@ MEASURED: dict[tuple[str, str], Shares] = {
         attention=2.3,
         channel=70.0,
         where=ON_TWO_CORES,
+        layer_rate=ONE_THREAD,
     ),
     ("onnxruntime", CPU): Shares(
         bandwidth={CODES: 0.73, WHOLE_CODES: 0.73, INT4: 0.9, HALVES: 0.94, FLOATS: 0.94},
@@ -149,7 +158,7 @@ def _seconds(
             read = bytes_read(plan, job.config, rows=tokens)
         beside = work.attention / (floats * shares.attention) + work.channels * shares.channel / floats
         computing = rows * ((work.products + work.head) / (products * rate) + beside)
-        took = max(read / reading, computing) + shares.layer_s * (part.span.stop - part.span.start)
+        took = max(read / reading, computing) + shares.layer_seconds(floats) * (part.span.stop - part.span.start)
         longest[part.span.start] = max(longest.get(part.span.start, 0.0), took)
     return sum(longest.values()) + _passing(job, choice, device, tokens * rows)
 

@@ -8,6 +8,7 @@ import pytest
 from gemma_deploy.backends.native import library
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.partition import ArtifactPart, whole
+from gemma_deploy.planning import speeds
 from gemma_deploy.planning.choices import Choice, Wanted, open_choice
 from gemma_deploy.planning.device import Device
 from gemma_deploy.planning.planner import make_plan
@@ -221,6 +222,21 @@ def test_a_bound_is_bytes_over_bandwidth(tiny):
     work = work_of(job, undivided(job), job.plans[0], tokens=512, after=0)
     seconds = (work.products + work.head) / 1e12 + work.attention / 5e12
     assert row.speed.prefill_tok_s == pytest.approx(512 / seconds)
+
+
+@pytest.mark.parametrize(("backend", "shares"), [("native", True), ("onnxruntime", False)])
+def test_two_threads_halve_what_layers_take_where_they_share_it(tiny, backend, shares):
+    """Memory is so fast that nothing but the layers' own seconds is left of a step of decoding."""
+    checkpoint = tiny("gemma2", num_hidden_layers=8)
+    rates = {"bandwidth_gb_s": 1e9, "int8_tops": 1e9, "fp16_tflops": 1e9, "kind": "cpu", "backends": [backend]}
+
+    def step(threads):
+        one = device(**rates, fp32_tflops=speeds.ONE_THREAD / speeds.TERA * threads)
+        return 1 / make_plan(checkpoint, one, Wanted(64, 128, 1), precisions=["fp32"]).rows[0].speed.decode_tok_s
+
+    alone = 8 * speeds.MEASURED[backend, "cpu"].layer_s
+    assert step(1) == pytest.approx(alone, rel=0.1)
+    assert step(2) == pytest.approx(alone / 2 if shares else alone, rel=0.1)
 
 
 def test_ranks_hold_their_shares_and_read_them_at_once(tiny):
