@@ -30,7 +30,7 @@ from gemma_deploy.stages.calibration import (
 )
 from gemma_deploy.stages.check import check
 from gemma_deploy.stages.clock import StageClock, StageTiming
-from gemma_deploy.stages.files import write_model_files
+from gemma_deploy.stages.files import convert_tokenizer, write_model_files
 from gemma_deploy.stages.gate import advice, run_gate
 from gemma_deploy.stages.graphs import Graphs
 from gemma_deploy.stages.keys import StageKeys
@@ -182,7 +182,8 @@ def _build(
             peak = graphs.write()
             stage.child_rss_bytes, stage.skipped, stage.beside = peak or 0, peak is None, graphs.is_beside
             stage.bytes = sum((out / file).stat().st_size for file in job.graph_files)
-    with clock.stage("files"):
+    with clock.stage("files") as stage:
         beside = write_model_files(job, out, places)
+        converted, stage.child_rss_bytes = convert_tokenizer(job, out)
     manifest = describe(job, out, keys=keys, dataset=dataset, table=table, rescaling=rescaling, quantized=quantized)
-    return manifest, {*table.files, *job.graph_files, *beside}
+    return manifest, {*table.files, *job.graph_files, *beside, *converted}

@@ -79,6 +79,11 @@ ROWS = (
 # Of llama.cpp: codes in runs of 32 columns, each behind its float16 scale.
 BLOCK = 32
 BLOCKS = (Dtype("q8_0", 8, 0, "", "u1", 34), Dtype("q4_0", 4, 0, "", "u1", 18))
+# What OpenVINO calls some of them.
+OPENVINO = {
+    "f32": "float32", "f16": "float16", "bf16": "bfloat16", "i64": "int64", "i32": "int32", "i8": "int8",
+    "u8": "uint8", "i4": "int4", "u4": "uint4", "boolean": "bool",
+}  # fmt: skip
 BY_NAME = {row.name: row for row in (*ROWS, *BLOCKS)}
 BY_ONNX = {row.onnx: row for row in ROWS}
 BY_ONNXRUNTIME = {row.onnxruntime: row for row in ROWS}

@@ -17,6 +17,7 @@ MODULES = {
     "plots": ("matplotlib",),
     "gguf": ("gguf",),
     "genai": ("onnxruntime_genai",),
+    "openvino": ("openvino", "openvino_tokenizers"),
     "ray": ("ray",),
     "adapters": ("peft",),
     "finetune": ("peft", "trl", "datasets", "accelerate"),

@@ -19,6 +19,7 @@ from gemma_deploy.backends.spec import BuildSpec
 from gemma_deploy.checkpoint import Checkpoint, ModelConfig, resolve_checkpoint
 from gemma_deploy.graph.contract import GraphContract
 from gemma_deploy.machine import give_memory_back
+from gemma_deploy.params.naming import graph_file
 from gemma_deploy.params.plan import ParamSpec, build_plan
 from gemma_deploy.params.taken_over import storage_like, taken_over
 from gemma_deploy.partition import ArtifactPart, division_problems, parts_of
@@ -132,6 +133,8 @@ class Job:
         """
         rescales = recipe.scheme.weights == "fp16" and backend(recipe.backend.type).rescales_float16
         needed = ["build", *(["calibrate"] if recipe.scheme.calibrates or rescales else [])]
+        if (converter := backend(recipe.backend.type).converter) is not None:
+            needed.append(converter.extra)
         extras.require(*needed, what=f"compiling {recipe.name}")
         check_built(recipe)
         checkpoint = Checkpoint.open(
@@ -260,8 +263,9 @@ class Job:
 
     @property
     def graph_files(self) -> list[str]:
-        """Every .onnx file, by its path in the artifact."""
-        return [part.file(f"{graph}.onnx") for part in self.parts for graph in self.contract.graph_names]
+        """The file of every graph, by its path in the artifact."""
+        naming = self.code_form.naming
+        return [part.file(graph_file(graph, naming)) for part in self.parts for graph in self.contract.graph_names]
 
 
 def _spec_for(recipe: Recipe, checkpoint: Checkpoint) -> BuildSpec:

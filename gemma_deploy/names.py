@@ -10,7 +10,9 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 PARAMS = "params.safetensors"
 GGUF = "model.gguf"  # the parameter file, as llama.cpp reads it
-PARAMETER_FILES = (PARAMS, GGUF)
+OPENVINO_MODEL = "openvino_model.xml"
+OPENVINO_WEIGHTS = "openvino_model.bin"  # likewise, beside its graph, as OpenVINO looks for it
+PARAMETER_FILES = (PARAMS, GGUF, OPENVINO_WEIGHTS)
 MANIFEST = "manifest.json"
 
 # Modules of a model, without and with the name of their weight; a layer is LAYERS and its number.

@@ -23,7 +23,7 @@ from gemma_deploy.names import (
 )
 
 Bits = Literal[4, 8]
-Naming = Literal["own", "compressed-tensors", "gguf"]
+Naming = Literal["own", "compressed-tensors", "gguf", "openvino"]
 ScaleDtype = Literal["float32", "float16", "bfloat16"]
 SMALLEST_BLOCK = 16  # of MatMulNBits
 # What stays in 8 bits where the other linears have 4: few rows, which every query head reads. Real 270M, all linears in

@@ -10,15 +10,17 @@ import onnx
 
 from gemma_deploy.artifact.adapters import ADAPTERS, kept_names, kept_problems
 from gemma_deploy.artifact.check import ROWS, file_problems, refuse
+from gemma_deploy.artifact.network import network_problems
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends import backend_of
 from gemma_deploy.dtypes import BY_ONNX
 from gemma_deploy.names import HEAD, MANIFEST, PARAMS
 from gemma_deploy.params import ParamRow, ParamTable, damaged_rows
-from gemma_deploy.params.naming import file_name
+from gemma_deploy.params.naming import file_name, graph_file
 from gemma_deploy.partition.ranks import sharding
 from gemma_deploy.workdir import MARK
 
+ONNX = ".onnx"
 # Scalars, shapes and slices; a weight is larger.
 LARGEST_CONSTANT_BYTES = 65536
 TABLES = ("embed_tokens", HEAD)
@@ -45,11 +47,15 @@ def verify(path: Path, *, deep: bool = True, progress: Callable[[int, int], None
             checked.append(f"{len(table.rows)} tensors of {name}, sha256 each")
     for folder in artifact.manifest.folders:
         for name in artifact.manifest.contract.graphs:
-            file = path / folder / f"{name}.onnx"
+            file = path / folder / graph_file(name, artifact.manifest.naming)
             shown = file.relative_to(path).as_posix()
             if file.is_file():
-                rows = tables.get((Path(folder) / PARAMS).as_posix(), ParamTable(())).rows
-                problems += _graph_problems(rows, file, shown, views=backend_of(artifact.manifest).shares_tensors)
+                params = (Path(folder) / file_name(artifact.manifest.naming)).as_posix()
+                rows = tables.get(params, ParamTable(())).rows
+                if file.suffix == ONNX:
+                    problems += _graph_problems(rows, file, shown, views=backend_of(artifact.manifest).shares_tensors)
+                else:
+                    problems += network_problems(rows, file, shown)
                 checked.append(f"{shown}: full check, no weights inside, every tensor where its row says")
     problems += _table_problems(artifact) + _rank_problems(artifact)
     refuse(artifact, list(dict.fromkeys(problems)))

@@ -371,6 +371,7 @@ class Architecture:
         positions_first: whether heads are normed as [batch, positions, heads, head_dim].
         causal_text: what `use_bidirectional_attention` may say, because text stays causal with it.
         vllm: whether vLLM's `causal_class` was seen to compute it.
+        openvino: whether backends/openvino builds it.
     """
 
     name: str
@@ -398,3 +399,4 @@ class Architecture:
     text_type: str = ""
     around: tuple[str, ...] = ()
     vllm: bool = False
+    openvino: bool = False

@@ -70,6 +70,7 @@ GEMMA = Architecture(
     transformers_type="gemma",
     causal_class="GemmaForCausalLM",
     vllm=True,
+    openvino=True,
     genai_type="gemma",
     activation_key=ACTIVATION_KEY,
     patched=Patched(

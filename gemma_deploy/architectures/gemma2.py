@@ -76,6 +76,7 @@ GEMMA2 = Architecture(
     transformers_type="gemma2",
     causal_class="Gemma2ForCausalLM",
     vllm=True,
+    openvino=True,
     genai_type="gemma2",
     activation_key=ACTIVATION_KEY,
     patched=Patched(

@@ -126,6 +126,7 @@ GEMMA3 = Architecture(
     transformers_type="gemma3_text",
     causal_class="Gemma3ForCausalLM",
     vllm=True,
+    openvino=True,
     genai_type="gemma3_text",
     activation_key=ACTIVATION_KEY,
     patched=Patched(

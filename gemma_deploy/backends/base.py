@@ -128,6 +128,20 @@ class Serving:
     ray: bool = False
 
 
+@dataclass(frozen=True)
+class Converter:
+    """What makes files of an artifact's tokenizer, for a runtime that does not read those of Hugging Face.
+
+    Args:
+        module: run in a process of its own with the artifact's folder; it prints {"peak": its peak RSS in bytes}.
+        extra: that it takes; files: that it writes.
+    """
+
+    module: str
+    extra: str
+    files: Sequence[str]
+
+
 class Backend(Protocol):
     """One kind of target: its options, refusals, graphs, files, ledger, proof, and how its artifacts are opened."""
 
@@ -174,6 +188,10 @@ class Backend(Protocol):
     @property
     def no_lookup(self) -> str:
         """Why its artifacts are not decoded with lookahead, for a message; "" where they are."""
+
+    @property
+    def converter(self) -> Converter | None:
+        """What its runtime needs made of the tokenizer; None: it reads the files that there are."""
 
     def contradictions(self, spec: BuildSpec) -> Iterator[tuple[tuple[str, ...], str]]:
         """Keys of a recipe that make no sense together, as (path of the key, sentence)."""

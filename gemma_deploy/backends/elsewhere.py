@@ -59,6 +59,7 @@ class Elsewhere:
     runs_bf16 = True
     shares_tensors = False
     unrounded_inputs = INTEGER_PRODUCTS
+    converter = None
 
     @property
     def runs_on(self) -> str:

@@ -16,6 +16,8 @@ from gemma_deploy.dtypes import BY_NAME
 from gemma_deploy.errors import ExportError
 from gemma_deploy.writing import whole_file
 
+ONNX = ".onnx"
+
 
 def onnx_type(dtype: str) -> ir.DataType:
     """The type of a dtype in a graph, by its name here."""
@@ -81,7 +83,7 @@ def serialized(model: ir.Model) -> bytes:
 
 
 def write_graph(graph: bytes, path: Path) -> None:
-    """Write the .onnx file under a temporary name, check it in full, rename it.
+    """Write a graph's file under a temporary name, check it in full where it is an .onnx file, rename it.
 
     The parameter file must lie beside it already: the checker looks for it.
 
@@ -90,6 +92,8 @@ def write_graph(graph: bytes, path: Path) -> None:
     """
     with whole_file(path) as partial:
         partial.write_bytes(graph)
+        if path.suffix != ONNX:
+            return
         try:
             onnx.checker.check_model(str(partial), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

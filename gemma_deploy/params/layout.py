@@ -3,7 +3,8 @@
 float32 tensors first, then 16-bit, then int8, so that each is aligned to its element without holes (which the format
 forbids). The format has no signed 4-bit integers: pairs of them, the first in the low half as ONNX packs them, are
 bytes [rows, columns / 2]. The header is padded with spaces so that the data start on a page.
-Names are those of naming.py. A file for llama.cpp has another header (gguf.py).
+Names are those of naming.py. A file for llama.cpp has another header (gguf.py); one for OpenVINO begins with a tensor
+of bytes, in which its graph finds small constants.
 """
 
 from __future__ import annotations
@@ -11,27 +12,18 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, get_args
 
 from gemma_deploy.dtypes import BY_NAME, StoredDtype
 from gemma_deploy.params import gguf
-from gemma_deploy.params.naming import Placed, entries
+from gemma_deploy.params.naming import CONSTANTS, Placed, entries
 from gemma_deploy.schemes import Naming
 
 if TYPE_CHECKING:
     from gemma_deploy.params.plan import ParamSpec
 
 PAGE_BYTES = 4096
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Header, absolute offset by tensor name, and size of the file."""
-
-    header: bytes
-    offsets: dict[str, int]
-    file_bytes: int
 
 
 @dataclass(frozen=True)
@@ -45,27 +37,51 @@ class Place:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Header, absolute offset by tensor name, and size of the file; `front` is where the bytes lie that are so called.
+
+    The header holds these bytes.
+    """
+
+    header: bytes
+    offsets: dict[str, int]
+    file_bytes: int
+    front: Place | None = None
+
+
 def lay_out(plan: Sequence[ParamSpec], naming: Naming = "own", *, front: bytes = b"") -> Layout:
     """Place the plan's tensors.
 
     Args:
-        front: metadata that stand in front of them, of a file for llama.cpp (`gguf.pack`).
+        front: what stands in front of them: metadata of a file for llama.cpp (`gguf.pack`), constants of one for
+            OpenVINO.
     """
     ordered = sorted(plan, key=lambda spec: -BY_NAME[spec.dtype].bits)
-    aligned = gguf.ALIGNMENT if naming == "gguf" else 1
-    header = gguf.header(ordered, front) if naming == "gguf" else _header(ordered, naming)
+    aligned, ahead = gguf.ALIGNMENT if naming == "gguf" else 1, None
+    if naming == "gguf":
+        header = gguf.header(ordered, front)
+        ahead = Place(gguf.FRONT_NAME, "uint8", (len(front),), gguf.FRONT_OFFSET, len(front))
+    elif front:
+        ahead = Place(CONSTANTS, "uint8", (len(front),), 0, len(front))
+        header = _header([ahead, *ordered], naming)
+        ahead, header = replace(ahead, offset=len(header)), header + front
+    else:
+        header = _header(ordered, naming)
     offsets, end = {}, len(header)
     for spec in ordered:
         end = -(-end // aligned) * aligned
         offsets[spec.name] = end
         end += spec.nbytes
-    return Layout(header, offsets, end)
+    return Layout(header, offsets, end, ahead)
 
 
 def places(plan: Sequence[ParamSpec], naming: Naming = "own", *, front: bytes = b"") -> tuple[Place, ...]:
-    """Every tensor of the plan and where it will lie, in the plan's order."""
-    offsets = lay_out(plan, naming, front=front).offsets
-    return tuple(Place(spec.name, spec.dtype, spec.shape, offsets[spec.name], spec.nbytes) for spec in plan)
+    """Every tensor of the plan and where it will lie, in the plan's order; in front of them what a graph reads too."""
+    layout = lay_out(plan, naming, front=front)
+    ahead = [layout.front] if layout.front is not None and layout.front.name == CONSTANTS else []
+    placed = (Place(spec.name, spec.dtype, spec.shape, layout.offsets[spec.name], spec.nbytes) for spec in plan)
+    return (*ahead, *placed)
 
 
 def header_bytes(rows: Iterable[Placed], naming: Naming = "own") -> bytes | None:

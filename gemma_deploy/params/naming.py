@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gemma_deploy.dtypes import BY_NAME
-from gemma_deploy.names import GGUF, PARAMS
+from gemma_deploy.names import GGUF, OPENVINO_WEIGHTS, PARAMS
 from gemma_deploy.schemes import Naming
 
 WORD = 32  # bits of an element of packed codes
+CONSTANTS = "openvino.constants"  # bytes in front of the tensors, where a graph finds its small constants
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,12 @@ class Placed(Protocol):
 
 def file_name(naming: Naming) -> str:
     """The parameter file of a part."""
-    return GGUF if naming == "gguf" else PARAMS
+    return {"gguf": GGUF, "openvino": OPENVINO_WEIGHTS}.get(naming, PARAMS)
+
+
+def graph_file(graph: str, naming: Naming) -> str:
+    """The file of a graph, by its name."""
+    return f"{graph}.xml" if naming == "openvino" else f"{graph}.onnx"
 
 
 def entries(tensors: Sequence[Placed], naming: Naming) -> Iterator[Entry]:

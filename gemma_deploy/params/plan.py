@@ -122,7 +122,7 @@ def build_plan(
     if config.drafting is not None:
         behind = config.drafting.tensors(config.hidden_size, config.vocab_size)
     layers = config.layers[span.start : span.stop]
-    rescaled = scheme == "fp16" and not form.panels and not form.blocks
+    rescaled = scheme == "fp16" and not form.panels and form.naming == "own"
     specs: list[ParamSpec] = []
     small = coefficients(config)
     for name, shape in expected_tensors(config).items():

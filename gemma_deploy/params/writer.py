@@ -74,7 +74,8 @@ def write_params(
         ParamsError: NaN or infinity in a weight (all tensors are named), disk full, not writable, or the checkpoint
             changed on the way.
     """
-    layout, ahead = lay_out(plan, naming, front=front), _front_rows(front)
+    layout = lay_out(plan, naming, front=front)
+    ahead = _front_rows(layout, front)
     fingerprint = checkpoint.weights_fingerprint()
     with _disk_errors(out_path, layout), contextlib.closing(Journal(journal, _key(plan, layout, fingerprint))) as log:
         if _is_finished(log.file, out_path, layout):
@@ -104,7 +105,7 @@ def finished_table(
     """The table of a file that `write_params` would leave alone, else None. Reads no tensor and changes nothing."""
     layout = lay_out(plan, naming, front=front)
     rows, record = read_finished(journal, _key(plan, layout, checkpoint.weights_fingerprint()))
-    return in_file_order([*_front_rows(front), *rows]) if _is_finished(record, out_path, layout) else None
+    return in_file_order([*_front_rows(layout, front), *rows]) if _is_finished(record, out_path, layout) else None
 
 
 def refuse_bad_tensors(checkpoint: WeightSource, plan: Sequence[ParamSpec], *, block_bytes: int = BLOCK_BYTES) -> None:
@@ -258,11 +259,12 @@ def _bad_tensors(checkpoint: WeightSource, bad: Sequence[str], *, all_of_them: b
     )
 
 
-def _front_rows(front: bytes) -> list[ParamRow]:
-    """The row of metadata, where there are any: `verify` compares them by it."""
-    sha256, size = hashlib.sha256(front).hexdigest(), len(front)
-    row = ParamRow(gguf.FRONT_NAME, "uint8", (size,), gguf.FRONT_OFFSET, size, sha256, gguf.FRONT_KIND)
-    return [row] if front else []
+def _front_rows(layout: Layout, front: bytes) -> list[ParamRow]:
+    """The row of what stands in front, where there is anything: `verify` compares it by that."""
+    if (at := layout.front) is None:
+        return []
+    digest = hashlib.sha256(front).hexdigest()
+    return [ParamRow(at.name, "uint8", at.shape, at.offset, at.nbytes, digest, gguf.FRONT_KIND)]
 
 
 class _StoppedError(Exception):

@@ -9,14 +9,19 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from gemma_deploy import child
 from gemma_deploy.checkpoint.index import INDEX_NAME
+from gemma_deploy.errors import ExportError
 from gemma_deploy.names import CONFIG, GENERATION_CONFIG
 from gemma_deploy.params.naming import index_of
+from gemma_deploy.text.files import TOKENIZER
 from gemma_deploy.text.saving import write_tokenizer
 
 if TYPE_CHECKING:
     from gemma_deploy.job import Job
     from gemma_deploy.params.layout import Place
+
+LAST_LINES = 6  # of what a converter said
 
 
 def write_model_files(job: Job, out: Path, tensors: Mapping[str, Sequence[Place]] = MappingProxyType({})) -> list[str]:
@@ -49,3 +54,26 @@ def write_model_files(job: Job, out: Path, tensors: Mapping[str, Sequence[Place]
         own = {**own, INDEX_NAME: index}
     written = write_tokenizer(job.checkpoint, out, link=False)
     return [CONFIG, GENERATION_CONFIG, *own, *written]
+
+
+def convert_tokenizer(job: Job, out: Path) -> tuple[Sequence[str], int]:
+    """Have the back end make its own files of the tokenizer that lies in `out`.
+
+    Returns:
+        Their names, and the peak RSS in bytes of the process that made them.
+
+    Raises:
+        ExportError: it could not.
+    """
+    converter = job.backend.converter
+    if converter is None or not (out / TOKENIZER).exists():
+        return (), 0
+    done = child.run("-m", converter.module, str(out), capture_output=True, text=True)
+    if done.returncode:
+        raise ExportError(
+            f"the tokenizer could not be converted for backend.type {job.spec.backend}",
+            where=str(out / TOKENIZER),
+            problems=done.stderr.strip().splitlines()[-LAST_LINES:],
+            next_step="see that transformers loads it: AutoTokenizer.from_pretrained of the checkpoint",
+        )
+    return converter.files, json.loads(done.stdout.splitlines()[-1])["peak"]

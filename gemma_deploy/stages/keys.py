@@ -90,7 +90,8 @@ def stage_keys(job: Job, dataset: Mapping[str, Any] | None) -> StageKeys:
     reads = {name: key for name, key in (("ranges", ranges), ("quantize", quantize), ("cache", cache)) if key}
     parameters = stage_key("parameters", code=PARAMETERS, inputs={"weights": weights, **_asked(job)}, reads=reads)
     graphs = stage_key("graphs", code=job.backend.code, inputs=_of_graphs(job), reads=reads)
-    files = stage_key("files", code=FILES, inputs=_beside(job))
+    converter = job.backend.converter
+    files = stage_key("files", code=(*FILES, *([converter.module] if converter else ())), inputs=_beside(job))
     if job.quantizer.sensitivity:
         sensitivity = stage_key(
             "sensitivity", code=SENSITIVITY, inputs=looked, reads={"parameters": parameters, **reads}

@@ -70,6 +70,7 @@ class Native:
     runs_bf16 = True
     shares_tensors = True
     no_lookup = ""
+    converter = None
     options: type[Options] = NativeOptions
     unrounded_inputs = INTEGER_PRODUCTS
     code_defaults = CodeDefaults(table_in_groups=True)

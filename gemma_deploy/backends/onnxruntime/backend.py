@@ -131,6 +131,7 @@ class OnnxRuntime:
     runs_bf16 = False  # ONNX Runtime has no such kernels for a CPU
     shares_tensors = True
     no_lookup = ""
+    converter = None
     options: type[Options] = OrtOptions
     unrounded_inputs = INTEGER_PRODUCTS
     code_defaults = CodeDefaults(table_in_groups=True)  # its kernels have scales per group in any case

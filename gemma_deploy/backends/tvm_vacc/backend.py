@@ -50,6 +50,7 @@ class StaticPair:
     runs_bf16 = True  # float32 products on weights that are stored so
     shares_tensors = False
     no_lookup = "this artifact is static: its decode graph takes one token"
+    converter = None
     options: type[Options] = VaccOptions
     code_defaults = CodeDefaults()
     unrounded_inputs = FLOAT_PRODUCTS

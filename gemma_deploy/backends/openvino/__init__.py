@@ -1,0 +1,1 @@
+"""Models in OpenVINO's own format, which its runtime and openvino-genai load."""
