@@ -127,6 +127,10 @@ MEANING: Mapping[str, str] = {
     "per row, else `lean`.",
     "onnxruntime.head": "`screened` multiplies the high half of every code of the table first, and whole rows for the "
     "likeliest tokens. null: `whole`.",
+    "openvino.cache": "What keys and values are kept as: `f16`, `f32`, or `u8`, codes that OpenVINO makes. "
+    "null: `f16`.",
+    "openvino.round_inputs": "Round the inputs of products with codes to 8 bits, a scale for 32 of them, as OpenVINO "
+    "does unless it is told not to: faster, and less exact. null: no.",
     "native.head": "`screened` multiplies the high half of every code of the table first, and whole rows for the "
     "likeliest tokens: [how](kernels.md#a-screened-head). null: `whole`.",
     "native.candidates": "Rows that a screened head reads whole for a token. null: 8192.",

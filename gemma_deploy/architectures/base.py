@@ -138,8 +138,7 @@ class LayerSpec:
         branches: in running order.
         head_norms: (linear, norm of each of its heads).
         caches: ("key" or "value", the linear it comes from); both from one linear where keys are values.
-        cache_from: the layer whose keys and values it reads; None where it has its own.
-        norms: of the hidden size, in file order.
+        cache_from: the layer whose keys and values it reads; None where it has its own. norms: of the hidden size.
         value_norm: the norm without weights of each head of values; None where they have none.
         per_layer: what it adds of a vector for each token; None: nothing.
         experts: beside the MLP; None where it has none. `linears` has neither their matrices nor their router.
@@ -370,8 +369,7 @@ class Architecture:
         part_keys: of config.json, by which the patched classes have some layers and no others.
         positions_first: whether heads are normed as [batch, positions, heads, head_dim].
         causal_text: what `use_bidirectional_attention` may say, because text stays causal with it.
-        vllm: whether vLLM's `causal_class` was seen to compute it.
-        openvino: whether backends/openvino builds it.
+        vllm, openvino: whether vLLM's `causal_class` was seen to compute it; whether backends/openvino builds it.
     """
 
     name: str

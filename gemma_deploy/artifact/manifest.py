@@ -29,6 +29,7 @@ from gemma_deploy.artifact.calibrated import CalibrationRecord
 from gemma_deploy.bounds import Bytes, Count, Index, Inside, Layers, Plain, Size
 from gemma_deploy.chat import known_format
 from gemma_deploy.checkpoint.sentence import SentenceHead
+from gemma_deploy.dtypes import DtypeName
 from gemma_deploy.estimates import StageTiming
 from gemma_deploy.graph.contract import AdapterSlots, Port
 from gemma_deploy.params.table import ParamRow, ParamTable
@@ -182,6 +183,8 @@ class ContractRecord(Open):
         panels: whether matrices lie in panels in the parameter file (params/panels.py); None: no.
         candidates: of a head whose codes lie in two planes, how many rows are read whole for a token; None: all.
         naming: what tensors are called in the parameter file (params/naming.py); None: as here.
+        cache_dtype: of keys and values.
+        input_group: inputs of products with codes that share a scale where they are rounded; None: they are not.
     """
 
     batch: Size
@@ -198,6 +201,8 @@ class ContractRecord(Open):
     panels: bool | None = None
     candidates: Size | None = None
     naming: Naming | None = None
+    cache_dtype: DtypeName = "float32"
+    input_group: Size | None = None
     graphs: dict[Graph, GraphRecord]
 
     @model_serializer(mode="wrap")

@@ -10,9 +10,17 @@ from typing import TYPE_CHECKING, Any
 from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.base import Converter, Export, Exported, ExportJob, Proof, Serving
 from gemma_deploy.backends.openvino.convert_tokenizer import FILES
-from gemma_deploy.backends.openvino.options import OpenVinoOptions, model_problems, not_built, runtime_options
-from gemma_deploy.backends.serving import own_server
+from gemma_deploy.backends.openvino.options import (
+    CACHE,
+    INPUT_GROUP,
+    OpenVinoOptions,
+    model_problems,
+    not_built,
+    runtime_options,
+)
+from gemma_deploy.backends.serving import refuse_devices
 from gemma_deploy.backends.spec import BuildSpec, CodeDefaults, Options, embedding_scale
+from gemma_deploy.dtypes import OPENVINO
 from gemma_deploy.errors import UsageError
 from gemma_deploy.estimates import BASE_BYTES, GRAPH_BYTES, RUNTIME_BYTES, StageEstimate
 from gemma_deploy.graph.contract import BATCH, SEQUENCE, TOTAL, GraphContract, Port, kv_shapes
@@ -38,9 +46,15 @@ MODEL = "openvino_model"
 
 @dataclass(frozen=True)
 class OpenVinoContract(GraphContract):
-    """One model with state: new tokens -> logits of each."""
+    """One model with state: new tokens -> logits of each.
+
+    Args:
+        input_group: inputs of products with codes that share a scale, where they are rounded to 8 bits; None: they are
+            not.
+    """
 
     naming: Naming = NAMING
+    input_group: int | None = None
 
     @property
     def graph_names(self) -> tuple[str, ...]:
@@ -112,6 +126,8 @@ class OpenVino:
     def contract(self, spec: BuildSpec, config: ModelConfig) -> OpenVinoContract:
         """Lengths are free; P is the longest prompt that is compared, C the positions there are."""
         kv_heads, head_dim, geometry = kv_shapes(config)
+        given = spec.options
+        assert isinstance(given, OpenVinoOptions)
         return OpenVinoContract(
             batch=1,
             prefill=spec.prefill,
@@ -121,9 +137,10 @@ class OpenVino:
             head_dim=head_dim,
             geometry=geometry,
             vocab_size=config.vocab_size,
-            cache_dtype="float32",
+            cache_dtype=OPENVINO[given.cache or CACHE],
             dynamic=True,
             hidden_size=config.hidden_size,
+            input_group=INPUT_GROUP if given.round_inputs else None,
         )
 
     def export(self, job: ExportJob) -> Export:
@@ -166,8 +183,15 @@ class OpenVino:
         return OpenVinoEngine(artifact, threads=threads)
 
     def serve_command(self, artifact: Artifact, how: Serving) -> list[str]:
-        """This program's own server."""
-        return own_server(artifact, how)
+        """Words of `ovms`, OpenVINO Model Server; its paged attention has no capped scores, so those go without."""
+        from gemma_deploy.artifact.weights import config_of
+
+        refuse_devices(artifact, how)
+        words = ["ovms", "--model_path", str(artifact.path), "--model_name", artifact.manifest.name]
+        words += ["--task", "text_generation", "--target_device", "CPU"]
+        if config_of(artifact).attn_logit_softcapping is not None:
+            words += ["--pipeline_type", "LM"]
+        return [*words, "--rest_bind_address", how.host, "--rest_port", str(how.port)]
 
     def encoder(self, artifact: Artifact, *, threads: int = 0, strict: bool = False) -> EncoderGraph:
         """There is none.

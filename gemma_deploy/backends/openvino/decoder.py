@@ -18,8 +18,7 @@ import numpy as np
 
 from gemma_deploy.architectures import EXACT_GELU, LayerSpec
 from gemma_deploy.backends.openvino.ir import Constants, Network, Value
-from gemma_deploy.dtypes import BY_NAME
-from gemma_deploy.names import COLUMN_SCALE, EMBEDDING, NORM
+from gemma_deploy.names import COLUMN_SCALE, EMBEDDING, HEAD, NORM
 from gemma_deploy.params.constants import inverse_frequencies
 from gemma_deploy.params.layout import Place
 from gemma_deploy.params.naming import CONSTANTS
@@ -97,14 +96,14 @@ class Decoder:
         """[B,S,H]: rows of codes are looked up as codes."""
         net, place = self.net, self.places[f"{EMBEDDING}.weight"]
         indices, axis = net.converted(self.ids, "int32"), net.constant(0)
-        codes = net.stored(place.name, place.dtype, place.shape, place.offset)
+        codes = net.stored(place)
         found = net.node("Gather", [codes, indices, axis])
         if place.dtype != "float32":
             found = net.converted(found)
         scale = self.places.get(f"{EMBEDDING}.scale")
         if scale is not None:
             groups = scale.shape[1] if len(scale.shape) > 1 else 1
-            scales = net.stored(scale.name, scale.dtype, (scale.shape[0], groups), scale.offset)
+            scales = net.stored(scale, (scale.shape[0], groups))
             factor = net.node("Gather", [scales, indices, axis])
             if scale.dtype != "float32":
                 factor = net.converted(factor)
@@ -118,7 +117,7 @@ class Decoder:
         if columns is None:
             factor = net.constant(self.embed_scale, "float32")
         else:
-            factor = net.stored(COLUMN_SCALE, columns.dtype, columns.shape, columns.offset)
+            factor = net.stored(columns)
         return net.node("Multiply", [found, factor], EMBEDDING)
 
     def _norm(self, value: Value, module: str, *, tensor: str = "") -> Value:
@@ -128,7 +127,7 @@ class Decoder:
         mean = net.node("ReduceMean", [square, net.constant([-1])], data={"keep_dims": True})
         raised = net.node("Add", [mean, net.constant(self.config.rms_norm_eps, "float32")])
         root = net.node("Divide", [net.constant(1.0, "float32"), net.node("Sqrt", [raised])])
-        gain = net.stored(place.name, place.dtype, place.shape, place.offset)
+        gain = net.stored(place)
         if self.config.architecture.norm_offset:
             gain = net.node("Add", [gain, net.constant(self.config.architecture.norm_offset, "float32")])
         normed = net.node("Multiply", [value, root])
@@ -144,16 +143,13 @@ class Decoder:
         """A weight as float32 [rows, columns]; OpenVINO keeps what is stored and computes this as it multiplies."""
         net, place, scale = self.net, self.places[name], self.places.get(f"{name.removesuffix('.weight')}.scale")
         if scale is None:
-            stored = net.stored(name, place.dtype, place.shape, place.offset)
+            stored = net.stored(place)
             return stored if place.dtype == "float32" else net.converted(stored, weight=True)
         rows, columns = place.shape
         groups = scale.shape[1] if len(scale.shape) > 1 else 1
         lies = (rows, groups, columns // groups) if groups > 1 else (rows, columns)
-        codes = net.converted(net.stored(name, place.dtype, lies, place.offset))
-        if BY_NAME[place.dtype].name.startswith("uint"):
-            zero = net.constant(np.full(1, 1 << (BY_NAME[place.dtype].bits - 1)), "uint8")
-            codes = net.node("Subtract", [codes, net.converted(zero)])
-        factor = net.stored(scale.name, scale.dtype, (*lies[:-1], 1), scale.offset)
+        codes = net.converted(net.stored(place, lies))
+        factor = net.stored(scale, (*lies[:-1], 1))
         if scale.dtype != "float32":
             factor = net.converted(factor)
         scaled = net.node("Multiply", [codes, factor])
@@ -282,7 +278,7 @@ class Decoder:
     def _logits(self, normed: Value) -> Value:
         cap = self.config.final_logit_softcapping
         name = "" if cap is not None else "logits"
-        logits = self._linear(normed, "lm_head", weight=self.config.head_weight, tensor=name)
+        logits = self._linear(normed, HEAD, weight=self.config.head_weight, tensor=name)
         return logits if cap is None else self._capped(logits, cap, tensor="logits")
 
     def _capped(self, value: Value, cap: float, *, tensor: str = "") -> Value:

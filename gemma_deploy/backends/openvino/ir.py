@@ -6,7 +6,6 @@ out: OpenVINO works them out when it reads the file.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import quoteattr
@@ -14,6 +13,7 @@ from xml.sax.saxutils import quoteattr
 import numpy as np
 
 from gemma_deploy.dtypes import BY_NAME, OPENVINO
+from gemma_deploy.params.layout import Place
 
 ELEMENTS = {name: element for element, name in OPENVINO.items()}
 # The set of operations that each was made in; of others the first.
@@ -106,10 +106,10 @@ class Network:
         shape = ",".join(["?"] * rank)
         return self.node("Parameter", (), name, tensor=name, data={"shape": shape, "element_type": ELEMENTS[dtype]})
 
-    def stored(self, name: str, dtype: str, shape: Sequence[int], offset: int) -> Value:
-        """A tensor of the file of weights, in whatever shape its elements are read."""
-        size = BY_NAME[dtype].nbytes(math.prod(shape))
-        return self._const(name, dtype, shape, offset=offset, size=size)
+    def stored(self, place: Place, shape: Sequence[int] | None = None) -> Value:
+        """A tensor of the file of weights, in whatever shape its elements are read; its own by default."""
+        lies = place.shape if shape is None else shape
+        return self._const(place.name, place.dtype, lies, offset=place.offset, size=place.nbytes)
 
     def constant(self, value: Scalar | Sequence[Scalar] | np.ndarray, dtype: str = "int64") -> Value:
         """A small constant."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gemma_deploy.checkpoint import ModelConfig
 
 Cache = Literal["f32", "f16", "u8"]
+CACHE: Cache = "f16"
 INPUT_GROUP = 32  # inputs of a product that share a scale where they are rounded
 
 
@@ -34,7 +35,7 @@ def runtime_options(spec: BuildSpec) -> dict[str, object]:
     return {
         "ACTIVATIONS_SCALE_FACTOR": 8.0,
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": INPUT_GROUP if given.round_inputs else 0,
-        "KV_CACHE_PRECISION": given.cache or "f16",
+        "KV_CACHE_PRECISION": given.cache or CACHE,
     }
 
 

@@ -21,7 +21,9 @@ def prove_model(proof: Proof, result: ParityResult) -> None:
     ours = (OpenVinoSource(file, kernels, hidden_size=size) for kernels in (STRICT, SHIPPED))
     all_sources: list[LogitSource] = [*models, *ours]
     sources = {source.name: source for source in all_sources}
-    gates = openvino_gates(manifest.scheme)
+    gates = openvino_gates(
+        manifest.scheme, manifest.contract.cache_dtype, rounded=manifest.contract.input_group is not None
+    )
     pairs = list(dict.fromkeys([*(gate.pair for gate in gates), (models[0].name, STRICT), (STRICT, SHIPPED)]))
     found = compare_sources(sources, pairs, cases, vocab_size=opened.config.vocab_size, report=proof.report)
     result.lines = judged(gates, found)
