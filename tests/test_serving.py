@@ -153,7 +153,11 @@ def test_all_that_is_missing_is_told_at_once(monkeypatch):
     assert not extras.installed("gguf")
 
 
-DISTRIBUTIONS = {"yaml": "pyyaml", "onnxruntime_genai": "onnxruntime-genai"}
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "onnxruntime_genai": "onnxruntime-genai",
+    "openvino_tokenizers": "openvino-tokenizers",
+}
 
 
 def requirements():

@@ -133,7 +133,8 @@ class Converter:
     """What makes files of an artifact's tokenizer, for a runtime that does not read those of Hugging Face.
 
     Args:
-        module: run in a process of its own with the artifact's folder; it prints {"peak": its peak RSS in bytes}.
+        module: run in a process of its own with the artifact's folder; it prints {"peak": its peak RSS in bytes,
+            "notes": [sentences that whoever compiles should read]}.
         extra: that it takes; files: that it writes.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from gemma_deploy.job import Job
     from gemma_deploy.params.layout import Place
 
+log = logging.getLogger(__name__)
 LAST_LINES = 6  # of what a converter said
 
 
@@ -76,4 +78,7 @@ def convert_tokenizer(job: Job, out: Path) -> tuple[Sequence[str], int]:
             problems=done.stderr.strip().splitlines()[-LAST_LINES:],
             next_step="see that transformers loads it: AutoTokenizer.from_pretrained of the checkpoint",
         )
-    return converter.files, json.loads(done.stdout.splitlines()[-1])["peak"]
+    said = json.loads(done.stdout.splitlines()[-1])
+    for note in said["notes"]:
+        log.warning("%s: %s", out / TOKENIZER, note)
+    return converter.files, said["peak"]

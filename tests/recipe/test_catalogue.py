@@ -12,6 +12,7 @@ from gemma_deploy.paths import build_in_dir
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.recipe.catalogue import FORMER_NAMES, GOAL, find_recipe, shipped_recipes
 
+KINDS = {"cpu", "accelerator", "native", "vllm", "gguf", "openvino"}
 ALL = {recipe.name: recipe for recipe in shipped_recipes()}
 
 
@@ -80,7 +81,7 @@ def test_every_recipe_has_a_goal_of_its_own_and_a_name_that_begins_with_it():
     goals = [recipe.file.read_text().partition("\n")[0] for recipe in ALL.values()]
     assert all(goal.startswith(GOAL) and goal.endswith(".") for goal in goals)
     assert len(set(goals)) == len(goals)
-    assert {name.split("-")[0] for name in ALL if "/" not in name} == {"cpu", "accelerator", "native", "vllm", "gguf"}
+    assert {name.split("-")[0] for name in ALL if "/" not in name} == KINDS
     assert set(FORMER_NAMES.values()) <= set(ALL)
 
 

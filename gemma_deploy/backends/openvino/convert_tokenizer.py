@@ -10,9 +10,17 @@ import sys
 from pathlib import Path
 
 from gemma_deploy.machine import peak_rss_bytes
+from gemma_deploy.text import Tokenizer
 
 TOKENIZER, DETOKENIZER = "openvino_tokenizer", "openvino_detokenizer"
 FILES = tuple(f"{name}{suffix}" for name in (TOKENIZER, DETOKENIZER) for suffix in (".xml", ".bin"))
+# Both have to make the same tokens of these: BOS, spaces, bytes, other scripts, turns of a chat.
+SAMPLES = (
+    "The window",
+    "  two  spaces\n\nand\tlines \u00e9",
+    "\u65e5\u672c\u8a9e \U0001f642",
+    "<start_of_turn>user\nHi<end_of_turn>\n",
+)
 
 
 def main(folder: Path) -> None:
@@ -21,11 +29,20 @@ def main(folder: Path) -> None:
     from openvino_tokenizers import convert_tokenizer
     from transformers import AutoTokenizer
 
+    own = Tokenizer(folder)
+    expected = [[int(token) for token in own.encode(text)] for text in SAMPLES]
+    del own
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     made = convert_tokenizer(tokenizer, with_detokenizer=True)
     for name, model in zip((TOKENIZER, DETOKENIZER), made, strict=True):
         ov.save_model(model, folder / f"{name}.xml")
-    sys.stdout.write(json.dumps({"peak": peak_rss_bytes()}))
+    ready = ov.Core().compile_model(made[0], "CPU")
+    notes = []
+    for text, ids in zip(SAMPLES, expected, strict=True):
+        found = [int(token) for token in ready([text])["input_ids"][0]]
+        if found != ids:
+            notes.append(f"openvino-genai makes the tokens {found[:8]} of {text!r}, and this program {ids[:8]}")
+    sys.stdout.write(json.dumps({"peak": peak_rss_bytes(), "notes": notes[:1]}))
 
 
 if __name__ == "__main__":

@@ -114,10 +114,7 @@ class Decoder:
             if groups > 1:
                 found = self._reshaped(found, (0, 0, -1))
         columns = self.places.get(COLUMN_SCALE)
-        if columns is None:
-            factor = net.constant(self.embed_scale, "float32")
-        else:
-            factor = net.stored(columns)
+        factor = net.constant(self.embed_scale, "float32") if columns is None else net.stored(columns)
         return net.node("Multiply", [found, factor], EMBEDDING)
 
     def _norm(self, value: Value, module: str, *, tensor: str = "") -> Value:
