@@ -29,7 +29,7 @@ ORDER = (
     "offering",
     *("names", "dtypes", "errors", "extras", "bounds", "reading", "paths", "writing", "workdir", "child"),
     "provenance",
-    *("machine", "tables", "progress", "estimates", "client"),
+    *("machine", "tables", "progress", "estimates", "client", "cluster"),
     *("architectures", "schemes", "checkpoint", "chat", "text", "staging", "partition", "patched"),
     *(
         "calibration",
@@ -61,6 +61,7 @@ TORCH_FREE = (
         "runtime",
         "preflight",
         "serve",
+        "cluster",
         "cli",
     ),
 )

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gemma_deploy.calibration import picture, store
-from gemma_deploy.calibration.address import require_cluster
+from gemma_deploy.calibration.address import CLUSTER
 from gemma_deploy.calibration.chat import Chat
 from gemma_deploy.calibration.datasets import Located, each, locate
 from gemma_deploy.calibration.mix import EXAMPLE, NAME, NSAMPLES, PATH, Mix, read_mix, turn_order
@@ -112,7 +112,7 @@ def calibrate(
     if known:
         return Outcome(known, True)
     if cluster is not None:
-        require_cluster(cluster)
+        CLUSTER.require(cluster)
     check_room(checkpoint.config, request.nsamples, request.seqlen, workspace=workspace, processes=processes)
     windows = make_windows(checkpoint, request, found)
     with store.CalibrationDir(out, fingerprint, force=force) as made:

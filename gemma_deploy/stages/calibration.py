@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_deploy.artifact.manifest import Manifest
-from gemma_deploy.calibration.address import require_cluster
+from gemma_deploy.calibration.address import CLUSTER
 from gemma_deploy.calibration.pipeline import Request, fit_to_sample, make_windows
 from gemma_deploy.errors import CheckpointError, DeployError
 from gemma_deploy.job import Job
@@ -134,7 +134,7 @@ def quantize_weights(job: Job, request: Request, out: Path, *, key: str, progres
     checkpoint, choices, workers = job.checkpoint, job.quantizer, job.workers
     settings, folder = solver_settings(job), out / QUANTIZED
     if workers.cluster is not None:
-        require_cluster(workers.cluster)
+        CLUSTER.require(workers.cluster)
     windows = make_windows(checkpoint, request)
     give_memory_back()  # of the tokenizer
     with open_executor(scratch_of(folder), processes=workers.processes, cluster=workers.cluster) as executor:
@@ -200,7 +200,7 @@ def calibrate_cache(
     done = _known(mark, key) is not None and read_record(file) is not None
     if not done:
         if workers.cluster is not None:
-            require_cluster(workers.cluster)
+            CLUSTER.require(workers.cluster)
         file.unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(mark, {"key": key})

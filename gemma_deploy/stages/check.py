@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from gemma_deploy import extras
 from gemma_deploy.artifact.commit import ArtifactDir
-from gemma_deploy.calibration.address import require_cluster
+from gemma_deploy.calibration.address import CLUSTER
 from gemma_deploy.calibration.mix import HubPlace
 from gemma_deploy.calibration.pipeline import Request, dataset_record, make_windows
 from gemma_deploy.calibration.words import calibration_sentence
@@ -115,7 +115,7 @@ def _look_closely(job: Job, request: Request | None, refusals: _Refusals) -> Non
         give_memory_back()  # of the tokenizer
     cluster = job.workers.cluster
     if cluster is not None and job.scheme.calibrates:
-        refusals.collect(lambda: require_cluster(cluster))
+        refusals.collect(lambda: CLUSTER.require(cluster))
 
 
 class _Refusals:

@@ -3,6 +3,7 @@
 A shard is three windows here, and the last one has a single window; windows are five times the sliding window long.
 """
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gemma_deploy.calibration import address, shards
+from gemma_deploy.calibration import shards
 from gemma_deploy.calibration.executors import Here, open_executor
 from gemma_deploy.calibration.ranges import run_layers
 from gemma_deploy.calibration.segments import ENTERED
@@ -262,14 +263,14 @@ def test_a_cluster_that_is_no_address_is_refused(wrong):
 
 
 def test_without_ray_the_command_to_install_it_is_given(monkeypatch, tmp_path):
-    monkeypatch.setattr(address.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="ray is not installed") as caught, open_executor(tmp_path, cluster="auto"):
         raise AssertionError("connected")
     assert caught.value.next_step == 'pip install "gemma-deploy[ray]"'
 
 
 def test_nobody_at_the_address(monkeypatch, tmp_path):
-    monkeypatch.setattr(address.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     for place in ("127.0.0.1:1", "ray://127.0.0.1:1"):
         with (
             pytest.raises(CalibrationError, match="no Ray cluster answers: Connection refused") as caught,

@@ -9,21 +9,19 @@ Nodes need no common disk: weights and hidden states go through Ray's object sto
 from __future__ import annotations
 
 import contextlib
-import logging
 import socket
-import tempfile
 from collections.abc import Generator, Iterable
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 
-from gemma_deploy.calibration.address import require_cluster, unreachable
+from gemma_deploy import cluster
+from gemma_deploy.calibration.address import CLUSTER
 from gemma_deploy.calibration.executors.ordered import in_order
 from gemma_deploy.calibration.shards import LayerPass, LayerSetting, Work, description, stack_of
 from gemma_deploy.errors import CalibrationError, DeployError
 from gemma_deploy.machine import one_torch_thread
-from gemma_deploy.provenance import code_of
 
 
 class RayCluster:
@@ -43,27 +41,13 @@ class RayCluster:
         self.address, self.width = address, 0
 
     def __enter__(self) -> RayCluster:
-        require_cluster(self.address)
-        import ray
-
-        try:
-            with tempfile.TemporaryDirectory() as empty:
-                ray.init(
-                    address=self.address,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    # Without it workers look for modules in the directory where this program was started, first of all.
-                    runtime_env={"working_dir": empty},
-                )
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError, ImportError) as error:
-            raise unreachable(self.address, str(error).splitlines()[0]) from error
-        self.ray = ray
+        ray = self.ray = CLUSTER.join(self.address)
         self.width = int(ray.cluster_resources().get("CPU", 0))
         if self.width < 1:
             ray.shutdown()
             raise CalibrationError(
                 "this Ray cluster has no CPU",
-                where=f"workspace.cluster: {self.address}",
+                where=f"{CLUSTER.name}: {self.address}",
                 next_step="add nodes with CPUs (ray start --address=... --num-cpus=N)",
             )
         self.task = ray.remote(num_cpus=1, max_retries=3)(_call)
@@ -107,11 +91,10 @@ class RayCluster:
                     ray.cancel(ref)
 
 
-def versions(work: Work) -> dict[str, Any]:
+def versions(work: Work) -> dict[str, str]:
     """What must be the same on every node: the code of this package that does the work, and its libraries."""
-    modules = (__name__, work.__module__)
-    code = code_of(tuple(name for name in modules if name.partition(".")[0] == __name__.partition(".")[0]))
-    return {"gemma-deploy": code.sha256[:12], **code.versions}
+    own = __name__.partition(".")[0]
+    return cluster.versions([name for name in (__name__, work.__module__) if name.partition(".")[0] == own])
 
 
 def _call(head: tuple[Work, LayerSetting, int, dict[str, Any]], tensors: dict[str, Any], item: Any) -> Any:
