@@ -24,6 +24,7 @@ from gemma_deploy.runtime.generate import GenerationStats, Prompt, check_length,
 from gemma_deploy.runtime.many import ManySequences, Packed
 from gemma_deploy.runtime.sampling import Sampling
 from gemma_deploy.runtime.sequence import Session
+from gemma_deploy.runtime.staged import Chain, Stage
 from gemma_deploy.text import ChatTemplate, Tokenizer
 
 if TYPE_CHECKING:
@@ -183,6 +184,23 @@ class Engine(ABC):
             UsageError: what computes it is not installed. ArtifactError: a file is missing or damaged.
         """
         return None
+
+    @property
+    def stages(self) -> Sequence[str]:
+        """Stages that the artifact is divided into by layers, in their order; none where it is not."""
+        return ()
+
+    def stage(self, name: str) -> Stage:
+        """One of `stages`, opened in this process.
+
+        Raises:
+            ArtifactError: a file of it is missing or damaged.
+        """
+        raise AssertionError(name)  # pragma: no cover: a back end that has stages opens them
+
+    def across(self, chain: Chain) -> Engine:
+        """The same artifact, whose stages a chain computes elsewhere; no graph is opened here."""
+        raise AssertionError(chain)  # pragma: no cover: see `stage`
 
     def packed_adapter(self, adapter: str | Path) -> Packed:
         """An adapter as what `many` gives takes it; nothing is written. Any thread may ask.

@@ -10,9 +10,12 @@ from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.tvm_vacc.generate import StaticSession
 from gemma_deploy.backends.tvm_vacc.runner import StaticGraphs, StaticRunner
 from gemma_deploy.backends.tvm_vacc.sessions import Mode
+from gemma_deploy.backends.tvm_vacc.stage import ChainRunner, StaticStage
 from gemma_deploy.errors import UsageError
+from gemma_deploy.partition.spans import WHOLE
 from gemma_deploy.runtime.engine import Engine, Limits, Session
 from gemma_deploy.runtime.sampling import Sampling
+from gemma_deploy.runtime.staged import Chain, Stage
 
 if TYPE_CHECKING:
     from gemma_deploy.parity.sources import LogitSource
@@ -32,6 +35,7 @@ class StaticEngine(Engine):
     def __init__(self, artifact: Artifact, *, threads: int = 0, strict: bool = False, one_reply: bool = False) -> None:
         super().__init__(artifact, threads=threads)
         self.strict, self.one_reply = strict, one_reply
+        self._chain: Chain | None = None
 
     @functools.cached_property
     def _graphs(self) -> StaticGraphs:
@@ -71,9 +75,27 @@ class StaticEngine(Engine):
                 next_step="decode without lookup or draft, or compile for backend.type onnxruntime",
             )
         with self._opening:
-            runner = StaticRunner.on(self._graphs)
+            runner = self._runner()
         sampler = sampling.sampler() if sampling is not None else None
         return StaticSession(runner, self.tokenizer, sampler, stop_ids=() if endless else None)
+
+    def _runner(self) -> StaticRunner:
+        return StaticRunner.on(self._graphs) if self._chain is None else ChainRunner.through(self._graphs, self._chain)
+
+    @property
+    def stages(self) -> Sequence[str]:
+        """See `Engine`."""
+        return tuple(dict.fromkeys(part.stage for part in self.manifest.parts if part.stage != WHOLE))
+
+    def stage(self, name: str) -> Stage:
+        """See `Engine`."""
+        return StaticStage(self.artifact, name, self.threads)
+
+    def across(self, chain: Chain) -> Engine:
+        """See `Engine`."""
+        made = StaticEngine(self.artifact)
+        made._chain = chain
+        return made
 
     def source(self, kernels: str | None = None, adapter: str | None = None) -> LogitSource:
         """See `Engine`: the graphs to the letter, every position of prompts."""

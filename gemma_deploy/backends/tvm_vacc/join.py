@@ -34,8 +34,8 @@ REBUILD = "compile the artifact again with --force"
 
 
 class _Joiner:
-    def __init__(self, root: Path, name: str) -> None:
-        self.root, self.name = root, name
+    def __init__(self, root: Path, name: str, whole: bool) -> None:
+        self.root, self.name, self.whole = root, name, whole
         self.nodes: list[ir.Node] = []
         self.inputs: dict[str, ir.Value] = {}
         self.shares: dict[str, list[ir.Value]] = {}  # of the ranks, of a whole cache
@@ -69,7 +69,8 @@ class _Joiner:
             name = str(outs[0].name)
             if name in PASSED:
                 leaving[PASSED[name]] = made[0]
-                continue
+                if self.whole:
+                    continue
             if name.startswith(f"{PRESENT}."):
                 self.presents[f"{BORROWED}{name.removeprefix(PRESENT)}"] = made
             self.outputs[name] = self._output(outs[0], made)
@@ -92,14 +93,14 @@ class _Joiner:
         self, ports: Sequence[ir.Value], maps: list[dict[ir.Value, ir.Value]], entering: Mapping[str, ir.Value]
     ) -> None:
         name = str(ports[0].name)
-        if name in PASSED.values() or name.startswith(f"{BORROWED}."):
+        if self.whole and (name in PASSED.values() or name.startswith(f"{BORROWED}.")):
             given = [entering[name]] * len(ports) if name in entering else self.presents.get(name, [])
             if len(given) != len(ports):
                 raise ArtifactError(
                     f"a stage takes {name}, which none before it gives", where=str(self.root), next_step=REBUILD
                 )
             values = given
-        elif name.startswith(f"{PAST_CACHE}.") and len(ports) > 1:
+        elif name.startswith((f"{PAST_CACHE}.", f"{BORROWED}.")) and len(ports) > 1:
             if name not in self.shares:
                 batch, heads, length, size = _dims(ports[0])
                 whole = self._whole_input(ports[0], (batch, int(heads) * len(ports), length, size))
@@ -220,7 +221,7 @@ class _Joiner:
         """The joined graph; caches are inputs and outputs in the order of layers, as those of an undivided one."""
         graph = ir.Graph(
             list(self.inputs.values()),
-            [self.outputs.pop("logits"), *self.outputs.values()],
+            sorted(self.outputs.values(), key=lambda value: value.name != "logits"),
             nodes=self.nodes,
             initializers=list(self.initializers.values()),
             opset_imports=self.opsets,
@@ -229,18 +230,21 @@ class _Joiner:
         return ir.Model(graph, ir_version=10, functions=list(self.functions.values()))
 
 
-def join(root: Path, name: str, stages: PartFolders) -> ir.Model:
+def join(root: Path, name: str, stages: PartFolders, *, whole: bool = True) -> ir.Model:
     """Load and join the parts' graphs called `name` (`iter0`, `iter1`).
+
+    Args:
+        whole: all stages, from tokens to logits; else one of them, which takes and gives what stages pass on.
 
     Raises:
         ArtifactError: a file is missing or damaged, or the parts do not belong together.
     """
-    joiner = _Joiner(root, name)
+    joiner = _Joiner(root, name, whole)
     passed: dict[str, ir.Value] = {}
     for folders in stages:
         models = [load_file(root / folder / f"{name}.onnx") for folder in folders]
         passed = joiner.add(folders, models, passed)
-    if passed or "logits" not in joiner.outputs:
+    if whole and (passed or "logits" not in joiner.outputs):
         raise ArtifactError("the last stage gives no logits", where=str(root), next_step=REBUILD)
     return joiner.model()
 

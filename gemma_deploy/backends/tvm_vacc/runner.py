@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from gemma_deploy.artifact.manifest import Manifest
-from gemma_deploy.backends.tvm_vacc.contract import check_session, read_contract, read_manifest, stages_of
+from gemma_deploy.backends.tvm_vacc.contract import (
+    StaticContract,
+    check_session,
+    read_contract,
+    read_manifest,
+    stages_of,
+)
 from gemma_deploy.backends.tvm_vacc.sessions import Mode, load_graph, open_session
 from gemma_deploy.errors import UsageError
 from gemma_deploy.runtime.limits import check_tokens
@@ -107,6 +113,11 @@ class StaticGraphs:
         self.load_seconds += time.perf_counter() - started
         check_session(session, self.contract, graph, where=file)
         return session, extra
+
+
+def slots_of(contract: StaticContract, filled: int) -> int:
+    """Slots of a cache that has `filled` of them in use; of a dynamic artifact it grows by blocks."""
+    return min(contract.context, (filled // GROWTH + 1) * GROWTH) if contract.dynamic else contract.context
 
 
 class StaticRunner:
@@ -205,20 +216,23 @@ class StaticRunner:
             start = width - len(prompt)
             ids[row, start:], mask[row, start:] = prompt, 1
             positions[row, start:] = np.arange(len(prompt))
-        session, extra = self.graphs.session("iter0")
-        names = ["logits", *self._present_names(), *extra]
-        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        logits, *rest = session.run(names, feeds)
-        del session
-        self.graphs.prefilled()
-        for cache in self._caches:
-            cache[:, :, :width] = rest.pop(0)
-        self.values = {name: value.astype(np.float32) for name, value in zip(extra, rest, strict=True)}
+        logits = self._read({"input_ids": ids, "attention_mask": mask, "position_ids": positions})
         self.position, self.lengths = width, mask.sum(axis=1)
         self._prompt_mask = mask
         if self._decoder is not None:
             self._start_mask(self._decoder.mask)
         return np.asarray(logits[:, -1], np.float32)
+
+    def _read(self, feeds: dict[str, np.ndarray]) -> np.ndarray:
+        """Run prompts that are padded to one length: [B, 1, V]."""
+        session, extra = self.graphs.session("iter0")
+        logits, *rest = session.run(["logits", *self._present_names(), *extra], feeds)
+        del session
+        self.graphs.prefilled()
+        for cache in self._caches:
+            cache[:, :, : self._sizes.prefill] = rest.pop(0)
+        self.values = {name: value.astype(np.float32) for name, value in zip(extra, rest, strict=True)}
+        return np.asarray(logits)
 
     def step(self, tokens: Sequence[int]) -> np.ndarray:
         """Feed one token per row.
@@ -250,6 +264,13 @@ class StaticRunner:
         check_tokens(tokens, self.contract.vocab_size, "tokens")
         if self.position == self._sizes.context:
             self._grow()
+        logits = self._feed(tokens)
+        self.position += 1
+        self.lengths = self.lengths + 1
+        return logits
+
+    def _feed(self, tokens: Sequence[int]) -> np.ndarray:
+        """Run one token a row: [B, V], memory of its own."""
         decoder = self._decoder or self._bind()
         decoder.ids[:, 0], decoder.positions[:, 0] = tokens, self.lengths
         decoder.session.run_with_iobinding(decoder.binding)
@@ -261,8 +282,6 @@ class StaticRunner:
             self.values = {
                 name: value.numpy().astype(np.float32) for name, value in zip(decoder.extra, values, strict=True)
             }
-        self.position += 1
-        self.lengths = self.lengths + 1
         return decoder.logits[:, 0].copy()
 
     def _bind(self) -> _Decoder:
@@ -295,7 +314,7 @@ class StaticRunner:
 
     def _slots(self, filled: int) -> int:
         """Size of a cache with room for at least one block more, unless the context ends before."""
-        return min(self.context_length, (filled // GROWTH + 1) * GROWTH)
+        return slots_of(self.contract, filled)
 
     def _grow(self) -> None:
         """Give a dynamic artifact's cache another block of slots."""

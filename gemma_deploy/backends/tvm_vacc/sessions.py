@@ -40,6 +40,7 @@ def open_session(
     arrays: dict[str, np.ndarray] | None = None,
     dump: Path | None = None,
     stages: PartFolders = (),
+    whole: bool = True,
 ) -> ort.InferenceSession:
     """Open a graph on the CPU.
 
@@ -50,7 +51,7 @@ def open_session(
         outputs: inner values to return after the graph's own outputs.
         arrays: weights in the fast kernel's form, shared by the sessions of one artifact: filled and read.
         dump: where ORT writes the graph that it will really run.
-        stages: folders of a divided artifact's parts, whose graphs of this name are joined.
+        stages, whole: of a divided artifact: see `load_graph`.
 
     Raises:
         ArtifactError: a file is missing, a value unknown, or ONNX Runtime refuses the graph.
@@ -61,7 +62,7 @@ def open_session(
     if dump is not None:
         options.optimized_model_filepath = str(dump)
     arrays = arrays if arrays is not None else {}
-    model, names = changed_graph(path, mode, outputs, arrays=arrays, stages=stages)
+    model, names = changed_graph(path, mode, outputs, arrays=arrays, stages=stages, whole=whole)
     given = [ort.OrtValue.ortvalue_from_numpy(arrays[name]) for name in names]
     if given:
         options.add_external_initializers(names, given)
@@ -70,12 +71,12 @@ def open_session(
     return session
 
 
-def load_graph(path: Path, stages: PartFolders = ()) -> ir.Model:
+def load_graph(path: Path, stages: PartFolders = (), *, whole: bool = True) -> ir.Model:
     """A graph of an artifact, its parameters where they lie.
 
     Args:
         path: the .onnx file; of a divided artifact where an undivided one would have it.
-        stages: folders of the parts whose graphs are joined.
+        stages: folders of the parts whose graphs are joined; whole: these are all of them, else one stage.
 
     Raises:
         ArtifactError: a file is missing, or it is no ONNX graph.
@@ -83,11 +84,17 @@ def load_graph(path: Path, stages: PartFolders = ()) -> ir.Model:
     if not stages:
         return load_file(path)
     with as_compiled(path):
-        return join(path.parent, path.stem, stages)
+        return join(path.parent, path.stem, stages, whole=whole)
 
 
 def changed_graph(
-    path: Path, mode: Mode, outputs: Sequence[str], *, arrays: dict[str, np.ndarray], stages: PartFolders = ()
+    path: Path,
+    mode: Mode,
+    outputs: Sequence[str],
+    *,
+    arrays: dict[str, np.ndarray],
+    stages: PartFolders = (),
+    whole: bool = True,
 ) -> tuple[bytes, list[str]]:
     """The graph as it is handed to ORT, lowered and with inner values among its outputs; it holds no weights.
 
@@ -97,7 +104,7 @@ def changed_graph(
     Raises:
         ArtifactError: the file is no ONNX graph, or makes no such value.
     """
-    model = load_graph(path, stages)
+    model = load_graph(path, stages, whole=whole)
     names: list[str] = []
     with as_compiled(path):
         if mode == "strict":
