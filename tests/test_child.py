@@ -249,27 +249,47 @@ def test_the_check_sees_what_starts_a_process(source, count):
     assert len(starters(source)) == count
 
 
-@pytest.mark.slow
-def test_tasks_of_a_ray_cluster(poisoned, checkpoint, tmp_path):
-    """Ray tells its workers to look in the driver's current directory first."""
+@pytest.fixture
+def elsewhere(poisoned, tmp_path):
+    """A Ray cluster that somebody else started, in another directory."""
     pytest.importorskip("ray", reason='ray is not installed: pip install -c constraints.txt ".[ray]"')
     from ray.cluster_utils import Cluster
 
-    from gemma_deploy.calibration.executors import open_executor
-    from gemma_deploy.calibration.ranges import run_layers
-
     here = os.getcwd()
-    with pytest.MonkeyPatch.context() as patch:  # the cluster is somebody else's, started elsewhere
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", ".", here)])
         node = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
         cluster = Cluster(initialize_head=True, head_node_args=node)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_tasks_of_a_ray_cluster(poisoned, elsewhere, checkpoint, tmp_path):
+    """Ray tells its workers to look in the driver's current directory first."""
+    from gemma_deploy.calibration.executors import open_executor
+    from gemma_deploy.calibration.ranges import run_layers
+
+    ids = np.random.default_rng(5).integers(3, 500, (2, 12))
+    with open_executor(tmp_path / "shards", cluster=elsewhere.address) as executor:
+        found = run_layers(checkpoint, ids, scratch=tmp_path, executor=executor)
+    assert "model.layers.0.out" in found
+    assert poisoned() == []
+
+
+@pytest.mark.slow
+def test_actors_of_a_ray_cluster(poisoned, elsewhere, demo_artifact):
+    from gemma_deploy.artifact.check import open_whole
+    from gemma_deploy.engine import open_engine
+    from gemma_deploy.serve.cluster.opening import Joined
+
+    joined = Joined(elsewhere.address, [open_whole(demo_artifact)], replicas=1, threads=1)
     try:
-        ids = np.random.default_rng(5).integers(3, 500, (2, 12))
-        with open_executor(tmp_path / "shards", cluster=cluster.address) as executor:
-            found = run_layers(checkpoint, ids, scratch=tmp_path, executor=executor)
-        assert "model.layers.0.out" in found
-        assert poisoned() == []
+        limits = {"together": 1, "queue": 1, "context": 0, "cache_bytes": 1 << 20}
+        found = joined.computing(open_engine(demo_artifact), limits)
+        assert [one.up for one in found.actors()] == [True]
     finally:
-        cluster.shutdown()
+        joined.close()
+    assert poisoned() == []

@@ -28,6 +28,7 @@ Examples:
   gemma-deploy serve workspace/ONE workspace/OTHER --port 8000
   gemma-deploy serve workspace/NAME --host 0.0.0.0 --api-key-file keys.txt
   gemma-deploy serve workspace/NAME --adapter pirate --adapter poet=runs/poet/adapter
+  gemma-deploy serve workspace/NAME --cluster 10.0.0.1:6379 --replicas 2 --threads 8
 
 Artifacts of `backend.type: native` answer many requests at once, all others one after the other. SIGTERM ends it when
 what is being answered is done.
@@ -64,6 +65,10 @@ what is being answered is done.
     "--grace", type=click.IntRange(0, 3600), default=60, show_default=True, help="Seconds to end after SIGTERM."
 )
 @click.option("--json-log", is_flag=True, help="A line of JSON for each answer.")
+@click.option(
+    "--cluster", type=NAME, metavar="HOST:PORT", help="Compute on actors of the Ray cluster with this head, or `auto`."
+)
+@click.option("--replicas", type=click.IntRange(1, 1024), help="Of each artifact on the cluster  [default: 1]")
 def command(
     artifact: tuple[Path, ...],
     host: str,
@@ -83,6 +88,8 @@ def command(
     connections: int,
     grace: int,
     json_log: bool,
+    cluster: str | None,
+    replicas: int | None,
 ) -> None:
     """Answer requests to one or several ARTIFACTs over HTTP, as OpenAI's servers do."""
     from gemma_deploy import extras
@@ -90,11 +97,12 @@ def command(
     extras.require("serve", what="`gemma-deploy serve`")
     from gemma_deploy.artifact.check import open_whole
     from gemma_deploy.engine import open_embedder, open_engine
+    from gemma_deploy.serve.cluster.opening import Joined, refuse
     from gemma_deploy.serve.http.app import Server, Settings
     from gemma_deploy.serve.http.embeddings import ServedEncoder
     from gemma_deploy.serve.http.running import listening, log_apart, loopback, open_enough, run, server_of
     from gemma_deploy.serve.http.served import Served
-    from gemma_deploy.serve.opening import scheduling_of
+    from gemma_deploy.serve.opening import Limits, scheduling_of, worker_of
     from gemma_deploy.serve.visitors import LOOPBACK
 
     keys = _keys(api_key_file) if api_key_file is not None else ()
@@ -102,11 +110,16 @@ def command(
         _refuse_open(host)
     if allow_adapters is not None:
         _check_allowed(allow_adapters, keyless=not keys and not loopback(host))
+    refuse(cluster, replicas=replicas, adapters=bool(adapter) or allow_adapters is not None)
     opened = [open_whole(one, hashes=True) for one in artifact]
     names = _names(opened, alias)
     adapters = _adapters(adapter, opened, names)
     at_a_time = open_enough(connections)
     bound = listening(host, port)
+    limits = Limits(together=batch_size, queue=queue, context=max_context or 0, cache_bytes=cache_mib * MIB)
+    joined = Joined(cluster, opened, replicas=replicas or 1, threads=threads) if cluster is not None else None
+    if joined is not None:
+        click.get_current_context().call_on_close(joined.close)
     served: list[Served] = []
     encoders: list[ServedEncoder] = []
     for one, called in zip(opened, names, strict=True):
@@ -114,12 +127,13 @@ def command(
             encoders.append(ServedEncoder(open_embedder(one, threads=threads), one, called))
             continue
         engine = open_engine(one, threads=threads)
-        scheduling = scheduling_of(
-            engine, together=batch_size, queue=queue, context=max_context or 0, cache_bytes=cache_mib * MIB
-        )
-        numbers = {name: _loaded(scheduling, place) for name, place in adapters[called[0]].items()}
-        served.append(Served(engine, scheduling, called, add_bos=add_bos, adapters=numbers))
-        if scheduling.together == 1 and batch_size > 1:
+        if joined is not None:
+            served.append(Served(engine, joined.computing(engine, limits), called, add_bos=add_bos))
+        else:
+            scheduling = scheduling_of(engine, **limits)
+            numbers = {name: _loaded(scheduling, place) for name, place in adapters[called[0]].items()}
+            served.append(Served(engine, worker_of(engine, scheduling), called, add_bos=add_bos, adapters=numbers))
+        if served[-1].together == 1 and batch_size > 1:
             log.warning("%s: its back end computes one text at a time; others wait", called[0])
     log_apart(as_json=json_log)
     # Who brings a key is known; who may ask from elsewhere may use any name.

@@ -70,15 +70,19 @@ class Guides:
         Raises:
             UsageError: the grammar is damaged, too large, or too costly.
         """
+        with self._lock:
+            self._read()  # says what is wrong with the tokenizer before what is wrong with the grammar
+        return self.of_words(_compiled(grammar))
+
+    def of_words(self, words: str) -> Guide:
+        """The same of a grammar as llguidance reads it: `Guide.words` of another."""
         from llguidance import LLMatcher
 
-        with self._lock:
-            tokenizer = self._read()
-        words = _compiled(grammar)
         if len(words) > LARGEST:
             raise UsageError(f"the grammar has {len(words)} characters", expected=f"{LARGEST}", next_step=WRONG)
-        matcher = LLMatcher(tokenizer, words, log_level=0)
-        made = Guide(matcher, self._vocabulary)
+        with self._lock:
+            tokenizer = self._read()
+        made = Guide(LLMatcher(tokenizer, words, log_level=0), self._vocabulary, words)
         made.copy().allowed()  # what explodes does so at the first token
         return made
 
@@ -100,15 +104,19 @@ class Guides:
 
 
 class Guide:
-    """What one answer may say next."""
+    """What one answer may say next.
 
-    def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
-        self._matcher, self._vocabulary = matcher, vocabulary
+    Attributes:
+        words: the grammar, as llguidance reads it.
+    """
+
+    def __init__(self, matcher: LLMatcher, vocabulary: int, words: str) -> None:
+        self._matcher, self._vocabulary, self.words = matcher, vocabulary, words
         self._check()
 
     def copy(self) -> Guide:
         """Another that stands where this one does."""
-        return Guide(self._matcher.deep_copy(), self._vocabulary)
+        return Guide(self._matcher.deep_copy(), self._vocabulary, self.words)
 
     def allowed(self) -> np.ndarray:
         """Which tokens may come next: [V] bool.

@@ -133,6 +133,10 @@ class QueueFullError(UsageError):
     """No more requests are taken now."""
 
 
+class LostError(DeployError):
+    """What computed a request is gone, or nothing is there to compute one; it may be sent again."""
+
+
 @dataclass(frozen=True)
 class Counts:
     """What a scheduler is at, and what it has done since it was made.

@@ -7,8 +7,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from gemma_deploy.errors import ChangedError, DeployError, UsageError
 from gemma_deploy.serve.request import Counts, Ended, Event, Failed, Prepared, Request, Scheduling, check_request
@@ -18,17 +19,95 @@ Deliver = Callable[[Sequence[tuple[Any, Event]]], None]
 LOOK_SECONDS = 1.0  # from one look at the weights to the next while nothing is computed
 
 
+@dataclass(frozen=True)
+class Actor:
+    """What computes on another machine.
+
+    Args:
+        node: where it is, "": nowhere now; up: whether it is there; restarts: how often another one took its place.
+        requests: that it has to compute; None: it has no queue of its own.
+    """
+
+    name: str
+    node: str
+    up: bool
+    restarts: int
+    requests: int | None = None
+
+
+class Computing(Protocol):
+    """Who computes requests, wherever that is: requests come in, events are delivered.
+
+    Attributes:
+        context, vocabulary, together: see `Scheduling`.
+    """
+
+    context: int
+    vocabulary: int
+    together: int
+
+    @property
+    def broken(self) -> DeployError | None:
+        """Why nothing is computed now; None: all is well."""
+
+    def start(self, deliver: Deliver) -> None:
+        """Begin.
+
+        Args:
+            deliver: called with what was given to `submit` for each event.
+        """
+
+    def submit(self, request: Request, listener: Any) -> None:
+        """Ask for something; what comes of it is delivered with `listener`, the last of it `Ended` or `Failed`.
+
+        Raises:
+            UsageError: it cannot be answered; see `check_request`. DeployError: nothing is, now.
+        """
+
+    def cancel(self, listener: Any) -> None:
+        """End a request with the next step. Nothing where it has ended."""
+
+    def prepare(self, adapter: str | Path) -> Prepared:
+        """See `Scheduling`; in the caller's thread."""
+
+    def load(self, prepared: Prepared) -> Future[int]:
+        """See `Scheduling`; between two steps.
+
+        Raises:
+            DeployError: nothing is computed any more.
+        """
+
+    def unload(self, adapter: int) -> Future[int]:
+        """See `Scheduling`; behind all that was submitted before. Raises as `load`."""
+
+    def counts(self) -> Counts:
+        """As after the last step."""
+
+    def actors(self) -> Sequence[Actor]:
+        """What computes elsewhere; nothing where all is computed in this process."""
+
+    def stop(self) -> None:
+        """End with the step at hand; what is not answered fails."""
+
+
 class Worker:
-    """Computes what a scheduler decides, in a thread of its own.
+    """Computes what a scheduler decides, in a thread of its own; `Computing` says what the methods do.
 
     Args:
         scheduling: which nobody else calls from now on.
-        deliver: called in that thread after each step, with what was given to `submit` for each event.
         check: called before each step, raises a `ChangedError` where there can be no more.
+        actors: what computes elsewhere for it.
     """
 
-    def __init__(self, scheduling: Scheduling, deliver: Deliver, *, check: Callable[[], None] = lambda: None) -> None:
-        self._scheduling, self._deliver, self._check = scheduling, deliver, check
+    def __init__(
+        self,
+        scheduling: Scheduling,
+        *,
+        check: Callable[[], None] = lambda: None,
+        actors: Callable[[], Sequence[Actor]] = tuple,
+    ) -> None:
+        self._scheduling, self._check, self.actors = scheduling, check, actors
+        self.context, self.vocabulary, self.together = scheduling.context, scheduling.vocabulary, scheduling.together
         self._wake = threading.Condition()
         self._asked: list[tuple[Request, Any]] = []
         self._left: list[Any] = []
@@ -41,20 +120,17 @@ class Worker:
 
     @property
     def broken(self) -> DeployError | None:
-        """Why nothing is computed any more; None: all is well."""
+        """See `Computing`; for good."""
         return self._broken
 
-    def start(self) -> None:
-        """Begin."""
+    def start(self, deliver: Deliver) -> None:
+        """See `Computing`; events are delivered in the thread, those of a step together."""
+        self._deliver = deliver
         self._thread.start()
 
     def submit(self, request: Request, listener: Any) -> None:
-        """Ask for something; what comes of it is delivered with `listener`, the last of it `Ended` or `Failed`.
-
-        Raises:
-            UsageError: it cannot be answered; see `check_request`. DeployError: nothing is, any more.
-        """
-        check_request(request, self._scheduling.context, self._scheduling.vocabulary)
+        """See `Computing`; from any thread."""
+        check_request(request, self.context, self.vocabulary)
         with self._wake:
             self._refuse_at_the_end()
             self._asked.append((request, listener))
@@ -67,25 +143,21 @@ class Worker:
             raise DeployError("the server is ending", next_step="send it to another one")
 
     def cancel(self, listener: Any) -> None:
-        """End a request with the next step; from any thread. Nothing where it has ended."""
+        """See `Computing`; from any thread."""
         with self._wake:
             self._left.append(listener)
             self._wake.notify()
 
     def prepare(self, adapter: str | Path) -> Prepared:
-        """See `Scheduling`; in the caller's thread."""
+        """See `Computing`."""
         return self._scheduling.prepare(adapter)
 
     def load(self, prepared: Prepared) -> Future[int]:
-        """See `Scheduling`; between two steps.
-
-        Raises:
-            DeployError: nothing is computed any more.
-        """
+        """See `Computing`."""
         return self._change(lambda: self._scheduling.load(prepared))
 
     def unload(self, adapter: int) -> Future[int]:
-        """See `Scheduling`; behind all that was submitted before. Raises as `load`."""
+        """See `Computing`."""
 
         def unloaded() -> int:
             self._scheduling.unload(adapter)
@@ -102,11 +174,11 @@ class Worker:
         return future
 
     def counts(self) -> Counts:
-        """As after the last step."""
+        """See `Computing`."""
         return self._counts
 
     def stop(self) -> None:
-        """End with the step at hand; what is not answered fails."""
+        """See `Computing`."""
         with self._wake:
             self._ending = True
             self._wake.notify()

@@ -14,7 +14,7 @@ from gemma_deploy.engine import open_embedder
 from gemma_deploy.serve.http.app import Server
 from gemma_deploy.serve.http.embeddings import ServedEncoder
 from gemma_deploy.serve.http.served import Served
-from gemma_deploy.serve.opening import scheduling_of
+from gemma_deploy.serve.opening import scheduling_of, worker_of
 from gemma_deploy.testing import TINY_PROMPTS
 from tests.serve.test_http import COMPLETIONS, engine, post  # noqa: F401
 from tests.test_embed import TEXTS, checkpoint, dynamic  # noqa: F401
@@ -29,7 +29,7 @@ def embedder(dynamic):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def client(engine, embedder, dynamic):  # noqa: F811
-    texts = Served(engine, scheduling_of(engine, cache_bytes=1 << 26), ["tiny"])
+    texts = Served(engine, worker_of(engine, scheduling_of(engine, cache_bytes=1 << 26)), ["tiny"])
     encoder = ServedEncoder(embedder, Artifact.open(dynamic), ["vectors", "text-embedding-3-small"])
     with TestClient(Server([texts], encoders=[encoder]).app()) as found:
         yield found

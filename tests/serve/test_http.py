@@ -22,7 +22,7 @@ from gemma_deploy.runtime.sampling import Sampling
 from gemma_deploy.serve.http import app
 from gemma_deploy.serve.http.app import Server, Settings
 from gemma_deploy.serve.http.served import Served
-from gemma_deploy.serve.opening import scheduling_of
+from gemma_deploy.serve.opening import scheduling_of, worker_of
 from gemma_deploy.serve.request import QueueFullError
 from gemma_deploy.serve.worker import Worker
 
@@ -42,7 +42,7 @@ def engine(served):
 def served_of(engine, *, names=("tiny",), add_bos=False, adapters=None, **options):
     scheduling = scheduling_of(engine, **{"cache_bytes": 1 << 26, **options})
     numbers = {name: scheduling.load(one) for name, one in (adapters or {}).items()}
-    return Served(engine, scheduling, names, add_bos=add_bos, adapters=numbers)
+    return Served(engine, worker_of(engine, scheduling), names, add_bos=add_bos, adapters=numbers)
 
 
 def client_of(engine, *, settings=None, **options):
@@ -682,8 +682,8 @@ def test_who_asks_a_thread_and_leaves_is_forgotten(engine):
     from gemma_deploy.serve.request import Began, Ended, Request
 
     got = Waiting()
-    worker = Worker(scheduling_of(engine, cache_bytes=1 << 26), got)
-    worker.start()
+    worker = Worker(scheduling_of(engine, cache_bytes=1 << 26))
+    worker.start(got)
     worker.submit(Request([2, 50, 60], Choice(), 700), "one")
     assert isinstance(got.found.get(timeout=30)[1], Began)
     worker.cancel("one")

@@ -330,6 +330,7 @@ class Server:
             one.names[0]: (
                 one.worker.counts(),
                 {name: each.metrics for name, each in (("", one), *one.adapters.items())},
+                one.worker.actors(),
             )
             for one in self._served
         }

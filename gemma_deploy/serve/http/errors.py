@@ -8,9 +8,10 @@ from starlette.responses import JSONResponse
 
 from gemma_deploy.errors import DeployError, UsageError
 from gemma_deploy.serve.adapting import NoAdapterError
-from gemma_deploy.serve.request import QueueFullError
+from gemma_deploy.serve.request import LostError, QueueFullError
 
 RETRY_SECONDS = 1
+LOST = "replica_lost"
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -33,7 +34,7 @@ class ApiError(Exception):
     def response(self) -> JSONResponse:
         """The whole answer."""
         headers: Mapping[str, str] = {}
-        if self.status == 429:
+        if self.status == 429 or self.code == LOST:
             headers = {"Retry-After": str(RETRY_SECONDS)}
         elif self.status == 401:
             headers = {"WWW-Authenticate": "Bearer"}
@@ -62,4 +63,4 @@ def told(error: DeployError, param: str | None = None) -> ApiError:
         return ApiError(429, message, code="queue_full")
     if isinstance(error, UsageError):
         return wrong(param, message)
-    return ApiError(503, message, code="engine_failed")
+    return ApiError(503, message, code=LOST if isinstance(error, LostError) else "engine_failed")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gemma_deploy.serve.request import Counts
+from gemma_deploy.serve.worker import Actor
 
 QUEUE_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 FIRST_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -86,11 +87,19 @@ def _values(counts: Counts) -> Mapping[str, int]:
     }
 
 
-def exposed(models: Mapping[str, tuple[Counts, Mapping[str, Metrics]]]) -> str:
+ACTORS = {
+    "actor_up": ("gauge", "Whether what computes on a node of the cluster is there."),
+    "actor_requests": ("gauge", "Texts that it has to compute."),
+    "actor_restarts_total": ("counter", "How often another one took its place."),
+}
+
+
+def exposed(models: Mapping[str, tuple[Counts, Mapping[str, Metrics], Sequence[Actor]]]) -> str:
     """All artifacts, by name, as the text that Prometheus reads.
 
     Args:
-        models: of each artifact its counts, and what came of requests by adapter, "" for those without.
+        models: of each artifact its counts, what came of requests by adapter, "" for those without, and what computes
+            it elsewhere.
     """
     lines: list[str] = []
     for kind, table in (("gauge", GAUGES), ("counter", COUNTERS)):
@@ -98,11 +107,12 @@ def exposed(models: Mapping[str, tuple[Counts, Mapping[str, Metrics]]]) -> str:
             lines += [f"# HELP gemma_deploy_{key} {words}", f"# TYPE gemma_deploy_{key} {kind}"]
             lines += [
                 f"gemma_deploy_{key}{{{_label('model', one)}}} {_values(counts)[key]}"
-                for one, (counts, _) in models.items()
+                for one, (counts, *_) in models.items()
             ]
+    lines += _of_actors({one: actors for one, (_, _, actors) in models.items() if actors})
     requests = {
         _label("model", one) + ("," + _label("adapter", adapter) if adapter else ""): metrics
-        for one, (_, by_adapter) in models.items()
+        for one, (_, by_adapter, _) in models.items()
         for adapter, metrics in by_adapter.items()
     }
     name = "gemma_deploy_requests_finished_total"
@@ -118,6 +128,19 @@ def exposed(models: Mapping[str, tuple[Counts, Mapping[str, Metrics]]]) -> str:
         for label, metrics in requests.items():
             lines += getattr(metrics, which).lines(name, label)
     return "\n".join(lines) + "\n"
+
+
+def _of_actors(models: Mapping[str, Sequence[Actor]]) -> Iterator[str]:
+    for key, (kind, words) in ACTORS.items() if models else ():
+        yield from (f"# HELP gemma_deploy_{key} {words}", f"# TYPE gemma_deploy_{key} {kind}")
+        for model, actors in models.items():
+            for one in actors:
+                value = {"actor_up": int(one.up), "actor_requests": one.requests}.get(key, one.restarts)
+                if value is None:
+                    continue
+                label = _label("model", model) + "," + _label("actor", one.name)
+                label += "," + _label("node", one.node) if key == "actor_up" else ""  # a counter's labels stay
+                yield f"gemma_deploy_{key}{{{label}}} {value}"
 
 
 def _label(key: str, value: str) -> str:

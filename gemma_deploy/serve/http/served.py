@@ -11,14 +11,13 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from gemma_deploy.artifact.watch import Watch
 from gemma_deploy.errors import UsageError
 from gemma_deploy.runtime.engine import Engine
 from gemma_deploy.serve.guiding import Grammar, Guide, Guides
 from gemma_deploy.serve.http.errors import ApiError, told
 from gemma_deploy.serve.http.metrics import Metrics
-from gemma_deploy.serve.request import Ended, Event, Failed, Request, Scheduling
-from gemma_deploy.serve.worker import Worker
+from gemma_deploy.serve.request import Ended, Event, Failed, Request
+from gemma_deploy.serve.worker import Computing
 
 BYTE = len("<0x00>")
 MOST_SCORES = 1 << 19  # log-probabilities of one request, each some 100 bytes before it is sent
@@ -63,6 +62,7 @@ class Served:
     """See the module.
 
     Args:
+        engine: of the artifact; worker: what computes it, here or elsewhere.
         names: under which it is asked for, its own first; add_bos: put BOS in front of token ids that have none.
         adapters: those that are loaded, by name, with the numbers that `Scheduling.load` gave.
 
@@ -76,7 +76,7 @@ class Served:
     def __init__(
         self,
         engine: Engine,
-        scheduling: Scheduling,
+        worker: Computing,
         names: Sequence[str],
         *,
         add_bos: bool = False,
@@ -84,11 +84,11 @@ class Served:
     ) -> None:
         self.engine, self.names, self.add_bos = engine, tuple(names), add_bos
         self.tokenizer, self.created = engine.tokenizer, int(time.time())
-        self.context, self.vocabulary, self.together = scheduling.context, scheduling.vocabulary, scheduling.together
+        self.worker = worker
+        self.context, self.vocabulary, self.together = worker.context, worker.vocabulary, worker.together
         self.stop_ids = frozenset(engine.stop_ids)
         self.guides = Guides(engine.path, self.vocabulary, self.stop_ids)
         self.metrics = Metrics()
-        self.worker = Worker(scheduling, self._deliver, check=Watch(engine.artifact).check)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._texts: dict[int, str] = {}
         self.changing = asyncio.Lock()
@@ -116,7 +116,7 @@ class Served:
     def start(self) -> None:
         """Begin to compute; called in the event loop."""
         self._loop = asyncio.get_running_loop()
-        self.worker.start()
+        self.worker.start(self._deliver)
 
     def ask(self, requests: Sequence[Request], param: str) -> list[Asked]:
         """Have texts computed.
