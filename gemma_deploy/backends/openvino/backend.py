@@ -105,8 +105,8 @@ class OpenVino:
         return StageEstimate("graphs", f"{MODEL}.xml, no weights", BASE_BYTES, GRAPH_BYTES, 1.0)
 
     def proof_bytes(self, spec: BuildSpec, elements: int) -> int:
-        """OpenVINO has the weights as it multiplies them, exact in float32, and beside them as it is shipped."""
-        return 6 * elements + RUNTIME_BYTES
+        """OpenVINO has a copy of the weights as it multiplies them, codes as codes, and at the end two of the head."""
+        return (2 if spec.scheme.codes else 5) * elements + RUNTIME_BYTES
 
     def codes(self, spec: BuildSpec) -> CodeForm:
         """Signed, row by row; positions are turned by frequencies, which are constants of the graph."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -30,19 +31,27 @@ class OpenVinoSource:
         self.name: str = kernels
         self.progress: Tick | None = None
         self.unit = "sequences"
-        options = opened.STRICT if kernels == STRICT else {}
-        body, head = opened.cut_at_head(opened.open_model(file), hidden_size)
-        self._body = opened.compiled(body, threads=threads, options=options)
-        self._head = opened.compiled(head, threads=threads, options=options).create_infer_request()
+        self._file, self._hidden_size, self._threads = file, hidden_size, threads
+        self._options = opened.STRICT if kernels == STRICT else {}
+
+    def _compiled(self, part: int) -> Any:
+        """The body (0) or the head (1), each with a copy of its weights as they are multiplied."""
+        model = opened.cut_at_head(opened.open_model(self._file), self._hidden_size)[part]
+        return opened.compiled(model, threads=self._threads, options=self._options)
+
+    @functools.cached_property
+    def _head(self) -> Any:
+        return self._compiled(1).create_infer_request()
 
     def run(self, cases: Sequence[Case]) -> Features:
         """What leaves the final norm, [prompt + steps, H] of every row."""
+        body = self._compiled(0)  # gone when it has run
         rows, total = 0, sum(len(case.prompts) for case in cases)
         found: Features = []
         for case in cases:
             found.append([])
             for prompt, forced in zip(case.prompts, case.forced, strict=True):
-                state = opened.State(self._body)
+                state = opened.State(body)
                 steps = [[int(token) for token in prompt], *([int(token)] for token in forced)]
                 found[-1].append(np.concatenate([np.array(state.step(step)) for step in steps]))
                 rows += 1
@@ -52,6 +61,6 @@ class OpenVinoSource:
 
     def head(self, features: np.ndarray, prompt_end: bool = False) -> np.ndarray:
         """features: [n, H] -> [n, V]."""
-        (logits,) = self._head.infer([features[None]]).values()
+        (logits,) = self._head.infer([features[None]], share_outputs=True).values()
         rows: np.ndarray = logits[0]
         return rows
