@@ -16,6 +16,7 @@ from gemma_deploy.serve.request import Counts, Ended, Event, Failed, Prepared, R
 
 log = logging.getLogger(__name__)
 Deliver = Callable[[Sequence[tuple[Any, Event]]], None]
+SWITCH_SECONDS = 0.0005  # after which the thread that computes gets the interpreter from the one that writes answers
 LOOK_SECONDS = 1.0  # from one look at the weights to the next while nothing is computed
 
 

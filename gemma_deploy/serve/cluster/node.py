@@ -15,7 +15,14 @@ from gemma_deploy.errors import ArtifactError, DeployError
 from gemma_deploy.names import MANIFEST
 
 MODULES = ("gemma_deploy.serve.cluster.replica", "gemma_deploy.serve.cluster.stage")
-LIBRARIES = ("numpy", "onnxruntime", "onnxruntime-genai", "openvino", "llguidance", "ray")  # on which what is computed depends
+LIBRARIES = (
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "openvino",
+    "llguidance",
+    "ray",
+)  # on which what is computed depends
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from gemma_deploy.serve.cluster.node import Wanted, node_name, opened_here
 from gemma_deploy.serve.guiding import Guide, Guides
 from gemma_deploy.serve.opening import Limits, scheduling_of, worker_of
 from gemma_deploy.serve.request import Began, Counts, Event, Failed, Request, Said
+from gemma_deploy.serve.worker import SWITCH_SECONDS
 
 LOOK_SECONDS = 1.0  # in which news are given where there are no events
 KEPT_GRAMMARS = 8
@@ -58,6 +60,7 @@ class Replica:
 
     async def open(self, wanted: Wanted, limits: Limits) -> Opened | DeployError:
         """Open the artifact; what is refused is an answer, so that it comes back whole."""
+        sys.setswitchinterval(SWITCH_SECONDS)
         self._loop, self._there = asyncio.get_running_loop(), asyncio.Event()
         self._found: list[tuple[int, Event]] = []
         self._asked: dict[int, _Asked | None] = {}  # None: it is coming

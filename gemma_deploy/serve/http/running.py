@@ -27,6 +27,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gemma_deploy.errors import UsageError
 from gemma_deploy.serve.http.errors import ApiError
+from gemma_deploy.serve.worker import SWITCH_SECONDS
 
 log = logging.getLogger(__name__)
 KEEP_ALIVE_SECONDS = 30
@@ -45,7 +46,6 @@ REFUSED = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\nConnection: close\r\n"
     b"Content-Length: " + str(len(_BUSY)).encode() + b"\r\n\r\n" + _BUSY
 )
-SWITCH_SECONDS = 0.0005  # after which the thread that computes gets the interpreter from the one that writes answers
 
 
 class BoundedProtocol(H11Protocol):
