@@ -35,6 +35,8 @@ MEASURED_KL: dict[tuple[str, str], tuple[float, str]] = {
     ("native", "w8a16_gptq"): (0.0018, "README.md"),
     ("native", "w8a8"): (0.0085, f"{KERNELS}, Activations of 8 bits"),
     ("native", "w4a16_gptq"): (0.044, "README.md"),
+    ("openvino", "w8a16"): (0.0052, "docs/openvino.md"),
+    ("openvino", "w8a16_gptq"): (0.0033, "docs/openvino.md"),
 }
 
 

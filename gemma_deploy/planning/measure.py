@@ -13,7 +13,13 @@ from gemma_deploy.errors import DeployError
 from gemma_deploy.machine import Machine, total_bytes, usable_cpus
 from gemma_deploy.planning.device import CPU, Device
 
-BACKENDS = ["native", "onnxruntime", "tvm_vacc", "vllm"]  # that run on a CPU; tvm_vacc's graphs in ONNX Runtime
+BACKENDS = [
+    "native",
+    "onnxruntime",
+    "openvino",
+    "tvm_vacc",
+    "vllm",
+]  # that run on a CPU; tvm_vacc's graphs in ONNX Runtime
 BUSY = "measured while other programs ran: rates are too low; measure again when the machine is quiet"
 
 

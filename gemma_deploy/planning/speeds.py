@@ -72,6 +72,14 @@ MEASURED: dict[tuple[str, str], Shares] = {
         channel=0.0,
         where=ON_TWO_CORES,
     ),
+    ("openvino", CPU): Shares(
+        bandwidth={CODES: 0.62, WHOLE_CODES: 0.62, INT4: 0.71, HALVES: 1.04, FLOATS: 2.08},
+        layer_s=4.3e-4,
+        products={CODES: 0.56, WHOLE_CODES: 0.56, INT4: 0.61, HALVES: 3.2, FLOATS: 2.66},
+        attention=4.1,
+        channel=0.0,
+        where=ON_TWO_CORES,
+    ),
     ("tvm_vacc", CPU): Shares(
         bandwidth={CODES: 0.56, WHOLE_CODES: 0.56, INT4: 0.56, HALVES: 0.82, FLOATS: 0.82},
         layer_s=2.5e-4,
