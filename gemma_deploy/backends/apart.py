@@ -56,7 +56,7 @@ class Engine:
         if importlib.util.find_spec(self.module) is not None:
             return sys.executable
         raise UsageError(
-            f"{self.name} is not installed here, and the proof of backend.type {self.backend} runs in it",
+            f"{self.name} is not installed here, and artifacts of backend.type {self.backend} run and are proven in it",
             expected=f"an environment of its own, and {self.variable} that names its python",
             next_step=f"python -m venv {example} && {example}/bin/pip install {self.package} && export "
             f"{self.variable}={example}/bin/python, or compile with --no-parity, which proves nothing",

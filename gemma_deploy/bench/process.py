@@ -77,7 +77,7 @@ def run(job: BenchJob, started: float) -> dict[str, Any]:
             "ttft_s": ttft,
             "load_s": subject.engine.load_seconds,  # of the static pair: of both graphs, one after the first token
             "tokenizer_s": subject.tokenizer_seconds,
-            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_rss_bytes": peak_rss_bytes() + subject.engine.apart_bytes,
         }
     points = []
     for prompt in prompts:

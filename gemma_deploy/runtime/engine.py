@@ -149,6 +149,11 @@ class Engine(ABC):
     def load_seconds(self) -> float:
         """What opening its graphs took, those that were needed so far."""
 
+    @property
+    def apart_bytes(self) -> int:
+        """Peak RSS of a process of its own that computes it; 0 where this one does."""
+        return 0
+
     @abstractmethod
     def session(
         self,

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import closing
 from itertools import pairwise
 
 import gguf
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gguf.quants import dequantize
+from transformers import AutoModelForCausalLM
 
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.artifact.weights import ArtifactWeights
@@ -18,10 +20,12 @@ from gemma_deploy.backends.gguf.source import ENGINE, LlamaSource
 from gemma_deploy.backends.gguf.vocabulary import vocabulary_of
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import main
+from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import CheckpointError, DeployError, UsageError
 from gemma_deploy.params.blocks import decode, encode
 from gemma_deploy.parity.cases import Case
 from gemma_deploy.paths import PACKAGE
+from gemma_deploy.runtime.generate import GenerationStats
 from gemma_deploy.testing import write_tiny_checkpoint
 from gemma_deploy.text.files import TokenizerFiles
 from tests.calibration.make import write_tokenizer
@@ -33,6 +37,11 @@ LINEARS = {
 }  # fmt: skip
 # llama.cpp has no key for another attention scale.
 SCALAR = {"gemma": {}, "gemma2": {"query_pre_attn_scalar": 32}, "gemma3_text": {"query_pre_attn_scalar": 32}}
+
+
+LLAMA_IS_THERE = pytest.mark.skipif(
+    not os.environ.get(ENGINE.variable), reason=f"{ENGINE.variable} names no Python with llama.cpp"
+)
 
 
 def recipe_of(root, checkpoint, scheme, **keys):
@@ -247,14 +256,15 @@ def test_verify_sees_a_bit_that_changed(made, tmp_path, capsys, where):
 
 def test_it_is_served_by_llama_server(made, capsys):
     artifact, _ = made("w8a16", "gemma3_text")
+    capsys.readouterr()
     assert main(["serve-command", str(artifact), "--port", "8000"]) == 0
     words = capsys.readouterr().out.split()
     assert words[:3] == ["llama-server", "-m", str(artifact / "model.gguf")]
     assert words[words.index("-c") + 1] == "64"
     assert main(["serve-command", str(artifact), "--tensor-parallel-size", "2"]) == 2
     assert "served by one process" in capsys.readouterr().err
-    assert main(["run", str(artifact), "-p", "x"]) == 2
-    assert "runs in llama.cpp" in capsys.readouterr().err
+    assert main(["run", str(artifact), "-p", "x", "--lookup"]) == 2
+    assert "llama.cpp decodes it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -287,13 +297,47 @@ def test_without_llama_cpp_the_proof_says_where_to_get_it(monkeypatch, made):
         ENGINE.python()
     assert ENGINE.variable in str(told.value.next_step)
     monkeypatch.setenv(ENGINE.variable, sys.executable)  # which has no llama-cpp-python
-    source = LlamaSource(file, longest=8)
+    source = LlamaSource(file)
     with pytest.raises(DeployError, match="ended before it answered"):
         source.run([Case("text", ((2, 5),), ((),))])
 
 
-@pytest.mark.skipif(not os.environ.get(ENGINE.variable), reason=f"{ENGINE.variable} names no Python with llama.cpp")
+@LLAMA_IS_THERE
 @pytest.mark.parametrize("generation", SCALAR)
 def test_llama_cpp_computes_the_model(made, generation):
     artifact, _ = made("fp32", generation)
     assert main(["parity", str(artifact)]) == 0
+
+
+@LLAMA_IS_THERE
+@pytest.mark.parametrize("generation", SCALAR)
+def test_run_says_in_llama_cpp_what_transformers_says(made, generation):
+    artifact, checkpoint = made("fp32", generation)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    ids = [2, 9, 40, 77, 8, 300, 5, 61, 33, 12]  # more than a window
+    wanted = model.generate(torch.tensor([ids]), max_new_tokens=24, min_new_tokens=24, do_sample=False)[0, len(ids) :]
+    engine = open_engine(artifact, threads=1)
+    session, stats = engine.session(endless=True), GenerationStats()
+    assert list(session.reply(ids, max_new_tokens=10, stats=stats)) is not None
+    assert stats.tokens == wanted[:10].tolist()
+    sequence = engine.session(endless=True)._model.sequence(40)  # set back by more than a window
+    sequence.read([*ids, *wanted[:15].tolist()])
+    sequence.length = 4
+    again = sequence.read(ids[4:])[0]
+    assert int(again.argmax()) == wanted[0]
+    assert 0 < engine.load_seconds < 600
+    assert engine.apart_bytes > 1 << 20
+
+
+@LLAMA_IS_THERE
+def test_logits_that_have_no_room_are_made_again(made):
+    file = made("w8a16")[0] / "model.gguf"
+    cases = [Case("text", ((2, 5, 9), (2, 7), (2, 8, 11, 4)), ((),) * 3)]
+    found = []
+    for room in (1, 1 << 30):
+        with closing(LlamaSource(file, threads=1, room=room)) as source:
+            rows = np.concatenate(source.run(cases)[0])
+            found += [source.head(rows[::-1]) for _ in range(2)]
+            assert len(source._files) == (1 if room == 1 else 3)
+    for one in found[1:]:
+        np.testing.assert_array_equal(found[0], one)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gemma_deploy.artifact.opened import Artifact
     from gemma_deploy.checkpoint import Checkpoint, ModelConfig
     from gemma_deploy.parity.compare import ParityResult
+    from gemma_deploy.runtime.engine import Engine
 
 
 class LlamaCpp(Elsewhere):
@@ -79,6 +80,12 @@ class LlamaCpp(Elsewhere):
         from gemma_deploy.backends.gguf.proof import prove_file
 
         prove_file(proof, result)
+
+    def engine(self, artifact: Artifact, *, threads: int = 0, strict: bool = False, one_reply: bool = False) -> Engine:
+        """In llama.cpp, in the Python that has it."""
+        from gemma_deploy.backends.gguf.engine import LlamaEngine
+
+        return LlamaEngine(artifact, threads=threads)
 
     def serve_command(self, artifact: Artifact, how: Serving) -> list[str]:
         """Words of `llama-server`."""

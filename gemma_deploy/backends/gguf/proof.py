@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from contextlib import closing
+from pathlib import Path
 
+from gemma_deploy.artifact.manifest import Manifest
 from gemma_deploy.backends.base import Proof
 from gemma_deploy.backends.gguf.gates import STRICT, gguf_gates
 from gemma_deploy.backends.gguf.source import ENGINE, LLAMA, LlamaSource
@@ -15,15 +17,19 @@ from gemma_deploy.parity.sources import LogitSource
 from gemma_deploy.parity.torch_sources import torch_sources
 
 
+def strict_source(file: Path, manifest: Manifest) -> TorchSource:
+    """A file as this program reads it, in float32; of bfloat16 weights in that."""
+    weighting: Weighting = "bf16" if manifest.scheme == "bf16" else "fp32"
+    return TorchSource(Checkpoint.open(file), "patched", weighting, embed_scale=manifest.embed_scale, name=STRICT)
+
+
 def prove_file(proof: Proof, result: ParityResult) -> None:
     """Compare and judge; see `Backend.prove`."""
     ENGINE.python()  # before any work
     opened, manifest, cases, file = proof.checkpoint, proof.manifest, proof.cases, proof.artifact / GGUF
-    longest = max(len(case.sequence(row)) for case in cases for row in range(len(case.prompts)))
     models = torch_sources(opened, proof.artifact, manifest)
-    weighting: Weighting = "bf16" if manifest.scheme == "bf16" else "fp32"
-    strict = TorchSource(Checkpoint.open(file), "patched", weighting, embed_scale=manifest.embed_scale, name=STRICT)
-    with closing(LlamaSource(file, longest=longest)) as llama:
+    strict = strict_source(file, manifest)
+    with closing(LlamaSource(file)) as llama:
         all_sources: list[LogitSource] = [*models, strict, llama]
         sources = {source.name: source for source in all_sources}
         gates = gguf_gates(manifest.scheme)
