@@ -298,6 +298,25 @@ def test_openvino_genai_takes_it_and_keeps_the_window(whole, generation):
 
 
 @needs_openvino
+@pytest.mark.parametrize("generation", ["gemma2", "gemma3_text"])
+def test_rows_of_a_batch_in_openvino_genai_say_what_they_say_alone(whole, generation):
+    genai = pytest.importorskip("openvino_genai")
+    import openvino as ov
+
+    rng, asked = np.random.default_rng(9), genai.GenerationConfig()
+    asked.max_new_tokens, asked.ignore_eos = 8, True
+    rows = [[2, *map(int, rng.integers(5, 400, count))] for count in (30, 21)]
+    options = {"ATTENTION_BACKEND": "SDPA", "INFERENCE_PRECISION_HINT": "f32"}
+    pipeline = genai.LLMPipeline(str(whole(generation)), "CPU", **options)
+    alone = [list(pipeline.generate(ov.Tensor(np.array([row], np.int64)), asked).tokens[0]) for row in rows]
+    ids, mask = np.zeros((2, 31), np.int64), np.zeros((2, 31), np.int64)
+    for place, row in enumerate(rows):
+        ids[place, 31 - len(row) :], mask[place, 31 - len(row) :] = row, 1
+    together = pipeline.generate(genai.TokenizedInputs(ov.Tensor(ids), ov.Tensor(mask)), asked).tokens
+    assert [list(row) for row in together] == alone
+
+
+@needs_openvino
 def test_tokens_are_those_of_the_tokenizer(tmp_path, caplog):
     import openvino as ov
     import openvino_tokenizers  # noqa: F401 - brings the operators
@@ -318,6 +337,9 @@ def test_tokens_are_those_of_the_tokenizer(tmp_path, caplog):
         ids = list(own.encode(text))
         assert list(convert([text])["input_ids"][0]) == ids, text
         assert back([np.array([ids], np.int64)])[0][0] == own.decode(ids)
+    short, long = convert(["Return", "Return the value of the message"])["input_ids"]
+    assert list(long[-2:]) == list(own.encode("Return the value of the message"))[-2:]
+    assert short[-1] == own.encode("Return")[-1]  # padded on the left
 
 
 @needs_openvino
