@@ -45,11 +45,11 @@ def recipe_of(root, checkpoint, scheme, compiled=None, **keys):
     return file
 
 
-def compiled_to(root, scheme, generation, *, proven=False, **keys):
-    """An artifact without a converted tokenizer, and its checkpoint."""
+def compiled_to(root, scheme, generation, *, proven=False, config=None, **keys):
+    """An artifact without a converted tokenizer, and its checkpoint; `config`: keys of its own."""
     words = [] if proven else ["--no-parity"]
     changes = {"num_hidden_layers": 4, "sliding_window_pattern": 3} if generation == "gemma3_text" else {}
-    write_tokenizer(write_tiny_checkpoint(root / "ck", generation, **changes))
+    write_tokenizer(write_tiny_checkpoint(root / "ck", generation, **changes, **(config or {})))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OpenVino, "converter", None)
         assert main(["compile", str(recipe_of(root, root / "ck", scheme, **keys)), *words]) == 0
@@ -142,6 +142,23 @@ def test_padded_rows_in_pieces_have_the_logits_of_transformers(made, generation)
     found = np.concatenate(found, axis=1)
     assert relative(found[0], expected[0]) < 1e-5
     assert relative(found[1, padding:], expected[1]) < 1e-5
+
+
+@needs_openvino
+@pytest.mark.parametrize(
+    ("generation", "config"),
+    [
+        ("gemma2", {"hidden_activation": "gelu"}),
+        ("gemma3_text", {"tie_word_embeddings": False}),
+        ("gemma3_text", {"num_key_value_heads": 4, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        ("gemma3_text", {"query_pre_attn_scalar": 24, "final_logit_softcapping": 3.0}),
+    ],
+)
+def test_what_a_config_may_say_else(tmp_path, generation, config):
+    artifact, checkpoint = compiled_to(tmp_path, "fp32", generation, config=config)
+    row = [2, *map(int, np.random.default_rng(4).integers(5, 400, 25))]
+    (expected,) = stock_logits(checkpoint, (row,))
+    assert relative(Request(artifact)([row], np.ones((1, len(row))))[0], expected) < 1e-5
 
 
 @needs_openvino
