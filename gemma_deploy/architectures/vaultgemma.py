@@ -21,6 +21,7 @@ VAULTGEMMA = Architecture(
     model_type="vaultgemma",
     transformers_type="vaultgemma",
     causal_class="VaultGemmaForCausalLM",
+    openvino=True,
     genai_type="gemma2",  # the same loop; onnxruntime-genai has no name of its own for it
     activation_key=gemma2.ACTIVATION_KEY,
     patched=Patched(

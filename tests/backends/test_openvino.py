@@ -152,6 +152,7 @@ def test_padded_rows_in_pieces_have_the_logits_of_transformers(made, generation)
         ("gemma3_text", {"tie_word_embeddings": False}),
         ("gemma3_text", {"num_key_value_heads": 4, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
         ("gemma3_text", {"query_pre_attn_scalar": 24, "final_logit_softcapping": 3.0}),
+        ("vaultgemma", {}),
     ],
 )
 def test_what_a_config_may_say_else(tmp_path, generation, config):
@@ -439,8 +440,7 @@ def test_it_is_served_by_openvinos_server(made, capsys, generation, pipeline):
         ("gemma3_text", {"adapters": {"rank": 8}}, "merge with frontend.adapter"),
         ("gemma3_text", {"backend": {"compile": {"cache": "int8"}}}, "backend.compile.cache"),
         ("gemma3_text", {"backend": {"compile": {"cahce": "u8"}}}, "backend.compile.cahce"),
-        ("vaultgemma", {}, "openvino is not built for VaultGemma: it is for Gemma 1, Gemma 2, Gemma 3"),
-        ("gemma4_text", {}, "openvino is not built for Gemma 4"),
+        ("gemma4_text", {}, "openvino is not built for Gemma 4: it is for Gemma 1, Gemma 2, Gemma 3, VaultGemma"),
     ],
 )
 def test_what_is_not_built_is_refused_before_any_work(tmp_path, capsys, monkeypatch, generation, keys, says):
