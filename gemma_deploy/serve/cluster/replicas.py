@@ -27,6 +27,7 @@ from gemma_deploy.serve.worker import Actor, Deliver
 
 log = logging.getLogger(__name__)
 AGAIN_SECONDS = (1.0, 2.0, 5.0, 15.0)  # from one try to have a replica again to the next
+SILENT_SECONDS = 30.0  # after which a replica that tells nothing, which it does each second, is taken for dead
 BEGINNING = 32  # tokens by which a replica is known to have read a text's beginning
 KEPT_BEGINNINGS = 1024
 GAUGES = ("running", "waiting", "cache_bytes", "kept", "adapters", "held")  # of `Counts`: not of what is gone
@@ -185,8 +186,9 @@ class Replicas:
 
         while not self._ending:
             try:
-                news: News = await one.actor.news.remote()
-            except ray.exceptions.RayError as error:
+                async with asyncio.timeout(SILENT_SECONDS):
+                    news: News = await one.actor.news.remote()
+            except (ray.exceptions.RayError, TimeoutError) as error:
                 log.error("replica %d is gone: %s", one.place, _first_line(error))
                 self._lose(one)
                 await self._again(one)
@@ -302,4 +304,4 @@ def _sum(counts: Sequence[Counts]) -> Counts:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or f"it has said nothing for {SILENT_SECONDS:g} s").splitlines()[0]

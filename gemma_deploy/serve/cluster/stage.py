@@ -14,7 +14,7 @@ from gemma_deploy.serve.cluster.node import Wanted, node_name, opened_here
 from gemma_deploy.serve.request import LostError
 
 Arrays = dict[str, np.ndarray]
-CALLS = 2  # of an actor at a time: one that computes, and `alive`
+CALLS = 3  # of an actor at a time: one that computes, `alive` and `ping`
 
 
 class StageActor:
@@ -34,6 +34,9 @@ class StageActor:
     def alive(self) -> None:
         """Never answers: the call fails when the process ends."""
         threading.Event().wait()
+
+    def ping(self) -> None:
+        """Answers at once, whatever is being computed."""
 
     def prefill(
         self, given: Arrays, before: Mapping[str, np.ndarray] | DeployError, *, text: int, passing: Collection[str]

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 START_SECONDS = 60.0  # that a text waits for a stage that is being started
 DEAD_SECONDS = 10.0  # in which Ray tells who has died
 LOOK_SECONDS = 1.0
+LONG_SECONDS = 5.0  # that a step takes, before stages are asked whether they are there
+SILENT_SECONDS = 30.0  # after which a stage that does not answer is taken for dead
 SEND_AGAIN = "send it again in a moment"
 
 
@@ -116,6 +118,8 @@ class Stages:
             call = getattr(one.actor, method)
             passed = call.remote(mine, passed, text=self._text, passing=passing, **more)
         try:
+            while not self._ray.wait([passed], timeout=LONG_SECONDS)[0]:
+                self._end_silent()
             found = self._ray.get(passed)
         except self._ray.exceptions.RayError as error:
             self._mend(DEAD_SECONDS)
@@ -125,6 +129,15 @@ class Stages:
         if isinstance(found, DeployError):
             raise found
         return np.asarray(found["logits"])
+
+    def _end_silent(self) -> None:
+        """End stages that have stopped to answer, as if they had died."""
+        pings = [one.actor.ping.remote() for one in self._every]
+        answered, _ = self._ray.wait(pings, num_returns=len(pings), timeout=SILENT_SECONDS)
+        for one, ping in zip(self._every, pings, strict=True):
+            if ping not in answered:
+                log.error("stage %s has said nothing for %g s (%s)", one.name, SILENT_SECONDS, one.node)
+                self._places.end(one.actor)
 
     def _mend(self, seconds: float) -> None:
         """Have stages started again that have died, as Ray knows within some seconds."""
