@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -240,6 +241,14 @@ def joined(cluster, served):
     until(lambda: not actors(cluster, "Replica"))
 
 
+def without_weights(path):
+    """A copy beside it, whose manifest and small files are there."""
+    copy = Path(f"{path}-without")
+    if not copy.exists():
+        shutil.copytree(path, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    return str(copy)
+
+
 LIMITS = {"together": 4, "queue": 4, "context": 0, "cache_bytes": 1 << 26}
 
 
@@ -248,6 +257,7 @@ LIMITS = {"together": 4, "queue": 4, "context": 0, "cache_bytes": 1 << 26}
     [
         (lambda wanted: {"path": wanted.path + "-elsewhere"}, ArtifactError, "has no artifact there"),
         (lambda wanted: {"manifest": "0" * 64}, ArtifactError, "another version of the artifact"),
+        (lambda wanted: {"path": without_weights(wanted.path)}, ArtifactError, "No such file"),
         (lambda wanted: {"versions": {**wanted.versions, "numpy": "0.1"}}, DeployError, "this Ray node has numpy "),
     ],
 )

@@ -64,6 +64,14 @@ def _node_id() -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
+def here(error: DeployError) -> DeployError:
+    """The same, that names this node."""
+    name = node_name()
+    if not (error.where or "").startswith(name):
+        error.where = f"{name}: {error.where}" if error.where else name
+    return error
+
+
 def opened_here(wanted: Wanted) -> Artifact:
     """The artifact on this node.
 
@@ -71,9 +79,9 @@ def opened_here(wanted: Wanted) -> Artifact:
         DeployError: by the node's name: it has another version of this program, no artifact there, another one, or a
             damaged one.
     """
-    node, here = node_name(), versions()
-    if here != wanted.versions:
-        other = [f"{name} {here.get(name)}" for name in wanted.versions if here.get(name) != wanted.versions[name]]
+    node, found = node_name(), versions()
+    if found != wanted.versions:
+        other = [f"{name} {found.get(name)}" for name in wanted.versions if found.get(name) != wanted.versions[name]]
         raise DeployError(
             f"this Ray node has {', '.join(other)}",
             where=node,
@@ -85,10 +93,7 @@ def opened_here(wanted: Wanted) -> Artifact:
         raise ArtifactError("this Ray node has no artifact there", where=where, next_step=copy)
     if _sha256(Path(wanted.path) / MANIFEST) != wanted.manifest:
         raise ArtifactError("this Ray node has another version of the artifact there", where=where, next_step=copy)
-    try:
-        return open_whole(wanted.path, hashes=True)
-    except DeployError as error:
-        raise ArtifactError(error.what, where=where, problems=error.problems, next_step=copy) from None
+    return open_whole(wanted.path, hashes=True)
 
 
 def _sha256(file: Path) -> str:

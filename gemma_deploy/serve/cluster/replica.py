@@ -18,7 +18,7 @@ from typing import Any
 
 from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import DeployError
-from gemma_deploy.serve.cluster.node import Wanted, node_name, opened_here
+from gemma_deploy.serve.cluster.node import Wanted, here, node_name, opened_here
 from gemma_deploy.serve.guiding import Guide, Guides
 from gemma_deploy.serve.opening import Limits, scheduling_of, worker_of
 from gemma_deploy.serve.request import Began, Counts, Event, Failed, Request, Said
@@ -69,7 +69,7 @@ class Replica:
         try:
             return await asyncio.to_thread(self._open, wanted, limits)
         except DeployError as error:
-            return error
+            return here(error)
 
     def _open(self, wanted: Wanted, limits: Limits) -> Opened:
         engine = open_engine(opened_here(wanted), threads=wanted.threads)

@@ -107,7 +107,7 @@ class Replicas:
         except BaseException:
             places.close()
             raise
-        self.context, self.vocabulary, self.together = first.context, first.vocabulary, first.together
+        self.context, self.vocabulary, self.together = first.context, first.vocabulary, first.together * count
         levels = {one.opened.level for one in self._every if one.opened is not None}
         if len(levels) > 1:
             log.warning(

@@ -10,7 +10,7 @@ import numpy as np
 from gemma_deploy.artifact.watch import Watch
 from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import DeployError
-from gemma_deploy.serve.cluster.node import Wanted, node_name, opened_here
+from gemma_deploy.serve.cluster.node import Wanted, here, node_name, opened_here
 from gemma_deploy.serve.request import LostError
 
 Arrays = dict[str, np.ndarray]
@@ -27,7 +27,7 @@ class StageActor:
             self._stage = open_engine(artifact, threads=wanted.threads).stage(name)
             self._check = Watch(artifact).check
         except DeployError as error:
-            return error
+            return here(error)
         self._text = 0
         return node_name(), sorted(self._stage.takes)
 
