@@ -100,6 +100,12 @@ def by_hand(tensor):
     return codes.reshape(rows, -1), scales
 
 
+def read_back(checkpoint, name):
+    """Codes and scales as the reader of everybody's files takes them over."""
+    matrix = checkpoint.quantized[name]
+    return matrix.differences(0, matrix.shape[0]), matrix.scales(0, matrix.shape[0])
+
+
 @pytest.mark.parametrize("dtype", ["q8_0", "q4_0"])
 def test_blocks_are_those_of_the_gguf_package(dtype):
     most = 128 if dtype == "q8_0" else 8
@@ -133,12 +139,17 @@ def test_codes_are_what_the_checkpoint_rounds_to(made, scheme, generation):
         if not four:
             largest = np.abs(original).reshape(len(original), -1, 32).max(2) / 127
             np.testing.assert_array_equal(scales, largest.astype(np.float16).astype(np.float32))
-            assert (np.abs(made_again - original) <= np.repeat(scales, 32, axis=1) * 0.57).all()
+        # Each code is the nearest: half a step, and what float16 rounds a scale by 127 times.
+        steps = np.repeat(scales, 32, axis=1)
+        within = np.clip(original, -7 * steps, 7 * steps) if four else original
+        assert (np.abs(made_again - within) <= steps * 0.57).all()
         assert codes.min() >= (-7 if four else -127)
         np.testing.assert_array_equal(dequantize(np.asarray(tensor.data), tensor.tensor_type), made_again)
         np.testing.assert_array_equal(weights.rows(name, 0, len(original)), made_again)
         np.testing.assert_array_equal(read.rows(name, 0, len(original)), made_again)
-        np.testing.assert_array_equal(weights.codes(name)[0], codes)
+        for own_codes, own_scales in (weights.codes(name), read_back(read, name)):
+            np.testing.assert_array_equal(own_codes, codes)
+            np.testing.assert_array_equal(own_scales.view(np.uint32), scales.view(np.uint32))
 
 
 @pytest.mark.parametrize("generation", SCALAR)
@@ -180,6 +191,40 @@ def test_metadata_are_those_of_the_converter(made):
     assert three["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q8_0
     assert three["gemma3.rope.freq_base"] == 1e6
     assert fields_of(made("fp16", "gemma")[0])["general.file_type"] == gguf.LlamaFileType.MOSTLY_F16
+
+
+def test_every_key_of_a_model_with_all_there_is(tmp_path):
+    keys = {
+        "query_pre_attn_scalar": 32, "eos_token_id": [1, 106], "pad_token_id": 0, "rope_local_base_freq": 5000.0,
+        "rope_theta": 250000.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "num_hidden_layers": 7,
+        "sliding_window_pattern": 3, "max_position_embeddings": 4096,
+    }  # fmt: skip
+    write_tokenizer(write_tiny_checkpoint(tmp_path / "ck", "gemma3_text", **keys))
+    template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (tmp_path / "ck" / "chat_template.jinja").write_text(template)
+    assert main(["compile", str(recipe_of(tmp_path, tmp_path / "ck", "bf16")), "--no-parity"]) == 0
+    said = {key: value for key, value in fields_of(tmp_path / "bf16").items() if not key.startswith("GGUF.")}
+    lists = {name: said.pop(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type")}
+    assert [len(one) for one in lists.values()] == [512] * 3
+    assert said == {
+        "general.architecture": "gemma3", "general.type": "model", "general.name": "bf16",
+        "general.file_type": gguf.LlamaFileType.MOSTLY_BF16, "general.quantization_version": gguf.GGML_QUANT_VERSION,
+        "gemma3.block_count": 7, "gemma3.context_length": 4096, "gemma3.embedding_length": 64,
+        "gemma3.feed_forward_length": 160, "gemma3.attention.head_count": 4, "gemma3.attention.head_count_kv": 2,
+        "gemma3.attention.key_length": 32, "gemma3.attention.value_length": 32,
+        "gemma3.attention.layer_norm_rms_epsilon": pytest.approx(1e-6), "gemma3.attention.sliding_window": 8,
+        "gemma3.attention.sliding_window_pattern": 3, "gemma3.rope.freq_base": 250000.0,
+        "gemma3.rope.freq_base_swa": 5000.0, "gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0,
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default", "tokenizer.ggml.bos_token_id": 2,
+        "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.eot_token_id": 106, "tokenizer.ggml.unknown_token_id": 3,
+        "tokenizer.ggml.padding_token_id": 0, "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_eos_token": False, "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.chat_template": template,
+    }  # fmt: skip
+    source, read = Checkpoint.open(tmp_path / "ck").config, Checkpoint.open(tmp_path / "bf16" / "model.gguf").config
+    assert source.rope["full_attention"].factor == 8.0
+    for fact in ("layer_types", "rope", "sliding_window", "eos_token_ids", "max_position_embeddings"):
+        assert getattr(read, fact) == getattr(source, fact)
 
 
 def pieces(text, vocabulary):
