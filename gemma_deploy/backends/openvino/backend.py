@@ -26,7 +26,7 @@ from gemma_deploy.estimates import BASE_BYTES, GRAPH_BYTES, RUNTIME_BYTES, Stage
 from gemma_deploy.graph.contract import BATCH, SEQUENCE, TOTAL, GraphContract, Port, kv_shapes
 from gemma_deploy.names import OPENVINO_WEIGHTS
 from gemma_deploy.params.layout import places
-from gemma_deploy.params.naming import graph_file
+from gemma_deploy.params.naming import CONSTANTS, graph_file
 from gemma_deploy.params.plan import build_plan
 from gemma_deploy.quantization.budget import INTEGER_PRODUCTS
 from gemma_deploy.schemes import CodeForm, Naming
@@ -148,8 +148,10 @@ class OpenVino:
         from gemma_deploy.backends.openvino.decoder import build_decoder
 
         scale = embedding_scale(job.config.hidden_size, job.spec.embed_scale)
-        options = runtime_options(job.spec)
-        text, _ = build_decoder(job.config, job.tensors[OPENVINO_WEIGHTS], embed_scale=scale, options=options)
+        tensors, options = job.tensors[OPENVINO_WEIGHTS], runtime_options(job.spec)
+        text, constants = build_decoder(job.config, tensors, embed_scale=scale, options=options)
+        placed = sum(place.nbytes for place in tensors if place.name == CONSTANTS)
+        assert placed == len(constants.content), "the graph has other constants than `front` gave"
         return Exported({graph_file(MODEL, NAMING): text.encode()})
 
     def config_keys(self, spec: BuildSpec, config: ModelConfig) -> Mapping[str, Any]:
