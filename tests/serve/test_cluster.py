@@ -24,7 +24,8 @@ from gemma_deploy.serve.http.app import Server
 from gemma_deploy.serve.http.served import Served
 from gemma_deploy.serve.opening import scheduling_of, worker_of
 from gemma_deploy.serve.request import LostError
-from tests.serve.test_command import BODY, Process, gauge, until
+from tests.serve import test_command
+from tests.serve.test_command import BODY, Process, gauge
 
 ROOT = Path(__file__).parent.parent.parent
 COMPLETIONS = "/v1/completions"
@@ -36,6 +37,11 @@ ASKED = [
     {"prompt": [2, 50, 60], "temperature": 0.8, "seed": 3, "top_p": 0.9, "repetition_penalty": 1.2},
 ]
 LONG = BODY | {"n": 100}  # minutes, where nobody ends it
+
+
+def until(what):
+    """Wait for what Ray starts and ends, which takes long where a machine does other work."""
+    test_command.until(what, seconds=120)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +137,7 @@ def asking(url, count, body):
     got = []
 
     def ask():
-        answer = httpx2.post(f"{url}{COMPLETIONS}", json=body, timeout=60)
+        answer = httpx2.post(f"{url}{COMPLETIONS}", json=body, timeout=120)
         got.append((answer.status_code, answer.headers.get("retry-after"), answer.json()))
 
     threads = [threading.Thread(target=ask) for _ in range(count)]
@@ -147,17 +153,17 @@ def test_replicas_answer_as_one_process_does_and_a_signal_ends_them_alone(cluste
     nodes = {line for line in httpx2.get(f"{front.url}/metrics").text.splitlines() if "actor_up{" in line}
     assert len({line.partition("node=")[2] for line in nodes}) == 2  # one on each
     for _ in range(2):  # either of them, and what it has read before
-        with httpx2.Client(base_url=front.url, timeout=60) as client:
+        with httpx2.Client(base_url=front.url, timeout=120) as client:
             assert [texts for texts, _ in answers(client.post)] == [texts for texts, _ in expected]
     guided = {"prompt": [2, 50, 60], "guided_choice": ["ab", "ba"], "max_tokens": 9, "n": 2}
-    assert {one["text"] for one in choices(httpx2.post(f"{front.url}{COMPLETIONS}", json=guided, timeout=60))[0]} <= {
+    assert {one["text"] for one in choices(httpx2.post(f"{front.url}{COMPLETIONS}", json=guided, timeout=120))[0]} <= {
         "ab",
         "ba",
     }
-    wrong = httpx2.post(f"{front.url}{COMPLETIONS}", json={"prompt": [2], "guided_regex": "("}, timeout=60)
+    wrong = httpx2.post(f"{front.url}{COMPLETIONS}", json={"prompt": [2], "guided_regex": "("}, timeout=120)
     assert wrong.status_code == 400
     # A stream whose client leaves.
-    with httpx2.stream("POST", f"{front.url}{COMPLETIONS}", json=LONG | {"stream": True}, timeout=60) as stream:
+    with httpx2.stream("POST", f"{front.url}{COMPLETIONS}", json=LONG | {"stream": True}, timeout=120) as stream:
         assert next(stream.iter_lines()).startswith("data: {")
     until(lambda: gauge(front.url, "requests_running") == 0)
     assert gauge(front.url, "generation_tokens_total") < 100 * 700
@@ -166,14 +172,14 @@ def test_replicas_answer_as_one_process_does_and_a_signal_ends_them_alone(cluste
     try:
         other = ray.remote(Others).options(lifetime="detached", name="other", num_cpus=0).remote()
         assert ray.get(other.here.remote())
-        with httpx2.stream("POST", f"{front.url}{COMPLETIONS}", json=BODY | {"stream": True}, timeout=60) as stream:
+        with httpx2.stream("POST", f"{front.url}{COMPLETIONS}", json=BODY | {"stream": True}, timeout=120) as stream:
             lines = stream.iter_lines()
             first = next(lines)
             front.process.send_signal(signal.SIGTERM)
             events = [json.loads(line[6:]) for line in (first, *lines) if line.startswith("data: {")]
         assert events[-1]["choices"][0]["finish_reason"] == "length"
         assert "".join(event["choices"][0]["text"] for event in events) == "c" * 700
-        _, said = front.process.communicate(timeout=60)
+        _, said = front.process.communicate(timeout=120)
         assert front.process.returncode == 0
         assert "Traceback" not in said
         until(lambda: not actors(cluster, "Replica"))
@@ -191,7 +197,7 @@ class Others:
 
 def test_a_killed_replica_is_started_again_and_nobody_waits_for_ever(cluster, served, front):
     url, body = front.url, BODY | {"max_tokens": 300}
-    text = choices(httpx2.post(f"{url}{COMPLETIONS}", json=body, timeout=60))[0]
+    text = choices(httpx2.post(f"{url}{COMPLETIONS}", json=body, timeout=120))[0]
     # One that computes nothing, as a machine that stands still: what it was given is computed by the other.
     first = actors(cluster, "Replica")[0]
     first.suspend()
@@ -199,13 +205,13 @@ def test_a_killed_replica_is_started_again_and_nobody_waits_for_ever(cluster, se
     until(lambda: len(got) == 2)
     first.kill()
     for one in threads:
-        one.join(timeout=60)
+        one.join(timeout=120)
     assert [status for status, _, _ in got] == [200] * 4
     assert all(body["choices"] == text for _, _, body in got)
     until(lambda: up(url) == [True, True])
     assert not first.is_running()
     # Texts that are being said, one of them streamed, when both die.
-    with httpx2.stream("POST", f"{url}{COMPLETIONS}", json=LONG | {"stream": True}, timeout=60) as stream:
+    with httpx2.stream("POST", f"{url}{COMPLETIONS}", json=LONG | {"stream": True}, timeout=120) as stream:
         lines = stream.iter_lines()
         next(lines)
         threads, got = asking(url, 2, LONG)
@@ -215,13 +221,13 @@ def test_a_killed_replica_is_started_again_and_nobody_waits_for_ever(cluster, se
         said = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     assert said[-1]["error"]["code"] == "replica_lost"
     for one in threads:
-        one.join(timeout=60)
+        one.join(timeout=120)
     for status, again, error in got:
         assert (status, again, error["error"]["code"]) == (503, "1", "replica_lost")
     assert httpx2.get(f"{url}/health").status_code in (200, 503)
     until(lambda: up(url) == [True, True])
     assert httpx2.get(f"{url}/health").status_code == 200
-    assert choices(httpx2.post(f"{url}{COMPLETIONS}", json=body, timeout=60))[0] == text
+    assert choices(httpx2.post(f"{url}{COMPLETIONS}", json=body, timeout=120))[0] == text
     restarts = [line for line in httpx2.get(f"{url}/metrics").text.splitlines() if "actor_restarts_total{" in line]
     assert [line[-2:] for line in restarts] == [" 2", " 1"] or [line[-2:] for line in restarts] == [" 1", " 2"]
 
@@ -314,21 +320,21 @@ def test_stages_answer_as_one_process_does_and_one_that_dies_is_started_again(cl
     front = Process(staged, "--cluster", cluster.address)
     try:
         url = front.url
-        with httpx2.Client(base_url=url, timeout=60) as client:
+        with httpx2.Client(base_url=url, timeout=120) as client:
             assert [texts for texts, _ in answers(client.post)] == [texts for texts, _ in expected]
         assert up(url) == [True, True]
         body = BODY | {"max_tokens": 300}
-        text = choices(httpx2.post(f"{url}{COMPLETIONS}", json=body, timeout=60))[0]
+        text = choices(httpx2.post(f"{url}{COMPLETIONS}", json=body, timeout=120))[0]
         # One dies in the middle of a text, the other while nothing is asked of it.
-        with httpx2.stream("POST", f"{url}{COMPLETIONS}", json=LONG | {"stream": True}, timeout=60) as stream:
+        with httpx2.stream("POST", f"{url}{COMPLETIONS}", json=LONG | {"stream": True}, timeout=120) as stream:
             lines = stream.iter_lines()
             next(lines)
             actors(cluster, "StageActor")[0].kill()
             said = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
         assert said[-1]["error"]["code"] == "replica_lost"
-        assert choices(httpx2.post(f"{url}{COMPLETIONS}", json=body, timeout=60))[0] == text
+        assert choices(httpx2.post(f"{url}{COMPLETIONS}", json=body, timeout=120))[0] == text
         actors(cluster, "StageActor")[0].kill()
-        assert choices(httpx2.post(f"{url}{COMPLETIONS}", json=body, timeout=60))[0] == text
+        assert choices(httpx2.post(f"{url}{COMPLETIONS}", json=body, timeout=120))[0] == text
         code, said = front.end()
         assert code == 0
         assert "Traceback" not in said
