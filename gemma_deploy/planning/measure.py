@@ -14,6 +14,7 @@ from gemma_deploy.machine import Machine, total_bytes, usable_cpus
 from gemma_deploy.planning.device import CPU, Device
 
 BACKENDS = [
+    "gguf",
     "native",
     "onnxruntime",
     "openvino",

@@ -31,7 +31,7 @@ def test_the_recipe_that_is_written_compiles(here, capsys):
     assert (here / "workspace" / recipe.name / "manifest.json").is_file()
 
 
-@pytest.mark.parametrize("backend", ["tvm_vacc", "onnxruntime", "native", "vllm"])
+@pytest.mark.parametrize("backend", ["tvm_vacc", "onnxruntime", "native", "gguf", "vllm"])
 def test_every_precision_that_is_not_left_out_is_a_recipe_that_plans(here, capsys, backend):
     """As `compile --dry-run` sees it, calibrated ones too; what is left out is what it refuses."""
     if backend == "native" and not (library.FOLDER / library.LIBRARY).is_file():

@@ -91,6 +91,26 @@ def test_weights_of_codes(tiny):
     assert sizes_of(job, Choice("tvm_vacc", "w8a16"), WANTED, kind="gpu").weights == expected
 
 
+def test_codes_in_blocks_of_llama_cpp(tiny):
+    """34 bytes for 32 codes of 8 bits, 18 for 32 of 4, four for each number of a norm; no tables of cosines."""
+    checkpoint = tiny("gemma2", query_pre_attn_scalar=32)
+    raw = TINY_CONFIGS["gemma2"]
+    table = raw["vocab_size"] * raw["hidden_size"]
+    norms = sum(4 * one.shape[0] for one in checkpoint.tensors.values() if len(one.shape) == 1)
+    linears = stored(checkpoint, 1) - norms - table
+    for precision, of_linears in (("w8a16", 34), ("w8a16_gptq", 34), ("w4a16_gptq", 18)):
+        job = job_of(checkpoint, "gguf", precision)
+        kept = 0
+        if of_linears == 18:  # those that stay in 8 bits, as the shipped recipes have it
+            keys = raw["num_key_value_heads"] * raw["head_dim"]
+            each = 2 * keys * raw["hidden_size"] + raw["intermediate_size"] * raw["hidden_size"]
+            kept = raw["num_hidden_layers"] * each
+        expected = norms + (table + kept) * 34 // 32 + (linears - kept) * of_linears // 32
+        assert sizes_of(job, Choice("gguf", precision), WANTED, kind="gpu").weights == expected
+        one = speeds.speed_of(job, Choice("gguf", precision), WANTED, device=device(kind="cpu", backends=["gguf"]))
+        assert one.is_bound  # no share was measured
+
+
 def test_caches_have_the_heads_of_keys_and_of_a_window_where_the_runtime_lets_go(tiny):
     """Gemma 2: 2 keys and values for 4 heads of queries; every other layer sees a window."""
     checkpoint = tiny("gemma2", sliding_window=200)
