@@ -25,12 +25,12 @@ def refuse_devices(artifact: Artifact, how: Serving) -> None:
     """Of what one process serves.
 
     Raises:
-        UsageError: several devices are asked for.
+        UsageError: several devices are asked for, or what vLLM alone has to be told.
     """
-    if how.tensor > 1 or how.pipeline > 1 or how.ray:
+    if how.tensor > 1 or how.pipeline > 1 or how.ray or how.cpu:
         raise UsageError(
             f"backend.type {artifact.manifest.recipe.backend.type} is served by one process",
             where=str(artifact.path),
-            expected="no --tensor-parallel-size, --pipeline-parallel-size or --ray",
+            expected="no --tensor-parallel-size, --pipeline-parallel-size, --ray or --cpu",
             next_step="compile it for backend.type vllm, which divides a model over devices",
         )

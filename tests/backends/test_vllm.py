@@ -1,6 +1,7 @@
 """Checkpoints for vLLM: what transformers, compressed-tensors and vLLM read of them, read here with NumPy."""
 
 import json
+import shlex
 import shutil
 import sys
 
@@ -152,6 +153,7 @@ def test_verify_sees_a_bit_that_changed(made, tmp_path, capsys):
 
 def test_it_is_served_by_vllm(made, capsys):
     artifact, _ = made("w8a16", "gemma3_text")
+    capsys.readouterr()
     assert main(["serve-command", str(artifact), "--tensor-parallel-size", "2", "--ray", "--port", "8000"]) == 0
     words = capsys.readouterr().out.split()
     assert words[:3] == ["vllm", "serve", str(artifact)]
@@ -162,11 +164,31 @@ def test_it_is_served_by_vllm(made, capsys):
     assert "serve-command" in capsys.readouterr().err
 
 
+def test_on_processors_each_device_is_told_which_are_its_own(made, capsys, monkeypatch):
+    artifact, _ = made("w8a16", "gemma3_text")
+    capsys.readouterr()
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 2, 3, 8})
+    monkeypatch.setenv(VARIABLE, "/where/python")
+    asked = ["serve-command", str(artifact), "--cpu"]
+    assert main([*asked, "--tensor-parallel-size", "2"]) == 0
+    words = shlex.split(capsys.readouterr().out)
+    assert words[:3] == ["env", "VLLM_CPU_KVCACHE_SPACE=4", "VLLM_CPU_OMP_THREADS_BIND=0,1|2,3"]
+    assert words[3:7] == ["/where/python", "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    assert words[7] == str(artifact)
+    assert main(asked) == 0
+    assert "THREADS" not in capsys.readouterr().out  # one worker finds its processors itself
+    assert main([*asked, "--tensor-parallel-size", "2", "--pipeline-parallel-size", "3"]) == 2
+    assert "6 devices on 5 processors" in capsys.readouterr().err
+    assert main([*asked, "--ray"]) == 2
+    assert "no Ray on processors" in capsys.readouterr().err
+
+
 def test_others_are_served_here_by_one_process(demo_artifact, capsys):
     assert main(["serve-command", str(demo_artifact)]) == 0
     assert capsys.readouterr().out.split()[:2] == ["gemma-deploy", "serve"]
-    assert main(["serve-command", str(demo_artifact), "--tensor-parallel-size", "2"]) == 2
-    assert "backend.type vllm" in capsys.readouterr().err
+    for option in (["--tensor-parallel-size", "2"], ["--cpu"]):
+        assert main(["serve-command", str(demo_artifact), *option]) == 2
+        assert "backend.type vllm" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -80,15 +80,10 @@ class Vllm(Elsewhere):
         prove_checkpoint(proof, result)
 
     def serve_command(self, artifact: Artifact, how: Serving) -> list[str]:
-        """Words of `vllm serve`."""
-        manifest = artifact.manifest
-        words = ["vllm", "serve", str(artifact.path), "--served-model-name", manifest.name]
-        words += ["--max-model-len", str(manifest.contract.context), "--host", how.host, "--port", str(how.port)]
-        if how.tensor > 1:
-            words += ["--tensor-parallel-size", str(how.tensor)]
-        if how.pipeline > 1:
-            words += ["--pipeline-parallel-size", str(how.pipeline)]
-        return [*words, "--distributed-executor-backend", "ray"] if how.ray else words
+        """See serving.py."""
+        from gemma_deploy.backends.vllm.serving import serve_command
+
+        return serve_command(artifact, how)
 
     def with_adapter(self, artifact: Path, directory: Path) -> str:
         """VLLM loads PEFT's files."""
