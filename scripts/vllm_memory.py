@@ -1,6 +1,6 @@
 """Print what each GPU holds, for every Gemma that is built for vLLM, as a table of Markdown (docs/scale.md).
 
-usage: vllm_memory.py [--context N] [--batch N]
+usage: vllm_memory.py [--context N] [--batch N] [--model NAME]...
 
 Shapes are those that were published; a checkpoint of holes is planned as `gemma-deploy plan` plans it: weights as the
 file has them, keys and values of all texts, what a step works on. Nothing is downloaded, and no weight is read.
@@ -13,11 +13,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from make_checkpoint import write_checkpoint
+
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.partition import division_problems
 from gemma_deploy.planning.choices import Choice, Wanted, longest, open_choice
 from gemma_deploy.planning.sizes import sizes_of
-from scripts.make_checkpoint import write_checkpoint
 
 GPU, BACKEND = "gpu", "vllm"
 COLUMNS = [("bf16", 1), ("bf16", 2), ("bf16", 4), ("w8a8", 1), ("w8a8", 2), ("w4a16_gptq", 1), ("w4a16_gptq", 2)]
@@ -78,10 +79,10 @@ def row(name: str, context: int, batch: int) -> list[str]:
         return cells
 
 
-def table(context: int, batch: int) -> str:
-    """All of it."""
+def table(names: list[str], context: int, batch: int) -> str:
+    """A row for each."""
     head = ["GB on each GPU", *(f"{precision}, tp {ranks}" for precision, ranks in COLUMNS)]
-    rows = [head, ["---"] * len(head), *([name, *row(name, context, batch)] for name in SIZES)]
+    rows = [head, ["---"] * len(head), *([name, *row(name, context, batch)] for name in names)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
@@ -90,8 +91,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--model", choices=list(SIZES), action="append", help="this alone")
     arguments = parser.parse_args()
-    print(table(arguments.context, arguments.batch), end="")
+    print(table(arguments.model or list(SIZES), arguments.context, arguments.batch), end="")
 
 
 if __name__ == "__main__":

@@ -177,6 +177,7 @@ class AskedEngine(Engine):
             raise self._no_guesses("--lookup" if lookup else "--draft")
         with self._opening:
             if self._model is None or self._model.ended:
+                self.check_runtime()
                 self._model = AskedModel(self.artifact, self.program, *self.arguments())
             model = self._model
         return AskedSession(model, self.tokenizer, sampling, max_length=max_length, endless=endless)

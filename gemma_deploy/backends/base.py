@@ -118,7 +118,7 @@ class Serving:
 
     Args:
         host, port: to listen on; tensor: devices that share a layer; pipeline: groups of them that share layers.
-        ray: devices of several machines of a Ray cluster; cpu: processors of this machine, where an engine has to be told.
+        ray: devices of several machines of a Ray cluster; cpu: processors of this machine, where an engine is told.
     """
 
     host: str

@@ -30,7 +30,7 @@ Of backend.type vllm it is vLLM's command, of gguf llama.cpp's; others are serve
     "--pipeline-parallel-size", type=click.IntRange(1), default=1, show_default=True, help="Groups that share layers."
 )
 @click.option("--ray", is_flag=True, help="Devices of several machines of a Ray cluster.")
-@click.option("--cpu", is_flag=True, help="Of vLLM: on the processors of this machine, a share of them for each device.")
+@click.option("--cpu", is_flag=True, help="Of vLLM: on processors of this machine, a share of them for each device.")
 def command(
     artifact: str, host: str, port: int, tensor_parallel_size: int, pipeline_parallel_size: int, *, ray: bool, cpu: bool
 ) -> None:

@@ -1,20 +1,25 @@
 """Checkpoints for vLLM: what transformers, compressed-tensors and vLLM read of them, read here with NumPy."""
 
 import json
+import os
 import shlex
 import shutil
 import sys
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.backends.vllm.source import ENGINE, VARIABLE, VllmSource
 from gemma_deploy.checkpoint import Checkpoint
 from gemma_deploy.cli import main
+from gemma_deploy.engine import open_engine
 from gemma_deploy.errors import DeployError, UsageError
+from gemma_deploy.runtime.generate import GenerationStats
 from gemma_deploy.testing import write_tiny_checkpoint
 from tests.calibration.make import write_tokenizer
 
@@ -161,7 +166,9 @@ def test_it_is_served_by_vllm(made, capsys):
     assert words[words.index("--tensor-parallel-size") + 1] == "2"
     assert "ray" in words
     assert main(["run", str(artifact), "-p", "x"]) == 2
-    assert "serve-command" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "no kernel for weights of 8 bits alone" in told
+    assert "serve-command" in told
 
 
 def test_on_processors_each_device_is_told_which_are_its_own(made, capsys, monkeypatch):
@@ -181,6 +188,27 @@ def test_on_processors_each_device_is_told_which_are_its_own(made, capsys, monke
     assert "6 devices on 5 processors" in capsys.readouterr().err
     assert main([*asked, "--ray"]) == 2
     assert "no Ray on processors" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.environ.get(VARIABLE), reason=f"{VARIABLE} names no Python with vLLM")
+def test_run_says_in_vllm_what_transformers_says(made):
+    """Soft caps, and more tokens than a window; then a text that is set back."""
+    artifact, checkpoint = made("fp32", "gemma2")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
+    ids = [2, 9, 40, 77, 8, 300, 5, 61, 33, 12]
+    wanted = model.generate(torch.tensor([ids]), max_new_tokens=24, min_new_tokens=24, do_sample=False)[0].tolist()
+    engine = open_engine(artifact)
+    session, stats = engine.session(endless=True), GenerationStats()
+    assert list(session.reply(ids, max_new_tokens=24, stats=stats))
+    assert stats.tokens == wanted[len(ids) :]
+    sequence = engine.session(endless=True)._model.sequence(40)
+    sequence.read(wanted)
+    sequence.length = 4
+    again = sequence.read(ids[4:])[0]
+    with torch.inference_mode():
+        exact = model(torch.tensor([ids])).logits[0, -1].numpy()
+    np.testing.assert_allclose(again, exact, atol=1e-4)
+    assert engine.apart_bytes > 1 << 20
 
 
 def test_others_are_served_here_by_one_process(demo_artifact, capsys):

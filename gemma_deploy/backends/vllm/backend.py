@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gemma_deploy.artifact.opened import Artifact
     from gemma_deploy.checkpoint import Checkpoint, ModelConfig
     from gemma_deploy.parity.compare import ParityResult
+    from gemma_deploy.runtime.engine import Engine
 
 VLLM_BYTES = 3 << 30  # what vLLM's processes take beside the model
 
@@ -78,6 +79,12 @@ class Vllm(Elsewhere):
         from gemma_deploy.backends.vllm.proof import prove_checkpoint
 
         prove_checkpoint(proof, result)
+
+    def engine(self, artifact: Artifact, *, threads: int = 0, strict: bool = False, one_reply: bool = False) -> Engine:
+        """In vLLM, in the Python that has it."""
+        from gemma_deploy.backends.vllm.engine import VllmEngine
+
+        return VllmEngine(artifact, threads=threads)
 
     def serve_command(self, artifact: Artifact, how: Serving) -> list[str]:
         """See serving.py."""

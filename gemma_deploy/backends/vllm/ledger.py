@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gemma_deploy.artifact.ledger import LedgerEntry, Words, context_entries, shared_entries
 from gemma_deploy.artifact.manifest import Manifest
-from gemma_deploy.backends.vllm.source import SHIPPED, STRICT
+from gemma_deploy.backends.vllm.source import SHIPPED, STRICT, dtype_of
 from gemma_deploy.schemes import Scheme
 
 WORDS = Words(
@@ -19,7 +19,7 @@ def ledger_of(manifest: Manifest) -> list[LedgerEntry]:
     rows = manifest.parity.measures if manifest.parity else ()
     pairs = [row for row in rows if (row["reference"], row["test"]) == (STRICT, SHIPPED)]
     effect = {key: pairs[0][key] for key in ("case", "positions", "kl_mean", "top1")} if pairs else {}
-    dtype = "float32" if manifest.scheme == "fp32" else "bfloat16"
+    dtype = dtype_of(manifest.scheme)
     entries = [
         LedgerEntry(
             f"activations, keys and values in {dtype}",

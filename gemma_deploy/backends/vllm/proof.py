@@ -6,7 +6,7 @@ from contextlib import ExitStack, closing
 
 from gemma_deploy.backends.base import Proof
 from gemma_deploy.backends.vllm.gates import unfit_for_this_machine, vllm_gates
-from gemma_deploy.backends.vllm.source import ENGINE, SHIPPED, STRICT, VllmSource
+from gemma_deploy.backends.vllm.source import ENGINE, SHIPPED, STRICT, VllmSource, dtype_of
 from gemma_deploy.parity.compare import ParityResult, compare_sources, effect_of, judged, measures_of
 from gemma_deploy.parity.sources import LogitSource
 from gemma_deploy.parity.torch_sources import torch_sources
@@ -19,7 +19,7 @@ def prove_checkpoint(proof: Proof, result: ParityResult) -> None:
     longest = max(len(case.sequence(row)) for case in cases for row in range(len(case.prompts)))
     unfit = unfit_for_this_machine(manifest)
     models = torch_sources(opened, artifact, manifest)
-    shipped = "float32" if manifest.scheme == "fp32" else "bfloat16"
+    shipped = dtype_of(manifest.scheme)
     with ExitStack() as open_sources:
         ours = [VllmSource(artifact, STRICT, dtype="float32", longest=longest)]
         if unfit is None:

@@ -41,7 +41,7 @@ def serve_command(artifact: Artifact, how: Serving) -> list[str]:
 
 
 def _variables(artifact: Artifact, workers: int) -> list[str]:
-    """NAME=VALUE for vLLM on processors: each worker's own, which it finds by itself only where each has a NUMA node."""
+    """NAME=VALUE for vLLM on processors: its processors, which it divides only where each worker has a NUMA node."""
     found = [f"VLLM_CPU_KVCACHE_SPACE={KV_GIB}"]
     if workers == 1:
         return found

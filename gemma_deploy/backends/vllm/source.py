@@ -37,6 +37,11 @@ ENGINE = Engine(
 )
 
 
+def dtype_of(scheme: str) -> str:
+    """Of activations, as config.json says it to vLLM."""
+    return "float32" if scheme == "fp32" else "bfloat16"
+
+
 class VllmSource:
     """See the module.
 
