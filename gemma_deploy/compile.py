@@ -181,9 +181,9 @@ def _build(
         with clock.stage("graphs") as stage:
             peak = graphs.write()
             stage.child_rss_bytes, stage.skipped, stage.beside = peak or 0, peak is None, graphs.is_beside
-            stage.bytes = sum((out / file).stat().st_size for file in job.graph_files)
+            stage.bytes = sum((out / file).stat().st_size for file in job.exported_files)
     with clock.stage("files") as stage:
         beside = write_model_files(job, out, places)
         converted, stage.child_rss_bytes = convert_tokenizer(job, out)
     manifest = describe(job, out, keys=keys, dataset=dataset, table=table, rescaling=rescaling, quantized=quantized)
-    return manifest, {*table.files, *job.graph_files, *beside, *converted}
+    return manifest, {*table.files, *job.exported_files, *beside, *converted}

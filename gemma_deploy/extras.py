@@ -17,6 +17,7 @@ MODULES = {
     "plots": ("matplotlib",),
     "gguf": ("gguf",),
     "genai": ("onnxruntime_genai",),
+    "tvm": ("tvm",),
     "openvino": ("openvino", "openvino_tokenizers"),
     "ray": ("ray",),
     "adapters": ("peft",),

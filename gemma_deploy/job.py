@@ -267,6 +267,11 @@ class Job:
         naming = self.code_form.naming
         return [part.file(graph_file(graph, naming)) for part in self.parts for graph in self.contract.graph_names]
 
+    @property
+    def exported_files(self) -> list[str]:
+        """The file of every graph, and what is made of them."""
+        return [*self.graph_files, *self.contract.beside_graphs]
+
 
 def _spec_for(recipe: Recipe, checkpoint: Checkpoint) -> BuildSpec:
     """What is to be built; of a checkpoint that has codes, in a form that takes over as many as the recipe leaves free.

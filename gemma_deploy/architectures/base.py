@@ -369,7 +369,7 @@ class Architecture:
         part_keys: of config.json, by which the patched classes have some layers and no others.
         positions_first: whether heads are normed as [batch, positions, heads, head_dim].
         causal_text: what `use_bidirectional_attention` may say, because text stays causal with it.
-        vllm, openvino: whether vLLM's `causal_class` was seen to compute it; whether backends/openvino builds it.
+        vllm, openvino, tvm: whether vLLM's `causal_class` was seen to compute it; whether backends/openvino builds it.
     """
 
     name: str
@@ -398,3 +398,4 @@ class Architecture:
     around: tuple[str, ...] = ()
     vllm: bool = False
     openvino: bool = False
+    tvm: bool = False

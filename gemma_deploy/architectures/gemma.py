@@ -71,6 +71,7 @@ GEMMA = Architecture(
     causal_class="GemmaForCausalLM",
     vllm=True,
     openvino=True,
+    tvm=True,
     genai_type="gemma",
     activation_key=ACTIVATION_KEY,
     patched=Patched(

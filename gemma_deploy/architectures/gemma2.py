@@ -77,6 +77,7 @@ GEMMA2 = Architecture(
     causal_class="Gemma2ForCausalLM",
     vllm=True,
     openvino=True,
+    tvm=True,
     genai_type="gemma2",
     activation_key=ACTIVATION_KEY,
     patched=Patched(

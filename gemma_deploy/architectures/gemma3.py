@@ -127,6 +127,7 @@ GEMMA3 = Architecture(
     causal_class="Gemma3ForCausalLM",
     vllm=True,
     openvino=True,
+    tvm=True,
     genai_type="gemma3_text",
     activation_key=ACTIVATION_KEY,
     patched=Patched(

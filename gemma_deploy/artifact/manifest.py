@@ -185,6 +185,7 @@ class ContractRecord(Open):
         naming: what tensors are called in the parameter file (params/naming.py); None: as here.
         cache_dtype: of keys and values.
         input_group: inputs of products with codes that share a scale where they are rounded; None: they are not.
+        triple, cpu: LLVM's words for what a library was compiled for; None: there is none.
     """
 
     batch: Size
@@ -203,6 +204,8 @@ class ContractRecord(Open):
     naming: Naming | None = None
     cache_dtype: DtypeName = "float32"
     input_group: Size | None = None
+    triple: str | None = None
+    cpu: str | None = None
     graphs: dict[Graph, GraphRecord]
 
     @model_serializer(mode="wrap")

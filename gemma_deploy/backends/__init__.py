@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gemma_deploy.backends.base import Backend
 
 # `backend.type` of a recipe -> the folder, whose module `backend` holds BACKEND.
-ROWS = ("tvm_vacc", "onnxruntime", "native", "vllm", "gguf", "openvino")
+ROWS = ("tvm_vacc", "onnxruntime", "native", "vllm", "gguf", "openvino", "tvm")
 DEFAULT = "tvm_vacc"
 
 

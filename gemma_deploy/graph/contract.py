@@ -118,6 +118,11 @@ class GraphContract:
     sources: tuple[int, ...] = ()
 
     @property
+    def beside_graphs(self) -> tuple[str, ...]:
+        """Files that the export makes of the graphs, in the artifact."""
+        return ()
+
+    @property
     def graph_names(self) -> tuple[str, ...]:
         """Graphs of an artifact, or of one part of it."""
         return GRAPHS

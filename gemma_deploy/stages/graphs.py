@@ -48,7 +48,7 @@ class Graphs:
         self._running: Export | None = None
         self._beside = beside
         self.is_done = self._was_done()
-        self._cached = None if self.is_done else self._cache.get(self._key, job.graph_files)
+        self._cached = None if self.is_done else self._cache.get(self._key, job.exported_files)
 
     @property
     def is_beside(self) -> bool:
@@ -98,4 +98,4 @@ class Graphs:
         done = self._out / DONE
         if not (done.exists() and done.read_text() == self._key):
             return False
-        return all((self._out / file).exists() for file in self._job.graph_files)
+        return all((self._out / file).exists() for file in self._job.exported_files)
