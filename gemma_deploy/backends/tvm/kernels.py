@@ -81,7 +81,7 @@ def blocks(of: Product) -> Any:
     columns, along = math.gcd(of.n, COLUMNS * ROWS // rows), te.reduce_axis((0, of.k), "along")
     if of.transposed:
         shape = (b.shape[0], of.n // columns, of.k, columns)
-        packed = te.compute(shape, lambda x, jo, l, ji: b[x, jo * columns + ji, l].astype("float32"), "packed")
+        packed = te.compute(shape, lambda x, jo, at, ji: b[x, jo * columns + ji, at].astype("float32"), "packed")
 
     def term(x: Any, i: Any, j: Any) -> Any:
         which = 0 if of.shared else x
@@ -127,7 +127,7 @@ def softmax(rows: int, size: int) -> Any:
     def along(name: str, of: Any, reducer: Any) -> Any:
         """Of each row, a vector at a time."""
         step, lane = te.reduce_axis((0, size // lanes), "step"), te.reduce_axis((0, lanes), "lane")
-        part = te.compute((rows, lanes), lambda i, l: reducer(of[i, step * lanes + l], axis=step), f"{name}_part")
+        part = te.compute((rows, lanes), lambda i, j: reducer(of[i, step * lanes + j], axis=step), f"{name}_part")
         return te.compute((rows,), lambda i: reducer(part[i, lane], axis=lane), name)
 
     most = along("most", x, te.max)

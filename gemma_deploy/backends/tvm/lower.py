@@ -246,8 +246,9 @@ def _identifier(name: str) -> str:
 
 
 def _tensor_type(value: ir.Value) -> Any:
-    assert value.shape is not None and value.dtype is not None
-    return relax.TensorType([int(size) for size in value.shape], value.dtype.numpy().name)
+    assert value.shape is not None
+    assert value.dtype is not None
+    return relax.TensorType(list(value.shape.numpy()), value.dtype.numpy().name)
 
 
 def _constant(value: ir.Value) -> np.ndarray:

@@ -161,7 +161,7 @@ def _tensor(array: np.ndarray) -> Any:
 def _mapped(tensor: Any) -> Any:
     """A weight where its file is mapped. The pages stay read-only, whatever NumPy is told."""
     array: np.ndarray = tensor.numpy()
-    memory = (ctypes.c_char * array.nbytes).from_address(array.ctypes.data)
+    memory = (ctypes.c_uint8 * array.nbytes).from_address(array.ctypes.data)
     memory.kept = array  # type: ignore[attr-defined] # as long as the memory is used
-    shown = np.frombuffer(memory, array.dtype).reshape(array.shape)
+    shown = np.ctypeslib.as_array(memory).view(array.dtype).reshape(array.shape)
     return _tensor(shown if shown.ctypes.data % ALIGNED == 0 else _aligned(shown))

@@ -52,8 +52,12 @@ class CompiledSource:
         return features
 
     def _row(self, prompt: list[int], forced: list[int]) -> np.ndarray:
-        batch = self._runner.batch
-        tokens = [*prompt, *forced]
-        logits = [self._runner.prefill([tokens[:1]] * batch)[0]]
-        logits += [self._runner.step([token] * batch)[0] for token in tokens[1:]]
+        """[tokens, V]. A prefill takes all of its slots, however short it is; when the rest is full, another begins."""
+        batch, tokens = self._runner.batch, [*prompt, *forced]
+        logits: list[np.ndarray] = []
+        while len(logits) < len(tokens):
+            read = len(logits) + 1
+            logits.append(self._runner.prefill([tokens[:read]] * batch)[0])
+            for token in tokens[read : read + self._runner.remaining]:
+                logits.append(self._runner.step([token] * batch)[0])
         return np.stack(logits)

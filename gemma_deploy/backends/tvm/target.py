@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 CPUINFO = Path("/proc/cpuinfo")
 # Highest first: LLVM's name, and flags of /proc/cpuinfo that tell the level from the one below.
-LEVELS = (
+LEVELS: tuple[tuple[str, set[str]], ...] = (
     ("x86-64-v4", {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
     ("x86-64-v3", {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}),
     ("x86-64-v2", {"cx16", "popcnt", "sse4_1", "sse4_2", "ssse3"}),
