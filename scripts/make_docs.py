@@ -131,6 +131,10 @@ MEANING: Mapping[str, str] = {
     "null: `f16`.",
     "openvino.round_inputs": "Round the inputs of products with codes to 8 bits, a scale for 32 of them, as OpenVINO "
     "does unless it is told not to: faster, and less exact. null: no.",
+    "tvm.triple": "LLVM's triple of the machine that it is compiled for, such as `aarch64-linux-gnu`: "
+    "[another machine](tvm.md#for-another-machine). null: this one's.",
+    "tvm.cpu": "LLVM's name of its processor, such as `x86-64-v3` or `cortex-a76`. null: the level of this one "
+    "(`x86-64-v2`, `v3`, `v4`), or `generic` of another machine.",
     "native.head": "`screened` multiplies the high half of every code of the table first, and whole rows for the "
     "likeliest tokens: [how](kernels.md#a-screened-head). null: `whole`.",
     "native.candidates": "Rows that a screened head reads whole for a token. null: 8192.",

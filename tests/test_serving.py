@@ -157,6 +157,7 @@ DISTRIBUTIONS = {
     "yaml": "pyyaml",
     "onnxruntime_genai": "onnxruntime-genai",
     "openvino_tokenizers": "openvino-tokenizers",
+    "tvm": "apache-tvm",
 }
 
 

@@ -90,7 +90,7 @@ def recipe_values(checkpoint: Checkpoint, choice: Choice, wanted: Wanted) -> dic
     config, path = checkpoint.config, str(checkpoint.path)
     name = re.sub(r"[^\w.+-]+", "-", checkpoint.path.stem if path.endswith(".gguf") else checkpoint.path.name)
     shape: dict[str, Any] = {"input_ids": [[wanted.prompt], [wanted.context]]}
-    if choice.backend == "tvm_vacc" and wanted.batch > 1:
+    if choice.backend in ("tvm_vacc", "tvm") and wanted.batch > 1:
         shape["batch"] = wanted.batch
     frontend: dict[str, Any] = {"checkpoint": path, "shape": shape}
     values: dict[str, Any] = {"name": f"{name.strip('.-') or 'model'}-{choice.backend}-{choice.precision}"}

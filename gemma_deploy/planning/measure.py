@@ -18,6 +18,7 @@ BACKENDS = [
     "native",
     "onnxruntime",
     "openvino",
+    "tvm",
     "tvm_vacc",
     "vllm",
 ]  # that run on a CPU; tvm_vacc's graphs in ONNX Runtime

@@ -55,6 +55,7 @@ HOLDINGS = {
     "tvm_vacc": Holding(packed=4.0, reads_all=True, own_bytes=RUNTIME_BYTES, computes_masked=True),
     "openvino": Holding(packed=2.0, own_bytes=280 * MIB, repeats_prompt=True, computes_masked=True),
     "gguf": Holding(step=512, own_bytes=500 * MIB, repeats_prompt=True, computes_masked=True),
+    "tvm": Holding(reads_all=True, own_bytes=RUNTIME_BYTES, computes_masked=True),
     "vllm": Holding(step=2048, own_bytes=VLLM_BYTES, repeats_prompt=True),
 }
 

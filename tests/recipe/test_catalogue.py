@@ -12,7 +12,7 @@ from gemma_deploy.paths import build_in_dir
 from gemma_deploy.recipe import Recipe
 from gemma_deploy.recipe.catalogue import FORMER_NAMES, GOAL, find_recipe, shipped_recipes
 
-KINDS = {"cpu", "accelerator", "native", "vllm", "gguf", "openvino"}
+KINDS = {"cpu", "accelerator", "native", "vllm", "gguf", "openvino", "tvm"}
 ALL = {recipe.name: recipe for recipe in shipped_recipes()}
 
 
