@@ -351,12 +351,11 @@ class Architecture:
     """A generation.
 
     Args:
-        name: for people; model_type: in config.json.
-        multimodal: model types whose language model it is; text_defaults: what their `text_config` may leave out;
-            text_type: its model type, where it is another; around: keys beside it that are read.
+        name: for people; model_type: in config.json; multimodal: model types whose language model it is.
+        text_defaults: what their `text_config` may leave out; text_type: its model type, where it is another.
+        around: keys beside it that are read.
         transformers_type: the model type under which transformers has its class; causal_class: that class.
-        genai_type: `model.type` of genai_config.json.
-        activation_key: of config.json.
+        genai_type: `model.type` of genai_config.json; activation_key: of config.json.
         norm_offset: norms multiply by this plus their weight.
         encoder: positions see those behind them as well; there is neither cache nor LM head, texts become vectors.
         written_as: the model type that config.json says of an encoder, beside `use_bidirectional_attention`.

@@ -4,15 +4,14 @@ iter0: input_ids, attention_mask, position_ids [B,P] -> logits [B,1,V], present.
 iter1: input_ids, position_ids [B,1], attention_mask [B,C+1], past_key_values.{i}.key/value [B,Hk,C,D] ->
 logits [B,1,V], present.{i}.key/value [B,Hk,1,D] (the new entries only).
 
-The graphs of a stage (`split.points`) read inputs_embeds [B,S,H] in the place of input_ids, or return hidden_states in
-the place of logits, of several streams [B,S,streams,H]; they have the caches of their own layers, which keep the whole
-model's numbers. Where layers add vectors of tokens, those of layers that are not done yet pass, per_layer_vectors
-[B,S,layers,size] and next_per_layer_vectors. What is new of keys and values that a later stage reads enters it as
-shared.{i}.key/value [B,Hk,S,D], and in iter1 a copy of that cache, past_key_values.{i}.key/value; behind a layer that
-reads another's, the last position of a prompt passes alone. The caches of a rank (`tp`) hold its heads.
+A stage (`split.points`) reads inputs_embeds [B,S,H] in the place of input_ids, or gives hidden_states in the place of
+logits, of several streams [B,S,streams,H]; its caches are those of its own layers, which keep the whole model's
+numbers. Where layers add vectors of tokens, those of layers that are not done yet pass, per_layer_vectors
+[B,S,layers,size] and next_per_layer_vectors. New keys and values that a later stage reads enter it as
+shared.{i}.key/value [B,Hk,S,D], and in iter1 a copy of that cache; behind a layer that reads another's, the last
+position of a prompt passes alone. A rank's caches hold its heads.
 
-In dynamic graphs B, the number of new tokens and the number of cache slots are free, so iter1 also takes a prompt in
-chunks. P and C are then the largest lengths the artifact is meant for: the rotary tables have C rows.
+In dynamic graphs B, new tokens and cache slots are free, and P and C the largest lengths there may be.
 """
 
 from __future__ import annotations
@@ -67,8 +66,7 @@ class AdapterSlots:
     def inputs(self, module: str) -> tuple[Port, Port]:
         """`lora_A` [in, rank] and `lora_B` [rank, out] of a linear; its output becomes W x + lora_B^T lora_A^T x.
 
-        Every linear has a rank of its own, 0 by default: ONNX Runtime shares buffers between values whose free
-        dimensions have one name.
+        Every linear has a rank of its own, 0 by default: ONNX Runtime shares buffers of values with equal free names.
         """
         entering, leaving = self.linears[module]
         rank = f"{module}.rank"
@@ -83,14 +81,13 @@ class GraphContract:
     """Sizes of a pair of static graphs.
 
     Args:
-        batch: B; prefill: P, length of iter0; context: C, cache slots of iter1.
+        batch: B; prefill: P, length of iter0; context: C, cache slots of iter1; dynamic: batch and lengths are free.
         cache_dtype: of past_key_values and present: float16 in fp16 artifacts, float32 in all others, or int8. Codes
             have their scales beside them, `.key_scale` and `.value_scale` [B,Hk,C,1] float16, for each head and token.
-        dynamic: batch and lengths are free.
         hidden_size: H; hidden_dtype: of what passes between stages, float16 in fp16 artifacts.
         first_layer: `layers` are counted from it; embeds, heads: whether token ids enter and logits leave.
-        geometry: KV heads and head_dim of each layer of the whole model, where they are not `kv_heads` and `head_dim`
-            in all of them; else (). (0, 0) of a layer without a cache of its own.
+        geometry: KV heads and head_dim of each layer of the whole model, (0, 0) of one without a cache; () where all
+            have `kv_heads` and `head_dim`.
         vector_size: of what layers add of each token; vectors: layers from `first_layer` on, that is, how many vectors
             a stage reads of a token. 0 where layers add none.
         streams: that hidden states have between stages; 0 where there is one alone, without an axis of its own.
