@@ -1,7 +1,6 @@
 """The static pair compiled by TVM: its loops against float64, its library against transformers' own classes."""
 
 import json
-import os
 import platform
 import shutil
 import sys
@@ -201,7 +200,9 @@ def test_prompt_and_steps_have_the_logits_of_transformers(made, generation):
 
 @needs_tvm
 @needs_linker
-@pytest.mark.parametrize("what", [("fp32", "gemma"), ("fp32", "gemma2"), ("fp32", "gemma3_text"), ("w8a16", "gemma3_text")])
+@pytest.mark.parametrize(
+    "what", [("fp32", "gemma"), ("fp32", "gemma2"), ("fp32", "gemma3_text"), ("w8a16", "gemma3_text")]
+)
 def test_an_artifact_is_proven(made, what):
     artifact, _ = made(*what)
     parity = json.loads((artifact / "manifest.json").read_text())["parity"]
