@@ -35,6 +35,7 @@ from gemma_deploy.architectures.gemma3n import GEMMA3N
 from gemma_deploy.architectures.gemma4 import GEMMA4, GEMMA4_UNIFIED
 from gemma_deploy.architectures.gemma4_assistant import GEMMA4_ASSISTANT, GEMMA4_UNIFIED_ASSISTANT
 from gemma_deploy.architectures.gguf import Gguf, Metadata
+from gemma_deploy.architectures.gguf_keys import FREQUENCIES, TURNED, UNTURNED
 from gemma_deploy.architectures.vaultgemma import VAULTGEMMA
 from gemma_deploy.errors import NotBuiltError
 
@@ -166,12 +167,15 @@ def linear_kinds() -> tuple[str, ...]:
 __all__ = [
     "DRAFTERS",
     "EXACT_GELU",
+    "FREQUENCIES",
     "FULL",
     "LAYER_TYPES",
     "ROWS",
     "SLIDING",
     "SWITCHES",
     "TANH_GELU",
+    "TURNED",
+    "UNTURNED",
     "Activation",
     "AltUp",
     "Architecture",

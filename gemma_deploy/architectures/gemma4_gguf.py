@@ -12,10 +12,11 @@ from typing import Any
 from gemma_deploy.architectures import gguf_keys
 from gemma_deploy.architectures.base import FULL, LAYER_TYPES, SLIDING, LayerType
 from gemma_deploy.architectures.gguf import Gguf, Metadata
+from gemma_deploy.architectures.gguf_keys import FREQUENCIES
 from gemma_deploy.architectures.shared import GGUF_BLOCKS, GGUF_FOUR_NORMS, GGUF_HEAD_NORMS
 from gemma_deploy.names import PER_LAYER_NORM, PER_LAYER_PROJECTION, PER_LAYER_TABLE
 
-TOKENS, TABLE, FREQUENCIES = "token_embd.weight", "per_layer_token_embd.weight", "rope_freqs.weight"
+TOKENS, TABLE = "token_embd.weight", "per_layer_token_embd.weight"
 KV_HEADS, WIDTH = "attention.head_count_kv", "feed_forward_length"
 # llama.cpp's names of what layers add of a vector for each token.
 PER_LAYER_BLOCKS: Mapping[str, str] = {
@@ -36,6 +37,10 @@ EXPERT_NORMS: Mapping[str, str] = {
     "post_ffw_norm_1": "post_feedforward_layernorm_1",
     "post_ffw_norm_2": "post_feedforward_layernorm_2",
 }
+# Control tokens that llama.cpp's own parsers of replies read as text.
+SHOWN = frozenset(
+    ("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>')
+)
 PER_LAYER_OUTSIDE: Mapping[str, str] = {
     TABLE: f"{PER_LAYER_TABLE}.weight",
     "per_layer_model_proj.weight": f"{PER_LAYER_PROJECTION}.weight",
@@ -142,6 +147,32 @@ def _ropes(meta: Metadata, kinds: tuple[LayerType, ...], head_dim: int) -> dict[
     }
 
 
+def keys(config: Any) -> dict[str, Any]:
+    """Metadata of a model: heads and widths by kind of layer or by layer."""
+    layers = config.layers
+    kinds = {one.kind: one for one in layers}
+    full = kinds[FULL]
+    heads, widths = [one.kv_heads for one in layers], [one.intermediate_size for one in layers]
+    said: dict[str, Any] = {
+        "attention.sliding_window_pattern": [one.kind == SLIDING for one in layers],
+        "attention.shared_kv_layers": sum(one.cache_from is not None for one in layers),
+        "embedding_length_per_layer_input": 0 if full.per_layer is None else full.per_layer.size,
+        KV_HEADS: heads if len(set(heads)) > 1 else heads[0],
+        WIDTH: widths if len(set(widths)) > 1 else widths[0],
+    }
+    if full.experts is not None:
+        said |= {
+            "expert_count": full.experts.count,
+            "expert_used_count": full.experts.chosen,
+            "expert_feed_forward_length": full.experts.width,
+        }
+    for kind, ending in ((FULL, ""), (SLIDING, "_swa")):
+        if kind in kinds:
+            for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+                said[f"{key}{ending}"] = kinds[kind].head_dim
+    return said
+
+
 GEMMA4_GGUF = Gguf(
     "gemma4",
     {**GGUF_BLOCKS, **GGUF_FOUR_NORMS, **GGUF_HEAD_NORMS, **PER_LAYER_BLOCKS, **EXPERT_NORMS},
@@ -149,4 +180,8 @@ GEMMA4_GGUF = Gguf(
     whole={"layer_output_scale.weight": "layer_scalar", **EXPERTS},
     outside=PER_LAYER_OUTSIDE,
     said=(FREQUENCIES,),
+    keys=keys,
+    tokenizer="gemma4",
+    shown=SHOWN,
+    written=True,
 )

@@ -51,6 +51,8 @@ class Gguf:
         whole: the same for names that are not made that way, from end to end; outside: for those outside layers.
         stacked: tensors that hold several matrices -> where those are, before `.N.weight`.
         said: tensors that are no weights, but say what config.json says.
+        keys: the inverse of `config`, without what all generations say: from a model's facts.
+        tokenizer: llama.cpp's name of its kind; shown: control tokens that a reader of replies has to see.
         written: such files are made as well; with_head: llama.cpp reads an LM head beside the token table.
     """
 
@@ -61,6 +63,9 @@ class Gguf:
     outside: Mapping[str, str] = field(default_factory=dict)
     stacked: Mapping[str, str] = field(default_factory=dict)
     said: tuple[str, ...] = ()
+    keys: Callable[[Any], Mapping[str, Any]] = lambda config: {}
+    tokenizer: str = "llama"
+    shown: frozenset[str] = frozenset()
     written: bool = False
     with_head: bool = False
 
@@ -90,4 +95,4 @@ class Gguf:
         names |= {one: part for part, one in self.whole.items()}
         if name.startswith(LAYERS):
             return f"{BLOCK}{number}.{names[rest]}"
-        return {one: own for own, one in outside.items()}[name]
+        return {one: own for own, one in [*outside.items(), *((one, one) for one in self.said)]}[name]

@@ -10,6 +10,7 @@ from gemma_deploy.architectures.gguf import Metadata
 MOST_LAYERS = 1024
 # What the frequency of a pair of channels is divided by: one that turns, and one that does not.
 TURNED, UNTURNED = 1.0, 1e30
+FREQUENCIES = "rope_freqs.weight"  # the tensor that says so
 ENOUGH = 1e29  # of which a number counts as the latter
 
 

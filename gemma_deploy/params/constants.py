@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gemma_deploy.architectures import FREQUENCIES, TURNED, UNTURNED
 from gemma_deploy.checkpoint import Rope
 from gemma_deploy.params.plan import ParamSpec
 
@@ -20,7 +21,22 @@ def constant_rows(spec: ParamSpec, start: int, stop: int) -> torch.Tensor:
     if spec.name.endswith(".inv_freq"):
         assert spec.rope is not None
         return inverse_frequencies(spec.rope, 2 * spec.plain[0])[start:stop]
+    if spec.name == FREQUENCIES:
+        assert spec.rope is not None
+        return frequency_divisors(spec.rope, 2 * spec.shape[0])[start:stop]
     return rotary_rows(spec, start, stop)
+
+
+def frequency_divisors(rope: Rope, head_dim: int) -> torch.Tensor:
+    """What llama.cpp divides the frequency of each pair of channels by, [head_dim / 2] float32: one that turns, or not.
+
+    Pairs that do not turn lie behind those that do.
+    """
+    import torch
+
+    divisors = torch.full((head_dim // 2,), UNTURNED, dtype=torch.float32)
+    divisors[: int(rope.rotated * head_dim // 2)] = TURNED
+    return divisors
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:

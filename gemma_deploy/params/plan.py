@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from gemma_deploy.architectures import LayerSpec
+from gemma_deploy.architectures import FULL, LayerSpec
 from gemma_deploy.calibration.points import cache_factor_names, cache_scale_names
 from gemma_deploy.checkpoint import ModelConfig, Rope, coefficients, expected_tensors
 from gemma_deploy.dtypes import BY_NAME, StoredDtype
@@ -180,6 +180,9 @@ def build_plan(
             names = (cache_scale_names if form.cache_scales else cache_factor_names)(layer).values()
             specs += [ParamSpec(name, channels, "float32", "stored", name) for name in names]
     widths = {layer.kind: layer.head_dim // 2 for layer in layers}
+    if form.blocks and config.architecture.gguf is not None:
+        for name in config.architecture.gguf.said:
+            specs.append(ParamSpec(name, (widths[FULL],), ROTARY_DTYPE, "constant", rope=config.rope[FULL]))
     for layer_type, rope in ((kind, rope) for kind, rope in config.rope.items() if kind in widths and form.rotary):
         if form.panels:
             name = f"model.rotary_emb.{layer_type}.inv_freq"

@@ -14,6 +14,7 @@ import torch
 from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM
 
+from gemma_deploy.architectures import by_gguf_name
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.artifact.weights import ArtifactWeights
 from gemma_deploy.backends.gguf.source import ENGINE, LlamaSource
@@ -244,7 +245,7 @@ def test_scores_make_the_tokens_that_merges_make():
     from tokenizers import Tokenizer
 
     demo = PACKAGE / "demo"
-    vocabulary = vocabulary_of(TokenizerFiles(demo, CheckpointError), 4100)
+    vocabulary = vocabulary_of(TokenizerFiles(demo, CheckpointError), 4100, by_gguf_name()["gemma3"][1])
     tokenizer = Tokenizer.from_file(str(demo / "tokenizer.json"))
     text = "Return the value of the message, or raise an exception where there are several."
     assert pieces(text, vocabulary) == tokenizer.encode(text, add_special_tokens=False).ids

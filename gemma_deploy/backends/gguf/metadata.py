@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from gemma_deploy import architectures
-from gemma_deploy.architectures import SLIDING
+from gemma_deploy.architectures import FULL, SLIDING
 from gemma_deploy.backends.gguf.vocabulary import Vocabulary, vocabulary_of
 from gemma_deploy.backends.spec import BuildSpec
-from gemma_deploy.checkpoint import Checkpoint, ModelConfig
+from gemma_deploy.checkpoint import Checkpoint, ModelConfig, expected_tensors
 from gemma_deploy.checkpoint.gguf_reader import SIZES
+from gemma_deploy.params.constants import frequency_divisors
 from gemma_deploy.params.gguf import ARCHITECTURE, Value, pack
 from gemma_deploy.text.tokenizer import files_of
 
@@ -44,7 +45,7 @@ def front(spec: BuildSpec, checkpoint: Checkpoint, name: str) -> bytes:
     }
     said |= {f"{gguf.name}.{key}": value for key, value in model_keys(config).items()}
     files = files_of(checkpoint)
-    said |= _tokenizer(vocabulary_of(files, config.vocab_size), config)
+    said |= _tokenizer(vocabulary_of(files, config.vocab_size, gguf), config, gguf.tokenizer)
     template = files.templates().get("default")
     return pack(said if template is None else said | {"tokenizer.chat_template": template})
 
@@ -75,34 +76,40 @@ def model_keys(config: ModelConfig) -> dict[str, Value]:
     ):
         if cap is not None:
             keys[name] = float(cap)
-    return keys
+    assert config.architecture.gguf is not None
+    return keys | dict(config.architecture.gguf.keys(config))
 
 
 def differences(config: ModelConfig) -> list[str]:
     """Facts of a model that llama.cpp would take for others, as this program reads the keys it writes."""
     row = config.architecture
     assert row.gguf is not None
-    said = _Said(model_keys(config))
+    said = _Said(config, model_keys(config))
     values: dict[str, Any] = {"architectures": [row.causal_class], "model_type": row.model_type}
     values |= {key: said(name) for key, name in SIZES.items()}
     values |= {"vocab_size": config.vocab_size, "rms_norm_eps": config.rms_norm_eps}
     values |= {"tie_word_embeddings": config.tie_word_embeddings, row.activation_key: architectures.TANH_GELU}
     read = ModelConfig.from_dict(values | row.gguf.config(said), "metadata")
-    return [
+    found = [
         f"{fact} is {getattr(config, fact)}, llama.cpp computes with {getattr(read, fact)}"
         for fact in FACTS
         if getattr(read, fact) != getattr(config, fact)
     ]
+    if not found and read.layers != config.layers:
+        found.append("its layers are others than those that llama.cpp makes of its metadata")
+    return found
 
 
-def _tokenizer(made: Vocabulary, config: ModelConfig) -> dict[str, Value]:
+def _tokenizer(made: Vocabulary, config: ModelConfig, kind: str) -> dict[str, Value]:
     keys: dict[str, Value] = {
-        f"{TOKENIZER}model": "llama",
+        f"{TOKENIZER}model": kind,
         f"{TOKENIZER}pre": "default",
         f"{TOKENIZER}tokens": made.tokens,
         f"{TOKENIZER}scores": made.scores,
         f"{TOKENIZER}token_type": made.kinds,
     }
+    if made.merges:
+        keys[f"{TOKENIZER}merges"] = made.merges
     named = {"bos": config.bos_token_id, "unknown": made.unknown, "padding": config.pad_token_id}
     named |= dict(zip(ENDS, config.eos_token_ids, strict=False))
     keys |= {f"{TOKENIZER}{name}_token_id": number for name, number in named.items() if number is not None}
@@ -114,10 +121,13 @@ def _tokenizer(made: Vocabulary, config: ModelConfig) -> dict[str, Value]:
 
 
 class _Said:
-    """Keys that are to be written, as `architectures.Metadata`; there are no tensors that say anything."""
+    """Keys and tensors that are to be written, as `architectures.Metadata`."""
 
-    def __init__(self, keys: dict[str, Value]) -> None:
-        self._keys = keys
+    def __init__(self, config: ModelConfig, keys: dict[str, Value]) -> None:
+        self._config, self._keys = config, keys
+        assert config.architecture.gguf is not None
+        own = config.architecture.gguf.own_name
+        self._shapes = {own(name): shape for name, shape in expected_tensors(config).items()}
 
     def __call__(self, key: str) -> Any:
         return self._keys.get(key)
@@ -126,10 +136,13 @@ class _Said:
         raise AssertionError(f"{key} is {got}, expected {expected}")
 
     def has(self, tensor: str) -> bool:
-        return False
+        return tensor in self._shapes
 
     def rows(self, tensor: str) -> int | None:
-        return None
+        return self._shapes[tensor][0] if tensor in self._shapes else None
 
     def numbers(self, tensor: str) -> Sequence[float] | None:
-        return None
+        rope, layers = self._config.rope, self._config.layers
+        size = next(one.head_dim for one in layers if one.kind == FULL)
+        found: list[float] = frequency_divisors(rope[FULL], size).tolist()
+        return found

@@ -64,6 +64,10 @@ def model_problems(spec: BuildSpec, config: ModelConfig) -> list[str]:
         names = [one.name for one in ROWS if one.gguf is not None and one.gguf.written]
         return [f"backend.type: gguf is not built for {row.name}: it is for {', '.join(names)}"]
     problems = [f"backend.type: gguf: {one}" for one in differences(config)]
+    more = {"experts": "experts", "per_layer": "per-layer vectors"}
+    for part, name in more.items():
+        if spec.scheme.codes and any(getattr(layer, part) is not None for layer in config.layers):
+            problems.append(f"backend.type: gguf: a model with {name} is not built in codes: set backend.dtype: bf16")
     if not config.tie_word_embeddings and not row.gguf.with_head:
         problems.append(f"backend.type: gguf: llama.cpp reads no LM head beside the token table of a {row.name}")
     return problems
