@@ -10,7 +10,7 @@ from gemma_deploy.backends.base import Export, ExportJob, Proof
 from gemma_deploy.backends.spec import BuildSpec, Options
 from gemma_deploy.backends.tvm.contract import CompiledContract
 from gemma_deploy.backends.tvm.options import TvmOptions, model_problems, not_built
-from gemma_deploy.backends.tvm.target import cpu_of, triple_of
+from gemma_deploy.backends.tvm.target import cpu_of, require_known, triple_of
 from gemma_deploy.backends.tvm_vacc.backend import StaticPair
 from gemma_deploy.estimates import EXPORT_BYTES, GRAPH_BYTES, WRITER_BYTES, StageEstimate
 from gemma_deploy.graph.contract import GraphContract
@@ -61,7 +61,7 @@ class CompiledPair(StaticPair):
         """Trace without weights, then compile; refused where no tools for it are here.
 
         Raises:
-            UsageError: TVM or a linker is missing.
+            UsageError: TVM or a linker is missing, or LLVM does not know the machine.
         """
         from gemma_deploy.backends.tvm.export import CompiledExport, require_linker, require_tvm
 
@@ -69,6 +69,7 @@ class CompiledPair(StaticPair):
         assert isinstance(contract, CompiledContract)
         require_tvm("backend.type tvm")
         require_linker(contract.triple)
+        require_known(contract.triple, contract.cpu)
         return CompiledExport(super().export(job), contract.triple, contract.cpu)
 
     def ledger(self, manifest: Manifest) -> list[LedgerEntry]:

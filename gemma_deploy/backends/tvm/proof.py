@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from gemma_deploy.backends.base import Proof
 from gemma_deploy.backends.tvm.source import CompiledSource
-from gemma_deploy.backends.tvm.target import is_own
+from gemma_deploy.backends.tvm.target import file_of, runs_here
 from gemma_deploy.backends.tvm_vacc.proof import prove_pair
-from gemma_deploy.names import TVM_OBJECTS
 from gemma_deploy.parity.compare import ParityResult, compare_sources, effect_of, judged, measures_of
 from gemma_deploy.parity.gates import GATES
 from gemma_deploy.parity.sources import LogitSource
@@ -16,10 +15,12 @@ from gemma_deploy.parity.torch_sources import torch_sources
 def prove_compiled(proof: Proof, result: ParityResult) -> None:
     """Compare and judge; see `Backend.prove`. Of a library for another machine the graphs alone, in ONNX Runtime."""
     opened, manifest, cases = proof.checkpoint, proof.manifest, proof.cases
-    triple = manifest.contract.triple or ""
-    if not is_own(triple):
+    triple, cpu = manifest.contract.triple or "", manifest.contract.cpu or ""
+    if not runs_here(triple, cpu):
         prove_pair(proof, result)
-        result.notes.append(f"{TVM_OBJECTS} is for {triple} and was not run: its graphs were, in ONNX Runtime")
+        result.notes.append(
+            f"{file_of(triple)} is for {triple} ({cpu}) and was not run: its graphs were, in ONNX Runtime"
+        )
         return
     models = torch_sources(opened, proof.artifact, manifest)
     compiled = CompiledSource(proof.artifact)

@@ -6,10 +6,12 @@ on every processor of that level. https://gitlab.com/x86-psABIs/x86-64-ABI
 
 from __future__ import annotations
 
+import difflib
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma_deploy.errors import UsageError
 from gemma_deploy.names import TVM_LIBRARY, TVM_OBJECTS
 
 if TYPE_CHECKING:
@@ -72,9 +74,57 @@ def missing_level(cpu: str) -> set[str]:
     return set().union(*(needed for _, needed in LEVELS[names.index(cpu) :])) - flags()
 
 
+def is_levelled(cpu: str) -> bool:
+    """Whether `flags` tell if a processor is one of these."""
+    return cpu in {"generic", *(name for name, _ in LEVELS)}
+
+
 def file_of(triple: str) -> str:
     """What is made: a library, or object files for a linker that is not here."""
     return TVM_LIBRARY if is_own(triple) else TVM_OBJECTS
+
+
+def require_known(triple: str, cpu: str) -> None:
+    """See that LLVM knows a machine.
+
+    Asked to compile, TVM crashes for a triple that LLVM cannot read, and takes the least processor for an unknown one.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if is_own(triple) and is_levelled(cpu) and cpu in ("generic", own_cpu()):
+        return
+    import tvm
+    from tvm.target import codegen
+
+    known = [str(name) for name in codegen.llvm_get_targets()]
+    machine = triple.partition("-")[0]
+    if machine not in known:
+        raise UsageError(
+            f"backend.compile.triple: LLVM has no machine {machine}",
+            expected=", ".join(sorted(known)),
+            next_step="write one of them and its system, as aarch64-linux-gnu",
+        )
+    of_machine = tvm.target.Target(llvm_target(triple, "generic"))
+    processors = [str(name) for name in codegen.llvm_get_cpu_archlist(of_machine)]
+    if cpu not in processors:
+        near = difflib.get_close_matches(cpu, processors, n=5) or sorted(processors)
+        raise UsageError(
+            f"backend.compile.cpu: LLVM has no processor {cpu} of {triple}",
+            expected=", ".join(near),
+            next_step="write one of them, or remove the key",
+        )
+
+
+def runs_here(triple: str, cpu: str) -> bool:
+    """Whether this machine is known to have all that a library may use."""
+    if not is_own(triple) or missing_level(cpu):
+        return False
+    if is_levelled(cpu):
+        return True
+    from tvm.target import codegen
+
+    return str(codegen.llvm_get_system_cpu()) == cpu
 
 
 def llvm_target(triple: str, cpu: str) -> dict[str, Any]:
