@@ -429,6 +429,42 @@ def test_without_a_linker_it_says_so_before_any_work(tmp_path, monkeypatch, caps
 
 
 @needs_tvm
+@pytest.mark.parametrize(
+    ("compiled", "says"),
+    [
+        ({"triple": "nonsense-linux-gnu"}, "backend.compile.triple: LLVM has no machine nonsense"),
+        ({"cpu": "x86-64-v5"}, "backend.compile.cpu: LLVM has no processor x86-64-v5"),
+        ({"triple": "aarch64-linux-gnu", "cpu": "x86-64-v3"}, "LLVM has no processor x86-64-v3 of aarch64-linux-gnu"),
+    ],
+)
+def test_a_machine_that_llvm_does_not_know_is_refused_before_any_work(tmp_path, capsys, compiled, says):
+    write_tokenizer(write_tiny_checkpoint(tmp_path / "ck", "gemma", **SMALL["gemma"]))
+    assert main(["compile", str(recipe_of(tmp_path, tmp_path / "ck", "w8a16", compiled))]) == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.glob("w8a16*/params.safetensors"))
+
+
+@needs_tvm
+def test_machines_that_llvm_knows_are_taken():
+    for triple, cpu in (("aarch64-linux-gnu", "cortex-a76"), ("x86_64-linux-gnu", "znver4"), ("riscv64", "generic")):
+        target.require_known(triple, cpu)
+
+
+@needs_tvm
+def test_a_library_for_another_processor_is_not_proven_here(monkeypatch):
+    from tvm.target import codegen
+
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(target, "flags", lambda: V3)
+    monkeypatch.setattr(codegen, "llvm_get_system_cpu", lambda: "znver3")
+    own = "x86_64-linux-gnu"
+    assert [target.runs_here(own, cpu) for cpu in ("x86-64-v2", "x86-64-v3", "znver3", "generic")] == [True] * 4
+    assert [target.runs_here(own, cpu) for cpu in ("x86-64-v4", "znver4", "sapphirerapids")] == [False] * 3
+    assert not target.runs_here("aarch64-linux-gnu", "generic")
+
+
+@needs_tvm
 @needs_linker
 def test_it_guesses_nothing_ahead(made, capsys):
     artifact, _ = made("fp32", "gemma3_text")
