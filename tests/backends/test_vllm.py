@@ -184,6 +184,10 @@ def test_on_processors_each_device_is_told_which_are_its_own(made, capsys, monke
     assert words[7] == str(artifact)
     assert main(asked) == 0
     assert "THREADS" not in capsys.readouterr().out  # one worker finds its processors itself
+    int4, _ = made("w4a16_rtn", "gemma2")
+    capsys.readouterr()
+    assert main(["serve-command", str(int4), "--cpu"]) == 0
+    assert "VLLM_CPU_INT4_W4A8=0" in capsys.readouterr().out.split()  # inputs stay as they are, as in the proof
     assert main([*asked, "--tensor-parallel-size", "2", "--pipeline-parallel-size", "3"]) == 2
     assert "6 devices on 5 processors" in capsys.readouterr().err
     assert main([*asked, "--ray"]) == 2

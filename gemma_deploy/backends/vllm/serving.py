@@ -6,8 +6,9 @@ import os
 
 from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.base import Serving
-from gemma_deploy.backends.vllm.source import ENGINE
+from gemma_deploy.backends.vllm.source import ENGINE, INPUTS_OF_INT4
 from gemma_deploy.errors import UsageError
+from gemma_deploy.schemes import QUANTIZERS
 
 KV_GIB = 4  # what vLLM takes on a CPU by itself, said so that it can be changed
 
@@ -43,6 +44,9 @@ def serve_command(artifact: Artifact, how: Serving) -> list[str]:
 def _variables(artifact: Artifact, workers: int) -> list[str]:
     """NAME=VALUE for vLLM on processors: its processors, which it divides only where each worker has a NUMA node."""
     found = [f"VLLM_CPU_KVCACHE_SPACE={KV_GIB}"]
+    quantizer = QUANTIZERS.get(artifact.manifest.scheme)
+    if quantizer is not None and quantizer.bits == 4:
+        found.append(f"{INPUTS_OF_INT4}=0")
     if workers == 1:
         return found
     processors = sorted(os.sched_getaffinity(0))

@@ -21,6 +21,8 @@ Reader = Literal["strict", "vllm"]
 STRICT: Reader = "strict"
 SHIPPED: Reader = "vllm"
 VARIABLE = "GEMMA_DEPLOY_VLLM"  # names the interpreter
+# Where a processor has AMX vLLM rounds the inputs of 4-bit linears to 8 bits unless this is 0.
+INPUTS_OF_INT4 = "VLLM_CPU_INT4_W4A8"
 ENGINE = Engine(
     name="vLLM",
     backend="vllm",
@@ -30,6 +32,7 @@ ENGINE = Engine(
     script=Path(__file__).parent / "apart" / "vllm_reader.py",
     variables={
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        INPUTS_OF_INT4: "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
