@@ -4,9 +4,10 @@ r"""4 bits in vLLM: ours beside llm-compressor's GPTQ, calibrated on the same wi
 
 Ours is the recipe `vllm-int4`; llm-compressor is installed into an environment of its own under DIR and gets the ids of
 the recipe's windows. Both are loaded by vLLM with activations in bfloat16, and read as our gate reads: what leaves the
-final norm, and what vLLM's head makes of it. Mean KL and top-1 are against transformers in float32. `--float32` adds
-both with activations in float32, `--floats ARTIFACT` an artifact of the same model in bfloat16, and for each its
-distance to the same checkpoint as transformers and compressed-tensors read it. What is made already is not made again.
+final norm, and what vLLM's head makes of it. Mean KL and top-1 are against transformers in float32; beside them those
+of the weights alone, as transformers and compressed-tensors read them, and how far vLLM is from these. `--floats`
+adds an artifact of the model in bfloat16, with activations in float32 too, which vLLM's kernel of 4 bits does not take.
+What is made already is not made again.
 """
 
 from __future__ import annotations
@@ -136,16 +137,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dataset", default="c4:48,alpaca:4,ceval:12", help="windows of each, of the bundled samples")
     parser.add_argument("--windows", type=int, default=8, help="of the text, 512 tokens each")
-    parser.add_argument("--float32", action="store_true", help="activations in float32 as well")
     parser.add_argument("--floats", type=Path, help="an artifact of the model in bfloat16, measured as well")
     arguments = parser.parse_args()
     out, checkpoint = arguments.out.resolve(), arguments.checkpoint.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    made = {
-        "this tool": make_ours(checkpoint, arguments.dataset, out),
-        "llm-compressor": make_peer(checkpoint, arguments.dataset, out),
-        **({"bfloat16 weights": arguments.floats} if arguments.floats else {}),
-    }
+    made = [
+        ("this tool", "bfloat16", make_ours(checkpoint, arguments.dataset, out)),
+        ("llm-compressor", "bfloat16", make_peer(checkpoint, arguments.dataset, out)),
+    ]
+    if arguments.floats:
+        made += [("bfloat16 weights", dtype, arguments.floats) for dtype in ("bfloat16", "float32")]
     text, name = read_text(arguments.text)
     encode, bos = open_model(str(checkpoint)).encoder()
     windows = list(text_windows(text, encode, bos, count=arguments.windows, seqlen=SEQLEN, name=name).ids)
@@ -153,17 +154,16 @@ def main() -> None:
     results = json.loads(done.read_text()) if done.exists() else {}
     print("| weights, activations | KL to float32 | top-1 | KL of the weights alone | KL to these weights in float32 |")
     print("| --- | --- | --- | --- | --- |")
-    for dtype in ("bfloat16", "float32") if arguments.float32 else ("bfloat16",):
-        for label, path in made.items():
-            row = f"{label}, {dtype}"
-            if row not in results:
-                results[row] = measured(path, dtype, reference, windows)
-                done.write_text(json.dumps(results, indent=1))
-            one = results[row]
-            figures = (
-                f"{one['mean_kl']:.5f} | {100 * one['top1']:.2f} % | {one['weights']:.5f} | {one['to_its_weights']:.2g}"
-            )
-            print(f"| {row} | {figures} |", flush=True)
+    for label, dtype, path in made:
+        row = f"{label}, {dtype}"
+        if row not in results:
+            results[row] = measured(path, dtype, reference, windows)
+            done.write_text(json.dumps(results, indent=1))
+        one = results[row]
+        figures = (
+            f"{one['mean_kl']:.5f} | {100 * one['top1']:.2f} % | {one['weights']:.5f} | {one['to_its_weights']:.2g}"
+        )
+        print(f"| {row} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":
