@@ -25,6 +25,7 @@ needs_linker = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clan
 P, C = 48, 96  # six windows of 8, and as many steps
 EM_AARCH64 = 183  # of an ELF header
 EPSILON = float(np.finfo(np.float32).eps)
+SHARE_ERROR = 2e-6  # of a share; measured 1.2e-6 for rows of 49 to 128, nearly all of it fast_exp's
 SMALL = {
     "gemma": {"num_hidden_layers": 2},
     "gemma2": {"num_hidden_layers": 2},
@@ -171,10 +172,7 @@ def test_softmax_is_that_of_float64(rows, size):
     found = computed(softmax(rows, size), scores, shape=(rows, size))
     raised = np.exp(scores.astype(np.float64) - scores.max(axis=1, keepdims=True).astype(np.float64))
     expected = raised / raised.sum(axis=1, keepdims=True)
-    assert np.abs(found - expected).max() < SHARE_ERROR
-
-
-SHARE_ERROR = 1e-6
+    assert (np.abs(found - expected) <= SHARE_ERROR * expected + np.finfo(np.float32).tiny).all()
 
 
 # Models
@@ -188,7 +186,7 @@ def test_prompt_and_steps_have_the_logits_of_transformers(made, generation):
 
     artifact, checkpoint = made("fp32", generation)
     runner = open_runner(artifact)
-    rows = [text_of(count, seed) for seed, count in enumerate((40, 29)[: runner.batch])]
+    rows = [text_of(count, seed) for seed, count in enumerate((P, 29)[: runner.batch])]
     forced = [text_of(20, 7 + row)[1:] for row in range(len(rows))]
     for prompts in (rows, rows[::-1]):  # the second finds what the first left in caches
         found = [runner.prefill(prompts)]
