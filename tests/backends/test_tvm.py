@@ -242,7 +242,7 @@ def test_every_token_has_the_logits_of_transformers(made):
     artifact, checkpoint = made("fp32", "gemma3_text")
     row = text_of(P, 3)
     source = open_engine(Artifact.open(artifact)).source()
-    ((found,),) = source.run([Case("text", [row], [[]], 0)])
+    ((found,),) = source.run([Case("text", [row], [[]])])
     assert relative(found, stock_logits(checkpoint, (row,))[0]) < 1e-5
     with pytest.raises(UsageError, match="no 'fast' to evaluate"):
         open_engine(Artifact.open(artifact)).source("fast")
@@ -264,7 +264,7 @@ def test_codes_stay_bytes_where_their_file_is_mapped(made):
         if words[-1] == str(artifact / "params.safetensors") and words[1].startswith("r--")
     ]
     assert spans
-    matrices = [weight.numpy() for weight in weights if len(weight.shape) == 2 and min(weight.shape) >= 64]
+    matrices = [np.from_dlpack(weight) for weight in weights if len(weight.shape) == 2 and min(weight.shape) >= 64]
     assert len(matrices) >= 7 * 3
     assert {array.dtype.name for array in matrices} <= {"int8"}
     for array in matrices:
@@ -323,9 +323,8 @@ def test_another_machine_gets_object_files_that_are_not_run(elsewhere, capsys):
     assert manifest["contract"]["cpu"] == "generic"
     assert main(["parity", str(elsewhere)]) == 0
     assert "was not run" in " ".join("".join(capsys.readouterr()).split())
-    for words in (["run", str(elsewhere), "-p", "x"], ["bench", str(elsewhere)]):
-        assert main(words) == 2
-        assert "was compiled for another machine" in capsys.readouterr().err
+    assert main(["run", str(elsewhere), "-p", "x"]) == 2
+    assert "was compiled for another machine" in capsys.readouterr().err
     assert main(["verify", str(elsewhere)]) == 0
 
 
@@ -342,14 +341,14 @@ def test_a_processor_below_the_level_of_the_library_is_told(made, monkeypatch, c
 
 @needs_tvm
 @needs_linker
-@pytest.mark.parametrize("damage", [lambda data: data[:1000], lambda data: b"", lambda data: b"x" * 5000])
+@pytest.mark.parametrize("damage", [b"", b"x" * 5000], ids=["empty", "no library"])
 def test_a_damaged_library_is_an_error_of_the_artifact(made, tmp_path, damage):
     from gemma_deploy.backends.tvm.runner import open_runner
 
     copy = tmp_path / "copy"
     shutil.copytree(made("fp32", "gemma3_text")[0], copy)
     library = copy / "model.so"
-    library.write_bytes(damage(library.read_bytes()))
+    library.write_bytes(damage)
     with pytest.raises(ArtifactError, match="TVM cannot load the library"):
         open_runner(copy).prefill([[2, 5]])
     library.unlink()
