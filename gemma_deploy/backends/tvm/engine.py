@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from gemma_deploy.backends.tvm.export import require_tvm
 from gemma_deploy.backends.tvm.runner import CompiledGraphs, CompiledRunner
 from gemma_deploy.backends.tvm.source import STRICT, CompiledSource
 from gemma_deploy.backends.tvm_vacc.engine import StaticEngine
@@ -26,7 +25,7 @@ class CompiledEngine(StaticEngine):
 
     def check_runtime(self) -> None:
         """See `Engine`."""
-        require_tvm("an artifact of backend.type tvm")
+        self._graphs.check()
 
     def _runner(self) -> CompiledRunner:
         made = CompiledRunner.on(self._graphs)

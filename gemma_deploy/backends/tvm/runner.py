@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from gemma_deploy.artifact.check import open_whole
 from gemma_deploy.backends.tvm.export import require_tvm
 from gemma_deploy.backends.tvm.target import missing_level
 from gemma_deploy.backends.tvm_vacc.contract import GRAPHS
 from gemma_deploy.backends.tvm_vacc.runner import StaticGraphs, StaticRunner
 from gemma_deploy.errors import ArtifactError, UsageError
 from gemma_deploy.machine import usable_cpus
-from gemma_deploy.names import TVM_LIBRARY, TVM_OBJECTS
+from gemma_deploy.names import MANIFEST, TVM_LIBRARY, TVM_OBJECTS
+from gemma_deploy.reading import exists
 from gemma_deploy.runtime.session import VERIFY, load_file
 
 if TYPE_CHECKING:
@@ -56,13 +58,14 @@ class CompiledGraphs(StaticGraphs):
             return self._library
 
     def _load(self) -> Compiled:
-        require_tvm("an artifact of backend.type tvm")
+        self.check()
+        if exists(self.path / MANIFEST):
+            open_whole(self.path, hashes=True)  # what is cut off ends the process that loads it
         import tvm
         from tvm import relax
 
         from gemma_deploy.backends.tvm.lower import weights_of
 
-        self._check_machine()
         tvm.get_global_func("runtime.config_threadpool")(EVERY_CORE, self.threads or usable_cpus())
         try:
             machine = relax.VirtualMachine(tvm.runtime.load_module(str(self.path / TVM_LIBRARY)), tvm.cpu())
@@ -80,7 +83,13 @@ class CompiledGraphs(StaticGraphs):
             ]
         return Compiled(functions, weights)
 
-    def _check_machine(self) -> None:
+    def check(self) -> None:
+        """See that what runs it is here.
+
+        Raises:
+            UsageError: TVM is not installed, or the library is for another machine.
+        """
+        require_tvm("an artifact of backend.type tvm")
         if not (self.path / TVM_LIBRARY).exists() and (self.path / TVM_OBJECTS).exists():
             raise UsageError(
                 "this artifact was compiled for another machine",
