@@ -1,5 +1,6 @@
 """The static pair compiled by TVM: its loops against float64, its library against transformers' own classes."""
 
+import hashlib
 import json
 import platform
 import shutil
@@ -279,8 +280,17 @@ def test_the_gate_sees_weights_that_a_function_should_not_have(made, tmp_path, c
     shutil.copytree(made("w8a16", "gemma3_text")[0], copy)
     rows = {row.name: row for row in Artifact.open(copy).manifest.params}
     swap_weights(copy / f"{graph}.onnx", *(rows[f"model.layers.0.mlp.{one}_proj.scale"] for one in ("gate", "up")))
+    sign(copy, f"{graph}.onnx")
     assert main(["parity", str(copy)]) == 1
     assert "patched w8a16 = strict" in capsys.readouterr().err
+
+
+def sign(artifact, name):
+    """Let the manifest say that a file is what was written."""
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    written = (artifact / name).read_bytes()
+    manifest["files"][name] |= {"bytes": len(written), "sha256": hashlib.sha256(written).hexdigest()}
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
 
 
 def swap_weights(file, first, second):
@@ -304,6 +314,7 @@ def test_the_gate_sees_a_library_of_another_model(made, tmp_path, capsys):
     shutil.copytree(made("w8a16", "gemma3_text")[0], copy)
     wide, _ = compiled_to(tmp_path / "wide", "w8a16", "gemma3_text", "--no-parity", sliding_window=9)
     shutil.copy(wide / "model.so", copy / "model.so")
+    sign(copy, "model.so")
     assert main(["parity", str(copy)]) == 1
     assert "patched w8a16 = strict" in capsys.readouterr().err
 
