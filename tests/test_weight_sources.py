@@ -27,6 +27,9 @@ OPENERS = {
     "calibration/store.py": "a calibration's statistics, which are no weights",
     "calibration/beside.py": "vectors of tokens, keys and values of a calibration, which are no weights",
     "split/factory.py": "a divided model's own",
+    "backends/asked.py": "logits that an engine in another Python computed, which are no weights",
+    "backends/gguf/apart/llama_reader.py": "the same, which it writes",
+    "backends/vllm/apart/vllm_reader.py": "the same, which it writes",
     "parity/adapted.py": "an adapter's, which PEFT is to read in its own way",
 }
 MEMBERS = {name for name in vars(WeightSource) if not name.startswith("_")}

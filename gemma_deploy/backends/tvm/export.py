@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import shutil
-import subprocess
+from typing import Any
 
 from gemma_deploy import child, extras
 from gemma_deploy.backends.base import Export
@@ -48,7 +48,7 @@ class CompiledExport:
 
     def __init__(self, graphs: Export, triple: str, cpu: str) -> None:
         self._graphs, self._triple, self._cpu = graphs, triple, cpu
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Any = None
 
     def result(self) -> tuple[dict[str, bytes], int]:
         """See `Export`.
