@@ -20,11 +20,10 @@ from gemma_deploy.artifact.opened import Artifact
 from gemma_deploy.backends.apart import Conversation
 from gemma_deploy.backends.apart import Engine as Program
 from gemma_deploy.errors import DeployError, UsageError
-from gemma_deploy.runtime.cached import CachedSession
+from gemma_deploy.runtime.cached import PlainSession
 from gemma_deploy.runtime.engine import Engine, Limits, Session
 from gemma_deploy.runtime.sampling import Sampling
 from gemma_deploy.runtime.speculative import Decider
-from gemma_deploy.text import Tokenizer
 
 
 class AskedSequence:
@@ -115,20 +114,6 @@ class AskedModel:
         return AskedSequence(self, room)
 
 
-class AskedSession(CachedSession):
-    """One sequence in another Python; arguments as of `CachedSession`."""
-
-    def __init__(
-        self, model: AskedModel, tokenizer: Tokenizer, sampling: Sampling | None = None, **options: Any
-    ) -> None:
-        super().__init__(model, tokenizer, sampling, **options)
-        self._model = model
-        self.reset()
-
-    def _new_sequence(self) -> AskedSequence:
-        return self._model.sequence(self.max_length)
-
-
 class AskedEngine(Engine):
     """An artifact in another Python.
 
@@ -180,7 +165,7 @@ class AskedEngine(Engine):
                 self.check_runtime()
                 self._model = AskedModel(self.artifact, self.program, *self.arguments())
             model = self._model
-        return AskedSession(model, self.tokenizer, sampling, max_length=max_length, endless=endless)
+        return PlainSession(model, self.tokenizer, sampling, max_length=max_length, endless=endless)
 
     def decider(self) -> Decider:
         """See `Engine`.

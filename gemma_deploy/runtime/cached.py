@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -128,3 +129,14 @@ class CachedSession(Session):
             taken = ahead.next()
             stats.steps = ahead.steps
             yield taken
+
+
+class PlainSession(CachedSession):
+    """One sequence of a model that has nothing but its tokens; arguments as of `CachedSession`."""
+
+    def __init__(self, model: Decider, tokenizer: Tokenizer, sampling: Sampling | None = None, **options: Any) -> None:
+        super().__init__(model, tokenizer, sampling, **options)
+        self.reset()
+
+    def _new_sequence(self) -> Reader:
+        return self._decider.sequence(self.max_length)

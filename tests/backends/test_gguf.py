@@ -366,7 +366,7 @@ def test_run_says_in_llama_cpp_what_transformers_says(made, generation):
     session, stats = engine.session(endless=True), GenerationStats()
     assert list(session.reply(ids, max_new_tokens=10, stats=stats)) is not None
     assert stats.tokens == wanted[:10].tolist()
-    sequence = engine.session(endless=True)._model.sequence(40)  # set back by more than a window
+    sequence = engine.session(endless=True)._decider.sequence(40)  # set back by more than a window
     sequence.read([*ids, *wanted[:15].tolist()])
     sequence.length = 4
     again = sequence.read(ids[4:])[0]

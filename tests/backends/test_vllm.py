@@ -205,7 +205,7 @@ def test_run_says_in_vllm_what_transformers_says(made):
     session, stats = engine.session(endless=True), GenerationStats()
     assert list(session.reply(ids, max_new_tokens=24, stats=stats))
     assert stats.tokens == wanted[len(ids) :]
-    sequence = engine.session(endless=True)._model.sequence(40)
+    sequence = engine.session(endless=True)._decider.sequence(40)
     sequence.read(wanted)
     sequence.length = 4
     again = sequence.read(ids[4:])[0]

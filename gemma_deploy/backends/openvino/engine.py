@@ -15,10 +15,9 @@ from gemma_deploy.backends.openvino.model import State, compiled, open_model, re
 from gemma_deploy.errors import UsageError
 from gemma_deploy.machine import give_memory_back
 from gemma_deploy.names import OPENVINO_MODEL
-from gemma_deploy.runtime.cached import CachedSession
+from gemma_deploy.runtime.cached import PlainSession
 from gemma_deploy.runtime.engine import Engine, Limits, Session
 from gemma_deploy.runtime.sampling import Sampling
-from gemma_deploy.text import Tokenizer
 
 if TYPE_CHECKING:
     from gemma_deploy.parity.sources import LogitSource
@@ -75,20 +74,6 @@ class OpenVinoModel:
         return OpenVinoSequence(self._model)
 
 
-class OpenVinoSession(CachedSession):
-    """One sequence in OpenVINO; arguments as of `CachedSession`."""
-
-    def __init__(
-        self, model: OpenVinoModel, tokenizer: Tokenizer, sampling: Sampling | None = None, **options: Any
-    ) -> None:
-        super().__init__(model, tokenizer, sampling, **options)
-        self._model = model
-        self.reset()
-
-    def _new_sequence(self) -> OpenVinoSequence:
-        return self._model.sequence(self.max_length)
-
-
 class OpenVinoEngine(Engine):
     """An artifact in OpenVINO."""
 
@@ -129,7 +114,7 @@ class OpenVinoEngine(Engine):
             raise self._no_guesses("--lookup" if lookup else "--draft")
         with self._opening:
             model = self._opened
-        return OpenVinoSession(model, self.tokenizer, sampling, max_length=max_length, endless=endless)
+        return PlainSession(model, self.tokenizer, sampling, max_length=max_length, endless=endless)
 
     def decider(self) -> Decider:
         """See `Engine`.

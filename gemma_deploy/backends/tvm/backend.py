@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gemma_deploy.backends.base import Export, ExportJob, Proof
 from gemma_deploy.backends.spec import BuildSpec, Options
@@ -89,14 +89,6 @@ class CompiledPair(StaticPair):
         from gemma_deploy.backends.tvm.engine import CompiledEngine
 
         return CompiledEngine(artifact, threads=threads, strict=strict, one_reply=one_reply)
-
-    def files(self, spec: BuildSpec, config: ModelConfig) -> dict[str, dict[str, Any]]:
-        """None beside what `export` makes."""
-        return {}
-
-    def config_keys(self, spec: BuildSpec, config: ModelConfig) -> Mapping[str, Any]:
-        """The checkpoint's own say all."""
-        return {}
 
     def rounds(self, manifest: Manifest) -> bool:
         """Never."""
