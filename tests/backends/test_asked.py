@@ -93,7 +93,7 @@ def test_a_session_goes_on_and_reads_no_token_twice_where_it_need_not(opened, ke
 def test_what_cannot_be_set_back_is_read_again(opened):
     for keeps in (True, False):
         made = opened(keeps)
-        sequence = made.engine.session()._model.sequence(16)
+        sequence = made.engine.session()._decider.sequence(16)
         sequence.read([2, 3, 4, 5])
         sequence.length = 2
         assert int(sequence.feed([8, 9])[1].argmax()) == 22
