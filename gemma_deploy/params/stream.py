@@ -240,8 +240,8 @@ def pack_int4(codes: torch.Tensor) -> torch.Tensor:
     """int8 [rows, columns] in [-8, 7] -> uint8 [rows, columns / 2], the first of a pair in the low half."""
     import torch
 
-    low, high = codes[:, 0::2].view(torch.uint8), codes[:, 1::2].view(torch.uint8)
-    return (low & 15) | (high << 4)
+    pairs = codes.contiguous().view(torch.int16) & 0x0F0F  # of little-endian bytes: the first code is the low one
+    return pairs.bitwise_or_(pairs >> 4).to(torch.uint8)
 
 
 def _write_cast(sink: Sink, checked: Iterator[tuple[torch.Tensor, torch.Tensor]], buffers: Buffers) -> ParamRow:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
+from torch.nn import functional
 
 from gemma_deploy.quantization.rtn import row_scales
 
-SEARCHED_QMAX = 7  # clipping pays with few codes only: at 8 bits the best shrink factor is 1 for nearly every row
-SHRINK = torch.linspace(1.0, 0.55, 19).tolist()
+SEARCHED_QMAX = 7  # clipping pays with few codes only: at 8 bits the best factor is 1 for nearly every row
+# What absmax / qmax is multiplied by. 1 stands first: it wins where others are as good (zeros), and it is exact, so
+# that weights which were made of such codes get their scale back. Their number is a power of two.
+FACTORS = (1.0, *(1 + 0.018 * step for step in range(-26, 6) if step))
+LEVELS = 4096  # of a group's magnitudes, in the search alone: what it finds loses 0.0003 % more than with all digits
+VALUES_AT_ONCE = 1 << 18  # so that what is made of them stays in a core's own cache
 
 
 def choose_scales(
@@ -22,29 +29,53 @@ def choose_scales(
 
     Args:
         weight: [rows, columns] float32.
-        qmax: largest code. Up to `SEARCHED_QMAX` the scale is the one of least squared error among shrunk ones.
+        qmax: largest code. Up to `SEARCHED_QMAX` the scale is the one of least squared error among absmax / qmax
+            times each of `FACTORS`.
         groupsize: divides the columns; None: one group.
         power: [columns] weights of the squared errors; equal when absent.
         dtype: the type that every scale is a number of.
     """
     rows, columns = weight.shape
     grouped = weight.reshape(rows, -1, groupsize or columns)
-    absmax = grouped.abs().amax(2)
-    largest = row_scales(absmax.reshape(-1), qmax).view_as(absmax)
     if qmax > SEARCHED_QMAX:
+        largest = row_scales(grouped.abs().amax(2).reshape(-1), qmax).view(rows, -1)
         return as_dtype(largest, dtype)
-    best, least = largest, torch.full_like(largest, float("inf"))
-    codes, error = torch.empty_like(grouped), torch.empty_like(grouped)  # once: fresh pages cost as much as the work
-    for shrink in SHRINK:
-        scale = largest * shrink
-        torch.div(grouped, scale[..., None], out=codes).round_().clamp_(-qmax, qmax)
-        torch.addcmul(grouped, codes, scale[..., None], value=-1, out=error).square_()
-        if power is not None:
-            error.mul_(power.view(1, grouped.shape[1], -1))
-        lost = error.sum(2)
-        better = lost < least
-        best, least = torch.where(better, scale, best), torch.where(better, lost, least)
+    best = torch.empty(grouped.shape[:2])
+    at_once = max(1, VALUES_AT_ONCE // columns)
+    for start in range(0, rows, at_once):
+        part = slice(start, start + at_once)
+        best[part] = _searched(grouped[part], qmax, power)
     return as_dtype(best, dtype)
+
+
+def _searched(grouped: torch.Tensor, qmax: int, power: torch.Tensor | None) -> torch.Tensor:
+    """Scales [rows, groups] of least squared error for [rows, groups, groupsize].
+
+    What a value loses at each factor depends only on its share of the largest of its group. It stands in a table, and
+    a group's losses at all factors are a sum of rows of that table: one read for each value, where trying one factor
+    after the other rounds and squares each value again and again.
+    """
+    shares = grouped.abs().reshape(-1, grouped.shape[2])
+    absmax = shares.amax(1)
+    shares.div_(absmax.masked_fill(absmax == 0, 1)[:, None]).mul_(LEVELS - 1).round_()
+    weights = None if power is None else power.expand(len(grouped), -1).reshape(shares.shape)
+    lost = functional.embedding_bag(
+        shares.to(torch.int32), _squared_errors(qmax), mode="sum", per_sample_weights=weights
+    )
+    # Numbers that are not negative are ordered as their bits are: a factor's number in the last ones comes out with the
+    # least loss, eight times as fast as from `argmin`.
+    numbers = torch.arange(len(FACTORS), dtype=torch.int32)
+    least = lost.view(torch.int32).bitwise_and_(-len(FACTORS)).bitwise_or_(numbers).amin(1) % len(FACTORS)
+    return row_scales(absmax, qmax).mul_(torch.tensor(FACTORS)[least]).view(grouped.shape[:2])
+
+
+@cache
+def _squared_errors(qmax: int) -> torch.Tensor:
+    """[LEVELS, factors] float32: (x - scale * code)^2 of x = level / (LEVELS - 1), scale = factor / qmax."""
+    share = torch.linspace(0, 1, LEVELS, dtype=torch.float64)[:, None]
+    scale = torch.tensor(FACTORS, dtype=torch.float64) / qmax
+    codes = (share / scale).round_().clamp_max_(qmax)
+    return (share - scale * codes).square_().float()
 
 
 def as_dtype(scale: torch.Tensor, dtype: str) -> torch.Tensor:
