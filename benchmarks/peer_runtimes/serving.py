@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -22,7 +24,7 @@ from gemma_deploy.bench.server import measure_server
 from gemma_deploy.client import Target
 from gemma_deploy.errors import DeployError
 
-START_SECONDS, END_SECONDS = 300.0, 20.0
+START_SECONDS, END_SECONDS, LOOK_SECONDS = 300.0, 20.0, 0.1
 VOCABULARY = 256_000
 
 
@@ -53,6 +55,13 @@ class Running:
             )
         except OSError as error:
             raise PeerError(f"{command[0]}: {error.strerror}") from error
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        if self._process.stdout is not None:
+            threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
+
+    def _read(self, output: IO[str]) -> None:
+        for line in output:
+            self._lines.put(line)
 
     @property
     def url(self) -> str:
@@ -115,13 +124,16 @@ class Running:
         return answers
 
     def _line(self) -> Any:
-        output: IO[str] | None = self._process.stdout
-        assert output is not None
-        for line in output:
-            with contextlib.suppress(json.JSONDecodeError):
-                return json.loads(line)
-        self._process.wait()
-        raise PeerError(self._said())
+        """What the loop answers next. Processes that it started may hold its output open when it is gone."""
+        while True:
+            ended = self._process.poll() is not None
+            try:
+                return json.loads(self._lines.get(timeout=LOOK_SECONDS))
+            except json.JSONDecodeError:
+                continue
+            except queue.Empty:
+                if ended:
+                    raise PeerError(self._said()) from None
 
     def sleep(self) -> None:
         """Let nothing of it run."""
