@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from gemma_deploy.child import OtherPython
 from gemma_deploy.errors import DeployError, UsageError
 
 LAST_LINES = 12
+PROBE = Path(__file__).parent / "probe" / "importing.py"
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Engine:
     Args:
         name: for people; backend: `backend.type` of its artifacts; module: what is imported; package: to install.
         variable: of the environment, names the interpreter; script: what the interpreter runs.
-        variables: of the environment of the script.
+        variables: of the environment of the script; beside: modules that the script imports besides the first.
     """
 
     name: str
@@ -35,6 +36,31 @@ class Engine:
     variable: str
     script: Path
     variables: Mapping[str, str] = field(default_factory=dict)
+    beside: Sequence[str] = ()
+
+    def check(self) -> None:
+        """See that all that is needed imports in the interpreter, before work that is for nothing without it.
+
+        Raises:
+            UsageError: there is no interpreter, or something in it does not work.
+        """
+        python = self.python()
+        with tempfile.TemporaryFile() as log:
+            probe = OtherPython(python, str(PROBE), self.module, *self.beside, variables=self.variables, log=log)
+            try:
+                probe.ask()
+            except EOFError:
+                log.seek(0)
+                raise UsageError(
+                    f"{self.name} does not import in the Python that it is to run in",
+                    where=python,
+                    expected=f"a Python that imports {', '.join((self.module, *self.beside))}",
+                    problems=_last_lines(log.read()),
+                    next_step=f"pip install {self.package} in an environment of its own, and name its python in "
+                    f"{self.variable}; or compile with --no-parity, which proves nothing",
+                ) from None
+            finally:
+                probe.stop()
 
     def python(self) -> str:
         """The interpreter that has the engine.
@@ -112,7 +138,7 @@ class Conversation:
         try:
             return child.ask(request)
         except EOFError:
-            said = (self.folder / "log").read_text(errors="replace").strip().splitlines()[-LAST_LINES:]
+            said = _last_lines((self.folder / "log").read_bytes())
             self.close()
             raise DeployError(
                 f"{self._source} ended before it answered",
@@ -120,3 +146,7 @@ class Conversation:
                 problems=said,
                 next_step=f'read its last lines above; `-c "import {self._engine.module}"` in its Python has to work',
             ) from None
+
+
+def _last_lines(log: bytes) -> list[str]:
+    return log.decode(errors="replace").strip().splitlines()[-LAST_LINES:]

@@ -238,6 +238,13 @@ class Backend(Protocol):
     def ledger(self, manifest: Manifest) -> list[LedgerEntry]:
         """Every place where an artifact may differ from the reference."""
 
+    def require_proof(self) -> None:
+        """See that what `prove` runs artifacts in is there: asked before a compile begins, which may take hours.
+
+        Raises:
+            UsageError: it is not installed, or does not work.
+        """
+
     def prove(self, proof: Proof, result: ParityResult) -> None:
         """Compare an artifact with its checkpoint and put lines, measures, notes and effect into `result`.
 

@@ -76,6 +76,7 @@ def check(recipe: Recipe, out: Path | None, *, parity: bool, force: bool, thorou
         if parity:
             if job.checkpoint.adapters:
                 refusals.collect(lambda: extras.require("adapters", what="the proof of a merged adapter"))
+            refusals.collect(job.backend.require_proof)
             refusals.collect(lambda: _look_at_proof_text(job))
         if thorough:
             _look_closely(job, None if opened is None else opened[1], refusals)

@@ -69,6 +69,12 @@ class LlamaCpp(Elsewhere):
         """None: llama.cpp reads no config.json."""
         return {}
 
+    def require_proof(self) -> None:
+        """The Python that has llama.cpp."""
+        from gemma_deploy.backends.gguf.source import ENGINE
+
+        ENGINE.check()
+
     def ledger(self, manifest: Manifest) -> list[LedgerEntry]:
         """See `Backend`."""
         from gemma_deploy.backends.gguf.ledger import ledger_of

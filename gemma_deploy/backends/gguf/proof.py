@@ -25,7 +25,7 @@ def strict_source(file: Path, manifest: Manifest) -> TorchSource:
 
 def prove_file(proof: Proof, result: ParityResult) -> None:
     """Compare and judge; see `Backend.prove`."""
-    ENGINE.python()  # before any work
+    ENGINE.check()  # before any work
     opened, manifest, cases, file = proof.checkpoint, proof.manifest, proof.cases, proof.artifact / GGUF
     models = torch_sources(opened, proof.artifact, manifest)
     strict = strict_source(file, manifest)

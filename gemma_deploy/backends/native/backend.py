@@ -166,6 +166,9 @@ class Native:
         """The level is chosen when it runs."""
         return None
 
+    def require_proof(self) -> None:
+        """Nothing that this program does not bring along."""
+
     def ledger(self, manifest: Manifest) -> list[LedgerEntry]:
         """See `Backend`."""
         from gemma_deploy.backends.native.ledger import ledger_of

@@ -279,6 +279,9 @@ class OnnxRuntime:
         del record["in_14_bits"]
         return record | {"wide": sorted(chosen.in_14_bits)}  # the name in manifests
 
+    def require_proof(self) -> None:
+        """Nothing that this program does not bring along."""
+
     def ledger(self, manifest: Manifest) -> list[LedgerEntry]:
         """See `Backend`."""
         from gemma_deploy.backends.onnxruntime.ledger import ledger_of

@@ -166,6 +166,12 @@ class OpenVino:
         """OpenVINO picks them."""
         return None
 
+    def require_proof(self) -> None:
+        """OpenVINO."""
+        from gemma_deploy.backends.openvino.model import PROOF, require_openvino
+
+        require_openvino(PROOF)
+
     def ledger(self, manifest: Manifest) -> list[LedgerEntry]:
         """See `Backend`."""
         from gemma_deploy.backends.openvino.ledger import ledger_of

@@ -72,6 +72,12 @@ class CompiledPair(StaticPair):
         require_known(contract.triple, contract.cpu)
         return CompiledExport(super().export(job), contract.triple, contract.cpu)
 
+    def require_proof(self) -> None:
+        """TVM."""
+        from gemma_deploy.backends.tvm.export import require_tvm
+
+        require_tvm("backend.type tvm")
+
     def ledger(self, manifest: Manifest) -> list[LedgerEntry]:
         """See `Backend`."""
         from gemma_deploy.backends.tvm.ledger import ledger_of

@@ -165,6 +165,9 @@ class StaticPair:
         """The vendor's compiler picks them."""
         return None
 
+    def require_proof(self) -> None:
+        """Nothing that this program does not bring along."""
+
     def ledger(self, manifest: Manifest) -> list[LedgerEntry]:
         """See `Backend`."""
         from gemma_deploy.backends.tvm_vacc.ledger import ledger_of

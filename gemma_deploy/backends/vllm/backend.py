@@ -68,6 +68,12 @@ class Vllm(Elsewhere):
 
         return config_keys(spec, config)
 
+    def require_proof(self) -> None:
+        """The Python that has vLLM, and transformers."""
+        from gemma_deploy.backends.vllm.source import ENGINE
+
+        ENGINE.check()
+
     def ledger(self, manifest: Manifest) -> list[LedgerEntry]:
         """See `Backend`."""
         from gemma_deploy.backends.vllm.ledger import ledger_of

@@ -14,7 +14,7 @@ from gemma_deploy.parity.torch_sources import torch_sources
 
 def prove_checkpoint(proof: Proof, result: ParityResult) -> None:
     """Compare and judge; see `Backend.prove`."""
-    ENGINE.python()  # before any work
+    ENGINE.check()  # before any work
     artifact, opened, manifest, cases = proof.artifact, proof.checkpoint, proof.manifest, proof.cases
     longest = max(len(case.sequence(row)) for case in cases for row in range(len(case.prompts)))
     unfit = unfit_for_this_machine(manifest)

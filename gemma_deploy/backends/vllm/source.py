@@ -37,6 +37,7 @@ ENGINE = Engine(
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     },
+    beside=("transformers.modeling_utils", "compressed_tensors"),
 )
 
 

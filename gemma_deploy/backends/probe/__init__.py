@@ -1,0 +1,1 @@
+"""What runs in the Python of any engine; nothing here is imported by this program."""
