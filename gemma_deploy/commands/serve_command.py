@@ -35,10 +35,12 @@ def command(
     artifact: str, host: str, port: int, tensor_parallel_size: int, pipeline_parallel_size: int, *, ray: bool, cpu: bool
 ) -> None:
     """Print the command that serves ARTIFACT."""
+    from gemma_deploy.artifact.check import file_problems, refuse
     from gemma_deploy.artifact.opened import Artifact
     from gemma_deploy.backends import backend_of
     from gemma_deploy.backends.base import Serving
 
     opened = Artifact.open(artifact)
+    refuse(opened, file_problems(opened))
     how = Serving(host, port, tensor_parallel_size, pipeline_parallel_size, ray, cpu)
     click.echo(shlex.join(backend_of(opened.manifest).serve_command(opened, how)))

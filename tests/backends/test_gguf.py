@@ -313,6 +313,21 @@ def test_it_is_served_by_llama_server(made, capsys):
     assert "llama.cpp decodes it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damage", ["shorter", "gone"])
+def test_no_command_serves_what_is_damaged(made, tmp_path, capsys, damage):
+    copy = tmp_path / "copy"
+    shutil.copytree(made("w8a16")[0], copy)
+    file = copy / "model.gguf"
+    if damage == "gone":
+        file.unlink()
+    else:
+        os.truncate(file, file.stat().st_size - 1)
+    assert main(["serve-command", str(copy)]) == 1
+    told = capsys.readouterr()
+    assert not told.out
+    assert "model.gguf" in told.err
+
+
 @pytest.mark.parametrize(
     ("generation", "quantize", "changes", "says"),
     [
