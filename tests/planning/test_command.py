@@ -44,7 +44,7 @@ def test_every_precision_that_is_not_left_out_is_a_recipe_that_plans(here, capsy
     assert built
     for precision in (built[0], built[-1]):
         assert main([*words[:-2], "--precision", precision, "--write", f"{precision}.yaml"]) == 0
-        assert main(["compile", f"{precision}.yaml", "--dry-run"]) == 0
+        assert main(["compile", f"{precision}.yaml", "--dry-run", "--no-parity"]) == 0  # engines need not be here
         assert "nothing has been written" in capsys.readouterr().out
 
 
