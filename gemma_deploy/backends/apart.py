@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +45,17 @@ class Engine:
         Raises:
             UsageError: there is no interpreter, or something in it does not work.
         """
-        python = self.python()
-        with tempfile.TemporaryFile() as log:
-            probe = OtherPython(python, str(PROBE), self.module, *self.beside, variables=self.variables, log=log)
-            try:
-                probe.ask()
-            except EOFError:
-                log.seek(0)
-                raise UsageError(
-                    f"{self.name} does not import in the Python that it is to run in",
-                    where=python,
-                    expected=f"a Python that imports {', '.join((self.module, *self.beside))}",
-                    problems=_last_lines(log.read()),
-                    next_step=f"pip install {self.package} in an environment of its own, and name its python in "
-                    f"{self.variable}; or compile with --no-parity, which proves nothing",
-                ) from None
-            finally:
-                probe.stop()
+        python, modules = self.python(), (self.module, *self.beside)
+        problems = _import_problems(python, modules, frozenset(self.variables.items()))
+        if problems:
+            raise UsageError(
+                f"{self.name} does not import in the Python that it is to run in",
+                where=python,
+                expected=f"a Python that imports {', '.join(modules)}",
+                problems=problems,
+                next_step=f"pip install {self.package} in an environment of its own, and name its python in "
+                f"{self.variable}; or compile with --no-parity, which proves nothing",
+            )
 
     def python(self) -> str:
         """The interpreter that has the engine.
@@ -146,6 +141,21 @@ class Conversation:
                 problems=said,
                 next_step=f'read its last lines above; `-c "import {self._engine.module}"` in its Python has to work',
             ) from None
+
+
+@cache  # seconds, and `compile` asks before it begins and before it proves
+def _import_problems(python: str, modules: Sequence[str], variables: frozenset[tuple[str, str]]) -> list[str]:
+    """What an interpreter says last where a module does not import in it; nothing where all do."""
+    with tempfile.TemporaryFile() as log:
+        probe = OtherPython(python, str(PROBE), *modules, variables=dict(variables), log=log)
+        try:
+            probe.ask()
+        except EOFError:
+            log.seek(0)
+            return _last_lines(log.read()) or ["it ended without a word"]
+        finally:
+            probe.stop()
+    return []
 
 
 def _last_lines(log: bytes) -> list[str]:

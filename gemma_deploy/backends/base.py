@@ -238,11 +238,14 @@ class Backend(Protocol):
     def ledger(self, manifest: Manifest) -> list[LedgerEntry]:
         """Every place where an artifact may differ from the reference."""
 
-    def require_proof(self) -> None:
-        """See that what `prove` runs artifacts in is there: asked before a compile begins, which may take hours.
+    def require_tools(self, spec: BuildSpec, *, proof: bool) -> None:
+        """See that other programs it compiles with are there: asked before a compile begins, which may take hours.
+
+        Args:
+            proof: those that `prove` runs artifacts in as well.
 
         Raises:
-            UsageError: it is not installed, or does not work.
+            UsageError: one is not installed, or does not work.
         """
 
     def prove(self, proof: Proof, result: ParityResult) -> None:

@@ -73,10 +73,10 @@ def check(recipe: Recipe, out: Path | None, *, parity: bool, force: bool, thorou
     if work is not None and not is_up_to_date:
         refusals.collect(work.refuse_strangers)
     if not is_up_to_date:
+        refusals.collect(lambda: job.backend.require_tools(job.spec, proof=parity))
         if parity:
             if job.checkpoint.adapters:
                 refusals.collect(lambda: extras.require("adapters", what="the proof of a merged adapter"))
-            refusals.collect(job.backend.require_proof)
             refusals.collect(lambda: _look_at_proof_text(job))
         if thorough:
             _look_closely(job, None if opened is None else opened[1], refusals)

@@ -81,9 +81,10 @@ def test_a_compile_without_it_is_refused_before_it_calibrates(engine, recipe, tm
     assert not (tmp_path / "workspace").exists()
 
 
+@pytest.mark.parametrize("words", [[], ["--no-parity"]])
 @pytest.mark.parametrize("kind", ["openvino", "tvm"])
-def test_one_that_is_a_package_beside_this_program_likewise(recipe, tmp_path, monkeypatch, capsys, kind):
+def test_one_that_is_a_package_beside_this_program_likewise(recipe, tmp_path, monkeypatch, capsys, kind, words):
     monkeypatch.setattr(extras, "_missing", lambda extra: [kind] if extra == kind else [])
-    assert main(["compile", recipe(kind), *(["-s", "frontend.quantize.type=w8a16"] if kind == "tvm" else [])]) == 2
+    assert main(["compile", recipe(kind), *words]) == 2
     assert f"gemma-deploy[{kind}]" in capsys.readouterr().err
     assert not (tmp_path / "workspace").exists()

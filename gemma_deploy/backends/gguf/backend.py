@@ -69,11 +69,12 @@ class LlamaCpp(Elsewhere):
         """None: llama.cpp reads no config.json."""
         return {}
 
-    def require_proof(self) -> None:
-        """The Python that has llama.cpp."""
+    def require_tools(self, spec: BuildSpec, *, proof: bool) -> None:
+        """For a proof: the Python that has llama.cpp."""
         from gemma_deploy.backends.gguf.source import ENGINE
 
-        ENGINE.check()
+        if proof:
+            ENGINE.check()
 
     def ledger(self, manifest: Manifest) -> list[LedgerEntry]:
         """See `Backend`."""

@@ -279,8 +279,8 @@ class OnnxRuntime:
         del record["in_14_bits"]
         return record | {"wide": sorted(chosen.in_14_bits)}  # the name in manifests
 
-    def require_proof(self) -> None:
-        """Nothing that this program does not bring along."""
+    def require_tools(self, spec: BuildSpec, *, proof: bool) -> None:
+        """None that this program does not bring along."""
 
     def ledger(self, manifest: Manifest) -> list[LedgerEntry]:
         """See `Backend`."""

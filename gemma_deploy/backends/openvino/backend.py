@@ -166,11 +166,8 @@ class OpenVino:
         """OpenVINO picks them."""
         return None
 
-    def require_proof(self) -> None:
-        """OpenVINO."""
-        from gemma_deploy.backends.openvino.model import PROOF, require_openvino
-
-        require_openvino(PROOF)
+    def require_tools(self, spec: BuildSpec, *, proof: bool) -> None:
+        """None beside OpenVINO, which is asked for with its `converter`."""
 
     def ledger(self, manifest: Manifest) -> list[LedgerEntry]:
         """See `Backend`."""

@@ -23,8 +23,6 @@ STRICT: Mapping[str, str] = {
     "KV_CACHE_PRECISION": "f32",
 }
 
-PROOF = "the proof of backend.type openvino"
-
 
 def require_openvino(what: str) -> None:
     """See that OpenVINO is installed.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gemma_deploy.backends.base import Proof
 from gemma_deploy.backends.openvino.gates import openvino_gates
-from gemma_deploy.backends.openvino.model import PROOF, require_openvino
+from gemma_deploy.backends.openvino.model import require_openvino
 from gemma_deploy.backends.openvino.source import SHIPPED, STRICT, OpenVinoSource
 from gemma_deploy.names import OPENVINO_MODEL
 from gemma_deploy.parity.compare import ParityResult, compare_sources, effect_of, judged, measures_of
@@ -14,7 +14,7 @@ from gemma_deploy.parity.torch_sources import torch_sources
 
 def prove_model(proof: Proof, result: ParityResult) -> None:
     """Compare and judge; see `Backend.prove`."""
-    require_openvino(PROOF)
+    require_openvino("the proof of backend.type openvino")
     opened, manifest, cases = proof.checkpoint, proof.manifest, proof.cases
     models = torch_sources(opened, proof.artifact, manifest)
     file, size = proof.artifact / OPENVINO_MODEL, opened.config.hidden_size

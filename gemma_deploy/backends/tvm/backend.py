@@ -58,25 +58,22 @@ class CompiledPair(StaticPair):
         return CompiledContract(**values, triple=triple_of(given), cpu=cpu_of(given))
 
     def export(self, job: ExportJob) -> Export:
-        """Trace without weights, then compile; refused where no tools for it are here.
-
-        Raises:
-            UsageError: TVM or a linker is missing, or LLVM does not know the machine.
-        """
-        from gemma_deploy.backends.tvm.export import CompiledExport, require_linker, require_tvm
+        """Trace without weights, then compile."""
+        from gemma_deploy.backends.tvm.export import CompiledExport
 
         contract = job.contract
         assert isinstance(contract, CompiledContract)
-        require_tvm("backend.type tvm")
-        require_linker(contract.triple)
-        require_known(contract.triple, contract.cpu)
         return CompiledExport(super().export(job), contract.triple, contract.cpu)
 
-    def require_proof(self) -> None:
-        """TVM."""
-        from gemma_deploy.backends.tvm.export import require_tvm
+    def require_tools(self, spec: BuildSpec, *, proof: bool) -> None:
+        """TVM, a linker for a library of this machine, and an LLVM that knows the machine."""
+        from gemma_deploy.backends.tvm.export import require_linker, require_tvm
 
+        given = spec.options
+        assert isinstance(given, TvmOptions)
         require_tvm("backend.type tvm")
+        require_linker(triple_of(given))
+        require_known(triple_of(given), cpu_of(given))
 
     def ledger(self, manifest: Manifest) -> list[LedgerEntry]:
         """See `Backend`."""

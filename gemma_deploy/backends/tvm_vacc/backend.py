@@ -165,8 +165,8 @@ class StaticPair:
         """The vendor's compiler picks them."""
         return None
 
-    def require_proof(self) -> None:
-        """Nothing that this program does not bring along."""
+    def require_tools(self, spec: BuildSpec, *, proof: bool) -> None:
+        """None that this program does not bring along."""
 
     def ledger(self, manifest: Manifest) -> list[LedgerEntry]:
         """See `Backend`."""

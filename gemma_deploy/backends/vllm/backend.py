@@ -68,11 +68,12 @@ class Vllm(Elsewhere):
 
         return config_keys(spec, config)
 
-    def require_proof(self) -> None:
-        """The Python that has vLLM, and transformers."""
+    def require_tools(self, spec: BuildSpec, *, proof: bool) -> None:
+        """For a proof: the Python that has vLLM, and transformers."""
         from gemma_deploy.backends.vllm.source import ENGINE
 
-        ENGINE.check()
+        if proof:
+            ENGINE.check()
 
     def ledger(self, manifest: Manifest) -> list[LedgerEntry]:
         """See `Backend`."""
