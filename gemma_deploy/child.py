@@ -165,7 +165,7 @@ class OtherPython:
         """The answer to a request; without one, what it says by itself.
 
         Raises:
-            EOFError: it has ended.
+            EOFError: it has ended, or is no such script: what it says is not JSON.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -174,10 +174,13 @@ class OtherPython:
                 print(json.dumps(request), file=self._process.stdin, flush=True)
             except BrokenPipeError as error:
                 raise EOFError from error
-        line = self._process.stdout.readline()
-        if not line:
-            raise EOFError
-        answer: dict[str, Any] = json.loads(line)
+        try:
+            line = self._process.stdout.readline()
+            if not line:
+                raise EOFError("it ended without a word")
+            answer: dict[str, Any] = json.loads(line)
+        except ValueError as error:  # of characters or of JSON
+            raise EOFError("it answers something else than JSON") from error
         return answer
 
     def stop(self) -> None:

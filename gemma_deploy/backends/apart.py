@@ -150,9 +150,9 @@ def _import_problems(python: str, modules: Sequence[str], variables: frozenset[t
         probe = OtherPython(python, str(PROBE), *modules, variables=dict(variables), log=log)
         try:
             probe.ask()
-        except EOFError:
+        except EOFError as error:
             log.seek(0)
-            return _last_lines(log.read()) or ["it ended without a word"]
+            return _last_lines(log.read()) or [str(error)]
         finally:
             probe.stop()
     return []

@@ -35,6 +35,19 @@ def test_what_does_not_import_is_told(engine):
     assert f"pip install {engine.package}" in told.value.next_step
 
 
+@pytest.mark.parametrize(
+    ("program", "says"), [("exit 0", "it ended without a word"), ("echo $*", "it answers something else than JSON")]
+)
+def test_a_program_that_is_no_python_is_told(engine, tmp_path, monkeypatch, program, says):
+    file = tmp_path / "python"
+    file.write_text(f"#!/bin/sh\n{program}\n")
+    file.chmod(0o755)
+    monkeypatch.setenv(engine.variable, str(file))
+    with pytest.raises(UsageError, match="does not import") as told:
+        engine.check()
+    assert told.value.problems == (says,)
+
+
 def test_modules_of_the_current_directory_are_not_taken(engine, tmp_path, monkeypatch):
     (tmp_path / "no_such_module.py").touch()
     monkeypatch.chdir(tmp_path)
